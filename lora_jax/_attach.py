@@ -1,0 +1,53 @@
+"""Puts an adapter to the parameters it was made for, or says why it does not belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ._adapter import AdaptedKernel, Adapter, Adapters
+from ._errors import AdapterError, listed
+from ._paths import nearest
+
+
+def attach(leaves: Mapping[str, Any], adapter: Adapters) -> dict[str, AdaptedKernel | Any]:
+    """What the model sees in place of each adapted leaf.
+
+    Args:
+      leaves: the parameters, by path.
+      adapter: from `init`, `restore` or training.
+
+    Raises:
+      AdapterError: if a path is not among the leaves, or a shape disagrees; lists the differences.
+    """
+    for path, part in adapter.items():
+        if not isinstance(part, Adapter):
+            raise AdapterError(
+                f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {type(part).__name__} "
+                f"at {path!r}.\n  The arguments come in this order: adapted(params, adapter, *args)."
+            )
+    differences = [text for path, part in adapter.items() for text in _differences(path, part, leaves)]
+    if differences:
+        raise AdapterError(
+            f"Expected the adapter to belong to `params`: each path one of its leaves, each array of a shape that "
+            f"fits; got {len(differences)} differences.\n{listed(differences)}\n"
+            "  Give the tree that the adapter was made from (`variables` is not `variables['params']`)."
+        )
+    return {path: part.variant.apply(leaves[path], part.arrays, part.axes, path) for path, part in adapter.items()}
+
+
+def _differences(path: str, part: Adapter, leaves: Mapping[str, Any]) -> list[str]:
+    if path not in leaves:
+        return [f"{path!r} is not in `params`; the nearest are {', '.join(map(repr, nearest(path, list(leaves))))}"]
+    shape = tuple(leaves[path].shape)
+    if part.axes and len(part.axes) != len(shape):
+        return [f"{path!r} has shape {shape}; the adapter was made for axes {part.axes!r}"]
+    expected = part.variant.shapes(shape, part.axes)
+    got = {name: tuple(array.shape) for name, array in part.arrays.items()}
+    if got == expected:
+        return []
+    return [f"{path!r} has shape {shape}, which needs {_shapes(expected)}; the adapter has {_shapes(got)}"]
+
+
+def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))

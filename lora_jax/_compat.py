@@ -1,0 +1,63 @@
+"""The only file that knows JAX versions or `jax.extend`.
+
+Written for jax 0.10. A parameter that a later JAX adds to a primitive arrives in a rule as an unexpected keyword.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import flax
+import jax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Jaxpr as Jaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Primitive as Primitive
+from jax.extend.core import Var as Var
+from jax.extend.core import primitives as primitives
+
+_LIBRARIES = (os.path.dirname(__file__), os.path.dirname(flax.__file__))
+
+
+@contextlib.contextmanager
+def context_of(eqn: JaxprEqn) -> Iterator[None]:
+    """Puts new operations where `eqn` stands: its name scopes, its source line, its mesh and other context."""
+    names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+        yield
+
+
+def evaluate(
+    eqns: Sequence[JaxprEqn], inputs: Sequence[Var], outputs: Sequence[Var], values: Sequence[Any]
+) -> list[Any]:
+    """Runs equations, untouched, in JAX's own evaluator."""
+    effects = frozenset().union(*(eqn.effects for eqn in eqns))
+    return jax.core.eval_jaxpr(Jaxpr((), inputs, outputs, eqns, effects), (), *values)
+
+
+def user_line(eqn: JaxprEqn) -> str:
+    """Where the user's code asked for `eqn`: `model.py:31 (Block.__call__)`, not a frame of flax or of this library."""
+    frames = source_info_util.summarize(eqn.source_info, num_frames=100).split("\n")[::-1]  # innermost first
+    own = [frame for frame in frames if not frame.startswith(_LIBRARIES)]
+    return (own or frames)[0]
+
+
+def last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
+    """For each variable, the number of the last equation that reads it; that of the end, if it is an output."""
+    last = {var: number for number, eqn in enumerate(jaxpr.eqns) for var in variables(eqn.invars)}
+    return last | dict.fromkeys(variables(jaxpr.outvars), len(jaxpr.eqns))
+
+
+def variables(atoms: Collection[Any]) -> list[Var]:
+    """The variables among the operands of an equation: those that are not literals."""
+    return [atom for atom in atoms if not isinstance(atom, Literal)]
+
+
+def is_unspecified(sharding: Any) -> bool:
+    """Whether a sharding of a `jit` equation is the one that nobody asked for."""
+    return type(sharding).__name__ == "UnspecifiedValue"

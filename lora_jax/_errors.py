@@ -1,0 +1,42 @@
+"""The errors of the library: each is a `LoRAError` and also the built-in error it is.
+
+Every text says what was expected, what was got, where, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["AdapterError", "CheckpointError", "LoRAError", "MergeError", "SpecError", "UnsupportedError", "listed"]
+
+
+class LoRAError(Exception):
+    """Any error that this library raises on purpose."""
+
+
+class SpecError(LoRAError, ValueError):
+    """A spec that cannot be meant: a rule that decides nothing, a rank or axes that do not fit the kernel."""
+
+
+class AdapterError(LoRAError, ValueError):
+    """An adapter that does not belong to the parameters: unknown paths, other shapes, leaves never used."""
+
+
+class UnsupportedError(LoRAError, NotImplementedError):
+    """An adapted kernel reaches an operation that has no low-rank form."""
+
+
+class MergeError(LoRAError, ValueError):
+    """A merge that would lose something: tied leaves, non-finite factors, a tree that is merged already."""
+
+
+class CheckpointError(LoRAError, ValueError):
+    """A checkpoint that is not an adapter, is damaged, or belongs to another base."""
+
+
+def listed(lines: Sequence[str], most: int = 8) -> str:
+    """Indents `lines`, one each, and says how many more there are after the first `most`."""
+    shown = [f"  {line}" for line in lines[:most]]
+    if len(lines) > most:
+        shown.append(f"  … and {len(lines) - most} more")
+    return "\n".join(shown)

@@ -1,0 +1,65 @@
+"""Reads from the traced model how every leaf is used: the roles of its axes, the operations, how often."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ._adapter import AdaptedKernel
+from ._transform import trace, watch
+from ._use import Kernel, Use
+
+
+def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Kernel]:
+    """Finds by tracing how `apply` uses each leaf of `params`; nothing is evaluated.
+
+    An axis that is summed with the activation, or looked up, is an input (`i`); one that both share and keep, or that a
+    scan or a constant index takes apart, is a batch (`b`); the rest are outputs (`o`).
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params = {"query": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}
+    >>> apply = lambda p, x: jnp.einsum("td,dhk->thk", x, p["query"]) + p["bias"]
+    >>> found = lj.kernels(apply, params, jnp.ones((5, 8)))
+    >>> found["query"].axes, found["query"].uses[0].primitive, found["bias"].axes
+    ('ioo', 'dot_general', None)
+
+    Args:
+      apply: the model, `apply(params, *args, **kwargs)`.
+      params: the parameter tree, or its shapes and dtypes.
+      *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
+      **kwargs: likewise.
+
+    Returns:
+      A `Kernel` for every leaf that is an array, by path; leaves that the call does not use have no uses.
+    """
+    program = trace(apply, params, args, kwargs)
+    uses = watch(program, {path: _probe(path, leaf) for path, leaf in program.arrays_of_params.items()})
+    found = {}
+    for path, leaf in program.arrays_of_params.items():
+        its = tuple(use for use in uses if use.path == path)
+        roles = (axes for use in its if (axes := _leaf_roles(use, leaf.ndim)) is not None)
+        found[path] = Kernel(tuple(leaf.shape), leaf.dtype, next(roles, None), its)
+    return found
+
+
+def _label(axis: int) -> str:
+    return chr(ord("0") + axis)
+
+
+def _probe(path: str, leaf: Any) -> AdaptedKernel:
+    """Stands for a leaf that is not adapted; its axes go by their numbers wherever the program moves them."""
+    return AdaptedKernel(leaf, None, None, scale=1.0, roles=tuple(map(_label, range(leaf.ndim))), path=path)
+
+
+def _leaf_roles(use: Use, ndim: int) -> str | None:
+    """The role of each of a leaf's axes in one use; None if the use gives none, or gives one axis two."""
+    if use.axes is None:
+        return None
+    found: dict[str, set[str]] = {_label(axis): set() for axis in range(ndim)}
+    for labels, role in use.axes:
+        for label in labels:
+            found[label].add(role)
+    if any(len(roles) > 1 for roles in found.values()):
+        return None
+    # An axis that is no longer there was taken apart: by a scan, or by an index.
+    return "".join(next(iter(roles), "b") for roles in found.values())

@@ -1,0 +1,186 @@
+"""The loop: evaluates a traced function in which some leaves are adapted kernels.
+
+An equation that no adapted kernel reaches goes to JAX's own evaluator, together with its neighbours. One that a kernel
+reaches goes to the rule of its primitive. Where there is no rule, or the rule does not apply, the kernel is refused,
+unless the caller has allowed it to be formed there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax import Array
+
+from .._adapter import AdaptedKernel, materialise
+from .._compat import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Primitive,
+    Var,
+    context_of,
+    evaluate,
+    last_uses,
+    user_line,
+    variables,
+)
+from .._errors import UnsupportedError
+from .._paths import Pattern, matches_any
+from .._use import Use
+
+Value = Any  # an Array or an AdaptedKernel
+Rule = Callable[..., Any]
+
+_RULES: dict[Primitive, Rule] = {}
+
+
+def rule(primitive: Primitive) -> Callable[[Rule], Rule]:
+    """Registers how a primitive acts when at least one of its operands is an `AdaptedKernel`.
+
+    The rule is called as `rule(site, *operands, **params)` and names every parameter of its primitive, so that one
+    which a new JAX adds is an error and not dropped. It returns what the primitive would: a value, or a list of values.
+    """
+
+    def register(function: Rule) -> Rule:
+        if primitive in _RULES:
+            old = _RULES[primitive]
+            raise ValueError(f"`{primitive}` already has a rule: {old.__module__}.{old.__name__}.")
+        _RULES[primitive] = function
+        return function
+
+    return register
+
+
+class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
+    """Raised by a rule, before it has done anything, for a case that has no low-rank form; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What holds for one whole interpretation: which paths may be formed, and the log of uses, if one is kept."""
+
+    dense: tuple[Pattern, ...] = ()
+    log: list[Use] | None = None
+
+    def note(
+        self,
+        kernel: AdaptedKernel,
+        primitive: str,
+        kind: str,
+        line: str,
+        axes: tuple[tuple[str, str], ...] | None,
+        times: int,
+        operations: int = 0,
+    ) -> None:
+        """Adds a use to the log, if there is one."""
+        if self.log is not None:
+            self.log.append(Use(kernel.path, primitive, kind, axes, times, times * operations, line))
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a rule acts: the equation, how often it runs, and what the caller allows."""
+
+    settings: Settings
+    eqn: JaxprEqn
+    times: int = 1
+
+    def interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value], *, times: int = 1) -> list[Value]:
+        """Interprets a function inside this equation, which runs `times` times as often."""
+        return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands, times=self.times * times)
+
+    def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
+        """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
+        axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
+        self.settings.note(kernel, self.eqn.primitive.name, kind, user_line(self.eqn), axes, self.times, operations)
+
+    def dense(self, value: Value, reason: str) -> Array:
+        """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
+        return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
+
+
+def form(settings: Settings, value: Value, primitive: str, reason: str, line: str, times: int = 1) -> Array:
+    """Forms an adapted kernel where it cannot stay one, if its path is listed in `dense`.
+
+    Raises:
+      UnsupportedError: if it is not listed.
+    """
+    if not isinstance(value, AdaptedKernel):
+        return value
+    if not value.is_probe and not matches_any(value.path, settings.dense):
+        raise UnsupportedError(
+            f"Expected the adapted kernel {value.path!r} to be used in ways that have a low-rank form; "
+            f"it reaches `{primitive}`: {reason}.\n"
+            f"  at {line}\n"
+            f"  Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}])."
+        )
+    settings.note(value, primitive, "dense" if not value.is_probe else "opaque", line, None, times)
+    return materialise(value)
+
+
+def interpret(
+    settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Value], *, times: int = 1
+) -> list[Value]:
+    """Evaluates a jaxpr whose arguments may be adapted kernels; so may its results."""
+    values: dict[Var, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
+    last = last_uses(jaxpr)
+    plain: list[JaxprEqn] = []  # equations that no kernel reaches, not yet evaluated
+
+    def read(atom: Any) -> Value:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    def free(eqns: Sequence[JaxprEqn], done: int) -> None:
+        """Forgets what is not read after equation `done`: outside `jit` a dead array would hold its memory to the end."""
+        for var in {var for eqn in eqns for var in variables(eqn.invars)}:
+            if last[var] <= done:
+                values.pop(var, None)
+
+    def evaluate_plain(before: int) -> None:
+        """Evaluates the waiting equations, which all stand before equation `before`, and keeps what is read later."""
+        made = {var for eqn in plain for var in eqn.outvars}
+        inputs = list(dict.fromkeys(var for eqn in plain for var in variables(eqn.invars) if var not in made))
+        outputs = [var for eqn in plain for var in eqn.outvars if last.get(var, -1) >= before]
+        values.update(zip(outputs, evaluate(plain, inputs, outputs, [values[var] for var in inputs]), strict=True))
+        free(plain, before - 1)
+        plain.clear()
+
+    for number, eqn in enumerate(jaxpr.eqns):
+        if not any(isinstance(values.get(var), AdaptedKernel) for var in variables(eqn.invars)):
+            plain.append(eqn)
+            continue
+        if plain:
+            evaluate_plain(number)
+        results = _apply_rule(Site(settings, eqn, times), [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, results, strict=True))
+        free([eqn], number)
+    if plain:
+        evaluate_plain(len(jaxpr.eqns))
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
+    eqn = site.eqn
+    with context_of(eqn):
+        try:
+            if eqn.primitive not in _RULES:
+                raise NoRule(_no_rule(eqn.primitive))
+            out = _RULES[eqn.primitive](site, *operands, **eqn.params)
+            results = list(out) if eqn.primitive.multiple_results else [out]
+        except NoRule as reason:
+            dense = [site.dense(operand, str(reason)) for operand in operands]
+            given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
+            return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
+    for var, result in zip(eqn.outvars, results, strict=True):
+        got = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
+        assert (var.aval.shape, var.aval.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {var.aval} became {got}"
+    return results
+
+
+def _no_rule(primitive: Primitive) -> str:
+    if primitive.name.startswith(("custom_jvp", "custom_vjp")):
+        return "the model's own derivative there is defined for a dense kernel"
+    return "this operation has no low-rank rule"

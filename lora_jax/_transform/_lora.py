@@ -1,0 +1,52 @@
+"""`lora(apply)`: the function that the whole library is about."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .._adapter import Adapters
+from .._attach import attach
+from .._paths import Pattern
+from ._interpreter import Settings
+from ._program import trace
+
+
+def lora(apply: Callable[..., Any], dense: Sequence[Pattern] = ()) -> Callable[..., Any]:
+    """Turns `apply(params, *args)` into `adapted(params, adapter, *args)`, in which adapted kernels are never formed.
+
+        y = x·W0 + ((x·A)·s)·B
+
+    (Hu et al. 2021, arXiv:2106.09685). The model is traced as it stands and need not know. `params` is neither changed
+    nor copied; the adapter is the one thing to differentiate and optimise. The result composes with `jit`, `grad`,
+    `vmap`, `pmap`, `scan`, `remat` and shardings as `apply` does.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
+    >>> apply = lambda params, x: x @ params["dense"]["kernel"]
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> lj.lora(apply)(params, adapter, jnp.ones((1, 4)))
+    Array([[4., 4., 4.]], dtype=float32)
+
+    Args:
+      apply: any JAX function of a parameter tree and other arguments: `model.apply`, a plain function, one around
+        `nnx.merge`. Arguments and results that are no arrays (flags, strings, callables, None) stay Python values.
+      dense: patterns of paths whose kernels may be formed, as `W0 + s·A·B`, where they reach an operation that has no
+        low-rank form. `explain` says where that happens. Nothing is formed that is not listed.
+
+    Returns:
+      `adapted(params, adapter, *args, **kwargs)`, with the result of `apply`. `adapter` is what `init` returns.
+
+    Raises:
+      AdapterError: at the call, if the adapter does not fit `params`.
+      UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank form and is not
+        listed in `dense`: the primitive, the path and the line of the model.
+    """
+    settings = Settings(dense=tuple(dense))
+
+    def adapted(params: Any, adapter: Adapters, /, *args: Any, **kwargs: Any) -> Any:
+        program = trace(apply, params, args, kwargs)
+        return program.run(attach(program.params, adapter), settings)
+
+    adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"
+    return adapted

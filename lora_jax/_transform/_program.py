@@ -1,0 +1,89 @@
+"""A call of `apply`, traced: its jaxpr over the arrays of its arguments, everything else left as Python values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import PyTreeDef
+
+from .._compat import ClosedJaxpr
+from .._paths import Pattern, flatten, unflatten
+from .._use import Use
+from ._interpreter import Settings, Value, form, interpret
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One call of `apply(params, *args, **kwargs)`.
+
+    Attributes:
+      jaxpr: from the arrays among the leaves of `params` and then of the other arguments, to the arrays of the result.
+      params: the leaves of `params` by path; those that are no arrays are not inputs of the jaxpr.
+      arrays: the arrays among the other arguments.
+      rebuild: puts the arrays of the result back among what else `apply` returned.
+    """
+
+    jaxpr: ClosedJaxpr
+    params: dict[str, Any]
+    arrays: list[Any]
+    rebuild: Callable[[Sequence[Any]], Any]
+
+    @property
+    def arrays_of_params(self) -> dict[str, Any]:
+        """The leaves of `params` that are arrays, by path."""
+        return {path: leaf for path, leaf in self.params.items() if is_array(leaf)}
+
+    def run(self, kernels: Mapping[str, Value], settings: Settings) -> Any:
+        """Evaluates the call with some of the parameters replaced by adapted kernels, and returns what `apply` would."""
+        leaves = [kernels.get(path, leaf) for path, leaf in self.arrays_of_params.items()]
+        results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays])
+        reason = "the function returns the kernel itself"
+        return self.rebuild([form(settings, result, "return", reason, "the result of `apply`") for result in results])
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is traced. Python numbers, strings, callables stay what they are, as `apply` itself would get them."""
+    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+
+
+def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
+    """Traces a call, once, without evaluating anything. Arrays may be shapes and dtypes only."""
+    leaves, params_def = flatten(params)
+    others, others_def = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
+    returned: list[tuple[list[Any], PyTreeDef]] = []
+
+    def on_arrays(params_arrays: list[Any], other_arrays: list[Any]) -> list[Any]:
+        arrays = iter(params_arrays)
+        traced = {path: next(arrays) if is_array(leaf) else leaf for path, leaf in leaves.items()}
+        arrays = iter(other_arrays)
+        args, kwargs = others_def.unflatten([next(arrays) if is_array(leaf) else leaf for leaf in others])
+        out, out_def = jax.tree_util.tree_flatten(apply(unflatten(params_def, traced), *args, **kwargs))
+        returned.append(([None if isinstance(leaf, jax.Array) else leaf for leaf in out], out_def))
+        return [leaf for leaf in out if isinstance(leaf, jax.Array)]
+
+    params_arrays = [leaf for leaf in leaves.values() if is_array(leaf)]
+    other_arrays = [leaf for leaf in others if is_array(leaf)]
+    jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)
+    statics, out_def = returned[-1]
+
+    def rebuild(arrays: Sequence[Any]) -> Any:
+        remaining = iter(arrays)
+        return out_def.unflatten([next(remaining) if leaf is None else leaf for leaf in statics])
+
+    return Program(jaxpr, leaves, other_arrays, rebuild)
+
+
+def watch(program: Program, kernels: Mapping[str, Value], dense: Sequence[Pattern] = ()) -> list[Use]:
+    """How a call would use the kernels given for some of its parameters, from shapes alone."""
+    log: list[Use] = []
+
+    def run(params: dict[str, Any], arrays: list[Any], kernels: Mapping[str, Value]) -> None:
+        abstract = dataclasses.replace(program, params=program.params | params, arrays=arrays)
+        abstract.run(kernels, Settings(dense=tuple(dense), log=log))
+
+    jax.eval_shape(run, program.arrays_of_params, program.arrays, kernels)
+    return log

@@ -1,0 +1,198 @@
+"""Operations that change a kernel's axes or type, and move the factors along: nothing is consumed, nothing formed.
+
+Each rule says what happens to one factor, given which of the kernel's axes the factor's axes are before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .._adapter import AdaptedKernel
+from .._axes import RANK, join
+from .._compat import primitives
+from ._interpreter import NoRule, Site, Value, rule
+
+Axes = tuple[int, ...]
+
+
+@rule(primitives.transpose_p)
+def _transpose(site: Site, kernel: AdaptedKernel, *, permutation: Axes) -> AdaptedKernel:
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        return lax.transpose(factor, [before.index(axis if axis == RANK else permutation[axis]) for axis in after])
+
+    return kernel.moved(lax.transpose(kernel.w, permutation), [kernel.roles[axis] for axis in permutation], move)
+
+
+@rule(primitives.squeeze_p)
+def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKernel:
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
+
+    roles = [role for axis, role in enumerate(kernel.roles) if axis not in dimensions]
+    return kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move)
+
+
+@rule(primitives.broadcast_in_dim_p)
+def _broadcast_in_dim(
+    site: Site, kernel: Value, *dynamic_shape: Any, shape: Axes, broadcast_dimensions: Axes, sharding: Any
+) -> AdaptedKernel:
+    if dynamic_shape:
+        raise NoRule("a shape known only at run time")
+    del site
+    # A new axis is one more output, along which b repeats; in a probe it comes from no axis of the leaf.
+    roles = ["" if kernel.is_probe else "o"] * len(shape)
+    for axis, role in zip(broadcast_dimensions, kernel.roles, strict=True):
+        roles[axis] = role
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        rank = factor.shape[before.index(RANK)]
+        sizes = [rank if axis == RANK else shape[axis] for axis in after]
+        places = [after.index(axis if axis == RANK else broadcast_dimensions[axis]) for axis in before]
+        return lax.broadcast_in_dim(factor, sizes, places)
+
+    return kernel.moved(lax.broadcast_in_dim(kernel.w, shape, broadcast_dimensions, out_sharding=sharding), roles, move)
+
+
+@rule(primitives.reshape_p)
+def _reshape(
+    site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any
+) -> AdaptedKernel:
+    if dynamic_shape or dimensions is not None:
+        raise NoRule("a reshape that also transposes, or to a shape known only at run time")
+    del site
+    roles = [""] * len(new_sizes)
+    for old, new in _blocks(kernel.w.shape, new_sizes):
+        # An axis of size 1 holds nothing, and agrees with any role.
+        role = join([kernel.roles[axis] for axis in old if kernel.w.shape[axis] > 1])
+        role = role or join([kernel.roles[axis] for axis in old[:1]])
+        if not kernel.is_probe and len(role) > 1:
+            raise NoRule(f"a reshape from {kernel.w.shape} to {new_sizes} merges axes with the roles {role!r}")
+        for axis in new:
+            roles[axis] = role or ("" if kernel.is_probe else "o")
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        rank = factor.shape[before.index(RANK)]
+        return lax.reshape(factor, [rank if axis == RANK else new_sizes[axis] for axis in after])
+
+    return kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move)
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pairs the smallest runs of axes of two shapes of one size that span the same elements.
+
+    >>> _blocks((8, 4, 16), (8, 64)), _blocks((6, 4), (2, 3, 4))
+    ([([0], [0]), ([1, 2], [1])], [([0], [0, 1]), ([1], [2])])
+    """
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
+        while (a := math.prod(old[k] for k in left)) != (b := math.prod(new[k] for k in right)):
+            if a < b:
+                left.append(i + len(left))
+            else:
+                right.append(j + len(right))
+        i, j = i + len(left), j + len(right)
+        blocks.append((left, right))
+    return blocks
+
+
+@rule(primitives.slice_p)
+def _slice(
+    site: Site, kernel: AdaptedKernel, *, start_indices: Axes, limit_indices: Axes, strides: Axes | None
+) -> AdaptedKernel:
+    del site
+    steps = strides or (1,) * kernel.w.ndim
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        bounds = [
+            (0, factor.shape[place], 1) if axis == RANK else (start_indices[axis], limit_indices[axis], steps[axis])
+            for place, axis in enumerate(before)
+        ]
+        return lax.slice(factor, *zip(*bounds, strict=True))
+
+    return kernel.moved(lax.slice(kernel.w, start_indices, limit_indices, strides), kernel.roles, move)
+
+
+@rule(primitives.dynamic_slice_p)
+def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes) -> AdaptedKernel:
+    del site
+    if not isinstance(kernel, AdaptedKernel) or any(isinstance(start, AdaptedKernel) for start in starts):
+        raise NoRule("the adapted kernel is an index")
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        first = [0 if axis == RANK else starts[axis] for axis in before]
+        sizes = [factor.shape[place] if axis == RANK else slice_sizes[axis] for place, axis in enumerate(before)]
+        return lax.dynamic_slice(factor, first, sizes)
+
+    return kernel.moved(lax.dynamic_slice(kernel.w, starts, slice_sizes), kernel.roles, move)
+
+
+@rule(primitives.convert_element_type_p)
+def _convert_element_type(
+    site: Site, kernel: AdaptedKernel, *, new_dtype: Any, weak_type: bool, sharding: Any
+) -> AdaptedKernel:
+    del site, weak_type  # what the model makes of the kernel next has a strong type either way
+    if not jnp.issubdtype(new_dtype, jnp.floating):
+        raise NoRule(f"a cast to {jnp.dtype(new_dtype).name}")
+    if sharding is not None:
+        raise NoRule("a cast that also changes the sharding")
+    # The factors keep their own dtype until they are consumed: a base in bfloat16 takes nothing from them.
+    return dataclasses.replace(kernel, w=kernel.w.astype(new_dtype))
+
+
+@rule(primitives.copy_p)
+def _copy(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    del site
+    return dataclasses.replace(kernel, w=jnp.copy(kernel.w))
+
+
+@rule(primitives.name_p)
+def _name(site: Site, kernel: AdaptedKernel, *, name: str) -> AdaptedKernel:
+    del site
+    return dataclasses.replace(kernel, w=checkpoint_name(kernel.w, name))
+
+
+@rule(primitives.stop_gradient_p)
+def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del before, after
+        return lax.stop_gradient(factor)
+
+    return kernel.moved(lax.stop_gradient(kernel.w), kernel.roles, move)
+
+
+@rule(primitives.sharding_constraint_p)
+def _sharding_constraint(
+    site: Site, kernel: AdaptedKernel, *, sharding: Any, layout: Any, context_mesh: Any, unconstrained_dims: Any
+) -> AdaptedKernel:
+    del site, context_mesh  # the equation's own context brings the mesh back
+    if layout is not None or not isinstance(sharding, NamedSharding):
+        raise NoRule("a constraint on the layout, or a sharding that does not name its axes")
+    given = (*sharding.spec, *(None,) * (kernel.w.ndim - len(sharding.spec)))
+    spec = [PartitionSpec.UNCONSTRAINED if axis in unconstrained_dims else names for axis, names in enumerate(given)]
+
+    def constrain(x: Array, names: Sequence[Any]) -> Array:
+        return lax.with_sharding_constraint(x, sharding.update(spec=PartitionSpec(*names)))
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        return constrain(factor, [None if axis == RANK else spec[axis] for axis in before])
+
+    return kernel.moved(constrain(kernel.w, spec), kernel.roles, move)

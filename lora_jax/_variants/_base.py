@@ -1,0 +1,88 @@
+"""What every variant answers: how its arrays start for a kernel, and how they act on it."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .._adapter import AdaptedKernel
+from .._axes import axes_of_a, axes_of_b, sizes, width
+from .._errors import SpecError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant(abc.ABC):
+    """A way to adapt one kernel: a frozen value that says everything about it and holds no array."""
+
+    axes: str | None = dataclasses.field(default=None, repr=False)
+    needs_axes: ClassVar[bool]  # whether the roles of the kernel's axes matter to it
+
+    @abc.abstractmethod
+    def check(self, shape: Sequence[int], axes: str) -> None:
+        """Raises `SpecError`, its text without the path, if a kernel of this shape and these axes cannot be adapted."""
+
+    @abc.abstractmethod
+    def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
+        """The shape of each array, by name, for a kernel of a shape."""
+
+    @abc.abstractmethod
+    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """The arrays at the start. `key` is consumed; of `kernel` a shape and dtype may be all there is."""
+
+    @abc.abstractmethod
+    def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel | Array:
+        """What the model sees in place of the kernel."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(Variant):
+    """The methods that add `scale·a·b` to a kernel, and differ in the scale alone.
+
+    `b` starts at zero, so that the model starts as it was; `a` is uniform in ±1/√fan_in, as in Microsoft's and
+    Hugging Face's implementations. The fan-in is that of the input axes alone: layers and experts do not count.
+    """
+
+    rank: int
+    alpha: float
+    needs_axes: ClassVar[bool] = True
+
+    @property
+    @abc.abstractmethod
+    def scale(self) -> float:
+        """s, by which `a·b` is multiplied."""
+
+    def check(self, shape: Sequence[int], axes: str) -> None:
+        """Raises if there is no input or no output axis, or if the rank does not lie in [1, min(in, out)]."""
+        if "i" not in axes or "o" not in axes:
+            raise SpecError(
+                f"{self} needs a kernel with input and output axes; got shape {tuple(shape)} with axes {axes!r}"
+            )
+        most = min(width(axes, shape, "i"), width(axes, shape, "o"))
+        if not 1 <= self.rank <= most:
+            raise SpecError(
+                f"expected a rank in [1, {most}] for shape {tuple(shape)} with axes {axes!r}; got rank={self.rank}"
+            )
+
+    def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
+        """`a`: (batch…, in…, rank); `b`: (batch…, rank, out…)."""
+        return {"a": sizes(axes_of_a(axes), shape, self.rank), "b": sizes(axes_of_b(axes), shape, self.rank)}
+
+    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """`a` uniform in ±1/√fan_in, `b` zero."""
+        shapes = self.shapes(kernel.shape, axes)
+        bound = 1 / math.sqrt(width(axes, kernel.shape, "i"))
+        return {
+            "a": jax.random.uniform(key, shapes["a"], dtype, -bound, bound),
+            "b": jnp.zeros(shapes["b"], dtype),
+        }
+
+    def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
+        """The kernel with its factors beside it."""
+        return AdaptedKernel(kernel, arrays["a"], arrays["b"], scale=self.scale, roles=tuple(axes), path=path)

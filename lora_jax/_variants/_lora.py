@@ -1,0 +1,31 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models (Hu et al. 2021, arXiv:2106.09685)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ._base import LowRank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRA(LowRank):
+    """A low-rank update with the paper's scale (Hu et al. 2021, arXiv:2106.09685).
+
+        W = W0 + (alpha / rank)·A·B
+
+    Our `A` and `B` are the transposes of the paper's, as Flax computes `x @ W`.
+
+    >>> LoRA(rank=8, alpha=16).scale
+    2.0
+
+    Attributes:
+      rank: r, in [1, min(in, out)].
+      alpha: α; the update is multiplied by α/r.
+      axes: the role of each kernel axis (`"ioo"`: `i` input, `o` output, `b` batch), where it cannot be known
+        otherwise; it outranks what was traced.
+    """
+
+    @property
+    def scale(self) -> float:
+        """α/r."""
+        return self.alpha / self.rank
