@@ -73,7 +73,7 @@ def _remat(
 ) -> list[Value]:
     def run(*operands: Value) -> list[Value]:
         if differentiated and prevent_cse:
-            # The equation is the second evaluation of a gradient taken inside the model: keep it from merging with the first.
+            # A gradient taken inside the model: this is the second evaluation, which must not merge with the first.
             operands = lax.optimization_barrier(operands)
         return site.interpret(ClosedJaxpr(jaxpr, ()), operands)
 
@@ -107,10 +107,10 @@ def _while(
     cond_consts, body_consts, start = _split(operands, cond_nconsts, body_nconsts)
     carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
 
-    def keep_going(moving: list[Any]) -> Value:
+    def keep_going(moving: Sequence[Any]) -> Value:
         return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(moving)])[0], _ENDS)
 
-    def step(moving: list[Any]) -> list[Any]:
+    def step(moving: Sequence[Any]) -> Sequence[Any]:
         return carry.moving(site.interpret(body_jaxpr, [*body_consts, *carry.whole(moving)]))
 
     return carry.whole(lax.while_loop(keep_going, step, carry.moving(start)))

@@ -134,7 +134,7 @@ def interpret(
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     def free(eqns: Sequence[JaxprEqn], done: int) -> None:
-        """Forgets what is not read after equation `done`: outside `jit` a dead array would hold its memory to the end."""
+        """Forgets what is not read after equation `done`: outside `jit` it would hold its memory to the end."""
         for var in {var for eqn in eqns for var in variables(eqn.invars)}:
             if last[var] <= done:
                 values.pop(var, None)
@@ -175,8 +175,9 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
-        got = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
-        assert (var.aval.shape, var.aval.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {var.aval} became {got}"
+        got: Any = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
+        expected: Any = var.aval
+        assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
     return results
 
 

@@ -38,7 +38,7 @@ class Program:
         return {path: leaf for path, leaf in self.params.items() if is_array(leaf)}
 
     def run(self, kernels: Mapping[str, Value], settings: Settings) -> Any:
-        """Evaluates the call with some of the parameters replaced by adapted kernels, and returns what `apply` would."""
+        """Evaluates the call with adapted kernels in place of some parameters, and returns what `apply` would."""
         leaves = [kernels.get(path, leaf) for path, leaf in self.arrays_of_params.items()]
         results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays])
         reason = "the function returns the kernel itself"
@@ -46,7 +46,7 @@ class Program:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced. Python numbers, strings, callables stay what they are, as `apply` itself would get them."""
+    """Whether a leaf is traced; Python numbers, strings and callables stay what they are."""
     return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
 
 
@@ -60,7 +60,8 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
         arrays = iter(params_arrays)
         traced = {path: next(arrays) if is_array(leaf) else leaf for path, leaf in leaves.items()}
         arrays = iter(other_arrays)
-        args, kwargs = others_def.unflatten([next(arrays) if is_array(leaf) else leaf for leaf in others])
+        given = [next(arrays) if is_array(leaf) else leaf for leaf in others]
+        args, kwargs = jax.tree_util.tree_unflatten(others_def, given)
         out, out_def = jax.tree_util.tree_flatten(apply(unflatten(params_def, traced), *args, **kwargs))
         returned.append(([None if isinstance(leaf, jax.Array) else leaf for leaf in out], out_def))
         return [leaf for leaf in out if isinstance(leaf, jax.Array)]
@@ -72,7 +73,7 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         remaining = iter(arrays)
-        return out_def.unflatten([next(remaining) if leaf is None else leaf for leaf in statics])
+        return jax.tree_util.tree_unflatten(out_def, [next(remaining) if leaf is None else leaf for leaf in statics])
 
     return Program(jaxpr, leaves, other_arrays, rebuild)
 
