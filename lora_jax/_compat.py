@@ -14,6 +14,7 @@ import flax
 import jax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import DebugInfo
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
@@ -37,7 +38,8 @@ def evaluate(
 ) -> list[Any]:
     """Runs equations, untouched, in JAX's own evaluator."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
-    return jax.core.eval_jaxpr(Jaxpr((), inputs, outputs, eqns, effects), (), *values)
+    names = DebugInfo("lora", "equations", tuple(map(str, inputs)), tuple(map(str, outputs)))
+    return jax.core.eval_jaxpr(Jaxpr((), inputs, outputs, eqns, effects, names), (), *values)
 
 
 def user_line(eqn: JaxprEqn) -> str:

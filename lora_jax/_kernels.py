@@ -33,7 +33,7 @@ def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       A `Kernel` for every leaf that is an array, by path; leaves that the call does not use have no uses.
     """
     program = trace(apply, params, args, kwargs)
-    uses = watch(program, {path: _probe(path, leaf) for path, leaf in program.arrays_of_params.items()})
+    uses = watch(program, {path: probe(path, leaf) for path, leaf in program.arrays_of_params.items()})
     found = {}
     for path, leaf in program.arrays_of_params.items():
         its = tuple(use for use in uses if use.path == path)
@@ -46,7 +46,7 @@ def _label(axis: int) -> str:
     return chr(ord("0") + axis)
 
 
-def _probe(path: str, leaf: Any) -> AdaptedKernel:
+def probe(path: str, leaf: Any) -> AdaptedKernel:
     """Stands for a leaf that is not adapted; its axes go by their numbers wherever the program moves them."""
     return AdaptedKernel(leaf, None, None, scale=1.0, roles=tuple(map(_label, range(leaf.ndim))), path=path)
 

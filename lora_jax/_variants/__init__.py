@@ -1,5 +1,6 @@
 """The variants, one file a method: its paper, its equation, its start."""
 
+from ._base import LowRank as LowRank
 from ._base import Variant as Variant
 from ._full import Full as Full
 from ._lora import LoRA as LoRA

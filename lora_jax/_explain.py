@@ -1,0 +1,234 @@
+"""The table to read before a run: what is trained, how the model consumes it, what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from ._adapter import Adapter, Adapters
+from ._attach import attach
+from ._errors import AdapterError, listed
+from ._kernels import probe
+from ._operations import operations
+from ._paths import Pattern
+from ._transform import trace, watch
+from ._use import Use
+from ._variants import LowRank
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One adapted leaf.
+
+    Attributes:
+      path: of the leaf.
+      shape: of the leaf.
+      axes: the role of each of its axes; empty where they play no part.
+      variant: such as `LoRA`.
+      rank: None where there is none.
+      scale: what `A·B` is multiplied with; None where there is none.
+      used: how the model consumes it, such as `"factored dot_general ×2"`, or `"never used"`.
+      parameters: how many numbers are trained for it.
+      operations: floating-point operations that it adds to one forward call.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: str
+    variant: str
+    rank: int | None
+    scale: float | None
+    used: str
+    parameters: int
+    operations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What `explain` found; prints as a table, and shows as one in a notebook.
+
+    Attributes:
+      rows: one for each adapted leaf.
+      base_parameters: how many numbers `params` holds.
+      base_operations: floating-point operations of one forward call without the adapter.
+      adapter_bytes: of all the adapter's arrays.
+      optimiser_bytes: of the optimiser's state for them.
+      optimiser: whose state that is.
+    """
+
+    rows: tuple[Row, ...]
+    base_parameters: int
+    base_operations: int
+    adapter_bytes: int
+    optimiser_bytes: int
+    optimiser: str
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        return sum(row.parameters for row in self.rows)
+
+    @property
+    def operations(self) -> int:
+        """Floating-point operations that the adapter adds to one forward call."""
+        return sum(row.operations for row in self.rows)
+
+    def __str__(self) -> str:
+        cells = [_HEADER, *(self._cells(row) for row in self.rows)]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADER))]
+        lines = ["  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() for row in cells]
+        lines.insert(1, "  ".join("─" * width for width in widths))
+        return "\n".join([*lines, "", *self._totals()])
+
+    def _repr_html_(self) -> str:
+        head, *body = ([html.escape(cell) for cell in cells] for cells in (_HEADER, *map(self._cells, self.rows)))
+        rows = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in body)
+        totals = "".join(f"<p>{html.escape(line)}</p>" for line in self._totals())
+        return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{rows}</table>{totals}"
+
+    def _cells(self, row: Row) -> list[str]:
+        return [
+            row.path,
+            "×".join(map(str, row.shape)),
+            row.axes or "-",
+            row.variant,
+            "-" if row.rank is None else str(row.rank),
+            "-" if row.scale is None else f"{row.scale:g}",
+            row.used,
+            f"{row.parameters:,}",
+            f"{row.parameters / self.base_parameters:.3%}",
+            f"{row.operations:,}",
+        ]
+
+    def _totals(self) -> list[str]:
+        share = self.operations / self.base_operations if self.base_operations else 0.0
+        return [
+            f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
+            f"{self.base_parameters:,}",
+            f"memory:    adapter {_size(self.adapter_bytes)}, "
+            f"optimiser {_size(self.optimiser_bytes)} ({self.optimiser})",
+            f"forward:   {self.operations:,} operations more, {share:.2%} of the base's {self.base_operations:,}",
+        ]
+
+
+_HEADER = ["path", "shape", "axes", "variant", "rank", "scale", "used", "trainable", "of base", "operations"]
+_NUMBERS = {"rank", "scale", "trainable", "of base", "operations"}
+
+
+def explain(
+    apply: Callable[..., Any],
+    params: Any,
+    adapter: Adapters,
+    *args: Any,
+    strict: bool = False,
+    dense: Sequence[Pattern] = (),
+    tx: Any = None,
+    **kwargs: Any,
+) -> Explanation:
+    """Says for each adapted leaf how the model consumes it, and what it costs; nothing is evaluated.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jnp.ones((64, 32))}
+    >>> apply = lambda params, x: x @ params["kernel"]
+    >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> print(lj.explain(apply, params, adapter, jnp.ones((8, 64))))
+    path    shape  axes  variant  rank  scale  used                     trainable  of base  operations
+    ──────  ─────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
+    kernel  64×32  io    LoRA        2      2  factored dot_general ×1        192   9.375%       3,344
+    <BLANKLINE>
+    trainable: 192 numbers, 9.375% of the base's 2,048
+    memory:    adapter 768 B, optimiser 1.5 kB (two moments, as Adam keeps)
+    forward:   3,344 operations more, 10.21% of the base's 32,768
+
+    Args:
+      apply: the model, `apply(params, *args, **kwargs)`.
+      params: the parameter tree, or its shapes and dtypes.
+      adapter: from `init`.
+      *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
+      strict: raise if a leaf of the adapter is never used.
+      dense: as given to `lora`.
+      tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
+      **kwargs: as the model takes them.
+
+    Returns:
+      An `Explanation`, to print.
+
+    Raises:
+      AdapterError: if the adapter does not fit; with `strict`, if the function never uses some of its leaves.
+      UnsupportedError: where `lora` would raise it.
+    """
+    program = trace(apply, params, args, kwargs)
+    leaves = program.arrays_of_params
+    kernels = attach(leaves, adapter)
+    # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
+    whole = {path: probe(path, leaves[path]) for path, part in adapter.items() if not part.variant.needs_axes}
+    uses = watch(program, kernels | whole, dense)
+    rows = tuple(_row(path, part, leaves[path], uses) for path, part in adapter.items())
+    unused = [row.path for row in rows if row.used == _NEVER]
+    if strict and unused:
+        raise AdapterError(
+            f"Expected the function to use every leaf of the adapter; it never uses {len(unused)} of {len(rows)}.\n"
+            f"{listed(unused)}\n  Take them out of the spec, or check that this is the function that is trained."
+        )
+    adapter_bytes = _bytes(adapter)
+    return Explanation(
+        rows,
+        base_parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
+        base_operations=operations(program.jaxpr),
+        adapter_bytes=adapter_bytes,
+        optimiser_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
+        optimiser="two moments, as Adam keeps" if tx is None else "the state of `tx`",
+    )
+
+
+_NEVER = "never used"
+
+
+def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use]) -> Row:
+    variant = part.variant
+    its = [use for use in uses if use.path == path]
+    return Row(
+        path,
+        tuple(leaf.shape),
+        part.axes,
+        type(variant).__name__,
+        rank=variant.rank if isinstance(variant, LowRank) else None,
+        scale=variant.scale if isinstance(variant, LowRank) else None,
+        used=_used(its, whole=not variant.needs_axes),
+        parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
+        operations=sum(use.operations for use in its),
+    )
+
+
+def _used(uses: Sequence[Use], *, whole: bool) -> str:
+    """Such as `factored dot_general ×24, dense mul ×1`."""
+    times: dict[str, int] = {}
+    for use in uses:
+        name = f"{'whole' if whole else use.kind} {use.primitive}"
+        times[name] = times.get(name, 0) + use.times
+    return ", ".join(f"{name} ×{count}" for name, count in times.items()) or _NEVER
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if _HEADER[column] in _NUMBERS else cell.ljust(width)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _size(count: int) -> str:
+    """Bytes as a person would say them.
+
+    >>> _size(512), _size(1_500), _size(90_900_000)
+    ('512 B', '1.5 kB', '90.9 MB')
+    """
+    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1000, units[1:]
+    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

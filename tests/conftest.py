@@ -1,0 +1,20 @@
+"""Set up once, before JAX starts: eight devices on the CPU, and no quiet promotions."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("bounded", max_examples=40, deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("bounded")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+    return jax.random.key(0)

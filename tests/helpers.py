@@ -1,0 +1,46 @@
+"""What the tests share: the one table of tolerances, adapters that do something, and the dense oracle."""
+
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+
+import lora_jax as lj
+
+# Largest difference from the oracle, relative to the oracle's largest element.
+FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
+GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
+
+
+def assert_close(got: Any, expected: Any, table: dict[str, float] = FORWARD) -> None:
+    """Compares two trees leaf by leaf, by the table's tolerance for the leaf's dtype; integers must be equal."""
+    chex.assert_trees_all_equal_structs(got, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+
+    def compare(one: Any, other: Any) -> None:
+        if not jnp.issubdtype(one.dtype, jnp.floating):
+            return chex.assert_trees_all_equal(one, other)
+        scale = float(jnp.max(jnp.abs(other.astype(jnp.float32)), initial=0.0))
+        chex.assert_trees_all_close(
+            one.astype(jnp.float64 if one.dtype == jnp.float64 else jnp.float32),
+            other.astype(jnp.float64 if one.dtype == jnp.float64 else jnp.float32),
+            rtol=0,
+            atol=table[one.dtype.name] * max(scale, 1e-6),
+        )
+
+    jax.tree.map(compare, got, expected)
+
+
+def trained(key: jax.Array, adapter: Any, size: float = 0.3) -> Any:
+    """An adapter as training might leave it: every array random, none zero."""
+    leaves, treedef = jax.tree.flatten(adapter)
+    keys = jax.random.split(key, len(leaves))
+    return treedef.unflatten(
+        [size * jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, leaves, strict=True)]
+    )
+
+
+def dense(apply: Any) -> Any:
+    """The oracle: the same call with the kernels formed, `f(merge(p, ad), x)`, differentiable in the adapter."""
+    return lambda params, adapter, *args, **kwargs: apply(lj.merge(params, adapter), *args, **kwargs)
