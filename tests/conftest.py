@@ -1,4 +1,4 @@
-"""Set up once, before JAX starts: eight devices on the CPU, and no quiet promotions."""
+"""Set up once, before JAX starts: eight devices on the CPU; bounded, repeatable property tests; one key."""
 
 import os
 
@@ -8,8 +8,6 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import hypothesis
 import jax
 import pytest
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("bounded", max_examples=40, deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("bounded")

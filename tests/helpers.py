@@ -8,13 +8,16 @@ import jax.numpy as jnp
 
 import lora_jax as lj
 
-# Largest difference from the oracle, relative to the oracle's largest element.
+# Largest difference from the oracle, relative to the oracle's largest element, by the dtype of the computation.
 FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
 GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
 
 
-def assert_close(got: Any, expected: Any, table: dict[str, float] = FORWARD) -> None:
-    """Compares two trees leaf by leaf, by the table's tolerance for the leaf's dtype; integers must be equal."""
+def assert_close(got: Any, expected: Any, table: dict[str, float] = FORWARD, *, dtype: str | None = None) -> None:
+    """Compares two trees leaf by leaf; integers must be equal.
+
+    The tolerance is the table's for `dtype`, that of the computation; without it, for the leaf's own dtype.
+    """
     chex.assert_trees_all_equal_structs(got, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
 
@@ -26,7 +29,7 @@ def assert_close(got: Any, expected: Any, table: dict[str, float] = FORWARD) -> 
             one.astype(jnp.float64 if one.dtype == jnp.float64 else jnp.float32),
             other.astype(jnp.float64 if one.dtype == jnp.float64 else jnp.float32),
             rtol=0,
-            atol=table[one.dtype.name] * max(scale, 1e-6),
+            atol=table[dtype or one.dtype.name] * max(scale, 1e-6),
         )
 
     jax.tree.map(compare, got, expected)

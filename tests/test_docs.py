@@ -1,0 +1,29 @@
+"""Every Python block of the README and of docs/ runs, in order, as a reader would run it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    names: dict[str, object] = {"__name__": "__page__"}
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        line = text.count("\n", 0, block.start(1))
+        exec(compile("\n" * line + block[1], str(page), "exec"), names)
+
+
+def test_the_table_in_the_readme_is_what_explain_prints() -> None:
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```(python|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    exec(blocks[0][1], names)
+    assert blocks[2][0] == "text"
+    table = eval("str(lj.explain(model.apply, params, adapter, x, tx=tx))", names)
+    assert table == blocks[2][1].rstrip("\n")
