@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
+import flax.serialization
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -64,6 +65,15 @@ class Adapter:
         variant, axes, names = static
         return cls(variant, axes, **dict(zip(names, children, strict=True)))
 
+
+# For `flax.serialization.to_bytes` and whatever builds on it: the arrays by name; variant and axes come from the target.
+flax.serialization.register_serialization_state(
+    Adapter,
+    lambda adapter: flax.serialization.to_state_dict(adapter.arrays),
+    lambda adapter, state: Adapter(
+        adapter.variant, adapter.axes, **flax.serialization.from_state_dict(adapter.arrays, state)
+    ),
+)
 
 Adapters = Mapping[str, Adapter]
 

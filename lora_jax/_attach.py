@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from ._adapter import AdaptedKernel, Adapter, Adapters
 from ._errors import AdapterError, listed
 from ._paths import nearest
@@ -20,6 +23,24 @@ def attach(leaves: Mapping[str, Any], adapter: Adapters) -> dict[str, AdaptedKer
     Raises:
       AdapterError: if a path is not among the leaves, or a shape disagrees; lists the differences.
     """
+    check(leaves, adapter)
+    return {
+        path: part.variant.apply(_as_jax(leaves[path]), part.arrays, part.axes, path) for path, part in adapter.items()
+    }
+
+
+def _as_jax(leaf: Any) -> Any:
+    """A leaf of the dtype that JAX sees: without 64 bits, NumPy's float64 is float32."""
+    return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
+
+
+def check(leaves: Mapping[str, Any], adapter: Adapters) -> None:
+    """Raises what `attach` would, for parameters and arrays that may be shapes only."""
+    if not isinstance(adapter, Mapping):
+        raise AdapterError(
+            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {type(adapter).__name__}.\n"
+            "  The arguments come in this order: adapted(params, adapter, *args)."
+        )
     for path, part in adapter.items():
         if not isinstance(part, Adapter):
             raise AdapterError(
@@ -33,7 +54,6 @@ def attach(leaves: Mapping[str, Any], adapter: Adapters) -> dict[str, AdaptedKer
             f"fits; got {len(differences)} differences.\n{listed(differences)}\n"
             "  Give the tree that the adapter was made from (`variables` is not `variables['params']`)."
         )
-    return {path: part.variant.apply(leaves[path], part.arrays, part.axes, path) for path, part in adapter.items()}
 
 
 def _differences(path: str, part: Adapter, leaves: Mapping[str, Any]) -> list[str]:

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 
 from ._adapter import Adapter, Adapters
-from ._attach import attach
+from ._attach import attach, check
 from ._errors import AdapterError, listed
 from ._kernels import probe
 from ._operations import operations
-from ._paths import Pattern
-from ._transform import trace, watch
+from ._paths import Pattern, flatten
+from ._transform import Program, trace, watch
 from ._use import Use
 from ._variants import LowRank
 
@@ -55,7 +55,8 @@ class Explanation:
     Attributes:
       rows: one for each adapted leaf.
       base_parameters: how many numbers `params` holds.
-      base_operations: floating-point operations of one forward call without the adapter.
+      base_operations: floating-point operations of one forward call without the adapter; None if the model has some
+        that shapes do not tell, such as a Fourier transform.
       adapter_bytes: of all the adapter's arrays.
       optimiser_bytes: of the optimiser's state for them.
       optimiser: whose state that is.
@@ -63,7 +64,7 @@ class Explanation:
 
     rows: tuple[Row, ...]
     base_parameters: int
-    base_operations: int
+    base_operations: int | None
     adapter_bytes: int
     optimiser_bytes: int
     optimiser: str
@@ -106,13 +107,16 @@ class Explanation:
         ]
 
     def _totals(self) -> list[str]:
-        share = self.operations / self.base_operations if self.base_operations else 0.0
+        if self.base_operations is None:
+            share = "the base's cannot be told from shapes"
+        else:
+            share = f"{self.operations / max(self.base_operations, 1):.2%} of the base's {self.base_operations:,}"
         return [
             f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
             f"{self.base_parameters:,}",
             f"memory:    adapter {_size(self.adapter_bytes)}, "
             f"optimiser {_size(self.optimiser_bytes)} ({self.optimiser})",
-            f"forward:   {self.operations:,} operations more, {share:.2%} of the base's {self.base_operations:,}",
+            f"forward:   {self.operations:,} operations more, {share}",
         ]
 
 
@@ -162,11 +166,12 @@ def explain(
       AdapterError: if the adapter does not fit; with `strict`, if the function never uses some of its leaves.
       UnsupportedError: where `lora` would raise it.
     """
+    check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
     program = trace(apply, params, args, kwargs)
     leaves = program.arrays_of_params
-    kernels = attach(leaves, adapter)
+    kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
-    whole = {path: probe(path, leaves[path]) for path, part in adapter.items() if not part.variant.needs_axes}
+    whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
     uses = watch(program, kernels | whole, dense)
     rows = tuple(_row(path, part, leaves[path], uses) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
@@ -179,7 +184,7 @@ def explain(
     return Explanation(
         rows,
         base_parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
-        base_operations=operations(program.jaxpr),
+        base_operations=_operations_of(program),
         adapter_bytes=adapter_bytes,
         optimiser_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
         optimiser="two moments, as Adam keeps" if tx is None else "the state of `tx`",
@@ -212,6 +217,13 @@ def _used(uses: Sequence[Use], *, whole: bool) -> str:
         name = f"{'whole' if whole else use.kind} {use.primitive}"
         times[name] = times.get(name, 0) + use.times
     return ", ".join(f"{name} ×{count}" for name, count in times.items()) or _NEVER
+
+
+def _operations_of(program: Program) -> int | None:
+    try:
+        return operations(program.jaxpr)
+    except NotImplementedError:
+        return None
 
 
 def _aligned(cell: str, width: int, column: int) -> str:

@@ -73,6 +73,11 @@ def _axes(path: str, leaf: Any, variant: Variant, kernels: Mapping[str, Kernel] 
             )
         return variant.axes
     if kernels is not None and path in kernels and (traced := kernels[path].axes) is not None:
+        if len(traced) != leaf.ndim:
+            raise SpecError(
+                f"Expected `kernels` traced with these parameters; {path!r} has shape {tuple(leaf.shape)}, and had "
+                f"{kernels[path].shape} when traced."
+            )
         return traced
     if leaf.ndim == 2:
         return "io"

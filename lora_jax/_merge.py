@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import weakref
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from jax.core import Tracer
 
-from ._adapter import AdaptedKernel, Adapter, Adapters, materialise
-from ._attach import attach
+from ._adapter import Adapter, Adapters
+from ._attach import check
 from ._errors import MergeError, listed
+from ._fold import Rounding, drift_bound, fold, is_concrete, rounding, unfold
 from ._paths import flatten, unflatten
-
-
-class Rounding(NamedTuple):
-    """What the cast to the base's dtype took from one merged leaf.
-
-    Attributes:
-      max_error: largest distance of an element from the exact sum.
-      mean_error: mean distance.
-      lost: share of the elements that the adapter changes and that rounded back to the base's value, in [0, 1].
-    """
-
-    max_error: float
-    mean_error: float
-    lost: float
+from ._variants import Variant
 
 
 @overload
@@ -65,25 +49,24 @@ def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool =
     Raises:
       AdapterError: if the adapter does not fit `params`.
       MergeError: if a factor is not finite or a merged leaf would overflow its dtype; if leaves are tied; if this very
-        adapter is in the leaves already. Values are not checked under `jit`, where there are none.
+        adapter is in the leaves already. Under `jit` there are no values: none is checked, and `report` raises.
     """
     leaves, treedef = flatten(params)
-    attach(leaves, adapter)
+    check(leaves, adapter)
+    if report and not all(map(is_concrete, jax.tree.leaves((params, adapter)))):
+        raise MergeError("Expected values to report on; got a trace, which has none.\n  Call merge outside `jit`.")
     _check_finite(adapter)
     _check_merged(leaves, adapter)
     if not untie:
         _check_tied(leaves, adapter)
-    folded = {path: _on_leaf(_fold, leaves[path], part) for path, part in adapter.items()}
+    folded = {path: fold(leaves[path], part) for path, part in adapter.items()}
     _check_overflow(leaves, folded)
     for path, part in adapter.items():
-        _mark(folded[path], part)
+        _mark(folded[path], leaves[path], part)
     merged = unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
     if not report:
         return merged
-    measure = jax.jit(_measure)
-    return merged, {
-        path: Rounding(*map(float, measure(leaves[path], folded[path], part))) for path, part in adapter.items()
-    }
+    return merged, {path: rounding(leaves[path], part, folded[path]) for path, part in adapter.items()}
 
 
 @overload
@@ -113,7 +96,7 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
         replaced whole, and only the base can bring it back.
     """
     leaves, treedef = flatten(params)
-    attach(leaves, adapter)
+    check(leaves, adapter)
     if base is None and not report:
         raise MergeError(
             "Expected the kept base, or a wish to know the drift: what rounding took when merging is not in `params`.\n"
@@ -124,64 +107,12 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
         drift = dict.fromkeys(adapter, 0.0)
     else:
         restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
-        drift = {path: _drift(leaves[path], restored[path]) for path in adapter}
+        drift = {path: drift_bound(leaves[path], restored[path]) for path in adapter}
     tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})
     return (tree, drift) if report else tree
 
 
-# One leaf
-
-
-def _exact(w: Array, part: Adapter, sign: int = 1) -> Array:
-    """The leaf with its adapter, in float32 or wider; with `sign` -1, the leaf that it was added to."""
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    kernel = part.variant.apply(wide, part.arrays, part.axes, "")
-    if not isinstance(kernel, AdaptedKernel):
-        return kernel
-    return materialise(dataclasses.replace(kernel, scale=sign * kernel.scale))
-
-
-def _fold(w: Array, part: Adapter) -> Array:
-    return _exact(w, part).astype(w.dtype)
-
-
-def _unfold(w: Array, part: Adapter) -> Array:
-    return _exact(w, part, sign=-1).astype(w.dtype)
-
-
-def _measure(w: Array, folded: Array, part: Adapter) -> tuple[Array, Array, Array]:
-    exact = _exact(w, part)
-    error = jnp.abs(folded.astype(exact.dtype) - exact)
-    changed = exact != w.astype(exact.dtype)
-    lost = jnp.sum(changed & (folded == w)) / jnp.maximum(jnp.sum(changed), 1)
-    return jnp.max(error), jnp.mean(error), lost
-
-
-def _on_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
-    """One leaf's result, in the container and with the sharding of `w`; one leaf's temporaries live at a time."""
-    if isinstance(w, Tracer):
-        return function(w, part)
-    if isinstance(w, np.ndarray):
-        return np.array(_jitted(function, None)(w, part))
-    return _jitted(function, w.sharding)(w, part)
-
-
-@functools.cache
-def _jitted(function: Callable[..., Array], sharding: Any) -> Callable[..., Array]:
-    return jax.jit(function, out_shardings=sharding)
-
-
-def _drift(merged: Array, restored: Array) -> float:
-    """A bound on what two casts took: half a unit in the last place of the largest element, each."""
-    half_unit = float(jnp.finfo(merged.dtype).eps) / 2
-    return half_unit * (float(jnp.max(jnp.abs(merged))) + float(jnp.max(jnp.abs(restored))))
-
-
 # Checks
-
-
-def _is_concrete(x: Any) -> bool:
-    return not isinstance(x, Tracer)
 
 
 def _check_finite(adapter: Adapters) -> None:
@@ -189,7 +120,7 @@ def _check_finite(adapter: Adapters) -> None:
         f"{path!r}: {name}"
         for path, part in adapter.items()
         for name, array in part.arrays.items()
-        if _is_concrete(array) and not bool(jnp.isfinite(array).all())
+        if is_concrete(array) and not bool(jnp.isfinite(array).all())
     ]
     if bad:
         raise MergeError(
@@ -202,7 +133,7 @@ def _check_overflow(leaves: Mapping[str, Any], folded: Mapping[str, Any]) -> Non
     bad = [
         f"{path!r} ({leaf.dtype})"
         for path, leaf in folded.items()
-        if _is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()) and bool(jnp.isfinite(leaves[path]).all())
+        if is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()) and bool(jnp.isfinite(leaves[path]).all())
     ]
     if bad:
         raise MergeError(
@@ -224,35 +155,42 @@ def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
             )
 
 
-# Which array came from merging which adapter: references to both, by the id of the merged one. They keep nothing alive.
-_merged: dict[int, tuple[weakref.ref[Any], weakref.ref[Any]]] = {}
+# What was merged into which array: by the id of the array, a reference to it, and the adapters in it, each its variant
+# and references to its arrays. They keep nothing alive.
+_Mark = tuple[Variant, tuple[weakref.ref[Any], ...]]
+_merged: dict[int, tuple[weakref.ref[Any], tuple[_Mark, ...]]] = {}
 
 
-def _mark(leaf: Any, part: Adapter) -> None:
-    factor = next(iter(part.arrays.values()))
-    if _is_concrete(leaf) and _is_concrete(factor):
-        key = id(leaf)
-        _merged[key] = (weakref.ref(leaf, lambda _: _merged.pop(key, None)), weakref.ref(factor))
+def _marks(leaf: Any) -> tuple[_Mark, ...]:
+    reference, marks = _merged.get(id(leaf), (None, ()))
+    return marks if reference is not None and reference() is leaf else ()
+
+
+def _mark(folded: Any, leaf: Any, part: Adapter) -> None:
+    arrays = tuple(part.arrays.values())
+    if all(map(is_concrete, (folded, *arrays))):
+        key = id(folded)
+        earlier = _marks(leaf) if part.variant.needs_axes else ()  # of a leaf that was replaced nothing is left
+        mark = (part.variant, tuple(map(weakref.ref, arrays)))
+        _merged[key] = (weakref.ref(folded, lambda _: _merged.pop(key, None)), (*earlier, mark))
 
 
 def _check_merged(leaves: Mapping[str, Any], adapter: Adapters) -> None:
     for path, part in adapter.items():
-        leaf, factor = _merged.get(id(leaves[path]), (lambda: None, lambda: None))
-        if leaf() is leaves[path] and factor() is next(iter(part.arrays.values())):
-            raise MergeError(
-                f"Expected the base; the adapter is merged already in {path!r}.\n"
-                "  Merge into the tree from before, or take it out first: unmerge(params, adapter, base=base)."
-            )
+        arrays = list(part.arrays.values())
+        for variant, references in _marks(leaves[path]):
+            merged = [reference() for reference in references]
+            if variant == part.variant and all(a is b for a, b in zip(arrays, merged, strict=True)):
+                raise MergeError(
+                    f"Expected the base; the adapter is merged already in {path!r}.\n"
+                    "  Merge into the tree from before, or take it out first: unmerge(params, adapter, base=base)."
+                )
 
 
 def _kept(leaves: Mapping[str, Any], adapter: Adapters, base: Mapping[str, Any]) -> dict[str, Any]:
     """The base's own leaves, once it is sure that they are the ones that were merged."""
-    attach(base, adapter)
-    wrong = [
-        repr(path)
-        for path, part in adapter.items()
-        if _is_concrete(leaves[path]) and not np.array_equal(leaves[path], _on_leaf(_fold, base[path], part))
-    ]
+    check(base, adapter)
+    wrong = [repr(path) for path, part in adapter.items() if _differ(leaves[path], fold(base[path], part))]
     if wrong:
         raise MergeError(
             f"Expected `params` to be the merge of `base` and the adapter; {len(wrong)} of {len(adapter)} leaves are "
@@ -261,10 +199,14 @@ def _kept(leaves: Mapping[str, Any], adapter: Adapters, base: Mapping[str, Any])
     return {path: base[path] for path in adapter}
 
 
+def _differ(one: Any, other: Any) -> bool:
+    return is_concrete(one) and is_concrete(other) and not np.array_equal(one, other)
+
+
 def _without(path: str, leaf: Any, part: Adapter) -> Any:
     if not part.variant.needs_axes:
         raise MergeError(
             f"Expected the kept base: {path!r} was replaced whole by {part.variant}; what it was is not in `params`.\n"
             "  Call unmerge(params, adapter, base=base)."
         )
-    return _on_leaf(_unfold, leaf, part)
+    return unfold(leaf, part)

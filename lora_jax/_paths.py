@@ -7,9 +7,11 @@ whether its parameters are boxed or not.
 from __future__ import annotations
 
 import difflib
+import functools
+import operator
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,17 +36,27 @@ def flatten(tree: Any) -> tuple[dict[str, Any], PyTreeDef]:
       AdapterError: if two leaves have the same path (an integer key beside its text, or a key that holds `/`).
     """
     leaves: dict[str, Any] = {}
-    for keys, box in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
-        inside = jax.tree_util.tree_flatten_with_path(box)[0] if _is_box(box) else [((), box)]
-        for inner, leaf in inside:
-            path = "/".join(_step(key) for key in (*keys, *(inner if len(inside) > 1 else ())))
-            if path in leaves:
-                raise AdapterError(
-                    f"Expected every leaf of the tree to have a path of its own; two leaves have the path {path!r}.\n"
-                    "  Rename one of the keys."
-                )
-            leaves[path] = leaf
+    for keys, leaf in _walk(tree):
+        path = "/".join(map(_step, keys))
+        if path in leaves:
+            raise AdapterError(
+                f"Expected every leaf of the tree to have a path of its own; two leaves have the path {path!r}.\n"
+                "  Rename one of the keys."
+            )
+        leaves[path] = leaf
     return leaves, jax.tree_util.tree_structure(tree)
+
+
+def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every leaf and the steps to it, those of boxes left out; a box may hold a tree, or another box."""
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+        if not _is_box(node):
+            yield keys, node
+            continue
+        parts = jax.tree_util.tree_flatten_with_path(node, is_leaf=functools.partial(operator.is_not, node))[0]
+        for own, part in parts:
+            for inner, leaf in _walk(part):
+                yield (*keys, *(own if len(parts) > 1 else ()), *inner), leaf
 
 
 def unflatten(treedef: PyTreeDef, leaves: dict[str, Any]) -> Any:
@@ -80,7 +92,7 @@ def matcher(pattern: Pattern) -> re.Pattern[str]:
     if isinstance(pattern, re.Pattern):
         return pattern
     expression, depth = "", 0
-    for token in re.findall(r"\*\*/|/\*\*$|\*\*|\*|[{},]|[^*{},]", pattern):
+    for token in re.findall(r"\*\*/|/\*\*(?=[,}]|$)|\*\*|\*|[{},]|[^*{},]", pattern):
         match token:
             case "**/":
                 expression += r"(?:[^/]+/)*"

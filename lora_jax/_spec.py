@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ._errors import SpecError, listed
 from ._paths import Pattern, matcher, nearest, pattern_text
@@ -13,7 +15,7 @@ from ._variants import Variant
 
 Spec = Mapping[Pattern, Variant | None]
 
-_VECTORS = {"bias", "scale"}  # what Flax calls its vectors, which a scan stacks into matrices
+_VECTORS = {"bias", "scale", "mean", "var"}  # what Flax calls its vectors, which a scan stacks into matrices
 
 
 def resolve(spec: Spec, leaves: Mapping[str, Any]) -> dict[str, Variant]:
@@ -27,6 +29,8 @@ def resolve(spec: Spec, leaves: Mapping[str, Any]) -> dict[str, Variant]:
       SpecError: if a rule matches nothing, if earlier rules decide all that it matches, if it gives a low-rank update
         to a leaf that cannot have one, or if nothing is adapted at all.
     """
+    if not isinstance(spec, Mapping):
+        raise SpecError(f"Expected a spec, a mapping such as {{'**/kernel': LoRA(rank=8, alpha=16)}}; got {spec!r}.")
     decided: dict[str, Pattern] = {}
     for pattern, variant in spec.items():
         _check_rule(pattern, variant)
@@ -66,7 +70,10 @@ def _check_rule(pattern: Pattern, variant: Any) -> None:
 
 
 def _check_leaf(path: str, leaf: Any, variant: Variant, pattern: Pattern) -> None:
-    where = f"{path!r} of shape {tuple(leaf.shape)}, by the rule {pattern_text(pattern)!r}"
+    rule = f"by the rule {pattern_text(pattern)!r}"
+    if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        raise SpecError(f"Expected an array to adapt; got {leaf!r} at {path!r}, {rule}.")
+    where = f"{path!r} of shape {tuple(leaf.shape)}, {rule}"
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise SpecError(f"Expected a floating-point leaf to adapt; got {leaf.dtype} at {where}.")
     if not variant.needs_axes:

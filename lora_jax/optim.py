@@ -49,7 +49,9 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         parts = _parts(updates)
         adapter = None if params is None else _parts(params)["adapter"]
         new, state = inner.update(parts["adapter"], state, adapter, **extra_args)
-        return type(updates)({"base": jax.tree.map(jnp.zeros_like, parts["base"]), "adapter": new}), state
+        # Minus zero: adding it leaves every number as it is, bit for bit; plus zero would turn -0.0 into 0.0.
+        given = {"base": jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), parts["base"]), "adapter": new}
+        return type(updates)({key: given[key] for key in updates}), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -18,7 +18,7 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._axes import axes_of_a, axes_of_b
 from .._compat import ClosedJaxpr, Jaxpr, is_unspecified, primitives
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Settings, Site, Value, interpret, rule
 
 _ENDS = "the kernel decides when a loop ends"
 
@@ -46,25 +46,39 @@ def _jit(
         if isinstance(operand, AdaptedKernel) and (donated or not is_unspecified(sharding)):
             raise NoRule("a jit that donates the kernel or gives it a sharding")
 
-    def run(*operands: Value) -> list[Value]:
-        return site.interpret(jaxpr, operands)
-
-    run.__name__ = run.__qualname__ = name  # profiles show the model's name
-    return jax.jit(
-        run,
+    # A watched body has to be traced each time, or the log would miss it.
+    build = _jitted if site.settings.log is None else _jitted.__wrapped__
+    return build(
+        site.settings,
+        site.times,
+        jaxpr,
+        name,
         in_shardings=_shardings(in_shardings),
         out_shardings=_shardings(out_shardings),
-        donate_argnums=[number for number, donated in enumerate(donated_invars) if donated],
+        donate_argnums=tuple(number for number, donated in enumerate(donated_invars) if donated),
         keep_unused=keep_unused,
         inline=inline,
-        compiler_options=dict(compiler_options_kvs) or None,
+        compiler_options=tuple(compiler_options_kvs),
     )(*operands)
 
 
-def _shardings(shardings: Sequence[Any]) -> Any:
+@functools.lru_cache(maxsize=1024)
+def _jitted(
+    settings: Settings, times: int, jaxpr: ClosedJaxpr, name: str, *, compiler_options: Any, **options: Any
+) -> Callable[..., Any]:
+    """The rebuilt function, one for each jaxpr: outside `jit`, a second call would compile a new one again."""
+
+    def run(*operands: Value) -> list[Value]:
+        return interpret(settings, jaxpr.jaxpr, jaxpr.consts, operands, times=times)
+
+    run.__name__ = run.__qualname__ = name  # profiles show the model's name
+    return jax.jit(run, compiler_options=dict(compiler_options) or None, **options)
+
+
+def _shardings(shardings: Sequence[Any]) -> tuple[Any, ...] | None:
     if all(is_unspecified(sharding) for sharding in shardings):
         return None
-    return [None if is_unspecified(sharding) else sharding for sharding in shardings]
+    return tuple(None if is_unspecified(sharding) else sharding for sharding in shardings)
 
 
 @rule(primitives.remat_p)

@@ -66,20 +66,6 @@ class Settings:
     dense: tuple[Pattern, ...] = ()
     log: list[Use] | None = None
 
-    def note(
-        self,
-        kernel: AdaptedKernel,
-        primitive: str,
-        kind: str,
-        line: str,
-        axes: tuple[tuple[str, str], ...] | None,
-        times: int,
-        operations: int = 0,
-    ) -> None:
-        """Adds a use to the log, if there is one."""
-        if self.log is not None:
-            self.log.append(Use(kernel.path, primitive, kind, axes, times, times * operations, line))
-
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -95,11 +81,15 @@ class Site:
 
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
-        axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-        self.settings.note(kernel, self.eqn.primitive.name, kind, user_line(self.eqn), axes, self.times, operations)
+        if self.settings.log is not None:
+            axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
+            name, line = self.eqn.primitive.name, user_line(self.eqn)
+            self.settings.log.append(Use(kernel.path, name, kind, axes, self.times, self.times * operations, line))
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
+        if not isinstance(value, AdaptedKernel):
+            return value
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
 
 
@@ -118,7 +108,9 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
             f"  at {line}\n"
             f"  Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}])."
         )
-    settings.note(value, primitive, "dense" if not value.is_probe else "opaque", line, None, times)
+    if settings.log is not None:
+        kind, operations = ("opaque", 0) if value.is_probe else ("dense", 2 * value.w.size * value.a.shape[-1])
+        settings.log.append(Use(value.path, primitive, kind, None, times, times * operations, line))
     return materialise(value)
 
 

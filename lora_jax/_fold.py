@@ -1,0 +1,126 @@
+"""One leaf and its adapter: put together, taken apart, and what rounding took.
+
+Computed in float32, or in what is wider among the leaf and the adapter, and cast once. The result is what the leaf was:
+in NumPy's hands or JAX's, with the same sharding, in the same memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.core import Tracer
+
+from ._adapter import AdaptedKernel, Adapter, delta, materialise
+
+
+class Rounding(NamedTuple):
+    """What rounding to the base's dtype took from one merged leaf.
+
+    Attributes:
+      max_error: largest distance of an element from the exact sum.
+      mean_error: mean distance.
+      lost: share of the elements that the adapter changes and that rounded back to the base's value, in [0, 1].
+    """
+
+    max_error: float
+    mean_error: float
+    lost: float
+
+
+def fold(w: Any, part: Adapter) -> Any:
+    """The leaf with its adapter, `W0 + s·A·B`."""
+    return _on_leaf(_fold, w, part)
+
+
+def unfold(w: Any, part: Adapter) -> Any:
+    """The merged leaf without its adapter, `W - s·A·B`."""
+    return _on_leaf(_unfold, w, part)
+
+
+def rounding(w: Any, part: Adapter, folded: Any) -> Rounding:
+    """What was lost between `w` and its adapter, and `fold` of them."""
+    if isinstance(w, Array):
+        w, folded = _near(w), _near(folded)
+    with _precision_of(w):
+        return Rounding(*map(float, _jitted(_measure, None)(w, part, folded)))
+
+
+def drift_bound(merged: Any, restored: Any) -> float:
+    """A bound on what two casts took: half a unit in the last place of the largest element, each."""
+    info = jnp.finfo(merged.dtype)
+    least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))  # processors flush what is smaller
+    return sum(max(float(info.eps) / 2 * float(abs(leaf).max()), least) for leaf in (merged, restored))
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether an array has values, as it does outside a trace."""
+    return not isinstance(x, Tracer)
+
+
+def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
+    """What the model would see, were all of the leaf in float32, or in what is wider among its dtypes."""
+    dtypes = (w.dtype, *(array.dtype for array in part.arrays.values()))
+    wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    return part.variant.apply(w.astype(wide), part.arrays, part.axes, "")
+
+
+def _fold(w: Array, part: Adapter, sign: int = 1) -> Array:
+    kernel = _in_wide(w, part)
+    if not isinstance(kernel, AdaptedKernel):
+        return kernel.astype(w.dtype)
+    return materialise(dataclasses.replace(kernel, scale=sign * kernel.scale)).astype(w.dtype)
+
+
+def _unfold(w: Array, part: Adapter) -> Array:
+    return _fold(w, part, sign=-1)
+
+
+def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:
+    kernel = _in_wide(w, part)
+    if isinstance(kernel, AdaptedKernel):
+        change = delta(kernel)
+        total = kernel.w + change
+        taken = total - kernel.w
+        rest = (kernel.w - (total - taken)) + (change - taken)  # what rounding took from `total` itself (Knuth's sum)
+    else:
+        change, total, rest = kernel - w, kernel, jnp.zeros_like(kernel)
+    error = jnp.abs((total - folded) + rest)
+    changed = change != 0
+    lost = jnp.sum(changed & (folded == w)) / jnp.maximum(jnp.sum(changed), 1)
+    return jnp.max(error), jnp.mean(error), lost
+
+
+def _on_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
+    """One leaf's result, where and as the leaf is; its temporaries do not outlive the call."""
+    if not all(map(is_concrete, (w, *part.arrays.values()))):
+        return function(jnp.asarray(w), part)
+    if isinstance(w, np.ndarray):
+        with _precision_of(w):
+            return np.array(_jitted(function, None)(w, part))
+    near = _near(w)
+    return jax.device_put(_jitted(function, near.sharding)(near, part), w.sharding)
+
+
+def _near(w: Array) -> Array:
+    """The leaf in its devices' own memory, to compute with; it may be kept in the host's."""
+    device: Any = next(iter(w.sharding.device_set))
+    kind = device.default_memory().kind
+    return w if w.sharding.memory_kind == kind else jax.device_put(w, w.sharding.with_memory_kind(kind))
+
+
+def _precision_of(w: Any) -> Any:
+    """A context in which NumPy's float64 is not cut to float32."""
+    return jax.enable_x64(True) if w.dtype == np.float64 else contextlib.nullcontext()
+
+
+@functools.cache
+def _jitted(function: Callable[..., Array], sharding: Any) -> Callable[..., Array]:
+    return jax.jit(function, out_shardings=sharding)

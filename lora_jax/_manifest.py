@@ -1,0 +1,202 @@
+"""The manifest of a checkpoint: all that an adapter says about itself besides its numbers, as readable JSON."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ._adapter import Adapter, Adapters
+from ._errors import CheckpointError, listed
+from ._fingerprint import content_differences, fingerprint, structural_differences
+from ._paths import nearest
+from ._variants import Full, LoRA, RSLoRA, Variant
+from ._variants._base import LowRank
+
+Manifest = Mapping[str, Any]
+
+FORMAT = "lora_jax.adapter"
+VERSION = 1  # of the format; a reader of version n reads all versions up to n
+
+_VARIANTS: dict[str, type[Variant]] = {variant.__name__: variant for variant in (Full, LoRA, RSLoRA)}
+
+
+def describe(adapter: Adapters, base: Any) -> dict[str, Any]:
+    """Makes the manifest of an adapter and of the base that it belongs to.
+
+    Raises:
+      CheckpointError: if it is no adapter, holds something that cannot be saved, or has a path that `base` has not.
+    """
+    _check_savable(adapter)
+    base_leaves = fingerprint(base)
+    strangers = [path for path in adapter if path not in base_leaves]
+    if strangers:
+        near = [
+            f"{path!r}; the nearest are {', '.join(map(repr, nearest(path, list(base_leaves))))}" for path in strangers
+        ]
+        raise CheckpointError(
+            f"Expected `base` to be the tree that the adapter was made from; {len(strangers)} of the adapter's "
+            f"{len(adapter)} paths are not in `base`.\n{listed(near)}\n"
+            "  Give the same tree as to `init` (`variables` is not `variables['params']`)."
+        )
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "lora_jax": _library_version(),
+        "adapter": {path: _describe_part(part) for path, part in adapter.items()},
+        "base": base_leaves,
+    }
+
+
+def dumps(manifest: Manifest) -> str:
+    """The manifest as JSON: one line for each array."""
+    return _indented(manifest, "") + "\n"
+
+
+def loads(text: bytes, where: object) -> dict[str, Any]:
+    """Reads a manifest.
+
+    Raises:
+      CheckpointError: if it is none, is damaged, or is of a version that is not known yet.
+    """
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise _damaged(where, f"its manifest is no JSON ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"Expected a manifest of the format {FORMAT!r}; got another, in {where}.\n"
+            "  Give the path that `lora_jax.save` was given."
+        )
+    version = manifest.get("version")
+    if not isinstance(version, int) or version > VERSION:
+        raise CheckpointError(
+            f"Expected a checkpoint of format version {VERSION} or older; got version {version}, written by lora_jax "
+            f"{manifest.get('lora_jax')}, in {where}.\n  Upgrade lora_jax (this is {_library_version()})."
+        )
+    return manifest
+
+
+def skeleton(manifest: Manifest, where: object) -> dict[str, Adapter]:
+    """The adapter with a `ShapeDtypeStruct` in place of each array.
+
+    Raises:
+      CheckpointError: for a variant that is not known, or meant something else when it was saved.
+    """
+    with _reading(where):
+        return {path: _rebuild(path, part, where) for path, part in manifest["adapter"].items()}
+
+
+def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, where: object) -> None:
+    """Raises `CheckpointError` with the first differences if `base` is not the one that the adapter was saved with."""
+    given = fingerprint(base)
+    with _reading(where):
+        saved = manifest["base"]
+        structure, content = structural_differences(saved, given), content_differences(saved, given)
+    found = structure or ([] if allow_base_mismatch else content)
+    if not found:
+        return
+    advice = (
+        "Give the tree that the adapter was made from (`variables` is not `variables['params']`). "
+        "`allow_base_mismatch` allows other values and dtypes, never other paths or shapes."
+        if structure
+        else "Load the weights that it was trained on. If others are meant: allow_base_mismatch=True."
+    )
+    raise CheckpointError(
+        f"Expected `base` to be the one that the adapter in {where} was saved with; got another, of {len(given)} "
+        f"leaves (it was {len(saved)}), differences: {len(found)}.\n{listed(found)}\n  {advice}"
+    )
+
+
+def _check_savable(adapter: Adapters) -> None:
+    parts = list(adapter.items()) if isinstance(adapter, Mapping) else []
+    if not parts or not all(isinstance(part, Adapter) for _, part in parts):
+        got = {path: type(part).__name__ for path, part in parts[:3]} if parts else repr(adapter)
+        raise CheckpointError(
+            f"Expected an adapter to save: a dict from paths to `Adapter`, as `init` returns; got {got}."
+        )
+    for path, part in parts:
+        if _VARIANTS.get(type(part.variant).__name__) is not type(part.variant):
+            raise CheckpointError(
+                f"Expected a variant that can be restored by name, one of {', '.join(_VARIANTS)}; got {part.variant!r} "
+                f"at {path!r}.\n  Save adapters of your own variants with Orbax's StandardSave: they are pytrees."
+            )
+        for name, array in part.arrays.items():
+            if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+                raise CheckpointError(
+                    f"Expected arrays to save; got {type(array).__name__} as {name!r} at {path!r}.\n"
+                    "  Save outside `jit` and `eval_shape`, where there are values."
+                )
+
+
+def _describe_part(part: Adapter) -> dict[str, Any]:
+    fields = {field.name: getattr(part.variant, field.name) for field in dataclasses.fields(part.variant) if field.init}
+    arrays = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in part.arrays.items()}
+    scale = {"scale": part.variant.scale} if isinstance(part.variant, LowRank) else {}
+    return {"variant": {"name": type(part.variant).__name__, **fields}, **scale, "axes": part.axes, "arrays": arrays}
+
+
+def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
+    fields = dict(part["variant"])
+    name = fields.pop("name")
+    if name not in _VARIANTS:
+        raise CheckpointError(
+            f"Expected a variant among {', '.join(_VARIANTS)}; got {name!r} at {path!r}, in {where}.\n"
+            f"  Upgrade lora_jax (this is {_library_version()})."
+        )
+    variant = _VARIANTS[name](**fields)
+    if isinstance(variant, LowRank) and not math.isclose(variant.scale, part["scale"], rel_tol=1e-6):
+        raise CheckpointError(
+            f"Expected {variant} to have the scale {part['scale']} that it was saved with; got {variant.scale} "
+            f"at {path!r}, in {where}.\n  One of rank, alpha and scale was edited in the manifest: make them agree."
+        )
+    return Adapter(variant, part["axes"], **{name: _struct(path, its, where) for name, its in part["arrays"].items()})
+
+
+def _struct(path: str, array: Mapping[str, Any], where: object) -> jax.ShapeDtypeStruct:
+    dtype = jnp.dtype(array["dtype"])
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise CheckpointError(
+            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path!r}, in {where}.\n"
+            "  Enable 64 bits: jax.config.update('jax_enable_x64', True)."
+        )
+    return jax.ShapeDtypeStruct(array["shape"], dtype)
+
+
+@contextlib.contextmanager
+def _reading(where: object) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _damaged(where, f"its manifest does not say what it should ({error!r})") from error
+
+
+def _damaged(where: object, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"Expected a whole checkpoint; {what}, in {where}.\n"
+        "  A file was lost or changed after the save: copy the directory again, whole, or restore another checkpoint."
+    )
+
+
+def _indented(value: Any, indent: str) -> str:
+    """JSON with a line for each innermost dict."""
+    if not isinstance(value, Mapping) or not any(isinstance(item, Mapping) for item in value.values()):
+        return json.dumps(value, default=lambda scalar: scalar.item())  # rank or alpha may be a NumPy scalar
+    inner = indent + "  "
+    lines = (f"{inner}{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items())
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _library_version() -> str:
+    try:
+        return importlib.metadata.version("lora_jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return "unknown"

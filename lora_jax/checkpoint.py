@@ -1,0 +1,301 @@
+"""Checkpoints on Orbax: the adapter and a readable manifest, and nothing of the base but its fingerprint.
+
+`save` and `restore` are for an adapter on its own. `AdapterSave` and `AdapterRestore`, of which they are made, put one
+into a `CheckpointManager` beside optimiser state, step and key. `import lora_jax` does not load this module, nor Orbax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath  # type: ignore[import-untyped]
+from jax.sharding import Sharding
+from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
+
+from ._adapter import Adapter, Adapters
+from ._errors import CheckpointError
+from ._manifest import Manifest, check_base, describe, dumps, loads, skeleton
+
+__all__ = ["AdapterHandler", "AdapterRestore", "AdapterSave", "restore", "save"]
+
+Path = str | os.PathLike[str]
+
+_ITEM = "adapter"
+_MANIFEST = "adapter.json"
+
+
+def save(path: Path, adapter: Adapters, *, base: Any) -> None:
+    """Saves an adapter, and what it takes to restore it without a template and to the right base only.
+
+    The new checkpoint is complete before the one that was at `path` is deleted: a save that is killed loses nothing.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(path, adapter, base=params)
+    ...     restore(path, base=params)
+    {'query/kernel': Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3])}
+
+    Args:
+      path: a directory, on any file system that Orbax can write; made if it is missing. An adapter that is saved there
+        already is replaced.
+      adapter: from `init`, `restore` or training.
+      base: the tree that the adapter was made from. A few dozen values of each leaf are looked up; of
+        `ShapeDtypeStruct`s, only paths, shapes and dtypes are recorded.
+
+    Raises:
+      CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`.
+    """
+    args = AdapterSave(adapter, base=base)
+    _ = args.manifest  # whatever is wrong with the adapter shows before a file is touched
+    root = _absolute(path)
+    step = _newest(root)
+    _refuse_others(root)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=ocp.checkpoint_managers.LatestN(1),
+        cleanup_tmp_directories=True,  # of saves that were killed
+        enable_async_checkpointing=False,
+    )
+    with ocp.CheckpointManager(root, options=options) as manager:
+        manager.save(0 if step is None else step + 1, args=ocp.args.Composite(**{_ITEM: args}))
+
+
+def restore(
+    path: Path, *, base: Any = None, shardings: Any = None, allow_base_mismatch: bool = False
+) -> dict[str, Adapter]:
+    """Restores an adapter that `save` wrote, bit for bit.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(path, adapter, base=params)
+    ...     restore(path, base={"query": {"kernel": jnp.zeros((4, 3))}})
+    Traceback (most recent call last):
+    lora_jax._errors.CheckpointError: Expected `base` to be the one that the adapter in ... was saved with; got another,
+    of 1 leaves (it was 1), differences: 1.
+      'query/kernel' holds other values
+      Load the weights that it was trained on. If others are meant: allow_base_mismatch=True.
+
+    Args:
+      path: the path that `save` was given, or the directory of a `CheckpointManager` that keeps an `AdapterSave` as its
+        item `adapter`; its newest step counts.
+      base: the tree that the adapter will be used with, to be checked against the one that it was saved with: paths,
+        shapes, dtypes and sampled values. None checks nothing.
+      shardings: one `Sharding` for all arrays, or a tree of them that is a prefix of the adapter, such as
+        `{path: sharding, …}` or `jax.tree.map(lambda x: x.sharding, adapter)`. None, in it or instead of it, puts an
+        array where `init` does: on the default device, committed to none.
+      allow_base_mismatch: takes a base of other values or dtypes (never one of other paths or shapes).
+
+    Returns:
+      `{path: Adapter}`.
+
+    Raises:
+      CheckpointError: if there is no complete adapter at `path`; if it is damaged, of a newer format or for another
+        base; if `shardings` do not fit.
+    """
+    root = _absolute(path)
+    args = AdapterRestore(base=base, shardings=shardings, allow_base_mismatch=allow_base_mismatch)
+    while True:
+        step = _newest(root)
+        try:
+            return _read(root if step is None else root / str(step) / _ITEM, args)
+        except (OSError, ValueError):
+            # If another process has saved meanwhile, then what was being read is gone, and there is a newer one.
+            if _newest(root) == step:
+                raise
+
+
+class AdapterHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
+    """Writes and reads one adapter for Orbax: its arrays as Orbax keeps any tree, and the manifest, in one directory.
+
+    Orbax finds it by `AdapterSave` and `AdapterRestore`; there is no need to name it.
+    """
+
+    def __init__(self) -> None:
+        self._arrays = ocp.StandardCheckpointHandler()
+
+    async def async_save(self, directory: epath.Path, args: AdapterSave) -> Sequence[Future]:
+        """Copies the arrays to the host, and goes on writing in the background."""
+        text = dumps(args.manifest)
+
+        async def write() -> None:
+            _write(directory, text)
+
+        arrays = await self._arrays.async_save(directory, args=ocp.args.StandardSave(dict(args.adapter)))
+        return [*(arrays or ()), CommitFutureAwaitingContractedSignals(write(), name="lora_jax_manifest")]
+
+    def save(self, directory: epath.Path, args: AdapterSave) -> None:
+        """Writes all at once."""
+        _write(directory, dumps(args.manifest))
+        self._arrays.save(directory, args=ocp.args.StandardSave(dict(args.adapter)))
+
+    def restore(self, directory: epath.Path, args: AdapterRestore | None = None) -> dict[str, Adapter]:
+        """Reads the manifest, checks the base, and reads the arrays to where they shall be."""
+        args = args or AdapterRestore()
+        manifest = self.metadata(directory)
+        if args.base is not None:
+            check_base(manifest, args.base, allow_base_mismatch=args.allow_base_mismatch, where=directory)
+        target = _target(skeleton(manifest, directory), args.shardings, directory)
+        try:
+            restored = self._arrays.restore(directory, args=ocp.args.StandardRestore(target))
+            return jax.tree.map(_as_promised, target, restored)
+        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for what is missing or damaged
+            raise CheckpointError(
+                f"Expected a whole checkpoint; its arrays cannot be read, in {directory}.\n"
+                f"  {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+                "  Copy the directory again, whole, or restore another checkpoint."
+            ) from error
+
+    def metadata(self, directory: epath.Path) -> Manifest:
+        """The manifest."""
+        file = directory / _MANIFEST
+        if not file.exists():
+            raise _nothing_there(directory)
+        return loads(file.read_bytes(), directory)
+
+    def finalize(self, directory: epath.Path) -> None:
+        """Called by Orbax when all is written."""
+        self._arrays.finalize(directory)
+
+    def close(self) -> None:
+        """Called by Orbax at the end."""
+        self._arrays.close()
+
+
+@ocp.args.register_with_handler(AdapterHandler, for_save=True)
+@dataclasses.dataclass(eq=False)
+class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
+    """Saves an adapter as one item of a `CheckpointManager`, beside optimiser state, step and key.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj, optax, orbax.checkpoint as ocp
+    >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": jnp.array(7), "key": jax.random.key(1)}
+    >>> with tempfile.TemporaryDirectory() as path, ocp.CheckpointManager(path) as manager:
+    ...     items = {"adapter": AdapterSave(adapter, base=params), "state": ocp.args.StandardSave(state)}
+    ...     _ = manager.save(7, args=ocp.args.Composite(**items))
+    ...     manager.wait_until_finished()
+    ...     items = {"adapter": AdapterRestore(base=params), "state": ocp.args.StandardRestore(state)}
+    ...     restored = manager.restore(7, args=ocp.args.Composite(**items))
+    >>> restored.adapter["query/kernel"], int(restored.state["step"])
+    (Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3]), 7)
+
+    Attributes:
+      adapter: from `init`, `restore` or training.
+      base: the tree that the adapter was made from, as in `save`.
+    """
+
+    adapter: Adapters
+    base: Any = dataclasses.field(kw_only=True, repr=False)
+
+    @functools.cached_property
+    def manifest(self) -> Manifest:
+        """What is written beside the arrays; made when first asked for, as a manager skips most of the steps."""
+        return describe(self.adapter, self.base)
+
+
+@ocp.args.register_with_handler(AdapterHandler, for_restore=True)
+@dataclasses.dataclass(eq=False, kw_only=True)
+class AdapterRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
+    """Restores an adapter that is an item of a `CheckpointManager`; see `AdapterSave`.
+
+    Attributes:
+      base: as in `restore`.
+      shardings: as in `restore`.
+      allow_base_mismatch: as in `restore`.
+    """
+
+    base: Any = dataclasses.field(default=None, repr=False)
+    shardings: Any = None
+    allow_base_mismatch: bool = False
+
+
+def _read(item: epath.Path, args: AdapterRestore) -> dict[str, Adapter]:
+    if not (item / _MANIFEST).exists():
+        raise _nothing_there(item)
+    with ocp.Checkpointer(AdapterHandler()) as checkpointer:
+        restored: dict[str, Adapter] = checkpointer.restore(item, args=args)
+    return restored
+
+
+def _target(adapter: dict[str, Adapter], shardings: Any, where: object) -> Any:
+    """What Orbax needs to know of each array: a NumPy array to be like, or a shape and where to put it."""
+    try:
+        leaves = jax.tree.broadcast(shardings, adapter, is_leaf=lambda x: x is None or isinstance(x, Sharding))
+        return jax.tree.map(_placed, adapter, leaves)
+    except ValueError as error:
+        raise CheckpointError(
+            f"Expected `shardings` to be a Sharding, or a tree of them that is a prefix of the adapter in {where} and "
+            f"divides its arrays.\n  {error}\n  Leave `shardings` out to restore onto the default device."
+        ) from error
+
+
+def _placed(array: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Any:
+    if sharding is None:
+        return np.empty(array.shape, array.dtype)
+    if not isinstance(sharding, Sharding):
+        raise ValueError(f"{sharding!r} is no Sharding")
+    sharding.shard_shape(array.shape)  # raises if it does not divide the array
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def _as_promised(target: Any, array: Any) -> Any:
+    if (array.shape, array.dtype) != (target.shape, target.dtype):
+        raise ValueError(f"{array.dtype}{list(array.shape)} where the manifest says {target.dtype}{list(target.shape)}")
+    return jnp.array(array) if isinstance(array, np.ndarray) else array
+
+
+def _write(directory: epath.Path, text: str) -> None:
+    if jax.process_index() == 0:
+        (directory / _MANIFEST).write_text(text)
+
+
+def _absolute(path: Path) -> epath.Path:
+    return epath.Path(path).expanduser().absolute()
+
+
+def _newest(root: epath.Path) -> int | None:
+    """The newest complete step in a directory."""
+    if not root.is_dir():
+        return None
+    newest = ocp.path.step.latest_step_metadata(root, ocp.path.step.standard_name_format())
+    return None if newest is None else int(newest.step)
+
+
+def _refuse_others(root: epath.Path) -> None:
+    """Raises if a save to `root` would delete what `save` has not written."""
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"Expected a directory to save to; got a file, {root}.\n  Give another path.")
+    steps = [entry for entry in root.iterdir() if entry.name.isdigit() and entry.is_dir()] if root.exists() else []
+    others = sorted({item.name for step in steps for item in step.iterdir() if item.is_dir()} - {_ITEM})
+    if others:
+        raise CheckpointError(
+            f"Expected a directory for this adapter alone; {root} holds checkpoints with "
+            f"{', '.join(map(repr, others))}, which this save would delete.\n"
+            "  Give another path, or put `lora_jax.checkpoint.AdapterSave` into the CheckpointManager that wrote them."
+        )
+
+
+def _nothing_there(where: epath.Path) -> CheckpointError:
+    what = "there is none"
+    if where.is_dir():
+        unfinished = any("orbax-checkpoint-tmp" in entry.name for entry in where.iterdir())
+        what = (
+            "there is only one whose save was stopped before its end"
+            if unfinished
+            else "there is a directory without one"
+        )
+    return CheckpointError(
+        f"Expected a checkpoint that lora_jax wrote; {what}, at {where}.\n"
+        "  Give the path that `save` was given, or the directory of a CheckpointManager with an item named `adapter`."
+    )

@@ -1,0 +1,110 @@
+"""What a function costs and what it makes, in figures that do not depend on the machine: for tests of performance.
+
+>>> import jax, jax.numpy as jnp
+>>> import lora_jax as lj
+>>> from lora_jax import testing
+>>> params = {"kernel": jnp.ones((64, 48))}
+>>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+>>> adapted = lj.lora(lambda params, x: x @ params["kernel"])
+>>> (64, 48) in testing.shapes_made(adapted, params, adapter, jnp.ones((3, 64)))
+False
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from ._compat import ClosedJaxpr, Jaxpr, JaxprEqn
+from ._operations import bodies
+from ._operations import operations as operations_of_jaxpr
+
+__all__ = ["compiled_operations", "operations", "shapes_made", "temporary_bytes"]
+
+
+def operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+    """Counts the floating-point operations of a call on its jaxpr, the bodies of loops times their length.
+
+    A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups, a reduction one for each input element, other
+    arithmetic one for each output element, a move none. Nothing is evaluated.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w = jnp.ones((8, 8))
+    >>> operations(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=10), jnp.ones((2, 8)))
+    2560
+
+    Args:
+      fn: any JAX function.
+      *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
+      **kwargs: likewise.
+
+    Raises:
+      NotImplementedError: for a primitive whose operations its shapes do not tell, such as `svd`.
+    """
+    return operations_of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
+
+
+def shapes_made(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> set[tuple[int, ...]]:
+    """Collects the shape of every array that an equation of a call makes, those inside loops and other calls too.
+
+    An argument is not made, nor is a slice of one that a `scan` hands to its body. So a kernel that the function only
+    reads is not among them, unless something else has its shape by accident.
+
+    >>> import jax, jax.numpy as jnp
+    >>> sorted(shapes_made(jax.grad(lambda x, w: jnp.sum(x @ w)), jnp.ones((2, 8)), jnp.ones((8, 4))))
+    [(), (2, 4), (2, 8)]
+
+    Args:
+      fn: any JAX function.
+      *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
+      **kwargs: likewise.
+    """
+    jaxpr = jax.make_jaxpr(fn)(*args, **kwargs)
+    return {tuple(var.aval.shape) for eqn in _equations(jaxpr) for var in eqn.outvars if hasattr(var.aval, "shape")}
+
+
+def _equations(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for body in bodies(eqn):
+            yield from _equations(body)
+
+
+def temporary_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+    """Compiles a call and says how much memory it needs beside its arguments and results, by the compiler's account.
+
+    >>> import jax.numpy as jnp
+    >>> temporary_bytes(lambda x: jnp.sin(x) @ x, jnp.ones((8, 8)))
+    256
+
+    Args:
+      fn: any JAX function; jitted already, if its donations are to count.
+      *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
+      **kwargs: likewise.
+    """
+    return int(_compiled(fn, args, kwargs).memory_analysis().temp_size_in_bytes)
+
+
+def compiled_operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+    """Compiles a call and returns the compiler's own count of its operations.
+
+    What nothing needs is gone by then. But the body of a loop counts once, whatever its length, and functions such as
+    `exp` do not count: compare it between programs of the same loops only, and see `operations`.
+
+    >>> import jax.numpy as jnp
+    >>> compiled_operations(lambda x, w: x @ w, jnp.ones((2, 8)), jnp.ones((8, 4)))
+    128
+
+    Args:
+      fn: any JAX function.
+      *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
+      **kwargs: likewise.
+    """
+    return int(_compiled(fn, args, kwargs).cost_analysis()["flops"])
+
+
+def _compiled(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    lower = fn.lower if hasattr(fn, "lower") else jax.jit(fn).lower
+    return lower(*args, **kwargs).compile()
