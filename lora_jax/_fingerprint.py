@@ -52,13 +52,10 @@ def content_differences(saved: Fingerprint, given: Fingerprint) -> list[str]:
 
 def _describe(leaf: Any) -> dict[str, Any]:
     shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf).__name__)
-    described = {"shape": list(shape), "dtype": str(dtype)}
-    values = _sample(leaf)
-    return (
-        described
-        if values is None
-        else described | {"content": hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()}
-    )
+    described: dict[str, Any] = {"shape": list(shape), "dtype": str(dtype)}
+    if (values := _sample(leaf)) is not None:
+        described["content"] = hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
+    return described
 
 
 def _sample(leaf: Any) -> np.ndarray[Any, Any] | None:
@@ -73,7 +70,7 @@ def _sample(leaf: Any) -> np.ndarray[Any, Any] | None:
 
 
 def _sample_array(leaf: jax.Array) -> np.ndarray[Any, Any]:
-    if leaf.sharding.memory_kind == "pinned_host":  # near, and out of the device's reach
+    if not leaf.size or leaf.sharding.memory_kind == "pinned_host":  # near, and out of the device's reach
         return np.asarray(leaf)[_places(leaf.shape)]
     # Each device looks up what it holds, and the finds are summed; said explicitly, for meshes of explicit axes.
     found = NamedSharding(leaf.sharding.mesh, PartitionSpec()) if isinstance(leaf.sharding, NamedSharding) else None

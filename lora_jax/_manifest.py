@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from ._adapter import Adapter, Adapters
 from ._errors import CheckpointError, listed
 from ._fingerprint import content_differences, fingerprint, structural_differences
-from ._paths import nearest
+from ._paths import flatten, nearest
 from ._variants import Full, LoRA, RSLoRA, Variant
 from ._variants._base import LowRank
 
@@ -29,30 +30,35 @@ VERSION = 1  # of the format; a reader of version n reads all versions up to n
 _VARIANTS: dict[str, type[Variant]] = {variant.__name__: variant for variant in (Full, LoRA, RSLoRA)}
 
 
-def describe(adapter: Adapters, base: Any) -> dict[str, Any]:
-    """Makes the manifest of an adapter and of the base that it belongs to.
-
-    Raises:
-      CheckpointError: if it is no adapter, holds something that cannot be saved, or has a path that `base` has not.
-    """
-    _check_savable(adapter)
-    base_leaves = fingerprint(base)
-    strangers = [path for path in adapter if path not in base_leaves]
+def check_savable(adapter: Adapters, base: Any) -> None:
+    """Raises `CheckpointError` if it is no adapter of `base`, or holds what cannot be saved; looks at no values."""
+    parts = list(adapter.items()) if isinstance(adapter, Mapping) else []
+    if not parts or not all(isinstance(part, Adapter) for _, part in parts):
+        got = {path: type(part).__name__ for path, part in parts[:3]} if parts else repr(adapter)
+        raise CheckpointError(
+            f"Expected an adapter to save: a dict from paths to `Adapter`, as `init` returns; got {got}."
+        )
+    for path, part in parts:
+        _check_part(path, part)
+    leaves = list(flatten(base)[0])
+    strangers = [path for path in adapter if path not in leaves]
     if strangers:
-        near = [
-            f"{path!r}; the nearest are {', '.join(map(repr, nearest(path, list(base_leaves))))}" for path in strangers
-        ]
+        near = [f"{path!r}; the nearest are {', '.join(map(repr, nearest(path, leaves)))}" for path in strangers]
         raise CheckpointError(
             f"Expected `base` to be the tree that the adapter was made from; {len(strangers)} of the adapter's "
             f"{len(adapter)} paths are not in `base`.\n{listed(near)}\n"
             "  Give the same tree as to `init` (`variables` is not `variables['params']`)."
         )
+
+
+def describe(adapter: Adapters, base: Any) -> dict[str, Any]:
+    """Makes the manifest of an adapter and of the base that it belongs to."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "lora_jax": _library_version(),
         "adapter": {path: _describe_part(part) for path, part in adapter.items()},
-        "base": base_leaves,
+        "base": fingerprint(base),
     }
 
 
@@ -95,6 +101,38 @@ def skeleton(manifest: Manifest, where: object) -> dict[str, Adapter]:
         return {path: _rebuild(path, part, where) for path, part in manifest["adapter"].items()}
 
 
+def placed(adapter: dict[str, Adapter], shardings: Any, where: object) -> Any:
+    """What each array shall be read as: a shape with the sharding it was given, or, given none, a NumPy array.
+
+    Raises:
+      CheckpointError: if the shardings are no prefix of the adapter, or one does not divide its array.
+    """
+    try:
+        leaves = jax.tree.broadcast(shardings, adapter, is_leaf=lambda x: x is None or isinstance(x, Sharding))
+        return jax.tree.map(_placed, adapter, leaves)
+    except ValueError as error:
+        raise CheckpointError(
+            f"Expected `shardings` to be a Sharding, or a tree of them that is a prefix of the adapter in {where} and "
+            f"divides its arrays.\n  {error}\n  Leave `shardings` out to restore onto the default device."
+        ) from error
+
+
+def _placed(array: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Any:
+    if sharding is None:
+        return np.empty(array.shape, array.dtype)
+    if not isinstance(sharding, Sharding):
+        raise ValueError(f"{sharding!r} is no Sharding")
+    sharding.shard_shape(array.shape)  # raises if it does not divide the array
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
+def as_promised(target: Any, array: Any) -> Any:
+    """An array as `placed` asked for it; what was read as NumPy goes to the default device, committed to none."""
+    if (array.shape, array.dtype) != (target.shape, target.dtype):
+        raise ValueError(f"{array.dtype}{list(array.shape)} where the manifest says {target.dtype}{list(target.shape)}")
+    return jnp.array(array) if isinstance(array, np.ndarray) else array
+
+
 def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, where: object) -> None:
     """Raises `CheckpointError` with the first differences if `base` is not the one that the adapter was saved with."""
     given = fingerprint(base)
@@ -116,25 +154,23 @@ def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, wher
     )
 
 
-def _check_savable(adapter: Adapters) -> None:
-    parts = list(adapter.items()) if isinstance(adapter, Mapping) else []
-    if not parts or not all(isinstance(part, Adapter) for _, part in parts):
-        got = {path: type(part).__name__ for path, part in parts[:3]} if parts else repr(adapter)
+def _check_part(path: str, part: Adapter) -> None:
+    if _VARIANTS.get(type(part.variant).__name__) is not type(part.variant):
         raise CheckpointError(
-            f"Expected an adapter to save: a dict from paths to `Adapter`, as `init` returns; got {got}."
+            f"Expected a variant that can be restored by name, one of {', '.join(_VARIANTS)}; got {part.variant!r} "
+            f"at {path!r}.\n  Save adapters of your own variants with Orbax's StandardSave: they are pytrees."
         )
-    for path, part in parts:
-        if _VARIANTS.get(type(part.variant).__name__) is not type(part.variant):
+    for name, array in part.arrays.items():
+        if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
             raise CheckpointError(
-                f"Expected a variant that can be restored by name, one of {', '.join(_VARIANTS)}; got {part.variant!r} "
-                f"at {path!r}.\n  Save adapters of your own variants with Orbax's StandardSave: they are pytrees."
+                f"Expected arrays to save; got {type(array).__name__} as {name!r} at {path!r}.\n"
+                "  Save outside `jit` and `eval_shape`, where there are values."
             )
-        for name, array in part.arrays.items():
-            if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
-                raise CheckpointError(
-                    f"Expected arrays to save; got {type(array).__name__} as {name!r} at {path!r}.\n"
-                    "  Save outside `jit` and `eval_shape`, where there are values."
-                )
+        if isinstance(array, jax.Array) and array.is_deleted():
+            raise CheckpointError(
+                f"Expected arrays to save; {name!r} at {path!r} is gone: it was donated to a jitted function.\n"
+                "  Save what that function returned, or save before the call."
+            )
 
 
 def _describe_part(part: Adapter) -> dict[str, Any]:

@@ -9,20 +9,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath  # type: ignore[import-untyped]
-from jax.sharding import Sharding
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 from ._adapter import Adapter, Adapters
 from ._errors import CheckpointError
-from ._manifest import Manifest, check_base, describe, dumps, loads, skeleton
+from ._manifest import Manifest, as_promised, check_base, check_savable, describe, dumps, loads, placed, skeleton
 
 __all__ = ["AdapterHandler", "AdapterRestore", "AdapterSave", "restore", "save"]
 
@@ -56,7 +54,7 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
       CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`.
     """
     args = AdapterSave(adapter, base=base)
-    _ = args.manifest  # whatever is wrong with the adapter shows before a file is touched
+    _ = args.manifest  # if anything is wrong, it shows before a file is touched
     root = _absolute(path)
     step = _newest(root)
     _refuse_others(root)
@@ -145,14 +143,14 @@ class AdapterHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
         manifest = self.metadata(directory)
         if args.base is not None:
             check_base(manifest, args.base, allow_base_mismatch=args.allow_base_mismatch, where=directory)
-        target = _target(skeleton(manifest, directory), args.shardings, directory)
+        target = placed(skeleton(manifest, directory), args.shardings, directory)
         try:
             restored = self._arrays.restore(directory, args=ocp.args.StandardRestore(target))
-            return jax.tree.map(_as_promised, target, restored)
+            return jax.tree.map(as_promised, target, restored)
         except Exception as error:  # Orbax and TensorStore raise a dozen kinds for what is missing or damaged
             raise CheckpointError(
                 f"Expected a whole checkpoint; its arrays cannot be read, in {directory}.\n"
-                f"  {type(error).__name__}: {str(error).partition(chr(10))[0]}\n"
+                f"  {type(error).__name__}: {textwrap.shorten(str(error), 300)}\n"
                 "  Copy the directory again, whole, or restore another checkpoint."
             ) from error
 
@@ -193,10 +191,17 @@ class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     Attributes:
       adapter: from `init`, `restore` or training.
       base: the tree that the adapter was made from, as in `save`.
+
+    Raises:
+      CheckpointError: if it is no adapter, or not one of `base`.
     """
 
     adapter: Adapters
     base: Any = dataclasses.field(kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        """Raises what there is to raise: later, in the middle of Orbax's save, it would leave threads behind."""
+        check_savable(self.adapter, self.base)
 
     @functools.cached_property
     def manifest(self) -> Manifest:
@@ -228,33 +233,6 @@ def _read(item: epath.Path, args: AdapterRestore) -> dict[str, Adapter]:
     return restored
 
 
-def _target(adapter: dict[str, Adapter], shardings: Any, where: object) -> Any:
-    """What Orbax needs to know of each array: a NumPy array to be like, or a shape and where to put it."""
-    try:
-        leaves = jax.tree.broadcast(shardings, adapter, is_leaf=lambda x: x is None or isinstance(x, Sharding))
-        return jax.tree.map(_placed, adapter, leaves)
-    except ValueError as error:
-        raise CheckpointError(
-            f"Expected `shardings` to be a Sharding, or a tree of them that is a prefix of the adapter in {where} and "
-            f"divides its arrays.\n  {error}\n  Leave `shardings` out to restore onto the default device."
-        ) from error
-
-
-def _placed(array: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Any:
-    if sharding is None:
-        return np.empty(array.shape, array.dtype)
-    if not isinstance(sharding, Sharding):
-        raise ValueError(f"{sharding!r} is no Sharding")
-    sharding.shard_shape(array.shape)  # raises if it does not divide the array
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _as_promised(target: Any, array: Any) -> Any:
-    if (array.shape, array.dtype) != (target.shape, target.dtype):
-        raise ValueError(f"{array.dtype}{list(array.shape)} where the manifest says {target.dtype}{list(target.shape)}")
-    return jnp.array(array) if isinstance(array, np.ndarray) else array
-
-
 def _write(directory: epath.Path, text: str) -> None:
     if jax.process_index() == 0:
         (directory / _MANIFEST).write_text(text)
@@ -277,24 +255,29 @@ def _refuse_others(root: epath.Path) -> None:
     if root.exists() and not root.is_dir():
         raise CheckpointError(f"Expected a directory to save to; got a file, {root}.\n  Give another path.")
     steps = [entry for entry in root.iterdir() if entry.name.isdigit() and entry.is_dir()] if root.exists() else []
-    others = sorted({item.name for step in steps for item in step.iterdir() if item.is_dir()} - {_ITEM})
+    others = sorted({name for step in steps for name in _strangers(step)})
     if others:
         raise CheckpointError(
-            f"Expected a directory for this adapter alone; {root} holds checkpoints with "
+            f"Expected a directory for this adapter alone; {root} holds numbered directories with "
             f"{', '.join(map(repr, others))}, which this save would delete.\n"
             "  Give another path, or put `lora_jax.checkpoint.AdapterSave` into the CheckpointManager that wrote them."
         )
 
 
+def _strangers(step: epath.Path) -> set[str]:
+    """What `save` has not put into a step; of a step whose deletion was cut short, anything may be left."""
+    whole = (step / _ITEM).exists()
+    names = {entry.name for entry in step.iterdir() if entry.is_dir() or not whole}
+    return names - {_ITEM, "_CHECKPOINT_METADATA", "commit_success.txt"}
+
+
 def _nothing_there(where: epath.Path) -> CheckpointError:
-    what = "there is none"
-    if where.is_dir():
-        unfinished = any("orbax-checkpoint-tmp" in entry.name for entry in where.iterdir())
-        what = (
-            "there is only one whose save was stopped before its end"
-            if unfinished
-            else "there is a directory without one"
-        )
+    if not where.is_dir():
+        what = "there is none"
+    elif any("orbax-checkpoint-tmp" in entry.name for entry in where.iterdir()):
+        what = "there is only one whose save was stopped before its end"
+    else:
+        what = "there is a directory without one"
     return CheckpointError(
         f"Expected a checkpoint that lora_jax wrote; {what}, at {where}.\n"
         "  Give the path that `save` was given, or the directory of a CheckpointManager with an item named `adapter`."

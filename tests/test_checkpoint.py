@@ -1,0 +1,652 @@
+"""What is saved comes back, bit for bit and to the right base; or an error says why not."""
+
+import asyncio
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_killed
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
+from zoo import ZOO
+
+import lora_jax as lj
+from lora_jax import _fingerprint
+from lora_jax.checkpoint import AdapterRestore, AdapterSave, restore, save
+
+P = PartitionSpec
+
+
+def normal(shape: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def make_base(depth: int = 2) -> dict[str, Any]:
+    """A base with a list in it, and matrices larger than the sample."""
+    layers = [{"kernel": normal((16, 8), seed=layer), "bias": jnp.zeros(8)} for layer in range(depth)]
+    return {"layers": layers, "query": {"kernel": normal((16, 4, 8), jnp.bfloat16)}}
+
+
+def trained(init: Callable[[], dict[str, lj.Adapter]], seed: int = 0) -> dict[str, lj.Adapter]:
+    """An adapter as training might leave it, of the shapes that `init` gives."""
+    return jax.tree.map(lambda leaf: normal(leaf.shape, leaf.dtype, seed), jax.eval_shape(init))
+
+
+SPEC = {
+    "layers/0/kernel": lj.LoRA(rank=2, alpha=4),
+    "layers/*/kernel": lj.RSLoRA(rank=3, alpha=0.1),
+    "layers/0/bias": lj.Full(),
+    "query/kernel": lj.LoRA(rank=2, alpha=16, axes="ioo"),
+}
+
+
+def make_adapter(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, lj.Adapter]:
+    return trained(lambda: lj.init(jax.random.key(0), make_base(), SPEC, param_dtype=dtype), seed)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Bit for bit, with the structure, and what the structure says of variants and axes."""
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    chex.assert_trees_all_equal(got, expected)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to read from."""
+    path = tmp_path_factory.mktemp("saved")
+    save(path, make_adapter(), base=make_base())
+    return path
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def edit(path: Path, change: Callable[[Any], Any]) -> None:
+    file = path / "0" / "adapter" / "adapter.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+
+
+def error(path: Path, **options: Any) -> str:
+    with pytest.raises(lj.CheckpointError) as caught:
+        restore(path, **options)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Round trips
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_restore_after_save_is_the_identity(dtype: Any, tmp_path: Path) -> None:
+    adapter = make_adapter(dtype)
+    save(tmp_path, adapter, base=make_base())
+    assert_same(restore(tmp_path, base=make_base()), adapter)
+    assert list(restore(tmp_path)) == list(adapter)
+
+
+@pytest.mark.parametrize("name", ["scanned_transformer", "nnx_transformer"])
+def test_restore_after_save_is_the_identity_for_models_of_every_tree(name: str, tmp_path: Path, key: jax.Array) -> None:
+    model = ZOO[name](key, jnp.float32)
+    kernels = lj.kernels(model.apply, model.params, *model.args)
+    adapter = trained(lambda: lj.init(key, model.params, model.spec, kernels=kernels))
+    save(tmp_path, adapter, base=model.params)
+    assert_same(restore(tmp_path, base=model.params), adapter)
+
+
+@pytest.mark.parametrize(
+    "names", [("a/b", "a"), ("", " ", "ü/λ"), ("..", "."), ("/x", "x/", "c.value", "c"), ("'q'", '"')]
+)
+def test_any_text_can_be_a_path(names: tuple[str, ...], tmp_path: Path) -> None:
+    adapter = {name: lj.Adapter(lj.Full(), "", value=normal((3,), seed=seed)) for seed, name in enumerate(names)}
+    save(tmp_path, adapter, base=dict.fromkeys(names, jnp.ones(3)))
+    assert_same(restore(tmp_path), adapter)
+
+
+def test_a_base_that_is_one_array_has_the_empty_path(tmp_path: Path) -> None:
+    adapter = lj.init(jax.random.key(0), jnp.ones((4, 3)), {"**": lj.LoRA(rank=2, alpha=4)})
+    save(tmp_path, adapter, base=jnp.ones((4, 3)))
+    assert_same(restore(tmp_path, base=jnp.ones((4, 3))), adapter)
+
+
+def test_numpy_arrays_and_numpy_numbers_are_saved_as_what_they_stand_for(tmp_path: Path) -> None:
+    variant = lj.LoRA(rank=np.int64(2), alpha=np.float32(0.1))
+    adapter = {"k": lj.Adapter(variant, "io", a=np.ones((4, 2), np.float32), b=np.zeros((2, 3), np.float32))}
+    save(tmp_path, adapter, base={"k": np.ones((4, 3))})
+    assert_same(restore(tmp_path), jax.tree.map(jnp.asarray, adapter))
+
+
+def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
+    for seed in range(3):
+        save(tmp_path, make_adapter(seed=seed), base=make_base())
+    other = {"query/kernel": make_adapter()["query/kernel"]}
+    save(str(tmp_path), other, base=make_base())
+    assert_same(restore(str(tmp_path)), other)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["3"]
+
+
+def test_a_relative_path_is_one_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save("run/adapter", make_adapter(), base=make_base())
+    assert_same(restore(tmp_path / "run" / "adapter"), make_adapter())
+
+
+def test_the_manifest_is_made_to_be_read(saved: Path) -> None:
+    text = (saved / "0" / "adapter" / "adapter.json").read_text()
+    manifest = json.loads(text)
+    assert (manifest["format"], manifest["version"]) == ("lora_jax.adapter", 1)
+    part = manifest["adapter"]["layers/1/kernel"]
+    assert part["variant"] == {"name": "RSLoRA", "rank": 3, "alpha": 0.1, "axes": None}
+    assert (part["scale"], part["axes"]) == (lj.RSLoRA(rank=3, alpha=0.1).scale, "io")
+    assert part["arrays"]["a"] == {"shape": [16, 3], "dtype": "float32"}
+    assert "scale" not in manifest["adapter"]["layers/0/bias"]
+    assert list(manifest["base"]) == list(_fingerprint.fingerprint(make_base()))
+    assert '\n        "b": {"shape": [3, 8], "dtype": "float32"}\n' in text
+
+
+def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for seed in range(2):
+        save(tmp_path, make_adapter(seed=seed), base=make_base())
+    restore(tmp_path, base=make_base(), shardings=SingleDeviceSharding(jax.devices()[1]))
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_works_where_an_event_loop_is_running(tmp_path: Path) -> None:
+    async def cell_of_a_notebook() -> dict[str, lj.Adapter]:
+        save(tmp_path, make_adapter(), base=make_base())
+        return restore(tmp_path, base=make_base())
+
+    assert_same(asyncio.run(cell_of_a_notebook()), make_adapter())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be saved
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(lj.LoRA):
+    """A variant that no registry knows."""
+
+
+KERNEL = make_adapter()["query/kernel"]
+SHAPE = jax.eval_shape(lambda: KERNEL)
+UNSAVABLE: dict[str, tuple[Any, str]] = {
+    "params": (make_base(), "Expected an adapter to save: a dict from paths to `Adapter`"),
+    "empty": ({}, "as `init` returns; got {}"),
+    "shapes": ({"query/kernel": SHAPE}, "Expected arrays to save; got ShapeDtypeStruct as 'a' at 'query/kernel'"),
+    "variant": (
+        {"query/kernel": lj.Adapter(Mine(rank=2, alpha=4), "ioo", **KERNEL.arrays)},
+        "one of Full, LoRA, RSLoRA; got Mine(rank=2, alpha=4) at 'query/kernel'",
+    ),
+    "path": (
+        {"quary/kernel": KERNEL},
+        "1 of the adapter's 1 paths are not in `base`.\n  'quary/kernel'; the nearest are 'query/kernel'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSAVABLE)
+def test_what_cannot_be_saved_is_refused_before_a_file_is_touched(name: str, tmp_path: Path) -> None:
+    adapter, text = UNSAVABLE[name]
+    with pytest.raises(lj.CheckpointError) as caught:
+        save(tmp_path / "new", adapter, base=make_base())
+    assert text in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_save_under_jit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(lj.CheckpointError, match="Save outside `jit`"):
+        jax.jit(lambda adapter: save(tmp_path, adapter, base=make_base()))(make_adapter())
+
+
+def test_donated_arrays_cannot_be_saved() -> None:
+    adapter = {"query/kernel": jax.tree.map(jnp.copy, KERNEL)}
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(adapter))
+    with pytest.raises(lj.CheckpointError, match="'a' at 'query/kernel' is gone: it was donated to a jitted function"):
+        AdapterSave(adapter, base=make_base())
+
+
+def test_a_file_is_no_place_to_save_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(lj.CheckpointError, match="Expected a directory to save to; got a file"):
+        save(tmp_path / "file", make_adapter(), base=make_base())
+
+
+def test_a_save_deletes_no_checkpoints_of_others(tmp_path: Path) -> None:
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(5, args=ocp.args.Composite(adapter=saving(), opt_state=ocp.args.StandardSave({"mu": jnp.ones(3)})))
+    with pytest.raises(lj.CheckpointError, match=r"directories with 'opt_state', which this save would delete"):
+        save(tmp_path, make_adapter(), base=make_base())
+    assert_same(restore(tmp_path), make_adapter())
+    (tmp_path / "runs" / "7").mkdir(parents=True)
+    (tmp_path / "runs" / "7" / "model.bin").write_bytes(b"years of work")
+    with pytest.raises(lj.CheckpointError, match=r"directories with 'model.bin', which this save would delete"):
+        save(tmp_path / "runs", make_adapter(), base=make_base())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The base
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    base = make_base()
+    change(base)
+    return base
+
+
+STRUCTURES: dict[str, tuple[Any, str]] = {
+    "deeper": (make_base(depth=4), "  'layers/2/bias' is in `base` and was not when the adapter was saved\n"),
+    "shallower": (make_base(depth=1), "  'layers/1/bias' is not in `base`\n"),
+    "missing": (changed(lambda base: base.pop("query")), "  'query/kernel' is not in `base`\n"),
+    "nested": ({"params": make_base()}, "(`variables` is not `variables['params']`)"),
+    "shape": (
+        changed(lambda base: base["query"].update(kernel=jnp.ones((16, 2, 8), jnp.bfloat16))),
+        "  'query/kernel' has shape (16, 2, 8); it had (16, 4, 8)\n",
+    ),
+}
+CONTENTS: dict[str, tuple[Any, str]] = {
+    "values": (
+        changed(lambda base: base["layers"][1].update(bias=jnp.ones(8))),
+        "  'layers/1/bias' holds other values\n",
+    ),
+    "dtype": (
+        changed(lambda base: base["layers"][0].update(bias=jnp.zeros(8, jnp.float16))),
+        "  'layers/0/bias' has dtype float16; it had float32\n",
+    ),
+    "another": (jax.tree.map(lambda leaf: leaf + 1, make_base()), "differences: 5.\n"),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("allow", [False, True])
+def test_a_base_of_other_paths_or_shapes_is_refused(name: str, allow: bool, saved: Path) -> None:
+    base, text = STRUCTURES[name]
+    got = error(saved, base=base, allow_base_mismatch=allow)
+    assert text in got
+    assert f"Expected `base` to be the one that the adapter in {saved}" in got
+    assert "`allow_base_mismatch` allows other values and dtypes, never other paths or shapes." in got
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_base_of_other_values_is_refused_unless_it_is_allowed(name: str, saved: Path) -> None:
+    base, text = CONTENTS[name]
+    got = error(saved, base=base)
+    assert text in got
+    assert "If others are meant: allow_base_mismatch=True." in got
+    assert_same(restore(saved, base=base, allow_base_mismatch=True), make_adapter())
+
+
+def test_many_differences_are_counted_and_the_first_are_shown(saved: Path) -> None:
+    got = error(saved, base=make_base(depth=30))
+    assert "got another, of 61 leaves (it was 5), differences: 56." in got
+    assert "… and 48 more" in got
+
+
+def test_of_shapes_alone_the_structure_is_checked(saved: Path, tmp_path: Path) -> None:
+    shapes = jax.eval_shape(lambda: make_base())
+    assert_same(restore(saved, base=shapes), make_adapter())
+    assert "is not in `base`" in error(saved, base=jax.eval_shape(lambda: make_base(depth=1)))
+    save(tmp_path, make_adapter(), base=shapes)
+    assert_same(restore(tmp_path, base=make_base()), make_adapter())
+    assert "has dtype float32" in error(tmp_path, base=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_base()))
+
+
+def test_any_change_of_scale_or_of_a_whole_row_shows_in_the_fingerprint() -> None:
+    kernel = np.random.default_rng(0).normal(size=(768, 768)).astype(np.float32)
+    whole = _fingerprint.fingerprint(kernel)
+    assert _fingerprint.fingerprint(kernel * np.float32(1.0001)) != whole
+    rows, columns = _fingerprint._places(kernel.shape)
+    assert len(set(rows)) == len(set(columns)) == 64  # no row or column twice: spread over both
+    assert _fingerprint.fingerprint(np.ones((8, 8))) != _fingerprint.fingerprint(np.eye(8))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("shape", [(), (0, 4), (3,), (64, 32), (16, 4, 8)], ids=str)
+def test_the_fingerprint_does_not_depend_on_where_the_base_lies(shape: tuple[int, ...], kind: AxisType) -> None:
+    leaf = jnp.where(normal(shape) < 0, -0.0, 1.5)
+    expected = _fingerprint.fingerprint({"leaf": np.asarray(leaf)})
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    specs = [P()] if len(shape) < 2 or not leaf.size else [P("x"), P(None, "y"), P(("x", "y"))]
+    places: list[Any] = [jax.devices()[3], *(NamedSharding(mesh, spec) for spec in specs)]
+    places += [NamedSharding(mesh, spec, memory_kind="pinned_host") for spec in specs[:1]]
+    for place in places:
+        assert _fingerprint.fingerprint({"leaf": jax.device_put(leaf, place)}) == expected
+        with jax.set_mesh(mesh):
+            assert _fingerprint.fingerprint({"leaf": jax.device_put(leaf, place)}) == expected
+
+
+def test_no_leaf_is_gathered_whole_for_its_fingerprint() -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    leaf = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("x")))
+    compiled = _fingerprint._look_up.lower(leaf, _fingerprint._places(leaf.shape), NamedSharding(mesh, P())).compile()
+    assert "all-gather" not in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 64 * 32
+
+
+def test_leaves_that_are_no_weights_are_known_by_their_type() -> None:
+    assert _fingerprint.fingerprint({"key": jax.random.key(0), "name": "gelu", "none": None}) == {
+        "key": {"shape": [], "dtype": "key<fry>"},
+        "name": {"shape": [], "dtype": "str"},
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shardings
+
+
+def devices(array: jax.Array) -> set[int]:
+    return {device.id for device in array.devices()}
+
+
+def test_without_shardings_arrays_are_placed_as_by_init(saved: Path) -> None:
+    adapter = restore(saved)
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    kernel = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("x")))
+    # An array that is committed to one device could not meet one that lies on eight.
+    assert len(devices(jax.jit(jnp.matmul)(kernel, adapter["query/kernel"].a))) == 8
+
+
+def test_one_sharding_serves_all_arrays(saved: Path) -> None:
+    mesh = jax.make_mesh((8,), ("x",))
+    adapter = restore(saved, shardings=NamedSharding(mesh, P()))
+    assert_same(adapter, make_adapter())
+    assert all(leaf.sharding == NamedSharding(mesh, P()) for leaf in jax.tree.leaves(adapter))
+
+
+@pytest.mark.parametrize("kind", ["device", "pinned_host"])
+def test_shardings_may_be_a_tree_like_the_adapter(kind: str, tmp_path: Path) -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"))
+
+    def sharding(leaf: jax.Array) -> NamedSharding:
+        return NamedSharding(mesh, P("x") if leaf.shape[0] % 4 == 0 else P(None, "y"), memory_kind=kind)
+
+    adapter = jax.device_put(make_adapter(), jax.tree.map(sharding, make_adapter()))
+    save(tmp_path, adapter, base=make_base())
+    got = restore(tmp_path, shardings=jax.tree.map(lambda leaf: leaf.sharding, adapter))
+    assert_same(jax.device_get(got), jax.device_get(make_adapter()))
+    assert [leaf.sharding for leaf in jax.tree.leaves(got)] == [leaf.sharding for leaf in jax.tree.leaves(adapter)]
+    assert_same(restore(tmp_path), make_adapter())  # onto one device, from eight
+
+
+def test_shardings_may_be_a_prefix_with_some_left_open(saved: Path) -> None:
+    place = SingleDeviceSharding(jax.devices()[5])
+    adapter = restore(saved, shardings=dict.fromkeys(make_adapter()) | {"query/kernel": place})
+    assert {path: devices(jax.tree.leaves(part)[0]) for path, part in adapter.items()} == {
+        path: {5} if path == "query/kernel" else {0} for path in adapter
+    }
+
+
+def test_shardings_that_do_not_fit_are_refused(saved: Path) -> None:
+    mesh = jax.make_mesh((8,), ("x",))
+    place = NamedSharding(mesh, P("x"))
+    for shardings in ({"query/kernel": place}, place, "x"):
+        got = error(saved, shardings=shardings)
+        assert (
+            f"Expected `shardings` to be a Sharding, or a tree of them that is a prefix of the adapter in {saved}"
+            in got
+        )
+        assert "Leave `shardings` out to restore onto the default device." in got
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What cannot be restored
+
+
+def test_where_nothing_was_saved_there_is_nothing_to_restore(tmp_path: Path) -> None:
+    assert f"Expected a checkpoint that lora_jax wrote; there is none, at {tmp_path}/no." in error(tmp_path / "no")
+    assert "there is a directory without one" in error(tmp_path)
+    (tmp_path / "0.orbax-checkpoint-tmp").mkdir()
+    got = error(tmp_path)
+    assert "there is only one whose save was stopped before its end" in got
+    assert "Give the path that `save` was given, or the directory of a CheckpointManager" in got
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
+        manager.wait_until_finished()
+    assert f"wrote; there is none, at {tmp_path}/0/adapter." in error(tmp_path)
+
+
+def replace(manifest: Any, path: str, **fields: Any) -> None:
+    manifest["adapter"][path]["variant"].update(fields)
+
+
+EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "newer": (lambda m: m.update(version=2), "format version 1 or older; got version 2, written by lora_jax"),
+    "no version": (lambda m: m.pop("version"), "got version None"),
+    "other format": (
+        lambda m: m.update(format="peft"),
+        "Expected a manifest of the format 'lora_jax.adapter'; got another",
+    ),
+    "unknown variant": (
+        lambda m: replace(m, "query/kernel", name="VeRA"),
+        "among Full, LoRA, RSLoRA; got 'VeRA' at 'query/kernel', in ",
+    ),
+    "unknown field": (
+        lambda m: replace(m, "query/kernel", beta=1),
+        "its manifest does not say what it should (TypeError(",
+    ),
+    "edited alpha": (
+        lambda m: replace(m, "query/kernel", alpha=8),
+        "Expected LoRA(rank=2, alpha=8) to have the scale 8.0 that it was saved with; got 4.0 at 'query/kernel'",
+    ),
+    "no adapter": (lambda m: m.pop("adapter"), "its manifest does not say what it should (KeyError('adapter'))"),
+    "no base": (lambda m: m.pop("base"), "its manifest does not say what it should (KeyError('base'))"),
+    "other shape": (
+        lambda m: m["adapter"]["layers/0/bias"]["arrays"]["value"].update(shape=[9]),
+        "ValueError: float32[8] where the manifest says float32[9]",
+    ),
+    "float64": (
+        lambda m: m["adapter"]["layers/0/bias"]["arrays"]["value"].update(dtype="float64"),
+        "JAX would cut float64 down at 'layers/0/bias'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_a_manifest_that_cannot_be_followed_is_refused(name: str, copy: Path) -> None:
+    change, text = EDITS[name]
+    edit(copy, change)
+    got = error(copy, base=make_base())
+    assert text in got
+    assert str(copy) in got
+
+
+def test_a_manifest_that_is_damaged_is_refused(copy: Path) -> None:
+    file = copy / "0" / "adapter" / "adapter.json"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[: len(whole) // 2], b"\xff" + whole):
+        file.write_bytes(damaged)
+        assert "Expected a whole checkpoint; its manifest is no JSON" in error(copy)
+    file.unlink()
+    assert "there is a directory without one" in error(copy)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "emptied", "halved"])
+def test_without_any_one_of_its_files_a_checkpoint_is_whole_or_refused(damage: str, tmp_path: Path) -> None:
+    adapter = {"k": lj.Adapter(lj.Full(), "", value=jnp.arange(900.0))}
+    save(tmp_path / "whole", adapter, base={"k": jnp.ones(900)})
+    refused = 0
+    for file in [file for file in (tmp_path / "whole").rglob("*") if file.is_file()]:
+        shutil.copytree(tmp_path / "whole", tmp_path / "copy")
+        victim = tmp_path / "copy" / file.relative_to(tmp_path / "whole")
+        half = file.read_bytes()[: file.stat().st_size // 2]
+        victim.unlink() if damage == "deleted" else victim.write_bytes(b"" if damage == "emptied" else half)
+        try:
+            assert_same(restore(tmp_path / "copy", base={"k": jnp.ones(900)}), adapter)
+        except lj.CheckpointError as damaged:
+            refused += 1
+            assert str(tmp_path / "copy") in str(damaged)
+        shutil.rmtree(tmp_path / "copy")
+    assert refused >= 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed in the middle
+
+
+def run(*args: object) -> None:
+    subprocess.run([sys.executable, checkpoint_killed.__file__, *map(str, args)], check=True, timeout=100)
+
+
+def number_of(path: Path) -> float:
+    """Which of the adapters lies at a path: it must be one, whole."""
+    got = restore(path, base=checkpoint_killed.BASE)
+    number = float(got["bias"].value[0])
+    assert_same(got, jax.tree.map(jnp.asarray, checkpoint_killed.adapter(number)))
+    return number
+
+
+def test_a_save_that_is_killed_before_any_of_its_writes_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    run("events", tmp_path)
+    numbers = [number_of(tmp_path / str(moment)) for moment in range(len(list(tmp_path.iterdir())) - 1)]
+    assert len(numbers) > 12
+    assert numbers == sorted(numbers)  # the first until the moment when the second is complete
+    assert set(numbers) == {1, 2}
+    for moment in range(0, len(numbers), 5):
+        save(tmp_path / str(moment), checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
+        assert number_of(tmp_path / str(moment)) == 3
+        assert len(list((tmp_path / str(moment)).iterdir())) == 1  # nothing is left of what was killed
+
+
+def test_saves_that_are_killed_one_after_another_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    delays = [0.04 * count for count in range(1, 11)]
+    run("timed", tmp_path, *delays)
+    assert number_of(tmp_path) in range(len(delays) + 1)
+
+
+# When one array cannot be read, Orbax closes its event loop before TensorStore has answered for the others.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_checkpoint_can_be_read_while_another_process_saves(tmp_path: Path) -> None:
+    save(tmp_path, checkpoint_killed.adapter(0), base=checkpoint_killed.BASE)
+    process = subprocess.Popen([sys.executable, checkpoint_killed.__file__, "many", str(tmp_path), "15"])
+    numbers = [0.0]
+    while process.poll() is None:
+        numbers.append(number_of(tmp_path))
+    assert process.returncode == 0
+    assert numbers == sorted(numbers)
+    assert number_of(tmp_path) == 14
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In a CheckpointManager of the user's own
+
+
+def saving(adapter: Any = None) -> AdapterSave:
+    return AdapterSave(make_adapter() if adapter is None else adapter, base=make_base())
+
+
+TX = optax.adamw(1e-2)
+BASE = make_base()
+
+
+@jax.jit
+def training_step(adapter: Any, opt_state: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
+    key, noise = jax.random.split(key)
+
+    def loss(adapter: Any) -> jax.Array:
+        x = jax.random.normal(noise, (5, 16))
+        adapted = lj.lora(lambda base, x: jnp.einsum("ni,iho->nho", x, base["query"]["kernel"].astype(x.dtype)))
+        return jnp.sum(jnp.sin(adapted(BASE, adapter, x))) + jnp.sum(adapter["layers/0/bias"].value ** 2)
+
+    updates, opt_state = TX.update(jax.grad(loss)(adapter), opt_state, adapter)
+    return optax.apply_updates(adapter, updates), opt_state, key
+
+
+def train(state: dict[str, Any], adapter: Any, until: int) -> tuple[Any, dict[str, Any]]:
+    for _ in range(int(state["step"]), until):
+        adapter, opt_state, key = training_step(adapter, state["opt_state"], state["key"])
+        state = {"opt_state": opt_state, "step": state["step"] + 1, "key": key}
+    return adapter, state
+
+
+@pytest.mark.parametrize(("impl", "asynchronous"), [("threefry2x32", True), ("rbg", False)], ids=["async", "sync"])
+def test_training_resumes_bit_for_bit(impl: str, asynchronous: bool, tmp_path: Path) -> None:
+    def start(seed: int) -> tuple[Any, dict[str, Any]]:
+        adapter = make_adapter(seed=seed)
+        return adapter, {"opt_state": TX.init(adapter), "step": jnp.array(0), "key": jax.random.key(seed, impl=impl)}
+
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=asynchronous)
+    adapter, state = start(seed=3)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        for step in range(1, 5):
+            adapter, state = train(state, adapter, until=step)
+            items = ocp.args.Composite(adapter=saving(adapter), state=ocp.args.StandardSave(state))
+            assert manager.save(step, args=items)
+    expected = train(state, adapter, until=7)
+
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        like = start(seed=8)[1]
+        items = ocp.args.Composite(adapter=AdapterRestore(base=make_base()), state=ocp.args.StandardRestore(like))
+        restored = manager.restore(manager.latest_step(), args=items)
+    assert int(restored.state["step"]) == 4
+    assert_same(train(restored.state, restored.adapter, until=7), expected)
+
+
+def test_an_asynchronous_save_writes_what_the_adapter_was(tmp_path: Path) -> None:
+    spoil = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            adapter = {"k": lj.Adapter(lj.Full(), "", value=jnp.full((1000, 1000), 1.0 + step))}
+            manager.save(
+                step, args=ocp.args.Composite(adapter=AdapterSave(adapter, base={"k": jnp.ones((1000, 1000))}))
+            )
+            for _ in range(3):
+                adapter = spoil(adapter)
+            jax.block_until_ready(adapter)
+            manager.wait_until_finished()
+            assert np.all(np.asarray(manager.restore(step).adapter["k"].value) == 1.0 + step)
+
+
+def test_the_newest_adapter_of_a_training_run_can_be_restored_alone(tmp_path: Path) -> None:
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in (10, 9, 100):
+            items = ocp.args.Composite(
+                adapter=saving(make_adapter(seed=step)), state=ocp.args.StandardSave({"n": step})
+            )
+            manager.save(step, args=items, force=True)
+    assert_same(restore(tmp_path, base=make_base()), make_adapter(seed=100))
+
+
+def test_a_manager_checks_the_base_and_needs_no_arguments_to_restore(tmp_path: Path) -> None:
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.Composite(adapter=saving()))
+        manager.wait_until_finished()
+        assert_same(manager.restore(0).adapter, make_adapter())
+        assert manager.item_metadata(0).adapter["version"] == 1
+        wrong = AdapterRestore(base=make_base(depth=3))
+        with pytest.raises(lj.CheckpointError, match="'layers/2/bias' is in `base`"):
+            manager.restore(0, args=ocp.args.Composite(adapter=wrong))
+
+
+def test_a_step_that_the_manager_skips_costs_no_fingerprint(tmp_path: Path) -> None:
+    with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(save_interval_steps=2)) as manager:
+        args = [saving(), saving()]
+        assert [manager.save(step, args=ocp.args.Composite(adapter=its)) for step, its in enumerate(args)] == [
+            True,
+            False,
+        ]
+    assert ["manifest" in vars(its) for its in args] == [True, False]
+
+
+def test_an_adapter_may_be_all_that_a_checkpointer_holds(tmp_path: Path) -> None:
+    with ocp.Checkpointer(lj.checkpoint.AdapterHandler()) as checkpointer:
+        checkpointer.save(tmp_path / "one", args=saving())
+        assert_same(checkpointer.restore(tmp_path / "one", args=AdapterRestore()), make_adapter())
