@@ -2,7 +2,14 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",  # the programs are small and run once: compiling them is what takes time
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import hypothesis

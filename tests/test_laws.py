@@ -20,7 +20,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 def make(name: str, dtype: str, key: jax.Array) -> tuple[Model, Any]:
     model = ZOO[name](key, DTYPES[dtype])
     kernels = lj.kernels(model.apply, model.params, *model.args)
-    return model, lj.init(key, model.params, model.spec, kernels=kernels)
+    return model, jax.jit(lambda key, params: lj.init(key, params, model.spec, kernels=kernels))(key, model.params)
 
 
 def call(apply: Callable[..., Any], model: Model, *, params: Any = None) -> Call:
