@@ -48,7 +48,7 @@ $(ORACLE)/installed: pyproject.toml
 	touch $@
 
 test-oracle: $(ORACLE)/installed
-	$(ORACLE)/bin/python -m pytest tests/oracle --override-ini addopts=
+	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
 	rm -rf $(VENV) $(ORACLE) demo_output

@@ -1,0 +1,324 @@
+"""Fine-tunes all-MiniLM-L6-v2 on TREC's 50 question types with LoRA, on the CPU, in a few minutes.
+
+    python examples/finetune_trec.py            # the whole demo: outputs in demo_output/
+    python examples/finetune_trec.py --short    # every stage on a small part of the data, under a minute
+
+Stages: majority class and a linear probe on the frozen features; LoRA of rank 8 on every attention and MLP kernel,
+with the head trained whole; then the adapter is saved, restored by a new process and merged into the base, where
+the merged model and the adapted one must agree.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from jax import Array
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from sklearn.linear_model import LogisticRegression
+from tqdm import tqdm
+
+import lora_jax as lj
+import minilm
+import trec
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+SPEC = {
+    "**/attention/*/kernel": lj.LoRA(rank=8, alpha=16),
+    "**/mlp/*/kernel": lj.LoRA(rank=8, alpha=16),
+    "**/classifier/*": lj.Full(),  # the head starts from random numbers: low rank has nothing to build on
+}
+SEED = 0
+BATCH = 32
+EPOCHS = 5
+PEAK_LEARNING_RATE = 2e-3
+WARM_UP = 0.06  # of all steps
+SMOOTHING = 0.1  # of the labels; chosen on 1,000 held-out training questions: 90.8 % after 4 epochs, 89.6 % without
+TOLERANCE = 1e-4  # merged against adapted logits, relative to the largest logit
+
+MODEL = minilm.Classifier(trec.LABELS, minilm.Encoder())
+
+Apply = Callable[..., Array]
+console = Console(highlight=False)
+
+
+class Scale(NamedTuple):
+    """How much of everything a run takes."""
+
+    train_questions: int
+    test_questions: int
+    steps: int | None  # None: `EPOCHS` epochs
+    evaluations: int  # of the test questions, spread evenly over the steps
+    promised: float  # least test accuracy
+
+
+WHOLE = Scale(train_questions=4_882, test_questions=500, steps=None, evaluations=10, promised=0.89)
+SHORT = Scale(train_questions=256, test_questions=100, steps=16, evaluations=2, promised=0.0)
+
+
+class Curve(NamedTuple):
+    """What the learning-curve figure shows: `(questions seen, value)` for every batch, and for every evaluation."""
+
+    loss: list[tuple[int, float]]
+    accuracy: list[tuple[int, float]]
+
+
+def base_params() -> dict[str, Any]:
+    """The frozen base, as `MODEL.apply` takes it: the published encoder and a head of seeded random numbers."""
+    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
+    head = jax.jit(MODEL.init)(jax.random.key(SEED), ids, mask)["params"]["classifier"]
+    return {"params": {"encoder": minilm.load_encoder(), "classifier": head}}
+
+
+def evaluate(apply: Apply, tokens: trec.Tokens) -> NDArray[np.float32]:
+    """Applies a jitted `(ids, mask) -> (batch, n)` to every question: `(questions, n)`, in the questions' order."""
+    batches = list(trec.ordered_batches(tokens, BATCH))
+    outputs = [np.asarray(apply(batch.ids, batch.mask))[: len(batch.rows)] for batch in batches]
+    return np.concatenate(outputs)[np.argsort(np.concatenate([batch.rows for batch in batches]))]
+
+
+def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
+    """Share of rows of `logits`, `(questions, classes)`, whose largest entry is at the label, `(questions,)`."""
+    return float((logits.argmax(-1) == labels).mean())
+
+
+def probe(params: Any, train: trec.Tokens, test: trec.Tokens) -> float:
+    """Test accuracy of logistic regression on the frozen encoder's mean-pooled features."""
+    embed = jax.jit(lambda params, ids, mask: MODEL.apply(params, ids, mask, method="embed"))
+    features = [evaluate(lambda ids, mask: embed(params, ids, mask), tokens) for tokens in (train, test)]
+    regression = LogisticRegression(max_iter=1_000).fit(features[0], train.labels)
+    return float(regression.score(features[1], test.labels))
+
+
+def make_step(apply: Apply, tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any, Array]]:
+    """One update of the adapter: `(params, adapter, opt_state, ids, mask, labels) -> (adapter, opt_state, loss)`.
+
+    The base is an argument, so that it is no constant of the compiled step; only the adapter is differentiated.
+    """
+
+    def loss_of(adapter: Any, params: Any, ids: Array, mask: Array, labels: Array) -> Array:
+        logits = apply(params, adapter, ids, mask)
+        targets = optax.smooth_labels(jax.nn.one_hot(labels, trec.LABELS), SMOOTHING)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    @jax.jit
+    def step(params: Any, adapter: Any, opt_state: Any, ids: Array, mask: Array, labels: Array) -> Any:
+        loss, gradients = jax.value_and_grad(loss_of)(adapter, params, ids, mask, labels)
+        updates, opt_state = tx.update(gradients, opt_state, adapter)
+        return optax.apply_updates(adapter, updates), opt_state, loss
+
+    return step
+
+
+def train(
+    params: Any, adapter: Any, scale: Scale, train_tokens: trec.Tokens, test_tokens: trec.Tokens
+) -> tuple[Any, Curve, NDArray[np.float32]]:
+    """Trains the adapter with Adam, warm-up and cosine decay.
+
+    Returns:
+      The adapter, its learning curve and its test logits, `(questions, classes)`.
+    """
+    steps = scale.steps or EPOCHS * trec.batches_per_epoch(train_tokens, BATCH)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LEARNING_RATE, max(1, int(WARM_UP * steps)), steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+    opt_state = tx.init(adapter)
+    adapted = lj.lora(MODEL.apply)
+    step = make_step(adapted, tx)
+    predict = jax.jit(adapted)
+
+    curve = Curve([], [])
+    logits = np.zeros((0, trec.LABELS), np.float32)
+    bar = tqdm(
+        total=steps * BATCH,
+        desc="LoRA",
+        unit=" questions",
+        mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file wants few lines
+        bar_format="{desc} {percentage:3.0f} % {bar:24} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
+    )
+    with bar:
+        for i, batch in enumerate(itertools.islice(_epochs(train_tokens), steps), start=1):
+            adapter, opt_state, loss = step(params, adapter, opt_state, batch.ids, batch.mask, batch.labels)
+            curve.loss.append((i * BATCH, float(loss)))
+            bar.set_postfix_str(f"loss {np.mean([value for _, value in curve.loss[-20:]]):.3f}", refresh=False)
+            bar.update(BATCH)
+            if i * scale.evaluations // steps > (i - 1) * scale.evaluations // steps:
+                logits = evaluate(lambda ids, mask, now=adapter: predict(params, now, ids, mask), test_tokens)
+                curve.accuracy.append((i * BATCH, accuracy(logits, test_tokens.labels)))
+    return adapter, curve, logits
+
+
+def _epochs(tokens: trec.Tokens) -> Iterator[trec.Batch]:
+    """Batches of one epoch after another, without end."""
+    rng = np.random.default_rng(SEED)
+    while True:
+        yield from trec.training_batches(tokens, BATCH, rng)
+
+
+def draw(curve: Curve, *, majority: float, probe: float, path: Path) -> None:
+    """Draws loss and test accuracy over the questions seen, as a PNG."""
+    seen, loss = (np.array(values) for values in zip(*curve.loss, strict=True))
+    window = max(1, min(25, len(loss) // 4))
+    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+    blue, orange, grey = "#3b6ea5", "#d1702f", "#8a8a8a"
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
+    top.plot(seen, loss, color=blue, alpha=0.25, linewidth=0.8, label="each batch")
+    centre = seen[(window - 1) // 2 :][: len(smooth)]
+    top.plot(centre, smooth, color=blue, linewidth=1.8, label=f"mean of {window} batches")
+    top.set_ylabel("training loss (smoothed cross-entropy)")
+    top.set_ylim(bottom=0)
+    top.legend(frameon=False)
+    at, values = zip(*curve.accuracy, strict=True)
+    bottom.plot(at, [100 * value for value in values], color=orange, marker="o", markersize=4, linewidth=1.8)
+    for value, name in ((probe, "linear probe"), (majority, "majority class")):
+        bottom.axhline(100 * value, color=grey, linewidth=1, linestyle="--")
+        bottom.annotate(f"{name} {value:.1%}", (1, 100 * value), (-4, 4), ("axes fraction", "data"), "offset points",
+                        ha="right", va="bottom", color=grey)  # fmt: skip
+    bottom.annotate(f"LoRA {values[-1]:.1%}", (at[-1], 100 * values[-1]), (0, 7), textcoords="offset points",
+                    ha="right", va="bottom", color=orange)  # fmt: skip
+    bottom.set_ylabel("test accuracy (%)")
+    bottom.set_ylim(0, 100)
+    bottom.set_xlabel("training questions seen")
+    bottom.set_xlim(0, seen[-1] * 1.01)
+    bottom.xaxis.set_major_formatter("{x:,.0f}")
+    for axes in (top, bottom):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    top.set_title("all-MiniLM-L6-v2 on TREC's 50 question types, LoRA of rank 8", loc="left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def check(out: Path, scale: Scale) -> None:
+    """What the new process does: restores, merges, and compares the logits of both with those of the training process.
+
+    Writes the differences to `check.json` in `out`.
+
+    Raises:
+      RuntimeError: if merged and adapted logits, or adapted ones before and after the checkpoint, differ too much.
+    """
+    params = base_params()
+    test_tokens = trec.tokenise(_first(trec.read().test, scale.test_questions))
+    adapter = lj.restore(out / "adapter", base=params)
+    adapted, plain = jax.jit(lj.lora(MODEL.apply)), jax.jit(MODEL.apply)
+    merged_params = lj.merge(params, adapter)
+    logits = evaluate(lambda ids, mask: adapted(params, adapter, ids, mask), test_tokens)
+    merged = evaluate(lambda ids, mask: plain(merged_params, ids, mask), test_tokens)
+    trained = np.load(out / "logits.npy")
+    largest = float(np.abs(logits).max())
+    differences = {
+        "restored": float(np.abs(logits - trained).max()) / largest,
+        "merged": float(np.abs(merged - logits).max()) / largest,
+        "merged_accuracy": accuracy(merged, test_tokens.labels),
+    }
+    (out / "check.json").write_text(json.dumps(differences, indent=2) + "\n")
+    for name in ("restored", "merged"):
+        if not differences[name] <= TOLERANCE:
+            raise RuntimeError(
+                f"The {name} model's logits should agree with the adapted model's to {TOLERANCE} of the largest logit; "
+                f"they differ by {differences[name]:.2e} on {len(logits)} test questions ({out})."
+            )
+
+
+def run(out: Path, scale: Scale) -> None:
+    """Runs every stage, printing as it goes; see the module's first lines."""
+    start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+    data = trec.read()
+    train_set, test_set = _first(data.train, scale.train_questions), _first(data.test, scale.test_questions)
+    train_tokens, test_tokens = trec.tokenise(train_set), trec.tokenise(test_set)
+    params = base_params()
+    console.print(f"all-MiniLM-L6-v2, {_count(params) / 1e6:.1f} M parameters, on {jax.default_backend()}")
+    console.print(
+        f"TREC: {len(train_set.texts):,} training and {len(test_set.texts)} test questions, {len(data.names)} labels\n"
+    )
+
+    most_common = int(np.bincount(train_set.labels).argmax())
+    majority = float((test_set.labels == most_common).mean())
+    _say(f"majority class, {data.names[most_common]}", majority)
+    probed = probe(params, train_tokens, test_tokens)
+    _say("linear probe, frozen encoder", probed)
+
+    example = next(trec.ordered_batches(test_tokens, BATCH))
+    kernels = lj.kernels(MODEL.apply, params, example.ids, example.mask)
+    adapter = lj.init(jax.random.key(SEED + 1), params, SPEC, kernels=kernels)
+    report = lj.explain(MODEL.apply, params, adapter, example.ids, example.mask)
+    (out / "explain.txt").write_text(f"{report}\n")
+    console.print(
+        f"\nLoRA on {len(adapter)} of {len(kernels)} leaves: {report.parameters:,} numbers to train, "
+        f"{report.parameters / report.base_parameters:.2%} of the base; leaf by leaf in {out / 'explain.txt'}",
+        soft_wrap=True,
+    )
+    adapter, curve, logits = train(params, adapter, scale, train_tokens, test_tokens)
+    trained = accuracy(logits, test_tokens.labels)
+    _say("LoRA, rank 8", trained)
+    draw(curve, majority=majority, probe=probed, path=out / "learning_curve.png")
+
+    lj.save(out / "adapter", adapter, base=params)
+    np.save(out / "logits.npy", logits)
+    console.print("\nSaved. Restoring and merging in a new process …")
+    arguments = ["--check", "--out", str(out), *(["--short"] if scale is SHORT else [])]
+    subprocess.run([sys.executable, __file__, *arguments], check=True)
+    differences = json.loads((out / "check.json").read_text())
+
+    on_disk = sum(file.stat().st_size for file in (out / "adapter").rglob("*") if file.is_file())
+    base_on_disk = minilm.installed_file(minilm.DISTRIBUTION, minilm.WEIGHTS).stat().st_size
+    table = Table(title="all-MiniLM-L6-v2 on TREC, 50 question types", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    table.add_row("test accuracy, majority class", f"{majority:.1%}")
+    table.add_row("test accuracy, linear probe", f"{probed:.1%}")
+    table.add_row("test accuracy, LoRA", f"[bold]{trained:.1%}[/]")
+    table.add_row("test accuracy, restored and merged", f"{differences['merged_accuracy']:.1%}", end_section=True)
+    table.add_row("restored against trained logits, relative", f"{differences['restored']:.1e}")
+    table.add_row("merged against adapted logits, relative", f"{differences['merged']:.1e}", end_section=True)
+    table.add_row("base on disk", f"{base_on_disk / 1e6:.2f} MB")
+    table.add_row("adapter on disk", f"{on_disk / 1e6:.2f} MB = {on_disk / base_on_disk:.2%}")
+    table.add_row("adapter in memory", f"{_bytes(adapter) / 1e6:.2f} MB = {_bytes(adapter) / _bytes(params):.2%}")
+    console.print(table)
+    if trained < scale.promised:
+        raise RuntimeError(f"LoRA should reach {scale.promised:.1%} of the test questions; it reached {trained:.1%}.")
+    console.print(f"{out / 'learning_curve.png'}; {time.perf_counter() - start:.0f} s in all", soft_wrap=True)
+
+
+def _first(questions: trec.Questions, count: int) -> trec.Questions:
+    return trec.Questions(questions.texts[:count], questions.labels[:count])
+
+
+def _say(what: str, share: float) -> None:
+    console.print(f"test accuracy, {what:<30}{share:6.1%}")
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description="Fine-tunes all-MiniLM-L6-v2 on TREC with LoRA.")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the outputs (demo_output)")
+    parser.add_argument("--short", action="store_true", help="every stage, on a small part of the data")
+    parser.add_argument("--check", action="store_true", help="only restore, merge and compare what a run left in --out")
+    arguments = parser.parse_args()
+    (check if arguments.check else run)(arguments.out, SHORT if arguments.short else WHOLE)
+
+
+if __name__ == "__main__":
+    main()
