@@ -66,7 +66,7 @@ class Adapter:
         return cls(variant, axes, **dict(zip(names, children, strict=True)))
 
 
-# For `flax.serialization.to_bytes` and whatever builds on it: the arrays by name; variant and axes come from the target.
+# For `flax.serialization.to_bytes` and what builds on it: the arrays by name; variant and axes come from the target.
 flax.serialization.register_serialization_state(
     Adapter,
     lambda adapter: flax.serialization.to_state_dict(adapter.arrays),

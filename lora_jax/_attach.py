@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import AdaptedKernel, Adapter, Adapters
-from ._errors import AdapterError, listed
+from ._errors import SHOWN, AdapterError, listed
 from ._paths import nearest
 
 
@@ -34,20 +34,21 @@ def _as_jax(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
-def check(leaves: Mapping[str, Any], adapter: Adapters) -> None:
+def check(leaves: Mapping[str, Any], adapter: Any) -> None:
     """Raises what `attach` would, for parameters and arrays that may be shapes only."""
     if not isinstance(adapter, Mapping):
+        strangers = [type(adapter).__name__]
+    else:
+        strangers = [f"{type(x).__name__} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
+    if strangers:
         raise AdapterError(
-            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {type(adapter).__name__}.\n"
+            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {strangers[0]}.\n"
             "  The arguments come in this order: adapted(params, adapter, *args)."
         )
+    differences: list[str] = []
     for path, part in adapter.items():
-        if not isinstance(part, Adapter):
-            raise AdapterError(
-                f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {type(part).__name__} "
-                f"at {path!r}.\n  The arguments come in this order: adapted(params, adapter, *args)."
-            )
-    differences = [text for path, part in adapter.items() for text in _differences(path, part, leaves)]
+        # To compare names takes long in a large model, and only the first differences are shown.
+        differences += _differences(path, part, leaves, hint=len(differences) < SHOWN)
     if differences:
         raise AdapterError(
             f"Expected the adapter to belong to `params`: each path one of its leaves, each array of a shape that "
@@ -56,9 +57,10 @@ def check(leaves: Mapping[str, Any], adapter: Adapters) -> None:
         )
 
 
-def _differences(path: str, part: Adapter, leaves: Mapping[str, Any]) -> list[str]:
+def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], *, hint: bool) -> list[str]:
     if path not in leaves:
-        return [f"{path!r} is not in `params`; the nearest are {', '.join(map(repr, nearest(path, list(leaves))))}"]
+        near = nearest(path, list(leaves)) if hint else ()
+        return [f"{path!r} is not in `params`; the nearest are {', '.join(map(repr, near))}"]
     shape = tuple(leaves[path].shape)
     if part.axes and len(part.axes) != len(shape):
         return [f"{path!r} has shape {shape}; the adapter was made for axes {part.axes!r}"]

@@ -34,7 +34,10 @@ class CheckpointError(LoRAError, ValueError):
     """A checkpoint that is not an adapter, is damaged, or belongs to another base."""
 
 
-def listed(lines: Sequence[str], most: int = 8) -> str:
+SHOWN = 8  # of a longer list
+
+
+def listed(lines: Sequence[str], most: int = SHOWN) -> str:
     """Indents `lines`, one each, and says how many more there are after the first `most`."""
     shown = [f"  {line}" for line in lines[:most]]
     if len(lines) > most:

@@ -81,6 +81,13 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
     What rounding took in `merge` cannot be had back from the merged tree. With the kept `base` the result is exact;
     without it, `report=True` is required, and says how far each leaf may have drifted.
 
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> restored = lj.unmerge(lj.merge(params, adapter), adapter, base=params)
+    >>> restored["kernel"] is params["kernel"]
+    True
+
     Args:
       params: what `merge` returned.
       adapter: the adapter that was merged.

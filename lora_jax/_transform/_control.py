@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import axes_of_a, axes_of_b
-from .._compat import ClosedJaxpr, Jaxpr, is_unspecified, primitives
+from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, is_unspecified, primitives
 from ._interpreter import NoRule, Settings, Site, Value, interpret, rule
 
 _ENDS = "the kernel decides when a loop ends"
@@ -45,6 +45,12 @@ def _jit(
     for operand, sharding, donated in zip(operands, in_shardings, donated_invars, strict=True):
         if isinstance(operand, AdaptedKernel) and (donated or not is_unspecified(sharding)):
             raise NoRule("a jit that donates the kernel or gives it a sharding")
+    if not all(map(is_unspecified, out_shardings)):
+        unwatched = dataclasses.replace(site.settings, log=None)
+        results = jax.eval_shape(lambda *operands: interpret(unwatched, jaxpr.jaxpr, jaxpr.consts, operands), *operands)
+        for result, sharding in zip(results, out_shardings, strict=True):
+            if isinstance(result, AdaptedKernel) and not is_unspecified(sharding):
+                raise NoRule("a jit that returns the kernel with a sharding")
 
     # A watched body has to be traced each time, or the log would miss it.
     build = _jitted if site.settings.log is None else _jitted.__wrapped__
@@ -68,8 +74,9 @@ def _jitted(
 ) -> Callable[..., Any]:
     """The rebuilt function, one for each jaxpr: outside `jit`, a second call would compile a new one again."""
 
-    def run(*operands: Value) -> list[Value]:
-        return interpret(settings, jaxpr.jaxpr, jaxpr.consts, operands, times=times)
+    def run(*operands: Value) -> tuple[Value, ...]:
+        # A tuple, as the shardings are: they must have the same structure.
+        return tuple(interpret(settings, jaxpr.jaxpr, jaxpr.consts, operands, times=times))
 
     run.__name__ = run.__qualname__ = name  # profiles show the model's name
     return jax.jit(run, compiler_options=dict(compiler_options) or None, **options)
@@ -100,7 +107,12 @@ def _closed_call(site: Site, *operands: Value, call_jaxpr: ClosedJaxpr) -> list[
 
 
 @rule(primitives.cond_p)
-def _cond(site: Site, index: Value, *operands: Value, branches: Sequence[ClosedJaxpr]) -> list[Value]:
+def _cond(
+    site: Site, index: Value, *operands: Value, branches: Sequence[ClosedJaxpr], branches_platforms: Any = None
+) -> list[Value]:
+    if branches_platforms is not None:  # there only if `lax.platform_dependent` asked
+        raise NoRule("the platform chooses the branch")
+
     def run(branch: ClosedJaxpr, *operands: Value) -> list[Array]:
         # Branches agree on what they return; only one of them may have an adapted kernel there.
         return [site.dense(out, "a branch returns the kernel itself") for out in site.interpret(branch, operands)]
@@ -179,12 +191,11 @@ class _Carry:
     @classmethod
     def of(cls, site: Site, body: ClosedJaxpr, num_consts: int, start: Sequence[Value]) -> _Carry:
         """Tells by the body's own variables which parts it returns as they came."""
-        same = [out is var for var, out in zip(body.jaxpr.invars[num_consts:], body.jaxpr.outvars, strict=False)]
+        parts = zip(start, body.jaxpr.invars[num_consts:], body.jaxpr.outvars, strict=False)
         return cls(
             site,
             tuple(
-                x if isinstance(x, AdaptedKernel) and unchanged else None
-                for x, unchanged in zip(start, same, strict=False)
+                x if isinstance(x, AdaptedKernel) and _origin(body.jaxpr, out) is var else None for x, var, out in parts
             ),
         )
 
@@ -198,6 +209,34 @@ class _Carry:
     def whole(self, moving: Sequence[Any]) -> list[Value]:
         """The carry as the body knows it."""
         return [x if kernel is None else kernel for kernel, x in zip(self.fixed, moving, strict=True)]
+
+
+def _origin(jaxpr: Jaxpr, var: Any) -> Any:
+    """The variable that a variable of a jaxpr equals because calls return it as it came to them; or itself."""
+    for eqn in jaxpr.eqns:
+        for position, made in enumerate(eqn.outvars):
+            if made is var:
+                operand = _returned(eqn, position)
+                return var if operand is None else _origin(jaxpr, operand)
+    return var
+
+
+def _returned(eqn: JaxprEqn, position: int) -> Any:
+    """The operand that a call, or a loop that carries it, returns at a position as it came; None if there is none."""
+    params = eqn.params
+    if eqn.primitive in (primitives.jit_p, primitives.remat_p):
+        inner = params["jaxpr"]
+        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        origin = _origin(inner, inner.outvars[position])
+        return next((given for given, its in zip(eqn.invars, inner.invars, strict=True) if its is origin), None)
+    if eqn.primitive is primitives.scan_p and position < params["num_carry"]:
+        body, place, given = params["jaxpr"].jaxpr, params["num_consts"] + position, eqn.invars
+    elif eqn.primitive is primitives.while_p:
+        body, place = params["body_jaxpr"].jaxpr, params["body_nconsts"] + position
+        given = eqn.invars[params["cond_nconsts"] :]
+    else:
+        return None
+    return given[place] if _origin(body, body.outvars[position]) is body.invars[place] else None
 
 
 def _slices(x: Value) -> tuple[Any, Callable[[Any], Value]]:

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._adapter import AdaptedKernel
+from .._adapter import AdaptedKernel, materialise
 from .._axes import RANK, join
 from .._compat import primitives
 from ._interpreter import NoRule, Site, Value, rule
@@ -34,15 +34,18 @@ def _transpose(site: Site, kernel: AdaptedKernel, *, permutation: Axes) -> Adapt
 
 
 @rule(primitives.squeeze_p)
-def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKernel:
-    del site
-
+def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> Value:
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after
         return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
 
     roles = [role for axis, role in enumerate(kernel.roles) if axis not in dimensions]
-    return kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move)
+    squeezed = kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move)
+    if kernel.is_probe or {"i", "o"} <= set(roles):
+        return squeezed
+    # One row or one column is left, as `embedding[token]` leaves it: that is a look-up, and its result no kernel.
+    site.used(kernel, "factored", operations=squeezed.w.size * (2 * kernel.a.shape[-1] + 1))
+    return materialise(squeezed)
 
 
 @rule(primitives.broadcast_in_dim_p)
@@ -133,13 +136,17 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
     if not isinstance(kernel, AdaptedKernel) or any(isinstance(start, AdaptedKernel) for start in starts):
         raise NoRule("the adapted kernel is an index")
 
+    def cut(x: Array, first: Sequence[Any], sizes: Sequence[int]) -> Array:
+        # The public function would count a negative start from the end, as the model's own call did already.
+        return lax.dynamic_slice(x, first, sizes, allow_negative_indices=False)
+
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after
-        first = [0 if axis == RANK else starts[axis] for axis in before]
+        first = [jnp.zeros_like(starts[0]) if axis == RANK else starts[axis] for axis in before]
         sizes = [factor.shape[place] if axis == RANK else slice_sizes[axis] for place, axis in enumerate(before)]
-        return lax.dynamic_slice(factor, first, sizes)
+        return cut(factor, first, sizes)
 
-    return kernel.moved(lax.dynamic_slice(kernel.w, starts, slice_sizes), kernel.roles, move)
+    return kernel.moved(cut(kernel.w, starts, slice_sizes), kernel.roles, move)
 
 
 @rule(primitives.convert_element_type_p)

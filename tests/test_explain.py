@@ -1,0 +1,338 @@
+"""The table to read before a run: its rows, its sums, its text."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import lora_jax as lj
+from lora_jax.testing import operations
+
+LORA = lj.LoRA(rank=2, alpha=4)
+
+
+class Small(nn.Module):
+    """One of everything: an embedding, two layers, a head, and a layer that no call reaches."""
+
+    def setup(self) -> None:
+        self.embed = nn.Embed(32, 8)
+        self.up = nn.Dense(16)
+        self.down = nn.Dense(8)
+        self.head = nn.Dense(4)
+        self.spare = nn.Dense(4)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.down(nn.relu(self.up(self.embed(tokens))))
+        return self.head(x)
+
+    def everything(self, tokens: jax.Array) -> Any:
+        return self(tokens), self.spare(self.embed(tokens))
+
+
+TOKENS = jnp.zeros((2, 3), jnp.int32)
+VARIABLES = Small().init(jax.random.key(0), TOKENS, method="everything")
+SPEC = {
+    "**/embed/*": lj.LoRA(rank=2, alpha=3),
+    "**/up/kernel": LORA,
+    "**/down/kernel": lj.RSLoRA(rank=4, alpha=4),
+    "**/head/*": lj.Full(),
+    "**/spare/kernel": LORA,
+}
+ADAPTER = lj.init(jax.random.key(0), VARIABLES, SPEC)
+
+# Of a Dense for n tokens: x·A and (x·A)·B, the scale on the first, the sum with the base's.
+
+
+def dense(n: int, d_in: int, d_out: int, rank: int) -> int:
+    return 2 * n * d_in * rank + 2 * n * rank * d_out + n * rank + n * d_out
+
+
+def lookup(n: int, d_out: int, rank: int) -> int:
+    return 2 * n * rank * d_out + n * rank + n * d_out
+
+
+def explain(**kwargs: Any) -> Any:
+    return lj.explain(Small().apply, VARIABLES, ADAPTER, TOKENS, **kwargs)
+
+
+TABLE = """\
+path                    shape  axes  variant  rank  scale  used                     trainable  of base  operations
+──────────────────────  ─────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
+params/down/kernel      16×8   io    RSLoRA      4      2  factored dot_general ×1         96  15.789%       1,224
+params/embed/embedding  32×8   io    LoRA        2    1.5  factored gather ×1              80  13.158%         252
+params/head/bias        4      -     Full        -      -  whole add ×1                     4   0.658%           0
+params/head/kernel      8×4    -     Full        -      -  whole dot_general ×1            32   5.263%           0
+params/spare/kernel     8×4    io    LoRA        2      2  never used                      24   3.947%           0
+params/up/kernel        8×16   io    LoRA        2      2  factored dot_general ×1         48   7.895%         684
+
+trainable: 284 numbers, 46.711% of the base's 608
+memory:    adapter 1.1 kB, optimiser 2.3 kB (two moments, as Adam keeps)
+forward:   2,160 operations more, 58.06% of the base's 3,720"""
+
+
+def test_the_table_reads_like_this() -> None:
+    assert str(explain()) == TABLE
+
+
+def test_a_row_says_all_about_a_low_rank_leaf() -> None:
+    rows = {row.path: row for row in explain().rows}
+    down = rows["params/down/kernel"]
+    assert list(rows) == list(ADAPTER)
+    assert (down.shape, down.axes, down.variant, down.rank, down.scale) == ((16, 8), "io", "RSLoRA", 4, 2.0)
+    assert (down.used, down.parameters) == ("factored dot_general ×1", 16 * 4 + 4 * 8)
+    assert down.operations == dense(6, 16, 8, 4)
+    assert rows["params/up/kernel"].operations == dense(6, 8, 16, 2)
+    assert rows["params/embed/embedding"].operations == lookup(6, 8, 2)
+
+
+def test_a_row_says_all_about_a_leaf_that_is_trained_whole() -> None:
+    rows = {row.path: row for row in explain().rows}
+    kernel, bias = rows["params/head/kernel"], rows["params/head/bias"]
+    assert (kernel.axes, kernel.variant, kernel.rank, kernel.scale) == ("", "Full", None, None)
+    assert (kernel.used, kernel.parameters, kernel.operations) == ("whole dot_general ×1", 32, 0)
+    assert (bias.shape, bias.used, bias.parameters) == ((4,), "whole add ×1", 4)
+
+
+def test_the_sums_are_those_of_the_rows() -> None:
+    found = explain()
+    assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(ADAPTER))
+    assert found.operations == sum(row.operations for row in found.rows)
+    assert found.base_parameters == sum(leaf.size for leaf in jax.tree.leaves(VARIABLES))
+    assert found.base_operations == operations(Small().apply, VARIABLES, TOKENS)
+    assert found.adapter_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(ADAPTER))
+
+
+def test_the_extra_operations_are_those_of_the_adapted_model() -> None:
+    adapter = {path: part for path, part in ADAPTER.items() if not isinstance(part.variant, lj.Full)}
+    found = lj.explain(Small().apply, VARIABLES, adapter, TOKENS)
+    adapted = operations(lj.lora(Small().apply), VARIABLES, adapter, TOKENS)
+    assert found.base_operations + found.operations == adapted
+
+
+def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
+    html = explain()._repr_html_()
+    assert html.startswith("<table><tr><th>path</th><th>shape</th><th>axes</th>")
+    assert html.count("<tr>") == 7
+    assert (
+        "<tr><td>params/up/kernel</td><td>8×16</td><td>io</td><td>LoRA</td><td>2</td><td>2</td>"
+        "<td>factored dot_general ×1</td><td>48</td><td>7.895%</td><td>684</td></tr>" in html
+    )
+    assert html.endswith("<p>forward:   2,160 operations more, 58.06% of the base&#x27;s 3,720</p>")
+
+
+def test_the_notebook_s_table_escapes_paths() -> None:
+    params = {"<script>": jnp.ones((4, 4))}
+    adapter = lj.init(jax.random.key(0), params, {"*": LORA})
+    html = lj.explain(lambda p, x: x @ p["<script>"], params, adapter, jnp.ones((1, 4)))._repr_html_()
+    assert "<script>" not in html
+    assert "<td>&lt;script&gt;</td>" in html
+
+
+# Use
+
+
+def test_leaves_never_used_are_an_error_if_strict() -> None:
+    with pytest.raises(lj.AdapterError) as caught:
+        explain(strict=True)
+    assert str(caught.value) == (
+        "Expected the function to use every leaf of the adapter; it never uses 1 of 6.\n  params/spare/kernel\n"
+        "  Take them out of the spec, or check that this is the function that is trained."
+    )
+
+
+def test_a_leaf_that_is_trained_whole_and_never_used_is_an_error_too() -> None:
+    params = {"kernel": jnp.ones((4, 4)), "unused": jnp.ones(4)}
+    adapter = lj.init(jax.random.key(0), params, {"unused": lj.Full(), "kernel": LORA})
+    found = lj.explain(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)))
+    assert {row.path: row.used for row in found.rows}["unused"] == "never used"
+    with pytest.raises(lj.AdapterError, match="never uses 1 of 2"):
+        lj.explain(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)), strict=True)
+
+
+def test_the_arguments_of_the_model_reach_it() -> None:
+    found = explain(strict=True, method="everything")
+    assert {row.path: row.used for row in found.rows}["params/spare/kernel"] == "factored dot_general ×1"
+
+
+KERNEL = {"kernel": jnp.ones((8, 6))}
+PART = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA})
+
+
+def only_row(apply: Any, *args: Any, **kwargs: Any) -> Any:
+    (row,) = lj.explain(apply, KERNEL, PART, *args, **kwargs).rows
+    return row
+
+
+def test_uses_of_one_kind_are_counted_together() -> None:
+    def apply(params: Any, x: jax.Array) -> Any:
+        y = x @ params["kernel"]
+        return x @ params["kernel"], y @ params["kernel"].T
+
+    row = only_row(apply, jnp.ones((5, 8)))
+    assert row.used == "factored dot_general ×3"
+    assert row.operations == 2 * dense(5, 8, 6, 2) + dense(5, 6, 8, 2)
+
+
+def test_uses_of_several_kinds_are_listed() -> None:
+    def apply(params: Any, x: jax.Array) -> Any:
+        return x @ params["kernel"], jnp.tanh(params["kernel"]), params["kernel"][jnp.array([1, 2])]
+
+    assert only_row(apply, jnp.ones((5, 8)), dense=["*"]).used == (
+        "factored dot_general ×1, dense tanh ×1, factored gather ×1"
+    )
+
+
+def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return x @ jnp.tanh(params["kernel"])
+
+    with pytest.raises(lj.UnsupportedError, match="it reaches `tanh`"):
+        only_row(apply, jnp.ones((5, 8)))
+    assert only_row(apply, jnp.ones((5, 8)), dense=["kernel"]).used == "dense tanh ×1"
+
+
+@pytest.mark.xfail(strict=True, reason="forming a kernel, W0 + s·A·B, is noted with no operations")
+def test_forming_a_kernel_counts_as_operations() -> None:
+    row = only_row(lambda params, x: x @ jnp.tanh(params["kernel"]), jnp.ones((5, 8)), dense=["kernel"])
+    assert row.operations >= 2 * 8 * 6 * 2 + 8 * 6  # A·B, and the sum with W0
+
+
+def loop(params: Any, x: jax.Array, *, length: int, turns: int = 1) -> jax.Array:
+    def turn(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jnp.tanh(x @ params["kernel"] @ params["kernel"].T), None
+
+    def outer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jax.lax.scan(turn, x, length=length)
+
+    return jax.lax.scan(outer, x, length=turns)[0]
+
+
+@pytest.mark.parametrize(("length", "turns"), [(1, 1), (7, 1), (7, 3)])
+def test_a_loop_multiplies_uses_and_operations(length: int, turns: int) -> None:
+    row = only_row(loop, jnp.ones((5, 8)), length=length, turns=turns)
+    assert row.used == f"factored dot_general ×{2 * length * turns}"
+    assert row.operations == length * turns * (dense(5, 8, 6, 2) + dense(5, 6, 8, 2))
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return nn.gelu(nn.Dense(16, name="dense")(x)), None
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        block = nn.remat(Block, prevent_cse=False)
+        layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=12)
+        return layers(name="layers")(x, None)[0]
+
+
+def test_a_scanned_stack_counts_every_layer() -> None:
+    x = jax.ShapeDtypeStruct((3, 5, 16), jnp.float32)
+    params = jax.eval_shape(Stack().init, jax.random.key(0), x)
+    kernels = lj.kernels(Stack().apply, params, x)
+    adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=4, alpha=4)}, kernels=kernels)
+    (row,) = lj.explain(Stack().apply, params, adapter, x).rows
+    assert (row.path, row.shape, row.axes) == ("params/layers/dense/kernel", (12, 16, 16), "bio")
+    assert row.used == "factored dot_general ×12"
+    assert row.parameters == 12 * (16 * 4 + 4 * 16)
+    assert row.operations == 12 * dense(15, 16, 16, 4)
+
+
+def test_a_convolution_counts_its_window() -> None:
+    model = nn.Conv(8, (3, 3), use_bias=False)
+    x = jnp.ones((2, 10, 10, 4))
+    params = model.init(jax.random.key(0), x)
+    kernels = lj.kernels(model.apply, params, x)
+    adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)}, kernels=kernels)
+    (row,) = lj.explain(model.apply, params, adapter, x).rows
+    positions = 2 * 10 * 10
+    assert row.used == "factored conv_general_dilated ×1"
+    assert row.operations == dense(positions, 3 * 3 * 4, 8, 2)
+
+
+# Shapes alone
+
+
+def shapes(tree: Any) -> Any:
+    return jax.eval_shape(lambda: tree)
+
+
+@pytest.mark.parametrize("abstract", ["params", "adapter", "arguments", "all"])
+def test_shapes_are_enough(abstract: str) -> None:
+    def taken(name: str, tree: Any) -> Any:
+        return shapes(tree) if abstract in (name, "all") else tree
+
+    given = taken("params", VARIABLES), taken("adapter", ADAPTER), taken("arguments", TOKENS)
+    assert str(lj.explain(Small().apply, *given)) == TABLE
+
+
+def test_nothing_is_evaluated() -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        jax.debug.callback(lambda: pytest.fail("the model was run"))
+        return x @ params["kernel"]
+
+    only_row(apply, jnp.ones((5, 8)))
+    jax.effects_barrier()
+
+
+def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.fft.fft(x @ params["kernel"])
+
+    found = lj.explain(apply, KERNEL, PART, jnp.ones((5, 8)))
+    assert found.base_operations is None
+    assert found.rows[0].operations == dense(5, 8, 6, 2)
+    assert str(found).endswith(
+        f"\nforward:   {dense(5, 8, 6, 2):,} operations more, the base's cannot be told from shapes"
+    )
+
+
+def test_a_model_without_operations_is_explained_all_the_same() -> None:
+    adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.Full()})
+    found = lj.explain(lambda params, x: params["kernel"][x], KERNEL, adapter, jnp.array([1, 2]))
+    assert (found.base_operations, found.operations) == (0, 0)
+    assert str(found).endswith("forward:   0 operations more, 0.00% of the base's 0")
+
+
+def test_leaves_that_are_no_arrays_do_not_count() -> None:
+    params = KERNEL | {"temperature": 2.0, "name": "small"}
+    found = lj.explain(lambda p, x: x @ p["kernel"] / p["temperature"], params, PART, jnp.ones((5, 8)))
+    assert found.base_parameters == 48
+
+
+# Memory
+
+
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
+    adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA}, param_dtype=param_dtype)
+    found = lj.explain(lambda p, x: x @ p["kernel"], KERNEL, adapter, jnp.ones((5, 8)))
+    assert found.adapter_bytes == 28 * jnp.dtype(param_dtype).itemsize
+    assert (found.optimiser_bytes, found.optimiser) == (2 * found.adapter_bytes, "two moments, as Adam keeps")
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (optax.adam(1e-3), 2 * 1136 + 4),  # two moments, and the count of steps
+        (optax.sgd(1e-3), 0),
+        (optax.sgd(1e-3, momentum=0.9), 1136),
+        (optax.adam(1e-3, mu_dtype=jnp.bfloat16), 1136 + 1136 // 2 + 4),
+        (optax.adafactor(1e-3, min_dim_size_to_factor=4), None),
+        (optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 10))), None),
+        (optax.MultiSteps(optax.adam(1e-3), 4).gradient_transformation(), None),
+    ],
+    ids=["adam", "sgd", "momentum", "narrow adam", "adafactor", "chain", "MultiSteps"],
+)
+def test_the_optimiser_s_bytes_are_those_of_its_state(tx: Any, expected: int | None) -> None:
+    found = explain(tx=tx)
+    assert found.optimiser_bytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tx.init(ADAPTER)))
+    assert expected in (None, found.optimiser_bytes)
+    assert found.optimiser == "the state of `tx`"
+    assert f"optimiser {found.optimiser_bytes} B (" in str(found) or " kB (the state of `tx`)" in str(found)

@@ -1,0 +1,163 @@
+"""Performance is part of correct: a training step through `lora()` takes what LoRA written into the model takes.
+
+The figures are read from the jaxpr and from the compiled program, so that they do not depend on the machine's mood;
+wall times are in `benchmarks/`.
+"""
+
+import contextlib
+import functools
+import logging
+from typing import Any, NamedTuple
+
+import chex
+import helpers
+import jax
+import jax.numpy as jnp
+import pytest
+from flax.traverse_util import flatten_dict
+
+import lora_jax as lj
+from benchmarks import models
+from lora_jax import testing
+
+# Every axis has a size of its own, so that no activation has the shape of a kernel by accident.
+SIZE = models.Size(layers=2, width=24, heads=3, hidden=56, vocabulary=80, batch=4, length=10, rank=5)
+FORMS = pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+
+
+@functools.cache
+def case(scanned, dtype="float32", *, tied=True):
+    return models.case(SIZE, scanned=scanned, tied=tied, dtype=jnp.dtype(dtype))
+
+
+def ours_and_by_hand(case):
+    return models.through_lora(case), models.by_hand(case)
+
+
+def value_and_grad(method, tokens, argnums=0):
+    """The loss and its gradient, as a function, and its arguments."""
+    return jax.value_and_grad(method.loss, argnums), (method.trained, method.frozen, tokens)
+
+
+def kernels_of(case):
+    return {path: kernel for path, kernel in flatten_dict(case.params, sep="/").items() if path in case.adapter}
+
+
+def shapes_of_kernels(case):
+    """The shapes of the adapted kernels; where they are stacked, of one layer too."""
+    shapes = {kernel.shape for kernel in kernels_of(case).values()}
+    return shapes | {shape[1:] for shape in shapes} if case.model.scanned else shapes
+
+
+class Step(NamedTuple):
+    """One step: what it gave, and the temporary bytes of the program."""
+
+    loss: jax.Array
+    gradient: Any
+    temporary: int
+
+
+@functools.cache
+def steps(scanned, dtype):
+    """A step through `lora()` and one by hand, compiled once for all the tests."""
+    one = case(scanned, dtype)
+
+    def run(method):
+        frozen, trained, state = method.start()
+        args = (frozen, *jax.tree.map(jnp.copy, (trained, state)), one.tokens)
+        program = jax.jit(method.step, donate_argnums=(1, 2)).lower(*args).compile()
+        _, state, loss = program(*args)
+        # Adam's first moment is the gradient, times 1 - 0.9, after the first step.
+        return Step(loss, state[0].mu, program.memory_analysis().temp_size_in_bytes)
+
+    return tuple(map(run, ours_and_by_hand(one)))
+
+
+@FORMS
+@DTYPES
+def test_the_loss_and_its_gradient_are_those_of_lora_by_hand(scanned, dtype):
+    ours, by_hand = steps(scanned, dtype)
+    helpers.assert_close(ours.loss, by_hand.loss, dtype=dtype)
+    helpers.assert_close(models.as_collection(ours.gradient), by_hand.gradient, helpers.GRADIENT, dtype=dtype)
+
+
+@FORMS
+@DTYPES
+def test_a_step_takes_no_more_memory_than_lora_by_hand(scanned, dtype):
+    ours, by_hand = steps(scanned, dtype)
+    assert ours.temporary <= 1.02 * by_hand.temporary
+
+
+@FORMS
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", True), ("float32", False)])
+def test_a_step_takes_no_more_operations_than_lora_by_hand(scanned, dtype, tied):
+    one = case(scanned, dtype, tied=tied)
+    ours, by_hand = (testing.operations(m.step, *m.start(), one.tokens) for m in ours_and_by_hand(one))
+    assert ours <= 1.005 * by_hand
+
+
+@FORMS
+@DTYPES
+def test_no_array_of_a_kernels_shape_is_made_forward_or_backward(scanned, dtype):
+    one = case(scanned, dtype)
+    step, args = value_and_grad(models.through_lora(one), one.tokens)
+    assert not testing.shapes_made(step, *args) & shapes_of_kernels(one)
+
+
+@FORMS
+def test_where_kernels_are_formed_their_shapes_are_found(scanned):
+    one = case(scanned)
+    step, args = value_and_grad(models.merged(one), one.tokens)
+    assert testing.shapes_made(step, *args) >= {kernel.shape for kernel in kernels_of(one).values()}
+
+
+@FORMS
+def test_the_gradient_of_the_base_costs_nothing(scanned):
+    one = case(scanned)
+    method = models.through_lora(one)
+    adapter_alone, args = value_and_grad(method, one.tokens)
+    base_too, _ = value_and_grad(method, one.tokens, argnums=(0, 1))
+    saved = testing.operations(base_too, *args) - testing.operations(adapter_alone, *args)
+    assert saved >= sum(2 * one.tokens.size * kernel.size for kernel in kernels_of(one).values())
+
+
+@contextlib.contextmanager
+def compilations(caplog):
+    """Collects what JAX says that it compiles."""
+    found = []
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), jax.log_compiles(True):
+        yield found
+    found += [record.getMessage() for record in caplog.records if record.getMessage().startswith("Compiling")]
+
+
+@FORMS
+def test_a_second_jitted_call_with_new_values_traces_and_compiles_nothing(scanned, caplog):
+    one = case(scanned)
+    chex.clear_trace_counter()  # it tells functions apart by their names
+    apply = chex.assert_max_traces(models.plain(one.model), n=1)
+    adapted = lj.lora(apply)
+
+    @jax.jit
+    def gradient(params, adapter, tokens):
+        return jax.grad(lambda adapter: models.cross_entropy(adapted(params, adapter, tokens), tokens))(adapter)
+
+    first = (one.params, one.adapter, one.tokens)
+    second = jax.tree.map(lambda x: x // 2 if x.dtype == jnp.int32 else x / 2, first)
+    with compilations(caplog) as found:
+        gradient(*first)
+    assert len(found) == 1, found
+    with compilations(caplog) as found:
+        gradient(*second)
+    assert not found
+
+
+def test_a_second_eager_call_with_new_values_compiles_nothing(caplog):
+    one = case(scanned=False)
+    adapted = lj.lora(models.plain(one.model))
+    adapted(one.params, one.adapter, one.tokens)
+    second = jax.tree.map(lambda x: x / 2, (one.params, one.adapter))
+    with compilations(caplog) as found:
+        adapted(*second, one.tokens // 2)
+    assert not found

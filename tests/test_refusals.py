@@ -1,0 +1,359 @@
+"""What has no low-rank form: refused by name, path and line; formed where, and only where, the caller allows it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from law import Case, adapted, assert_law, normal
+
+import lora_jax as lj
+from lora_jax._transform import _interpreter
+from lora_jax.testing import shapes_made
+
+X = (3, 4)
+NO_RULE = "this operation has no low-rank rule"
+OWN_DERIVATIVE = "the model's own derivative there is defined for a dense kernel"
+
+
+class Refusal(NamedTuple):
+    """A use of a kernel that is refused: where the text says that it arrives, and why."""
+
+    case: Case
+    primitive: str
+    reason: str
+
+
+def matrix(call: Callable[..., Any], primitive: str, reason: str = NO_RULE, *, args: Any = (X,)) -> Refusal:
+    return Refusal(Case(call, (4, 4), args, None, "io"), primitive, reason)
+
+
+@jax.custom_vjp
+def scaled(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w
+
+
+scaled.defvjp(lambda w, x: (x @ w, (w, x)), lambda kept, g: (3 * kept[1].T @ g, g @ kept[0].T))
+
+
+@jax.custom_jvp
+def rounded(w: jax.Array) -> jax.Array:
+    return jnp.round(w * 8) / 8
+
+
+rounded.defjvps(lambda g, out, w: 2 * g)
+
+
+def mesh_of(axis: str) -> NamedSharding:
+    return NamedSharding(jax.make_mesh((4,), (axis,), axis_types=(AxisType.Auto,)), PartitionSpec(axis))
+
+
+GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "feature_group_count": 2}
+REFUSALS = {
+    "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
+    "a product with a number": matrix(lambda w, x: x @ (w * 2.0), "mul"),
+    "a product with an array": matrix(lambda w, x: x @ (w * x[0]), "mul"),
+    "a mask": matrix(lambda w, x: x @ lax.select(x.T @ x > 0, w, w.T), "select_n"),
+    "a sign": matrix(lambda w, x: x @ -w, "neg"),
+    "a norm": matrix(lambda w, x: x * (w**2).sum(), "integer_pow"),
+    "a sum": matrix(lambda w, x: x * w.sum(), "reduce_sum"),
+    "a concatenation": matrix(lambda w, x: x @ lax.concatenate([w, w], 1), "concatenate"),
+    "a softmax": matrix(lambda w, x: x @ jnp.exp(w), "exp"),
+    "an activation": matrix(lambda w, x: x @ jax.nn.relu(w), "custom_jvp_call", OWN_DERIVATIVE),
+    "custom_vjp": matrix(lambda w, x: scaled(w, x), "custom_vjp_call", OWN_DERIVATIVE),
+    "custom_jvp": matrix(lambda w, x: x @ rounded(w), "custom_jvp_call", OWN_DERIVATIVE),
+    "a product of two kernels": matrix(
+        lambda w, x: x @ (w @ w.T), "dot_general", "both operands of the product are adapted kernels"
+    ),
+    "a merge of input and output": matrix(
+        lambda w, x: x @ w.reshape(8, 2)[:4],
+        "reshape",
+        "a reshape from (4, 4) to (8, 2) merges axes with the roles 'io'",
+    ),
+    "a cast to integers": matrix(lambda w, x: x @ (w.astype(jnp.int8) + 0.5), "convert_element_type", "a cast to int8"),
+    "an element": matrix(
+        lambda w, x: x * w[jnp.array([0, 1, 2, 3]), jnp.array([1, 0, 3, 2])],
+        "gather",
+        "a look-up along axes (0, 1), of an adapter with axes 'io'",
+    ),
+    "part of a row": matrix(
+        lambda w, x, ids: x[:, :2] + jax.vmap(lambda i: lax.dynamic_slice(w, (i, 0), (1, 2))[0])(ids),
+        "gather",
+        "a look-up that is not of whole rows",
+        args=(X, [0, 1, 2]),
+    ),
+    "a look-up of layers": Refusal(
+        Case(lambda w, x, ids: jnp.einsum("bi,bio->bo", x, w[ids]), (2, 4, 5), [X, [0, 1, 1]], "bio"),
+        "gather",
+        "a look-up along axes (0,), of an adapter with axes 'bio'",
+    ),
+    "a grouped convolution": Refusal(
+        Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 2, 3), [(2, 4, 5)], None, "oii"),
+        "conv_general_dilated",
+        "a grouped convolution",
+    ),
+    "a convolution of the kernel": Refusal(
+        Case(lambda w, x: lax.conv(w, x, (1,), "SAME"), (2, 3, 5), [(4, 3, 3)], None, "oii"),
+        "conv_general_dilated",
+        "the adapted kernel is what is convolved",
+    ),
+    "a convolution along other axes": Refusal(
+        Case(lambda w, x: lax.conv(x, w, (1,), "SAME"), (4, 3, 2), [(2, 3, 5)], "oii", "ooi"),
+        "conv_general_dilated",
+        "the axes of the kernel there are 'oii', the adapter's are 'ooi'",
+    ),
+    "a loop that changes it": matrix(
+        lambda w, x: lax.fori_loop(0, 2, lambda _, wx: (wx[0].T, wx[1] @ wx[0]), (w, x))[1],
+        "scan",
+        "a loop carries it and changes it",
+    ),
+    "a loop that swaps it": matrix(
+        lambda w, x: lax.fori_loop(0, 3, lambda _, c: (c[1], c[0], c[2] @ c[0]), (w, jnp.eye(4), x))[2],
+        "scan",
+        "a loop carries it and changes it",
+    ),
+    "a branch that returns it": matrix(
+        lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: w.T), "cond", "a branch returns the kernel itself"
+    ),
+    "a branch for each example": matrix(
+        lambda w, x: jax.vmap(lambda x: lax.cond(x[0] > 0, lambda: x @ w, lambda: x))(x), "select_n"
+    ),
+    "a platform that chooses": matrix(
+        lambda w, x: lax.platform_dependent(w, x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w.T),
+        "cond",
+        "the platform chooses the branch",
+    ),
+    "a jit with a sharding for it": matrix(
+        lambda w, x: jax.jit(lambda w: x @ w, in_shardings=mesh_of("x"))(w),
+        "jit",
+        "a jit that donates the kernel or gives it a sharding",
+    ),
+    "a jit that returns it with a sharding": matrix(
+        lambda w, x: x @ jax.jit(lambda w: w.T, out_shardings=mesh_of("x"))(w),
+        "jit",
+        "a jit that returns the kernel with a sharding",
+    ),
+    "in a scan": Refusal(
+        Case(lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ (w + 1)), None), x, w)[0], (2, 4, 4), [X], None, "bio"),
+        "add",
+        NO_RULE,
+    ),
+    "in a remat in a jit": matrix(lambda w, x: jax.jit(jax.checkpoint(lambda w, x: x @ (w + 1)))(w, x), "add"),
+    "in a branch": matrix(lambda w, x: lax.cond(x[0, 0] > 0, lambda: x @ (w + 1), lambda: x), "add"),
+}
+
+
+def message(refusal: Refusal, line: str) -> str:
+    return (
+        "Expected the adapted kernel 'w' to be used in ways that have a low-rank form; it reaches "
+        f"`{refusal.primitive}`: {refusal.reason}.\n"
+        f"  at {line}\n"
+        "  Leave it out of the spec, or let it be formed there: lora(apply, dense=['w'])."
+    )
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_refusal_names_primitive_path_line_and_way_out(name: str) -> None:
+    refusal = REFUSALS[name]
+    case = refusal.case
+    lines, first = inspect.getsourcelines(case.call)
+    with pytest.raises(lj.UnsupportedError) as error:
+        lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
+    at = re.search(rf"^  at ({re.escape(__file__)}:(\d+):\d+ \(\S*<lambda>\S*\))$", str(error.value), re.MULTILINE)
+    assert at is not None, error.value
+    assert str(error.value) == message(refusal, at[1])
+    assert first <= int(at[2]) < first + len(lines)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_kernel_listed_in_dense_gives_what_the_formed_kernel_gives(name: str) -> None:
+    case = REFUSALS[name].case
+    assert_law(case.apply, case.params, case.adapter, *case.arrays, formed=["w"])
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_explain_says_where_a_kernel_is_formed(name: str) -> None:
+    case, primitive, _ = REFUSALS[name]
+    used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0].used
+    assert f"dense {primitive} ×" in used
+
+
+def test_a_kernel_that_is_returned_is_refused_too() -> None:
+    case = Case(lambda w, x: (x @ w, w), (4, 5), [X], "io")
+    with pytest.raises(lj.UnsupportedError) as error:
+        lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
+    refusal = Refusal(case, "return", "the function returns the kernel itself")
+    assert str(error.value) == message(refusal, "the result of `apply`")
+    assert_law(case.apply, case.params, case.adapter, *case.arrays, formed=["w"])
+
+
+def test_a_condition_of_a_loop_that_reads_the_kernel_is_refused() -> None:
+    def model(w: jax.Array, x: jax.Array) -> jax.Array:
+        return lax.while_loop(lambda wx: wx[0][0, 0] + wx[1].sum() < 0, lambda wx: (wx[0], wx[1] + 1), (w, x))[1]
+
+    case = Case(model, (4, 4), [X], None, "io")
+    got = lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
+    assert (got == case.apply(lj.merge(case.params, case.adapter), *case.arrays)).all()
+
+
+FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
+    "jnp.clip": lambda w: jnp.clip(w, 0, 1),
+    "jnp.linalg.norm": lambda w: jnp.linalg.norm(w),
+    "jnp.linalg.solve": lambda w: jnp.linalg.solve(w, w),
+    "jnp.where": lambda w: jnp.where(jnp.eye(4) > 0, w, 0),
+    "jnp.var": lambda w: jnp.var(w, 0),
+    "jnp.flip": lambda w: jnp.flip(w),
+    "jax.checkpoint of jnp.sin": lambda w: jax.checkpoint(jnp.sin)(w),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="an equation inside a function that JAX itself has jitted knows no line")
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_refusal_inside_a_function_of_jax_names_the_line_that_calls_it(name: str) -> None:
+    call = FUNCTIONS[name]
+    params = {"w": normal(4, 4)}
+    with pytest.raises(lj.UnsupportedError, match=rf"\n  at {re.escape(__file__)}:{call.__code__.co_firstlineno}:"):
+        lj.lora(lambda params: call(params["w"]))(params, adapted(params, {"w": "io"}))
+
+
+def test_a_refusal_in_a_layer_of_linen_names_the_model_s_line_and_the_kernel_s_path() -> None:
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            x = nn.Dense(4)(x)
+            return nn.Conv(4, (3,), feature_group_count=2, name="grouped")(x)  # refused here
+
+    x = normal(2, 5, 4, seed=1)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), jax.eval_shape(Model().init, jax.random.key(0), x))
+    adapter = adapted(params, {"params/grouped/kernel": "iio"})
+    with pytest.raises(lj.UnsupportedError) as error:
+        lj.lora(Model().apply)(params, adapter, x)
+    lines, first = inspect.getsourcelines(Model.__call__)
+    line = first + next(number for number, text in enumerate(lines) if "# refused here" in text)
+    assert "'params/grouped/kernel'" in str(error.value)
+    assert re.search(rf"\n  at {re.escape(__file__)}:{line}:\d+ \(\S*Model.__call__\)\n", str(error.value))
+
+
+def test_a_refusal_is_an_error_of_the_library_and_of_python() -> None:
+    assert issubclass(lj.UnsupportedError, lj.LoRAError)
+    assert issubclass(lj.UnsupportedError, NotImplementedError)
+
+
+def test_a_refusal_comes_from_shapes_alone() -> None:
+    case = REFUSALS["a sum with a number"].case
+    shapes = jax.eval_shape(lambda: (case.params, case.adapter, *case.arrays))
+    with pytest.raises(lj.UnsupportedError):
+        jax.eval_shape(lj.lora(case.apply), *shapes)
+
+
+# What `dense` allows
+
+
+def two_kernels(params: Any, x: jax.Array) -> jax.Array:
+    return x @ (params["block"]["one"] * 2) @ (params["block"]["two"] * 2)
+
+
+PARAMS = {"block": {"one": normal(4, 5), "two": normal(5, 6, seed=1)}}
+
+
+@pytest.mark.parametrize(
+    "formed",
+    [
+        ["block/one", "block/two"],
+        ["block/*"],
+        ["**"],
+        ["block/{one,two}"],
+        [re.compile("block/.*")],
+        ("**/one", "**/t*"),
+    ],
+    ids=str,
+)
+def test_dense_takes_patterns(formed: Any) -> None:
+    adapter = adapted(PARAMS, {"block/one": "io", "block/two": "io"})
+    assert_law(two_kernels, PARAMS, adapter, normal(*X, seed=2), formed=formed)
+
+
+def test_only_what_is_listed_is_formed() -> None:
+    adapter = adapted(PARAMS, {"block/one": "io", "block/two": "io"})
+    with pytest.raises(lj.UnsupportedError, match="the adapted kernel 'block/two'"):
+        lj.lora(two_kernels, dense=["block/one"])(PARAMS, adapter, normal(*X, seed=2))
+
+
+def test_a_listed_kernel_stays_factored_where_it_can() -> None:
+    case = Case(lambda w, x: x @ w, (7, 5), [(3, 7)], "io")
+    adapted = lj.lora(case.apply, dense=["w"])
+    assert (7, 5) not in shapes_made(adapted, case.params, case.adapter, *case.arrays)
+
+
+def test_explain_lists_every_way_in_which_a_kernel_is_used() -> None:
+    case = Case(lambda w, x: (x @ w, w.sum()), (7, 5), [(3, 7)], "io")
+    used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0].used
+    assert used == "factored dot_general ×1, dense reduce_sum ×1"
+
+
+def test_a_product_of_two_adapted_kernels_is_formed_from_both() -> None:
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        return x @ (params["one"] @ params["two"])
+
+    params = PARAMS["block"]
+    adapter = adapted(params, {"one": "io", "two": "io"})
+    assert_law(model, params, adapter, normal(*X, seed=2), formed=["one", "two"])
+
+
+def test_a_kernel_formed_in_a_scan_is_counted_for_every_turn() -> None:
+    case = REFUSALS["in a scan"].case
+    row = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0]
+    assert row.used == "dense add ×2"
+
+
+# What `kernels` says of it
+
+
+def test_kernels_reports_an_opaque_use_with_its_primitive_and_line() -> None:
+    call = lambda w: jnp.exp(w)  # noqa: E731
+    (use,) = lj.kernels(lambda params: call(params["w"]), {"w": normal(4, 4)})["w"].uses
+    assert (use.kind, use.primitive, use.axes, use.times) == ("opaque", "exp", None, 1)
+    assert use.line.startswith(f"{__file__}:{call.__code__.co_firstlineno}:")
+
+
+def test_kernels_gives_the_roles_of_a_kernel_that_is_also_read_whole() -> None:
+    found = lj.kernels(lambda params, x: x @ params["w"] + (params["w"] ** 2).sum(), {"w": normal(4, 5)}, normal(*X))
+    assert found["w"].axes == "io"
+    assert [use.kind for use in found["w"].uses] == ["factored", "opaque"]
+
+
+def test_kernels_gives_no_roles_to_a_leaf_that_is_not_contracted() -> None:
+    params = {
+        "w": normal(4, 5),
+        "bias": normal(5),
+        "steps": jnp.int32(1),
+        "flags": jnp.ones(3, bool),
+        "unused": normal(2),
+    }
+
+    def model(params: Any, x: jax.Array) -> Any:
+        return x @ params["w"] + params["bias"], params["steps"] + 1, ~params["flags"]
+
+    found = lj.kernels(model, params, normal(*X))
+    assert {path: kernel.axes for path, kernel in found.items()} == {
+        "w": "io",
+        "bias": None,
+        "steps": None,
+        "flags": None,
+        "unused": None,
+    }
+    assert found["unused"].uses == ()
+
+
+@pytest.mark.parametrize("rule", _interpreter._RULES.values(), ids=lambda rule: rule.__name__)
+def test_a_rule_names_every_parameter_so_that_a_new_one_is_an_error(rule: Callable[..., Any]) -> None:
+    kinds = {parameter.kind for parameter in inspect.signature(rule).parameters.values()}
+    assert inspect.Parameter.VAR_KEYWORD not in kinds
