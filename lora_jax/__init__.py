@@ -33,6 +33,30 @@ if TYPE_CHECKING:
     from .checkpoint import restore as restore
     from .checkpoint import save as save
 
+__all__ = [
+    "Adapter",
+    "AdapterError",
+    "CheckpointError",
+    "Full",
+    "LoRA",
+    "LoRAError",
+    "MergeError",
+    "RSLoRA",
+    "SpecError",
+    "UnsupportedError",
+    "checkpoint",
+    "explain",
+    "init",
+    "kernels",
+    "lora",
+    "merge",
+    "optim",
+    "restore",
+    "save",
+    "testing",
+    "unmerge",
+]
+
 __version__ = "0.1.0"
 
 # Loaded when first asked for: they bring optax and orbax with them.
@@ -53,4 +77,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_DOORS})
+    return __all__

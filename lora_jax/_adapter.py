@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.tree_util import GetAttrKey
 
 from ._axes import axes_of_a, axes_of_b
-from ._contract import Labelled, contract
+from ._contract import Labelled, contract, widest
 
 if TYPE_CHECKING:
     from ._variants import Variant
@@ -130,7 +130,7 @@ class AdaptedKernel:
 
 def delta(kernel: AdaptedKernel) -> Array:
     """Forms `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`."""
-    dtype = jnp.promote_types(jnp.promote_types(kernel.w.dtype, kernel.a.dtype), jnp.float32)
+    dtype = widest(kernel.w.dtype, kernel.a.dtype, jnp.float32)
     order = tuple(range(kernel.w.ndim))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))

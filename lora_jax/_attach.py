@@ -25,11 +25,11 @@ def attach(leaves: Mapping[str, Any], adapter: Adapters) -> dict[str, AdaptedKer
     """
     check(leaves, adapter)
     return {
-        path: part.variant.apply(_as_jax(leaves[path]), part.arrays, part.axes, path) for path, part in adapter.items()
+        path: part.variant.apply(as_jax(leaves[path]), part.arrays, part.axes, path) for path, part in adapter.items()
     }
 
 
-def _as_jax(leaf: Any) -> Any:
+def as_jax(leaf: Any) -> Any:
     """A leaf of the dtype that JAX sees: without 64 bits, NumPy's float64 is float32."""
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 

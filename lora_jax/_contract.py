@@ -5,9 +5,12 @@ An axis is known by its label. A label that both arrays have is a batch axis if 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jax import Array, lax
 
 Labels = tuple[int, ...]
@@ -24,6 +27,12 @@ class Labelled(NamedTuple):
         if self.labels == tuple(order):
             return self.array
         return lax.transpose(self.array, [self.labels.index(label) for label in order])
+
+
+def widest(*dtypes: Any) -> Any:
+    """The dtype that holds all of them, also where the user has forbidden JAX to promote by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
 
 
 def contract(x: Labelled, y: Labelled, *, keep: Collection[int], precision: Any = None, dtype: Any = None) -> Labelled:

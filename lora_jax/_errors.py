@@ -23,7 +23,17 @@ class AdapterError(LoRAError, ValueError):
 
 
 class UnsupportedError(LoRAError, NotImplementedError):
-    """An adapted kernel reaches an operation that has no low-rank form."""
+    """An adapted kernel reaches an operation that has no low-rank form.
+
+    Attributes:
+      what: what was expected and what was got.
+      line: the line of the model; empty where JAX has not kept it, as inside functions that it has jitted itself.
+      advice: what to do.
+    """
+
+    def __init__(self, what: str, line: str, advice: str) -> None:
+        super().__init__(f"{what}\n  at {line or 'a line that is not known'}\n  {advice}")
+        self.what, self.line, self.advice = what, line, advice
 
 
 class MergeError(LoRAError, ValueError):

@@ -19,6 +19,7 @@ from jax import Array
 from jax.core import Tracer
 
 from ._adapter import AdaptedKernel, Adapter, delta, materialise
+from ._contract import widest
 
 
 class Rounding(NamedTuple):
@@ -67,8 +68,7 @@ def is_concrete(x: Any) -> bool:
 
 def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
     """What the model would see, were all of the leaf in float32, or in what is wider among its dtypes."""
-    dtypes = (w.dtype, *(array.dtype for array in part.arrays.values()))
-    wide = functools.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+    wide = widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values()))
     return part.variant.apply(w.astype(wide), part.arrays, part.axes, "")
 
 

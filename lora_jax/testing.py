@@ -40,6 +40,9 @@ def operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
       *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
       **kwargs: likewise.
 
+    Returns:
+      The number of operations.
+
     Raises:
       NotImplementedError: for a primitive whose operations its shapes do not tell, such as `svd`.
     """
@@ -60,6 +63,9 @@ def shapes_made(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> set[tup
       fn: any JAX function.
       *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
       **kwargs: likewise.
+
+    Returns:
+      The shapes, each once.
     """
     jaxpr = jax.make_jaxpr(fn)(*args, **kwargs)
     return {tuple(var.aval.shape) for eqn in _equations(jaxpr) for var in eqn.outvars if hasattr(var.aval, "shape")}
@@ -83,6 +89,9 @@ def temporary_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int
       fn: any JAX function; jitted already, if its donations are to count.
       *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
       **kwargs: likewise.
+
+    Returns:
+      The number of bytes.
     """
     return int(_compiled(fn, args, kwargs).memory_analysis().temp_size_in_bytes)
 
@@ -101,6 +110,9 @@ def compiled_operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) ->
       fn: any JAX function.
       *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
       **kwargs: likewise.
+
+    Returns:
+      The number of operations.
     """
     return int(_compiled(fn, args, kwargs).cost_analysis()["flops"])
 

@@ -215,7 +215,6 @@ FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="an equation inside a function that JAX itself has jitted knows no line")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_refusal_inside_a_function_of_jax_names_the_line_that_calls_it(name: str) -> None:
     call = FUNCTIONS[name]

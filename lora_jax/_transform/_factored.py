@@ -9,12 +9,11 @@ import math
 from collections.abc import Collection
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
-from .._contract import Labelled, Labels, contract
+from .._contract import Labelled, Labels, contract, widest
 
 
 class Product(NamedTuple):
@@ -61,7 +60,7 @@ def multiply(
 
     one, other = min(((a, b), (b, a)), key=cost)
     left, right = (one, x) if kernel_first else (x, one)
-    thin_dtype = jnp.promote_types(x.array.dtype, kernel.w.dtype)
+    thin_dtype = widest(x.array.dtype, kernel.w.dtype)
     thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
     array = expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
     # Beside the two products: the scale on the thin one, and the sum with the base's.

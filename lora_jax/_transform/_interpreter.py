@@ -104,13 +104,15 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     if not value.is_probe and not matches_any(value.path, settings.dense):
         raise UnsupportedError(
             f"Expected the adapted kernel {value.path!r} to be used in ways that have a low-rank form; "
-            f"it reaches `{primitive}`: {reason}.\n"
-            f"  at {line}\n"
-            f"  Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}])."
+            f"it reaches `{primitive}`: {reason}.",
+            line,
+            f"Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}]).",
         )
     if settings.log is not None:
-        kind, operations = ("opaque", 0) if value.is_probe else ("dense", 2 * value.w.size * value.a.shape[-1])
-        settings.log.append(Use(value.path, primitive, kind, None, times, times * operations, line))
+        # Formed: the product, its scale, the sum with the base.
+        cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
+        kind = "opaque" if value.is_probe else "dense"
+        settings.log.append(Use(value.path, primitive, kind, None, times, times * cost, line))
     return materialise(value)
 
 
@@ -166,6 +168,10 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             dense = [site.dense(operand, str(reason)) for operand in operands]
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
+        except UnsupportedError as error:
+            if error.line:
+                raise
+            raise UnsupportedError(error.what, user_line(eqn), error.advice) from None
     for var, result in zip(eqn.outvars, results, strict=True):
         got: Any = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
         expected: Any = var.aval

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._adapter import Adapters
 from .._attach import attach
-from .._paths import Pattern
+from .._paths import Pattern, flatten
 from ._interpreter import Settings
 from ._program import trace
 
@@ -45,8 +45,8 @@ def lora(apply: Callable[..., Any], dense: Sequence[Pattern] = ()) -> Callable[.
     settings = Settings(dense=tuple(dense))
 
     def adapted(params: Any, adapter: Adapters, /, *args: Any, **kwargs: Any) -> Any:
-        program = trace(apply, params, args, kwargs)
-        return program.run(attach(program.params, adapter), settings)
+        kernels = attach(flatten(params)[0], adapter)  # first: what is wrong with the adapter is not the model's fault
+        return trace(apply, params, args, kwargs).run(kernels, settings)
 
     adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"
     return adapted

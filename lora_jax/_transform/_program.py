@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.tree_util import PyTreeDef
 
+from .._attach import as_jax
 from .._compat import ClosedJaxpr
 from .._paths import Pattern, flatten, unflatten
 from .._use import Use
@@ -40,14 +41,16 @@ class Program:
     def run(self, kernels: Mapping[str, Value], settings: Settings) -> Any:
         """Evaluates the call with adapted kernels in place of some parameters, and returns what `apply` would."""
         leaves = [kernels.get(path, leaf) for path, leaf in self.arrays_of_params.items()]
-        results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*leaves, *self.arrays])
+        results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
         reason = "the function returns the kernel itself"
         return self.rebuild([form(settings, result, "return", reason, "the result of `apply`") for result in results])
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced; Python numbers, strings and callables stay what they are."""
-    return isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct))
+    """Whether a leaf is traced; Python numbers, strings and callables stay what they are, and arrays of text."""
+    if isinstance(leaf, np.ndarray):
+        return leaf.dtype.kind not in "OSUMm"
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
 
 
 def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
