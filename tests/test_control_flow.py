@@ -734,7 +734,9 @@ OUTER: dict[str, Callable[[Call], Call]] = {
 
 
 NO_PVARY = pytest.mark.xfail(
-    strict=True, reason="`pvary`, which shard_map puts before a replicated kernel, has no rule"
+    strict=True,
+    raises=lj.UnsupportedError,
+    reason="no rule for `pvary`, which shard_map puts before replicated kernels",
 )
 OUTER_NAMES = [pytest.param(name, marks=NO_PVARY) if "shard_map" in name else name for name in OUTER]
 

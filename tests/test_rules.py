@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -401,6 +401,7 @@ class Moves:
         return lax.dot_general(x, w, ((range(1, x.ndim), self.summed), ((), ())))
 
 
+@settings(max_examples=25)
 @given(st.composite(Moves)())
 def test_any_moves_before_a_contraction_are_those_of_the_formed_kernel(case: Moves) -> None:
     params = {"w": normal(*case.kernel)}
