@@ -12,6 +12,7 @@ from typing import Any
 
 import flax
 import jax
+import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import DebugInfo
@@ -22,15 +23,21 @@ from jax.extend.core import Primitive as Primitive
 from jax.extend.core import Var as Var
 from jax.extend.core import primitives as primitives
 
-_LIBRARIES = (os.path.dirname(__file__), os.path.dirname(flax.__file__))
+# NumPy is among them because its functions pass JAX arrays on to JAX.
+_LIBRARIES = tuple(os.path.dirname(file) for file in (__file__, flax.__file__, np.__file__))
 
 
 @contextlib.contextmanager
 def context_of(eqn: JaxprEqn) -> Iterator[None]:
     """Puts new operations where `eqn` stands: its name scopes, its source line, its mesh and other context."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
-    with source_info_util.user_context(eqn.source_info.traceback, name_stack=names), eqn.ctx.manager:
+    with source_info_util.user_context(_source_of(eqn).traceback, name_stack=names), eqn.ctx.manager:
         yield
+
+
+def _source_of(eqn: JaxprEqn) -> source_info_util.SourceInfo:
+    """Where the user asked for `eqn`; inside a function that JAX has jitted itself, where they called that."""
+    return eqn.source_info if source_info_util.summarize(eqn.source_info) else source_info_util.current()
 
 
 def evaluate(
@@ -44,15 +51,26 @@ def evaluate(
 
 def user_line(eqn: JaxprEqn) -> str:
     """Where the user's code asked for `eqn`: `model.py:31 (Block.__call__)`, not a frame of flax or of this library."""
-    frames = source_info_util.summarize(eqn.source_info, num_frames=100).split("\n")[::-1]  # innermost first
+    frames = source_info_util.summarize(_source_of(eqn), num_frames=100).split("\n")[::-1]  # innermost first
     own = [frame for frame in frames if not frame.startswith(_LIBRARIES)]
     return (own or frames)[0]
 
 
-def last_uses(jaxpr: Jaxpr) -> dict[Var, int]:
+def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
+    """The equations that a result needs, or that have an effect; what a model computes and drops is not among them."""
+    needed = set(variables(jaxpr.outvars))
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            needed.update(variables(eqn.invars))
+            live.append(eqn)
+    return live[::-1]
+
+
+def last_uses(eqns: Sequence[JaxprEqn], outputs: Sequence[Any]) -> dict[Var, int]:
     """For each variable, the number of the last equation that reads it; that of the end, if it is an output."""
-    last = {var: number for number, eqn in enumerate(jaxpr.eqns) for var in variables(eqn.invars)}
-    return last | dict.fromkeys(variables(jaxpr.outvars), len(jaxpr.eqns))
+    last = {var: number for number, eqn in enumerate(eqns) for var in variables(eqn.invars)}
+    return last | dict.fromkeys(variables(outputs), len(eqns))
 
 
 def variables(atoms: Collection[Any]) -> list[Var]:

@@ -733,15 +733,7 @@ OUTER: dict[str, Callable[[Call], Call]] = {
 }
 
 
-NO_PVARY = pytest.mark.xfail(
-    strict=True,
-    raises=lj.UnsupportedError,
-    reason="no rule for `pvary`, which shard_map puts before replicated kernels",
-)
-OUTER_NAMES = [pytest.param(name, marks=NO_PVARY) if "shard_map" in name else name for name in OUTER]
-
-
-@pytest.mark.parametrize("name", OUTER_NAMES)
+@pytest.mark.parametrize("name", OUTER)
 def test_a_transform_of_the_adapted_model_is_that_of_the_merged_model(name: str) -> None:
     def run(function: Any) -> Any:
         call = OUTER[name](lambda adapter, x: function(STACK.params, adapter, x))

@@ -25,6 +25,7 @@ from .._compat import (
     context_of,
     evaluate,
     last_uses,
+    live_equations,
     user_line,
     variables,
 )
@@ -35,21 +36,23 @@ from .._use import Use
 Value = Any  # an Array or an AdaptedKernel
 Rule = Callable[..., Any]
 
-_RULES: dict[Primitive, Rule] = {}
+_RULES: dict[str, Rule] = {}
 
 
-def rule(primitive: Primitive) -> Callable[[Rule], Rule]:
-    """Registers how a primitive acts when at least one of its operands is an `AdaptedKernel`.
+def rule(primitive: Primitive | str) -> Callable[[Rule], Rule]:
+    """Registers how a primitive, or by its name one that JAX keeps to itself, acts on an `AdaptedKernel`.
 
     The rule is called as `rule(site, *operands, **params)` and names every parameter of its primitive, so that one
     which a new JAX adds is an error and not dropped. It returns what the primitive would: a value, or a list of values.
     """
 
+    name = primitive if isinstance(primitive, str) else primitive.name
+
     def register(function: Rule) -> Rule:
-        if primitive in _RULES:
-            old = _RULES[primitive]
-            raise ValueError(f"`{primitive}` already has a rule: {old.__module__}.{old.__name__}.")
-        _RULES[primitive] = function
+        if name in _RULES:
+            old = _RULES[name]
+            raise ValueError(f"`{name}` already has a rule: {old.__module__}.{old.__name__}.")
+        _RULES[name] = function
         return function
 
     return register
@@ -121,15 +124,16 @@ def interpret(
 ) -> list[Value]:
     """Evaluates a jaxpr whose arguments may be adapted kernels; so may its results."""
     values: dict[Var, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    last = last_uses(jaxpr)
+    eqns = live_equations(jaxpr)
+    last = last_uses(eqns, jaxpr.outvars)
     plain: list[JaxprEqn] = []  # equations that no kernel reaches, not yet evaluated
 
     def read(atom: Any) -> Value:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
-    def free(eqns: Sequence[JaxprEqn], done: int) -> None:
+    def free(evaluated: Sequence[JaxprEqn], done: int) -> None:
         """Forgets what is not read after equation `done`: outside `jit` it would hold its memory to the end."""
-        for var in {var for eqn in eqns for var in variables(eqn.invars)}:
+        for var in {var for eqn in evaluated for var in variables(eqn.invars)}:
             if last[var] <= done:
                 values.pop(var, None)
 
@@ -142,7 +146,7 @@ def interpret(
         free(plain, before - 1)
         plain.clear()
 
-    for number, eqn in enumerate(jaxpr.eqns):
+    for number, eqn in enumerate(eqns):
         if not any(isinstance(values.get(var), AdaptedKernel) for var in variables(eqn.invars)):
             plain.append(eqn)
             continue
@@ -152,7 +156,7 @@ def interpret(
         values.update(zip(eqn.outvars, results, strict=True))
         free([eqn], number)
     if plain:
-        evaluate_plain(len(jaxpr.eqns))
+        evaluate_plain(len(eqns))
     return [read(atom) for atom in jaxpr.outvars]
 
 
@@ -160,18 +164,14 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
     eqn = site.eqn
     with context_of(eqn):
         try:
-            if eqn.primitive not in _RULES:
+            if eqn.primitive.name not in _RULES:
                 raise NoRule(_no_rule(eqn.primitive))
-            out = _RULES[eqn.primitive](site, *operands, **eqn.params)
+            out = _RULES[eqn.primitive.name](site, *operands, **eqn.params)
             results = list(out) if eqn.primitive.multiple_results else [out]
         except NoRule as reason:
             dense = [site.dense(operand, str(reason)) for operand in operands]
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
-        except UnsupportedError as error:
-            if error.line:
-                raise
-            raise UnsupportedError(error.what, user_line(eqn), error.advice) from None
     for var, result in zip(eqn.outvars, results, strict=True):
         got: Any = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
         expected: Any = var.aval

@@ -185,6 +185,13 @@ def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
     return kernel.moved(lax.stop_gradient(kernel.w), kernel.roles, move)
 
 
+@rule("pvary")
+def _pvary(site: Site, kernel: AdaptedKernel, *, axes: Sequence[str]) -> AdaptedKernel:
+    del site
+    # What shard_map puts before a replicated kernel. The factors follow by themselves, where they meet what varies.
+    return dataclasses.replace(kernel, w=lax.pcast(kernel.w, tuple(axes), to="varying"))
+
+
 @rule(primitives.sharding_constraint_p)
 def _sharding_constraint(
     site: Site, kernel: AdaptedKernel, *, sharding: Any, layout: Any, context_mesh: Any, unconstrained_dims: Any
