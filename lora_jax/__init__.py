@@ -25,6 +25,7 @@ from ._transform import lora as lora
 from ._variants import Full as Full
 from ._variants import LoRA as LoRA
 from ._variants import RSLoRA as RSLoRA
+from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
@@ -56,8 +57,6 @@ __all__ = [
     "testing",
     "unmerge",
 ]
-
-__version__ = "0.1.0"
 
 # Loaded when first asked for: they bring optax and orbax with them.
 _DOORS = {

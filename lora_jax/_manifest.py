@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -19,8 +18,8 @@ from ._adapter import Adapter, Adapters
 from ._errors import CheckpointError, listed
 from ._fingerprint import content_differences, fingerprint, structural_differences
 from ._paths import flatten, nearest
-from ._variants import Full, LoRA, RSLoRA, Variant
-from ._variants._base import LowRank
+from ._variants import Full, LoRA, LowRank, RSLoRA, Variant
+from ._version import __version__
 
 Manifest = Mapping[str, Any]
 
@@ -56,7 +55,7 @@ def describe(adapter: Adapters, base: Any) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
-        "lora_jax": _library_version(),
+        "lora_jax": __version__,
         "adapter": {path: _describe_part(part) for path, part in adapter.items()},
         "base": fingerprint(base),
     }
@@ -86,7 +85,7 @@ def loads(text: bytes, where: object) -> dict[str, Any]:
     if not isinstance(version, int) or version > VERSION:
         raise CheckpointError(
             f"Expected a checkpoint of format version {VERSION} or older; got version {version}, written by lora_jax "
-            f"{manifest.get('lora_jax')}, in {where}.\n  Upgrade lora_jax (this is {_library_version()})."
+            f"{manifest.get('lora_jax')}, in {where}.\n  Upgrade lora_jax (this is {__version__})."
         )
     return manifest
 
@@ -186,7 +185,7 @@ def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
     if name not in _VARIANTS:
         raise CheckpointError(
             f"Expected a variant among {', '.join(_VARIANTS)}; got {name!r} at {path!r}, in {where}.\n"
-            f"  Upgrade lora_jax (this is {_library_version()})."
+            f"  Upgrade lora_jax (this is {__version__})."
         )
     variant = _VARIANTS[name](**fields)
     if isinstance(variant, LowRank) and not math.isclose(variant.scale, part["scale"], rel_tol=1e-6):
@@ -229,10 +228,3 @@ def _indented(value: Any, indent: str) -> str:
     inner = indent + "  "
     lines = (f"{inner}{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items())
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-
-
-def _library_version() -> str:
-    try:
-        return importlib.metadata.version("lora_jax")
-    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        return "unknown"

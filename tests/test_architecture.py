@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the ground up: a module imports only what stands before it.
 LAYERS = [
+    "_version",
     "_compat",
     "_errors",
     "_paths",
