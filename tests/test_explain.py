@@ -335,3 +335,34 @@ def test_the_optimiser_s_bytes_are_those_of_its_state(tx: Any, expected: int | N
     assert expected in (None, found.optimiser_bytes)
     assert found.optimiser == "the state of `tx`"
     assert f"optimiser {found.optimiser_bytes} B (" in str(found) or " kB (the state of `tx`)" in str(found)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [lambda query, kernel: query @ kernel, lambda query, kernel: (kernel.T @ query.T).T],
+    ids=["left", "right"],
+)
+def test_a_leaf_that_is_trained_whole_may_meet_an_adapted_kernel(call: Any) -> None:
+    params = {"kernel": jnp.ones((8, 6)), "query": jnp.ones((3, 8))}
+    spec = {"kernel": lj.LoRA(rank=2, alpha=4), "query": lj.Full()}
+    adapter = lj.init(jax.random.key(0), params, spec)
+    apply = lambda params: call(params["query"], params["kernel"])  # noqa: E731
+    used = {row.path: row.used for row in lj.explain(apply, params, adapter).rows}
+    assert used == {"kernel": "factored dot_general ×1", "query": "whole dot_general ×1"}
+    assert {path: kernel.axes for path, kernel in lj.kernels(apply, params).items()} == {"kernel": "io", "query": "oi"}
+
+
+def test_an_image_that_is_trained_whole_may_meet_an_adapted_convolution() -> None:
+    params = {"kernel": jnp.ones((3, 3, 2, 4)), "image": jnp.ones((1, 5, 5, 2))}
+    spec = {"kernel": lj.LoRA(rank=2, alpha=4, axes="iiio"), "image": lj.Full()}
+    adapter = lj.init(jax.random.key(0), params, spec)
+
+    def apply(params: Any) -> jax.Array:
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            params["image"], params["kernel"], (1, 1), "SAME", dimension_numbers=numbers
+        )
+
+    used = {row.path: row.used for row in lj.explain(apply, params, adapter).rows}
+    name = "conv_general_dilated ×1"
+    assert used == {"kernel": f"factored {name}", "image": f"whole {name}"}

@@ -35,8 +35,9 @@ def _conv_general_dilated(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> Array:
-    if isinstance(lhs, AdaptedKernel):
+    if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
         raise NoRule("the adapted kernel is what is convolved")
+    lhs = site.dense(lhs, "it is convolved")  # a probe: noted
     if feature_group_count != 1 or batch_group_count != 1:
         raise NoRule("a grouped convolution")
     kernel = rhs

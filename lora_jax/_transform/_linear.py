@@ -7,13 +7,14 @@ whichever axes are summed: inputs, outputs (`x @ w.T`, a tied embedding), batch 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import primitives
-from .._contract import Labelled
+from .._contract import Labelled, Labels
 from ._factored import multiply
 from ._interpreter import NoRule, Site, Value, rule
 
@@ -29,11 +30,13 @@ def _dot_general(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> Array:
-    kernel_first = isinstance(lhs, AdaptedKernel)
-    if kernel_first and isinstance(rhs, AdaptedKernel):
+    if _is_adapted(lhs) and _is_adapted(rhs):
         raise NoRule("both operands of the product are adapted kernels")
-    kernel, x = (lhs, rhs) if kernel_first else (rhs, lhs)
-    left, right = (kernel.w, x) if kernel_first else (x, kernel.w)
+    roles = [_roles(x, summed, batch) for x, summed, batch in zip((lhs, rhs), *dimension_numbers, strict=True)]
+    for x, its in zip((lhs, rhs), roles, strict=True):
+        if isinstance(x, AdaptedKernel) and x.is_probe:
+            site.used(x, "factored", roles=its)
+    left, right = (x.w if isinstance(x, AdaptedKernel) else x for x in (lhs, rhs))
     y = lax.dot_general(
         left,
         right,
@@ -42,24 +45,36 @@ def _dot_general(
         preferred_element_type=preferred_element_type,
         out_sharding=out_sharding,
     )
-    side, other = (0, 1) if kernel_first else (1, 0)
-    summed, batch = (numbers[side] for numbers in dimension_numbers)
-    roles = ["i" if axis in summed else "b" if axis in batch else "o" for axis in range(kernel.w.ndim)]
-    if kernel.is_probe:
-        site.used(kernel, "factored", roles=roles)
+    if not _is_adapted(lhs) and not _is_adapted(rhs):
         return y
-    # A kernel's axis is its own label; an axis of x has that of the kernel's axis it meets, or one of its own.
-    met = {
-        theirs: ours
-        for numbers in dimension_numbers
-        for ours, theirs in zip(numbers[side], numbers[other], strict=True)
-    }
-    x_labels = tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(x.ndim))
-    w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
-    x_rest = [kernel.w.ndim + axis for axis in range(x.ndim) if axis not in met]
-    out = (*batch, *w_rest, *x_rest) if kernel_first else (*batch, *x_rest, *w_rest)
-    low_rank = multiply(
-        kernel, Labelled(x, x_labels), out, kernel_first=kernel_first, precision=precision, dtype=y.dtype
-    )
-    site.used(kernel, "factored", roles=roles, operations=low_rank.operations)
+    side = 0 if _is_adapted(lhs) else 1
+    kernel, x = (lhs, right) if side == 0 else (rhs, left)
+    x_labels, out = _labels(dimension_numbers, side, kernel.w.ndim, x.ndim)
+    low_rank = multiply(kernel, Labelled(x, x_labels), out, kernel_first=side == 0, precision=precision, dtype=y.dtype)
+    site.used(kernel, "factored", roles=roles[side], operations=low_rank.operations)
     return y + low_rank.array
+
+
+def _is_adapted(x: Value) -> bool:
+    """Whether an operand has factors; a probe is an array whose use is noted."""
+    return isinstance(x, AdaptedKernel) and not x.is_probe
+
+
+def _roles(x: Value, summed: Sequence[int], batch: Sequence[int]) -> str:
+    """The role that the product gives to each axis of an operand."""
+    ndim = x.w.ndim if isinstance(x, AdaptedKernel) else x.ndim
+    return "".join("i" if axis in summed else "b" if axis in batch else "o" for axis in range(ndim))
+
+
+def _labels(dimension_numbers: Any, side: int, w_ndim: int, x_ndim: int) -> tuple[Labels, Labels]:
+    """The labels of the axes of x and of the product, where the kernel is the operand `side`.
+
+    A kernel's axis is its own label; an axis of x has that of the kernel's axis it meets, or one beyond them.
+    """
+    summed, batch = dimension_numbers
+    theirs, ours = ((*summed[operand], *batch[operand]) for operand in (1 - side, side))
+    met = dict(zip(theirs, ours, strict=True))
+    x_labels = tuple(met.get(axis, w_ndim + axis) for axis in range(x_ndim))
+    w_rest = [axis for axis in range(w_ndim) if axis not in ours]
+    x_rest = [w_ndim + axis for axis in range(x_ndim) if axis not in theirs]
+    return x_labels, (*batch[side], *((*w_rest, *x_rest) if side == 0 else (*x_rest, *w_rest)))
