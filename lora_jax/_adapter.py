@@ -128,19 +128,21 @@ class AdaptedKernel:
         )
 
 
-def delta(kernel: AdaptedKernel) -> Array:
-    """Forms `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`."""
+def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
+    """Forms `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`.
+
+    The precision is the highest unless another is asked for: accelerators would multiply float32 in bfloat16.
+    """
     dtype = widest(kernel.w.dtype, kernel.a.dtype, jnp.float32)
     order = tuple(range(kernel.w.ndim))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
-    # HIGHEST: accelerators would multiply float32 in bfloat16 otherwise.
-    return contract(a, b, keep=order, precision=lax.Precision.HIGHEST).in_order(order)
+    return contract(a, b, keep=order, precision=precision).in_order(order)
 
 
-def materialise(kernel: AdaptedKernel) -> Array:
+def materialise(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
     """Forms `w + scale·a·b`, in float32 at least, and casts once to the dtype of `w`. A probe is its own `w`."""
     if kernel.is_probe:
         return kernel.w
-    change = delta(kernel)
+    change = delta(kernel, precision=precision)
     return (kernel.w.astype(change.dtype) + change).astype(kernel.w.dtype)

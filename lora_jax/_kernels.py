@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ._adapter import AdaptedKernel
-from ._transform import trace, watch
+from ._transform import Settings, trace, watch
 from ._use import Kernel, Use
 
 
@@ -33,7 +33,7 @@ def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       A `Kernel` for every leaf that is an array, by path; leaves that the call does not use have no uses.
     """
     program = trace(apply, params, args, kwargs)
-    uses = watch(program, {path: probe(path, leaf) for path, leaf in program.arrays_of_params.items()})
+    uses = watch(program, {path: probe(path, leaf) for path, leaf in program.arrays_of_params.items()}, Settings())
     found = {}
     for path, leaf in program.arrays_of_params.items():
         its = tuple(use for use in uses if use.path == path)

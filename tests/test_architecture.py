@@ -47,7 +47,9 @@ DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import ev
 INSIDE = {
     "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
     "_transform": [
-        ["_interpreter", "_factored"],
+        ["_plan"],
+        ["_forms", "_factored"],
+        ["_interpreter"],
         ["_control", "_conv", "_linear", "_lookup", "_shape"],
         ["_program"],
         ["_lora"],

@@ -119,7 +119,7 @@ def test_a_contraction_as_models_write_it_is_that_of_the_formed_kernel(name: str
 @pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, lax.DotAlgorithmPreset.F32_F32_F32])
 def test_the_thin_products_are_as_precise_as_the_base_s(precision: Any) -> None:
     case = Case(lambda w, x: lax.dot(x, w, precision=precision), (4, 5), [(3, 4)], "io")
-    jaxpr = jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, *case.arrays)
+    jaxpr = jax.make_jaxpr(lj.lora(case.apply, form="factored"))(case.params, case.adapter, *case.arrays)
     dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert len(dots) == 3
     assert len({str(eqn.params["precision"]) for eqn in dots}) == 1

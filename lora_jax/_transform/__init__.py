@@ -7,6 +7,8 @@ from . import _lookup as _lookup
 from . import _shape as _shape
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora
+from ._plan import FormName as FormName
+from ._plan import form_named as form_named
 from ._program import Program as Program
 from ._program import trace as trace
 from ._program import watch as watch

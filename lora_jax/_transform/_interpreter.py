@@ -32,8 +32,10 @@ from .._compat import (
 from .._errors import UnsupportedError
 from .._paths import Pattern, matches_any
 from .._use import Use
+from ._forms import Contraction, Sum, contract, in_training
+from ._plan import Form, added
 
-Value = Any  # an Array or an AdaptedKernel
+Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
 
 _RULES: dict[str, Rule] = {}
@@ -58,15 +60,25 @@ def rule(primitive: Primitive | str) -> Callable[[Rule], Rule]:
     return register
 
 
+NO_RULE = "this operation has no low-rank rule"
+
+
 class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
     """Raised by a rule, before it has done anything, for a case that has no low-rank form; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What holds for one whole interpretation: which paths may be formed, and the log of uses, if one is kept."""
+    """What holds for one whole interpretation.
+
+    Attributes:
+      dense: the paths that may be formed where there is no low-rank form.
+      form: of all contractions; None for the cheapest of each.
+      log: of uses, if one is kept.
+    """
 
     dense: tuple[Pattern, ...] = ()
+    form: Form | None = None
     log: list[Use] | None = None
 
 
@@ -82,6 +94,12 @@ class Site:
         """Interprets a function inside this equation, which runs `times` times as often."""
         return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands, times=self.times * times)
 
+    def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
+        """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
+        form = in_training(kernel, contraction.costs, self.settings.form)
+        self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs))
+        return contract(kernel, x, contraction, self.settings.form)
+
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
@@ -91,7 +109,7 @@ class Site:
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
-        if not isinstance(value, AdaptedKernel):
+        if not isinstance(value, (AdaptedKernel, Sum)):
             return value
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
 
@@ -102,6 +120,8 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     Raises:
       UnsupportedError: if it is not listed.
     """
+    if isinstance(value, Sum):
+        return value.settled()
     if not isinstance(value, AdaptedKernel):
         return value
     if not value.is_probe and not matches_any(value.path, settings.dense):
@@ -147,7 +167,11 @@ def interpret(
         plain.clear()
 
     for number, eqn in enumerate(eqns):
-        if not any(isinstance(values.get(var), AdaptedKernel) for var in variables(eqn.invars)):
+        operands = variables(eqn.invars)
+        for var in operands:
+            if isinstance(its := values.get(var), Sum) and not (eqn.primitive.name == "add" and last[var] == number):
+                values[var] = its.settled()
+        if not any(isinstance(values.get(var), (AdaptedKernel, Sum)) for var in operands):
             plain.append(eqn)
             continue
         if plain:
@@ -157,7 +181,7 @@ def interpret(
         free([eqn], number)
     if plain:
         evaluate_plain(len(eqns))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [out.settled() if isinstance(out := read(atom), Sum) else out for atom in jaxpr.outvars]
 
 
 def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
@@ -173,13 +197,18 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
-        got: Any = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
+        got: Any = jax.typeof(_array_of(result))
         expected: Any = var.aval
         assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
     return results
 
 
+def _array_of(value: Value) -> Array:
+    """An array of the type that the model sees."""
+    return value.w if isinstance(value, AdaptedKernel) else value.base if isinstance(value, Sum) else value
+
+
 def _no_rule(primitive: Primitive) -> str:
     if primitive.name.startswith(("custom_jvp", "custom_vjp")):
         return "the model's own derivative there is defined for a dense kernel"
-    return "this operation has no low-rank rule"
+    return NO_RULE
