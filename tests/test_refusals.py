@@ -58,7 +58,7 @@ def mesh_of(axis: str) -> NamedSharding:
     return NamedSharding(jax.make_mesh((4,), (axis,), axis_types=(AxisType.Auto,)), PartitionSpec(axis))
 
 
-GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "feature_group_count": 2}
+GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "batch_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
     "a product with a number": matrix(lambda w, x: x @ (w * 2.0), "mul"),
@@ -97,10 +97,10 @@ REFUSALS = {
         "gather",
         "a look-up along axes (0,), of an adapter with axes 'bio'",
     ),
-    "a grouped convolution": Refusal(
-        Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 2, 3), [(2, 4, 5)], None, "oii"),
+    "a convolution in groups of the batch": Refusal(
+        Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 3, 3), [(2, 3, 5)], None, "oii"),
         "conv_general_dilated",
-        "a grouped convolution",
+        "a convolution in groups of the batch",
     ),
     "a convolution of the kernel": Refusal(
         Case(lambda w, x: lax.conv(w, x, (1,), "SAME"), (2, 3, 5), [(4, 3, 3)], None, "oii"),
@@ -245,16 +245,16 @@ def test_a_refusal_in_a_layer_of_linen_names_the_model_s_line_and_the_kernel_s_p
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
             x = nn.Dense(4)(x)
-            return nn.Conv(4, (3,), feature_group_count=2, name="grouped")(x)  # refused here
+            return nn.Conv(4, (3,), mask=jnp.ones((3, 4, 4)), name="masked")(x)  # refused here
 
     x = normal(2, 5, 4, seed=1)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), jax.eval_shape(Model().init, jax.random.key(0), x))
-    adapter = adapted(params, {"params/grouped/kernel": "iio"})
+    adapter = adapted(params, {"params/masked/kernel": "iio"})
     with pytest.raises(lj.UnsupportedError) as error:
         lj.lora(Model().apply)(params, adapter, x)
     lines, first = inspect.getsourcelines(Model.__call__)
     line = first + next(number for number, text in enumerate(lines) if "# refused here" in text)
-    assert "'params/grouped/kernel'" in str(error.value)
+    assert "'params/masked/kernel'" in str(error.value)
     assert re.search(rf"\n  at {re.escape(__file__)}:{line}:\d+ \(\S*Model.__call__\)\n", str(error.value))
 
 
