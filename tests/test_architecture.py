@@ -48,7 +48,7 @@ INSIDE = {
     "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
     "_transform": [
         ["_interpreter", "_factored"],
-        ["_control", "_conv", "_linear", "_lookup", "_shape"],
+        ["_control", "_conv", "_linear", "_lookup", "_ragged", "_shape"],
         ["_program"],
         ["_lora"],
     ],

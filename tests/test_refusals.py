@@ -102,6 +102,22 @@ REFUSALS = {
         "conv_general_dilated",
         "a convolution in groups of the batch",
     ),
+    "a product by group of the kernel": Refusal(
+        Case(lambda w, x, sizes: lax.ragged_dot(w, x, sizes), (4, 3), [(2, 3, 5), [1, 3]], None, "io"),
+        "ragged_dot_general",
+        "the adapted kernel is what is divided into groups",
+    ),
+    "a product by group, each of a batch with its groups": Refusal(
+        Case(
+            lambda w, x, sizes: jax.vmap(lax.ragged_dot)(x, w, sizes),
+            (2, 2, 4, 5),
+            [(2, *X), [[1, 2]] * 2],
+            None,
+            "ibio",
+        ),
+        "ragged_dot_general",
+        "groups for each of a batch, with the axes 'bbio'; the adapter's are 'ibio'",
+    ),
     "a convolution of the kernel": Refusal(
         Case(lambda w, x: lax.conv(w, x, (1,), "SAME"), (2, 3, 5), [(4, 3, 3)], None, "oii"),
         "conv_general_dilated",

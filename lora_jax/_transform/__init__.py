@@ -4,6 +4,7 @@ from . import _control as _control
 from . import _conv as _conv
 from . import _linear as _linear
 from . import _lookup as _lookup
+from . import _ragged as _ragged
 from . import _shape as _shape
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora
