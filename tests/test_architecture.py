@@ -48,7 +48,8 @@ INSIDE = {
     "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
     "_transform": [
         ["_interpreter", "_factored"],
-        ["_control", "_conv", "_linear", "_lookup", "_ragged", "_shape"],
+        ["_kept", "_placement"],
+        ["_control", "_conv", "_linear", "_lookup", "_loops", "_ragged", "_shape", "_shard_map"],
         ["_program"],
         ["_lora"],
     ],

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from helpers import dense
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from law import Case, adapted, assert_law, normal
 
 import lora_jax as lj
@@ -54,10 +55,8 @@ def rounded(w: jax.Array) -> jax.Array:
 rounded.defjvps(lambda g, out, w: 2 * g)
 
 
-def mesh_of(axis: str) -> NamedSharding:
-    return NamedSharding(jax.make_mesh((4,), (axis,), axis_types=(AxisType.Auto,)), PartitionSpec(axis))
-
-
+ON_DEVICES = {"mesh": jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))}
+OTHER_FACTOR = "a kernel put together from devices, where its other factor may differ; `check_vma` would tell"
 GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "batch_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
@@ -144,20 +143,36 @@ REFUSALS = {
     "a branch for each example": matrix(
         lambda w, x: jax.vmap(lambda x: lax.cond(x[0] > 0, lambda: x @ w, lambda: x))(x), "select_n"
     ),
-    "a platform that chooses": matrix(
-        lambda w, x: lax.platform_dependent(w, x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w.T),
-        "cond",
-        "the platform chooses the branch",
-    ),
-    "a jit with a sharding for it": matrix(
-        lambda w, x: jax.jit(lambda w: x @ w, in_shardings=mesh_of("x"))(w),
+    "a jit with a sharding that names no axes": matrix(
+        lambda w, x: jax.jit(lambda w: x @ w, in_shardings=SingleDeviceSharding(jax.devices()[0]))(w),
         "jit",
-        "a jit that donates the kernel or gives it a sharding",
+        "a sharding of the kernel that does not name its axes",
     ),
-    "a jit that returns it with a sharding": matrix(
-        lambda w, x: x @ jax.jit(lambda w: w.T, out_shardings=mesh_of("x"))(w),
-        "jit",
-        "a jit that returns the kernel with a sharding",
+    "a shard_map that returns it": matrix(
+        lambda w, x: x @ jax.shard_map(lambda w: w.T, in_specs=P("x"), out_specs=P(None, "x"), **ON_DEVICES)(w),
+        "shard_map",
+        "a shard_map returns the kernel",
+    ),
+    "a kernel put together, unchecked": matrix(
+        lambda w, x: jax.shard_map(
+            lambda w: x @ lax.all_gather(w, "x", tiled=True),
+            in_specs=P("x"),
+            out_specs=P(),
+            check_vma=False,
+            **ON_DEVICES,
+        )(w),
+        "all_gather",
+        OTHER_FACTOR,
+    ),
+    "a kernel put together from other columns on each device": matrix(
+        lambda w, x: jax.shard_map(
+            lambda w: x[0, 0] * lax.all_gather(w, "x", axis=0, tiled=True)[None],
+            in_specs=P(None, "x"),
+            out_specs=P("x"),
+            **ON_DEVICES,
+        )(w),
+        "all_gather",
+        OTHER_FACTOR,
     ),
     "in a scan": Refusal(
         Case(lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ (w + 1)), None), x, w)[0], (2, 4, 4), [X], None, "bio"),
