@@ -98,7 +98,7 @@ class AdaptedKernel:
       b: `(batch…, rank, out…)`, likewise.
       scale: s, a Python number.
       roles: the role of each axis of `w`; in a probe, the numbers of the leaf's axes that the axis came from.
-      path: the path of the leaf.
+      paths: the leaf it is; several, where the model has put kernels side by side.
     """
 
     w: Array
@@ -106,7 +106,7 @@ class AdaptedKernel:
     b: Any
     scale: float = dataclasses.field(metadata={"static": True})
     roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    path: str = dataclasses.field(metadata={"static": True})
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
 
     @property
     def is_probe(self) -> bool:

@@ -61,13 +61,25 @@ def mesh_of(axis: str) -> NamedSharding:
 GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "feature_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
-    "a product with a number": matrix(lambda w, x: x @ (w * 2.0), "mul"),
-    "a product with an array": matrix(lambda w, x: x @ (w * x[0]), "mul"),
+    "a product with a whole array": matrix(
+        lambda w, x: x @ (w * (x.T @ x)), "mul", "a product with an array that varies along inputs and outputs"
+    ),
+    "a product with each example": matrix(
+        lambda w, x: (x[:, :, None] * w).sum(1), "mul", "a product with an array that varies along inputs and outputs"
+    ),
+    "a square": matrix(lambda w, x: x @ (w * w), "mul", "a product with an array that varies along inputs and outputs"),
+    "a product with its own column": matrix(
+        lambda w, x: x @ (w * w[:, :1]), "mul", "another kernel is multiplied with it"
+    ),
+    "a reciprocal": matrix(lambda w, x: x @ (1 / w), "div", "something is divided by the kernel"),
+    "kernels of other roles, side by side": matrix(
+        lambda w, x: x @ jnp.hstack([w, w.T]),
+        "concatenate",
+        "kernels are put side by side whose axes are 'io' and 'oi'",
+    ),
     "a mask": matrix(lambda w, x: x @ lax.select(x.T @ x > 0, w, w.T), "select_n"),
-    "a sign": matrix(lambda w, x: x @ -w, "neg"),
     "a norm": matrix(lambda w, x: x * (w**2).sum(), "integer_pow"),
     "a sum": matrix(lambda w, x: x * w.sum(), "reduce_sum"),
-    "a concatenation": matrix(lambda w, x: x @ lax.concatenate([w, w], 1), "concatenate"),
     "a softmax": matrix(lambda w, x: x @ jnp.exp(w), "exp"),
     "an activation": matrix(lambda w, x: x @ jax.nn.relu(w), "custom_jvp_call", OWN_DERIVATIVE),
     "custom_vjp": matrix(lambda w, x: scaled(w, x), "custom_vjp_call", OWN_DERIVATIVE),
@@ -203,7 +215,7 @@ FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
     "jnp.linalg.solve": lambda w: jnp.linalg.solve(w, w),
     "jnp.where": lambda w: jnp.where(jnp.eye(4) > 0, w, 0),
     "jnp.var": lambda w: jnp.var(w, 0),
-    "jnp.roll": lambda w: jnp.roll(w, 1, 0),
+    "jnp.tril": lambda w: jnp.tril(w),
     "jax.checkpoint of jnp.sin": lambda w: jax.checkpoint(jnp.sin)(w),
 }
 
@@ -274,7 +286,7 @@ def test_a_refusal_comes_from_shapes_alone() -> None:
 
 
 def two_kernels(params: Any, x: jax.Array) -> jax.Array:
-    return x @ (params["block"]["one"] * 2) @ (params["block"]["two"] * 2)
+    return x @ (params["block"]["one"] + 2) @ (params["block"]["two"] + 2)
 
 
 PARAMS = {"block": {"one": normal(4, 5), "two": normal(5, 6, seed=1)}}
@@ -370,7 +382,7 @@ def test_kernels_gives_no_roles_to_a_leaf_that_is_not_contracted() -> None:
 
 
 INTEGERS: dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], str]] = {
-    "a permutation": (lambda n, x: x[jnp.stack([n, n])], "stack"),
+    "an offset": (lambda n, x: x[jnp.arange(2) + n], "add"),
     "an index": (lambda n, x: x.at[n[None]].get(mode="clip", wrap_negative_indices=False), "gather"),
     "a start": (lambda n, x: lax.dynamic_slice(x, (n, n), (1, 1), allow_negative_indices=False), "dynamic_slice"),
     "a branch": (lambda n, x: lax.switch(n, [lambda: x, lambda: -x]), "clamp"),

@@ -69,6 +69,21 @@ class Settings:
     dense: tuple[Pattern, ...] = ()
     log: list[Use] | None = None
 
+    def may_form(self, kernel: AdaptedKernel) -> bool:
+        """Whether the caller has listed every leaf of a kernel."""
+        return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
+
+    def note(
+        self, kernel: AdaptedKernel, primitive: str, kind: str, axes: Any, times: int, operations: int, line: str
+    ) -> None:
+        """Logs a use for each leaf of a kernel, its operations in equal parts."""
+        if self.log is None:
+            return
+        count, total = len(kernel.paths), times * operations
+        for number, path in enumerate(kernel.paths):
+            share = total * (number + 1) // count - total * number // count
+            self.log.append(Use(path, primitive, kind, axes, times, share, line))
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -87,7 +102,7 @@ class Site:
         if self.settings.log is not None:
             axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
             name, line = self.eqn.primitive.name, user_line(self.eqn)
-            self.settings.log.append(Use(kernel.path, name, kind, axes, self.times, self.times * operations, line))
+            self.settings.note(kernel, name, kind, axes, self.times, operations, line)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
@@ -104,18 +119,16 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     """
     if not isinstance(value, AdaptedKernel):
         return value
-    if not value.is_probe and not matches_any(value.path, settings.dense):
+    if not settings.may_form(value):
         raise UnsupportedError(
-            f"Expected the adapted kernel {value.path!r} to be used in ways that have a low-rank form; "
-            f"it reaches `{primitive}`: {reason}.",
+            f"Expected the adapted kernel {' beside '.join(map(repr, value.paths))} to be used in ways that have a "
+            f"low-rank form; it reaches `{primitive}`: {reason}.",
             line,
-            f"Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}]).",
+            f"Leave it out of the spec, or let it be formed there: lora(apply, dense={list(value.paths)}).",
         )
-    if settings.log is not None:
-        # Formed: the product, its scale, the sum with the base.
-        cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-        kind = "opaque" if value.is_probe else "dense"
-        settings.log.append(Use(value.path, primitive, kind, None, times, times * cost, line))
+    # Formed: the product, its scale, the sum with the base.
+    cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
+    settings.note(value, primitive, "opaque" if value.is_probe else "dense", None, times, cost, line)
     return materialise(value)
 
 
