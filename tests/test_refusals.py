@@ -93,22 +93,6 @@ REFUSALS = {
         "a reshape from (4, 4) to (8, 2) merges axes with the roles 'io'",
     ),
     "a cast to integers": matrix(lambda w, x: x @ (w.astype(jnp.int8) + 0.5), "convert_element_type", "a cast to int8"),
-    "an element": matrix(
-        lambda w, x: x * w[jnp.array([0, 1, 2, 3]), jnp.array([1, 0, 3, 2])],
-        "gather",
-        "a look-up along axes (0, 1), of an adapter with axes 'io'",
-    ),
-    "part of a row": matrix(
-        lambda w, x, ids: x[:, :2] + jax.vmap(lambda i: lax.dynamic_slice(w, (i, 0), (1, 2))[0])(ids),
-        "gather",
-        "a look-up that is not of whole rows",
-        args=(X, [0, 1, 2]),
-    ),
-    "a look-up of layers": Refusal(
-        Case(lambda w, x, ids: jnp.einsum("bi,bio->bo", x, w[ids]), (2, 4, 5), [X, [0, 1, 1]], "bio"),
-        "gather",
-        "a look-up along axes (0,), of an adapter with axes 'bio'",
-    ),
     "a grouped convolution": Refusal(
         Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 2, 3), [(2, 4, 5)], None, "oii"),
         "conv_general_dilated",

@@ -73,17 +73,6 @@ class Settings:
         """Whether the caller has listed every leaf of a kernel."""
         return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
 
-    def note(
-        self, kernel: AdaptedKernel, primitive: str, kind: str, axes: Any, times: int, operations: int, line: str
-    ) -> None:
-        """Logs a use for each leaf of a kernel, its operations in equal parts."""
-        if self.log is None:
-            return
-        count, total = len(kernel.paths), times * operations
-        for number, path in enumerate(kernel.paths):
-            share = total * (number + 1) // count - total * number // count
-            self.log.append(Use(path, primitive, kind, axes, times, share, line))
-
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -100,15 +89,30 @@ class Site:
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
-            axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-            name, line = self.eqn.primitive.name, user_line(self.eqn)
-            self.settings.note(kernel, name, kind, axes, self.times, operations, line)
+            self.settings.log.extend(self.uses(kernel, kind, roles=roles, operations=operations))
+
+    def uses(
+        self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
+    ) -> tuple[Use, ...]:
+        """What `used` would note."""
+        axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
+        use = Use("", self.eqn.primitive.name, kind, axes, self.times, self.times * operations, user_line(self.eqn))
+        return of_each_leaf(use, kernel)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
         if not isinstance(value, AdaptedKernel):
             return value
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
+
+
+def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
+    """A use of a kernel, for each leaf that it is, the operations in equal parts."""
+    count, total = len(kernel.paths), use.operations
+    shares = [total * (number + 1) // count - total * number // count for number in range(count)]
+    return tuple(
+        dataclasses.replace(use, path=path, operations=share) for path, share in zip(kernel.paths, shares, strict=True)
+    )
 
 
 def form(settings: Settings, value: Value, primitive: str, reason: str, line: str, times: int = 1) -> Array:
@@ -126,9 +130,11 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
             line,
             f"Leave it out of the spec, or let it be formed there: lora(apply, dense={list(value.paths)}).",
         )
-    # Formed: the product, its scale, the sum with the base.
-    cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-    settings.note(value, primitive, "opaque" if value.is_probe else "dense", None, times, cost, line)
+    if settings.log is not None:
+        # Formed: the product, its scale, the sum with the base.
+        cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
+        use = Use("", primitive, "opaque" if value.is_probe else "dense", None, times, times * cost, line)
+        settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
 
 
