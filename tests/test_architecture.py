@@ -48,6 +48,7 @@ INSIDE = {
     "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
     "_transform": [
         ["_interpreter", "_factored"],
+        ["_pair"],
         ["_concatenate", "_control", "_conv", "_linear", "_lookup", "_scalar", "_shape"],
         ["_program"],
         ["_lora"],

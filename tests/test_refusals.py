@@ -84,9 +84,6 @@ REFUSALS = {
     "an activation": matrix(lambda w, x: x @ jax.nn.relu(w), "custom_jvp_call", OWN_DERIVATIVE),
     "custom_vjp": matrix(lambda w, x: scaled(w, x), "custom_vjp_call", OWN_DERIVATIVE),
     "custom_jvp": matrix(lambda w, x: x @ rounded(w), "custom_jvp_call", OWN_DERIVATIVE),
-    "a product of two kernels": matrix(
-        lambda w, x: x @ (w @ w.T), "dot_general", "both operands of the product are adapted kernels"
-    ),
     "a merge of input and output": matrix(
         lambda w, x: x @ w.reshape(8, 2)[:4],
         "reshape",
@@ -309,15 +306,6 @@ def test_explain_lists_every_way_in_which_a_kernel_is_used() -> None:
     case = Case(lambda w, x: (x @ w, w.sum()), (7, 5), [(3, 7)], "io")
     used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0].used
     assert used == "factored dot_general ×1, dense reduce_sum ×1"
-
-
-def test_a_product_of_two_adapted_kernels_is_formed_from_both() -> None:
-    def model(params: Any, x: jax.Array) -> jax.Array:
-        return x @ (params["one"] @ params["two"])
-
-    params = PARAMS["block"]
-    adapter = adapted(params, {"one": "io", "two": "io"})
-    assert_law(model, params, adapter, normal(*X, seed=2), formed=["one", "two"])
 
 
 def test_a_kernel_formed_in_a_scan_is_counted_for_every_turn() -> None:
