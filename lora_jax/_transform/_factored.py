@@ -15,7 +15,7 @@ from jax import Array
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._contract import Labelled, Labels, contract, widest
-from ._plan import Costs, Passes
+from ._plan import Costs, Form, Passes, added
 
 
 class LowRank(NamedTuple):
@@ -28,6 +28,13 @@ class LowRank(NamedTuple):
 
     multiply: Callable[[Array, Array, Array], Array]
     costs: Costs
+
+
+class Product(NamedTuple):
+    """A low-rank product, and the floating-point operations that it takes."""
+
+    array: Array
+    operations: int
 
 
 def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
@@ -85,6 +92,14 @@ def low_rank(
         return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
 
     return LowRank(multiply, orders[a_first])
+
+
+def multiply(
+    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
+) -> Product:
+    """`low_rank`, made at once."""
+    product, costs = low_rank(kernel, x, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
+    return Product(product(x.array, kernel.a, kernel.b), added(Form.FACTORED, costs))
 
 
 def expand(

@@ -39,9 +39,10 @@ class Sum(NamedTuple):
         """The sum, and what the model adds to it."""
         return (self.base + x) + self.low_rank
 
-    def settled(self) -> Array:
-        """The sum by itself."""
-        return self.base + self.low_rank
+
+def settled(value: Any) -> Any:
+    """What is not added yet, added; any other value as it is."""
+    return value.base + value.low_rank if isinstance(value, Sum) else value
 
 
 class Contraction(NamedTuple):

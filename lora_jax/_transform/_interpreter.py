@@ -32,7 +32,7 @@ from .._compat import (
 from .._errors import UnsupportedError
 from .._paths import Pattern, matches_any
 from .._use import Use
-from ._forms import Contraction, Sum, contract, in_training
+from ._forms import Contraction, Sum, contract, in_training, settled
 from ._plan import Form, added
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
@@ -81,6 +81,10 @@ class Settings:
     form: Form | None = None
     log: list[Use] | None = None
 
+    def may_form(self, kernel: AdaptedKernel) -> bool:
+        """Whether the caller has listed every leaf of a kernel."""
+        return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -103,15 +107,30 @@ class Site:
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
-            axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-            name, line = self.eqn.primitive.name, user_line(self.eqn)
-            self.settings.log.append(Use(kernel.path, name, kind, axes, self.times, self.times * operations, line))
+            self.settings.log.extend(self.uses(kernel, kind, roles=roles, operations=operations))
+
+    def uses(
+        self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
+    ) -> tuple[Use, ...]:
+        """What `used` would note."""
+        axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
+        use = Use("", self.eqn.primitive.name, kind, axes, self.times, self.times * operations, user_line(self.eqn))
+        return of_each_leaf(use, kernel)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
-        if not isinstance(value, (AdaptedKernel, Sum)):
-            return value
+        if not isinstance(value, AdaptedKernel):
+            return settled(value)
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
+
+
+def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
+    """A use of a kernel, for each leaf that it is, the operations in equal parts."""
+    count, total = len(kernel.paths), use.operations
+    shares = [total * (number + 1) // count - total * number // count for number in range(count)]
+    return tuple(
+        dataclasses.replace(use, path=path, operations=share) for path, share in zip(kernel.paths, shares, strict=True)
+    )
 
 
 def form(settings: Settings, value: Value, primitive: str, reason: str, line: str, times: int = 1) -> Array:
@@ -120,22 +139,20 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     Raises:
       UnsupportedError: if it is not listed.
     """
-    if isinstance(value, Sum):
-        return value.settled()
     if not isinstance(value, AdaptedKernel):
-        return value
-    if not value.is_probe and not matches_any(value.path, settings.dense):
+        return settled(value)
+    if not settings.may_form(value):
         raise UnsupportedError(
-            f"Expected the adapted kernel {value.path!r} to be used in ways that have a low-rank form; "
-            f"it reaches `{primitive}`: {reason}.",
+            f"Expected the adapted kernel {' beside '.join(map(repr, value.paths))} to be used in ways that have a "
+            f"low-rank form; it reaches `{primitive}`: {reason}.",
             line,
-            f"Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}]).",
+            f"Leave it out of the spec, or let it be formed there: lora(apply, dense={list(value.paths)}).",
         )
     if settings.log is not None:
         # Formed: the product, its scale, the sum with the base.
         cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-        kind = "opaque" if value.is_probe else "dense"
-        settings.log.append(Use(value.path, primitive, kind, None, times, times * cost, line))
+        use = Use("", primitive, "opaque" if value.is_probe else "dense", None, times, times * cost, line)
+        settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
 
 
@@ -170,7 +187,7 @@ def interpret(
         operands = variables(eqn.invars)
         for var in operands:
             if isinstance(its := values.get(var), Sum) and not (eqn.primitive.name == "add" and last[var] == number):
-                values[var] = its.settled()
+                values[var] = settled(its)
         if not any(isinstance(values.get(var), (AdaptedKernel, Sum)) for var in operands):
             plain.append(eqn)
             continue
@@ -181,7 +198,7 @@ def interpret(
         free([eqn], number)
     if plain:
         evaluate_plain(len(eqns))
-    return [out.settled() if isinstance(out := read(atom), Sum) else out for atom in jaxpr.outvars]
+    return [settled(read(atom)) for atom in jaxpr.outvars]
 
 
 def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:

@@ -16,8 +16,9 @@ from .._adapter import AdaptedKernel
 from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import low_rank
-from ._forms import Contraction, Sum
+from ._forms import Contraction, Sum, settled
 from ._interpreter import NO_RULE, NoRule, Site, Value, rule
+from ._pair import through
 
 
 @rule(primitives.dot_general_p)
@@ -32,7 +33,14 @@ def _dot_general(
     out_sharding: Any,
 ) -> Value:
     if _is_adapted(lhs) and _is_adapted(rhs):
-        raise NoRule("both operands of the product are adapted kernels")
+        params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
+        base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
+        array, operations = through(
+            lhs, rhs, *_labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim), precision=precision, dtype=base.dtype
+        )
+        its = _roles(lhs, *(axes[0] for axes in dimension_numbers))
+        site.used(lhs, "factored", roles=its, operations=operations)
+        return Sum(base, array)
     roles = [_roles(x, summed, batch) for x, summed, batch in zip((lhs, rhs), *dimension_numbers, strict=True)]
     for x, its in zip((lhs, rhs), roles, strict=True):
         if isinstance(x, AdaptedKernel) and x.is_probe:
@@ -63,8 +71,8 @@ def _dot_general(
         precision=precision,
         dtype=y.dtype,
     )
-    base = (lambda x, w: product(w, x)) if side == 0 else product
-    return site.contract(kernel, x, Contraction(base, multiply, costs, precision), roles=roles[side])
+    its_base = (lambda x, w: product(w, x)) if side == 0 else product
+    return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision), roles=roles[side])
 
 
 @rule(primitives.add_p)
@@ -74,7 +82,7 @@ def _add(site: Site, x: Value, y: Value) -> Array:
         raise NoRule(NO_RULE)
     if not isinstance(x, Sum):
         x, y = y, x
-    return x.plus(y.settled() if isinstance(y, Sum) else y)
+    return x.plus(settled(y))
 
 
 def _is_adapted(x: Value) -> bool:
