@@ -14,6 +14,7 @@ from jax.tree_util import GetAttrKey
 
 from ._axes import axes_of_a, axes_of_b
 from ._contract import Labelled, contract, widest
+from ._dropout import Dropout
 from ._use import Use
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class AdaptedKernel:
       scale: s, a Python number.
       roles: the role of each axis of `w`; in a probe, the numbers of the leaf's axes that the axis came from.
       paths: the leaf it is; several, where the model has put kernels side by side.
+      dropout: of the activations that meet the factors; None where there is none.
       look_up: of a probe, the look-up that it comes from, which is a use of it unless it is used as a kernel.
     """
 
@@ -109,7 +111,12 @@ class AdaptedKernel:
     scale: float = dataclasses.field(metadata={"static": True})
     roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    dropout: Dropout | None = None
     look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
+
+    def in_use(self, number: Any) -> Self:
+        """The kernel in one of its uses, or in a turn of a loop: with a dropout of its own."""
+        return self if self.dropout is None else dataclasses.replace(self, dropout=self.dropout.folded(number))
 
     @property
     def is_probe(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,24 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from ._adapter import AdaptedKernel, Adapter, Adapters
+from ._dropout import Dropout
 from ._errors import SHOWN, AdapterError, listed
+from ._keys import key_for
 from ._paths import nearest
+from ._variants import LowRank
 
 
-def attach(leaves: Mapping[str, Any], adapter: Adapters) -> dict[str, AdaptedKernel | Any]:
+def attach(leaves: Mapping[str, Any], adapter: Adapters, dropout_key: Any = None) -> dict[str, AdaptedKernel | Any]:
     """What the model sees in place of each adapted leaf.
 
     Args:
       leaves: the parameters, by path.
       adapter: from `init`, `restore` or training.
+      dropout_key: a PRNG key, each path folds its name into it; without it there is no dropout.
 
     Raises:
       AdapterError: if a path is not among the leaves, or a shape disagrees; lists the differences.
     """
     check(leaves, adapter)
-    return {
-        path: part.variant.apply(as_jax(leaves[path]), part.arrays, part.axes, path) for path, part in adapter.items()
-    }
+    return {path: _attached(as_jax(leaves[path]), part, path, dropout_key) for path, part in adapter.items()}
+
+
+def _attached(leaf: Any, part: Adapter, path: str, dropout_key: Any) -> Any:
+    seen: Any = part.variant.apply(leaf, part.arrays, part.axes, path)
+    if dropout_key is None or not isinstance(part.variant, LowRank) or not part.variant.dropout:
+        return seen
+    return dataclasses.replace(seen, dropout=Dropout(part.variant.dropout, key_for(dropout_key, path)))
 
 
 def as_jax(leaf: Any) -> Any:

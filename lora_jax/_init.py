@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from ._adapter import Adapter
 from ._errors import SpecError
+from ._keys import key_for
 from ._paths import flatten
 from ._spec import Spec, resolve
 from ._use import Kernel
@@ -54,7 +53,7 @@ def init(
         axes = _axes(path, leaf, variant, kernels)
         try:
             variant.check(leaf.shape, axes)
-            arrays = variant.start(_key_for(key, path), leaf, axes, param_dtype)
+            arrays = variant.start(key_for(key, path), leaf, axes, param_dtype)
         except SpecError as error:
             raise SpecError(f"At {path!r}: {error}.") from None
         # From here on the adapter's own axes count; those of the rule may have been left open.
@@ -88,11 +87,3 @@ def _axes(path: str, leaf: Any, variant: Variant, kernels: Mapping[str, Kernel] 
         f"  or say it in the spec: {type(variant).__name__}(..., axes=...), such as 'ioo' for a query kernel "
         "(d, heads, head_dim) or 'bio' for a stack of layers."
     )
-
-
-def _key_for(key: Array, path: str) -> Array:
-    """One key per path, whatever else is adapted; 64 bits of a hash, so that no two paths of a model meet."""
-    digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
-    for word in (digest[:4], digest[4:]):
-        key = jax.random.fold_in(key, int.from_bytes(word, "big"))
-    return key

@@ -80,6 +80,8 @@ def assert_law(
 ) -> None:
     """Compares result and adapter gradients with the oracle's; arguments and results are arrays.
 
+    The form is the factored one, which is what a rule is about; `test_plan.py` compares the forms.
+
     Args:
       apply: the model.
       params: its parameters.
@@ -98,7 +100,7 @@ def assert_law(
 
     @jax.jit  # both in one, as compiling is what takes the time
     def both(*call: Any) -> Any:
-        return gradients(lj.lora(apply, dense=formed), *call), gradients(dense(apply), *call)
+        return gradients(lj.lora(apply, dense=formed, form="factored"), *call), gradients(dense(apply), *call)
 
     (gradient, out), (expected_gradient, expected) = both(adapter, params, args)
     assert_close(out, expected, FORWARD, dtype=dtype)

@@ -25,9 +25,11 @@ LAYERS = [
     "_errors",
     "_paths",
     "_axes",
+    "_keys",
     "_contract",
     "_use",
     "_operations",
+    "_dropout",
     "_adapter",
     "_variants",
     "_spec",
@@ -49,7 +51,7 @@ INSIDE = {
     "_transform": [
         ["_plan"],
         ["_forms", "_factored"],
-        ["_interpreter"],
+        ["_conv_steps", "_interpreter"],
         ["_kept", "_pair", "_placement"],
         [
             "_concatenate",

@@ -83,6 +83,48 @@ def test_the_program_that_is_planned_is_within_a_percent_of_the_cheapest_form(as
         assert counted(None, asked, *one) <= 1.015 * cheapest, sizes
 
 
+def convolution(**options: Any) -> Any:
+    return lambda x, w: lax.conv_general_dilated(x, w, **options, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+CONVOLUTIONS = {
+    "plain": (convolution(window_strides=(1, 1), padding="SAME"), (4, 10, 9, 8), (3, 3, 8, 6)),
+    "strided": (convolution(window_strides=(2, 3), padding="SAME"), (4, 12, 12, 8), (3, 3, 8, 6)),
+    "dilated": (convolution(window_strides=(1, 1), padding="VALID", rhs_dilation=(2, 1)), (4, 12, 12, 8), (3, 3, 8, 6)),
+    "transposed": (
+        convolution(window_strides=(1, 1), padding=((1, 2), (1, 2)), lhs_dilation=(2, 2)),
+        (4, 6, 6, 8),
+        (3, 3, 8, 6),
+    ),
+    "in groups": (
+        convolution(window_strides=(1, 1), padding="SAME", feature_group_count=2),
+        (4, 10, 9, 8),
+        (3, 3, 4, 12),
+    ),
+    "depthwise": (
+        convolution(window_strides=(1, 1), padding="SAME", feature_group_count=8),
+        (4, 10, 9, 8),
+        (3, 3, 1, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_the_counts_of_a_convolution_are_those_of_the_program(
+    form: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call, x, w = CONVOLUTIONS[name]
+    params = {"w": jax.ShapeDtypeStruct(w, jnp.float32)}
+    spec = {"w": lj.LoRA(rank=4, alpha=3, axes="iiio")}
+    adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
+    seen: list[Costs] = []
+    monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form: seen.append(costs) or form)
+    for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True), Asked(w=True)):
+        expected = counted(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
+        assert _plan.operations(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
+
+
 @given(st.tuples(*[st.integers(1, 2000)] * 3, st.integers(1, 64)), st.sampled_from(ALL_ASKED))
 def test_the_plan_takes_the_least_memory_within_a_percent_of_the_cheapest(sizes: Any, asked: Asked) -> None:
     costs = dot(*sizes)

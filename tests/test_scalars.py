@@ -100,7 +100,7 @@ def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, case in SCALED.items() if "b" not in (case.axes or case.roles)])
 def test_nothing_of_the_kernel_s_shape_is_made_but_the_base_scaled_as_the_model_does(name: str) -> None:
     case = SCALED[name]
-    jaxpr = jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, *case.arrays)
+    jaxpr = jax.make_jaxpr(lj.lora(case.apply, form="factored"))(case.params, case.adapter, *case.arrays)
     made = {eqn.primitive.name for eqn in jaxpr.eqns if case.kernel in {var.aval.shape for var in eqn.outvars}}
     assert made <= {"mul", "div", "neg", "jit"}
 
@@ -112,7 +112,9 @@ def test_a_number_joins_the_scale_and_adds_no_operation() -> None:
     primitives = [
         [
             eqn.primitive.name
-            for eqn in jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, *case.arrays).eqns
+            for eqn in jax.make_jaxpr(lj.lora(case.apply, form="factored"))(
+                case.params, case.adapter, *case.arrays
+            ).eqns
         ]
         for case in (plain, scaled)
     ]

@@ -55,6 +55,9 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
     if any(part.roles != roles for part in adapted):
         found = " and ".join(dict.fromkeys(repr("".join(part.roles)) for part in adapted))
         raise NoRule(f"kernels are put side by side whose axes are {found}")
+    rates = [part.dropout and part.dropout.rate for part in adapted]
+    if len(set(rates)) > 1:
+        raise NoRule(f"kernels are put side by side whose dropouts are {rates}")
     # A leaf that is not adapted is noted as read, and has no ranks.
     parts = [part if _is_adapted(part) else site.dense(part, "") for part in parts]
     if len({part.scale for part in adapted}) > 1:

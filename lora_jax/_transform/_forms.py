@@ -10,8 +10,10 @@ contraction is differentiated: only then is it known whose gradient is asked for
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +23,20 @@ from jax.custom_derivatives import SymbolicZero
 
 from .._adapter import AdaptedKernel, materialise
 from ._plan import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
+
+# While another `lora` traces this one, its program is made of plain operations, which have rules.
+_traced_again = contextvars.ContextVar("traced_again", default=False)
+
+
+@contextlib.contextmanager
+def traced_again() -> Iterator[None]:
+    """Leaves the choice of forms to the `lora` that traces."""
+    token = _traced_again.set(True)
+    try:
+        yield
+    finally:
+        _traced_again.reset(token)
+
 
 Evaluate = Callable[[Array, Array, Array, Array], Array]  # x, w, a, b -> y
 
@@ -72,7 +88,7 @@ def wanted(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form | Non
     if form is not None:
         return form
     # In 16 bits the sum of W0 and a small update is W0 again: what has been learnt would be rounded away.
-    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(costs):
+    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(costs) or _traced_again.get():
         return Form.FACTORED
     return None
 
@@ -84,6 +100,8 @@ def in_training(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form:
 
 def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
     """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest."""
+    if kernel.dropout is not None:  # what the base sees is not what the factors see
+        return Sum(contraction.base(x, kernel.w), contraction.low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
     its = wanted(kernel, contraction.costs, form)
     if its is Form.FACTORED:
         return Sum(contraction.base(x, kernel.w), contraction.low_rank(x, kernel.a, kernel.b))

@@ -193,12 +193,16 @@ def interpret(
             continue
         if plain:
             evaluate_plain(number)
-        results = _apply_rule(Site(settings, eqn, times), [read(atom) for atom in eqn.invars])
+        results = _apply_rule(Site(settings, eqn, times), [_in_use(read(atom), number) for atom in eqn.invars])
         values.update(zip(eqn.outvars, results, strict=True))
         free([eqn], number)
     if plain:
         evaluate_plain(len(eqns))
     return [settled(read(atom)) for atom in jaxpr.outvars]
+
+
+def _in_use(value: Value, number: int) -> Value:
+    return value.in_use(number) if isinstance(value, AdaptedKernel) else value
 
 
 def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:

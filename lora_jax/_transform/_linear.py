@@ -7,6 +7,7 @@ whichever axes are summed: inputs, outputs (`x @ w.T`, a tied embedding), batch 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,7 @@ def _dot_general(
 ) -> Value:
     if _is_adapted(lhs) and _is_adapted(rhs):
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
+        rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
         base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
         array, operations = through(
             lhs, rhs, *_labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim), precision=precision, dtype=base.dtype

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -35,13 +36,16 @@ def _while(
     cond_consts, body_consts, start = _split(operands, cond_nconsts, body_nconsts)
     carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
 
-    def keep_going(moving: Sequence[Any]) -> Value:
-        return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(moving)])[0], _ENDS)
+    def keep_going(state: tuple[list[Any], Any]) -> Value:
+        return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(state[0])])[0], _ENDS)
 
-    def step(moving: Sequence[Any]) -> Sequence[Any]:
-        return carry.moving(site.interpret(body_jaxpr, [*body_consts, *carry.whole(moving)]))
+    def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        moving, turn = state
+        operands = _in_turn([*body_consts, *carry.whole(moving)], turn)
+        return carry.moving(site.interpret(body_jaxpr, operands)), None if turn is None else turn + 1
 
-    return carry.whole(lax.while_loop(keep_going, step, carry.moving(start)))
+    first: Any = jnp.int32(0) if _drops(operands) else None
+    return carry.whole(lax.while_loop(keep_going, step, (carry.moving(start), first))[0])
 
 
 @rule(primitives.scan_p)
@@ -60,13 +64,24 @@ def _scan(
     carry = _Carry.of(site, jaxpr, num_consts, start)
     slices = [_slices(x) for x in stacked]
 
-    def step(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Value]]:
-        layer = [rebuild(x) for (_, rebuild), x in zip(slices, xs, strict=True)]
-        out = site.interpret(jaxpr, [*consts, *carry.whole(moving), *layer], times=length)
+    def step(moving: list[Any], xs: tuple[list[Any], Any]) -> tuple[list[Any], list[Value]]:
+        pieces, turn = xs
+        layer = [rebuild(x) for (_, rebuild), x in zip(slices, pieces, strict=True)]
+        out = site.interpret(jaxpr, _in_turn([*consts, *carry.whole(moving), *layer], turn), times=length)
         return carry.moving(out[:num_carry]), out[num_carry:]
 
-    end, ys = lax.scan(step, carry.moving(start), [x for x, _ in slices], length, reverse=reverse, unroll=unroll)
+    xs = [x for x, _ in slices], jnp.arange(length) if _drops(operands) else None
+    end, ys = lax.scan(step, carry.moving(start), xs, length, reverse=reverse, unroll=unroll)
     return [*carry.whole(end), *(_stacked(y) for y in ys)]
+
+
+def _drops(operands: Sequence[Value]) -> bool:
+    return any(isinstance(x, AdaptedKernel) and x.dropout is not None for x in operands)
+
+
+def _in_turn(operands: Sequence[Value], turn: Any) -> list[Value]:
+    """The operands of one turn of a loop: kernels drop anew in each."""
+    return [x.in_use(turn) if isinstance(x, AdaptedKernel) else x for x in operands]
 
 
 def _split(operands: Sequence[Value], *counts: int) -> tuple[list[Value], ...]:
@@ -169,4 +184,5 @@ def _stacked(y: Value) -> Value:
     """What `scan` stacked: layers of a kernel are a kernel with one more batch axis, in front."""
     if not isinstance(y, AdaptedKernel):
         return y
-    return dataclasses.replace(y, roles=("" if y.is_probe else "b", *y.roles))
+    dropout = jax.tree.map(lambda key: key[0], y.dropout)  # one key was stacked for each turn
+    return dataclasses.replace(y, dropout=dropout, roles=("" if y.is_probe else "b", *y.roles))

@@ -43,7 +43,9 @@ def lora(
         against the activations. What is used in 16 bits stays factored, as a small update would be rounded away.
 
     Returns:
-      `adapted(params, adapter, *args, **kwargs)`, with the result of `apply`. `adapter` is what `init` returns.
+      `adapted(params, adapter, *args, dropout_key=None, **kwargs)`, with the result of `apply`. `adapter` is what
+      `init` returns. `dropout_key` is a PRNG key for variants with `dropout`, folded for each path, use and turn of a
+      loop; without it nothing is dropped.
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
@@ -53,8 +55,10 @@ def lora(
     """
     settings = Settings(dense=tuple(dense), form=form_named(form))
 
-    def adapted(params: Any, adapter: Adapters, /, *args: Any, **kwargs: Any) -> Any:
-        kernels = attach(flatten(params)[0], adapter)  # first: what is wrong with the adapter is not the model's fault
+    def adapted(params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
+        kernels = attach(
+            flatten(params)[0], adapter, dropout_key
+        )  # first: what is wrong with the adapter is not the model's fault
         return trace(apply, params, args, kwargs).run(kernels, settings)
 
     adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"

@@ -14,6 +14,7 @@ from .._attach import as_jax
 from .._compat import ClosedJaxpr
 from .._paths import flatten, unflatten
 from .._use import Use
+from ._forms import traced_again
 from ._interpreter import Settings, Value, form, interpret
 
 
@@ -71,7 +72,8 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
 
     params_arrays = [leaf for leaf in leaves.values() if is_array(leaf)]
     other_arrays = [leaf for leaf in others if is_array(leaf)]
-    jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)
+    with traced_again():
+        jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)
     statics, out_def = returned[-1]
 
     def rebuild(arrays: Sequence[Any]) -> Any:

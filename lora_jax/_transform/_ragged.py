@@ -17,6 +17,7 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._contract import Labelled, Labels, contract
 from ._factored import factors
+from ._forms import Sum
 from ._interpreter import NoRule, Site, Value, rule
 
 
@@ -32,7 +33,7 @@ def _ragged_dot_general(
     preferred_element_type: Any,
     group_offset: Any,
     out_sharding: Any,
-) -> Array:
+) -> Value:
     numbers = ragged_dot_dimension_numbers
     if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
         raise NoRule("the adapted kernel is what is divided into groups")
@@ -61,7 +62,8 @@ def _ragged_dot_general(
         site.used(kernel, "factored", roles=roles)
         return y
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
-    x = Labelled(lhs, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))
+    dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
+    x = Labelled(dropped, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))
     x_rest = [label for label in x.labels if label >= kernel.w.ndim]
     w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
     out = (*batch, *x_rest, *w_rest)
@@ -74,7 +76,7 @@ def _ragged_dot_general(
     # Beside the two products: the scale on the thin one, and the sum with the base's.
     operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
     site.used(kernel, "factored", roles=roles, operations=operations)
-    return y + low_rank
+    return Sum(y, low_rank)
 
 
 @dataclasses.dataclass(frozen=True)

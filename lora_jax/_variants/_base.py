@@ -24,6 +24,13 @@ class Variant(abc.ABC):
     axes: str | None = dataclasses.field(default=None, repr=False)
     needs_axes: ClassVar[bool]  # whether the roles of the kernel's axes matter to it
 
+    def __repr__(self) -> str:
+        """What was chosen; what was left as it is by default is not shown."""
+        chosen = [
+            field for field in dataclasses.fields(self) if field.repr and getattr(self, field.name) != field.default
+        ]
+        return f"{type(self).__name__}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in chosen)})"
+
     @abc.abstractmethod
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises `SpecError`, its text without the path, if a kernel of this shape and these axes cannot be adapted."""
@@ -41,7 +48,7 @@ class Variant(abc.ABC):
         """What the model sees in place of the kernel."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LowRank(Variant):
     """The methods that add `scale·a·b` to a kernel, and differ in the scale alone.
 
@@ -51,6 +58,7 @@ class LowRank(Variant):
 
     rank: int
     alpha: float
+    dropout: float = 0.0
     needs_axes: ClassVar[bool] = True
 
     @property
@@ -59,7 +67,9 @@ class LowRank(Variant):
         """s, by which `a·b` is multiplied."""
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises if there is no input or no output axis, or if the rank does not lie in [1, min(in, out)]."""
+        """Raises if there is no input or no output axis, or if rank or dropout are out of range."""
+        if not 0 <= self.dropout < 1:
+            raise SpecError(f"expected a dropout in [0, 1); got dropout={self.dropout}")
         if "i" not in axes or "o" not in axes:
             raise SpecError(
                 f"{self} needs a kernel with input and output axes; got shape {tuple(shape)} with axes {axes!r}"

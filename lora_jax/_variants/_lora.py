@@ -7,7 +7,7 @@ import dataclasses
 from ._base import LowRank
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LoRA(LowRank):
     """A low-rank update with the paper's scale (Hu et al. 2021, arXiv:2106.09685).
 
@@ -21,6 +21,8 @@ class LoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
+      dropout: the share of the activations that is dropped before they meet `A`, in [0, 1), where the adapted function
+        gets a `dropout_key`. Not of the base's, nor of rows that are looked up.
       axes: the role of each kernel axis (`"ioo"`: `i` input, `o` output, `b` batch), where it cannot be known
         otherwise; it outranks what was traced.
     """

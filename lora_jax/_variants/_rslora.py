@@ -8,7 +8,7 @@ import math
 from ._base import LowRank
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class RSLoRA(LowRank):
     """LoRA whose updates keep their size as the rank grows (Kalajdzievski 2023, arXiv:2312.03732).
 
@@ -20,6 +20,7 @@ class RSLoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/√r.
+      dropout: as in `LoRA`.
       axes: as in `LoRA`.
     """
 
