@@ -6,8 +6,11 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -167,3 +170,90 @@ def test_any_convolution_is_that_of_the_formed_kernel(case: Convolution) -> None
         params = {"w": normal(*case.kernel, dtype="float64")}
         its = adapted(params, {"w": "".join(case.roles)}, rank=1, dtype="float64")
         assert_law(case.apply, params, its, normal(*case.x, seed=1, dtype="float64"))
+
+
+def test_a_vmap_over_kernels_shares_the_factor_of_the_input() -> None:
+    # JAX makes groups of it: its kernels side by side, along the output.
+    case = Case(lambda w, x: jax.vmap(grouped(1))(w, x), (2, 3, 2, 3, 5), [(2, 1, 5, 4, 3)], "oiiio")
+    assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
+    assert_case(case)
+    assert_case(Case(lambda w, x: jax.vmap(grouped(2))(w, x), (2, 3, 2, 3, 4), [(2, 1, 5, 4, 6)], "oiiio"))
+    assert_case(Case(lambda w, x: jax.vmap(grouped(1), (0, None))(w, x), (2, 3, 2, 3, 5), [(1, 5, 4, 3)], "oiiio"))
+
+
+# Layers of Flax
+
+PADDINGS = ["SAME", "VALID", "CIRCULAR", "REFLECT", 1, ((2, 1), (0, 3))]
+LINEN: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "Conv, one axis, causal": (nn.Conv(4, (3,), padding="CAUSAL", kernel_dilation=2), (2, 6, 3), "iio"),
+    "Conv, causal, in groups": (nn.Conv(4, 3, padding="CAUSAL", feature_group_count=2), (2, 6, 4), "iio"),
+    "Conv, three axes": (nn.Conv(4, (2, 3, 2), strides=(1, 2, 1)), (2, 3, 5, 4, 2), "iiiio"),
+    "Conv, input dilation": (nn.Conv(4, (3, 2), padding=1, input_dilation=(2, 3)), (2, 4, 3, 3), "iiio"),
+    "Conv, depthwise": (nn.Conv(6, (3, 3), feature_group_count=6, strides=2), (2, 5, 4, 6), "iiio"),
+    "Conv, depthwise, twice the channels": (nn.Conv(6, (3, 3), feature_group_count=3), (2, 5, 4, 3), "iiio"),
+    "Conv without a batch": (nn.Conv(6, (3, 2), feature_group_count=3), (5, 4, 6), "iiio"),
+    "Conv with two axes of batch": (nn.Conv(4, (3, 2)), (2, 2, 5, 4, 3), "iiio"),
+    "ConvTranspose, dilated": (nn.ConvTranspose(4, (3, 2), (2, 3), kernel_dilation=(1, 2)), (2, 4, 3, 3), "iiio"),
+    "ConvTranspose, one axis": (nn.ConvTranspose(4, (3,), (2,), padding="VALID"), (2, 5, 3), "iio"),
+    "ConvTranspose, three axes": (nn.ConvTranspose(4, (2, 3, 2), (1, 2, 1)), (2, 3, 4, 3, 2), "iiiio"),
+    "ConvLocal": (nn.ConvLocal(4, (3, 2), strides=(2, 1)), (2, 6, 4, 3), "bbio"),
+} | {
+    f"{layer.__name__}, padding {padding}": (layer(4, (3, 2), strides=(2, 1), padding=padding), (2, 6, 5, 3), "iiio")
+    for layer in (nn.Conv, nn.ConvTranspose)
+    for padding in PADDINGS
+    if not (layer is nn.ConvTranspose and padding == "REFLECT")
+}
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_a_layer_of_linen_is_that_of_the_formed_kernel(name: str) -> None:
+    module, shape, roles = LINEN[name]
+    assert_layer(lambda params, x: module.apply({"params": params}, x), linen_params(module, shape), shape, roles)
+
+
+def linen_params(module: nn.Module, shape: tuple[int, ...]) -> Any:
+    return drawn(jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))["params"])
+
+
+def drawn(shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=2, size=0.5), shapes)
+
+
+def assert_layer(apply: Any, params: Any, shape: tuple[int, ...], roles: str) -> None:
+    x = normal(*shape, seed=1)
+    assert lj.kernels(apply, params, x)["kernel"].axes == roles
+    assert_law(apply, params, adapted(params, {"kernel": roles}), x)
+
+
+NNX: dict[str, tuple[Callable[[nnx.Rngs], nnx.Module], tuple[int, ...], str]] = {
+    "Conv, in groups": (
+        lambda rngs: nnx.Conv(6, 4, (3, 2), strides=2, feature_group_count=2, rngs=rngs),
+        (2, 5, 4, 6),
+        "iiio",
+    ),
+    "Conv, depthwise, circular": (
+        lambda rngs: nnx.Conv(4, 4, (3,), feature_group_count=4, padding="CIRCULAR", rngs=rngs),
+        (2, 6, 4),
+        "iio",
+    ),
+    "Conv, reflected": (lambda rngs: nnx.Conv(3, 4, (3, 3), padding="REFLECT", rngs=rngs), (2, 5, 4, 3), "iiio"),
+    "Conv, causal": (lambda rngs: nnx.Conv(3, 4, 3, padding="CAUSAL", kernel_dilation=2, rngs=rngs), (2, 6, 3), "iio"),
+    "Conv, input dilation": (
+        lambda rngs: nnx.Conv(3, 4, (3, 2), padding=1, input_dilation=2, rngs=rngs),
+        (2, 4, 3, 3),
+        "iiio",
+    ),
+    "ConvTranspose": (lambda rngs: nnx.ConvTranspose(3, 4, (3, 2), strides=(2, 3), rngs=rngs), (2, 4, 3, 3), "iiio"),
+    "ConvTranspose, circular": (
+        lambda rngs: nnx.ConvTranspose(3, 4, (3,), strides=2, padding="CIRCULAR", rngs=rngs),
+        (2, 5, 3),
+        "iio",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_a_layer_of_nnx_is_that_of_the_formed_kernel(name: str) -> None:
+    make, shape, roles = NNX[name]
+    graph, state = nnx.split(make(nnx.Rngs(0)))
+    assert_layer(lambda state, x: nnx.merge(graph, state)(x), drawn(state), shape, roles)
