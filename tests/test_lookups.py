@@ -80,6 +80,13 @@ LOOKUPS = {
     "a row of every layer, by vmap": Case(
         lambda w, ids: jax.vmap(lambda w, i: w[i])(w, ids), (2, 6, 5), [[0, 3]], "bio"
     ),
+    "by a vmap along axes that the factor has in another order": Case(
+        lambda w, ids: jax.vmap(jax.vmap(lambda w, ids: w[ids]))(w, ids),
+        (3, 2, 4, 2),
+        [[[[0, 3], [1, -1]], [[0, 0], [2, 1]], [[1, 1], [3, 0]]]],
+        "bbio",
+        "oboi",
+    ),
     "the same row of every layer": Case(lambda w, i: jnp.tanh(w[:, i]), (2, 6, 5), [3], None, "bio"),
     "rows of one layer each": Case(lambda w, i, j: w[i, j], (2, 6, 5), [[0, 1, 1], [5, 0, 0]], "iio", "bio"),
     "rows of heads": Case(lambda w, ids: jnp.tanh(w[ids]), (6, 2, 3), [INSIDE], "ioo"),
