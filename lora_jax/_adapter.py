@@ -14,6 +14,7 @@ from jax.tree_util import GetAttrKey
 
 from ._axes import axes_of_a, axes_of_b
 from ._contract import Labelled, contract, widest
+from ._use import Use
 
 if TYPE_CHECKING:
     from ._variants import Variant
@@ -98,7 +99,8 @@ class AdaptedKernel:
       b: `(batch…, rank, out…)`, likewise.
       scale: s, a Python number.
       roles: the role of each axis of `w`; in a probe, the numbers of the leaf's axes that the axis came from.
-      path: the path of the leaf.
+      paths: the leaf it is; several, where the model has put kernels side by side.
+      look_up: of a probe, the look-up that it comes from, which is a use of it unless it is used as a kernel.
     """
 
     w: Array
@@ -106,7 +108,8 @@ class AdaptedKernel:
     b: Any
     scale: float = dataclasses.field(metadata={"static": True})
     roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    path: str = dataclasses.field(metadata={"static": True})
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def is_probe(self) -> bool:

@@ -48,7 +48,8 @@ INSIDE = {
     "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
     "_transform": [
         ["_interpreter", "_factored"],
-        ["_control", "_conv", "_linear", "_lookup", "_shape"],
+        ["_pair"],
+        ["_concatenate", "_control", "_conv", "_linear", "_lookup", "_scalar", "_shape"],
         ["_program"],
         ["_lora"],
     ],

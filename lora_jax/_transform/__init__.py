@@ -1,9 +1,11 @@
 """The transform: `lora(apply)`, an interpreter of traced functions, and its rules by kind."""
 
+from . import _concatenate as _concatenate
 from . import _control as _control
 from . import _conv as _conv
 from . import _linear as _linear
 from . import _lookup as _lookup
+from . import _scalar as _scalar
 from . import _shape as _shape
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora

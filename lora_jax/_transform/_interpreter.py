@@ -69,6 +69,10 @@ class Settings:
     dense: tuple[Pattern, ...] = ()
     log: list[Use] | None = None
 
+    def may_form(self, kernel: AdaptedKernel) -> bool:
+        """Whether the caller has listed every leaf of a kernel."""
+        return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
+
 
 @dataclasses.dataclass(frozen=True)
 class Site:
@@ -85,15 +89,30 @@ class Site:
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
-            axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-            name, line = self.eqn.primitive.name, user_line(self.eqn)
-            self.settings.log.append(Use(kernel.path, name, kind, axes, self.times, self.times * operations, line))
+            self.settings.log.extend(self.uses(kernel, kind, roles=roles, operations=operations))
+
+    def uses(
+        self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
+    ) -> tuple[Use, ...]:
+        """What `used` would note."""
+        axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
+        use = Use("", self.eqn.primitive.name, kind, axes, self.times, self.times * operations, user_line(self.eqn))
+        return of_each_leaf(use, kernel)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
         if not isinstance(value, AdaptedKernel):
             return value
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
+
+
+def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
+    """A use of a kernel, for each leaf that it is, the operations in equal parts."""
+    count, total = len(kernel.paths), use.operations
+    shares = [total * (number + 1) // count - total * number // count for number in range(count)]
+    return tuple(
+        dataclasses.replace(use, path=path, operations=share) for path, share in zip(kernel.paths, shares, strict=True)
+    )
 
 
 def form(settings: Settings, value: Value, primitive: str, reason: str, line: str, times: int = 1) -> Array:
@@ -104,18 +123,18 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     """
     if not isinstance(value, AdaptedKernel):
         return value
-    if not value.is_probe and not matches_any(value.path, settings.dense):
+    if not settings.may_form(value):
         raise UnsupportedError(
-            f"Expected the adapted kernel {value.path!r} to be used in ways that have a low-rank form; "
-            f"it reaches `{primitive}`: {reason}.",
+            f"Expected the adapted kernel {' beside '.join(map(repr, value.paths))} to be used in ways that have a "
+            f"low-rank form; it reaches `{primitive}`: {reason}.",
             line,
-            f"Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}]).",
+            f"Leave it out of the spec, or let it be formed there: lora(apply, dense={list(value.paths)}).",
         )
     if settings.log is not None:
         # Formed: the product, its scale, the sum with the base.
         cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-        kind = "opaque" if value.is_probe else "dense"
-        settings.log.append(Use(value.path, primitive, kind, None, times, times * cost, line))
+        use = Use("", primitive, "opaque" if value.is_probe else "dense", None, times, times * cost, line)
+        settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
 
 

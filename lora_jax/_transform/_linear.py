@@ -16,7 +16,8 @@ from .._adapter import AdaptedKernel
 from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import multiply
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import Site, Value, rule
+from ._pair import through
 
 
 @rule(primitives.dot_general_p)
@@ -31,7 +32,14 @@ def _dot_general(
     out_sharding: Any,
 ) -> Array:
     if _is_adapted(lhs) and _is_adapted(rhs):
-        raise NoRule("both operands of the product are adapted kernels")
+        params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
+        y = _dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params)
+        low_rank = through(
+            lhs, rhs, *_labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim), precision=precision, dtype=y.dtype
+        )
+        its = _roles(lhs, *(axes[0] for axes in dimension_numbers))
+        site.used(lhs, "factored", roles=its, operations=low_rank.operations)
+        return y + low_rank.array
     roles = [_roles(x, summed, batch) for x, summed, batch in zip((lhs, rhs), *dimension_numbers, strict=True)]
     for x, its in zip((lhs, rhs), roles, strict=True):
         if isinstance(x, AdaptedKernel) and x.is_probe:
