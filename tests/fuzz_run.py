@@ -201,7 +201,7 @@ class Counted(dict[str, Any]):
 
 
 def fuzzed(seed: int, programs: int) -> Count:
-    """Runs some programs, always the same for a seed, and counts them. Raises `ProgramError` for the smallest that fails."""
+    """Runs some programs, always the same for a seed, and counts them; the smallest that fails is raised."""
     count = Count()
 
     @hypothesis.seed(seed)
