@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from helpers import dense
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from law import Case, adapted, assert_law, normal
 
 import lora_jax as lj
@@ -54,11 +55,9 @@ def rounded(w: jax.Array) -> jax.Array:
 rounded.defjvps(lambda g, out, w: 2 * g)
 
 
-def mesh_of(axis: str) -> NamedSharding:
-    return NamedSharding(jax.make_mesh((4,), (axis,), axis_types=(AxisType.Auto,)), PartitionSpec(axis))
-
-
-GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "feature_group_count": 2}
+ON_DEVICES = {"mesh": jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))}
+OTHER_FACTOR = "a kernel put together from devices, where its other factor may differ; `check_vma` would tell"
+GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "batch_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
     "a product with a whole array": matrix(
@@ -90,10 +89,26 @@ REFUSALS = {
         "a reshape from (4, 4) to (8, 2) merges axes with the roles 'io'",
     ),
     "a cast to integers": matrix(lambda w, x: x @ (w.astype(jnp.int8) + 0.5), "convert_element_type", "a cast to int8"),
-    "a grouped convolution": Refusal(
-        Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 2, 3), [(2, 4, 5)], None, "oii"),
+    "a convolution in groups of the batch": Refusal(
+        Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 3, 3), [(2, 3, 5)], None, "oii"),
         "conv_general_dilated",
-        "a grouped convolution",
+        "a convolution in groups of the batch",
+    ),
+    "a product by group of the kernel": Refusal(
+        Case(lambda w, x, sizes: lax.ragged_dot(w, x, sizes), (4, 3), [(2, 3, 5), [1, 3]], None, "io"),
+        "ragged_dot_general",
+        "the adapted kernel is what is divided into groups",
+    ),
+    "a product by group, each of a batch with its groups": Refusal(
+        Case(
+            lambda w, x, sizes: jax.vmap(lax.ragged_dot)(x, w, sizes),
+            (2, 2, 4, 5),
+            [(2, *X), [[1, 2]] * 2],
+            None,
+            "ibio",
+        ),
+        "ragged_dot_general",
+        "groups for each of a batch, with the axes 'bbio'; the adapter's are 'ibio'",
     ),
     "a convolution of the kernel": Refusal(
         Case(lambda w, x: lax.conv(w, x, (1,), "SAME"), (2, 3, 5), [(4, 3, 3)], None, "oii"),
@@ -121,20 +136,36 @@ REFUSALS = {
     "a branch for each example": matrix(
         lambda w, x: jax.vmap(lambda x: lax.cond(x[0] > 0, lambda: x @ w, lambda: x))(x), "select_n"
     ),
-    "a platform that chooses": matrix(
-        lambda w, x: lax.platform_dependent(w, x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w.T),
-        "cond",
-        "the platform chooses the branch",
-    ),
-    "a jit with a sharding for it": matrix(
-        lambda w, x: jax.jit(lambda w: x @ w, in_shardings=mesh_of("x"))(w),
+    "a jit with a sharding that names no axes": matrix(
+        lambda w, x: jax.jit(lambda w: x @ w, in_shardings=SingleDeviceSharding(jax.devices()[0]))(w),
         "jit",
-        "a jit that donates the kernel or gives it a sharding",
+        "a sharding of the kernel that does not name its axes",
     ),
-    "a jit that returns it with a sharding": matrix(
-        lambda w, x: x @ jax.jit(lambda w: w.T, out_shardings=mesh_of("x"))(w),
-        "jit",
-        "a jit that returns the kernel with a sharding",
+    "a shard_map that returns it": matrix(
+        lambda w, x: x @ jax.shard_map(lambda w: w.T, in_specs=P("x"), out_specs=P(None, "x"), **ON_DEVICES)(w),
+        "shard_map",
+        "a shard_map returns the kernel",
+    ),
+    "a kernel put together, unchecked": matrix(
+        lambda w, x: jax.shard_map(
+            lambda w: x @ lax.all_gather(w, "x", tiled=True),
+            in_specs=P("x"),
+            out_specs=P(),
+            check_vma=False,
+            **ON_DEVICES,
+        )(w),
+        "all_gather",
+        OTHER_FACTOR,
+    ),
+    "a kernel put together from other columns on each device": matrix(
+        lambda w, x: jax.shard_map(
+            lambda w: x[0, 0] * lax.all_gather(w, "x", axis=0, tiled=True)[None],
+            in_specs=P(None, "x"),
+            out_specs=P("x"),
+            **ON_DEVICES,
+        )(w),
+        "all_gather",
+        OTHER_FACTOR,
     ),
     "in a scan": Refusal(
         Case(lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ (w + 1)), None), x, w)[0], (2, 4, 4), [X], None, "bio"),
@@ -238,16 +269,16 @@ def test_a_refusal_in_a_layer_of_linen_names_the_model_s_line_and_the_kernel_s_p
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
             x = nn.Dense(4)(x)
-            return nn.Conv(4, (3,), feature_group_count=2, name="grouped")(x)  # refused here
+            return nn.Conv(4, (3,), mask=jnp.ones((3, 4, 4)), name="masked")(x)  # refused here
 
     x = normal(2, 5, 4, seed=1)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), jax.eval_shape(Model().init, jax.random.key(0), x))
-    adapter = adapted(params, {"params/grouped/kernel": "iio"})
+    adapter = adapted(params, {"params/masked/kernel": "iio"})
     with pytest.raises(lj.UnsupportedError) as error:
         lj.lora(Model().apply)(params, adapter, x)
     lines, first = inspect.getsourcelines(Model.__call__)
     line = first + next(number for number, text in enumerate(lines) if "# refused here" in text)
-    assert "'params/grouped/kernel'" in str(error.value)
+    assert "'params/masked/kernel'" in str(error.value)
     assert re.search(rf"\n  at {re.escape(__file__)}:{line}:\d+ \(\S*Model.__call__\)\n", str(error.value))
 
 

@@ -5,8 +5,11 @@ from . import _control as _control
 from . import _conv as _conv
 from . import _linear as _linear
 from . import _lookup as _lookup
+from . import _loops as _loops
+from . import _ragged as _ragged
 from . import _scalar as _scalar
 from . import _shape as _shape
+from . import _shard_map as _shard_map
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora
 from ._program import Program as Program

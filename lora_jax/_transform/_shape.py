@@ -75,8 +75,10 @@ def _broadcast_in_dim(
 
 @rule(primitives.reshape_p)
 def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any) -> Value:
-    if dynamic_shape or dimensions is not None:
-        raise NoRule("a reshape that also transposes, or to a shape known only at run time")
+    if dynamic_shape:
+        raise NoRule("a shape known only at run time")
+    if dimensions is not None:  # the order in which the axes are read
+        kernel = _transpose(site, kernel, permutation=dimensions)
     roles = [""] * len(new_sizes)
     for old, new in _blocks(kernel.w.shape, new_sizes):
         # An axis of size 1 holds nothing, and agrees with any role.
