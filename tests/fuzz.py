@@ -1,0 +1,531 @@
+"""Draws random programs of kernels whose every use is listed: has a rule, for the roles that the kernel's axes have.
+
+The drawing knows of a kernel the role and the size of each axis, wherever it is moved. So it knows that `lora` has to
+take the program, and a refusal is a failure. Now and then a program has one step without a rule, `Opaque`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import fuzz_program as fp
+from fuzz_program import K, Shape
+from hypothesis import strategies as st
+
+# The kinds of steps that the library has rules for; a new rule is one more line here.
+ENABLED = frozenset(
+    {
+        "transpose",
+        "reshape",
+        "squeeze",
+        "expand",
+        "broadcast",
+        "slice",
+        "dynamic_slice",
+        "index",
+        "dynamic_index",
+        "cast",
+        "copy",
+        "within",
+        # "rev",
+        # "split",
+        # "concatenate",
+        # "scale",
+        "dot",
+        # "both",
+        "take",
+        "lookup",
+        # "lookup along a batch",
+        "conv",
+        # "conv in groups",
+        # "ragged",
+        "add",
+        "act",
+        "jit",
+        "remat",
+        "scan",
+        "loop",
+        "switch",
+        # "switch in a gradient",
+        # "switch in a vmap",
+        "vmap",
+        "gradient",
+    }
+)
+
+LARGEST = 48  # elements of a kernel
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of a kernel, or of what became of it.
+
+    Attributes:
+      roles: of each axis; `?` of one of size 1 that any role may have got.
+      shape: of the kernel.
+      is_kernel: whether it is one still; after a look-up of one row it is an array; None if that is not known.
+      mapped: whether it is a slice under `vmap`: more axes are there than can be seen.
+    """
+
+    roles: tuple[str, ...]
+    shape: Shape
+    is_kernel: bool | None = True
+    mapped: bool = False
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def having(self, role: str) -> list[int]:
+        return [axis for axis, its in enumerate(self.roles) if its == role]
+
+    def without(self, axis: int, *, squeezed: bool) -> Known:
+        roles = self.roles[:axis] + self.roles[axis + 1 :]
+        is_kernel = self.is_kernel
+        if squeezed and is_kernel is not False and not {"i", "o"} <= set(roles):
+            is_kernel = None if "?" in roles or self.mapped else False
+        return dataclasses.replace(
+            self, roles=roles, shape=self.shape[:axis] + self.shape[axis + 1 :], is_kernel=is_kernel
+        )
+
+    def with_axis(self, axis: int, size: int, role: str | None = None) -> Known:
+        shape, roles = [*self.shape], [*self.roles]
+        shape[axis], roles[axis] = size, role or roles[axis]
+        return dataclasses.replace(self, shape=tuple(shape), roles=tuple(roles))
+
+
+Scope = dict[str, Known]
+
+
+class Drawing:
+    """Draws one program."""
+
+    def __init__(self, random: random.Random) -> None:
+        self.random = random
+        self.names = 0
+        self.opaque = self.chance(20)
+        self.in_gradient = self.in_vmap = False
+
+    # Small choices; the first is the one that hypothesis shrinks to.
+
+    def number(self, low: int, high: int) -> int:
+        return self.random.randint(low, high)
+
+    def one_of(self, choices: Sequence[Any]) -> Any:
+        return choices[self.number(0, len(choices) - 1)]
+
+    def chance(self, one_in: int) -> bool:
+        return self.number(0, one_in - 1) == one_in - 1
+
+    def order(self, items: Sequence[Any]) -> list[Any]:
+        rest, ordered = [*items], []
+        while rest:
+            ordered.append(rest.pop(self.number(0, len(rest) - 1)))
+        return ordered
+
+    def some(self, items: Sequence[Any]) -> list[Any]:
+        return [item for item in items if self.number(0, 1)]
+
+    def size(self) -> int:
+        return self.one_of((2, 3, 1))
+
+    def shape(self, most: int) -> Shape:
+        return tuple(self.size() for _ in range(self.number(0, most)))
+
+    def name(self) -> str:
+        self.names += 1
+        return f"v{self.names}"
+
+    # Kernels
+
+    def leaf(self) -> fp.Leaf:
+        roles = "".join(self.order(["i", "o", *(self.one_of("oib") for _ in range(self.number(0, 2)))]))
+        shape = tuple(self.size() for _ in roles)
+        ranks = [math.prod(size for size, its in zip(shape, roles, strict=True) if its == role) for role in "io"]
+        variant = self.one_of(("LoRA", "LoRA", "LoRA", "LoRA", "RSLoRA", "Full", None))
+        return fp.Leaf(shape, roles, self.number(1, min(2, *ranks)), variant)
+
+    def kernel(self, scope: Scope, most: int = 3) -> tuple[K, Known]:
+        name = self.one_of(sorted(scope))
+        moves, known = self.moves(scope, scope[name], most)
+        return K(name, moves), known
+
+    def moves(self, scope: Scope, known: Known, most: int) -> tuple[tuple[Any, ...], Known]:
+        moves = []
+        for _ in range(self.number(0, most)):
+            move, known = self.move(scope, known)
+            moves += [] if move is None else [move]
+        return tuple(moves), known
+
+    def move(self, scope: Scope, known: Known) -> tuple[Any, Known]:
+        return getattr(self, "_" + self.one_of([kind for kind in MOVES if kind in ENABLED]))(scope, known)
+
+    def axis(self, known: Known) -> int:
+        return self.number(0, known.ndim - 1)
+
+    def _transpose(self, scope: Scope, known: Known) -> Any:
+        order = tuple(self.order(range(known.ndim)))
+        roles, shape = ([its[axis] for axis in order] for its in (known.roles, known.shape))
+        return fp.Transpose(order), dataclasses.replace(known, roles=tuple(roles), shape=tuple(shape))
+
+    def _reshape(self, scope: Scope, known: Known) -> Any:
+        """Each run of axes of one role becomes other axes of the same size together."""
+        runs: list[tuple[str, int]] = []
+        for role, size in zip(known.roles, known.shape, strict=True):
+            if runs and (size == 1 or role == runs[-1][0] or runs[-1][1] == 1):
+                runs[-1] = (role if size > 1 else runs[-1][0], runs[-1][1] * size)
+            else:
+                runs.append((role, size))
+        axes = [(role if part > 1 else "?", part) for role, size in runs for part in self._parts(size)]
+        if len(axes) > 5:
+            return None, known
+        roles, shape = tuple(role for role, _ in axes), tuple(size for _, size in axes)
+        return fp.Reshape(shape), dataclasses.replace(known, roles=roles, shape=shape)
+
+    def _parts(self, size: int) -> list[int]:
+        divisors = [part for part in range(2, size) if size % part == 0]
+        if size == 1:
+            return [1] * self.number(0, 1)
+        parts = [size]
+        if divisors and self.number(0, 1):
+            first = self.one_of(divisors)
+            parts = [first, size // first]
+        return [*parts, 1] if self.chance(6) else parts
+
+    def _squeeze(self, scope: Scope, known: Known) -> Any:
+        ones = [axis for axis, size in enumerate(known.shape) if size == 1]
+        if not ones:
+            return None, known
+        axis = self.one_of(ones)
+        return fp.Squeeze(axis), known.without(axis, squeezed=True)
+
+    def _expand(self, scope: Scope, known: Known) -> Any:
+        if known.ndim > 4:
+            return None, known
+        axis = self.number(0, known.ndim)
+        return fp.Expand(axis), self._new_axis(known, axis, 1)
+
+    def _new_axis(self, known: Known, axis: int, size: int) -> Known:
+        roles = (*known.roles[:axis], "o", *known.roles[axis:])
+        return dataclasses.replace(known, roles=roles, shape=(*known.shape[:axis], size, *known.shape[axis:]))
+
+    def _broadcast(self, scope: Scope, known: Known) -> Any:
+        times = self.one_of((2, 3))
+        if math.prod(known.shape) * times > LARGEST or known.ndim > 4:
+            return None, known
+        ones = [axis for axis, size in enumerate(known.shape) if size == 1 and known.roles[axis] != "?"]
+        if ones and self.number(0, 1):
+            repeated = known.with_axis(self.one_of(ones), times)
+            return fp.Broadcast(repeated.shape, tuple(range(known.ndim))), repeated
+        axis = self.number(0, known.ndim)
+        wider = self._new_axis(known, axis, times)
+        return fp.Broadcast(wider.shape, tuple(its for its in range(wider.ndim) if its != axis)), wider
+
+    def _slice(self, scope: Scope, known: Known) -> Any:
+        if not known.ndim:
+            return None, known
+        axis = self.axis(known)
+        start = self.number(0, known.shape[axis] - 1)
+        stop, stride = self.number(start + 1, known.shape[axis]), self.number(1, 2)
+        return fp.Slice(axis, start, stop, stride), known.with_axis(axis, len(range(start, stop, stride)))
+
+    def _dynamic_slice(self, scope: Scope, known: Known) -> Any:
+        if not known.ndim or known.mapped:
+            return None, known
+        axis = self.axis(known)
+        size = self.number(1, known.shape[axis])
+        return fp.DynamicSlice(axis, size, self.number(-3, 2)), known.with_axis(axis, size)
+
+    def _index(self, scope: Scope, known: Known) -> Any:
+        if not known.ndim:
+            return None, known
+        axis = self.axis(known)
+        place = self.number(-known.shape[axis], known.shape[axis] - 1)
+        return fp.Index(axis, place), known.without(axis, squeezed=True)
+
+    def _dynamic_index(self, scope: Scope, known: Known) -> Any:
+        if not known.ndim or known.mapped:
+            return None, known
+        axis = self.axis(known)
+        return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), known.without(axis, squeezed=True)
+
+    def _rev(self, scope: Scope, known: Known) -> Any:
+        return fp.Rev(tuple(self.some(range(known.ndim)))), known
+
+    def _split(self, scope: Scope, known: Known) -> Any:
+        wide = [axis for axis, size in enumerate(known.shape) if size > 1]
+        if not wide:
+            return None, known
+        axis = self.one_of(wide)
+        at, part = self.number(1, known.shape[axis] - 1), self.number(0, 1)
+        return fp.Split(axis, at, part), known.with_axis(axis, (at, known.shape[axis] - at)[part])
+
+    def _concatenate(self, scope: Scope, known: Known) -> Any:
+        return None, known
+
+    def _scale(self, scope: Scope, known: Known) -> Any:
+        how = self.one_of([*fp.SCALES])
+        return fp.Scale(how, 1.0 if how == "neg" else self.one_of((0.5, -1.5, 2.0))), known
+
+    def _cast(self, scope: Scope, known: Known) -> Any:
+        return (fp.Cast(), known) if self.chance(3) else (None, known)
+
+    def _copy(self, scope: Scope, known: Known) -> Any:
+        return fp.Copy(self.one_of(("copy", "name", "stop_gradient"))), known
+
+    def _within(self, scope: Scope, known: Known) -> Any:
+        how = self.one_of(("jit", "remat", "vmap", "map"))
+        if how in ("jit", "remat"):
+            moves, after = self.moves(scope, known, 2)
+            return (fp.Within(how, moves), after) if moves else (None, known)
+        if not known.ndim or known.is_kernel is not True or known.mapped:
+            return None, known
+        return None, known
+
+    # Steps
+
+    def body(self, scope: Scope, depth: int, most: int = 2) -> tuple[Any, ...]:
+        return tuple(self.step(scope, depth) for _ in range(self.number(1, most)))
+
+    def step(self, scope: Scope, depth: int) -> Any:
+        kinds = [kind for kind in (CONSUMERS + CONTROL if depth else CONSUMERS) if kind in ENABLED]
+        if self.in_gradient and "switch in a gradient" not in ENABLED:
+            kinds = [kind for kind in kinds if kind != "switch"]
+        if self.opaque and self.number(0, 1):
+            self.opaque = False
+            return self._opaque(scope, depth)
+        return getattr(self, "_" + self.one_of(kinds))(scope, depth)
+
+    def _opaque(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        if known.is_kernel and known.ndim and not known.mapped:
+            return fp.Opaque(self.one_of([*fp.OPAQUE]), kernel)
+        return self._dot(scope, depth)
+
+    def _act(self, scope: Scope, depth: int) -> Any:
+        return fp.Act(self.one_of([*fp.ACTIVATIONS]))
+
+    def _dot(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        uses = [self.one_of(("summed", "summed", "free", "batch")) for _ in known.shape]
+        own = [self.size() for _ in range(self.number(0, 2))]
+        met = [axis for axis, use in enumerate(uses) if use != "free"]
+        axes = self.order([*met, *(-1 - number for number in range(len(own)))])
+        x = tuple(own[-1 - axis] if axis < 0 else known.shape[axis] for axis in axes)
+        pairs = []
+        for kind in ("summed", "batch"):
+            ours = self.order([axis for axis in met if uses[axis] == kind])
+            pairs.append((tuple(ours), tuple(axes.index(axis) for axis in ours)))
+        return fp.Dot(kernel, x, tuple(pairs), bool(self.number(0, 1)))
+
+    def _both(self, scope: Scope, depth: int) -> Any:
+        (one, its), (other, theirs) = self.kernel(scope, 2), self.kernel(scope, 2)
+        left = [*range(theirs.ndim)]
+        pairs: dict[str, list[tuple[int, int]]] = {"summed": [], "batch": []}
+        for axis, size in enumerate(its.shape):
+            fitting = [place for place in left if theirs.shape[place] == size]
+            use = self.one_of(("summed", "free", "batch"))
+            if fitting and use != "free":
+                place = self.one_of(fitting)
+                left.remove(place)
+                pairs[use].append((axis, place))
+        numbers = tuple(tuple(tuple(side) for side in zip(*its, strict=True)) or ((), ()) for its in pairs.values())
+        return fp.Both(one, other, numbers)
+
+    def _picked(self, known: Known) -> list[int]:
+        """Some axes of one role along which a look-up has a rule."""
+        roles = ("i", "o", "b") if "lookup along a batch" in ENABLED else ("i", "o")
+        by_role = [axes for role in roles if (axes := known.having(role))]
+        if not by_role or not known.is_kernel or known.mapped:
+            return []
+        axes = self.one_of(by_role)
+        return [self.one_of(axes)] if self.number(0, 1) else sorted(self.some(axes)) or [axes[0]]
+
+    def _ids(self, size: int, shape: Shape, outside: int = 0) -> Any:
+        """Of an axis of a size; with `outside` also beyond its ends."""
+        if not shape:
+            return self.number(-size - outside, size - 1 + outside)
+        return tuple(self._ids(size, shape[1:], outside) for _ in range(shape[0]))
+
+    def _take(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        axes = self._picked(known)
+        if not axes:
+            return self._dot(scope, depth)
+        mode, traced = self.one_of((None, "clip", "wrap", "fill")), bool(self.number(0, 1))
+        # Without a mode what is outside is no number.
+        ids = self._ids(known.shape[axes[0]], (*self.shape(1), self.size()), outside=0 if mode is None else 2)
+        return fp.Take(kernel, axes[0], ids, mode, traced)
+
+    def _lookup(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        axes = self._picked(known)
+        if not axes:
+            return self._dot(scope, depth)
+        shape = (*self.shape(1), self.size())
+        ids = tuple(self._ids(size, shape) if axis in axes else None for axis, size in enumerate(known.shape))
+        return fp.Lookup(kernel, ids, bool(self.number(0, 1)), bool(self.number(0, 1)))
+
+    def _conv(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        outs = known.having("o")
+        kernel, known = self._indexed(kernel, known, [*known.having("b"), *outs[1:]])
+        if known.having("?") or len(known.having("o")) != 1 or not known.having("i") or not known.is_kernel:
+            return self._dot(scope, depth)
+        if known.mapped or self.in_gradient:
+            return self._dot(scope, depth)
+        (out,), ins = known.having("o"), self.order(known.having("i"))
+        ndim = known.ndim
+        window = [known.shape[axis] for axis in ins[1:]]
+        strides, lhs_dilation, rhs_dilation = (
+            tuple(self.one_of((1, 2)) if many else 1 for _ in window) for many in (True, True, True)
+        )
+        padding = tuple((self.number(0, 1), self.number(0, 1)) for _ in window)
+        spatial = [(size - 1) * by + 1 + self.number(0, 2) for size, by in zip(window, rhs_dilation, strict=True)]
+        x_spec, out_spec = (tuple(self.order(range(ndim))) for _ in range(2))
+        sizes = dict(zip(x_spec, (self.size(), known.shape[ins[0]], *spatial), strict=True))
+        x = tuple(sizes[axis] for axis in range(ndim))
+        return fp.Conv(kernel, x, (x_spec, (out, *ins), out_spec), strides, padding, lhs_dilation, rhs_dilation)
+
+    def _indexed(self, kernel: K, known: Known, axes: Sequence[int]) -> tuple[K, Known]:
+        """The kernel at one place of some axes."""
+        moves = [*kernel.moves]
+        for axis in sorted(axes, reverse=True):
+            moves.append(fp.Index(axis, self.number(0, known.shape[axis] - 1)))
+            known = known.without(axis, squeezed=True)
+        return K(kernel.name, tuple(moves)), known
+
+    def _ragged(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        ones = [known.having(role)[:1] for role in "bio"]
+        if not all(ones) or not known.is_kernel or known.mapped:
+            return self._dot(scope, depth)
+        chosen = [axes[0] for axes in ones]
+        kernel, known = self._indexed(kernel, known, [axis for axis in range(known.ndim) if axis not in chosen])
+        order = tuple(known.roles.index(role) for role in "bio")
+        kernel = K(kernel.name, (*kernel.moves, fp.Transpose(order)))
+        groups, size = known.shape[order[0]], known.shape[order[1]]
+        sizes = tuple(self.number(0, 2) for _ in range(groups))
+        return fp.Ragged(kernel, (max(1, sum(sizes)), size), sizes)
+
+    def _add(self, scope: Scope, depth: int) -> Any:
+        kernel, known = self.kernel(scope)
+        for role in self.order("io"):
+            if known.is_kernel and not known.mapped and "?" not in known.roles:
+                kernel, known = self._indexed(kernel, known, known.having(role))
+        return fp.Add(kernel) if known.is_kernel is False else self._dot(scope, depth)
+
+    # Control flow
+
+    def _jit(self, scope: Scope, depth: int) -> Any:
+        times = self.one_of((1, 1, 2))
+        alike = [(one, other) for one in scope for other in scope if one < other and scope[one] == scope[other]]
+        swap = self.one_of(alike) if alike and times == 2 else None
+        return fp.Jit(self.body(scope, depth - 1), self.shape(2), times, swap)
+
+    def _remat(self, scope: Scope, depth: int) -> Any:
+        policy = self.one_of((None, "everything_saveable", "dots_saveable", "nothing_saveable"))
+        return fp.Remat(self.body(scope, depth - 1), policy, not self.number(0, 1))
+
+    def _bound(self, scope: Scope, *, mapped: bool, size: int | None = None) -> tuple[tuple[fp.Bound, ...], Scope, int]:
+        """Kernels to take apart along axes of one size, and the scope with their slices."""
+        bound: list[fp.Bound] = []
+        inner = dict(scope)
+        for _ in range(self.number(0, 2)):
+            kernel, known = self.kernel(scope, 1)
+            fitting = [axis for axis, its in enumerate(known.shape) if size in (None, its)]
+            if not fitting:
+                continue
+            axis = self.one_of(fitting)
+            name, size = self.name(), known.shape[axis]
+            inner[name] = known.without(axis, squeezed=False)
+            if mapped:
+                inner[name] = dataclasses.replace(inner[name], mapped=True)
+            bound.append((name, kernel, axis))
+        return tuple(bound), inner, size if size is not None else self.size()
+
+    def _scan(self, scope: Scope, depth: int) -> Any:
+        stacked, inner, length = self._bound(scope, mapped=False)
+        carried = tuple(self.some(sorted(scope))) if self.chance(3) else ()
+        body, carry = self.body(inner, depth - 1), self.shape(2)
+        return fp.Scan(
+            body,
+            carry,
+            length,
+            stacked,
+            carried,
+            reverse=bool(self.number(0, 1)),
+            unroll=self.one_of((1, 1, 2)),
+            emit=bool(self.number(0, 1)),
+        )
+
+    def _loop(self, scope: Scope, depth: int) -> Any:
+        traced = self.chance(4) and not self.in_gradient
+        return fp.Loop(self.body(scope, depth - 1), self.shape(2), self.number(0, 3), traced)
+
+    def _switch(self, scope: Scope, depth: int) -> Any:
+        branches = tuple(self.body(scope, depth - 1, 1) for _ in range(self.number(1, 3)))
+        # The vmap of a branch that depends on the value selects among the operands, too.
+        by_value = bool(self.number(0, 1)) and (not self.in_vmap or "switch in a vmap" in ENABLED)
+        return fp.Switch(branches, self.shape(2), by_value)
+
+    def _vmap(self, scope: Scope, depth: int) -> Any:
+        mapped, inner, size = self._bound(scope, mapped=True)
+        before, self.in_vmap = self.in_vmap, True
+        body = self.body(inner, depth - 1)
+        self.in_vmap = before
+        return fp.Vmap(body, size, self.shape(2), mapped)
+
+    def _gradient(self, scope: Scope, depth: int) -> Any:
+        before, self.in_gradient = self.in_gradient, True
+        body = self.body(scope, depth - 1)
+        self.in_gradient = before
+        return fp.Gradient(body)
+
+    # Programs
+
+    def program(self) -> fp.Program:
+        leaves = [(f"w{number}", self.leaf()) for number in range(self.number(1, 3))]
+        if all(leaf.variant is None for _, leaf in leaves):
+            leaves[0] = (leaves[0][0], dataclasses.replace(leaves[0][1], variant="LoRA"))
+        scope = {name: self._known(leaf) for name, leaf in leaves}
+        x, body = self.shape(2), self.body(scope, self.one_of((1, 2, 1, 0)), 3)
+        # There is no gradient through a loop whose end is traced.
+        ends = any(isinstance(step, fp.Loop) and step.traced for step in fp.steps_of(body))
+        return fp.Program(tuple(leaves), x, body, self.one_of(FORWARD if ends else REVERSE))
+
+    def _known(self, leaf: fp.Leaf) -> Known:
+        return Known(tuple(leaf.axes), leaf.shape, leaf.variant in ("LoRA", "RSLoRA"))
+
+
+MOVES = (
+    "transpose",
+    "reshape",
+    "slice",
+    "index",
+    "squeeze",
+    "expand",
+    "broadcast",
+    "dynamic_slice",
+    "dynamic_index",
+    "scale",
+    "rev",
+    "split",
+    "concatenate",
+    "cast",
+    "copy",
+    "within",
+)
+# What is compared with the oracle, as often as it stands here.
+REVERSE = ("gradient",) * 24 + ("jvp", "over_x", "over_adapter", "second", "second_in_reverse") * 3 + ("jit", "eager")
+FORWARD = ("forward", "jvp", "over_x", "over_adapter")
+CONSUMERS = ("dot", "dot", "dot", "both", "take", "lookup", "conv", "ragged", "add", "act")
+CONTROL = ("jit", "remat", "scan", "scan", "loop", "switch", "vmap", "gradient")
+
+# One source for all choices, which hypothesis shrinks. With a strategy for each choice it would spend its time on
+# mutations of a program, which differ from it by a number.
+programs = st.randoms(use_true_random=False).map(lambda random: Drawing(random).program())

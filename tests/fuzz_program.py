@@ -1,0 +1,607 @@
+"""What the fuzzer runs: programs as data. Each step says what it computes, and prints as the expression that makes it.
+
+A program turns an activation `y` into another, step by step. A step brings `y` to the shape that it wants by itself
+(`fit`), so that steps can be put in any order, and one can be left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Scope:
+    """What a step can see: kernels by name, and a traced number (1, or the turn of a loop)."""
+
+    kernels: Mapping[str, Array]
+    number: Array
+
+    def plus(self, **kernels: Array) -> Scope:
+        return dataclasses.replace(self, kernels={**self.kernels, **kernels})
+
+
+class Printed:
+    """Prints as the expression that makes it, without what is left at its default."""
+
+    def __repr__(self) -> str:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        given = [(field.name, getattr(self, field.name), field.default) for field in fields]
+        shown = [
+            repr(value) if default is dataclasses.MISSING else f"{name}={value!r}"
+            for name, value, default in given
+            if value != default
+        ]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+step = dataclasses.dataclass(frozen=True, repr=False)
+
+
+def fit(y: Array, shape: Shape) -> Array:
+    """Brings an activation to a shape: every element of `y` has a part in every element of the result."""
+    if y.shape == shape:
+        return y
+    size = math.prod(shape)
+    return lax.reshape(lax.dot(lax.reshape(y, (y.size,)), _mixing(y.size, size)), shape)
+
+
+@functools.cache
+def _mixing(rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(rows).choice([-1.0, 1.0], (rows, columns)) / np.sqrt(rows)
+
+
+def run(body: tuple[Any, ...], scope: Scope, y: Array) -> Array:
+    for each in body:
+        y = each(scope, y)
+    return y
+
+
+# Kernels, and what moves them
+
+
+@step
+class K(Printed):
+    """A kernel of the scope, moved."""
+
+    name: str
+    moves: tuple[Any, ...] = ()
+
+    def __call__(self, scope: Scope) -> Array:
+        return _moved(self.moves, scope, scope.kernels[self.name])
+
+
+def _moved(moves: tuple[Any, ...], scope: Scope, w: Array) -> Array:
+    for move in moves:
+        w = move(scope, w)
+    return w
+
+
+@step
+class Transpose(Printed):
+    order: Shape
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.transpose(w, self.order)
+
+
+@step
+class Reshape(Printed):
+    shape: Shape
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.reshape(w, self.shape)
+
+
+@step
+class Squeeze(Printed):
+    axis: int
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.squeeze(w, [self.axis])
+
+
+@step
+class Expand(Printed):
+    axis: int
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.expand_dims(w, [self.axis])
+
+
+@step
+class Broadcast(Printed):
+    """Puts a new axis somewhere, or repeats along one of size 1."""
+
+    shape: Shape
+    axes: Shape
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.broadcast_in_dim(w, self.shape, self.axes)
+
+
+@step
+class Slice(Printed):
+    axis: int
+    start: int
+    stop: int
+    stride: int = 1
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.slice_in_dim(w, self.start, self.stop, self.stride, self.axis)
+
+
+@step
+class DynamicSlice(Printed):
+    """Starts at the traced number, and `plus`."""
+
+    axis: int
+    size: int
+    plus: int = 0
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.dynamic_slice_in_dim(w, scope.number + self.plus, self.size, self.axis)
+
+
+@step
+class Index(Printed):
+    """Takes one place along an axis, as models write it: `w[:, 2]`."""
+
+    axis: int
+    place: int
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return w[(slice(None),) * self.axis + (self.place,)]
+
+
+@step
+class DynamicIndex(Printed):
+    """The same with a traced number: `w[:, i + plus]`, or `lax.dynamic_index_in_dim`."""
+
+    axis: int
+    plus: int = 0
+    by_lax: bool = False
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        place = scope.number + self.plus
+        if self.by_lax:
+            return lax.dynamic_index_in_dim(w, place, self.axis, keepdims=False)
+        return w[(slice(None),) * self.axis + (place,)]
+
+
+@step
+class Rev(Printed):
+    axes: Shape
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.rev(w, self.axes)
+
+
+@step
+class Split(Printed):
+    """The part of a kernel that was cut in two."""
+
+    axis: int
+    at: int
+    part: int
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.split(w, (self.at, w.shape[self.axis] - self.at), self.axis)[self.part]
+
+
+@step
+class Concatenate(Printed):
+    """A kernel and other kernels, one after the other."""
+
+    axis: int
+    others: tuple[K, ...]
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.concatenate([w, *(other(scope) for other in self.others)], self.axis)
+
+
+@step
+class Scale(Printed):
+    """Multiplied with a number, divided by one, or negated."""
+
+    how: str
+    by: float = 1.0
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return SCALES[self.how](w, self.by, scope)
+
+
+SCALES: dict[str, Callable[[Array, float, Scope], Array]] = {
+    "mul": lambda w, by, scope: w * by,
+    "rmul": lambda w, by, scope: by * w,
+    "div": lambda w, by, scope: w / by,
+    "neg": lambda w, by, scope: -w,
+    "traced": lambda w, by, scope: w * (by * (scope.number + 1).astype(w.dtype)),
+}
+
+
+@step
+class Cast(Printed):
+    """To float32 and back, or only marked: as it goes through float32, it takes the precision with it."""
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return w.astype(jnp.float32).astype(jnp.float64)
+
+
+@step
+class Copy(Printed):
+    how: str = "copy"
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return COPIES[self.how](w)
+
+
+COPIES: dict[str, Callable[[Array], Array]] = {
+    "copy": jnp.copy,
+    "name": lambda w: jax.ad_checkpoint.checkpoint_name(w, "kernel"),
+    "stop_gradient": lax.stop_gradient,
+    "barrier": lax.optimization_barrier,
+}
+
+
+@step
+class Within(Printed):
+    """Moves inside a call that returns the kernel."""
+
+    how: str
+    moves: tuple[Any, ...]
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return CALLS[self.how](lambda w: _moved(self.moves, scope, w))(w)
+
+
+CALLS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "jit": jax.jit,
+    "remat": jax.checkpoint,
+    "vmap": jax.vmap,
+    "map": lambda function: lambda w: lax.scan(lambda carry, layer: (carry, function(layer)), (), w)[1],
+}
+
+# What consumes a kernel
+
+
+@step
+class Dot(Printed):
+    """Any `dot_general`; `numbers` as for `dot_general(kernel, x)`."""
+
+    kernel: K
+    x: Shape
+    numbers: tuple[tuple[Shape, Shape], tuple[Shape, Shape]]
+    kernel_first: bool = True
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        w, x = self.kernel(scope), fit(y, self.x)
+        if self.kernel_first:
+            return lax.dot_general(w, x, self.numbers)
+        return lax.dot_general(x, w, tuple(pair[::-1] for pair in self.numbers))
+
+
+@step
+class Both(Printed):
+    """A `dot_general` of two kernels."""
+
+    one: K
+    other: K
+    numbers: tuple[tuple[Shape, Shape], tuple[Shape, Shape]]
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        product = lax.dot_general(self.one(scope), self.other(scope), self.numbers)
+        return product + fit(y, ())
+
+
+@step
+class Take(Printed):
+    """`jnp.take` along an axis."""
+
+    kernel: K
+    axis: int
+    ids: Any
+    mode: str | None = None
+    traced: bool = False
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        ids, fill = indices(scope, self.ids, self.traced), 0.5 if self.mode == "fill" else None
+        rows = jnp.take(self.kernel(scope), ids, axis=self.axis, mode=self.mode, fill_value=fill)
+        return rows * (1 + fit(y, ()))
+
+
+@step
+class Lookup(Printed):
+    """`w[i, :, j]`: for each axis its ids, or None where it is taken whole. With `mapped`, one by one under `vmap`."""
+
+    kernel: K
+    ids: tuple[Any, ...]
+    traced: bool = False
+    mapped: bool = False
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        w = self.kernel(scope)
+        given = [indices(scope, its, self.traced) for its in self.ids if its is not None]
+
+        def look_up(*given: Array) -> Array:
+            rest = iter(given)
+            return w[tuple(slice(None) if its is None else next(rest) for its in self.ids)]
+
+        return (jax.vmap(look_up) if self.mapped else look_up)(*given) * (1 + fit(y, ()))
+
+
+def indices(scope: Scope, ids: Any, traced: bool) -> Any:
+    array = np.asarray(ids, np.int32)
+    return array + 0 * scope.number if traced else array
+
+
+@step
+class Conv(Printed):
+    """A convolution; `spec` says which axes of x, of the kernel and of the result are what."""
+
+    kernel: K
+    x: Shape
+    spec: tuple[Shape, Shape, Shape]
+    strides: Shape
+    padding: tuple[tuple[int, int], ...]
+    lhs_dilation: Shape
+    rhs_dilation: Shape
+    groups: int = 1
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        return lax.conv_general_dilated(
+            fit(y, self.x),
+            self.kernel(scope),
+            self.strides,
+            self.padding,
+            self.lhs_dilation,
+            self.rhs_dilation,
+            lax.ConvDimensionNumbers(*self.spec),
+            self.groups,
+        )
+
+
+@step
+class Ragged(Printed):
+    """`ragged_dot`: rows of x in groups, each with a kernel of its own."""
+
+    kernel: K
+    x: Shape
+    sizes: Shape
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        return lax.ragged_dot(fit(y, self.x), self.kernel(scope), jnp.asarray(self.sizes, jnp.int32))
+
+
+@step
+class Add(Printed):
+    """A row of a kernel, that is an array by then, used as any array."""
+
+    kernel: K
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        row = self.kernel(scope)
+        return jnp.tanh(row) + fit(y, row.shape)
+
+
+@step
+class Opaque(Printed):
+    """A use of a kernel that has no rule."""
+
+    how: str
+    kernel: K
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        return OPAQUE[self.how](self.kernel(scope)) + fit(y, ())
+
+
+# By the primitive that has no rule.
+OPAQUE: dict[str, Callable[[Array], Array]] = {
+    "exp": jnp.exp,
+    "tanh": jnp.tanh,
+    "add": lambda w: w + 1,
+    "sub": lambda w: w - 1,
+    "abs": jnp.abs,
+    "square": jnp.square,
+    "max": lambda w: lax.max(w, 0.0),
+    "sort": lambda w: lax.sort(w, dimension=0),
+    "cumsum": lambda w: lax.cumsum(w, 0),
+    "reduce_max": lambda w: jnp.max(w, axis=0),
+    "argmax": lambda w: lax.argmax(w, 0, np.int32).astype(w.dtype),
+    "pad": lambda w: lax.pad(w, 0.0, [(1, 0, 0)] * w.ndim),
+    "select_n": lambda w: lax.select(np.ones(w.shape, bool), w, np.zeros(w.shape)),
+    "dynamic_update_slice": lambda w: lax.dynamic_update_slice(w, np.ones((1,) * w.ndim), [0] * w.ndim),
+    "integer_pow": lambda w: w**3,
+    "gt": lambda w: (w > 0).astype(w.dtype),
+    "custom_jvp_call": jax.nn.relu,
+}
+
+# What leaves the kernels alone
+
+
+@step
+class Act(Printed):
+    how: str
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        return ACTIVATIONS[self.how](y)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "tanh": jnp.tanh,
+    "sin": jnp.sin,
+    "silu": jax.nn.silu,
+    "softplus": jax.nn.softplus,
+}
+
+# Control flow
+
+Bound = tuple[str, K, int]  # a name in the body: slices of a kernel along an axis
+
+
+def _in_front(scope: Scope, bound: tuple[Bound, ...]) -> dict[str, Array]:
+    return {name: jnp.moveaxis(kernel(scope), axis, 0) for name, kernel, axis in bound}
+
+
+@step
+class Jit(Printed):
+    """One jitted function, called `times` times; with `swap` the second time with two kernels exchanged."""
+
+    body: tuple[Any, ...]
+    y: Shape
+    times: int = 1
+    swap: tuple[str, str] | None = None
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        @jax.jit
+        def call(kernels: Mapping[str, Array], number: Array, y: Array) -> Array:
+            return run(self.body, Scope(kernels, number), y)
+
+        kernels = dict(scope.kernels)
+        for _ in range(self.times):
+            y = call(kernels, scope.number, fit(y, self.y))
+            if self.swap is not None:
+                one, other = self.swap
+                kernels[one], kernels[other] = kernels[other], kernels[one]
+        return y
+
+
+@step
+class Remat(Printed):
+    body: tuple[Any, ...]
+    policy: str | None = None
+    prevent_cse: bool = True
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        policy = None if self.policy is None else getattr(jax.checkpoint_policies, self.policy)
+        return jax.checkpoint(lambda y: run(self.body, scope, y), policy=policy, prevent_cse=self.prevent_cse)(y)
+
+
+@step
+class Scan(Printed):
+    """Kernels as constants, as slices (`stacked`), or in the carry as they are (`carried`)."""
+
+    body: tuple[Any, ...]
+    carry: Shape
+    length: int
+    stacked: tuple[Bound, ...] = ()
+    carried: tuple[str, ...] = ()
+    reverse: bool = False
+    unroll: int = 1
+    emit: bool = False
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        def turn(carry: Any, layers: Any) -> Any:
+            held, y = carry
+            out = run(self.body, scope.plus(**layers, **held), y)
+            return (held, y + fit(jnp.tanh(out), self.carry)), out if self.emit else None
+
+        start = ({name: scope.kernels[name] for name in self.carried}, fit(y, self.carry))
+        layers = _in_front(scope, self.stacked)
+        (_, y), outs = lax.scan(turn, start, layers, self.length, self.reverse, self.unroll)
+        return outs if self.emit else y
+
+
+@step
+class Loop(Printed):
+    """A `fori_loop`, the turn as the traced number; to a traced end, it is a `while`."""
+
+    body: tuple[Any, ...]
+    carry: Shape
+    turns: int
+    traced: bool = False
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        def turn(number: Array, y: Array) -> Array:
+            its = dataclasses.replace(scope, number=jnp.asarray(number, jnp.int32))
+            return y + fit(jnp.tanh(run(self.body, its, y)), self.carry)
+
+        end = scope.number + self.turns - 1 if self.traced else self.turns
+        return lax.fori_loop(0, end, turn, fit(y, self.carry))
+
+
+@step
+class Switch(Printed):
+    """A `cond` or `switch`, by the traced number or, `by_value`, by the sign of `y`."""
+
+    branches: tuple[tuple[Any, ...], ...]
+    out: Shape
+    by_value: bool = False
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        branches = [lambda y, body=body: fit(run(body, scope, y), self.out) for body in self.branches]
+        if self.by_value:
+            return lax.cond(fit(y, ()) > 0, branches[0], branches[-1], y)
+        return lax.switch(scope.number, branches, y)
+
+
+@step
+class Vmap(Printed):
+    """The body for each of several `y`, and for each slice of kernels along an axis."""
+
+    body: tuple[Any, ...]
+    size: int
+    y: Shape
+    mapped: tuple[Bound, ...] = ()
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        kernels = {name: kernel(scope) for name, kernel, _ in self.mapped}
+        axes = {name: axis for name, _, axis in self.mapped}
+        return jax.vmap(lambda layers, y: run(self.body, scope.plus(**layers), y), (axes, 0))(
+            kernels, fit(y, (self.size, *self.y))
+        )
+
+
+@step
+class Gradient(Printed):
+    """A gradient that the model itself takes."""
+
+    body: tuple[Any, ...]
+
+    def __call__(self, scope: Scope, y: Array) -> Array:
+        return jax.grad(lambda y: jnp.sum(jnp.sin(run(self.body, scope, y))))(y)
+
+
+# Programs
+
+
+@step
+class Leaf(Printed):
+    """A parameter: its shape, the roles of its axes, and how it is adapted; None if it is not."""
+
+    shape: Shape
+    axes: str
+    rank: int = 1
+    variant: str | None = "LoRA"
+
+
+@step
+class Program(Printed):
+    """The parameters, the shape of x, what is computed, and what of it is compared with the dense oracle."""
+
+    leaves: tuple[tuple[str, Leaf], ...]
+    x: Shape
+    body: tuple[Any, ...]
+    under: str = "gradient"
+
+    def apply(self, params: Mapping[str, Array], x: Array, number: Array) -> Array:
+        return run(self.body, Scope(params, number), x)
+
+
+def steps_of(part: Any) -> list[Any]:
+    """Every step and move of a program, however deep."""
+    if isinstance(part, tuple):
+        return [each for inner in part for each in steps_of(inner)]
+    if not isinstance(part, Printed):
+        return []
+    return [part, *steps_of(tuple(getattr(part, field.name) for field in dataclasses.fields(part)))]  # type: ignore[arg-type]

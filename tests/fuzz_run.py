@@ -1,0 +1,227 @@
+"""Runs a program with adapted kernels and with formed ones, in float64, and compares; counts what it has run."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import fuzz
+import fuzz_program as fp
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+from evaluate import evaluate
+from helpers import FORWARD, GRADIENT, dense
+from law import total
+
+import lora_jax as lj
+from lora_jax._transform import _interpreter as interpreter
+
+VARIANTS = {"LoRA": lj.LoRA, "RSLoRA": lj.RSLoRA}
+Function = Callable[..., Any]
+
+
+def normal(shape: fp.Shape, seed: int, size: float) -> np.ndarray:
+    return size * np.random.default_rng(seed).standard_normal(shape)
+
+
+def arguments(program: fp.Program) -> tuple[Any, ...]:
+    """Parameters, adapter, x and the traced number."""
+    params, adapter = {}, {}
+    for number, (name, leaf) in enumerate(program.leaves):
+        params[name] = normal(leaf.shape, number, 0.5)
+        if leaf.variant is not None:
+            variant = lj.Full() if leaf.variant == "Full" else VARIANTS[leaf.variant](rank=leaf.rank, alpha=1.5)
+            axes = leaf.axes if variant.needs_axes else ""
+            shapes = enumerate(variant.shapes(leaf.shape, axes).items(), 100 + 10 * number)
+            adapter[name] = lj.Adapter(
+                variant, axes, **{its: normal(shape, seed, 0.4) for seed, (its, shape) in shapes}
+            )
+    return params, adapter, normal(program.x, 50, 1.0), np.int32(1)
+
+
+# What is compared: each takes `function(params, adapter, x, number)` and returns what is forward, and what a gradient
+
+
+def forward(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    return function(params, adapter, x, number), ()
+
+
+def gradient(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    def run(adapter: Any, x: Any) -> Any:
+        out = function(params, adapter, x, number)
+        return total(out), out
+
+    gradients, out = jax.grad(run, (0, 1), has_aux=True)(adapter, x)
+    return out, gradients
+
+
+def jvp(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    return jax.jvp(lambda adapter, x: function(params, adapter, x, number), (adapter, x), direction(adapter, x))
+
+
+def second(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    """The gradient, and the second derivative along a direction."""
+
+    def first(adapter: Any, x: Any) -> Any:
+        return gradient(function, params, adapter, x, number)[1]
+
+    return (), jax.jvp(first, (adapter, x), direction(adapter, x))
+
+
+def second_in_reverse(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    """The gradient of the gradient along a direction."""
+    along = direction(adapter, x)[0]
+
+    def slope(adapter: Any) -> Any:
+        gradients = gradient(function, params, adapter, x, number)[1][0]
+        return sum(jax.tree.leaves(jax.tree.map(lambda one, other: (one * other).sum(), gradients, along)))
+
+    return (), jax.grad(slope)(adapter)
+
+
+def over_x(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    return jax.vmap(lambda x: function(params, adapter, x, number))(jnp.stack([x, -x])), ()
+
+
+def over_adapter(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
+    two = jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf / 2]), adapter)
+    return jax.vmap(lambda adapter: function(params, adapter, x, number))(two), ()
+
+
+def direction(*trees: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(trees)
+    return treedef.unflatten([jnp.asarray(normal(leaf.shape, 200 + seed, 1.0)) for seed, leaf in enumerate(leaves)])
+
+
+UNDER: dict[str, Function] = {
+    function.__name__: function
+    for function in (forward, gradient, jvp, second, second_in_reverse, over_x, over_adapter)
+}
+
+
+def compared(program: fp.Program) -> tuple[Any, Any]:
+    """What the program gives with adapted kernels, and with formed ones."""
+    args, under = jax.tree.map(jnp.asarray, arguments(program)), UNDER.get(program.under, gradient)
+
+    def both(*args: Any) -> Any:
+        return under(lj.lora(program.apply), *args), under(dense(program.apply), *args)
+
+    if program.under == "eager":
+        return both(*args)
+    if program.under == "jit":
+        return jax.jit(both)(*args)
+    jaxpr, shapes = jax.make_jaxpr(both, return_shape=True)(*args)
+    results = evaluate(jaxpr, [np.asarray(leaf) for leaf in jax.tree.leaves(args)])
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+@dataclasses.dataclass
+class Count:
+    """What has been run: the programs by their text, the refusals and the rules by primitive, and what was checked."""
+
+    programs: set[int] = dataclasses.field(default_factory=set)
+    run: int = 0
+    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    rules: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    steps: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    under: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def add(self, other: Count) -> None:
+        self.programs |= other.programs
+        self.run += other.run
+        for name in ("refused", "rules", "steps", "under"):
+            getattr(self, name).update(getattr(other, name))
+
+    def __str__(self) -> str:
+        lines = [f"{self.run} programs, {len(self.programs)} of them different"]
+        for name in ("under", "refused", "rules", "steps"):
+            counts = getattr(self, name).most_common()
+            lines.append(f"{name}: " + ", ".join(f"{its} {number}" for its, number in counts))
+        return "\n".join(lines)
+
+
+def assert_program(program: fp.Program, count: Count | None = None) -> None:
+    """The law for a program; if it has a step without a rule, that it is refused there, by name and path."""
+    steps = fp.steps_of(program)
+    opaque = next((step for step in steps if isinstance(step, fp.Opaque)), None)
+    if count is not None:
+        count.run += 1
+        count.programs.add(hash(repr(program)))
+        count.steps.update(type(step).__name__ for step in steps)
+        count.under[program.under] += 1
+    try:
+        with jax.enable_x64(True):
+            got, expected = compared(program)
+    except lj.UnsupportedError as error:
+        assert opaque is not None, f"refused, though all its steps have rules: {error}"
+        assert f"`{opaque.how}`" in error.what, f"refused, but not at `{opaque.how}`: {error}"
+        assert any(repr(name) in error.what for name, _ in program.leaves), error
+        if count is not None:
+            count.refused[opaque.how] += 1
+        return
+    assert opaque is None, f"not refused at {opaque}"
+    dtype = "float32" if any(isinstance(step, fp.Cast) for step in steps) else None
+    assert_close(got, expected, dtype or "float64")
+
+
+def assert_close(got: Any, expected: Any, dtype: str) -> None:
+    """By the table of tolerances, relative to the largest element of a leaf.
+
+    What is zero, as the parts of a sum cancel, is compared with the size of the parts instead: at least a thousandth of
+    the largest element there is.
+    """
+    sizes = [np.max(np.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(expected)]
+    assert np.all(np.isfinite(sizes)), "the oracle is not finite"
+    for one, other, table in zip(got, expected, (FORWARD, GRADIENT), strict=True):
+        chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
+        for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            size = max(np.max(np.abs(its), initial=0.0), 1e-3 * max(sizes))
+            np.testing.assert_allclose(mine, its, rtol=0, atol=table[dtype] * size)
+
+
+class ProgramError(AssertionError):
+    """A program that fails, and how."""
+
+
+class Counted(dict[str, Any]):
+    """The registry of rules, counting which are asked for."""
+
+    def __init__(self, rules: Any, counts: collections.Counter[str]) -> None:
+        super().__init__(rules)
+        self.counts = counts
+
+    def __getitem__(self, name: str) -> Any:
+        self.counts[name] += 1
+        return super().__getitem__(name)
+
+
+def fuzzed(seed: int, programs: int) -> Count:
+    """Runs some programs, always the same for a seed, and counts them; the smallest that fails is raised."""
+    count = Count()
+
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=programs,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        report_multiple_bugs=False,
+    )
+    @hypothesis.given(fuzz.programs)
+    def run(program: fp.Program) -> None:
+        try:
+            assert_program(program, count)
+        except Exception as error:
+            raise ProgramError(f"{program!r}\n{type(error).__name__}: {error}") from error
+
+    rules, interpreter._RULES = interpreter._RULES, Counted(interpreter._RULES, count.rules)
+    try:
+        run()
+    finally:
+        interpreter._RULES = rules
+    return count
