@@ -204,9 +204,9 @@ def cross_entropy(logits: Array, tokens: Array) -> Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:]).mean()
 
 
-def through_lora(case: Case) -> Method:
+def through_lora(case: Case, *, form: Any = None) -> Method:
     """The model as it stands, through `lora()`."""
-    adapted = lj.lora(plain(case.model))
+    adapted = lj.lora(plain(case.model), form=form)
 
     def loss(adapter: Any, params: Any, tokens: Array) -> Array:
         return cross_entropy(adapted(params, adapter, tokens), tokens)

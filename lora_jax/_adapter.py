@@ -14,6 +14,7 @@ from jax.tree_util import GetAttrKey
 
 from ._axes import axes_of_a, axes_of_b
 from ._contract import Labelled, contract, widest
+from ._use import Use
 
 if TYPE_CHECKING:
     from ._variants import Variant
@@ -98,7 +99,8 @@ class AdaptedKernel:
       b: `(batch…, rank, out…)`, likewise.
       scale: s, a Python number.
       roles: the role of each axis of `w`; in a probe, the numbers of the leaf's axes that the axis came from.
-      path: the path of the leaf.
+      paths: the leaf it is; several, where the model has put kernels side by side.
+      look_up: of a probe, the look-up that it comes from, which is a use of it unless it is used as a kernel.
     """
 
     w: Array
@@ -106,7 +108,8 @@ class AdaptedKernel:
     b: Any
     scale: float = dataclasses.field(metadata={"static": True})
     roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
-    path: str = dataclasses.field(metadata={"static": True})
+    paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+    look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def is_probe(self) -> bool:
@@ -128,19 +131,21 @@ class AdaptedKernel:
         )
 
 
-def delta(kernel: AdaptedKernel) -> Array:
-    """Forms `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`."""
+def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
+    """Forms `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`.
+
+    The precision is the highest unless another is asked for: accelerators would multiply float32 in bfloat16.
+    """
     dtype = widest(kernel.w.dtype, kernel.a.dtype, jnp.float32)
     order = tuple(range(kernel.w.ndim))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
-    # HIGHEST: accelerators would multiply float32 in bfloat16 otherwise.
-    return contract(a, b, keep=order, precision=lax.Precision.HIGHEST).in_order(order)
+    return contract(a, b, keep=order, precision=precision).in_order(order)
 
 
-def materialise(kernel: AdaptedKernel) -> Array:
+def materialise(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
     """Forms `w + scale·a·b`, in float32 at least, and casts once to the dtype of `w`. A probe is its own `w`."""
     if kernel.is_probe:
         return kernel.w
-    change = delta(kernel)
+    change = delta(kernel, precision=precision)
     return (kernel.w.astype(change.dtype) + change).astype(kernel.w.dtype)

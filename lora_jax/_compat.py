@@ -81,3 +81,9 @@ def variables(atoms: Collection[Any]) -> list[Var]:
 def is_unspecified(sharding: Any) -> bool:
     """Whether a sharding of a `jit` equation is the one that nobody asked for."""
     return type(sharding).__name__ == "UnspecifiedValue"
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes over which an array inside a `shard_map` may differ; none are known without `check_vma`."""
+    names: frozenset[str] = jax.typeof(x).mat.varying
+    return names

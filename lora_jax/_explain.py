@@ -16,7 +16,7 @@ from ._errors import AdapterError, listed
 from ._kernels import probe
 from ._operations import operations
 from ._paths import Pattern, flatten
-from ._transform import Program, trace, watch
+from ._transform import FormName, Program, Settings, form_named, trace, watch
 from ._use import Use
 from ._variants import LowRank
 
@@ -131,6 +131,7 @@ def explain(
     *args: Any,
     strict: bool = False,
     dense: Sequence[Pattern] = (),
+    form: FormName | None = None,
     tx: Any = None,
     **kwargs: Any,
 ) -> Explanation:
@@ -156,6 +157,7 @@ def explain(
       *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
       strict: raise if a leaf of the adapter is never used.
       dense: as given to `lora`.
+      form: as given to `lora`.
       tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
       **kwargs: as the model takes them.
 
@@ -172,7 +174,7 @@ def explain(
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
     whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
-    uses = watch(program, kernels | whole, dense)
+    uses = watch(program, kernels | whole, Settings(dense=tuple(dense), form=form_named(form)))
     rows = tuple(_row(path, part, leaves[path], uses) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:

@@ -102,11 +102,12 @@ def _on_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
     """One leaf's result, where and as the leaf is; its temporaries do not outlive the call."""
     if not all(map(is_concrete, (w, *part.arrays.values()))):
         return function(jnp.asarray(w), part)
-    if isinstance(w, np.ndarray):
-        with _precision_of(w):
-            return np.array(_jitted(function, None)(w, part))
-    near = _near(w)
-    return jax.device_put(_jitted(function, near.sharding)(near, part), w.sharding)
+    with jax.ensure_compile_time_eval():  # also under `jit`, for arrays that it does not trace
+        if isinstance(w, np.ndarray):
+            with _precision_of(w):
+                return np.array(_jitted(function, None)(w, part))
+        near = _near(w)
+        return jax.device_put(_jitted(function, near.sharding)(near, part), w.sharding)
 
 
 def _near(w: Array) -> Array:

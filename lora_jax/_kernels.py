@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ._adapter import AdaptedKernel
-from ._transform import trace, watch
+from ._transform import Settings, trace, watch
 from ._use import Kernel, Use
 
 
@@ -33,32 +34,34 @@ def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
       A `Kernel` for every leaf that is an array, by path; leaves that the call does not use have no uses.
     """
     program = trace(apply, params, args, kwargs)
-    uses = watch(program, {path: probe(path, leaf) for path, leaf in program.arrays_of_params.items()})
+    leaves = program.arrays_of_params
+    ends = itertools.accumulate(leaf.ndim for leaf in leaves.values())
+    probes = {
+        path: probe(path, leaf, first=end - leaf.ndim) for (path, leaf), end in zip(leaves.items(), ends, strict=True)
+    }
+    uses = watch(program, probes, Settings())
     found = {}
-    for path, leaf in program.arrays_of_params.items():
+    for path, leaf in leaves.items():
         its = tuple(use for use in uses if use.path == path)
-        roles = (axes for use in its if (axes := _leaf_roles(use, leaf.ndim)) is not None)
+        roles = (axes for use in its if (axes := _leaf_roles(use, probes[path].roles)) is not None)
         found[path] = Kernel(tuple(leaf.shape), leaf.dtype, next(roles, None), its)
     return found
 
 
-def _label(axis: int) -> str:
-    return chr(ord("0") + axis)
+def probe(path: str, leaf: Any, *, first: int = 0) -> AdaptedKernel:
+    """Stands for a leaf that is not adapted; its axes go by labels of their own wherever the program moves them.
+
+    Leaves that the program may put side by side are told apart by the `first` of their labels.
+    """
+    labels = tuple(chr(ord("0") + first + axis) for axis in range(leaf.ndim))
+    return AdaptedKernel(leaf, None, None, scale=1.0, roles=labels, paths=(path,))
 
 
-def probe(path: str, leaf: Any) -> AdaptedKernel:
-    """Stands for a leaf that is not adapted; its axes go by their numbers wherever the program moves them."""
-    return AdaptedKernel(leaf, None, None, scale=1.0, roles=tuple(map(_label, range(leaf.ndim))), path=path)
-
-
-def _leaf_roles(use: Use, ndim: int) -> str | None:
+def _leaf_roles(use: Use, labels: Sequence[str]) -> str | None:
     """The role of each of a leaf's axes in one use; None if the use gives none, or gives one axis two."""
     if use.axes is None:
         return None
-    found: dict[str, set[str]] = {_label(axis): set() for axis in range(ndim)}
-    for labels, role in use.axes:
-        for label in labels:
-            found[label].add(role)
+    found = {label: {role for at, role in use.axes if label in at} for label in labels}
     if any(len(roles) > 1 for roles in found.values()):
         return None
     # An axis that is no longer there was taken apart: by a scan, or by an index.

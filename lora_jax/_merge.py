@@ -127,7 +127,7 @@ def _check_finite(adapter: Adapters) -> None:
         f"{path!r}: {name}"
         for path, part in adapter.items()
         for name, array in part.arrays.items()
-        if is_concrete(array) and not bool(jnp.isfinite(array).all())
+        if is_concrete(array) and not _is_finite(array)
     ]
     if bad:
         raise MergeError(
@@ -140,13 +140,18 @@ def _check_overflow(leaves: Mapping[str, Any], folded: Mapping[str, Any]) -> Non
     bad = [
         f"{path!r} ({leaf.dtype})"
         for path, leaf in folded.items()
-        if is_concrete(leaf) and not bool(jnp.isfinite(leaf).all()) and bool(jnp.isfinite(leaves[path]).all())
+        if is_concrete(leaf) and not _is_finite(leaf) and _is_finite(leaves[path])
     ]
     if bad:
         raise MergeError(
             f"Expected merged leaves to fit their dtype; {len(bad)} overflow.\n{listed(bad)}\n"
             "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
         )
+
+
+def _is_finite(array: Any) -> bool:
+    with jax.ensure_compile_time_eval():  # under `jit` an array from outside still has values
+        return bool(jnp.isfinite(array).all())
 
 
 def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:

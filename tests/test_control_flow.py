@@ -760,19 +760,80 @@ def test_a_second_call_with_new_values_traces_nothing() -> None:
     assert run._cache_size() == 1
 
 
-def test_a_second_call_outside_jit_compiles_nothing() -> None:
-    case = CALLS["jit of a function used twice"]
+def grow(state: Any) -> Any:
+    w, x, turns = state
+    return w, layer(x, w), turns + 1
+
+
+def two_turns(state: Any) -> jax.Array:
+    return state[2] < 2
+
+
+def straight(w: jax.Array, x: jax.Array) -> jax.Array:
+    return layer(x, w)
+
+
+def turned(w: jax.Array, x: jax.Array) -> jax.Array:
+    return layer(x, w.T)
+
+
+def turn_rematerialised(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+    return jax.checkpoint(layer)(x, w), None
+
+
+AGAIN = {
+    "jit": CALLS["jit of a function used twice"],
+    "scan": LOOPS["scan, kernel stacked"],
+    "scan of remat": Case(lambda w, x: lax.scan(turn_rematerialised, x, w)[0], (3, 4, 4), [X], "bio"),
+    "while": Case(lambda w, x: lax.while_loop(two_turns, grow, (w, x, 0))[1], (4, 4), [X], "io"),
+    "cond": Case(lambda w, x: lax.cond(x[0, 0] > 0, straight, turned, w, x), (4, 4), [X], "io"),
+    "switch": Case(
+        lambda w, x: lax.switch(jnp.int32(x[0, 0] > 0), [straight, turned, straight], w, x), (4, 4), [X], "io"
+    ),
+    "platform": Case(lambda w, x: lax.platform_dependent(w, x, cpu=straight, default=turned), (4, 4), [X], "io"),
+}
+
+
+@pytest.mark.parametrize("name", AGAIN)
+def test_a_second_call_outside_jit_compiles_nothing(name: str) -> None:
+    # As the model's own: its inner functions are the same ones in each call.
+    case = AGAIN[name]
     first = case.params, case.adapter, *case.arrays
     second = jax.tree.map(jnp.negative, first)
     adapted = lj.lora(case.apply)
-    adapted(*first)
+    assert_close(adapted(*first), dense(case.apply)(*first))
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, _, **__: compiled.append(name))
     try:
-        adapted(*second)
+        got = adapted(*second)
     finally:
         jax.monitoring.clear_event_listeners()
     assert not [name for name in compiled if "backend_compile" in name]
+    assert_close(got, dense(case.apply)(*second))
+
+
+def test_a_loop_that_is_kept_is_not_that_of_another_adapter() -> None:
+    case = LOOPS["scan, kernel stacked"]
+    adapted_case = lj.lora(case.apply)
+    for rank, scale in ((1, 1.0), (2, 1.0), (2, 2.0)):
+        adapter = adapted(case.params, {"w": "bio"}, rank=rank)
+        its = {"w": lj.Adapter(dataclasses.replace(adapter["w"].variant, alpha=scale), "bio", **adapter["w"].arrays)}
+        args = case.params, its, *case.arrays
+        assert_close(adapted_case(*args), dense(case.apply)(*args))
+
+
+def test_a_loop_that_is_kept_still_refuses_at_its_own_line() -> None:
+    def swap(carry: Any, _: None) -> Any:
+        one, other, x = carry
+        return (other, one, x @ one), None
+
+    case = Case(lambda w, x: lax.scan(swap, (w, jnp.eye(4), x), length=2)[0][2], (4, 4), [X], "io")
+    again = Case(lambda w, x: lax.scan(swap, (w, jnp.eye(4), x), length=2)[0][2], (4, 4), [X], "io")
+    for one in (case, again):
+        with pytest.raises(lj.UnsupportedError, match=f"{__file__}:{one.call.__code__.co_firstlineno}:"):
+            lj.lora(one.apply)(one.params, one.adapter, *one.arrays)
+        # What may be formed elsewhere is not what was refused here.
+        assert_law(one.apply, one.params, one.adapter, *one.arrays, formed=["w"])
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])

@@ -1,5 +1,6 @@
 """The table to read before a run: its rows, its sums, its text."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import lora_jax as lj
 from lora_jax.testing import operations
 
 LORA = lj.LoRA(rank=2, alpha=4)
+factored = functools.partial(lj.explain, form="factored")  # kernels as small as these have cheaper forms
 
 
 class Small(nn.Module):
@@ -56,7 +58,7 @@ def lookup(n: int, d_out: int, rank: int) -> int:
 
 
 def explain(**kwargs: Any) -> Any:
-    return lj.explain(Small().apply, VARIABLES, ADAPTER, TOKENS, **kwargs)
+    return factored(Small().apply, VARIABLES, ADAPTER, TOKENS, **kwargs)
 
 
 TABLE = """\
@@ -108,8 +110,8 @@ def test_the_sums_are_those_of_the_rows() -> None:
 
 def test_the_extra_operations_are_those_of_the_adapted_model() -> None:
     adapter = {path: part for path, part in ADAPTER.items() if not isinstance(part.variant, lj.Full)}
-    found = lj.explain(Small().apply, VARIABLES, adapter, TOKENS)
-    adapted = operations(lj.lora(Small().apply), VARIABLES, adapter, TOKENS)
+    found = factored(Small().apply, VARIABLES, adapter, TOKENS)
+    adapted = operations(lj.lora(Small().apply, form="factored"), VARIABLES, adapter, TOKENS)
     assert found.base_operations + found.operations == adapted
 
 
@@ -127,7 +129,7 @@ def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
 def test_the_notebook_s_table_escapes_paths() -> None:
     params = {"<script>": jnp.ones((4, 4))}
     adapter = lj.init(jax.random.key(0), params, {"*": LORA})
-    html = lj.explain(lambda p, x: x @ p["<script>"], params, adapter, jnp.ones((1, 4)))._repr_html_()
+    html = factored(lambda p, x: x @ p["<script>"], params, adapter, jnp.ones((1, 4)))._repr_html_()
     assert "<script>" not in html
     assert "<td>&lt;script&gt;</td>" in html
 
@@ -147,10 +149,10 @@ def test_leaves_never_used_are_an_error_if_strict() -> None:
 def test_a_leaf_that_is_trained_whole_and_never_used_is_an_error_too() -> None:
     params = {"kernel": jnp.ones((4, 4)), "unused": jnp.ones(4)}
     adapter = lj.init(jax.random.key(0), params, {"unused": lj.Full(), "kernel": LORA})
-    found = lj.explain(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)))
+    found = factored(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)))
     assert {row.path: row.used for row in found.rows}["unused"] == "never used"
     with pytest.raises(lj.AdapterError, match="never uses 1 of 2"):
-        lj.explain(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)), strict=True)
+        factored(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)), strict=True)
 
 
 def test_the_arguments_of_the_model_reach_it() -> None:
@@ -163,7 +165,7 @@ PART = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA})
 
 
 def only_row(apply: Any, *args: Any, **kwargs: Any) -> Any:
-    (row,) = lj.explain(apply, KERNEL, PART, *args, **kwargs).rows
+    (row,) = factored(apply, KERNEL, PART, *args, **kwargs).rows
     return row
 
 
@@ -236,7 +238,7 @@ def test_a_scanned_stack_counts_every_layer() -> None:
     params = jax.eval_shape(Stack().init, jax.random.key(0), x)
     kernels = lj.kernels(Stack().apply, params, x)
     adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=4, alpha=4)}, kernels=kernels)
-    (row,) = lj.explain(Stack().apply, params, adapter, x).rows
+    (row,) = factored(Stack().apply, params, adapter, x).rows
     assert (row.path, row.shape, row.axes) == ("params/layers/dense/kernel", (12, 16, 16), "bio")
     assert row.used == "factored dot_general ×12"
     assert row.parameters == 12 * (16 * 4 + 4 * 16)
@@ -249,7 +251,7 @@ def test_a_convolution_counts_its_window() -> None:
     params = model.init(jax.random.key(0), x)
     kernels = lj.kernels(model.apply, params, x)
     adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)}, kernels=kernels)
-    (row,) = lj.explain(model.apply, params, adapter, x).rows
+    (row,) = factored(model.apply, params, adapter, x).rows
     positions = 2 * 10 * 10
     assert row.used == "factored conv_general_dilated ×1"
     assert row.operations == dense(positions, 3 * 3 * 4, 8, 2)
@@ -268,7 +270,7 @@ def test_shapes_are_enough(abstract: str) -> None:
         return shapes(tree) if abstract in (name, "all") else tree
 
     given = taken("params", VARIABLES), taken("adapter", ADAPTER), taken("arguments", TOKENS)
-    assert str(lj.explain(Small().apply, *given)) == TABLE
+    assert str(factored(Small().apply, *given)) == TABLE
 
 
 def test_nothing_is_evaluated() -> None:
@@ -284,7 +286,7 @@ def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return jnp.fft.fft(x @ params["kernel"])
 
-    found = lj.explain(apply, KERNEL, PART, jnp.ones((5, 8)))
+    found = factored(apply, KERNEL, PART, jnp.ones((5, 8)))
     assert found.base_operations is None
     assert found.rows[0].operations == dense(5, 8, 6, 2)
     assert str(found).endswith(
@@ -294,14 +296,14 @@ def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> 
 
 def test_a_model_without_operations_is_explained_all_the_same() -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.Full()})
-    found = lj.explain(lambda params, x: params["kernel"][x], KERNEL, adapter, jnp.array([1, 2]))
+    found = factored(lambda params, x: params["kernel"][x], KERNEL, adapter, jnp.array([1, 2]))
     assert (found.base_operations, found.operations) == (0, 0)
     assert str(found).endswith("forward:   0 operations more, 0.00% of the base's 0")
 
 
 def test_leaves_that_are_no_arrays_do_not_count() -> None:
     params = KERNEL | {"temperature": 2.0, "name": "small"}
-    found = lj.explain(lambda p, x: x @ p["kernel"] / p["temperature"], params, PART, jnp.ones((5, 8)))
+    found = factored(lambda p, x: x @ p["kernel"] / p["temperature"], params, PART, jnp.ones((5, 8)))
     assert found.base_parameters == 48
 
 
@@ -311,7 +313,7 @@ def test_leaves_that_are_no_arrays_do_not_count() -> None:
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA}, param_dtype=param_dtype)
-    found = lj.explain(lambda p, x: x @ p["kernel"], KERNEL, adapter, jnp.ones((5, 8)))
+    found = factored(lambda p, x: x @ p["kernel"], KERNEL, adapter, jnp.ones((5, 8)))
     assert found.adapter_bytes == 28 * jnp.dtype(param_dtype).itemsize
     assert (found.optimiser_bytes, found.optimiser) == (2 * found.adapter_bytes, "two moments, as Adam keeps")
 
@@ -347,7 +349,7 @@ def test_a_leaf_that_is_trained_whole_may_meet_an_adapted_kernel(call: Any) -> N
     spec = {"kernel": lj.LoRA(rank=2, alpha=4), "query": lj.Full()}
     adapter = lj.init(jax.random.key(0), params, spec)
     apply = lambda params: call(params["query"], params["kernel"])  # noqa: E731
-    used = {row.path: row.used for row in lj.explain(apply, params, adapter).rows}
+    used = {row.path: row.used for row in factored(apply, params, adapter).rows}
     assert used == {"kernel": "factored dot_general ×1", "query": "whole dot_general ×1"}
     assert {path: kernel.axes for path, kernel in lj.kernels(apply, params).items()} == {"kernel": "io", "query": "oi"}
 
@@ -363,6 +365,6 @@ def test_an_image_that_is_trained_whole_may_meet_an_adapted_convolution() -> Non
             params["image"], params["kernel"], (1, 1), "SAME", dimension_numbers=numbers
         )
 
-    used = {row.path: row.used for row in lj.explain(apply, params, adapter).rows}
+    used = {row.path: row.used for row in factored(apply, params, adapter).rows}
     name = "conv_general_dilated ×1"
     assert used == {"kernel": f"factored {name}", "image": f"whole {name}"}

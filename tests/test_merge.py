@@ -687,3 +687,12 @@ def test_a_merge_error_is_also_a_built_in_error(kind: type[Exception]) -> None:
     params = tied()
     with pytest.raises(kind):
         lj.merge(params, trained(params, {"embed/kernel": LORA}))
+
+
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+def test_under_jit_arrays_that_are_not_traced_are_merged_with_their_values(kind: Any) -> None:
+    params = {"kernel": kind(np.ones((4, 3), np.float32)), "other": kind(np.ones(2, np.float32))}
+    adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    adapter = jax.tree.map(lambda leaf: leaf + 1, adapter)
+    merged = jax.jit(lambda x: lj.merge(params, adapter)["kernel"] * x)(1.0)
+    np.testing.assert_allclose(merged, lj.merge(params, adapter)["kernel"], rtol=1e-6)

@@ -1,4 +1,4 @@
-"""The rules by kind, each against the dense kernel: contractions, convolutions, look-ups, moves."""
+"""The rules by kind, each against the dense kernel: contractions, convolutions, moves."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_contraction_as_models_write_it_is_that_of_the_formed_kernel(name: str
 @pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, lax.DotAlgorithmPreset.F32_F32_F32])
 def test_the_thin_products_are_as_precise_as_the_base_s(precision: Any) -> None:
     case = Case(lambda w, x: lax.dot(x, w, precision=precision), (4, 5), [(3, 4)], "io")
-    jaxpr = jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, *case.arrays)
+    jaxpr = jax.make_jaxpr(lj.lora(case.apply, form="factored"))(case.params, case.adapter, *case.arrays)
     dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
     assert len(dots) == 3
     assert len({str(eqn.params["precision"]) for eqn in dots}) == 1
@@ -209,60 +209,6 @@ def test_a_convolution_is_that_of_the_formed_kernel(name: str) -> None:
     assert_case(CONVOLUTIONS[name])
 
 
-# Look-ups
-
-
-def take(mode: str | None, axis: int = 0, **options: Any) -> Callable[..., Any]:
-    return lambda w, ids: jnp.take(w, ids, axis=axis, mode=mode, **options)
-
-
-INSIDE, OUTSIDE = [[0, 3], [-1, 2]], [[0, 9], [-1, -8]]
-LOOKUPS = {
-    "a list of ids": Case(lambda w, ids: w[ids], (6, 5), [[0, 5, 2]], "io"),
-    "a table of ids": Case(lambda w, ids: w[ids], (6, 5), [INSIDE], "io"),
-    "one id": Case(lambda w, i: jnp.tanh(w[i]), (6, 5), [3], None, "io"),
-    "one negative id": Case(lambda w, i: jnp.tanh(w[i]), (6, 5), [-2], None, "io"),
-    "one id, out of range": Case(lambda w, i: jnp.tanh(w[i]), (6, 5), [-9], None, "io"),
-    "a constant id": Case(lambda w, x: w[2] + x, (6, 5), [(5,)], None, "io"),
-    "one id of an example, by vmap": Case(lambda w, ids: jax.vmap(lambda i: w[i])(ids), (6, 5), [[0, -2, 9]], "io"),
-    "one id of an example, results in columns": Case(
-        lambda w, ids: jax.vmap(lambda i: w[i], out_axes=1)(ids), (6, 5), [[0, -2, 9]], "io"
-    ),
-    "a column of an example, by vmap": Case(
-        lambda w, ids: jax.vmap(lambda i: w[:, i])(ids), (6, 5), [[0, -2, 9]], "oi"
-    ),
-    "two ids of an example, by vmap": Case(
-        lambda w, ids: jax.vmap(lambda ij: w[ij[0], ij[1]])(ids), (3, 6, 5), [[[0, 5], [2, 1]]], "iio"
-    ),
-    "take": Case(take(None), (6, 5), [INSIDE], "io"),
-    "take of one id": Case(take(None), (6, 5), [3], "io"),
-    "take, clipped": Case(take("clip"), (6, 5), [OUTSIDE], "io"),
-    "take, wrapped": Case(take("wrap"), (6, 5), [OUTSIDE], "io"),
-    "take, filled": Case(take("fill", fill_value=7.0), (6, 5), [OUTSIDE], "io"),
-    "take, filled with what is no number": Case(
-        lambda w, ids: jnp.nan_to_num(jnp.take(w, ids, axis=0)), (6, 5), [OUTSIDE], "io"
-    ),
-    "take of sorted and different ids": Case(
-        take("clip", indices_are_sorted=True, unique_indices=True), (6, 5), [[0, 2, 5]], "io"
-    ),
-    "take along the other axis": Case(take("clip", axis=1), (6, 5), [INSIDE], "oi", "io"),
-    "columns": Case(lambda w, ids: w[:, ids], (6, 5), [INSIDE], "oi"),
-    "along the middle axis": Case(lambda w, ids: w[:, ids], (3, 6, 5), [INSIDE], "oio"),
-    "two input axes": Case(lambda w, i, j: w[i, j], (3, 6, 5), [[0, 2, 1], [5, 0, 0]], "iio"),
-    "two input axes, apart": Case(lambda w, i, j: w[i, :, j], (3, 5, 6), [[0, 2, 1], [5, 0, 0]], "ioi"),
-    "rows of every layer": Case(lambda w, ids: w[:, ids], (2, 6, 5), [INSIDE], "oio", "bio"),
-    "at, get": Case(lambda w, ids: w.at[ids].get(mode="fill", fill_value=0), (6, 5), [OUTSIDE], "io"),
-    "at, get, promised": Case(lambda w, ids: w.at[ids].get(mode="promise_in_bounds"), (6, 5), [[0, 5]], "io"),
-    "tied": Case(lambda w, ids: jnp.tanh(w[ids]) @ w.T, (6, 5), [INSIDE], "io"),
-    "one hot": Case(lambda w, ids: jax.nn.one_hot(ids, 6) @ w, (6, 5), [OUTSIDE], "io"),
-}
-
-
-@pytest.mark.parametrize("name", LOOKUPS)
-def test_a_look_up_finds_what_it_would_in_the_formed_kernel(name: str) -> None:
-    assert_case(LOOKUPS[name])
-
-
 # Moves: each followed by a contraction
 
 MOVES = {
@@ -307,6 +253,27 @@ MOVES = {
     "a layer too far back": Case(lambda w, x, i: x @ w[i], (3, 4, 5), [(3, 4), -4], "bio"),
     "layers one by one": Case(lambda w, x: sum(x @ layer for layer in w), (3, 4, 5), [(3, 4)], "bio"),
     "a column": Case(lambda w, x: x @ w[:, 2], (4, 5), [(3, 4)], "ib", "io"),
+    "reversed": Case(lambda w, x: x @ jnp.flip(w), (4, 5), [(3, 4)], "io"),
+    "layers reversed": Case(lambda w, x: jnp.einsum("lbi,lio->lbo", x, w[::-1]), (2, 4, 5), [(2, 3, 4)], "bio"),
+    "turned by a quarter": Case(lambda w, x: x @ jnp.rot90(w), (5, 4), [(3, 4)], "oi"),
+    "cut into parts": Case(lambda w, x: [x @ part for part in jnp.split(w, 3, 1)], (4, 6), [(3, 4)], "io"),
+    "cut into unequal parts of the input": Case(
+        lambda w, x: [x[:, :4] @ part[:4] for part in jnp.split(w, (5,))], (9, 5), [(3, 4)], "io"
+    ),
+    "a part of the layers": Case(
+        lambda w, x: jnp.einsum("lbi,lio->lbo", x, jnp.split(w, (1,))[1]), (3, 4, 5), [(2, 3, 4)], "bio"
+    ),
+    "padded with zeros": Case(lambda w, x: x @ jnp.pad(w, ((1, 0), (2, 3))), (3, 5), [(3, 4)], "io"),
+    "padded with ones, cut and spread out": Case(
+        lambda w, x: x @ lax.pad(w, 1.0, ((-1, 0, 1), (2, -1, 2))), (4, 5), [(3, 6)], "io"
+    ),
+    "a layer more": Case(
+        lambda w, x: jnp.einsum("lbi,lio->lbo", x, jnp.pad(w, ((0, 1), (0, 0), (0, 0)))), (1, 4, 5), [(2, 3, 4)], "bio"
+    ),
+    "behind a barrier": Case(
+        lambda w, x: (lambda moved: moved[1] @ moved[0])(lax.optimization_barrier((w, x))), (4, 5), [(3, 4)], "io"
+    ),
+    "one row, reshaped": Case(lambda w, x: x + jnp.tanh(w[2:3].reshape(-1)), (4, 5), [(3, 5)], None, "io"),
     "copy": Case(lambda w, x: x @ jnp.array(w), (4, 5), [(3, 4)], "io"),
     "name": Case(lambda w, x: x @ checkpoint_name(w, "kernel"), (4, 5), [(3, 4)], "io"),
     "stop_gradient": Case(lambda w, x: x @ lax.stop_gradient(w), (4, 5), [(3, 4)], "io"),
@@ -421,6 +388,7 @@ CASTS: dict[str, Callable[..., jax.Array]] = {
     "in a product that accumulates in float32": lambda w, x: lax.dot(
         x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32
     ),
+    "to fewer digits": lambda w, x: x.astype(jnp.bfloat16) @ lax.reduce_precision(w, 8, 7).astype(jnp.bfloat16),
     "of a look-up": lambda w, x: w.astype(jnp.bfloat16)[jnp.argmax(x, 1)],
     "of a convolution": lambda w, x: lax.conv_general_dilated(
         x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), (), (), dimension_numbers=("NC", "IO", "NC")
@@ -576,7 +544,6 @@ ALL = {
     for kind, cases in {
         "contraction": CONTRACTIONS,
         "convolution": CONVOLUTIONS,
-        "look-up": LOOKUPS,
         "move": MOVES,
     }.items()
     for name, case in cases.items()

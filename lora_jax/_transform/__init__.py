@@ -1,12 +1,19 @@
 """The transform: `lora(apply)`, an interpreter of traced functions, and its rules by kind."""
 
+from . import _concatenate as _concatenate
 from . import _control as _control
 from . import _conv as _conv
 from . import _linear as _linear
 from . import _lookup as _lookup
+from . import _loops as _loops
+from . import _ragged as _ragged
+from . import _scalar as _scalar
 from . import _shape as _shape
+from . import _shard_map as _shard_map
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora
+from ._plan import FormName as FormName
+from ._plan import form_named as form_named
 from ._program import Program as Program
 from ._program import trace as trace
 from ._program import watch as watch

@@ -1,21 +1,26 @@
-"""Convolutions with an adapted kernel: the base's own, and beside it one to r channels and a product over them.
+"""Convolutions with an adapted kernel: the base's own, and beside it one to r channels and one from there on.
 
-The window stays with `a`, (window…, in, r); `b`, (r, out), acts on each position by itself.
+Each factor takes along the axes of the window that it has. Usually `a`, (window…, in, r), has them all, and `b`,
+(r, out), acts on each position by itself. The groups of a grouped convolution share the factor that the input meets
+first, as they share the kernel's input axis, so that `scale·a·b` is formed from the same factors.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK
 from .._compat import primitives
-from .._contract import Labelled
-from ._factored import expand, factors
+from .._contract import Labelled, Labels, contract
+from ._factored import factors
 from ._interpreter import NoRule, Site, Value, rule
+
+_GROUP = RANK - 1  # stands for the axis of the groups among the labels
 
 
 @rule(primitives.conv_general_dilated_p)
@@ -37,50 +42,133 @@ def _conv_general_dilated(
 ) -> Array:
     if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
         raise NoRule("the adapted kernel is what is convolved")
-    lhs = site.dense(lhs, "it is convolved")  # a probe: noted
-    if feature_group_count != 1 or batch_group_count != 1:
-        raise NoRule("a grouped convolution")
+    if batch_group_count != 1:
+        raise NoRule("a convolution in groups of the batch")
     kernel = rhs
-    roles = ["i"] * kernel.w.ndim
-    roles[dimension_numbers.rhs_spec[0]] = "o"
-    if not kernel.is_probe and list(kernel.roles) != roles:
-        raise NoRule(
-            f"the axes of the kernel there are {''.join(roles)!r}, the adapter's are {''.join(kernel.roles)!r}"
-        )
-
-    def convolve(w: Array, rhs_spec: tuple[int, ...], *, dtype: Any = None, sharding: Any = None) -> Array:
-        return lax.conv_general_dilated(
-            lhs,
-            w,
-            window_strides,
-            padding,
-            lhs_dilation=lhs_dilation,
-            rhs_dilation=rhs_dilation,
-            dimension_numbers=dimension_numbers._replace(rhs_spec=rhs_spec),
-            precision=precision,
-            preferred_element_type=dtype,
-            out_sharding=sharding,
-        )
-
-    y = convolve(kernel.w, dimension_numbers.rhs_spec, dtype=preferred_element_type, sharding=out_sharding)
+    w_out, w_in, *windows = dimension_numbers.rhs_spec
+    roles = "".join("o" if axis == w_out else "i" for axis in range(kernel.w.ndim))
+    its = "".join(kernel.roles)
+    if not kernel.is_probe and ("b" in its or its[w_in] == its[w_out]):
+        raise NoRule(f"the axes of the kernel there are {roles!r}, the adapter's are {its!r}")
+    lhs = site.dense(lhs, "it is convolved")  # a probe: noted
+    y = lax.conv_general_dilated(
+        lhs,
+        kernel.w,
+        window_strides,
+        padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
+    )
     if kernel.is_probe:
         site.used(kernel, "factored", roles=roles)
         return y
+    moves = map(_Move, window_strides, padding, lhs_dilation, rhs_dilation)
+    steps = _Steps(
+        dict(zip(windows, moves, strict=True)), dimension_numbers.out_spec, feature_group_count, precision, y.dtype
+    )
     a, b = factors(kernel)
-    # (out, in, window…): the rank axis is a's output channel.
-    a_spec = tuple(a.labels.index(RANK if roles[axis] == "o" else axis) for axis in dimension_numbers.rhs_spec)
-    thin = convolve(a.array, a_spec)
-    # Positions are labelled beyond the kernel's axes; the channel is the rank, and then the kernel's output.
-    channel, w_out = dimension_numbers.out_spec[1], roles.index("o")
-    labels = [kernel.w.ndim + axis for axis in range(y.ndim)]
-    thin_labels, out = (
-        tuple(mine if axis == channel else label for axis, label in enumerate(labels)) for mine in (RANK, w_out)
-    )
-    low_rank = expand(
-        kernel, Labelled(thin, thin_labels), b, out, kernel_first=False, precision=precision, dtype=y.dtype
-    )
-    window = math.prod(size for axis, size in enumerate(kernel.w.shape) if axis != w_out)
-    site.used(
-        kernel, "factored", roles=roles, operations=thin.size * (2 * window + 2 * kernel.w.shape[w_out] + 1) + y.size
-    )
-    return y + low_rank
+    first, second = (a, b) if its[w_in] == "i" else (b, a)
+    x = Labelled(lhs, _labels(dimension_numbers.lhs_spec, w_in))
+    thin, thin_operations = steps.step(x, first, w_in, RANK)
+    low_rank, operations = steps.step(thin._replace(array=thin.array * kernel.scale), second, RANK, w_out)
+    # Beside the two steps: the scale on the thin one, and the sum with the base's.
+    operations += thin_operations + thin.array.size + y.size
+    site.used(kernel, "factored", roles=roles, operations=operations)
+    return y + low_rank.array
+
+
+class _Move(NamedTuple):
+    """How a window moves along a spatial axis."""
+
+    stride: int
+    padding: tuple[int, int]
+    input_dilation: int
+    dilation: int
+
+
+_PLACE_BY_PLACE = _Move(1, (0, 0), 1, 1)  # what a window of size 1 does
+
+
+def _labels(spec: tuple[int, ...], channel: int) -> Labels:
+    """Labels an activation laid out as `spec` says (batch, channel, spatial): its channel, and the rest by place."""
+    places = (spec.index(axis) for axis in range(len(spec)))
+    return tuple(channel if place == 1 else len(spec) + place for place in places)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Steps:
+    """The two steps of a convolution by factors.
+
+    Attributes:
+      moves: how the window moves, for each of the kernel's axes that is one of the window's, in order.
+      out_spec: the axes of what a step gives: batch, channel, spatial.
+      groups: how many groups the channels are divided into.
+      precision: as in `conv_general_dilated`.
+      dtype: of the result.
+    """
+
+    moves: dict[int, _Move]
+    out_spec: tuple[int, ...]
+    groups: int
+    precision: Any
+    dtype: Any
+
+    def step(self, x: Labelled, factor: Labelled, met: int, made: int) -> tuple[Labelled, int]:
+        """Takes the channels of `x` from the label `met` to the label `made`; and the operations that this takes."""
+        has_window = not self.moves.keys().isdisjoint(factor.labels)
+        array = (self._convolve if has_window else self._multiply)(x, factor, met, made)
+        summed = factor.array.size // factor.array.shape[factor.labels.index(made)]
+        return Labelled(array, _labels(self.out_spec, made)), 2 * array.size * summed
+
+    def _convolve(self, x: Labelled, factor: Labelled, met: int, made: int) -> Array:
+        w = factor.array
+        if made == RANK and self.groups > 1:
+            # Shared by the groups: once for each, one after the other along the channel that it makes.
+            w = jnp.tile(w, [self.groups if label == made else 1 for label in factor.labels])
+        # The axes of the window that are the other factor's have size 1 here.
+        absent = [axis for axis in self.moves if axis not in factor.labels]
+        w_labels = (*factor.labels, *absent)
+        spatial = range(len(self.out_spec) + 2, 2 * len(self.out_spec))
+        moves = [_PLACE_BY_PLACE if axis in absent else move for axis, move in self.moves.items()]
+        strides, padding, input_dilation, dilation = zip(*moves, strict=True)
+        y = lax.conv_general_dilated(
+            x.array,
+            lax.expand_dims(w, range(w.ndim, len(w_labels))),
+            strides,
+            padding,
+            lhs_dilation=input_dilation,
+            rhs_dilation=dilation,
+            dimension_numbers=lax.ConvDimensionNumbers(
+                tuple(x.labels.index(label) for label in (len(self.out_spec), met, *spatial)),
+                tuple(w_labels.index(label) for label in (made, met, *self.moves)),
+                self.out_spec,
+            ),
+            feature_group_count=self.groups,
+            precision=self.precision,
+        )
+        return y if made == RANK else y.astype(self.dtype)
+
+    def _multiply(self, x: Labelled, factor: Labelled, met: int, made: int) -> Array:
+        """A factor without a window: a product, position by position and group by group."""
+        own = factor if made == RANK else self._cut(factor, made)
+        channel = (_GROUP, made) if self.groups > 1 else (made,)
+        out = _labels(self.out_spec, made)
+        at = out.index(made)
+        dtype = None if made == RANK else self.dtype
+        y = contract(self._cut(x, met), own, keep={_GROUP, *out}, precision=self.precision, dtype=dtype).in_order(
+            (*out[:at], *channel, *out[at + 1 :])
+        )
+        return lax.collapse(y, at, at + len(channel))
+
+    def _cut(self, x: Labelled, label: int) -> Labelled:
+        """Takes the axis of the groups out of an axis that has them one after the other."""
+        if self.groups == 1:
+            return x
+        at, shape = x.labels.index(label), x.array.shape
+        cut = lax.reshape(x.array, (*shape[:at], self.groups, shape[at] // self.groups, *shape[at + 1 :]))
+        return Labelled(cut, (*x.labels[:at], _GROUP, *x.labels[at:]))

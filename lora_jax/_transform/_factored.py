@@ -5,8 +5,9 @@ The axes of a kernel are labelled by their numbers, so `axes_of_a` and `axes_of_
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -14,6 +15,19 @@ from jax import Array
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._contract import Labelled, Labels, contract, widest
+from ._plan import Costs, Form, Passes, added
+
+
+class LowRank(NamedTuple):
+    """A low-rank product that is yet to be made, and what it and its base cost.
+
+    Attributes:
+      multiply: `multiply(x, a, b)`.
+      costs: of the contraction that it is a part of.
+    """
+
+    multiply: Callable[[Array, Array, Array], Array]
+    costs: Costs
 
 
 class Product(NamedTuple):
@@ -32,10 +46,10 @@ def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
     )
 
 
-def multiply(
+def low_rank(
     kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
-) -> Product:
-    """Multiplies `x` with `scale·a·b`, which is not formed, in the cheaper of the two orders.
+) -> LowRank:
+    """The product of `x` with `scale·a·b`, which is not formed, in the cheaper of the two orders.
 
     Args:
       kernel: the adapted kernel.
@@ -45,26 +59,47 @@ def multiply(
       precision: as in `dot_general`.
       dtype: of the result.
     """
-    a, b = factors(kernel)
-    sizes = (
-        dict(zip(x.labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape)) | {RANK: a.array.shape[-1]}
-    )
+    rank = kernel.a.shape[-1]
+    sizes = dict(zip(x.labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape)) | {RANK: rank}
+    axes, labels_of_a, labels_of_b = set(range(kernel.w.ndim)), axes_of_a(kernel.roles), axes_of_b(kernel.roles)
 
-    def count(labels: Collection[int]) -> int:
-        return 2 * math.prod(sizes[label] for label in labels)
+    def size(labels: Collection[int]) -> int:
+        return math.prod(sizes[label] for label in labels)
 
-    def cost(order: tuple[Labelled, Labelled]) -> int:
-        one, other = order
-        thin = {*x.labels, *one.labels} & {*other.labels, *out}
-        return count({*x.labels, *one.labels}) + count({*thin, *other.labels})
+    def costs(one: Labels, other: Labels) -> Costs:
+        thin = {*x.labels, *one} & {*other, *out}
+        return Costs(
+            base=Passes.alike(2 * size({*x.labels, *axes})),
+            first=Passes.alike(2 * size({*x.labels, *one})),
+            second=Passes.alike(2 * size({*thin, *other})),
+            formed=2 * size({*axes, RANK}),
+            x=x.array.size,
+            y=size(out),
+            thin=size(thin),
+            sums=kernel.a.size + kernel.w.size,
+        )
 
-    one, other = min(((a, b), (b, a)), key=cost)
-    left, right = (one, x) if kernel_first else (x, one)
-    thin_dtype = widest(x.array.dtype, kernel.w.dtype)
-    thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
-    array = expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
-    # Beside the two products: the scale on the thin one, and the sum with the base's.
-    return Product(array, cost((one, other)) + thin.array.size + array.size)
+    orders = {True: costs(labels_of_a, labels_of_b), False: costs(labels_of_b, labels_of_a)}
+    a_first = min(orders, key=lambda order: orders[order].first.forward + orders[order].second.forward)
+
+    def multiply(array: Array, a: Array, b: Array) -> Array:
+        both = factors(dataclasses.replace(kernel, a=a, b=b))
+        one, other = both if a_first else both[::-1]
+        given = x._replace(array=array)
+        left, right = (one, given) if kernel_first else (given, one)
+        thin_dtype = widest(array.dtype, kernel.w.dtype)
+        thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
+        return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
+
+    return LowRank(multiply, orders[a_first])
+
+
+def multiply(
+    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
+) -> Product:
+    """`low_rank`, made at once."""
+    product, costs = low_rank(kernel, x, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
+    return Product(product(x.array, kernel.a, kernel.b), added(Form.FACTORED, costs))
 
 
 def expand(

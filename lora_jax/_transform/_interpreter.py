@@ -32,8 +32,10 @@ from .._compat import (
 from .._errors import UnsupportedError
 from .._paths import Pattern, matches_any
 from .._use import Use
+from ._forms import Contraction, Sum, contract, in_training, settled
+from ._plan import Form, added
 
-Value = Any  # an Array or an AdaptedKernel
+Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
 
 _RULES: dict[str, Rule] = {}
@@ -58,16 +60,30 @@ def rule(primitive: Primitive | str) -> Callable[[Rule], Rule]:
     return register
 
 
+NO_RULE = "this operation has no low-rank rule"
+
+
 class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
     """Raised by a rule, before it has done anything, for a case that has no low-rank form; says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What holds for one whole interpretation: which paths may be formed, and the log of uses, if one is kept."""
+    """What holds for one whole interpretation.
+
+    Attributes:
+      dense: the paths that may be formed where there is no low-rank form.
+      form: of all contractions; None for the cheapest of each.
+      log: of uses, if one is kept.
+    """
 
     dense: tuple[Pattern, ...] = ()
+    form: Form | None = None
     log: list[Use] | None = None
+
+    def may_form(self, kernel: AdaptedKernel) -> bool:
+        """Whether the caller has listed every leaf of a kernel."""
+        return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,18 +98,39 @@ class Site:
         """Interprets a function inside this equation, which runs `times` times as often."""
         return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands, times=self.times * times)
 
+    def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
+        """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
+        form = in_training(kernel, contraction.costs, self.settings.form)
+        self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs))
+        return contract(kernel, x, contraction, self.settings.form)
+
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
-            axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-            name, line = self.eqn.primitive.name, user_line(self.eqn)
-            self.settings.log.append(Use(kernel.path, name, kind, axes, self.times, self.times * operations, line))
+            self.settings.log.extend(self.uses(kernel, kind, roles=roles, operations=operations))
+
+    def uses(
+        self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
+    ) -> tuple[Use, ...]:
+        """What `used` would note."""
+        axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
+        use = Use("", self.eqn.primitive.name, kind, axes, self.times, self.times * operations, user_line(self.eqn))
+        return of_each_leaf(use, kernel)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
         if not isinstance(value, AdaptedKernel):
-            return value
+            return settled(value)
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
+
+
+def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
+    """A use of a kernel, for each leaf that it is, the operations in equal parts."""
+    count, total = len(kernel.paths), use.operations
+    shares = [total * (number + 1) // count - total * number // count for number in range(count)]
+    return tuple(
+        dataclasses.replace(use, path=path, operations=share) for path, share in zip(kernel.paths, shares, strict=True)
+    )
 
 
 def form(settings: Settings, value: Value, primitive: str, reason: str, line: str, times: int = 1) -> Array:
@@ -103,19 +140,19 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
       UnsupportedError: if it is not listed.
     """
     if not isinstance(value, AdaptedKernel):
-        return value
-    if not value.is_probe and not matches_any(value.path, settings.dense):
+        return settled(value)
+    if not settings.may_form(value):
         raise UnsupportedError(
-            f"Expected the adapted kernel {value.path!r} to be used in ways that have a low-rank form; "
-            f"it reaches `{primitive}`: {reason}.",
+            f"Expected the adapted kernel {' beside '.join(map(repr, value.paths))} to be used in ways that have a "
+            f"low-rank form; it reaches `{primitive}`: {reason}.",
             line,
-            f"Leave it out of the spec, or let it be formed there: lora(apply, dense=[{value.path!r}]).",
+            f"Leave it out of the spec, or let it be formed there: lora(apply, dense={list(value.paths)}).",
         )
     if settings.log is not None:
         # Formed: the product, its scale, the sum with the base.
         cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-        kind = "opaque" if value.is_probe else "dense"
-        settings.log.append(Use(value.path, primitive, kind, None, times, times * cost, line))
+        use = Use("", primitive, "opaque" if value.is_probe else "dense", None, times, times * cost, line)
+        settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
 
 
@@ -147,7 +184,11 @@ def interpret(
         plain.clear()
 
     for number, eqn in enumerate(eqns):
-        if not any(isinstance(values.get(var), AdaptedKernel) for var in variables(eqn.invars)):
+        operands = variables(eqn.invars)
+        for var in operands:
+            if isinstance(its := values.get(var), Sum) and not (eqn.primitive.name == "add" and last[var] == number):
+                values[var] = settled(its)
+        if not any(isinstance(values.get(var), (AdaptedKernel, Sum)) for var in operands):
             plain.append(eqn)
             continue
         if plain:
@@ -157,7 +198,7 @@ def interpret(
         free([eqn], number)
     if plain:
         evaluate_plain(len(eqns))
-    return [read(atom) for atom in jaxpr.outvars]
+    return [settled(read(atom)) for atom in jaxpr.outvars]
 
 
 def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
@@ -173,13 +214,18 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
-        got: Any = jax.typeof(result.w if isinstance(result, AdaptedKernel) else result)
+        got: Any = jax.typeof(_array_of(result))
         expected: Any = var.aval
         assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
     return results
 
 
+def _array_of(value: Value) -> Array:
+    """An array of the type that the model sees."""
+    return value.w if isinstance(value, AdaptedKernel) else value.base if isinstance(value, Sum) else value
+
+
 def _no_rule(primitive: Primitive) -> str:
     if primitive.name.startswith(("custom_jvp", "custom_vjp")):
         return "the model's own derivative there is defined for a dense kernel"
-    return "this operation has no low-rank rule"
+    return NO_RULE

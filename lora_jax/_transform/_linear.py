@@ -15,8 +15,10 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._compat import primitives
 from .._contract import Labelled, Labels
-from ._factored import multiply
-from ._interpreter import NoRule, Site, Value, rule
+from ._factored import low_rank
+from ._forms import Contraction, Sum, settled
+from ._interpreter import NO_RULE, NoRule, Site, Value, rule
+from ._pair import through
 
 
 @rule(primitives.dot_general_p)
@@ -29,30 +31,58 @@ def _dot_general(
     precision: Any,
     preferred_element_type: Any,
     out_sharding: Any,
-) -> Array:
+) -> Value:
     if _is_adapted(lhs) and _is_adapted(rhs):
-        raise NoRule("both operands of the product are adapted kernels")
+        params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
+        base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
+        array, operations = through(
+            lhs, rhs, *_labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim), precision=precision, dtype=base.dtype
+        )
+        its = _roles(lhs, *(axes[0] for axes in dimension_numbers))
+        site.used(lhs, "factored", roles=its, operations=operations)
+        return Sum(base, array)
     roles = [_roles(x, summed, batch) for x, summed, batch in zip((lhs, rhs), *dimension_numbers, strict=True)]
     for x, its in zip((lhs, rhs), roles, strict=True):
         if isinstance(x, AdaptedKernel) and x.is_probe:
             site.used(x, "factored", roles=its)
     left, right = (x.w if isinstance(x, AdaptedKernel) else x for x in (lhs, rhs))
-    y = lax.dot_general(
-        left,
-        right,
-        dimension_numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        out_sharding=out_sharding,
-    )
+
+    def product(left: Array, right: Array) -> Array:
+        return lax.dot_general(
+            left,
+            right,
+            dimension_numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            out_sharding=out_sharding,
+        )
+
     if not _is_adapted(lhs) and not _is_adapted(rhs):
-        return y
+        return product(left, right)
     side = 0 if _is_adapted(lhs) else 1
     kernel, x = (lhs, right) if side == 0 else (rhs, left)
+    y: Any = site.eqn.outvars[0].aval
     x_labels, out = _labels(dimension_numbers, side, kernel.w.ndim, x.ndim)
-    low_rank = multiply(kernel, Labelled(x, x_labels), out, kernel_first=side == 0, precision=precision, dtype=y.dtype)
-    site.used(kernel, "factored", roles=roles[side], operations=low_rank.operations)
-    return y + low_rank.array
+    multiply, costs = low_rank(
+        kernel,
+        Labelled(x, x_labels),
+        out,
+        kernel_first=side == 0,
+        precision=precision,
+        dtype=y.dtype,
+    )
+    its_base = (lambda x, w: product(w, x)) if side == 0 else product
+    return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision), roles=roles[side])
+
+
+@rule(primitives.add_p)
+def _add(site: Site, x: Value, y: Value) -> Array:
+    del site
+    if isinstance(x, AdaptedKernel) or isinstance(y, AdaptedKernel):
+        raise NoRule(NO_RULE)
+    if not isinstance(x, Sum):
+        x, y = y, x
+    return x.plus(settled(y))
 
 
 def _is_adapted(x: Value) -> bool:

@@ -1,19 +1,26 @@
-"""Look-ups in an adapted kernel: an embedding's rows come from `w` and, thin, from the factor that has the rows."""
+"""Look-ups in an adapted kernel: what is picked of `w` is picked of each factor that has the axis.
+
+An embedding's rows are an activation, so they are formed: `w[ids] + s·a[ids]·b`. Where an input and an output axis are
+left, as of experts or layers picked from a stack, the result is a kernel again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
+from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
-from .._contract import Labelled
-from ._factored import expand, factors
+from .._contract import Labelled, Labels
+from ._factored import expand
 from ._interpreter import NoRule, Site, Value, rule
 
+# Out of range, these modes move a slice to the nearest place: where a whole axis is taken, there is only one.
 _MOVES = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
@@ -29,81 +36,154 @@ def _gather(
     indices_are_sorted: bool,
     mode: Any,
     fill_value: Any,
-) -> Array:
-    if isinstance(indices, AdaptedKernel):
+) -> Value:
+    if not isinstance(operand, AdaptedKernel):
         raise NoRule("the adapted kernel is the index")
     kernel = operand
-    rows = _rows(dimension_numbers, slice_sizes, kernel.w.shape, mode)
-    roles = ["i" if axis in rows.picked else "o" for axis in range(kernel.w.ndim)]
-    if not kernel.is_probe and {kernel.roles[axis] for axis in rows.picked} not in ({"i"}, {"o"}):
-        raise NoRule(f"a look-up along axes {rows.picked}, of an adapter with axes {''.join(kernel.roles)!r}")
+    look_up = _LookUp(kernel.w.shape, dimension_numbers, slice_sizes, mode)
+    look_up.check()
+    indices = site.dense(indices, "the adapted kernel is the index")
     hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
     y = lax.gather(kernel.w, indices, dimension_numbers, slice_sizes, mode=mode, fill_value=fill_value, **hints)
+    labels = look_up.labels(y.ndim)
     if kernel.is_probe:
+        return _probe(site, kernel, look_up, y, labels)
+    a = look_up.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
+    b = look_up.take(Labelled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
+    if {"i", "o"} <= {kernel.roles[axis] for axis in look_up.left}:
+        roles = [
+            "b" if label in a.labels and label in b.labels else "i" if label in a.labels else "o" for label in labels
+        ]
+        order_a, order_b = (
+            tuple(axis if axis == RANK else labels[axis] for axis in axes)
+            for axes in (axes_of_a(roles), axes_of_b(roles))
+        )
+        return dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
+    thin, other = sorted((_cast(a, y.dtype), _cast(b, y.dtype)), key=lambda factor: factor.array.size)
+    ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
+    low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, dtype=y.dtype)
+    site.used(
+        kernel,
+        "factored",
+        roles=look_up.roles,
+        operations=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
+    )
+    return y + low_rank
+
+
+def _cast(factor: Labelled, dtype: Any) -> Labelled:
+    return factor._replace(array=factor.array.astype(dtype))
+
+
+def _probe(site: Site, kernel: AdaptedKernel, look_up: _LookUp, y: Array, labels: Labels) -> Value:
+    """Notes a look-up of rows; what may be a kernel again goes on, and is one if it is contracted."""
+    roles = look_up.roles if "o" in look_up.roles else ""
+    if sum(kernel.roles[axis] != "" for axis in look_up.left) < 2:
         site.used(kernel, "factored", roles=roles)
         return y
-    a, b = factors(kernel)
-    one, other = (a, b) if kernel.roles[rows.picked[0]] == "i" else (b, a)
-    thin = _take(one, rows, indices, kernel.w.ndim, mode, hints)
-    # The axes of the result: those of the indices, labelled beyond the kernel's, and of a slice what is not collapsed.
-    index_labels = iter(range(kernel.w.ndim, kernel.w.ndim + indices.ndim - 1))
-    slice_labels = iter(axis for axis in range(kernel.w.ndim) if axis not in dimension_numbers.collapsed_slice_dims)
-    labels = [next(slice_labels if axis in dimension_numbers.offset_dims else index_labels) for axis in range(y.ndim)]
-    out = tuple(label for label in labels if label not in rows.kept)
-    low_rank = expand(kernel, thin, other, out, kernel_first=False, precision=None, dtype=y.dtype)
-    rank = kernel.a.shape[-1]
-    site.used(kernel, "factored", roles=roles, operations=y.size * (2 * rank + 1) + thin.array.size)
-    return y + lax.expand_dims(low_rank, [axis for axis, label in enumerate(labels) if label in rows.kept])
+    kept = tuple(kernel.roles[label] if label < kernel.w.ndim else "" for label in labels)
+    return dataclasses.replace(kernel, w=y, roles=kept, look_up=site.uses(kernel, "factored", roles=roles))
 
 
-class _Rows(NamedTuple):
-    """What a `gather` takes, if it takes whole rows.
+@dataclasses.dataclass(frozen=True)
+class _LookUp:
+    """What a `gather` picks of an array of `shape`, and of a factor of it.
 
-    Attributes:
-      picked: the kernel's axes that are indexed, one place of each.
-      columns: the column of the indices for each of them; None if they are all the columns, in this order.
-      kept: those of them that stay in the result with size 1, as the `vmap` of `w[i]` leaves them.
+    The axes of the result go by labels: an axis of the array by its number, one of the indices by a number beyond
+    these, or by that of the array's axis along which it runs (the `vmap` of a look-up).
     """
 
-    picked: tuple[int, ...]
-    columns: tuple[int, ...] | None
-    kept: tuple[int, ...]
+    shape: tuple[int, ...]
+    numbers: Any
+    slice_sizes: tuple[int, ...]
+    mode: Any
 
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of the indices that pick a place; the others stand for a whole axis."""
+        axes, collapsed = self.numbers.start_index_map, self.numbers.collapsed_slice_dims
+        return tuple(
+            column
+            for column, axis in enumerate(axes)
+            if self.mode not in _MOVES or self.slice_sizes[axis] < self.shape[axis] or axis in collapsed
+        )
 
-def _rows(numbers: Any, slice_sizes: Sequence[int], shape: Sequence[int], mode: Any) -> _Rows:
-    # Out of range, these modes move a slice to the nearest place: where a whole axis is taken, there is only one.
-    moves = mode in _MOVES
-    collapsed, axes = numbers.collapsed_slice_dims, numbers.start_index_map
-    taken_whole = [moves and slice_sizes[axis] == shape[axis] and axis not in collapsed for axis in axes]
-    columns = tuple(column for column in range(len(axes)) if not taken_whole[column])
-    picked = tuple(axes[column] for column in columns)
-    kept = tuple(axis for axis in picked if axis not in collapsed)
-    if (
-        numbers.operand_batching_dims
-        or not set(collapsed) <= set(picked)
-        or (kept and not moves)
-        or any(slice_sizes[axis] != (1 if axis in picked else shape[axis]) for axis in range(len(shape)))
-    ):
-        raise NoRule("a look-up that is not of whole rows")
-    return _Rows(picked, None if len(columns) == len(axes) else columns, kept)
+    @property
+    def picked(self) -> tuple[int, ...]:
+        """The axis of each of the columns."""
+        return tuple(self.numbers.start_index_map[column] for column in self.columns)
 
+    @property
+    def left(self) -> tuple[int, ...]:
+        """The axes of which more is taken than one place."""
+        gone = [axis for axis in self.picked if self.slice_sizes[axis] == 1]
+        return tuple(
+            axis for axis in range(len(self.shape)) if axis not in (*gone, *self.numbers.operand_batching_dims)
+        )
 
-def _take(factor: Labelled, rows: _Rows, indices: Array, ndim: int, mode: Any, hints: Mapping[str, Any]) -> Labelled:
-    """The same rows of a factor: the axes of the indices, labelled from `ndim` on, then the rest of the factor's."""
-    places = tuple(factor.labels.index(axis) for axis in rows.picked)
-    batch = tuple(range(ndim, ndim + indices.ndim - 1))
-    rest = tuple(label for label in factor.labels if label not in rows.picked)
-    array = lax.gather(
-        factor.array,
-        indices if rows.columns is None else indices[..., np.array(rows.columns)],
-        lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(len(batch), len(batch) + len(rest))),
-            collapsed_slice_dims=tuple(sorted(places)),
-            start_index_map=places,
-        ),
-        tuple(1 if place in places else size for place, size in enumerate(factor.array.shape)),
-        mode=mode,
-        fill_value=0,  # beyond the end, what the base is filled with is all there is
-        **(hints if rows.columns is None else {}),  # with fewer columns they may be neither sorted nor different
-    )
-    return Labelled(array, (*batch, *rest))
+    @property
+    def roles(self) -> str:
+        """The roles of the axes where rows are looked up: a token is an input."""
+        batch = "b" if set(self.left) - set(self.picked) else "o"
+        return "".join(
+            "i" if axis in self.picked else batch if axis in self.numbers.operand_batching_dims else "o"
+            for axis in range(len(self.shape))
+        )
+
+    def check(self) -> None:
+        """Raises if nothing is picked, or if part of an axis is taken from its start and no index says so."""
+        known = {*self.picked, *self.numbers.operand_batching_dims}
+        whole = all(self.slice_sizes[axis] == size for axis, size in enumerate(self.shape) if axis not in known)
+        if not self.picked or not whole or not set(self.numbers.collapsed_slice_dims) <= known:
+            raise NoRule("a look-up that takes from the start of an axis, or takes everything")
+
+    def labels(self, ndim: int) -> Labels:
+        """The labels of the result."""
+        numbers = self.numbers
+        kept = iter(self._kept(range(len(self.shape))))
+        index = iter(self._index_labels(ndim - len(numbers.offset_dims)))
+        return tuple(next(kept) if axis in numbers.offset_dims else next(index) for axis in range(ndim))
+
+    def take(self, factor: Labelled, indices: Array, hints: dict[str, bool]) -> Labelled:
+        """The same of a factor: the axes of the indices, then its own; itself, if none of its axes is picked."""
+        numbers, place = self.numbers, factor.labels.index
+        columns = [column for column in self.columns if numbers.start_index_map[column] in factor.labels]
+        if not columns:
+            return factor
+        batching = [
+            (axis, at)
+            for axis, at in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
+            if axis in factor.labels
+        ]
+        every = len(columns) == len(numbers.start_index_map) and len(batching) == len(numbers.operand_batching_dims)
+        index_labels, kept = self._index_labels(indices.ndim - 1), self._kept(factor.labels)
+        array = lax.gather(
+            factor.array,
+            indices if len(columns) == indices.shape[-1] else indices[..., np.array(columns)],
+            lax.GatherDimensionNumbers(
+                offset_dims=tuple(range(len(index_labels), len(index_labels) + len(kept))),
+                collapsed_slice_dims=tuple(
+                    sorted(place(axis) for axis in numbers.collapsed_slice_dims if axis in factor.labels)
+                ),
+                start_index_map=tuple(place(numbers.start_index_map[column]) for column in columns),
+                operand_batching_dims=tuple(place(axis) for axis, _ in batching),
+                start_indices_batching_dims=tuple(at for _, at in batching),
+            ),
+            tuple(
+                size if axis == RANK else self.slice_sizes[axis]
+                for axis, size in zip(factor.labels, factor.array.shape, strict=True)
+            ),
+            mode=self.mode,
+            fill_value=0,  # beyond the end, what the base is filled with is all there is
+            **(hints if every else {}),  # with fewer columns they may be neither sorted nor different
+        )
+        return Labelled(array, (*index_labels, *kept))
+
+    def _kept(self, axes: Sequence[int]) -> tuple[int, ...]:
+        gone = (*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims)
+        return tuple(axis for axis in axes if axis not in gone)
+
+    def _index_labels(self, count: int) -> tuple[int, ...]:
+        numbers = self.numbers
+        along = dict(zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True))
+        return tuple(along.get(at, len(self.shape) + at) for at in range(count))

@@ -9,11 +9,14 @@ from .._adapter import Adapters
 from .._attach import attach
 from .._paths import Pattern, flatten
 from ._interpreter import Settings
+from ._plan import FormName, form_named
 from ._program import trace
 
 
-def lora(apply: Callable[..., Any], dense: Sequence[Pattern] = ()) -> Callable[..., Any]:
-    """Turns `apply(params, *args)` into `adapted(params, adapter, *args)`, in which adapted kernels are never formed.
+def lora(
+    apply: Callable[..., Any], dense: Sequence[Pattern] = (), *, form: FormName | None = None
+) -> Callable[..., Any]:
+    """Turns `apply(params, *args)` into `adapted(params, adapter, *args)`, in which kernels act as `W0 + s·A·B`.
 
         y = x·W0 + ((x·A)·s)·B
 
@@ -32,7 +35,12 @@ def lora(apply: Callable[..., Any], dense: Sequence[Pattern] = ()) -> Callable[.
       apply: any JAX function of a parameter tree and other arguments: `model.apply`, a plain function, one around
         `nnx.merge`. Arguments and results that are no arrays (flags, strings, callables, None) stay Python values.
       dense: patterns of paths whose kernels may be formed, as `W0 + s·A·B`, where they reach an operation that has no
-        low-rank form. `explain` says where that happens. Nothing is formed that is not listed.
+        low-rank form. `explain` says where that happens.
+      form: how contractions are evaluated. `"factored"` is the equation above, which forms nothing of a kernel's size;
+        `"merged"` is x·(W0 + s·A·B); `"hybrid"` is merged in the forward pass and for the gradient of x, factored for
+        those of A and B. None takes for each contraction the form that needs the least memory among those within one
+        percent of the fewest operations: factored, unless the rank is wide against the kernel or the kernel small
+        against the activations. What is used in 16 bits stays factored, as a small update would be rounded away.
 
     Returns:
       `adapted(params, adapter, *args, **kwargs)`, with the result of `apply`. `adapter` is what `init` returns.
@@ -41,8 +49,9 @@ def lora(apply: Callable[..., Any], dense: Sequence[Pattern] = ()) -> Callable[.
       AdapterError: at the call, if the adapter does not fit `params`.
       UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank form and is not
         listed in `dense`: the primitive, the path and the line of the model.
+      SpecError: if there is no such form.
     """
-    settings = Settings(dense=tuple(dense))
+    settings = Settings(dense=tuple(dense), form=form_named(form))
 
     def adapted(params: Any, adapter: Adapters, /, *args: Any, **kwargs: Any) -> Any:
         kernels = attach(flatten(params)[0], adapter)  # first: what is wrong with the adapter is not the model's fault

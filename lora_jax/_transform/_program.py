@@ -12,7 +12,7 @@ from jax.tree_util import PyTreeDef
 
 from .._attach import as_jax
 from .._compat import ClosedJaxpr
-from .._paths import Pattern, flatten, unflatten
+from .._paths import flatten, unflatten
 from .._use import Use
 from ._interpreter import Settings, Value, form, interpret
 
@@ -81,13 +81,13 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
     return Program(jaxpr, leaves, other_arrays, rebuild)
 
 
-def watch(program: Program, kernels: Mapping[str, Value], dense: Sequence[Pattern] = ()) -> list[Use]:
+def watch(program: Program, kernels: Mapping[str, Value], settings: Settings) -> list[Use]:
     """How a call would use the kernels given for some of its parameters, from shapes alone."""
     log: list[Use] = []
 
     def run(params: dict[str, Any], arrays: list[Any], kernels: Mapping[str, Value]) -> None:
         abstract = dataclasses.replace(program, params=program.params | params, arrays=arrays)
-        abstract.run(kernels, Settings(dense=tuple(dense), log=log))
+        abstract.run(kernels, dataclasses.replace(settings, log=log))
 
     jax.eval_shape(run, program.arrays_of_params, program.arrays, kernels)
     return log

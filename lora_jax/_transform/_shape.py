@@ -6,6 +6,7 @@ Each rule says what happens to one factor, given which of the kernel's axes the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -40,12 +41,15 @@ def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> Value:
         return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
 
     roles = [role for axis, role in enumerate(kernel.roles) if axis not in dimensions]
-    squeezed = kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move)
-    if kernel.is_probe or {"i", "o"} <= set(roles):
-        return squeezed
-    # One row or one column is left, as `embedding[token]` leaves it: that is a look-up, and its result no kernel.
-    site.used(kernel, "factored", operations=squeezed.w.size * (2 * kernel.a.shape[-1] + 1))
-    return materialise(squeezed)
+    return _row(site, kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move))
+
+
+def _row(site: Site, kernel: AdaptedKernel) -> Value:
+    """One row or one column of a kernel, as `embedding[token]` leaves it, is a look-up, and its result no kernel."""
+    if kernel.is_probe or {"i", "o"} <= set(kernel.roles):
+        return kernel
+    site.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
+    return materialise(kernel)
 
 
 @rule(primitives.broadcast_in_dim_p)
@@ -70,12 +74,9 @@ def _broadcast_in_dim(
 
 
 @rule(primitives.reshape_p)
-def _reshape(
-    site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any
-) -> AdaptedKernel:
+def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any) -> Value:
     if dynamic_shape or dimensions is not None:
         raise NoRule("a reshape that also transposes, or to a shape known only at run time")
-    del site
     roles = [""] * len(new_sizes)
     for old, new in _blocks(kernel.w.shape, new_sizes):
         # An axis of size 1 holds nothing, and agrees with any role.
@@ -90,7 +91,7 @@ def _reshape(
         rank = factor.shape[before.index(RANK)]
         return lax.reshape(factor, [rank if axis == RANK else new_sizes[axis] for axis in after])
 
-    return kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move)
+    return _row(site, kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -130,6 +131,51 @@ def _slice(
     return kernel.moved(lax.slice(kernel.w, start_indices, limit_indices, strides), kernel.roles, move)
 
 
+@rule("split")
+def _split(site: Site, kernel: AdaptedKernel, *, sizes: Sequence[int], axis: int) -> list[AdaptedKernel]:
+    del site
+    parts = lax.split(kernel.w, sizes, axis)
+    ends = list(itertools.accumulate(sizes))
+
+    def cut(number: int) -> AdaptedKernel:
+        def move(factor: Array, before: Axes, after: Axes) -> Array:
+            del after
+            if axis not in before:
+                return factor
+            return lax.slice_in_dim(factor, ends[number] - sizes[number], ends[number], axis=before.index(axis))
+
+        return kernel.moved(parts[number], kernel.roles, move)
+
+    return [cut(number) for number in range(len(sizes))]
+
+
+@rule(primitives.rev_p)
+def _rev(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKernel:
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        return lax.rev(factor, [before.index(axis) for axis in dimensions if axis in before])
+
+    return kernel.moved(lax.rev(kernel.w, dimensions), kernel.roles, move)
+
+
+@rule(primitives.pad_p)
+def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tuple[int, int, int]]) -> AdaptedKernel:
+    if not isinstance(kernel, AdaptedKernel):
+        raise NoRule("the kernel is what is padded with")
+    value = site.dense(value, "the kernel is what is padded with")
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        config = [(0, 0, 0) if axis == RANK else padding_config[axis] for axis in before]
+        return lax.pad(
+            factor, jnp.zeros((), factor.dtype), config
+        )  # whatever the base is padded with, nothing is added
+
+    return kernel.moved(lax.pad(kernel.w, value, padding_config), kernel.roles, move)
+
+
 @rule(primitives.dynamic_slice_p)
 def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes) -> AdaptedKernel:
     del site
@@ -160,6 +206,18 @@ def _convert_element_type(
         raise NoRule("a cast that also changes the sharding")
     # The factors keep their own dtype until they are consumed: a base in bfloat16 takes nothing from them.
     return dataclasses.replace(kernel, w=kernel.w.astype(new_dtype))
+
+
+@rule(primitives.reduce_precision_p)
+def _reduce_precision(site: Site, kernel: AdaptedKernel, *, exponent_bits: int, mantissa_bits: int) -> AdaptedKernel:
+    del site  # like a cast: the factors keep their precision
+    return dataclasses.replace(kernel, w=lax.reduce_precision(kernel.w, exponent_bits, mantissa_bits))
+
+
+@rule("optimization_barrier")
+def _optimization_barrier(site: Site, *operands: Value) -> list[Value]:
+    del site
+    return list(lax.optimization_barrier(operands))
 
 
 @rule(primitives.copy_p)

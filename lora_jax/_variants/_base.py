@@ -85,4 +85,4 @@ class LowRank(Variant):
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """The kernel with its factors beside it."""
-        return AdaptedKernel(kernel, arrays["a"], arrays["b"], scale=self.scale, roles=tuple(axes), path=path)
+        return AdaptedKernel(kernel, arrays["a"], arrays["b"], scale=self.scale, roles=tuple(axes), paths=(path,))

@@ -1,0 +1,118 @@
+"""Kernels put side by side before they are used, such as a fused query, key and value: one kernel of all their ranks.
+
+along outputs    [w1 w2] + [a1 a2]·[[b1 0] [0 b2]]
+along inputs     likewise, with the zeros in a
+along a batch    each part keeps its place, its rank filled up with zeros to the largest
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from .._adapter import AdaptedKernel
+from .._axes import RANK, axes_of_a, axes_of_b, join, sizes
+from .._compat import primitives
+from .._contract import widest
+from ._interpreter import NoRule, Site, Value, rule
+
+Axes = tuple[int, ...]
+
+
+@rule(primitives.concatenate_p)
+def _concatenate(site: Site, *parts: Value, dimension: int) -> AdaptedKernel:
+    return _side_by_side(site, parts, dimension)
+
+
+@rule("stack")
+def _stack(site: Site, *parts: Value, axis: int) -> AdaptedKernel:
+    return _side_by_side(site, [_layer(part, axis) for part in parts], axis)
+
+
+def _layer(part: Value, axis: int) -> Value:
+    """A part of a stack: with one more axis, of size 1, which is a batch axis of a kernel."""
+    if not isinstance(part, AdaptedKernel):
+        return jnp.expand_dims(part, axis)
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del before
+        return jnp.expand_dims(factor, after.index(axis))
+
+    roles = [*part.roles[:axis], "" if part.is_probe else "b", *part.roles[axis:]]
+    return part.moved(jnp.expand_dims(part.w, axis), roles, move)
+
+
+def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKernel:
+    adapted = [part for part in parts if _is_adapted(part)]
+    if not adapted:
+        return _probes_side_by_side(parts, axis)
+    roles = adapted[0].roles
+    if any(part.roles != roles for part in adapted):
+        found = " and ".join(dict.fromkeys(repr("".join(part.roles)) for part in adapted))
+        raise NoRule(f"kernels are put side by side whose axes are {found}")
+    # A leaf that is not adapted is noted as read, and has no ranks.
+    parts = [part if _is_adapted(part) else site.dense(part, "") for part in parts]
+    if len({part.scale for part in adapted}) > 1:
+        parts = [_unscaled(part) if _is_adapted(part) else part for part in parts]
+        adapted = [part for part in parts if _is_adapted(part)]
+    ranks = [part.a.shape[-1] if _is_adapted(part) else 0 for part in parts]
+    in_batch = roles[axis] == "b"
+    starts = [0] * len(parts) if in_batch else list(itertools.accumulate(ranks, initial=0))
+    total = max(ranks) if in_batch else sum(ranks)
+
+    def side_by_side(name: str, axes: Axes) -> Array:
+        dtype = widest(*(getattr(part, name).dtype for part in adapted))
+        rank_axis = axes.index(RANK)
+        if axis not in axes:
+            return lax.concatenate([getattr(part, name).astype(dtype) for part in adapted], rank_axis)
+        placed = []
+        for part, rank, start in zip(parts, ranks, starts, strict=False):
+            widths = [(0, 0)] * len(axes)
+            widths[rank_axis] = (start, total - start - rank)
+            shape = sizes(axes, np.shape(_array(part)), rank)
+            factor = getattr(part, name).astype(dtype) if rank else jnp.zeros(shape, dtype)
+            placed.append(jnp.pad(factor, widths))
+        return lax.concatenate(placed, axes.index(axis))
+
+    return dataclasses.replace(
+        adapted[0],
+        w=lax.concatenate([_array(part) for part in parts], axis),
+        a=side_by_side("a", axes_of_a(roles)),
+        b=side_by_side("b", axes_of_b(roles)),
+        scale=adapted[0].scale,
+        paths=_paths(adapted),
+    )
+
+
+def _unscaled(kernel: AdaptedKernel) -> AdaptedKernel:
+    """The same kernel with a scale of 1: the smaller factor takes it."""
+    name = min(("a", "b"), key=lambda name: getattr(kernel, name).size)
+    return dataclasses.replace(kernel, scale=1.0, **{name: getattr(kernel, name) * kernel.scale})
+
+
+def _probes_side_by_side(parts: Sequence[Value], axis: int) -> AdaptedKernel:
+    """Each axis comes from one of every leaf among the parts."""
+    probes = [part for part in parts if isinstance(part, AdaptedKernel)]
+    return dataclasses.replace(
+        probes[0],
+        w=lax.concatenate([_array(part) for part in parts], axis),
+        roles=tuple(join(labels) for labels in zip(*(probe.roles for probe in probes), strict=True)),
+        paths=_paths(probes),
+    )
+
+
+def _paths(kernels: Sequence[AdaptedKernel]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(path for kernel in kernels for path in kernel.paths))
+
+
+def _is_adapted(part: Value) -> bool:
+    return isinstance(part, AdaptedKernel) and not part.is_probe
+
+
+def _array(part: Value) -> Array:
+    return part.w if isinstance(part, AdaptedKernel) else part

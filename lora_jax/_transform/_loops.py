@@ -1,0 +1,172 @@
+"""Loops around adapted kernels, rebuilt by calling `lax.scan` and `lax.while_loop` again.
+
+Kernels that a loop carries and no turn changes are its constants. Of a stack of layers each turn gets its own, factors
+and all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from .._adapter import AdaptedKernel
+from .._axes import axes_of_a, axes_of_b
+from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
+from ._interpreter import Site, Value, rule
+from ._kept import kept
+
+_ENDS = "the kernel decides when a loop ends"
+
+
+@rule(primitives.while_p)
+@kept
+def _while(
+    site: Site,
+    *operands: Value,
+    cond_nconsts: int,
+    cond_jaxpr: ClosedJaxpr,
+    body_nconsts: int,
+    body_jaxpr: ClosedJaxpr,
+) -> list[Value]:
+    cond_consts, body_consts, start = _split(operands, cond_nconsts, body_nconsts)
+    carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
+
+    def keep_going(moving: Sequence[Any]) -> Value:
+        return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(moving)])[0], _ENDS)
+
+    def step(moving: Sequence[Any]) -> Sequence[Any]:
+        return carry.moving(site.interpret(body_jaxpr, [*body_consts, *carry.whole(moving)]))
+
+    return carry.whole(lax.while_loop(keep_going, step, carry.moving(start)))
+
+
+@rule(primitives.scan_p)
+@kept
+def _scan(
+    site: Site,
+    *operands: Value,
+    reverse: bool,
+    length: int,
+    jaxpr: ClosedJaxpr,
+    num_consts: int,
+    num_carry: int,
+    unroll: int,
+) -> list[Value]:
+    consts, start, stacked = _split(operands, num_consts, num_carry)
+    carry = _Carry.of(site, jaxpr, num_consts, start)
+    slices = [_slices(x) for x in stacked]
+
+    def step(moving: list[Any], xs: list[Any]) -> tuple[list[Any], list[Value]]:
+        layer = [rebuild(x) for (_, rebuild), x in zip(slices, xs, strict=True)]
+        out = site.interpret(jaxpr, [*consts, *carry.whole(moving), *layer], times=length)
+        return carry.moving(out[:num_carry]), out[num_carry:]
+
+    end, ys = lax.scan(step, carry.moving(start), [x for x, _ in slices], length, reverse=reverse, unroll=unroll)
+    return [*carry.whole(end), *(_stacked(y) for y in ys)]
+
+
+def _split(operands: Sequence[Value], *counts: int) -> tuple[list[Value], ...]:
+    """Cuts operands into runs of the given lengths, and the rest."""
+    rest = list(operands)
+    runs = []
+    for count in counts:
+        runs.append(rest[:count])
+        rest = rest[count:]
+    return (*runs, rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Carry:
+    """The carry of a loop, in which kernels that no turn changes are constants and do not turn with it.
+
+    Attributes:
+      site: the loop.
+      fixed: for each part of the carry the kernel that it is in every turn, or None.
+    """
+
+    site: Site
+    fixed: tuple[AdaptedKernel | None, ...]
+
+    @classmethod
+    def of(cls, site: Site, body: ClosedJaxpr, num_consts: int, start: Sequence[Value]) -> _Carry:
+        """Tells by the body's own variables which parts it returns as they came."""
+        parts = zip(start, body.jaxpr.invars[num_consts:], body.jaxpr.outvars, strict=False)
+        return cls(
+            site,
+            tuple(
+                x if isinstance(x, AdaptedKernel) and _origin(body.jaxpr, out) is var else None for x, var, out in parts
+            ),
+        )
+
+    def moving(self, carry: Sequence[Value]) -> list[Any]:
+        """The part that turns: arrays, and None where a kernel stays."""
+        reason = "a loop carries it and changes it"
+        return [
+            self.site.dense(x, reason) if kernel is None else None for kernel, x in zip(self.fixed, carry, strict=True)
+        ]
+
+    def whole(self, moving: Sequence[Any]) -> list[Value]:
+        """The carry as the body knows it."""
+        return [x if kernel is None else kernel for kernel, x in zip(self.fixed, moving, strict=True)]
+
+
+def _origin(jaxpr: Jaxpr, var: Any) -> Any:
+    """The variable that a variable of a jaxpr equals because calls return it as it came to them; or itself."""
+    for eqn in jaxpr.eqns:
+        for position, made in enumerate(eqn.outvars):
+            if made is var:
+                operand = _returned(eqn, position)
+                return var if operand is None else _origin(jaxpr, operand)
+    return var
+
+
+def _returned(eqn: JaxprEqn, position: int) -> Any:
+    """The operand that a call, or a loop that carries it, returns at a position as it came; None if there is none."""
+    params = eqn.params
+    if eqn.primitive in (primitives.jit_p, primitives.remat_p):
+        inner = params["jaxpr"]
+        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        origin = _origin(inner, inner.outvars[position])
+        return next((given for given, its in zip(eqn.invars, inner.invars, strict=True) if its is origin), None)
+    if eqn.primitive is primitives.scan_p and position < params["num_carry"]:
+        body, place, given = params["jaxpr"].jaxpr, params["num_consts"] + position, eqn.invars
+    elif eqn.primitive is primitives.while_p:
+        body, place = params["body_jaxpr"].jaxpr, params["body_nconsts"] + position
+        given = eqn.invars[params["cond_nconsts"] :]
+    else:
+        return None
+    return given[place] if _origin(body, body.outvars[position]) is body.invars[place] else None
+
+
+def _slices(x: Value) -> tuple[Any, Callable[[Any], Value]]:
+    """What `scan` slices of a stacked operand, and how a turn's operand is rebuilt from a slice.
+
+    Of a kernel it slices `w`, and each factor that has the stacked axis: both, if it is a batch of layers.
+    """
+    if not isinstance(x, AdaptedKernel):
+        return x, lambda piece: piece
+    axes = (axes_of_a(x.roles), axes_of_b(x.roles))
+    factors = [
+        _in_front(factor, its.index(0)) if 0 in its else None for factor, its in zip((x.a, x.b), axes, strict=True)
+    ]
+
+    def rebuild(piece: Any) -> AdaptedKernel:
+        w, a, b = piece
+        return dataclasses.replace(x, w=w, a=x.a if a is None else a, b=x.b if b is None else b, roles=x.roles[1:])
+
+    return (x.w, *factors), rebuild
+
+
+def _in_front(x: Array, axis: int) -> Array:
+    return x if axis == 0 else jnp.moveaxis(x, axis, 0)
+
+
+def _stacked(y: Value) -> Value:
+    """What `scan` stacked: layers of a kernel are a kernel with one more batch axis, in front."""
+    if not isinstance(y, AdaptedKernel):
+        return y
+    return dataclasses.replace(y, roles=("" if y.is_probe else "b", *y.roles))

@@ -1,0 +1,128 @@
+"""Products by group, as mixtures of experts make them: the rows of x, run by run, each with its own expert's kernel.
+
+    y = ragged(x, W0) + ragged(ragged(x, A)·s, B)
+
+Usually the experts are a batch axis of the adapter. A factor that they share meets all rows alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+from typing import Any
+
+from jax import Array, lax
+
+from .._adapter import AdaptedKernel
+from .._contract import Labelled, Labels, contract
+from ._factored import factors
+from ._interpreter import NoRule, Site, Value, rule
+
+
+@rule("ragged_dot_general")
+def _ragged_dot_general(
+    site: Site,
+    lhs: Value,
+    rhs: Value,
+    group_sizes: Value,
+    *,
+    ragged_dot_dimension_numbers: Any,
+    precision: Any,
+    preferred_element_type: Any,
+    group_offset: Any,
+    out_sharding: Any,
+) -> Array:
+    numbers = ragged_dot_dimension_numbers
+    if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
+        raise NoRule("the adapted kernel is what is divided into groups")
+    if not numbers.rhs_group_dimensions:
+        raise NoRule("what is summed, or a batch, is divided into groups")
+    kernel = rhs
+    (group,), (lhs_ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
+    (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
+    roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
+    its = "".join(kernel.roles)
+    sizes_of_a_batch = group_sizes.ndim > 1 and any((its[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
+    if not kernel.is_probe and sizes_of_a_batch:
+        raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
+    lhs, group_sizes = site.dense(lhs, "it is divided into groups"), site.dense(group_sizes, "it divides into groups")
+    y = lax.ragged_dot_general(
+        lhs,
+        kernel.w,
+        group_sizes,
+        numbers,
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+        group_offset=group_offset,
+        out_sharding=out_sharding,
+    )
+    if kernel.is_probe:
+        site.used(kernel, "factored", roles=roles)
+        return y
+    met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
+    x = Labelled(lhs, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))
+    x_rest = [label for label in x.labels if label >= kernel.w.ndim]
+    w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
+    out = (*batch, *x_rest, *w_rest)
+    groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, precision)
+    a, b = factors(kernel)
+    first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
+    thin = groups.contract(x, first, keep={*second.labels, *out})
+    scaled = thin._replace(array=thin.array * kernel.scale)
+    low_rank = groups.contract(scaled, second, keep=out, dtype=y.dtype).in_order(out)
+    # Beside the two products: the scale on the thin one, and the sum with the base's.
+    operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
+    site.used(kernel, "factored", roles=roles, operations=operations)
+    return y + low_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class _Groups:
+    """How the rows are divided.
+
+    Attributes:
+      group: the kernel's axis of experts.
+      ragged: the label of the rows.
+      batch: the kernel's batch axes, in the order in which `sizes` has them.
+      sizes: how many rows each expert has, one run after the other.
+      offset: as in `ragged_dot_general`.
+      precision: likewise.
+    """
+
+    group: int
+    ragged: int
+    batch: Labels
+    sizes: Array
+    offset: Any
+    precision: Any
+
+    def contract(self, x: Labelled, factor: Labelled, *, keep: Collection[int], dtype: Any = None) -> Labelled:
+        """As `_contract.contract`, each row with its own expert's factor, if the factor has one for each."""
+        if self.group not in factor.labels:
+            return contract(x, factor, keep=keep, precision=self.precision, dtype=dtype)
+        shared = [label for label in x.labels if label in factor.labels]
+        summed = [label for label in shared if label not in keep]
+        batch = sorted((label for label in shared if label in keep), key=(*self.batch, *shared).index)
+        dot = [[[its.labels.index(label) for label in met] for its in (x, factor)] for met in (summed, batch)]
+        numbers = lax.RaggedDotDimensionNumbers(dot, [x.labels.index(self.ragged)], [factor.labels.index(self.group)])
+        array = lax.ragged_dot_general(
+            x.array,
+            factor.array,
+            self.sizes,
+            numbers,
+            precision=self.precision,
+            preferred_element_type=dtype,
+            group_offset=self.offset,
+        )
+        rest = [label for label in (*x.labels, *factor.labels) if label not in (*shared, self.group)]
+        return Labelled(array, (*batch, *rest))
+
+    def operations(self, x: Labelled, factor: Labelled) -> int:
+        """Of a product; a row meets one expert's factor."""
+        alone = [
+            size
+            for label, size in zip(factor.labels, factor.array.shape, strict=True)
+            if label not in (*x.labels, self.group)
+        ]
+        return 2 * x.array.size * math.prod(alone)

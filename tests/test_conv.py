@@ -1,0 +1,167 @@
+"""Convolutions: groups, layouts, whichever factor has the window, and the layers of Flax."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax import lax
+from law import Case, adapted, assert_case, assert_law, normal
+
+import lora_jax as lj
+from lora_jax import testing
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
+def convolution(**options: Any) -> Callable[..., Any]:
+    return lambda w, x: lax.conv_general_dilated(x, w, **options)
+
+
+def grouped(groups: int, *, strides: Any = (1, 1), padding: Any = "SAME", numbers: Any = NHWC, **options: Any) -> Any:
+    return convolution(
+        window_strides=strides, padding=padding, dimension_numbers=numbers, feature_group_count=groups, **options
+    )
+
+
+GROUPED = {
+    "two groups": Case(grouped(2), (3, 2, 3, 6), [(2, 5, 4, 6)], "iiio"),
+    "three groups, strided": Case(grouped(3, strides=(2, 3)), (3, 2, 2, 9), [(2, 7, 8, 6)], "iiio"),
+    "two groups, dilated": Case(
+        grouped(2, padding=((2, 1), (-1, 4)), lhs_dilation=(1, 3), rhs_dilation=(2, 1)),
+        (3, 2, 3, 6),
+        [(2, 5, 4, 6)],
+        "iiio",
+    ),
+    "two groups, channels first": Case(
+        grouped(2, numbers=("NCHW", "OIHW", "NCHW")), (6, 3, 3, 2), [(2, 6, 5, 4)], "oiii"
+    ),
+    "two groups, an order nobody would choose": Case(
+        grouped(2, padding="VALID", numbers=("CWNH", "HOWI", "HCWN")), (3, 6, 2, 3), [(6, 5, 2, 6)], "ioii"
+    ),
+    "two groups, one axis": Case(
+        grouped(2, strides=(2,), numbers=("NHC", "HIO", "NHC")), (3, 3, 6), [(2, 7, 6)], "iio"
+    ),
+    "two groups, three axes": Case(
+        grouped(2, strides=(1, 2, 1), numbers=("NHWDC", "HWDIO", "NHWDC")),
+        (2, 2, 3, 2, 6),
+        [(2, 3, 4, 3, 4)],
+        "iiiio",
+    ),
+    "two groups, no window": Case(
+        grouped(2, strides=(), padding=(), numbers=("NC", "IO", "NC")), (3, 6), [(2, 6)], "io"
+    ),
+    "depthwise": Case(grouped(6), (3, 2, 1, 6), [(2, 5, 4, 6)], "iiio"),
+    "depthwise, three outputs a channel": Case(grouped(3, strides=(2, 1)), (3, 2, 1, 9), [(2, 5, 4, 3)], "iiio"),
+    "two groups, of a batch by vmap": Case(
+        lambda w, x: jax.vmap(lambda x: grouped(2)(w, x))(x), (3, 2, 3, 6), [(2, 1, 5, 4, 6)], "iiio"
+    ),
+    "two groups, of a layer of a stack": Case(
+        lambda w, x: lax.scan(lambda x, w: (grouped(2)(w, x), None), x, w)[0], (2, 3, 2, 3, 6), [(1, 5, 4, 6)], "biiio"
+    ),
+    "two groups, in remat in jit": Case(
+        lambda w, x: jax.jit(jax.checkpoint(grouped(2)))(w, x), (3, 2, 3, 6), [(2, 5, 4, 6)], "iiio"
+    ),
+}
+
+# The adapter may say otherwise, as long as what is convolved and what comes out are not in one factor.
+OTHERWISE = {
+    f"{''.join(roles)}, {groups} groups": Case(
+        grouped(groups, strides=(2, 1), padding=((2, 1), (-1, 3)), lhs_dilation=(1, 3), rhs_dilation=(2, 1)),
+        (3, 2, 3, 6),
+        [(2, 5, 4, 3 * groups)],
+        "iiio",
+        "".join(roles),
+    )
+    for *roles, groups in [(*window, *channels, groups) for window in itertools.product("io", repeat=2)
+                           for channels in ("io", "oi") for groups in (1, 2)]
+}  # fmt: skip
+CASES = GROUPED | OTHERWISE
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_convolution_is_that_of_the_formed_kernel(name: str) -> None:
+    assert_case(CASES[name])
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+    case = GROUPED[name]
+    assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_explain_counts_the_operations_that_the_factors_add(name: str) -> None:
+    case = CASES[name]
+    ours = testing.operations(lj.lora(case.apply), case.params, case.adapter, *case.arrays)
+    base = testing.operations(case.apply, case.params, *case.arrays)
+    (row,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows
+    assert row.operations == ours - base
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_array_of_the_kernel_s_shape_is_made(name: str) -> None:
+    case = CASES[name]
+    assert case.kernel not in testing.shapes_made(lj.lora(case.apply), case.params, case.adapter, *case.arrays)
+
+
+@pytest.mark.parametrize("name", ["two groups", "depthwise", "oiio, 2 groups"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_a_grouped_convolution_keeps_its_dtype(dtype: str, name: str) -> None:
+    case = CASES[name]
+    with jax.enable_x64(True):
+        params = {"w": normal(*case.kernel, dtype=dtype)}
+        (x,) = case.arrays
+        its = adapted(params, {"w": case.axes or case.roles}, dtype=dtype)
+        assert_law(case.apply, params, its, x.astype(dtype))
+
+
+class Convolution:
+    """Any convolution of a kernel."""
+
+    def __init__(self, draw: Any) -> None:
+        spatial = draw(st.integers(0, 2))
+        size = st.integers(1, 3)
+        self.groups = draw(st.integers(1, 3))
+        out = self.groups * draw(st.integers(1, 2))
+        its_in = draw(size)
+        lhs_spec, rhs_spec, out_spec = (draw(st.permutations(range(spatial + 2))) for _ in range(3))
+        self.numbers = lax.ConvDimensionNumbers(*map(tuple, (lhs_spec, rhs_spec, out_spec)))
+        each = lambda strategy: [draw(strategy) for _ in range(spatial)]  # noqa: E731
+        self.strides, self.input_dilation, self.dilation = each(size), each(st.integers(1, 2)), each(st.integers(1, 2))
+        self.padding = each(st.tuples(st.integers(-1, 2), st.integers(0, 2)))
+        self.x, self.kernel, self.roles = [0] * (spatial + 2), [0] * (spatial + 2), [""] * (spatial + 2)
+        for place, axis in enumerate(lhs_spec):
+            self.x[axis] = (draw(size), its_in * self.groups)[place] if place < 2 else draw(st.integers(6, 8))
+        channels = draw(st.sampled_from(["io", "oi"]))
+        for place, axis in enumerate(rhs_spec):
+            self.kernel[axis] = (out, its_in)[place] if place < 2 else draw(size)
+            self.roles[axis] = channels[place] if place < 2 else draw(st.sampled_from("io"))
+
+    def __repr__(self) -> str:
+        return f"Convolution({vars(self)})"
+
+    def apply(self, params: Any, x: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(
+            x,
+            params["w"],
+            self.strides,
+            self.padding,
+            lhs_dilation=self.input_dilation,
+            rhs_dilation=self.dilation,
+            dimension_numbers=self.numbers,
+            feature_group_count=self.groups,
+        )
+
+
+@given(st.composite(Convolution)())
+def test_any_convolution_is_that_of_the_formed_kernel(case: Convolution) -> None:
+    with jax.enable_x64(True):
+        params = {"w": normal(*case.kernel, dtype="float64")}
+        its = adapted(params, {"w": "".join(case.roles)}, rank=1, dtype="float64")
+        assert_law(case.apply, params, its, normal(*case.x, seed=1, dtype="float64"))

@@ -1,0 +1,304 @@
+"""Models that place their own work on devices: `shard_map`, shardings of a `jit`, `vmap` with `spmd_axis_name`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import dense
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from law import Case, adapted, assert_case, assert_close, assert_law, normal, total
+
+import lora_jax as lj
+
+
+def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
+    return jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+
+
+def mapped(function: Callable[..., Any], *in_specs: P, out: Any, **options: Any) -> Callable[..., Any]:
+    return jax.shard_map(function, mesh=mesh(), in_specs=in_specs, out_specs=out, **options)
+
+
+def multiply(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ w
+
+
+def summed(w: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.psum(x @ w, "x")
+
+
+def gathered(axis: int, *, tiled: bool = True, name: Any = "x") -> Callable[..., Any]:
+    return lambda w, x: jnp.tanh(x @ lax.all_gather(w, name, axis=axis, tiled=tiled))
+
+
+def stack(w: jax.Array, x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return jnp.tanh(lax.psum_scatter(x @ w, "x", scatter_dimension=1, tiled=True)), None
+
+    return lax.scan(layer, x, w)[0]
+
+
+def feed_forward(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Megatron's: hidden units on devices, up and down again."""
+    return lax.psum(jnp.tanh(x @ w) @ w.T, "x")
+
+
+X = (8, 8)
+SHARD_MAPS = {
+    "replicated": Case(mapped(multiply, P(), P("x"), out=P("x")), (8, 12), [X], "io"),
+    "replicated, closed over": Case(lambda w, x: mapped(lambda x: x @ w, P("x"), out=P("x"))(x), (8, 12), [X], "io"),
+    "input on devices": Case(mapped(summed, P("x"), P(None, "x"), out=P()), (8, 12), [X], "io"),
+    "output on devices": Case(mapped(multiply, P(None, "x"), P(), out=P(None, "x")), (8, 12), [X], "io"),
+    "input and output on devices": Case(
+        mapped(summed, P("x", "y"), P(None, "x"), out=P(None, "y")), (8, 12), [X], "io"
+    ),
+    "input on all devices": Case(
+        mapped(lambda w, x: lax.psum(x @ w, ("x", "y")), P(("x", "y")), P(None, ("x", "y")), out=P()),
+        (8, 12),
+        [X],
+        "io",
+    ),
+    "experts on devices": Case(
+        mapped(lambda w, x: jnp.einsum("edf,etd->etf", w, x), P("x"), P("x"), out=P("x")),
+        (4, 8, 12),
+        [(4, 3, 8)],
+        "bio",
+    ),
+    "heads on devices": Case(
+        mapped(lambda w, x: jnp.einsum("dhk,td->thk", w, x), P(None, "x"), P(), out=P(None, "x")), (8, 4, 3), [X], "ioo"
+    ),
+    "up and down": Case(mapped(feed_forward, P(None, "x"), P(), out=P()), (8, 12), [X], "io"),
+    "transposed": Case(mapped(lambda w, x: x @ w.T, P("x"), P(), out=P(None, "x")), (12, 8), [X], "oi"),
+    "in a scan": Case(mapped(stack, P(None, "x"), P(None, "x"), out=P(None, "x")), (3, 8, 8), [X], "bio"),
+    "of a scan": Case(
+        lambda w, x: lax.scan(lambda x, w: (mapped(summed, P("x"), P(None, "x"), out=P())(w, x), None), x, w)[0],
+        (3, 8, 8),
+        [X],
+        "bio",
+    ),
+    "one axis of the mesh by hand": Case(
+        mapped(summed, P("x"), P(None, "x"), out=P(), axis_names={"x"}), (8, 12), [X], "io"
+    ),
+    "unchecked": Case(mapped(summed, P("x"), P(None, "x"), out=P(), check_vma=False), (8, 12), [X], "io"),
+    "unchecked, output on devices": Case(
+        mapped(multiply, P(None, "x"), P("y"), out=P("y", "x"), check_vma=False), (8, 12), [X], "io"
+    ),
+    "in jit in remat": Case(
+        lambda w, x: jax.checkpoint(jax.jit(mapped(summed, P("x"), P(None, "x"), out=P())))(w, x), (8, 12), [X], "io"
+    ),
+    "a look-up": Case(
+        mapped(lambda w, ids: w[ids], P(None, "x"), P("y"), out=P("y", "x")), (6, 12), [[0, 5, 2, 1]], "io"
+    ),
+    "gathered inputs": Case(mapped(gathered(0), P("x"), P("x"), out=P("x")), (8, 12), [X], "io"),
+    "gathered outputs": Case(mapped(gathered(1), P(None, "x"), P("x"), out=P("x")), (8, 12), [X], "io"),
+    "gathered over all devices": Case(
+        mapped(gathered(0, name=("x", "y")), P(("x", "y")), P(("x", "y")), out=P(("x", "y"))), (8, 12), [X], "io"
+    ),
+    "gathered, then transposed": Case(
+        mapped(lambda w, x: x @ lax.all_gather(w, "x", axis=0, tiled=True).T, P("x"), P("x"), out=P("x")),
+        (12, 8),
+        [X],
+        "oi",
+    ),
+    "gathered beside each other": Case(
+        mapped(
+            lambda w, x: jnp.einsum("td,edf->tef", x, lax.all_gather(w, "x", axis=0)), P(None, "x"), P("x"), out=P("x")
+        ),
+        (8, 12),
+        [X],
+        "io",
+    ),
+    "gathered layer by layer": Case(
+        mapped(
+            lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ lax.all_gather(w, "x", tiled=True)), None), x, w)[0],
+            P(None, "x"),
+            P("x"),
+            out=P("x"),
+        ),
+        (3, 8, 8),
+        [X],
+        "bio",
+    ),
+    "gathered outputs beside each other, in the middle": Case(
+        mapped(
+            lambda w, x: jnp.einsum("td,def->tef", x, lax.all_gather(w, "x", axis=1)), P(None, "x"), P("x"), out=P("x")
+        ),
+        (8, 12),
+        [X],
+        "io",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARD_MAPS)
+def test_a_shard_map_gives_what_it_gives_with_the_formed_kernel(name: str) -> None:
+    assert_case(SHARD_MAPS[name])
+
+
+@pytest.mark.parametrize("name", SHARD_MAPS)
+def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+    case = SHARD_MAPS[name]
+    assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
+
+
+def test_factors_come_as_they_are_cut_where_shardings_are_types() -> None:
+    explicit = mesh(AxisType.Explicit)
+    place = lambda x, spec: jax.device_put(x, NamedSharding(explicit, spec))  # noqa: E731
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jax.shard_map(summed, mesh=explicit, in_specs=(P("x"), P(None, "x")), out_specs=P())(params["w"], x)
+
+    with jax.set_mesh(explicit):
+        params, x = {"w": place(normal(8, 12), P("x"))}, place(normal(*X, seed=1), P(None, "x"))
+        assert_law(apply, params, adapted(params, {"w": "io"}), x)
+
+
+def cut_in_half(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Each device works on its own part of a kernel that all of them have."""
+    first = lax.axis_index("x") * 3
+    return x @ lax.dynamic_slice_in_dim(w, first, 3, axis=1)
+
+
+def test_a_part_that_a_device_takes_by_its_own_number_is_that_of_the_formed_kernel() -> None:
+    assert_case(Case(mapped(cut_in_half, P(), P("y"), out=P("y", "x")), (8, 12), [X], "io"))
+
+
+# Shardings of a `jit`
+
+
+def layers(w: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def sharding(*spec: Any) -> NamedSharding:
+    return NamedSharding(mesh(), P(*spec))
+
+
+SHARDINGS = {
+    "of the input": Case(
+        lambda w, x: jax.jit(multiply, in_shardings=(sharding("x"), sharding()))(w, x), (8, 12), [X], "io"
+    ),
+    "of the output": Case(
+        lambda w, x: jax.jit(multiply, in_shardings=(sharding(None, "y"), None))(w, x), (8, 12), [X], "io"
+    ),
+    "of both": Case(
+        lambda w, x: jax.jit(multiply, in_shardings=(sharding("y", "x"), None), out_shardings=sharding(None, "x"))(
+            w, x
+        ),
+        (8, 12),
+        [X],
+        "io",
+    ),
+    "of layers": Case(
+        lambda w, x: jax.jit(
+            lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0],
+            in_shardings=(sharding("y", "x"), None),
+        )(w, x),
+        (2, 8, 8),
+        [X],
+        "bio",
+    ),
+    "of a kernel that comes back": Case(
+        lambda w, x: x @ jax.jit(lambda w: w.T, out_shardings=sharding(None, "x"))(w), (12, 8), [X], "oi"
+    ),
+    "of a kernel that comes back beside an array": Case(
+        lambda w, x: multiply(*jax.jit(lambda w, x: (w, x + 1), out_shardings=(sharding("x"), None))(w, x)),
+        (8, 12),
+        [X],
+        "io",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARDINGS)
+def test_a_jit_with_shardings_gives_what_it_gives_with_the_formed_kernel(name: str) -> None:
+    case = SHARDINGS[name]
+    assert_case(case)
+    assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
+
+
+def jit_equation(case: Case) -> Any:
+    jaxpr = jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, *case.arrays)
+    return next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
+
+
+def test_a_sharding_of_the_kernel_is_one_of_the_axes_of_its_factors() -> None:
+    asked = {
+        var.aval.shape: sharding.spec
+        for var, sharding in zip(
+            jit_equation(SHARDINGS["of layers"]).invars,
+            jit_equation(SHARDINGS["of layers"]).params["in_shardings"],
+            strict=True,
+        )
+        if isinstance(sharding, NamedSharding)
+    }
+    assert asked == {(2, 8, 8): P("y", "x"), (2, 8, 2): P("y", "x", None), (2, 2, 8): P("y", None, None)}
+
+
+def test_a_kernel_that_a_jit_may_destroy_is_kept_for_its_caller() -> None:
+    case = Case(lambda w, x: jax.jit(multiply, donate_argnums=(0, 1))(w, x + 1), (4, 4), [(4, 4)], "io")
+    assert_case(case)
+    assert jit_equation(case).params["donated_invars"] == (False, False, False, True)
+    params, adapter = case.params, case.adapter
+    for _ in range(2):
+        lj.lora(case.apply)(params, adapter, *case.arrays).block_until_ready()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, adapter)))
+
+
+# `vmap` with `spmd_axis_name`
+
+
+def constrained(w: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.with_sharding_constraint(
+        jnp.tanh(x @ lax.with_sharding_constraint(w, sharding("y"))), sharding(None, "y")
+    )
+
+
+SPMD = {
+    "over activations": Case(
+        lambda w, x: jax.vmap(constrained, (None, 0), spmd_axis_name="x")(w, x), (8, 12), [(4, 3, 8)], "io"
+    ),
+    "over experts": Case(lambda w, x: jax.vmap(constrained, spmd_axis_name="x")(w, x), (4, 8, 12), [(4, 3, 8)], "bio"),
+    "over experts on axis 1": Case(
+        lambda w, x: jax.vmap(constrained, (1, 0), spmd_axis_name="x")(w, x), (8, 4, 12), [(4, 3, 8)], "ibo"
+    ),
+    "over a shard_map": Case(
+        lambda w, x: jax.vmap(
+            mapped(lambda w, x: lax.psum(x @ w, "y"), P("y"), P(None, "y"), out=P()), spmd_axis_name="x"
+        )(w, x),
+        (4, 8, 12),
+        [(4, 3, 8)],
+        "bio",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPMD)
+def test_a_vmap_over_devices_inside_the_model_is_that_of_the_formed_kernel(name: str) -> None:
+    case = SPMD[name]
+    with jax.set_mesh(mesh()):
+        assert_case(case)
+    assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
+
+
+@pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0)], ids=["x", "adapters", "both"])
+def test_a_vmap_over_devices_around_the_model_is_that_of_the_merged_model(axes: Any) -> None:
+    case = Case(constrained, (8, 12), [(4, 3, 8)], "io")
+    adapter = case.adapter if axes[0] is None else jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), case.adapter)
+    (x,) = case.arrays if axes[1] == 0 else (case.arrays[0][0],)
+
+    def run(function: Any) -> Any:
+        call = functools.partial(function, case.params)
+        gradient = lambda adapter, x: jax.grad(lambda adapter: total(call(adapter, x)))(adapter)  # noqa: E731
+        both = lambda adapter, x: (call(adapter, x), gradient(adapter, x))  # noqa: E731
+        return jax.jit(jax.vmap(both, axes, spmd_axis_name="x"))(adapter, x)
+
+    with jax.set_mesh(mesh()):
+        assert_close(run(lj.lora(case.apply)), run(dense(case.apply)))
