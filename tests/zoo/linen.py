@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import minilm
-from lora_jax import Full, RSLoRA
+from lora_jax import Full, LoRA, RSLoRA
 
 from .model import LORA, Model
 
@@ -164,3 +164,25 @@ def decoding(key: jax.Array, dtype: Any) -> Model:
     x = jax.random.normal(key, (8, 5, 6), dtype)
     params = initialised(attention, key, x, dtype)["params"]
     return Model(apply, params, (x,), {"{query,key,value,out}/kernel": LORA})
+
+
+def optimized_lstm(key: jax.Array, dtype: Any) -> Model:
+    """Its kernels are put side by side before they meet the activation: four in one product."""
+    start = nn.initializers.lecun_normal()
+    model = nn.RNN(nn.OptimizedLSTMCell(4, dtype=dtype, param_dtype=dtype, recurrent_kernel_init=start))
+    x = jax.random.normal(key, (8, 5, 4), dtype)
+    return Model(model.apply, initialised(model, key, x, dtype), (x,), {"**/kernel": LORA})
+
+
+def grouped_conv(key: jax.Array, dtype: Any) -> Model:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            common = {"dtype": dtype, "param_dtype": dtype}
+            x = nn.gelu(nn.Conv(6, (3,), feature_group_count=6, name="depthwise", **common)(x))
+            x = nn.gelu(nn.Conv(8, (3,), feature_group_count=2, strides=2, name="grouped", **common)(x))
+            return nn.ConvTranspose(4, (3,), strides=(2,), name="up", **common)(x)
+
+    x = jax.random.normal(key, (8, 7, 6), dtype)
+    spec = {"params/depthwise/kernel": LoRA(rank=1, alpha=2), "params/*/kernel": LORA}
+    return Model(Net().apply, initialised(Net(), key, x, dtype), (x,), spec)
