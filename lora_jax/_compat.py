@@ -6,13 +6,12 @@ Written for jax 0.10. A parameter that a later JAX adds to a primitive arrives i
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-import flax
 import jax
-import numpy as np
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import DebugInfo
@@ -23,8 +22,12 @@ from jax.extend.core import Primitive as Primitive
 from jax.extend.core import Var as Var
 from jax.extend.core import primitives as primitives
 
-# NumPy is among them because its functions pass JAX arrays on to JAX.
-_LIBRARIES = tuple(os.path.dirname(file) for file in (__file__, flax.__file__, np.__file__))
+# Whose frames are not the user's. NumPy is among them because its functions pass JAX arrays on to JAX.
+_LIBRARIES = tuple(
+    os.path.join(os.path.dirname(spec.origin), "")
+    for name in (__package__, "flax", "haiku", "equinox", "numpy")
+    if (spec := importlib.util.find_spec(name)) is not None and spec.origin is not None
+)
 
 
 @contextlib.contextmanager

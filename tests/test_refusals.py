@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import flax.linen as nn
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -280,6 +282,35 @@ def test_a_refusal_in_a_layer_of_linen_names_the_model_s_line_and_the_kernel_s_p
     line = first + next(number for number, text in enumerate(lines) if "# refused here" in text)
     assert "'params/masked/kernel'" in str(error.value)
     assert re.search(rf"\n  at {re.escape(__file__)}:{line}:\d+ \(\S*Model.__call__\)\n", str(error.value))
+
+
+def haiku_layer() -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    def model(x: jax.Array) -> jax.Array:
+        return hk.Conv1D(4, 3, mask=np.ones((3, 4, 4)))(x)
+
+    net = hk.without_apply_rng(hk.transform(model))
+    return model, net.apply, jax.eval_shape(net.init, jax.random.key(0), normal(2, 5, 4))
+
+
+def equinox_layer() -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    layer = eqx.filter_eval_shape(lambda key: eqx.nn.WeightNorm(eqx.nn.Linear(4, 4, key=key)), jax.random.key(0))
+    params, static = eqx.partition(layer, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jax.vmap(jax.vmap(eqx.combine(params, static)))(x)
+
+    return apply, apply, params
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "axes"), [(haiku_layer, "conv1_d/w", "iio"), (equinox_layer, "layer/weight", "oi")]
+)
+def test_a_refusal_in_a_layer_of_another_framework_names_the_model_s_line(make: Any, path: str, axes: str) -> None:
+    model, apply, shapes = make()
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), shapes)
+    line = model.__code__.co_firstlineno + 1
+    with pytest.raises(lj.UnsupportedError, match=rf"{path!r}(.|\n)*\n  at {re.escape(__file__)}:{line}:"):
+        lj.lora(apply)(params, adapted(params, {path: axes}), normal(2, 5, 4))
 
 
 def test_a_refusal_is_an_error_of_the_library_and_of_python() -> None:

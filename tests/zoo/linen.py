@@ -1,41 +1,17 @@
-"""The models on which the laws are tested: each an apply function that knows nothing of LoRA."""
+"""Linen: modules as Flax users write them."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 import minilm
 from lora_jax import Full, LoRA, RSLoRA
 
-Spec = dict[str, Any]
-LORA = LoRA(rank=2, alpha=4)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A model and a call of it.
-
-    Attributes:
-      apply: `apply(params, *args)`.
-      params: what it is called with.
-      args: the rest of the call; a batch first.
-      spec: what is adapted.
-    """
-
-    apply: Callable[..., Any]
-    params: Any
-    args: tuple[Any, ...]
-    spec: Spec
-
-
-Make = Callable[[jax.Array, Any], Model]
+from .model import LORA, Model
 
 
 def initialised(model: nn.Module, key: jax.Array, x: jax.Array, dtype: Any) -> Any:
@@ -144,62 +120,69 @@ def minilm_encoder(key: jax.Array, dtype: Any) -> Model:
     return Model(lambda params, ids: encoder.apply(params, ids, ids > 2), params, (ids,), spec)
 
 
-def nnx_transformer(key: jax.Array, dtype: Any) -> Model:
-    class Layer(nnx.Module):
-        def __init__(self, *, rngs: nnx.Rngs) -> None:
-            common = {"rngs": rngs, "dtype": dtype, "param_dtype": dtype}
-            self.norm = nnx.LayerNorm(12, **common)
-            self.attention = nnx.MultiHeadAttention(2, 12, decode=False, **common)
-            self.up = nnx.Linear(12, 24, **common)
-            self.down = nnx.Linear(24, 12, **common)
+def gru(key: jax.Array, dtype: Any) -> Model:
+    start = nn.initializers.lecun_normal()  # the default, orthogonal, has no bfloat16 routine
+    common = {"dtype": dtype, "param_dtype": dtype, "recurrent_kernel_init": start}
+    model = nn.Bidirectional(nn.RNN(nn.GRUCell(4, **common)), nn.RNN(nn.SimpleCell(4, **common)))
+    x = jax.random.normal(key, (8, 5, 4), dtype)
+    return Model(model.apply, initialised(model, key, x, dtype), (x,), {"**/kernel": LORA})
 
+
+def experts(key: jax.Array, dtype: Any) -> Model:
+    """A mixture of experts: each token goes to the one that it scores highest, as far as that has room."""
+
+    class Experts(nn.Module):
+        @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            x = x + self.attention(self.norm(x))
-            return x + self.down(nnx.gelu(self.up(x)))
+            start, shape = nn.initializers.lecun_normal(batch_axis=(0,)), (3, 6, 8)
+            up, down = self.param("up", start, shape, dtype), self.param("down", start, (3, 8, 6), dtype)
+            scores = nn.softmax(nn.Dense(3, use_bias=False, name="router", dtype=dtype, param_dtype=dtype)(x))
+            chosen = jax.nn.one_hot(scores.argmax(-1), 3, dtype=jnp.int32)
+            seats = jax.nn.one_hot((chosen.cumsum(1) - 1) * chosen - (1 - chosen), 4, dtype=dtype)
+            tokens = jnp.einsum("btd,btec->becd", x, seats)
+            out = jnp.einsum("becf,efd->becd", nn.gelu(jnp.einsum("becd,edf->becf", tokens, up)), down)
+            return x + jnp.einsum("becd,btec,bte->btd", out, seats, scores)
 
-    class Transformer(nnx.Module):
-        def __init__(self, *, rngs: nnx.Rngs) -> None:
-            self.layers = nnx.List([Layer(rngs=rngs) for _ in range(2)])
+    x = jax.random.normal(key, (8, 7, 6), dtype)
+    return Model(Experts().apply, initialised(Experts(), key, x, dtype), (x,), {"params/{up,down}": LORA})
 
+
+def decoding(key: jax.Array, dtype: Any) -> Model:
+    """Attention that reads one token at a time and keeps the keys and values of those before in a mutable cache."""
+    attention = nn.MultiHeadDotProductAttention(num_heads=2, decode=True, dtype=dtype, param_dtype=dtype)
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        shapes = jax.eval_shape(attention.init, key, x)["cache"]
+
+        def step(cache: Any, token: jax.Array) -> tuple[Any, jax.Array]:
+            y, changed = attention.apply({"params": params, "cache": cache}, token[:, None], mutable=["cache"])
+            return changed["cache"], y[:, 0]
+
+        empty = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+        return jax.lax.scan(step, empty, x.swapaxes(0, 1))[1]
+
+    x = jax.random.normal(key, (8, 5, 6), dtype)
+    params = initialised(attention, key, x, dtype)["params"]
+    return Model(apply, params, (x,), {"{query,key,value,out}/kernel": LORA})
+
+
+def optimized_lstm(key: jax.Array, dtype: Any) -> Model:
+    """Its kernels are put side by side before they meet the activation: four in one product."""
+    start = nn.initializers.lecun_normal()
+    model = nn.RNN(nn.OptimizedLSTMCell(4, dtype=dtype, param_dtype=dtype, recurrent_kernel_init=start))
+    x = jax.random.normal(key, (8, 5, 4), dtype)
+    return Model(model.apply, initialised(model, key, x, dtype), (x,), {"**/kernel": LORA})
+
+
+def grouped_conv(key: jax.Array, dtype: Any) -> Model:
+    class Net(nn.Module):
+        @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
-            for layer in self.layers:
-                x = layer(x)
-            return x
+            common = {"dtype": dtype, "param_dtype": dtype}
+            x = nn.gelu(nn.Conv(6, (3,), feature_group_count=6, name="depthwise", **common)(x))
+            x = nn.gelu(nn.Conv(8, (3,), feature_group_count=2, strides=2, name="grouped", **common)(x))
+            return nn.ConvTranspose(4, (3,), strides=(2,), name="up", **common)(x)
 
-    graph, state = nnx.split(Transformer(rngs=nnx.Rngs(params=key)))
-    x = jax.random.normal(key, (8, 5, 12), dtype)
-    return Model(lambda state, x: nnx.merge(graph, state)(x), state, (x,), {"layers/*/{attention/*,up}/kernel": LORA})
-
-
-def plain_function(key: jax.Array, dtype: Any) -> Model:
-    keys = jax.random.split(key, 4)
-    params = [
-        {"experts": jax.random.normal(keys[0], (3, 12, 8), dtype) / 4},
-        (jax.random.normal(keys[1], (8, 2, 4), dtype) / 3, jnp.ones(4, dtype)),
-    ]
-
-    def apply(params: Any, x: jax.Array, flag: bool) -> dict[str, Any]:
-        (layer, (kernel, bias)) = params
-        y = jnp.einsum("eti,eio->eto", x, layer["experts"])
-        y = jnp.einsum("hko,eto->ethk", kernel.transpose(1, 2, 0), y) + bias
-        return {"y": jnp.tanh(y), "flag": flag, "name": "plain"}
-
-    x = jax.random.normal(keys[2], (3, 8, 12), dtype)
-    spec = {"0/experts": LoRA(rank=2, alpha=4, axes="bio"), "1/0": LoRA(rank=2, alpha=1, axes="ioo")}
-    return Model(apply, params, (x, True), spec)
-
-
-ZOO: dict[str, Make] = {
-    make.__name__: make
-    for make in (
-        mlp,
-        transformer,
-        scanned_transformer,
-        tied_embedding,
-        conv_net,
-        lstm,
-        nnx_transformer,
-        plain_function,
-        minilm_encoder,
-    )
-}
+    x = jax.random.normal(key, (8, 7, 6), dtype)
+    spec = {"params/depthwise/kernel": LoRA(rank=1, alpha=2), "params/*/kernel": LORA}
+    return Model(Net().apply, initialised(Net(), key, x, dtype), (x,), spec)

@@ -1,0 +1,70 @@
+"""Models that nobody here wrote pass the laws as they are: `transformers` for Flax."""
+
+import functools
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import assert_close, dense, trained
+from law import assert_law
+from transforms import TRANSFORMS, call, loss
+from zoo.hugging_face import MODELS
+from zoo.model import Model
+
+import lora_jax as lj
+
+
+@functools.cache
+def make(name: str) -> tuple[Model, Any]:
+    key = jax.random.key(0)
+    model = MODELS[name](key)
+    kernels = lj.kernels(model.apply, model.params, *model.args)
+    return model, jax.jit(lambda key, params: lj.init(key, params, model.spec, kernels=kernels))(key, model.params)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_at_the_start_the_model_is_what_it_was_bit_for_bit(name: str) -> None:
+    model, adapter = make(name)
+    base = jax.jit(model.apply)(model.params, *model.args)
+    chex.assert_trees_all_equal(jax.jit(lj.lora(model.apply))(model.params, adapter, *model.args), base)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_adapted_model_and_its_gradients_are_those_of_merged_kernels(name: str, key: jax.Array) -> None:
+    model, adapter = make(name)
+    assert_law(model.apply, model.params, trained(key, adapter), *model.args)
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"),
+    [
+        ("gpt2", "scan"),
+        ("llama", "vmap"),
+        ("bert", "remat"),
+        ("roberta", "jvp"),
+        ("vit", "scan"),
+        ("whisper", "jvp"),
+        ("clip", "remat"),
+        ("resnet", "vmap"),
+    ],
+)
+def test_under_a_transform_of_jax_it_is_still_the_merged_model(name: str, transform: str, key: jax.Array) -> None:
+    model, adapter = make(name)
+    under, table = TRANSFORMS[transform]
+    adapter, batch = trained(key, adapter), model.args[0]
+    got = under(call(lj.lora(model.apply), model), adapter, batch)
+    assert_close(got, under(call(dense(model.apply), model), adapter, batch), table)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_leaf_is_used_and_gets_a_gradient_and_a_second_call_traces_nothing(name: str, key: jax.Array) -> None:
+    model, adapter = make(name)
+    lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
+    chex.clear_trace_counter()
+    gradient = jax.jit(jax.grad(loss(chex.assert_max_traces(call(lj.lora(model.apply), model), n=1))))
+    for values in (adapter, trained(key, adapter)):
+        parts = gradient(values, model.args[0])
+    for path, part in parts.items():
+        assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(part)), path

@@ -1,0 +1,61 @@
+"""A model as a function of its adapter, and the transformations of JAX under which the laws are tested."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from helpers import FORWARD, GRADIENT
+from zoo import Model
+
+Call = Callable[[Any, jax.Array], Any]  # (adapter, batch) -> arrays
+
+
+def call(apply: Callable[..., Any], model: Model) -> Call:
+    """The model as a function of the adapter and the batch; what it returns that is no array is left out."""
+    leaves, treedef = jax.tree.flatten((model.params, model.args[1:]))
+
+    def run(adapter: Any, batch: jax.Array) -> Any:
+        params, rest = jax.tree.unflatten(treedef, leaves)  # new: NNX refuses the variables of another trace
+        out = apply(params, adapter, batch, *rest)
+        return [as_numbers(leaf) for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
+
+    return run
+
+
+def as_numbers(array: jax.Array) -> jax.Array:
+    """A PRNG key, as a stateful model returns it, is not to be compared or summed."""
+    return jax.random.key_data(array) if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array
+
+
+def loss(run: Call) -> Callable[[Any, jax.Array], jax.Array]:
+    return lambda adapter, batch: sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in run(adapter, batch))
+
+
+def two(adapter: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.stack([leaf, -leaf / 2]), adapter)
+
+
+def jvp(run: Call, adapter: Any, batch: jax.Array) -> Any:
+    return jax.jvp(lambda adapter: run(adapter, batch), (adapter,), (jax.tree.map(jnp.ones_like, adapter),))[1]
+
+
+def scan(run: Call, adapter: Any, batch: jax.Array) -> Any:
+    return jax.lax.scan(lambda carry, adapter: (carry, run(adapter, batch)), 0, two(adapter))[1]
+
+
+def pmap(run: Call, adapter: Any, batch: jax.Array) -> Any:
+    shards = jnp.stack([batch] * 8) if batch.shape[0] % 8 else batch.reshape(8, -1, *batch.shape[1:])
+    return jax.pmap(run, in_axes=(None, 0))(adapter, shards)
+
+
+TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
+    "eager": (lambda run, adapter, batch: run(adapter, batch), FORWARD),
+    "jit": (lambda run, adapter, batch: jax.jit(run)(adapter, batch), FORWARD),
+    "grad": (lambda run, adapter, batch: jax.jit(jax.grad(loss(run)))(adapter, batch), GRADIENT),
+    "vmap": (lambda run, adapter, batch: jax.jit(jax.vmap(run, (0, None)))(two(adapter), batch), FORWARD),
+    "scan": (lambda run, adapter, batch: jax.jit(lambda ad, x: scan(run, ad, x))(adapter, batch), FORWARD),
+    "remat": (lambda run, adapter, batch: jax.jit(jax.grad(loss(jax.checkpoint(run))))(adapter, batch), GRADIENT),
+    "jvp": (lambda run, adapter, batch: jax.jit(lambda ad, x: jvp(run, ad, x))(adapter, batch), GRADIENT),
+    "pmap": (pmap, FORWARD),
+}
