@@ -229,9 +229,7 @@ def merged(case: Case) -> Method:
     apply = plain(case.model)
 
     def loss(adapter: Any, params: Any, tokens: Array) -> Array:
-        kernels = flatten_dict(params, sep="/")
-        formed = {path: kernels[path] + _delta(part).astype(kernels[path].dtype) for path, part in adapter.items()}
-        return cross_entropy(apply(unflatten_dict(kernels | formed, sep="/"), tokens), tokens)
+        return cross_entropy(apply(formed(params, adapter), tokens), tokens)
 
     return Method(loss, case.adapter, case.params)
 
@@ -245,6 +243,13 @@ def whole(case: Case) -> Method:
         return cross_entropy(apply(params, tokens), tokens)
 
     return Method(loss, case.params, None)
+
+
+def formed(params: Any, adapter: Mapping[str, lj.Adapter]) -> Any:
+    """The parameters with `W0 + s·A·B` in place of each adapted kernel, as one would write it."""
+    kernels = flatten_dict(params, sep="/")
+    its = {path: kernels[path] + _delta(part).astype(kernels[path].dtype) for path, part in adapter.items()}
+    return unflatten_dict(kernels | its, sep="/")
 
 
 def _delta(part: lj.Adapter) -> Array:
