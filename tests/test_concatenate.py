@@ -199,6 +199,24 @@ def test_nothing_of_a_fused_kernel_s_shape_is_made_but_the_base_s_own() -> None:
     assert [eqn.primitive.name for eqn in jaxpr.eqns if eqn.outvars[0].aval.shape == (40, 50)] == ["concatenate"]
 
 
+PIECES = {
+    "rolled along the output": lambda w: jnp.roll(w, 1, 1),
+    "rolled along the input": lambda w: jnp.roll(w, 1, 0),
+    "halves exchanged, and one negated": lambda w: jnp.concatenate([-w[:, 3:], w[:, :3]], 1),
+    "parts exchanged, with zeros between": lambda w: jnp.concatenate([w[2:], jnp.zeros((1, 6)), w[:2]])[:4],
+}
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_of_one_kernel_are_of_its_own_rank(name: str) -> None:
+    params = {"w": normal(4, 6)}
+    adapter = adapted(params, {"w": "io"})
+    model = lambda params, x: x @ PIECES[name](params["w"])  # noqa: E731
+    assert_law(model, params, adapter, normal(3, 4, seed=9))
+    (row,) = lj.explain(model, params, adapter, normal(3, 4)).rows
+    assert row.operations == 2 * 3 * 2 * (4 + 6) + 3 * 2 + 3 * 6
+
+
 @pytest.mark.parametrize("name", ["along the output", "along a batch", "a stack of layers that is scanned"])
 def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
     case = FUSED[name]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax import lax
-from law import Case, assert_case, assert_close
+from law import Case, adapted, assert_case, assert_close, assert_law, normal
 
 import lora_jax as lj
 from lora_jax.testing import shapes_made
@@ -75,6 +79,13 @@ LOOKUPS = {
     ),
     "a row of every layer, by vmap": Case(
         lambda w, ids: jax.vmap(lambda w, i: w[i])(w, ids), (2, 6, 5), [[0, 3]], "bio"
+    ),
+    "by a vmap along axes that the factor has in another order": Case(
+        lambda w, ids: jax.vmap(jax.vmap(lambda w, ids: w[ids]))(w, ids),
+        (3, 2, 4, 2),
+        [[[[0, 3], [1, -1]], [[0, 0], [2, 1]], [[1, 1], [3, 0]]]],
+        "bbio",
+        "oboi",
     ),
     "the same row of every layer": Case(lambda w, i: jnp.tanh(w[:, i]), (2, 6, 5), [3], None, "bio"),
     "rows of one layer each": Case(lambda w, i, j: w[i, j], (2, 6, 5), [[0, 1, 1], [5, 0, 0]], "iio", "bio"),
@@ -259,3 +270,58 @@ def test_a_constant_or_integer_leaf_may_be_the_index() -> None:
     found = lj.kernels(model, params)
     assert found["w"].axes == "io"
     assert {use.kind for use in found["ids"].uses} == {"opaque"}
+
+
+class LookUp:
+    """Any `gather` of a kernel, and a contraction of what it gives."""
+
+    def __init__(self, draw: Any) -> None:
+        rest = st.lists(st.sampled_from("bio"), max_size=2)
+        self.roles = "".join(draw(rest.flatmap(lambda roles: st.permutations(["i", "o", *roles]))))
+        self.kernel = [draw(st.integers(1, 4)) for _ in self.roles]
+        axes = range(len(self.roles))
+        kinds = [draw(st.sampled_from(["collapsed", "batching", "window", "whole", "named whole"])) for _ in axes]
+        if "collapsed" not in kinds:
+            kinds[draw(st.sampled_from(axes))] = "collapsed"
+        batching = [axis for axis in axes if kinds[axis] == "batching"]
+        free = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(0, 2)))]
+        index_axes = draw(st.permutations([*batching, *(-1 - number for number in range(len(free)))]))
+        index_shape = [self.kernel[axis] if axis >= 0 else free[-1 - axis] for axis in index_axes]
+        picked = draw(st.permutations([axis for axis in axes if kinds[axis] in ("collapsed", "window", "named whole")]))
+        self.sizes = [
+            size if "whole" in kind else draw(st.integers(1, size)) if kind == "window" else 1
+            for size, kind in zip(self.kernel, kinds, strict=True)
+        ]
+        kept = [axis for axis in axes if kinds[axis] in ("window", "whole", "named whole")]
+        ndim = len(index_shape) + len(kept)
+        offsets = sorted(draw(st.permutations(range(ndim)))[: len(kept)])
+        self.numbers = lax.GatherDimensionNumbers(
+            offset_dims=tuple(offsets),
+            collapsed_slice_dims=tuple(axis for axis in axes if kinds[axis] == "collapsed"),
+            start_index_map=tuple(picked),
+            operand_batching_dims=tuple(batching),
+            start_indices_batching_dims=tuple(index_axes.index(axis) for axis in batching),
+        )
+        count = math.prod(index_shape) * len(picked)
+        self.mode = draw(st.sampled_from(["clip", "fill"]))
+        self.ids = np.reshape([draw(st.integers(-2, 5)) for _ in range(count)], [*index_shape, len(picked)])
+        kept_sizes, index_sizes = iter([self.sizes[axis] for axis in kept]), iter(index_shape)
+        self.x = [next(kept_sizes) if axis in offsets else next(index_sizes) for axis in range(ndim)]
+        self.summed = sorted(draw(st.sets(st.sampled_from(range(ndim))))) if ndim else []
+
+    def __repr__(self) -> str:
+        return f"LookUp({vars(self)})"
+
+    def apply(self, params: Any, ids: jax.Array, x: jax.Array) -> jax.Array:
+        rows = lax.gather(params["w"], ids, self.numbers, self.sizes, mode=self.mode, fill_value=2.0)
+        return lax.dot_general(x, rows, ((range(len(self.summed)), self.summed), ((), ())))
+
+
+@settings(max_examples=40)
+@given(st.composite(LookUp)())
+def test_any_look_up_finds_what_it_would_in_the_formed_kernel(case: LookUp) -> None:
+    with jax.enable_x64(True):
+        params = {"w": normal(*case.kernel, dtype="float64")}
+        its = adapted(params, {"w": case.roles}, rank=1, dtype="float64")
+        x = normal(*(case.x[axis] for axis in case.summed), seed=1, dtype="float64")
+        assert_law(case.apply, params, its, jnp.asarray(case.ids, jnp.int32), x, dtype="float64")

@@ -3,6 +3,8 @@
 along outputs    [w1 w2] + [a1 a2]·[[b1 0] [0 b2]]
 along inputs     likewise, with the zeros in a
 along a batch    each part keeps its place, its rank filled up with zeros to the largest
+
+Pieces of one kernel, as `roll` makes them, are of its own rank again.
 """
 
 from __future__ import annotations
@@ -58,16 +60,20 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
     # A leaf that is not adapted is noted as read, and has no ranks.
     parts = [part if _is_adapted(part) else site.dense(part, "") for part in parts]
     if len({part.scale for part in adapted}) > 1:
-        parts = [_unscaled(part) if _is_adapted(part) else part for part in parts]
+        parts = [_unscaled(part, axis) if _is_adapted(part) else part for part in parts]
         adapted = [part for part in parts if _is_adapted(part)]
+    # Pieces of one kernel have one factor in common.
+    pieces = any(len({id(getattr(part, name)) for part in adapted}) == 1 for name in _factors_without(axis, roles))
     ranks = [part.a.shape[-1] if _is_adapted(part) else 0 for part in parts]
-    in_batch = roles[axis] == "b"
-    starts = [0] * len(parts) if in_batch else list(itertools.accumulate(ranks, initial=0))
-    total = max(ranks) if in_batch else sum(ranks)
+    aligned = pieces or roles[axis] == "b"
+    starts = [0] * len(parts) if aligned else list(itertools.accumulate(ranks, initial=0))
+    total = max(ranks) if aligned else sum(ranks)
 
     def side_by_side(name: str, axes: Axes) -> Array:
         dtype = widest(*(getattr(part, name).dtype for part in adapted))
         rank_axis = axes.index(RANK)
+        if axis not in axes and pieces:
+            return getattr(adapted[0], name)
         if axis not in axes:
             return lax.concatenate([getattr(part, name).astype(dtype) for part in adapted], rank_axis)
         placed = []
@@ -89,9 +95,14 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
     )
 
 
-def _unscaled(kernel: AdaptedKernel) -> AdaptedKernel:
-    """The same kernel with a scale of 1: the smaller factor takes it."""
-    name = min(("a", "b"), key=lambda name: getattr(kernel, name).size)
+def _factors_without(axis: int, roles: Sequence[str]) -> list[str]:
+    """The name of the factor that does not have a kernel's axis; none, if both have it."""
+    return [name for name, axes in (("a", axes_of_a(roles)), ("b", axes_of_b(roles))) if axis not in axes]
+
+
+def _unscaled(kernel: AdaptedKernel, axis: int) -> AdaptedKernel:
+    """The same kernel with a scale of 1; a factor takes it that has the axis, and is copied for it anyway."""
+    name = "b" if "a" in _factors_without(axis, kernel.roles) else "a"
     return dataclasses.replace(kernel, scale=1.0, **{name: getattr(kernel, name) * kernel.scale})
 
 

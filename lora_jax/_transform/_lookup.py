@@ -154,11 +154,11 @@ class _LookUp:
         columns = [column for column in self.columns if numbers.start_index_map[column] in factor.labels]
         if not columns:
             return factor
-        batching = [
-            (axis, at)
+        batching = sorted(
+            (place(axis), at)
             for axis, at in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True)
             if axis in factor.labels
-        ]
+        )
         every = len(columns) == len(numbers.start_index_map) and len(batching) == len(numbers.operand_batching_dims)
         index_labels, kept = self._index_labels(indices.ndim - 1), self._kept(factor.labels)
         array = lax.gather(
@@ -170,7 +170,7 @@ class _LookUp:
                     sorted(place(axis) for axis in numbers.collapsed_slice_dims if axis in factor.labels)
                 ),
                 start_index_map=tuple(place(numbers.start_index_map[column]) for column in columns),
-                operand_batching_dims=tuple(place(axis) for axis, _ in batching),
+                operand_batching_dims=tuple(at for at, _ in batching),
                 start_indices_batching_dims=tuple(at for _, at in batching),
             ),
             tuple(
