@@ -177,6 +177,43 @@ LOOPS = {
         [X, 2],
         "io",
     ),
+    "switch, kernel in one branch": Case(
+        lambda w, x, i: lax.switch(i, [lambda: x, lambda: jnp.tanh(x), lambda: x @ w]), (4, 4), [X, 2], "io"
+    ),
+    "cond in cond": Case(
+        lambda w, x: lax.cond(
+            x[0, 0] < 99, lambda: lax.cond(x[0, 1] < 99, lambda: x @ w, lambda: x), lambda: layer(x, w.T)
+        ),
+        (4, 4),
+        [X],
+        "io",
+    ),
+    "platform": Case(
+        lambda w, x: lax.platform_dependent(w, x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w.T),
+        (4, 4),
+        [X],
+        "io",
+    ),
+    "platform, another": Case(
+        lambda w, x: lax.platform_dependent(w, x, tpu=lambda w, x: x @ w.T, default=lambda w, x: x @ w),
+        (4, 4),
+        [X],
+        "oi",
+    ),
+    "platform, in a scan": Case(
+        lambda w, x: lax.scan(
+            lambda x, w: (lax.platform_dependent(x, w, cpu=layer, cuda=layer, default=layer), None), x, w
+        )[0],
+        (3, 4, 4),
+        [X],
+        "bio",
+    ),
+    "loop of three levels": Case(
+        lambda w, x: lax.scan(lambda x, w: (lax.fori_loop(0, 2, lambda _, x: through(x, w), x), None), x, w)[0],
+        (2, 3, 4, 4),
+        [X],
+        "bbio",
+    ),
     "switch, out of range": Case(lambda w, x, i: lax.switch(i, [lambda: x, lambda: x @ w.T]), (4, 4), [X, 7], "oi"),
     "cond in scan": Case(
         lambda w, x: lax.scan(
@@ -298,6 +335,77 @@ def test_an_nnx_module_may_be_carried_through_a_loop(loop: Any) -> None:
     assert_close(out, jax.jit(dense(apply))(state, adapter, x))
 
 
+# Layers that Flax stacks
+
+
+class Layer(nn.Module):
+    """A layer as `nn.scan` takes it."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        return jnp.tanh(nn.Dense(4, name="dense")(x)), None
+
+
+class Stack(nn.Module):
+    """A scan of scans."""
+
+    axis: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None = None) -> tuple[jax.Array, None]:
+        return stacked(Layer, self.axis, 2)(name="inner")(x, None)
+
+
+def stacked(layer: Any, axis: int, length: int) -> Any:
+    return nn.scan(layer, variable_axes={"params": axis}, split_rngs={"params": True}, length=length)
+
+
+STACKS: dict[str, tuple[nn.Module, str, str]] = {
+    "on axis 0": (stacked(Layer, 0, 3)(), "dense/kernel", "bio"),
+    "on axis 1": (stacked(Layer, 1, 3)(), "dense/kernel", "ibo"),
+    "on the last axis": (stacked(Layer, -1, 3)(), "dense/kernel", "iob"),
+    "on axis 0, rematerialised": (stacked(nn.remat(Layer, prevent_cse=False), 0, 3)(), "dense/kernel", "bio"),
+    "of stacks": (stacked(Stack, 0, 3)(axis=0), "inner/dense/kernel", "bbio"),
+    "of stacks, on axes 0 and 1": (stacked(Stack, 0, 3)(axis=1), "inner/dense/kernel", "bibo"),
+    "of stacks, on axes 2 and 1": (stacked(Stack, 2, 3)(axis=1), "inner/dense/kernel", "ibbo"),
+    "all of one kernel": (
+        nn.scan(Layer, variable_broadcast="params", split_rngs={"params": False}, length=3)(),
+        "dense/kernel",
+        "io",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_of_linen_layers_is_that_of_the_formed_kernel(name: str) -> None:
+    module, path, roles = STACKS[name]
+    x = normal(*X, seed=1)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), x, None)["params"]
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=2, size=0.5), shapes)
+    apply = lambda params, x: module.apply({"params": params}, x, None)[0]  # noqa: E731
+    assert lj.kernels(apply, params, x)[path].axes == roles
+    assert_law(apply, params, adapted(params, {path: roles}), x)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("remat", [False, True], ids=["scan", "scan of remat"])
+def test_a_stack_of_nnx_layers_is_that_of_the_formed_kernel(remat: bool, axis: int) -> None:
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=axis)
+    def make(rngs: nnx.Rngs) -> nnx.Linear:
+        return nnx.Linear(4, 4, rngs=rngs, use_bias=False)
+
+    def call(module: nnx.Linear, x: jax.Array) -> jax.Array:
+        return jnp.tanh(module(x))
+
+    graph, state = nnx.split(make(nnx.Rngs(0)))
+    turn_ = nnx.scan(nnx.remat(call) if remat else call, in_axes=(axis, nnx.Carry), out_axes=nnx.Carry)
+    apply = lambda state, x: turn_(nnx.merge(graph, state), x)  # noqa: E731
+    x, roles = normal(*X, seed=1), "bio" if axis == 0 else "ibo"
+    assert lj.kernels(apply, state, x)["kernel"].axes == roles
+    assert_law(apply, state, adapted(state, {"kernel": roles}), x)
+
+
 # How often
 
 
@@ -361,6 +469,52 @@ def test_remat_keeps_its_policy(policy: Any, kept: bool) -> None:
     case = Case(lambda w, x: jax.checkpoint(block, policy=policy)(w, x), (4, 7), [X], "io")
     adapted = lj.lora(case.apply)
     assert ((3, 7) in residuals(lambda ad: adapted(case.params, ad, *case.arrays), case.adapter)) == kept
+
+
+OFFLOAD = {"offload_src": "device", "offload_dst": "pinned_host"}
+POLICIES = {
+    name: getattr(jax.checkpoint_policies, name)(*args, **options)
+    for name, args, options in [
+        ("save_only_these_names", ["activation"], {}),
+        ("save_any_names_but_these", ["activation"], {}),
+        ("save_anything_except_these_names", ["activation"], {}),
+        ("save_from_both_policies", [jax.checkpoint_policies.dots_saveable, NAMES], {}),
+        ("offload_dot_with_no_batch_dims", OFFLOAD.values(), {}),
+        (
+            "save_and_offload_only_these_names",
+            [],
+            {"names_which_can_be_saved": [], "names_which_can_be_offloaded": ["activation"], **OFFLOAD},
+        ),
+    ]
+}
+POLICIES |= {
+    name: policy for name, policy in vars(jax.checkpoint_policies).items() if name not in POLICIES and callable(policy)
+}
+
+
+def named(x: jax.Array, w: jax.Array) -> jax.Array:
+    return jnp.exp(jnp.sin(checkpoint_name(layer(x, w), "activation"))) @ w.T
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_keeps_of_an_activation_what_it_keeps_in_the_model(name: str) -> None:
+    block = jax.checkpoint(named, policy=POLICIES[name])
+    case = Case(lambda w, x: block(x, w), (4, 7), [X], "io")
+    assert_case(case)
+    ours, theirs = (
+        str(jax.make_jaxpr(jax.grad(lambda ad: total(function(case.params, ad, *case.arrays))))(case.adapter))  # noqa: B023
+        for function in (lj.lora(case.apply), dense(case.apply))
+    )
+    # In the forward pass, and again in the backward pass if it was not kept.
+    assert ours.count("name[name=activation]") == theirs.count("name[name=activation]")
+    assert ours.count("sin ") == theirs.count("sin ")
+    assert ("<host>" in ours) == ("<host>" in theirs) == ("offload" in name)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_policy_holds_in_a_scan_over_layers(name: str) -> None:
+    block = jax.checkpoint(lambda x, w: (named(x, w), None), policy=POLICIES[name], prevent_cse=False)
+    assert_case(Case(lambda w, x: lax.scan(block, x, w)[0], (3, 4, 7), [X], "bio"))
 
 
 def test_remat_of_a_scanned_layer_keeps_one_activation_a_layer() -> None:

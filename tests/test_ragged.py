@@ -125,6 +125,13 @@ def test_groups_of_what_is_summed_are_refused() -> None:
     assert_close(formed, case.apply(lj.merge(case.params, case.adapter), *case.arrays))
 
 
+def test_kernels_follows_the_sizes_of_groups_that_are_a_leaf() -> None:
+    params = {"w": normal(3, 4, 5), "sizes": jnp.array(SIZES)}
+    found = lj.kernels(lambda params, x: by_group(params["w"], x, params["sizes"]), params, normal(6, 4))
+    assert found["w"].axes == "bio"
+    assert [(use.kind, use.primitive) for use in found["sizes"].uses] == [("opaque", "ragged_dot_general")]
+
+
 # Mixtures of experts
 
 Params = dict[str, jax.Array]

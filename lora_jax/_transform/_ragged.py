@@ -38,7 +38,7 @@ def _ragged_dot_general(
         raise NoRule("the adapted kernel is what is divided into groups")
     if not numbers.rhs_group_dimensions:
         raise NoRule("what is summed, or a batch, is divided into groups")
-    kernel = rhs
+    kernel, group_sizes = rhs, site.dense(group_sizes, "it divides into groups")
     (group,), (lhs_ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
     (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
     roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
@@ -46,7 +46,7 @@ def _ragged_dot_general(
     sizes_of_a_batch = group_sizes.ndim > 1 and any((its[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
     if not kernel.is_probe and sizes_of_a_batch:
         raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
-    lhs, group_sizes = site.dense(lhs, "it is divided into groups"), site.dense(group_sizes, "it divides into groups")
+    lhs = site.dense(lhs, "it is divided into groups")  # a probe: noted
     y = lax.ragged_dot_general(
         lhs,
         kernel.w,
