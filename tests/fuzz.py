@@ -147,6 +147,8 @@ class Drawing:
 
     def leaf(self) -> fp.Leaf:
         roles = "".join(self.order(["i", "o", *(self.one_of("oib") for _ in range(self.number(0, 2)))]))
+        if self.chance(5):
+            roles = self.one_of(("iiio", "oiii", "biio", "iio"))  # as convolutions have them
         shape = tuple(self.size() for _ in roles)
         ranks = [math.prod(size for size, its in zip(shape, roles, strict=True) if its == role) for role in "io"]
         variant = self.one_of(("LoRA", "LoRA", "LoRA", "LoRA", "RSLoRA", "Full", None))
@@ -237,7 +239,7 @@ class Drawing:
         return fp.Slice(axis, start, stop, stride), known.with_axis(axis, len(range(start, stop, stride)))
 
     def _dynamic_slice(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim or known.mapped:
+        if not known.ndim:
             return None, known
         axis = self.axis(known)
         size = self.number(1, known.shape[axis])
@@ -251,7 +253,7 @@ class Drawing:
         return fp.Index(axis, place), known.without(axis, squeezed=True)
 
     def _dynamic_index(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim or known.mapped:
+        if not known.ndim:
             return None, known
         axis = self.axis(known)
         return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), known.without(axis, squeezed=True)
@@ -377,9 +379,17 @@ class Drawing:
         if how in ("jit", "remat"):
             moves, after = self.moves(scope, known, 2)
             return (fp.Within(how, moves), after) if moves else (None, known)
-        if not known.ndim or known.is_kernel is not True or known.mapped:
+        if not known.ndim or known.mapped or not known.is_kernel:
             return None, known
-        return None, known
+        inner = known.without(0, squeezed=False)
+        moves, after = self.moves(scope, dataclasses.replace(inner, mapped=how == "vmap"), 2)
+        if any(isinstance(move, fp.Concatenate) for move in fp.steps_of(moves)):
+            return None, known
+        # A scan stacks what its turns return: they are layers.
+        role = known.roles[0] if how == "vmap" else "b"
+        return fp.Within(how, moves), Known(
+            (role, *after.roles), (known.shape[0], *after.shape), after.is_kernel, known.mapped
+        )
 
     # Steps
 
