@@ -111,7 +111,7 @@ class Drawing:
         self.random = random
         self.names = 0
         self.opaque = self.chance(20)
-        self.in_gradient = self.in_vmap = False
+        self.in_gradient = self.in_vmap = self.numbered = False
 
     # Small choices; the first is the one that hypothesis shrinks to.
 
@@ -243,7 +243,11 @@ class Drawing:
             return None, known
         axis = self.axis(known)
         size = self.number(1, known.shape[axis])
-        return fp.DynamicSlice(axis, size, self.number(-3, 2)), known.with_axis(axis, size)
+        return fp.DynamicSlice(axis, size, self.number(-3, 2)), self._by_number(known.with_axis(axis, size))
+
+    def _by_number(self, known: Known) -> Known:
+        """What a move by the traced number gives: one for each, where each has its own."""
+        return dataclasses.replace(known, mapped=known.mapped or self.numbered)
 
     def _index(self, scope: Scope, known: Known) -> Any:
         if not known.ndim:
@@ -256,7 +260,9 @@ class Drawing:
         if not known.ndim:
             return None, known
         axis = self.axis(known)
-        return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), known.without(axis, squeezed=True)
+        # Where each has its own number the library sees more axes than these.
+        after = self._by_number(known).without(axis, squeezed=True)
+        return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), after
 
     def _rev(self, scope: Scope, known: Known) -> Any:
         return fp.Rev(tuple(self.some(range(known.ndim)))), known
@@ -288,7 +294,7 @@ class Drawing:
 
     def _take_along(self, known: Known, axis: int) -> Any:
         shape = (*self.shape(1), self.size())
-        mode, traced = self.one_of((None, "clip", "wrap", "fill")), bool(self.number(0, 1))
+        mode, traced = self.one_of((None, "clip", "wrap", "fill")), bool(self.number(0, 1)) and not self.numbered
         after = self._picked(known, [axis], shape, axis)
         if after is None:
             return None, known
@@ -309,7 +315,7 @@ class Drawing:
         if after is None:
             return None, known
         ids = tuple(self._ids(size, shape) if axis in axes else None for axis, size in enumerate(known.shape))
-        return fp.Lookup(ids, bool(self.number(0, 1)), mapped), after
+        return fp.Lookup(ids, bool(self.number(0, 1)) and not self.numbered, mapped), after
 
     def _split(self, scope: Scope, known: Known) -> Any:
         wide = [axis for axis, size in enumerate(known.shape) if size > 1]
@@ -365,7 +371,7 @@ class Drawing:
         return fp.Times(tuple(size if role in roles and self.number(0, 1) else 1 for role, size in shape)), known
 
     def _scale(self, scope: Scope, known: Known) -> Any:
-        how = self.one_of([*fp.SCALES])
+        how = self.one_of([how for how in fp.SCALES if how != "traced" or not self.numbered])
         return fp.Scale(how, 1.0 if how == "neg" else self.one_of((0.5, -1.5, 2.0))), known
 
     def _cast(self, scope: Scope, known: Known) -> Any:
@@ -398,7 +404,7 @@ class Drawing:
 
     def step(self, scope: Scope, depth: int) -> Any:
         kinds = [kind for kind in (CONSUMERS + CONTROL if depth else CONSUMERS) if kind in ENABLED]
-        if self.in_gradient and "switch in a gradient" not in ENABLED:
+        if self.numbered or (self.in_gradient and "switch in a gradient" not in ENABLED):
             kinds = [kind for kind in kinds if kind != "switch"]
         if self.opaque and self.number(0, 1):
             self.opaque = False
@@ -545,7 +551,10 @@ class Drawing:
 
     def _loop(self, scope: Scope, depth: int) -> Any:
         traced = self.chance(4) and not self.in_gradient
-        return fp.Loop(self.body(scope, depth - 1), self.shape(2), self.number(0, 3), traced)
+        before, self.numbered = self.numbered, self.numbered and traced
+        body = self.body(scope, depth - 1)
+        self.numbered = before
+        return fp.Loop(body, self.shape(2), self.number(0, 3), traced)
 
     def _switch(self, scope: Scope, depth: int) -> Any:
         branches = tuple(self.body(scope, depth - 1, 1) for _ in range(self.number(1, 3)))
@@ -555,10 +564,11 @@ class Drawing:
 
     def _vmap(self, scope: Scope, depth: int) -> Any:
         mapped, inner, size = self._bound(scope, mapped=True)
-        before, self.in_vmap = self.in_vmap, True
-        body = self.body(inner, depth - 1)
-        self.in_vmap = before
-        return fp.Vmap(body, size, self.shape(2), mapped)
+        before = self.in_vmap, self.numbered
+        self.in_vmap, self.numbered = True, self.chance(3)
+        body, numbered = self.body(inner, depth - 1), self.numbered
+        self.in_vmap, self.numbered = before
+        return fp.Vmap(body, size, self.shape(2), mapped, numbered)
 
     def _gradient(self, scope: Scope, depth: int) -> Any:
         before, self.in_gradient = self.in_gradient, True

@@ -563,19 +563,24 @@ class Switch(Printed):
 
 @step
 class Vmap(Printed):
-    """The body for each of several `y`, and for each slice of kernels along an axis."""
+    """The body for each of several `y`, for each slice of kernels along an axis, and with `numbered` its own number."""
 
     body: tuple[Any, ...]
     size: int
     y: Shape
     mapped: tuple[Bound, ...] = ()
+    numbered: bool = False
 
     def __call__(self, scope: Scope, y: Array) -> Array:
         kernels = {name: kernel(scope) for name, kernel, _ in self.mapped}
         axes = {name: axis for name, _, axis in self.mapped}
-        return jax.vmap(lambda layers, y: run(self.body, scope.plus(**layers), y), (axes, 0))(
-            kernels, fit(y, (self.size, *self.y))
-        )
+        numbers = jnp.arange(self.size, dtype=jnp.int32) if self.numbered else scope.number
+
+        def each(layers: Any, number: Array, y: Array) -> Array:
+            return run(self.body, Scope({**scope.kernels, **layers}, number), y)
+
+        in_axes = (axes, 0 if self.numbered else None, 0)
+        return jax.vmap(each, in_axes)(kernels, numbers, fit(y, (self.size, *self.y)))
 
 
 @step

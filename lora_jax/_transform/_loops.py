@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -35,13 +36,24 @@ def _while(
     cond_consts, body_consts, start = _split(operands, cond_nconsts, body_nconsts)
     carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
 
-    def keep_going(moving: Sequence[Any]) -> Value:
+    def going(moving: Sequence[Any]) -> Array:
         return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(moving)])[0], _ENDS)
 
     def step(moving: Sequence[Any]) -> Sequence[Any]:
         return carry.moving(site.interpret(body_jaxpr, [*body_consts, *carry.whole(moving)]))
 
-    return carry.whole(lax.while_loop(keep_going, step, carry.moving(start)))
+    def step_each(moving: Sequence[Any]) -> Sequence[Any]:
+        still = going(moving)
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(lax.expand_dims(still, range(still.ndim, new.ndim)), new, old)
+
+        return jax.tree.map(choose, step(moving), moving)
+
+    if not cond_jaxpr.out_avals[0].shape:
+        return carry.whole(lax.while_loop(going, step, carry.moving(start)))
+    # The vmap of a loop whose end depends on the example: it turns until the last is done, and the others stay.
+    return carry.whole(lax.while_loop(lambda moving: going(moving).any(), step_each, carry.moving(start)))
 
 
 @rule(primitives.scan_p)
