@@ -14,8 +14,8 @@ from ._use import Kernel, Use
 def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Kernel]:
     """Finds by tracing how `apply` uses each leaf of `params`; nothing is evaluated.
 
-    An axis that is summed with the activation, or looked up, is an input (`i`); one that both share and keep, or that a
-    scan or a constant index takes apart, is a batch (`b`); the rest are outputs (`o`).
+    An axis that is summed with the activation, or from which rows are looked up, is an input (`i`); one that both share
+    and keep, or from which a scan or an index takes kernels, is a batch (`b`); the rest are outputs (`o`).
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"query": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}

@@ -147,6 +147,8 @@ def _dynamic_update_slice(x: Any, update: Any, *starts: Any) -> Any:
 
 
 def _pad(x: Any, value: Any, *, padding_config: Any) -> Any:
+    if not padding_config:
+        return x
     inside = [
         max(0, size + (size - 1) * between) for size, (_, _, between) in zip(x.shape, padding_config, strict=True)
     ]

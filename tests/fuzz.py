@@ -28,21 +28,22 @@ ENABLED = frozenset(
         "dynamic_slice",
         "index",
         "dynamic_index",
+        "take",
+        "lookup",
+        "split",
+        "concatenate",
+        "rev",
+        "pad",
+        "scale",
+        "times",
         "cast",
         "copy",
         "within",
-        # "rev",
-        # "split",
-        # "concatenate",
-        # "scale",
         "dot",
-        # "both",
-        "take",
-        "lookup",
-        # "lookup along a batch",
+        "both",
         "conv",
-        # "conv in groups",
-        # "ragged",
+        "conv in groups",
+        "ragged",
         "add",
         "act",
         "jit",
@@ -51,7 +52,7 @@ ENABLED = frozenset(
         "loop",
         "switch",
         # "switch in a gradient",
-        # "switch in a vmap",
+        # "switch by value in a vmap",
         "vmap",
         "gradient",
     }
@@ -84,13 +85,15 @@ class Known:
         return [axis for axis, its in enumerate(self.roles) if its == role]
 
     def without(self, axis: int, *, squeezed: bool) -> Known:
-        roles = self.roles[:axis] + self.roles[axis + 1 :]
-        is_kernel = self.is_kernel
-        if squeezed and is_kernel is not False and not {"i", "o"} <= set(roles):
-            is_kernel = None if "?" in roles or self.mapped else False
-        return dataclasses.replace(
-            self, roles=roles, shape=self.shape[:axis] + self.shape[axis + 1 :], is_kernel=is_kernel
-        )
+        roles, shape = (its[:axis] + its[axis + 1 :] for its in (self.roles, self.shape))
+        rest = dataclasses.replace(self, roles=roles, shape=shape)
+        return rest.after_a_look_up() if squeezed else rest
+
+    def after_a_look_up(self) -> Known:
+        """The same, if it is what a look-up leaves: an array, where inputs or outputs are gone."""
+        if self.is_kernel is False or {"i", "o"} <= set(self.roles):
+            return self
+        return dataclasses.replace(self, is_kernel=None if "?" in self.roles or self.mapped else False)
 
     def with_axis(self, axis: int, size: int, role: str | None = None) -> Known:
         shape, roles = [*self.shape], [*self.roles]
@@ -108,7 +111,7 @@ class Drawing:
         self.random = random
         self.names = 0
         self.opaque = self.chance(20)
-        self.in_gradient = self.in_vmap = False
+        self.in_gradient = self.in_vmap = self.numbered = False
 
     # Small choices; the first is the one that hypothesis shrinks to.
 
@@ -144,6 +147,8 @@ class Drawing:
 
     def leaf(self) -> fp.Leaf:
         roles = "".join(self.order(["i", "o", *(self.one_of("oib") for _ in range(self.number(0, 2)))]))
+        if self.chance(5):
+            roles = self.one_of(("iiio", "oiii", "biio", "iio"))  # as convolutions have them
         shape = tuple(self.size() for _ in roles)
         ranks = [math.prod(size for size, its in zip(shape, roles, strict=True) if its == role) for role in "io"]
         variant = self.one_of(("LoRA", "LoRA", "LoRA", "LoRA", "RSLoRA", "Full", None))
@@ -184,7 +189,7 @@ class Drawing:
         if len(axes) > 5:
             return None, known
         roles, shape = tuple(role for role, _ in axes), tuple(size for _, size in axes)
-        return fp.Reshape(shape), dataclasses.replace(known, roles=roles, shape=shape)
+        return fp.Reshape(shape), dataclasses.replace(known, roles=roles, shape=shape).after_a_look_up()
 
     def _parts(self, size: int) -> list[int]:
         divisors = [part for part in range(2, size) if size % part == 0]
@@ -209,8 +214,8 @@ class Drawing:
         axis = self.number(0, known.ndim)
         return fp.Expand(axis), self._new_axis(known, axis, 1)
 
-    def _new_axis(self, known: Known, axis: int, size: int) -> Known:
-        roles = (*known.roles[:axis], "o", *known.roles[axis:])
+    def _new_axis(self, known: Known, axis: int, size: int, role: str = "o") -> Known:
+        roles = (*known.roles[:axis], role, *known.roles[axis:])
         return dataclasses.replace(known, roles=roles, shape=(*known.shape[:axis], size, *known.shape[axis:]))
 
     def _broadcast(self, scope: Scope, known: Known) -> Any:
@@ -234,11 +239,15 @@ class Drawing:
         return fp.Slice(axis, start, stop, stride), known.with_axis(axis, len(range(start, stop, stride)))
 
     def _dynamic_slice(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim or known.mapped:
+        if not known.ndim:
             return None, known
         axis = self.axis(known)
         size = self.number(1, known.shape[axis])
-        return fp.DynamicSlice(axis, size, self.number(-3, 2)), known.with_axis(axis, size)
+        return fp.DynamicSlice(axis, size, self.number(-3, 2)), self._by_number(known.with_axis(axis, size))
+
+    def _by_number(self, known: Known) -> Known:
+        """What a move by the traced number gives: one for each, where each has its own."""
+        return dataclasses.replace(known, mapped=known.mapped or self.numbered)
 
     def _index(self, scope: Scope, known: Known) -> Any:
         if not known.ndim:
@@ -248,13 +257,65 @@ class Drawing:
         return fp.Index(axis, place), known.without(axis, squeezed=True)
 
     def _dynamic_index(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim or known.mapped:
+        if not known.ndim:
             return None, known
         axis = self.axis(known)
-        return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), known.without(axis, squeezed=True)
+        # Where each has its own number the library sees more axes than these.
+        after = self._by_number(known).without(axis, squeezed=True)
+        return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), after
 
     def _rev(self, scope: Scope, known: Known) -> Any:
         return fp.Rev(tuple(self.some(range(known.ndim)))), known
+
+    def _ids(self, size: int, shape: Shape, outside: int = 0) -> Any:
+        """Of an axis of a size; with `outside` also beyond its ends."""
+        if not shape:
+            return self.number(-size - outside, size - 1 + outside)
+        return tuple(self._ids(size, shape[1:], outside) for _ in range(shape[0]))
+
+    def _picked(self, known: Known, axes: Sequence[int], shape: Shape, at: int) -> Known | None:
+        """What is left when places along some axes are picked; the axes of the ids stand at `at`."""
+        picked = {known.roles[axis] for axis in axes}
+        rest = [axis for axis in range(known.ndim) if axis not in axes]
+        roles, sizes = [known.roles[axis] for axis in rest], [known.shape[axis] for axis in rest]
+        if "?" in picked | set(roles) or known.mapped or math.prod((*sizes, *shape)) > LARGEST:
+            return None
+        # Picked from both factors, from the one, or from the other.
+        role = "b" if len(picked) > 1 or "b" in picked else picked.pop()
+        roles[at:at], sizes[at:at] = [role] * len(shape), shape
+        left = {known.roles[axis] for axis in rest}
+        is_kernel = known.is_kernel and {"i", "o"} <= left
+        return Known(tuple(roles), tuple(sizes), is_kernel)
+
+    def _take(self, scope: Scope, known: Known) -> Any:
+        if not known.ndim or known.is_kernel is None:
+            return None, known
+        return self._take_along(known, self.axis(known))
+
+    def _take_along(self, known: Known, axis: int) -> Any:
+        shape = (*self.shape(1), self.size())
+        mode, traced = self.one_of((None, "clip", "wrap", "fill")), bool(self.number(0, 1)) and not self.numbered
+        after = self._picked(known, [axis], shape, axis)
+        if after is None:
+            return None, known
+        # Without a mode what is outside is no number.
+        ids = self._ids(known.shape[axis], shape, outside=0 if mode is None else 2)
+        return fp.Take(axis, ids, mode, traced), after
+
+    def _lookup(self, scope: Scope, known: Known) -> Any:
+        if not known.ndim or known.is_kernel is None:
+            return None, known
+        axes = self.some(range(known.ndim)) or [self.axis(known)]
+        mapped, shape = bool(self.number(0, 1)), (*self.shape(1), self.size())
+        # Indices with a slice between them go in front, as those of a vmap do; but what is left by the vmap of a
+        # look-up with many axes of ids is in an order that is hard to tell, so that there is one.
+        apart = axes[-1] - axes[0] >= len(axes)
+        shape = shape[:1] if mapped else shape
+        after = self._picked(known, axes, shape, 0 if apart or mapped else axes[0])
+        if after is None:
+            return None, known
+        ids = tuple(self._ids(size, shape) if axis in axes else None for axis, size in enumerate(known.shape))
+        return fp.Lookup(ids, bool(self.number(0, 1)) and not self.numbered, mapped), after
 
     def _split(self, scope: Scope, known: Known) -> Any:
         wide = [axis for axis, size in enumerate(known.shape) if size > 1]
@@ -265,26 +326,76 @@ class Drawing:
         return fp.Split(axis, at, part), known.with_axis(axis, (at, known.shape[axis] - at)[part])
 
     def _concatenate(self, scope: Scope, known: Known) -> Any:
-        return None, known
+        """Beside kernels with the same roles, or arrays."""
+        stacked = self.chance(4)
+        if known.mapped or not known.is_kernel or not known.ndim or "?" in known.roles or (stacked and known.ndim > 4):
+            return None, known
+        axis = self.number(0, known.ndim) if stacked else self.axis(known)
+        alike, size = [], 1 if stacked else known.shape[axis]
+        for name in sorted(scope):
+            other = scope[name]
+            beside = [
+                its for place, its in enumerate(zip(other.roles, other.shape, strict=True)) if stacked or place != axis
+            ]
+            own = [
+                its for place, its in enumerate(zip(known.roles, known.shape, strict=True)) if stacked or place != axis
+            ]
+            same_role = stacked or (other.ndim > axis and other.roles[axis] == known.roles[axis])
+            if other.ndim == known.ndim and beside == own and same_role and not other.mapped:
+                alike.append(name)
+        if not alike or math.prod(known.shape) * 2 > LARGEST:
+            return None, known
+        other = self.one_of(alike)
+        size += 1 if stacked else scope[other].shape[axis]
+        after = self._new_axis(known, axis, size, "b") if stacked else known.with_axis(axis, size)
+        return fp.Concatenate(axis, (K(other),), stacked), after
+
+    def _pad(self, scope: Scope, known: Known) -> Any:
+        if math.prod(known.shape) * 3 > LARGEST:
+            return None, known
+        config = tuple((self.number(0, 1), self.one_of((0, 1, -1)), self.number(0, 1)) for _ in known.shape)
+        shape = tuple(
+            size + low + high + (size - 1) * between
+            for size, (low, high, between) in zip(known.shape, config, strict=True)
+        )
+        if not all(shape) or math.prod(shape) > LARGEST or "?" in known.roles:
+            return None, known
+        return fp.Pad(config, self.one_of((0.0, 0.5))), dataclasses.replace(known, shape=shape)
+
+    def _times(self, scope: Scope, known: Known) -> Any:
+        """With an array that varies along inputs or along outputs."""
+        roles = {"b", "?", self.one_of("io")}
+        if not known.ndim or not known.is_kernel or known.mapped:
+            return None, known
+        shape = zip(known.roles, known.shape, strict=True)
+        return fp.Times(tuple(size if role in roles and self.number(0, 1) else 1 for role, size in shape)), known
 
     def _scale(self, scope: Scope, known: Known) -> Any:
-        how = self.one_of([*fp.SCALES])
+        how = self.one_of([how for how in fp.SCALES if how != "traced" or not self.numbered])
         return fp.Scale(how, 1.0 if how == "neg" else self.one_of((0.5, -1.5, 2.0))), known
 
     def _cast(self, scope: Scope, known: Known) -> Any:
         return (fp.Cast(), known) if self.chance(3) else (None, known)
 
     def _copy(self, scope: Scope, known: Known) -> Any:
-        return fp.Copy(self.one_of(("copy", "name", "stop_gradient"))), known
+        return fp.Copy(self.one_of([*fp.COPIES])), known
 
     def _within(self, scope: Scope, known: Known) -> Any:
         how = self.one_of(("jit", "remat", "vmap", "map"))
         if how in ("jit", "remat"):
             moves, after = self.moves(scope, known, 2)
             return (fp.Within(how, moves), after) if moves else (None, known)
-        if not known.ndim or known.is_kernel is not True or known.mapped:
+        if not known.ndim or known.mapped or not known.is_kernel:
             return None, known
-        return None, known
+        inner = known.without(0, squeezed=False)
+        moves, after = self.moves(scope, dataclasses.replace(inner, mapped=how == "vmap"), 2)
+        if any(isinstance(move, fp.Concatenate) for move in fp.steps_of(moves)):
+            return None, known
+        # A scan stacks what its turns return: they are layers.
+        role = known.roles[0] if how == "vmap" else "b"
+        return fp.Within(how, moves), Known(
+            (role, *after.roles), (known.shape[0], *after.shape), after.is_kernel, known.mapped
+        )
 
     # Steps
 
@@ -293,7 +404,7 @@ class Drawing:
 
     def step(self, scope: Scope, depth: int) -> Any:
         kinds = [kind for kind in (CONSUMERS + CONTROL if depth else CONSUMERS) if kind in ENABLED]
-        if self.in_gradient and "switch in a gradient" not in ENABLED:
+        if self.numbered or (self.in_gradient and "switch in a gradient" not in ENABLED):
             kinds = [kind for kind in kinds if kind != "switch"]
         if self.opaque and self.number(0, 1):
             self.opaque = False
@@ -336,60 +447,26 @@ class Drawing:
         numbers = tuple(tuple(tuple(side) for side in zip(*its, strict=True)) or ((), ()) for its in pairs.values())
         return fp.Both(one, other, numbers)
 
-    def _picked(self, known: Known) -> list[int]:
-        """Some axes of one role along which a look-up has a rule."""
-        roles = ("i", "o", "b") if "lookup along a batch" in ENABLED else ("i", "o")
-        by_role = [axes for role in roles if (axes := known.having(role))]
-        if not by_role or not known.is_kernel or known.mapped:
-            return []
-        axes = self.one_of(by_role)
-        return [self.one_of(axes)] if self.number(0, 1) else sorted(self.some(axes)) or [axes[0]]
-
-    def _ids(self, size: int, shape: Shape, outside: int = 0) -> Any:
-        """Of an axis of a size; with `outside` also beyond its ends."""
-        if not shape:
-            return self.number(-size - outside, size - 1 + outside)
-        return tuple(self._ids(size, shape[1:], outside) for _ in range(shape[0]))
-
-    def _take(self, scope: Scope, depth: int) -> Any:
-        kernel, known = self.kernel(scope)
-        axes = self._picked(known)
-        if not axes:
-            return self._dot(scope, depth)
-        mode, traced = self.one_of((None, "clip", "wrap", "fill")), bool(self.number(0, 1))
-        # Without a mode what is outside is no number.
-        ids = self._ids(known.shape[axes[0]], (*self.shape(1), self.size()), outside=0 if mode is None else 2)
-        return fp.Take(kernel, axes[0], ids, mode, traced)
-
-    def _lookup(self, scope: Scope, depth: int) -> Any:
-        kernel, known = self.kernel(scope)
-        axes = self._picked(known)
-        if not axes:
-            return self._dot(scope, depth)
-        shape = (*self.shape(1), self.size())
-        ids = tuple(self._ids(size, shape) if axis in axes else None for axis, size in enumerate(known.shape))
-        return fp.Lookup(kernel, ids, bool(self.number(0, 1)), bool(self.number(0, 1)))
-
     def _conv(self, scope: Scope, depth: int) -> Any:
         kernel, known = self.kernel(scope)
-        outs = known.having("o")
-        kernel, known = self._indexed(kernel, known, [*known.having("b"), *outs[1:]])
-        if known.having("?") or len(known.having("o")) != 1 or not known.having("i") or not known.is_kernel:
+        kernel, known = self._indexed(kernel, known, known.having("b"))
+        ins, outs = known.having("i"), known.having("o")
+        if known.having("?") or not ins or not outs or not known.is_kernel or known.mapped or known.ndim > 5:
             return self._dot(scope, depth)
-        if known.mapped or self.in_gradient:
-            return self._dot(scope, depth)
-        (out,), ins = known.having("o"), self.order(known.having("i"))
-        ndim = known.ndim
-        window = [known.shape[axis] for axis in ins[1:]]
-        strides, lhs_dilation, rhs_dilation = (
-            tuple(self.one_of((1, 2)) if many else 1 for _ in window) for many in (True, True, True)
-        )
-        padding = tuple((self.number(0, 1), self.number(0, 1)) for _ in window)
-        spatial = [(size - 1) * by + 1 + self.number(0, 2) for size, by in zip(window, rhs_dilation, strict=True)]
-        x_spec, out_spec = (tuple(self.order(range(ndim))) for _ in range(2))
-        sizes = dict(zip(x_spec, (self.size(), known.shape[ins[0]], *spatial), strict=True))
-        x = tuple(sizes[axis] for axis in range(ndim))
-        return fp.Conv(kernel, x, (x_spec, (out, *ins), out_spec), strides, padding, lhs_dilation, rhs_dilation)
+        channels = [self.one_of(ins), self.one_of(outs)]
+        windows = self.order([axis for axis in range(known.ndim) if axis not in channels])
+        w_in, w_out = channels if self.number(0, 3) else channels[::-1]
+        size_in, size_out = known.shape[w_in], known.shape[w_out]
+        groups = size_out if self.chance(3) and "conv in groups" in ENABLED and not self.in_gradient else 1
+        strides, lhs_dilation, rhs_dilation = (tuple(self.one_of((1, 2)) for _ in windows) for _ in range(3))
+        padding = tuple((self.number(0, 1), self.number(0, 1)) for _ in windows)
+        extents = [(known.shape[axis] - 1) * by + 1 for axis, by in zip(windows, rhs_dilation, strict=True)]
+        spatial = [extent + self.number(0, 2 if len(windows) < 2 else 1) for extent in extents]
+        x_spec, out_spec = (tuple(self.order(range(known.ndim))) for _ in range(2))
+        sizes = dict(zip(x_spec, (self.number(1, 2), size_in * groups, *spatial), strict=True))
+        x = tuple(sizes[axis] for axis in range(known.ndim))
+        spec = (x_spec, (w_out, w_in, *windows), out_spec)
+        return fp.Conv(kernel, x, spec, strides, padding, lhs_dilation, rhs_dilation, groups)
 
     def _indexed(self, kernel: K, known: Known, axes: Sequence[int]) -> tuple[K, Known]:
         """The kernel at one place of some axes."""
@@ -400,24 +477,33 @@ class Drawing:
         return K(kernel.name, tuple(moves)), known
 
     def _ragged(self, scope: Scope, depth: int) -> Any:
+        """Any three axes."""
         kernel, known = self.kernel(scope)
-        ones = [known.having(role)[:1] for role in "bio"]
-        if not all(ones) or not known.is_kernel or known.mapped:
+        order = self.order(range(known.ndim))
+        if known.ndim < 3 or not known.is_kernel or known.mapped or self.in_vmap:
             return self._dot(scope, depth)
-        chosen = [axes[0] for axes in ones]
-        kernel, known = self._indexed(kernel, known, [axis for axis in range(known.ndim) if axis not in chosen])
-        order = tuple(known.roles.index(role) for role in "bio")
-        kernel = K(kernel.name, (*kernel.moves, fp.Transpose(order)))
-        groups, size = known.shape[order[0]], known.shape[order[1]]
+        kernel, known = self._indexed(kernel, known, order[3:])
+        groups, size = known.shape[:2]
         sizes = tuple(self.number(0, 2) for _ in range(groups))
         return fp.Ragged(kernel, (max(1, sum(sizes)), size), sizes)
 
     def _add(self, scope: Scope, depth: int) -> Any:
+        """What a look-up leaves, if it is no kernel."""
         kernel, known = self.kernel(scope)
         for role in self.order("io"):
-            if known.is_kernel and not known.mapped and "?" not in known.roles:
-                kernel, known = self._indexed(kernel, known, known.having(role))
+            if known.is_kernel and not known.mapped and "?" not in known.roles and known.having(role):
+                look_up, after = self._row(known, known.having(role))
+                kernel, known = K(kernel.name, (*kernel.moves, *look_up)), after
         return fp.Add(kernel) if known.is_kernel is False else self._dot(scope, depth)
+
+    def _row(self, known: Known, axes: Sequence[int]) -> tuple[tuple[Any, ...], Known]:
+        """One place along some axes, or several."""
+        if len(axes) == 1 and "take" in ENABLED and self.number(0, 1):
+            move, after = self._take_along(known, axes[0])
+            if move is not None:
+                return (move,), after
+        kernel, after = self._indexed(K(""), known, axes)
+        return kernel.moves, after
 
     # Control flow
 
@@ -465,20 +551,24 @@ class Drawing:
 
     def _loop(self, scope: Scope, depth: int) -> Any:
         traced = self.chance(4) and not self.in_gradient
-        return fp.Loop(self.body(scope, depth - 1), self.shape(2), self.number(0, 3), traced)
+        before, self.numbered = self.numbered, self.numbered and traced
+        body = self.body(scope, depth - 1)
+        self.numbered = before
+        return fp.Loop(body, self.shape(2), self.number(0, 3), traced)
 
     def _switch(self, scope: Scope, depth: int) -> Any:
         branches = tuple(self.body(scope, depth - 1, 1) for _ in range(self.number(1, 3)))
         # The vmap of a branch that depends on the value selects among the operands, too.
-        by_value = bool(self.number(0, 1)) and (not self.in_vmap or "switch in a vmap" in ENABLED)
+        by_value = bool(self.number(0, 1)) and (not self.in_vmap or "switch by value in a vmap" in ENABLED)
         return fp.Switch(branches, self.shape(2), by_value)
 
     def _vmap(self, scope: Scope, depth: int) -> Any:
         mapped, inner, size = self._bound(scope, mapped=True)
-        before, self.in_vmap = self.in_vmap, True
-        body = self.body(inner, depth - 1)
-        self.in_vmap = before
-        return fp.Vmap(body, size, self.shape(2), mapped)
+        before = self.in_vmap, self.numbered
+        self.in_vmap, self.numbered = True, self.chance(3)
+        body, numbered = self.body(inner, depth - 1), self.numbered
+        self.in_vmap, self.numbered = before
+        return fp.Vmap(body, size, self.shape(2), mapped, numbered)
 
     def _gradient(self, scope: Scope, depth: int) -> Any:
         before, self.in_gradient = self.in_gradient, True
@@ -512,18 +602,22 @@ MOVES = (
     "broadcast",
     "dynamic_slice",
     "dynamic_index",
+    "take",
+    "lookup",
     "scale",
+    "times",
     "rev",
     "split",
     "concatenate",
+    "pad",
     "cast",
     "copy",
     "within",
 )
 # What is compared with the oracle, as often as it stands here.
-REVERSE = ("gradient",) * 24 + ("jvp", "over_x", "over_adapter", "second", "second_in_reverse") * 3 + ("jit", "eager")
+REVERSE = ("gradient",) * 60 + ("jvp", "over_x", "over_adapter", "second", "second_in_reverse") * 6 + ("jit", "eager")
 FORWARD = ("forward", "jvp", "over_x", "over_adapter")
-CONSUMERS = ("dot", "dot", "dot", "both", "take", "lookup", "conv", "ragged", "add", "act")
+CONSUMERS = ("dot", "dot", "dot", "both", "conv", "ragged", "add", "add", "act")
 CONTROL = ("jit", "remat", "scan", "scan", "loop", "switch", "vmap", "gradient")
 
 # One source for all choices, which hypothesis shrinks. With a strategy for each choice it would spend its time on

@@ -205,9 +205,11 @@ class Concatenate(Printed):
 
     axis: int
     others: tuple[K, ...]
+    stacked: bool = False
 
     def __call__(self, scope: Scope, w: Array) -> Array:
-        return lax.concatenate([w, *(other(scope) for other in self.others)], self.axis)
+        parts = [w, *(other(scope) for other in self.others)]
+        return jnp.stack(parts, self.axis) if self.stacked else lax.concatenate(parts, self.axis)
 
 
 @step
@@ -231,8 +233,64 @@ SCALES: dict[str, Callable[[Array, float, Scope], Array]] = {
 
 
 @step
+class Take(Printed):
+    """`jnp.take` along an axis."""
+
+    axis: int
+    ids: Any
+    mode: str | None = None
+    traced: bool = False
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        ids, fill = indices(scope, self.ids, traced=self.traced), 0.5 if self.mode == "fill" else None
+        return jnp.take(w, ids, axis=self.axis, mode=self.mode, fill_value=fill)
+
+
+@step
+class Lookup(Printed):
+    """`w[i, :, j]`: for each axis its ids, or None where it is taken whole. With `mapped`, one by one under `vmap`."""
+
+    ids: tuple[Any, ...]
+    traced: bool = False
+    mapped: bool = False
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        given = [indices(scope, its, traced=self.traced) for its in self.ids if its is not None]
+
+        def look_up(*given: Array) -> Array:
+            rest = iter(given)
+            return w[tuple(slice(None) if its is None else next(rest) for its in self.ids)]
+
+        return (jax.vmap(look_up) if self.mapped else look_up)(*given)
+
+
+def indices(scope: Scope, ids: Any, *, traced: bool) -> Any:
+    array = np.asarray(ids, np.int32)
+    return array + 0 * scope.number if traced else array
+
+
+@step
+class Pad(Printed):
+    config: tuple[tuple[int, int, int], ...]
+    value: float = 0.0
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return lax.pad(w, np.asarray(self.value, w.dtype), self.config)
+
+
+@step
+class Times(Printed):
+    """Multiplied with an array of a shape that is spread over the kernel."""
+
+    shape: Shape
+
+    def __call__(self, scope: Scope, w: Array) -> Array:
+        return w * (1 + np.arange(math.prod(self.shape)).reshape(self.shape) / 4)
+
+
+@step
 class Cast(Printed):
-    """To float32 and back, or only marked: as it goes through float32, it takes the precision with it."""
+    """To float32 and back."""
 
     def __call__(self, scope: Scope, w: Array) -> Array:
         return w.astype(jnp.float32).astype(jnp.float64)
@@ -302,47 +360,6 @@ class Both(Printed):
     def __call__(self, scope: Scope, y: Array) -> Array:
         product = lax.dot_general(self.one(scope), self.other(scope), self.numbers)
         return product + fit(y, ())
-
-
-@step
-class Take(Printed):
-    """`jnp.take` along an axis."""
-
-    kernel: K
-    axis: int
-    ids: Any
-    mode: str | None = None
-    traced: bool = False
-
-    def __call__(self, scope: Scope, y: Array) -> Array:
-        ids, fill = indices(scope, self.ids, self.traced), 0.5 if self.mode == "fill" else None
-        rows = jnp.take(self.kernel(scope), ids, axis=self.axis, mode=self.mode, fill_value=fill)
-        return rows * (1 + fit(y, ()))
-
-
-@step
-class Lookup(Printed):
-    """`w[i, :, j]`: for each axis its ids, or None where it is taken whole. With `mapped`, one by one under `vmap`."""
-
-    kernel: K
-    ids: tuple[Any, ...]
-    traced: bool = False
-    mapped: bool = False
-
-    def __call__(self, scope: Scope, y: Array) -> Array:
-        w = self.kernel(scope)
-        given = [indices(scope, its, self.traced) for its in self.ids if its is not None]
-
-        def look_up(*given: Array) -> Array:
-            rest = iter(given)
-            return w[tuple(slice(None) if its is None else next(rest) for its in self.ids)]
-
-        return (jax.vmap(look_up) if self.mapped else look_up)(*given) * (1 + fit(y, ()))
-
-
-def indices(scope: Scope, ids: Any, traced: bool) -> Any:
-    array = np.asarray(ids, np.int32)
-    return array + 0 * scope.number if traced else array
 
 
 @step
@@ -418,7 +435,6 @@ OPAQUE: dict[str, Callable[[Array], Array]] = {
     "cumsum": lambda w: lax.cumsum(w, 0),
     "reduce_max": lambda w: jnp.max(w, axis=0),
     "argmax": lambda w: lax.argmax(w, 0, np.int32).astype(w.dtype),
-    "pad": lambda w: lax.pad(w, 0.0, [(1, 0, 0)] * w.ndim),
     "select_n": lambda w: lax.select(np.ones(w.shape, bool), w, np.zeros(w.shape)),
     "dynamic_update_slice": lambda w: lax.dynamic_update_slice(w, np.ones((1,) * w.ndim), [0] * w.ndim),
     "integer_pow": lambda w: w**3,
@@ -547,19 +563,24 @@ class Switch(Printed):
 
 @step
 class Vmap(Printed):
-    """The body for each of several `y`, and for each slice of kernels along an axis."""
+    """The body for each of several `y`, for each slice of kernels along an axis, and with `numbered` its own number."""
 
     body: tuple[Any, ...]
     size: int
     y: Shape
     mapped: tuple[Bound, ...] = ()
+    numbered: bool = False
 
     def __call__(self, scope: Scope, y: Array) -> Array:
         kernels = {name: kernel(scope) for name, kernel, _ in self.mapped}
         axes = {name: axis for name, _, axis in self.mapped}
-        return jax.vmap(lambda layers, y: run(self.body, scope.plus(**layers), y), (axes, 0))(
-            kernels, fit(y, (self.size, *self.y))
-        )
+        numbers = jnp.arange(self.size, dtype=jnp.int32) if self.numbered else scope.number
+
+        def each(layers: Any, number: Array, y: Array) -> Array:
+            return run(self.body, Scope({**scope.kernels, **layers}, number), y)
+
+        in_axes = (axes, 0 if self.numbered else None, 0)
+        return jax.vmap(each, in_axes)(kernels, numbers, fit(y, (self.size, *self.y)))
 
 
 @step

@@ -257,3 +257,40 @@ def test_a_layer_of_nnx_is_that_of_the_formed_kernel(name: str) -> None:
     make, shape, roles = NNX[name]
     graph, state = nnx.split(make(nnx.Rngs(0)))
     assert_layer(lambda state, x: nnx.merge(graph, state)(x), drawn(state), shape, roles)
+
+
+# Transposed kernels: turned over, and input and output exchanged
+
+TRANSPOSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
+    "one axis": (nn.ConvTranspose(4, (3,), (2,), transpose_kernel=True), (2, 5, 3), "ioi"),
+    "two axes": (nn.ConvTranspose(4, (3, 2), (2, 3), transpose_kernel=True), (2, 4, 3, 3), "iioi"),
+    "two axes, dilated": (
+        nn.ConvTranspose(4, (3, 2), kernel_dilation=(1, 2), padding="VALID", transpose_kernel=True),
+        (2, 5, 4, 3),
+        "iioi",
+    ),
+    "circular": (
+        nn.ConvTranspose(4, (6, 6), (2, 2), padding="CIRCULAR", transpose_kernel=True),
+        (2, 6, 6, 3),
+        "iioi",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPOSED)
+def test_a_transposed_layer_of_linen_is_that_of_the_formed_kernel(name: str) -> None:
+    module, shape, roles = TRANSPOSED[name]
+    assert_layer(lambda params, x: module.apply({"params": params}, x), linen_params(module, shape), shape, roles)
+
+
+def test_a_transposed_layer_of_nnx_is_that_of_the_formed_kernel() -> None:
+    layer = nnx.ConvTranspose(3, 4, (3, 2), strides=(2, 3), transpose_kernel=True, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    assert_layer(lambda state, x: nnx.merge(graph, state)(x), drawn(state), (2, 4, 3, 3), "iioi")
+
+
+def test_a_convolution_inside_a_gradient_is_that_of_the_formed_kernel() -> None:
+    def energy(w: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(grouped(1, strides=(2, 1))(w, x)))
+
+    assert_case(Case(lambda w, x: jax.grad(energy, 1)(w, x), (3, 2, 3, 4), [(2, 5, 4, 3)], "iiio"))

@@ -285,6 +285,10 @@ def test_a_moved_kernel_is_the_formed_kernel_moved(name: str) -> None:
     assert_case(MOVES[name])
 
 
+def twice(w: jax.Array, axis: int) -> jax.Array:
+    return jnp.concatenate([w, w / 2], axis)
+
+
 class Moves:
     """A kernel, some moves, and a contraction at the end."""
 
@@ -312,7 +316,7 @@ class Moves:
         ]
         squeezed = [at for at, (_, size) in enumerate(axes) if size == 1]
         even = [at for at, (_, size) in enumerate(axes) if size % 2 == 0]
-        kinds = ["transpose", "expand", "repeat", "copy", "slice", "dynamic"]
+        kinds = ["transpose", "expand", "repeat", "copy", "slice", "dynamic", "scale", "flip", "roll", "pad", "twice"]
         kinds += ["merge"] * bool(merged) + ["squeeze"] * bool(squeezed) + ["split"] * bool(even)
         kind = draw(st.sampled_from(kinds if count > 1 else ["expand", "copy"]))
         at = draw(st.integers(0, count - 1)) if count else 0
@@ -333,6 +337,18 @@ class Moves:
             case "copy":
                 self.moves.append((jnp.array, ()))
                 return axes
+            case "scale":
+                self.moves.append((jnp.multiply, (draw(st.sampled_from([2.0, -0.5])),)))
+                return axes
+            case "flip" | "roll":
+                self.moves.append((jnp.flip, (at,)) if kind == "flip" else (jnp.roll, (1, at)))
+                return axes
+            case "pad" | "twice":
+                widths = [(int(axis == at), 0) for axis in range(count)]
+                self.moves.append((jnp.pad, (widths,)) if kind == "pad" else (twice, (at,)))
+                new = [*axes]
+                new[at] = (role, size + 1 if kind == "pad" else 2 * size)
+                return new
             case "slice":
                 start, step = draw(st.integers(0, size - 1)), draw(st.integers(1, 2))
                 self.moves.append((lax.slice_in_dim, (start, None, step, at)))

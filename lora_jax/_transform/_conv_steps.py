@@ -12,7 +12,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
@@ -73,7 +72,8 @@ class Steps:
         both = factors(dataclasses.replace(self.kernel, a=a, b=b))
         first, second = both if self.a_first else both[::-1]
         thin = self._step(Labelled(x, _labels(self.numbers.lhs_spec, w_in)), first, w_in, RANK)
-        return self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out).array
+        y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
+        return y.in_order(_labels(self.numbers.out_spec, w_out)).astype(self.dtype)
 
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """The operations of the convolution, for the shapes of the input and of the result."""
@@ -108,54 +108,67 @@ class Steps:
 
     def _step(self, x: Labelled, factor: Labelled, met: int, made: int) -> Labelled:
         """Takes the channels of `x` from the label `met` to the label `made`."""
-        has_window = not self.moves.keys().isdisjoint(factor.labels)
-        array = (self._convolve if has_window else self._multiply)(x, factor, met, made)
-        return Labelled(array, _labels(self.numbers.out_spec, made))
+        return (self._shared if made == RANK else self._own)(x, factor, met, made)
 
-    def _convolve(self, x: Labelled, factor: Labelled, met: int, made: int) -> Array:
-        w = factor.array
-        if made == RANK and self.groups > 1:
-            # Shared by the groups: once for each, one after the other along the channel that it makes.
-            w = jnp.tile(w, [self.groups if label == made else 1 for label in factor.labels])
+    def _shared(self, x: Labelled, factor: Labelled, met: int, made: int) -> Labelled:
+        """By one factor for all groups."""
+        x = self._apart(x, met, (_GROUP, met))
+        if self._has_no_window(factor):
+            return contract(x, factor, keep=(), precision=self.precision)
+        # Convolved alike, the groups are so many more examples; a convolution in groups takes far longer.
+        batch = len(self.numbers.out_spec)
+        y = self._convolve(self._together(x, (batch, _GROUP), batch), factor, met, made)
+        return self._apart(y, batch, (batch, _GROUP))
+
+    def _own(self, x: Labelled, factor: Labelled, met: int, made: int) -> Labelled:
+        """By each group's part of a factor."""
+        if self._has_no_window(factor):
+            parts = self._apart(factor, made, (_GROUP, made))
+            y = contract(x, parts, keep={_GROUP}, precision=self.precision, dtype=self.dtype)
+            return self._together(y, (_GROUP, made), made)
+        return self._convolve(self._together(x, (_GROUP, met), met), factor, met, made, groups=self.groups)
+
+    def _has_no_window(self, factor: Labelled) -> bool:
+        return self.moves.keys().isdisjoint(factor.labels)
+
+    def _convolve(self, x: Labelled, factor: Labelled, met: int, made: int, *, groups: int = 1) -> Labelled:
         # The axes of the window that are the other factor's have size 1 here.
         absent = [axis for axis in self.moves if axis not in factor.labels]
         w_labels = (*factor.labels, *absent)
-        spatial = range(len(self.numbers.out_spec) + 2, 2 * len(self.numbers.out_spec))
         moves = [_PLACE_BY_PLACE if axis in absent else move for axis, move in self.moves.items()]
         strides, padding, input_dilation, dilation = zip(*moves, strict=True)
+        ndim = len(self.numbers.out_spec)
         y = lax.conv_general_dilated(
             x.array,
-            lax.expand_dims(w, range(w.ndim, len(w_labels))),
+            lax.expand_dims(factor.array, range(factor.array.ndim, ndim)),
             strides,
             padding,
             lhs_dilation=input_dilation,
             rhs_dilation=dilation,
             dimension_numbers=lax.ConvDimensionNumbers(
-                tuple(x.labels.index(label) for label in (len(self.numbers.out_spec), met, *spatial)),
+                tuple(x.labels.index(label) for label in (ndim, met, *range(ndim + 2, 2 * ndim))),
                 tuple(w_labels.index(label) for label in (made, met, *self.moves)),
                 self.numbers.out_spec,
             ),
-            feature_group_count=self.groups,
+            feature_group_count=groups,
             precision=self.precision,
         )
-        return y if made == RANK else y.astype(self.dtype)
+        return Labelled(y, _labels(self.numbers.out_spec, made))
 
-    def _multiply(self, x: Labelled, factor: Labelled, met: int, made: int) -> Array:
-        """A factor without a window: a product, position by position and group by group."""
-        own = factor if made == RANK else self._cut(factor, made)
-        channel = (_GROUP, made) if self.groups > 1 else (made,)
-        out = _labels(self.numbers.out_spec, made)
-        at = out.index(made)
-        dtype = None if made == RANK else self.dtype
-        y = contract(self._cut(x, met), own, keep={_GROUP, *out}, precision=self.precision, dtype=dtype).in_order(
-            (*out[:at], *channel, *out[at + 1 :])
-        )
-        return lax.collapse(y, at, at + len(channel))
-
-    def _cut(self, x: Labelled, label: int) -> Labelled:
-        """Takes the axis of the groups out of an axis that has them one after the other."""
+    def _apart(self, x: Labelled, label: int, parts: tuple[int, int]) -> Labelled:
+        """Takes the groups out of an axis, in front of the rest of it or behind, as `parts` are ordered."""
         if self.groups == 1:
             return x
         at, shape = x.labels.index(label), x.array.shape
-        cut = lax.reshape(x.array, (*shape[:at], self.groups, shape[at] // self.groups, *shape[at + 1 :]))
-        return Labelled(cut, (*x.labels[:at], _GROUP, *x.labels[at:]))
+        sizes = [self.groups if part == _GROUP else shape[at] // self.groups for part in parts]
+        cut = lax.reshape(x.array, (*shape[:at], *sizes, *shape[at + 1 :]))
+        return Labelled(cut, (*x.labels[:at], *parts, *x.labels[at + 1 :]))
+
+    def _together(self, x: Labelled, parts: tuple[int, int], label: int) -> Labelled:
+        """Puts the groups back."""
+        if self.groups == 1:
+            return x
+        labels = tuple(its for its in x.labels if its != _GROUP)
+        at = labels.index(label)
+        beside = x.in_order((*labels[:at], *parts, *labels[at + 1 :]))
+        return Labelled(lax.collapse(beside, at, at + 2), labels)

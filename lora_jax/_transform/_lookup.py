@@ -100,13 +100,17 @@ class _LookUp:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """The columns of the indices that pick a place; the others stand for a whole axis."""
+        """The columns of the indices that pick a place; the others stand for a whole axis.
+
+        Where none of them does, as of an axis of size 1, everything is taken for each index, whichever column says so.
+        """
         axes, collapsed = self.numbers.start_index_map, self.numbers.collapsed_slice_dims
-        return tuple(
+        picking = tuple(
             column
             for column, axis in enumerate(axes)
             if self.mode not in _MOVES or self.slice_sizes[axis] < self.shape[axis] or axis in collapsed
         )
+        return picking or tuple(range(len(axes)))
 
     @property
     def picked(self) -> tuple[int, ...]:

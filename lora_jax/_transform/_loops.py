@@ -36,7 +36,7 @@ def _while(
     cond_consts, body_consts, start = _split(operands, cond_nconsts, body_nconsts)
     carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
 
-    def keep_going(state: tuple[list[Any], Any]) -> Value:
+    def going(state: tuple[list[Any], Any]) -> Array:
         return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(state[0])])[0], _ENDS)
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
@@ -44,8 +44,21 @@ def _while(
         operands = _in_turn([*body_consts, *carry.whole(moving)], turn)
         return carry.moving(site.interpret(body_jaxpr, operands)), None if turn is None else turn + 1
 
-    first: Any = jnp.int32(0) if _drops(operands) else None
-    return carry.whole(lax.while_loop(keep_going, step, (carry.moving(start), first))[0])
+    def step_each(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
+        still = going(state)
+
+        def choose(new: Array, old: Array) -> Array:
+            return jnp.where(lax.expand_dims(still, range(still.ndim, new.ndim)), new, old)
+
+        moved, turn = step(state)
+        return jax.tree.map(choose, moved, state[0]), turn
+
+    begin = (carry.moving(start), jnp.int32(0) if _drops(operands) else None)
+    if not cond_jaxpr.out_avals[0].shape:
+        end = lax.while_loop(going, step, begin)
+    else:  # the vmap of a loop whose end depends on the example: it turns until the last is done, and the others stay
+        end = lax.while_loop(lambda state: going(state).any(), step_each, begin)
+    return carry.whole(end[0])
 
 
 @rule(primitives.scan_p)

@@ -44,8 +44,8 @@ def _ragged_dot_general(
     (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
     roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
     its = "".join(kernel.roles)
-    sizes_of_a_batch = group_sizes.ndim > 1 and any((its[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
-    if not kernel.is_probe and sizes_of_a_batch:
+    misfit = any((kernel.roles[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
+    if not kernel.is_probe and group_sizes.ndim > 1 and misfit:
         raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
     lhs = site.dense(lhs, "it is divided into groups")  # a probe: noted
     y = lax.ragged_dot_general(

@@ -35,7 +35,7 @@ def _neg(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
 def _mul(site: Site, x: Value, y: Value, *, out_dtype: Any) -> AdaptedKernel:
     if out_dtype is not None:
         raise NoRule("a product that changes the dtype")
-    kernel, c = sorted((x, y), key=_is_kernel, reverse=True)
+    kernel, c = sorted((x, y), key=_precedence, reverse=True)
     return _scaled(site, kernel, c, operator.mul)
 
 
@@ -46,7 +46,7 @@ def _div(site: Site, x: Value, y: Value) -> AdaptedKernel:
     return _scaled(site, x, y, operator.truediv)
 
 
-def _is_kernel(x: Value) -> tuple[bool, bool, int]:
+def _precedence(x: Value) -> tuple[bool, bool, int]:
     """Orders two operands of a product: the adapted one is the kernel; of two, the larger."""
     return isinstance(x, AdaptedKernel) and not x.is_probe, isinstance(x, AdaptedKernel), np.size(_array(x))
 
