@@ -7,10 +7,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+import transformers
 from helpers import assert_close, dense, trained
-from law import assert_law
+from law import adapted, assert_law, normal
 from transforms import TRANSFORMS, call, loss
-from zoo.hugging_face import MODELS
+from zoo.hugging_face import MODELS, WORDS, sentences
 from zoo.model import Model
 
 import lora_jax as lj
@@ -68,3 +69,18 @@ def test_every_leaf_is_used_and_gets_a_gradient_and_a_second_call_traces_nothing
         parts = gradient(values, model.args[0])
     for path, part in parts.items():
         assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(part)), path
+
+
+def test_what_is_generated_with_an_adapter_is_what_the_merged_model_writes(key: jax.Array) -> None:
+    config = transformers.GPT2Config(n_positions=8, n_embd=12, n_layer=1, n_head=2, **WORDS)
+    model = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape), model.params_shape_tree)
+    adapter = adapted(params, {"transformer/wte/embedding": "io", "transformer/h/0/attn/c_attn/kernel": "oi"})
+
+    def generate(params: Any, start: jax.Array) -> jax.Array:
+        return model.generate(start, params=params, max_length=8).sequences
+
+    start = sentences(key)[:, :3]
+    written = jax.jit(lj.lora(generate))(params, adapter, start)
+    chex.assert_trees_all_equal(written, jax.jit(dense(generate))(params, adapter, start))
+    assert not jnp.array_equal(written, jax.jit(generate)(params, start))
