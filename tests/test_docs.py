@@ -1,6 +1,7 @@
 """Every Python block of the README and of docs/ runs, in order, as a reader would run it."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,10 @@ def test_the_table_in_the_readme_is_what_explain_prints() -> None:
     assert blocks[2][0] == "text"
     table = eval("str(lj.explain(model.apply, params, adapter, x, tx=tx))", names)
     assert table == blocks[2][1].rstrip("\n")
+
+
+def test_the_page_of_rules_is_what_the_registry_says() -> None:
+    names = runpy.run_path(str(ROOT / "docs" / "make_rules.py"))
+    # What JAX names beside them is another list in each of its versions.
+    written, made = (text.split("## Refused")[0] for text in (names["PAGE"].read_text(), names["page"]()))
+    assert written == made, "python docs/make_rules.py writes it again"

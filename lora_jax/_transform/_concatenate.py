@@ -26,13 +26,15 @@ from ._interpreter import NoRule, Site, Value, rule
 Axes = tuple[int, ...]
 
 
-@rule(primitives.concatenate_p)
+@rule(primitives.concatenate_p, "moved")
 def _concatenate(site: Site, *parts: Value, dimension: int) -> AdaptedKernel:
+    """The factors stand side by side, along the rank and along the axis."""
     return _side_by_side(site, parts, dimension)
 
 
-@rule("stack")
+@rule("stack", "moved")
 def _stack(site: Site, *parts: Value, axis: int) -> AdaptedKernel:
+    """As `concatenate`, along a new batch axis."""
     return _side_by_side(site, [_layer(part, axis) for part in parts], axis)
 
 

@@ -21,7 +21,7 @@ from ._kept import kept
 from ._placement import shardings
 
 
-@rule(primitives.jit_p)
+@rule(primitives.jit_p, "rebuilt")
 def _jit(
     site: Site,
     *operands: Value,
@@ -37,6 +37,7 @@ def _jit(
     inline: bool,
     compiler_options_kvs: Sequence[tuple[str, Any]],
 ) -> list[Value]:
+    """`jax.jit`, its shardings for the factors too; a kernel is not donated."""
     del ctx_mesh  # the equation's own context brings the mesh back
     if any(layout is not None for layout in (*in_layouts, *out_layouts)):
         raise NoRule("a jit that asks for layouts")
@@ -88,10 +89,12 @@ def _or_none(asked: Iterable[Any]) -> tuple[Any, ...] | None:
     return None if all(sharding is None for sharding in every) else every
 
 
-@rule(primitives.remat_p)
+@rule(primitives.remat_p, "rebuilt")
 def _remat(
     site: Site, *operands: Value, jaxpr: Jaxpr, prevent_cse: Any, differentiated: bool, policy: Any
 ) -> list[Value]:
+    """`jax.checkpoint` with its policy."""
+
     def run(*operands: Value) -> list[Value]:
         if differentiated and prevent_cse:
             # A gradient taken inside the model: this is the second evaluation, which must not merge with the first.
@@ -101,16 +104,19 @@ def _remat(
     return jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)(*operands)
 
 
-@rule(primitives.closed_call_p)
+@rule(primitives.closed_call_p, "rebuilt")
 def _closed_call(site: Site, *operands: Value, call_jaxpr: ClosedJaxpr) -> list[Value]:
+    """The function in the call."""
     return site.interpret(call_jaxpr, operands)
 
 
-@rule(primitives.cond_p)
+@rule(primitives.cond_p, "rebuilt")
 @kept
 def _cond(
     site: Site, index: Value, *operands: Value, branches: Sequence[ClosedJaxpr], branches_platforms: Any = None
 ) -> list[Value]:
+    """`lax.switch` or `lax.platform_dependent`; a branch that returns the kernel is refused."""
+
     def run(branch: ClosedJaxpr, *operands: Value) -> list[Array]:
         # Branches agree on what they return; only one of them may have an adapted kernel there.
         return [site.dense(out, "a branch returns the kernel itself") for out in site.interpret(branch, operands)]

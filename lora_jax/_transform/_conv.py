@@ -13,7 +13,7 @@ from ._forms import Contraction
 from ._interpreter import NoRule, Site, Value, rule
 
 
-@rule(primitives.conv_general_dilated_p)
+@rule(primitives.conv_general_dilated_p, "low-rank")
 def _conv_general_dilated(
     site: Site,
     lhs: Value,
@@ -30,6 +30,7 @@ def _conv_general_dilated(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> Value:
+    """The window with one factor, each position with the other; any layout, stride, dilation and feature groups."""
     if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
         raise NoRule("the adapted kernel is what is convolved")
     if batch_group_count != 1:

@@ -8,6 +8,8 @@ unless the caller has allowed it to be formed there.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,11 +40,16 @@ from ._plan import Form, added
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
 
-_RULES: dict[str, Rule] = {}
+Kind = typing.Literal["low-rank", "moved", "rebuilt"]
+
+_RULES: dict[str, tuple[Kind, Rule]] = {}
 
 
-def rule(primitive: Primitive | str) -> Callable[[Rule], Rule]:
+def rule(primitive: Primitive | str, kind: Kind) -> Callable[[Rule], Rule]:
     """Registers how a primitive, or by its name one that JAX keeps to itself, acts on an `AdaptedKernel`.
+
+    The kind says what becomes of the kernel: a low-rank term, a kernel again, or an operand of a function rebuilt
+    around it; the first line of the rule's doc-string says how. `docs/rules.md` is made of them.
 
     The rule is called as `rule(site, *operands, **params)` and names every parameter of its primitive, so that one
     which a new JAX adds is an error and not dropped. It returns what the primitive would: a value, or a list of values.
@@ -52,12 +59,17 @@ def rule(primitive: Primitive | str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         if name in _RULES:
-            old = _RULES[name]
+            _, old = _RULES[name]
             raise ValueError(f"`{name}` already has a rule: {old.__module__}.{old.__name__}.")
-        _RULES[name] = function
+        _RULES[name] = kind, function
         return function
 
     return register
+
+
+def rules() -> dict[str, tuple[Kind, str]]:
+    """For each primitive with a rule: what becomes of a kernel there, and how."""
+    return {name: (kind, (inspect.getdoc(function) or "").split("\n")[0]) for name, (kind, function) in _RULES.items()}
 
 
 NO_RULE = "this operation has no low-rank rule"
@@ -211,7 +223,8 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
         try:
             if eqn.primitive.name not in _RULES:
                 raise NoRule(_no_rule(eqn.primitive))
-            out = _RULES[eqn.primitive.name](site, *operands, **eqn.params)
+            _, function = _RULES[eqn.primitive.name]
+            out = function(site, *operands, **eqn.params)
             results = list(out) if eqn.primitive.multiple_results else [out]
         except NoRule as reason:
             dense = [site.dense(operand, str(reason)) for operand in operands]

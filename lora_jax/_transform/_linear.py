@@ -22,7 +22,7 @@ from ._interpreter import NO_RULE, NoRule, Site, Value, rule
 from ._pair import through
 
 
-@rule(primitives.dot_general_p)
+@rule(primitives.dot_general_p, "low-rank")
 def _dot_general(
     site: Site,
     lhs: Value,
@@ -33,6 +33,7 @@ def _dot_general(
     preferred_element_type: Any,
     out_sharding: Any,
 ) -> Value:
+    """`x·W0 + ((x·A)·s)·B`, any dimension numbers, the kernel on either side; of two kernels neither is formed."""
     if _is_adapted(lhs) and _is_adapted(rhs):
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
@@ -77,8 +78,9 @@ def _dot_general(
     return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision), roles=roles[side])
 
 
-@rule(primitives.add_p)
+@rule(primitives.add_p, "low-rank")
 def _add(site: Site, x: Value, y: Value) -> Array:
+    """A bias is added to the base's result before the low-rank term; a kernel itself is refused."""
     del site
     if isinstance(x, AdaptedKernel) or isinstance(y, AdaptedKernel):
         raise NoRule(NO_RULE)

@@ -24,7 +24,7 @@ from ._interpreter import NoRule, Site, Value, rule
 _MOVES = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
 
 
-@rule(primitives.gather_p)
+@rule(primitives.gather_p, "low-rank")
 def _gather(
     site: Site,
     operand: Value,
@@ -37,6 +37,7 @@ def _gather(
     mode: Any,
     fill_value: Any,
 ) -> Value:
+    """Rows are formed from the rows of a factor; layers, experts and columns that are picked stay a kernel."""
     if not isinstance(operand, AdaptedKernel):
         raise NoRule("the adapted kernel is the index")
     kernel = operand

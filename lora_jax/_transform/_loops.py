@@ -23,7 +23,7 @@ from ._kept import kept
 _ENDS = "the kernel decides when a loop ends"
 
 
-@rule(primitives.while_p)
+@rule(primitives.while_p, "rebuilt")
 @kept
 def _while(
     site: Site,
@@ -33,6 +33,7 @@ def _while(
     body_nconsts: int,
     body_jaxpr: ClosedJaxpr,
 ) -> list[Value]:
+    """`lax.while_loop`; a kernel that no turn changes is a constant, one that changes is refused."""
     cond_consts, body_consts, start = _split(operands, cond_nconsts, body_nconsts)
     carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
 
@@ -61,7 +62,7 @@ def _while(
     return carry.whole(end[0])
 
 
-@rule(primitives.scan_p)
+@rule(primitives.scan_p, "rebuilt")
 @kept
 def _scan(
     site: Site,
@@ -73,6 +74,7 @@ def _scan(
     num_carry: int,
     unroll: int,
 ) -> list[Value]:
+    """`lax.scan`; of stacked layers each turn gets its own factors."""
     consts, start, stacked = _split(operands, num_consts, num_carry)
     carry = _Carry.of(site, jaxpr, num_consts, start)
     slices = [_slices(x) for x in stacked]

@@ -21,7 +21,7 @@ from ._forms import Sum
 from ._interpreter import NoRule, Site, Value, rule
 
 
-@rule("ragged_dot_general")
+@rule("ragged_dot_general", "low-rank")
 def _ragged_dot_general(
     site: Site,
     lhs: Value,
@@ -34,6 +34,7 @@ def _ragged_dot_general(
     group_offset: Any,
     out_sharding: Any,
 ) -> Value:
+    """As `dot_general`, each row with the factors of its own group; refused where the kernel is what is divided."""
     numbers = ragged_dot_dimension_numbers
     if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
         raise NoRule("the adapted kernel is what is divided into groups")

@@ -25,22 +25,25 @@ from ._interpreter import NoRule, Site, Value, rule
 Axes = tuple[int, ...]
 
 
-@rule(primitives.neg_p)
+@rule(primitives.neg_p, "moved")
 def _neg(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    """The scale is negated."""
     del site
     return dataclasses.replace(kernel, w=-kernel.w, scale=-kernel.scale)
 
 
-@rule(primitives.mul_p)
+@rule(primitives.mul_p, "moved")
 def _mul(site: Site, x: Value, y: Value, *, out_dtype: Any) -> AdaptedKernel:
+    """A number joins the scale; an array that varies along inputs or outputs alone joins a factor."""
     if out_dtype is not None:
         raise NoRule("a product that changes the dtype")
     kernel, c = sorted((x, y), key=_precedence, reverse=True)
     return _scaled(site, kernel, c, operator.mul)
 
 
-@rule(primitives.div_p)
+@rule(primitives.div_p, "moved")
 def _div(site: Site, x: Value, y: Value) -> AdaptedKernel:
+    """As `mul`; a quotient by the kernel is refused."""
     if not isinstance(x, AdaptedKernel):
         raise NoRule("something is divided by the kernel")
     return _scaled(site, x, y, operator.truediv)

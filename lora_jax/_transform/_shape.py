@@ -24,8 +24,9 @@ from ._interpreter import NoRule, Site, Value, rule
 Axes = tuple[int, ...]
 
 
-@rule(primitives.transpose_p)
+@rule(primitives.transpose_p, "moved")
 def _transpose(site: Site, kernel: AdaptedKernel, *, permutation: Axes) -> AdaptedKernel:
+    """The factors are transposed."""
     del site
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
@@ -34,8 +35,10 @@ def _transpose(site: Site, kernel: AdaptedKernel, *, permutation: Axes) -> Adapt
     return kernel.moved(lax.transpose(kernel.w, permutation), [kernel.roles[axis] for axis in permutation], move)
 
 
-@rule(primitives.squeeze_p)
+@rule(primitives.squeeze_p, "moved")
 def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> Value:
+    """The factors are squeezed; a row or column that is left alone is formed."""
+
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after
         return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
@@ -52,10 +55,11 @@ def _row(site: Site, kernel: AdaptedKernel) -> Value:
     return materialise(kernel)
 
 
-@rule(primitives.broadcast_in_dim_p)
+@rule(primitives.broadcast_in_dim_p, "moved")
 def _broadcast_in_dim(
     site: Site, kernel: Value, *dynamic_shape: Any, shape: Axes, broadcast_dimensions: Axes, sharding: Any
 ) -> AdaptedKernel:
+    """A new axis is one more output, along which `b` repeats."""
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
     del site
@@ -73,8 +77,9 @@ def _broadcast_in_dim(
     return kernel.moved(lax.broadcast_in_dim(kernel.w, shape, broadcast_dimensions, out_sharding=sharding), roles, move)
 
 
-@rule(primitives.reshape_p)
+@rule(primitives.reshape_p, "moved")
 def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any) -> Value:
+    """Axes of one role are split or merged; a merge of inputs with outputs is refused."""
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
     if dimensions is not None:  # the order in which the axes are read
@@ -115,10 +120,11 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return blocks
 
 
-@rule(primitives.slice_p)
+@rule(primitives.slice_p, "moved")
 def _slice(
     site: Site, kernel: AdaptedKernel, *, start_indices: Axes, limit_indices: Axes, strides: Axes | None
 ) -> AdaptedKernel:
+    """The same slice of each factor that has the axis."""
     del site
     steps = strides or (1,) * kernel.w.ndim
 
@@ -135,8 +141,9 @@ def _slice(
     return kernel.moved(lax.slice(kernel.w, start_indices, limit_indices, strides), kernel.roles, move)
 
 
-@rule("split")
+@rule("split", "moved")
 def _split(site: Site, kernel: AdaptedKernel, *, sizes: Sequence[int], axis: int) -> list[AdaptedKernel]:
+    """Each part is such a slice."""
     del site
     parts = lax.split(kernel.w, sizes, axis)
     ends = list(itertools.accumulate(sizes))
@@ -153,8 +160,9 @@ def _split(site: Site, kernel: AdaptedKernel, *, sizes: Sequence[int], axis: int
     return [cut(number) for number in range(len(sizes))]
 
 
-@rule(primitives.rev_p)
+@rule(primitives.rev_p, "moved")
 def _rev(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKernel:
+    """The factors are reversed."""
     del site
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
@@ -164,8 +172,9 @@ def _rev(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKerne
     return kernel.moved(lax.rev(kernel.w, dimensions), kernel.roles, move)
 
 
-@rule(primitives.pad_p)
+@rule(primitives.pad_p, "moved")
 def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tuple[int, int, int]]) -> AdaptedKernel:
+    """The factors are padded with zeros; any other padding is refused."""
     if not isinstance(kernel, AdaptedKernel):
         raise NoRule("the kernel is what is padded with")
     value = site.dense(value, "the kernel is what is padded with")
@@ -180,8 +189,9 @@ def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tu
     return kernel.moved(lax.pad(kernel.w, value, padding_config), kernel.roles, move)
 
 
-@rule(primitives.dynamic_slice_p)
+@rule(primitives.dynamic_slice_p, "moved")
 def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes) -> AdaptedKernel:
+    """As `slice`, from a traced place."""
     del site
     if not isinstance(kernel, AdaptedKernel) or any(isinstance(start, AdaptedKernel) for start in starts):
         raise NoRule("the adapted kernel is an index")
@@ -199,10 +209,11 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
     return kernel.moved(cut(kernel.w, starts, slice_sizes), kernel.roles, move)
 
 
-@rule(primitives.convert_element_type_p)
+@rule(primitives.convert_element_type_p, "moved")
 def _convert_element_type(
     site: Site, kernel: AdaptedKernel, *, new_dtype: Any, weak_type: bool, sharding: Any
 ) -> AdaptedKernel:
+    """The factors keep their own dtype until they are used; a cast to whole numbers is refused."""
     del site, weak_type  # what the model makes of the kernel next has a strong type either way
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise NoRule(f"a cast to {jnp.dtype(new_dtype).name}")
@@ -212,32 +223,37 @@ def _convert_element_type(
     return dataclasses.replace(kernel, w=kernel.w.astype(new_dtype))
 
 
-@rule(primitives.reduce_precision_p)
+@rule(primitives.reduce_precision_p, "moved")
 def _reduce_precision(site: Site, kernel: AdaptedKernel, *, exponent_bits: int, mantissa_bits: int) -> AdaptedKernel:
+    """The factors keep their precision."""
     del site  # like a cast: the factors keep their precision
     return dataclasses.replace(kernel, w=lax.reduce_precision(kernel.w, exponent_bits, mantissa_bits))
 
 
-@rule("optimization_barrier")
+@rule("optimization_barrier", "moved")
 def _optimization_barrier(site: Site, *operands: Value) -> list[Value]:
+    """All arrays pass the barrier together."""
     del site
     return list(lax.optimization_barrier(operands))
 
 
-@rule(primitives.copy_p)
+@rule(primitives.copy_p, "moved")
 def _copy(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    """The base is copied."""
     del site
     return dataclasses.replace(kernel, w=jnp.copy(kernel.w))
 
 
-@rule(primitives.name_p)
+@rule(primitives.name_p, "moved")
 def _name(site: Site, kernel: AdaptedKernel, *, name: str) -> AdaptedKernel:
+    """The name goes to the base, for `remat` policies."""
     del site
     return dataclasses.replace(kernel, w=checkpoint_name(kernel.w, name))
 
 
-@rule(primitives.stop_gradient_p)
+@rule(primitives.stop_gradient_p, "moved")
 def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    """The factors get no gradient either."""
     del site
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
@@ -247,17 +263,19 @@ def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
     return kernel.moved(lax.stop_gradient(kernel.w), kernel.roles, move)
 
 
-@rule("pvary")
+@rule("pvary", "moved")
 def _pvary(site: Site, kernel: AdaptedKernel, *, axes: Sequence[str]) -> AdaptedKernel:
+    """The base varies over the mesh; the factors follow where they meet what varies."""
     del site
     # What shard_map puts before a replicated kernel. The factors follow by themselves, where they meet what varies.
     return dataclasses.replace(kernel, w=lax.pcast(kernel.w, tuple(axes), to="varying"))
 
 
-@rule(primitives.sharding_constraint_p)
+@rule(primitives.sharding_constraint_p, "moved")
 def _sharding_constraint(
     site: Site, kernel: AdaptedKernel, *, sharding: Any, layout: Any, context_mesh: Any, unconstrained_dims: Any
 ) -> AdaptedKernel:
+    """Each factor is constrained along the axes that it has."""
     del site, context_mesh  # the equation's own context brings the mesh back
     if layout is not None or not isinstance(sharding, NamedSharding):
         raise NoRule("a constraint on the layout, or a sharding that does not name its axes")

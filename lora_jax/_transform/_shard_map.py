@@ -15,7 +15,7 @@ from ._interpreter import NoRule, Site, Value, rule
 from ._placement import specs
 
 
-@rule("shard_map")
+@rule("shard_map", "rebuilt")
 def _shard_map(
     site: Site,
     *operands: Value,
@@ -26,6 +26,8 @@ def _shard_map(
     check_vma: bool,
     newly_manual_axes: Collection[str],
 ) -> list[Value]:
+    """`jax.shard_map`: the factors are cut as the kernel is, the rank is not."""
+
     def run(*operands: Value) -> tuple[Array, ...]:
         out = site.interpret(ClosedJaxpr(jaxpr, ()), operands)
         return tuple(site.dense(result, "a shard_map returns the kernel") for result in out)
@@ -46,7 +48,7 @@ def _shard_map(
     return list(mapped(*operands))
 
 
-@rule(primitives.all_gather_p)
+@rule(primitives.all_gather_p, "moved")
 def _all_gather(
     site: Site,
     kernel: AdaptedKernel,
@@ -57,6 +59,7 @@ def _all_gather(
     axis_size: int,
     tiled: bool,
 ) -> AdaptedKernel:
+    """The factors that have the axis are gathered."""
     del site, axis_size
     at, names = all_gather_dimension, tuple(axis_name)
 
