@@ -34,6 +34,7 @@ bench: $(VENV)/installed
 
 # One environment for each set of libraries that can live together. A line of its pins is one call of pip, in this order.
 PEERS = jax lorax torch
+SIZE ?= small
 
 .venv-peers-%/installed: benchmarks/against/pins/%.txt
 	$(PYTHON) -m venv $(@D)
@@ -42,7 +43,7 @@ PEERS = jax lorax torch
 	touch $@
 
 peers: $(PEERS:%=.venv-peers-%/installed)
-	.venv-peers-jax/bin/python benchmarks/peers.py --size base --write-docs
+	.venv-peers-jax/bin/python benchmarks/peers.py --size $(SIZE) --write-docs
 
 examples-short: $(VENV)/installed
 	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)

@@ -30,8 +30,8 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "optimiser": ("optimiser", lambda n: f"{n / 1e6:.2f} MB"),
     "compile": ("trace + lower + compile", lambda s: f"{s:.1f} s"),
 }
-# Figures that a second run repeats exactly; what differs by less is equal.
-EXACT = {"operations": 5e-4, "temporary": 5e-3, "optimiser": 5e-4}
+# By how much a ratio must be lower to count: the first three are exact, the others vary from run to run.
+MARGIN = {"operations": 5e-4, "temporary": 5e-3, "optimiser": 5e-4, "steps": 0.05, "compile": 0.15}
 
 
 def ratio(column: str, row: Row, reference: Row) -> Ratio | None:
@@ -48,10 +48,11 @@ def ratio(column: str, row: Row, reference: Row) -> Ratio | None:
 
 
 def cases(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Row | str]]]:
-    """Environment, title and rows of each case."""
+    """Environment, title and rows of each case that has its reference."""
     for environment, found in results["environments"].items():
         for title, rows in found.get("cases", {}).items():
-            yield environment, title, rows
+            if isinstance(rows.get(BY_HAND), dict):
+                yield environment, title, rows
 
 
 def aligned(lines: list[list[str]]) -> str:
@@ -109,42 +110,41 @@ def abilities(results: dict[str, Any]) -> str:
 def behind(results: dict[str, Any]) -> list[str]:
     """Where another library has a lower ratio to LoRA by hand than this one, by more than what the figure varies by."""
     own = {title: rows for environment, title, rows in cases(results) if environment == "jax"}
-    lines = []
-    for environment, title, rows in cases(results):
-        ours = own.get(title, next(iter(own.values()), {}))
-        if not isinstance(ours.get(OWN), dict):
-            continue
-        for peer in (peer.name for peer in ENVIRONMENTS[environment] if peer.name != OWN):
-            if not isinstance(rows.get(peer), dict):
-                continue
-            for column, (head, _) in COLUMNS.items():
-                one, other = ratio(column, ours[OWN], ours[BY_HAND]), ratio(column, rows[peer], rows[BY_HAND])
-                if one is None or other is None:
-                    continue
-                if one.value > other.value * (1 + EXACT.get(column, 0.05)) + one.spread + other.spread:
-                    lines.append(f"{head}, {title}: {peer} × {other.value:.3f}, {OWN} × {one.value:.3f}")
-    return lines
+    return [
+        f"{head}, {title}: {peer.name} × {theirs.value:.3f}, {OWN} × {ours.value:.3f}"
+        for environment, title, rows in cases(results)
+        for peer in ENVIRONMENTS[environment]
+        for column, (head, _) in COLUMNS.items()
+        if (theirs := figure(rows, peer.name, column)) and (ours := figure(own.get(title, {}), OWN, column))
+        if ours.value - ours.spread > (theirs.value + theirs.spread) * (1 + MARGIN[column])
+    ]
+
+
+def figure(rows: dict[str, Row | str], name: str, column: str) -> Ratio | None:
+    """The ratio of a method that could be measured."""
+    row = rows.get(name)
+    return ratio(column, row, rows[BY_HAND]) if isinstance(row, dict) else None
 
 
 def tables(results: dict[str, Any]) -> str:
     """All that was found, as text."""
     parts = []
     for environment, title, rows in cases(results):
-        parts.append(f"**{heading(results, environment, title)}**\n\n{costs(rows)}")
+        parts.append(f"### {heading(results, environment, title)}\n\n{costs(rows)}")
     for environment, found in results["environments"].items():
         if "missing" in found:
             names = ", ".join(peer.name for peer in ENVIRONMENTS[environment])
             parts.append(f"{names}: not measured, {found['missing']}")
-    parts.append(f"**What each adapts**\n\n{abilities(results)}")
-    lines = behind(results)
-    parts.append("Behind another:\n\n" + "\n".join(f"- {line}" for line in lines) if lines else "Behind none of them.")
-    return "\n\n".join(parts)
+    parts.append(f"### What each adapts\n\n{abilities(results)}")
+    lines = [f"- {line}" for line in behind(results)] or ["Nowhere."]
+    return "\n\n".join([*parts, "### Where another has a lower ratio", "\n".join(lines)])
 
 
 def heading(results: dict[str, Any], environment: str, title: str) -> str:
     """The title of a table, with the versions that matter."""
     versions = results["environments"][environment]["versions"]
-    return f"{title} ({'PyTorch' if environment == 'torch' else 'JAX'} {versions.get('torch') or versions['jax']})"
+    library = f"PyTorch {versions['torch']}" if environment == "torch" else f"JAX {versions['jax']}"
+    return f"{title[0].upper()}{title[1:]}, {library}"
 
 
 def document(results: dict[str, Any], picture: str) -> str:
