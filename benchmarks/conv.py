@@ -13,8 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from decoder import Loss, Method
 from jax import Array, lax
-from models import ALPHA, Loss, Method, as_collection, formed
+from models import as_collection, formed
+from sizes import ALPHA
 
 import lora_jax as lj
 

@@ -19,12 +19,15 @@ from typing import Any
 import conv
 import jax
 import models
-from step import about, jitted, start_of, timed
+from decoder import Method
+from sizes import SMALL
+from step import about
+from timing import jitted, start_of, timed
 
 from lora_jax import testing
 from lora_jax._transform import _plan
 
-Make = Callable[[Any], models.Method]
+Make = Callable[[Any], Method]
 
 
 @contextmanager
@@ -42,7 +45,7 @@ def exhaustive() -> Iterator[None]:
 
 def decoder(width: int, rank: int, layers: int = 2, *, scanned: bool = False) -> Callable[[], Any]:
     """A case of the decoder."""
-    size = dataclasses.replace(models.SMALL, layers=layers, width=width, hidden=4 * width, rank=rank)
+    size = dataclasses.replace(SMALL, layers=layers, width=width, hidden=4 * width, rank=rank)
     return lambda: models.case(size, scanned=scanned)
 
 
@@ -123,7 +126,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
-    header = about("forms", models.SMALL)
+    header = about("forms", SMALL)
     print(header["command"], "·", header["device"])
     found = {}
     for name, (make, module) in CASES.items():

@@ -15,9 +15,11 @@ from typing import Any
 
 import jax
 import models
-from step import about, jitted, start_of, timed
+from sizes import SMALL
+from step import about
+from timing import jitted, start_of, timed
 
-SIZE = dataclasses.replace(models.SMALL, width=64, hidden=256, vocabulary=512, length=64)
+SIZE = dataclasses.replace(SMALL, width=64, hidden=256, vocabulary=512, length=64)
 WAYS = {"LoRA by hand": models.by_hand, "lora()": models.through_lora}
 PARTS = ("trace", "lower", "compile")
 

@@ -16,7 +16,6 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from models import BASE, METHODS, SMALL, Case, Method, Size, case
+from models import METHODS, Case, case
+from sizes import BASE, SMALL, Size
+from timing import jitted, start_of, timed
 
 from lora_jax import testing
 
@@ -72,24 +73,6 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "compile": ("compile", lambda s: f"{s:.2f} s"),
     "step": ("step", lambda s: f"{1e3 * s:.0f} ms"),
 }
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and the result, waited for."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(call())
-    return time.perf_counter() - start, result
-
-
-def jitted(method: Method) -> Any:
-    """The step as in training: what it replaces is donated."""
-    return jax.jit(method.step, donate_argnums=(1, 2))
-
-
-def start_of(method: Method) -> list[Any]:
-    """The arguments of the first step, copied: methods share the case's arrays, and a step donates its own."""
-    frozen, trained, state = method.start()
-    return [frozen, *jax.tree_util.tree_map(jnp.copy, (trained, state))]
 
 
 def measure(case: Case, *, rounds: int, steps: int) -> dict[str, Figures]:

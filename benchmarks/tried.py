@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 import models
 from jax import Array
-from step import timed
+from sizes import SMALL
+from timing import timed
 
 from lora_jax import testing
 
@@ -70,7 +71,7 @@ def attention(width: int, rank: int, tokens: int, layers: int = 4) -> Trial:
 
 def last_layer(layers: int = 8) -> Trial:
     """A decoder of which all layers are adapted, or the last alone."""
-    size = dataclasses.replace(models.SMALL, layers=layers)
+    size = dataclasses.replace(SMALL, layers=layers)
     one = models.case(size, scanned=False)
     last = {path: part for path, part in one.adapter.items() if path.startswith(f"block_{layers - 1}/")}
     loss = models.through_lora(one).loss

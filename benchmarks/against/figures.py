@@ -1,0 +1,41 @@
+"""What is measured of a step, and of a trial: needs nothing but Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+
+START = time.perf_counter()
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a training step costs; None where it cannot be measured.
+
+    Attributes:
+      steps: seconds of each step; the methods of an environment take turns.
+      operations: floating-point operations, the bodies of loops times their length.
+      temporary: bytes beside arguments and results.
+      optimiser: bytes of the state of the optimiser.
+      compile: seconds to trace, lower and compile, each time; likewise in turns.
+      loss: of the first step.
+    """
+
+    steps: list[float]
+    operations: int | None
+    temporary: int | None
+    optimiser: int
+    compile: list[float] | None
+    loss: float
+
+
+def first_line(error: Exception) -> str:
+    """An error in one line of moderate length."""
+    line = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    return line if len(line) <= 160 else f"{line[:159]}…"
+
+
+def progress(text: str) -> None:
+    """Says what is being done, and how long it has been going on."""
+    print(f"{time.perf_counter() - START:5.0f} s  {text}", file=sys.stderr, flush=True)

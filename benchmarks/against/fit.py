@@ -1,0 +1,19 @@
+"""Gives a library's own adapter the values of a case; refuses where it has no place for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jax import Array
+
+
+def fitted(path: str, value: Array, made: Mapping[str, Any]) -> Array:
+    """`value` in the shape and dtype of the leaf that the library made at `path`."""
+    if path not in made:
+        raise LookupError(f"no adapter is made, and nothing said: {path}")
+    leaf = made[path]
+    if math.prod(leaf.shape) != value.size:
+        raise ValueError(f"its factor has the shape {leaf.shape}, not {value.shape}: {path}")
+    return value.reshape(leaf.shape).astype(leaf.dtype)

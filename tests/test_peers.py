@@ -1,0 +1,63 @@
+"""The comparison with other libraries runs, and notices a library that computes something else."""
+
+import dataclasses
+import json
+import re
+
+import peers
+import pytest
+from against import BY_HAND, MERGED, WHOLE, capabilities, lora_jax
+from against.by_hand import METHODS, merged
+from against.cases import ONE_LAYER, decoder
+from against.measure import measure
+
+OWN = "lora_jax"
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The part that needs no other library, at a tiny size."""
+    builds = {name: METHODS[name] for name in (BY_HAND, MERGED, WHOLE)} | {OWN: lora_jax.build, "Quax": refusing}
+    rows = measure(decoder(ONE_LAYER), builds, rounds=1, steps=2)
+    plain = {name: row if isinstance(row, str) else dataclasses.asdict(row) for name, row in rows.items()}
+    tried = {OWN: {"convolution": capabilities.tried(lora_jax.build, "convolution")}}
+    found = {"versions": {"jax": "1.2.3"}, "cases": {"layers written out": plain}, "capabilities": tried}
+    return {"command": "the command", "machine": "the machine", "size": "tiny", "environments": {"jax": found}}
+
+
+def refusing(case):
+    raise ValueError(f"no rank of {case.rank}\nand a long explanation")
+
+
+def test_the_figures_are_those_of_the_methods(results):
+    rows = results["environments"]["jax"]["cases"]["layers written out"]
+    assert rows[OWN]["operations"] == rows[BY_HAND]["operations"]
+    assert rows[BY_HAND]["operations"] < rows[MERGED]["operations"] < rows[WHOLE]["operations"]
+    assert rows[OWN]["optimiser"] < rows[WHOLE]["optimiser"]
+    assert all(len(row["steps"]) == 2 and row["temporary"] > 0 for name, row in rows.items() if name != "Quax")
+    assert rows["Quax"] == "ValueError: no rank of 4"
+
+
+def test_a_library_that_trains_another_function_is_found_out():
+    def half_the_scale(case):
+        return merged(case._replace(rank=2 * case.rank))
+
+    assert capabilities.tried(lora_jax.build, "convolution") == capabilities.YES
+    assert capabilities.tried(half_the_scale, "convolution") == "runs, but computes another function"
+    assert capabilities.tried(refusing, "convolution") == "ValueError: no rank of 2"
+
+
+def test_the_page_is_written_between_the_marks(results, tmp_path, monkeypatch, capsys):
+    page, figures = tmp_path / "page.md", tmp_path / "figures.json"
+    page.write_text(f"before\n{peers.BEGIN}\nold\n{peers.END}\nafter\n")
+    figures.write_text(json.dumps(results))
+    monkeypatch.setattr(peers, "PAGE", page)
+    monkeypatch.setattr(peers, "PICTURE", tmp_path / "peers.png")
+    monkeypatch.setattr("sys.argv", ["peers.py", "--read", str(figures), "--write-docs"])
+    assert peers.main() == 0
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert re.search(r"^\| lora_jax +\| × \d", text, re.MULTILINE)
+    assert "- Quax: ValueError: no rank of 4" in text
+    assert (tmp_path / "peers.png").stat().st_size > 0
+    assert "lora_jax" in capsys.readouterr().out
