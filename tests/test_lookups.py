@@ -254,6 +254,19 @@ def test_rows_of_a_table_of_three_axes_are_consumed_where_they_are_looked_up() -
     assert (use.kind, use.primitive) == ("factored", "gather")
 
 
+def test_rows_of_two_tables_side_by_side_are_uses_of_both() -> None:
+    params = {"one": normal(6, 2, 3), "two": normal(4, 2, 3), "whole": normal(2, 2, 3)}
+    ids = jnp.array([0, 2])
+
+    def read(*parts: Callable[[Any], jax.Array]) -> dict[str, list[str]]:
+        found = lj.kernels(lambda params: jnp.tanh(jnp.concatenate([part(params) for part in parts])), params)
+        return {path: [use.primitive for use in kernel.uses] for path, kernel in found.items() if kernel.uses}
+
+    one, two, whole = lambda p: p["one"][ids], lambda p: p["two"][ids], lambda p: p["whole"]
+    assert read(one, two) == {"one": ["gather"], "two": ["gather"]}
+    assert read(one, whole) == {"one": ["tanh"], "whole": ["tanh"]}
+
+
 @pytest.mark.parametrize("vocabulary", [1, 7])
 def test_an_embedding_of_linen_may_have_one_row(vocabulary: int) -> None:
     module = nn.Embed(vocabulary, 6)

@@ -114,6 +114,9 @@ def _probes_side_by_side(parts: Sequence[Value], axis: int) -> AdaptedKernel:
         w=lax.concatenate([_array(part) for part in parts], axis),
         roles=tuple(join(labels) for labels in zip(*(probe.roles for probe in probes), strict=True)),
         paths=_paths(probes),
+        look_up=tuple(use for probe in probes for use in probe.look_up)
+        if all(probe.look_up for probe in probes)
+        else (),
     )
 
 
