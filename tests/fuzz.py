@@ -584,9 +584,13 @@ class Drawing:
             leaves[0] = (leaves[0][0], dataclasses.replace(leaves[0][1], variant="LoRA"))
         scope = {name: self._known(leaf) for name, leaf in leaves}
         x, body = self.shape(2), self.body(scope, self.one_of((1, 2, 1, 0)), 3)
-        # There is no gradient through a loop whose end is traced.
-        ends = any(isinstance(step, fp.Loop) and step.traced for step in fp.steps_of(body))
-        return fp.Program(tuple(leaves), x, body, self.one_of(FORWARD if ends else REVERSE))
+        steps = fp.steps_of(body)
+        under = REVERSE
+        if any(isinstance(step, fp.Loop) and step.traced for step in steps):
+            under = FORWARD
+        elif any(isinstance(step, fp.Ragged) for step in steps):
+            under = RAGGED
+        return fp.Program(tuple(leaves), x, body, self.one_of(under))
 
     def _known(self, leaf: fp.Leaf) -> Known:
         return Known(tuple(leaf.axes), leaf.shape, leaf.variant in ("LoRA", "RSLoRA"))
@@ -616,7 +620,8 @@ MOVES = (
 )
 # What is compared with the oracle, as often as it stands here.
 REVERSE = ("gradient",) * 60 + ("jvp", "over_x", "over_adapter", "second", "second_in_reverse") * 6 + ("jit", "eager")
-FORWARD = ("forward", "jvp", "over_x", "over_adapter")
+FORWARD = ("forward", "jvp", "over_x", "over_adapter")  # JAX has no gradient through a loop whose end is traced
+RAGGED = ("gradient", "gradient", "gradient", "jvp")  # nor most other derivatives of `ragged_dot`
 CONSUMERS = ("dot", "dot", "dot", "both", "conv", "ragged", "add", "add", "act")
 CONTROL = ("jit", "remat", "scan", "scan", "loop", "switch", "vmap", "gradient")
 

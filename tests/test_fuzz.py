@@ -19,7 +19,7 @@ from tqdm import tqdm
 from lora_jax._transform import _interpreter as interpreter
 
 FAST, SLOW = 80, 500  # programs of a run
-RUNS = 42
+RUNS = 44
 WANTED = 20_000
 # The rules that no program reaches; other tests do.
 ELSEWHERE = {"all_gather", "closed_call", "pvary", "reduce_precision", "shard_map", "sharding_constraint"}
@@ -37,7 +37,7 @@ def test_twenty_thousand_programs_are_those_of_the_formed_kernels(capsys: pytest
     spawn = multiprocessing.get_context("spawn")
     with (
         capsys.disabled(),
-        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, max_tasks_per_child=2) as workers,
+        concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=spawn, max_tasks_per_child=4) as workers,
         tqdm(total=RUNS * SLOW, unit=" programs", file=sys.stderr, smoothing=0) as bar,
     ):
         runs = [workers.submit(fuzzed, 1000 + seed, SLOW) for seed in range(RUNS)]
@@ -49,7 +49,8 @@ def test_twenty_thousand_programs_are_those_of_the_formed_kernels(capsys: pytest
             bar.update(SLOW)
         print(f"\n{count}")
     assert not failures, "\n\n".join(failures)
-    assert len(count.programs) >= WANTED
+    different = len(count.programs)
+    assert different >= WANTED
     assert set(interpreter._RULES) - set(count.rules) <= ELSEWHERE
 
 
