@@ -74,7 +74,7 @@ def merging(peer: Any) -> str:
     """Whether the model as it stands gives the loss of the adapted one, once the adapter is merged."""
     case, expected = program("matrices")
     if not hasattr(peer, "merge"):
-        return "no function for it"
+        return "has no function for it"
     try:
         loss = float(case.loss(case.apply(peer.merge(case), case.inputs), case.inputs))
     except Exception as error:
@@ -89,5 +89,5 @@ def capabilities(name: str, peer: Any) -> dict[str, str]:
         progress(f"try {what}: {name}")
         found[what] = tried(peer.build, what)
         if found[what] != YES and hasattr(peer, "dense") and tried(peer.dense, what) == YES:
-            found[what] = "only where it may form the kernel"
+            found[what] = "only if told that it may form the kernel"
     return found | {MERGING: merging(peer)}

@@ -30,9 +30,14 @@ class Figures:
     loss: float
 
 
+class UnfitError(Exception):
+    """A library that has no place for an adapter; the words are ours, not the library's."""
+
+
 def first_line(error: Exception) -> str:
     """An error in one line of moderate length."""
-    line = f"{type(error).__name__}: {str(error).strip()}".split("\n")[0]
+    name = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
+    line = f"{name}{str(error).strip()}".split("\n")[0]
     return line if len(line) <= 160 else f"{line[:159]}…"
 
 

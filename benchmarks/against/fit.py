@@ -8,12 +8,14 @@ from typing import Any
 
 from jax import Array
 
+from .figures import UnfitError
+
 
 def fitted(path: str, value: Array, made: Mapping[str, Any]) -> Array:
     """`value` in the shape and dtype of the leaf that the library made at `path`."""
     if path not in made:
-        raise LookupError(f"no adapter is made, and nothing said: {path}")
+        raise UnfitError("makes no adapter, and says nothing")
     leaf = made[path]
     if math.prod(leaf.shape) != value.size:
-        raise ValueError(f"its factor has the shape {leaf.shape}, not {value.shape}: {path}")
+        raise UnfitError(f"makes a factor of shape {leaf.shape}, where {value.shape} is needed")
     return value.reshape(leaf.shape).astype(leaf.dtype)

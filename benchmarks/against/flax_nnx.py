@@ -9,6 +9,7 @@ from decoder import Method
 from flax import nnx
 
 from .cases import Case
+from .figures import UnfitError
 from .fit import fitted
 from .nnx_models import Layers, method, model_of, trainable, with_values
 
@@ -44,7 +45,7 @@ def build(case: Case) -> Method:
         layer = path.rpartition("/")[0]
         prefix = f"{layer}/lora" if f"{layer}/lora/lora_a" in made else layer
         if not prefix:
-            raise LookupError("there is LoRA for layers only, not for a parameter")
+            raise UnfitError("has LoRA for layers only, not for a parameter")
         for name, value in {"lora_a": factors.a, "lora_b": factors.b * case.scale}.items():
             values[f"{prefix}/{name}"] = fitted(f"{prefix}/{name}", value, made)
     return method(case, with_values(model, values))

@@ -117,7 +117,7 @@ def tried(trial: Trial) -> str:
     count = sum({x.untyped_storage().data_ptr(): x.numel() for x in trained}.values())
     dtypes = {str(x.dtype).removeprefix("torch.") for x in trained}
     if count != trial.numbers:
-        return f"an adapter of {count} numbers, where {trial.numbers} are the low-rank form"
+        return f"makes an adapter of {count} numbers, where {trial.numbers} are needed"
     if not all(map(torch.any, gradients)):
         return "a factor gets no gradient"
     if not torch.allclose(loss, merged, rtol=3e-2 if trial.inputs.dtype == torch.bfloat16 else 1e-4):
@@ -131,4 +131,4 @@ def capabilities() -> dict[str, str]:
     for what, trial in TRIALS.items():
         progress(f"try {what}: PEFT")
         found[what] = tried(trial)
-    return found | {"experts, vmap": "not tried: PyTorch has no such layer", "merging back": found["matrices"]}
+    return found | {"merging back": found["matrices"]}

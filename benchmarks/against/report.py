@@ -12,7 +12,7 @@ import sizes
 from . import BY_HAND, ENVIRONMENTS
 
 OWN = "lora_jax"
-YES = "yes"
+YES, NO_SUCH = "yes", "–"
 
 
 class Ratio(NamedTuple):
@@ -42,7 +42,7 @@ def ratio(column: str, row: Row, reference: Row) -> Ratio | None:
         return Ratio(row[column] / reference[column])
     ratios = [one / other for one, other in zip(row[column], reference[column], strict=True)]
     if len(ratios) < 4:
-        return Ratio(statistics.median(ratios))
+        return Ratio(statistics.median(ratios), (max(ratios) - min(ratios)) / 2)
     low, middle, high = statistics.quantiles(ratios, n=4)
     return Ratio(middle, (high - low) / 2)
 
@@ -100,8 +100,9 @@ def abilities(results: dict[str, Any]) -> str:
     for what in next(iter(found.values())):
         cells = []
         for its in found.values():
-            answer = its.get(what, "not tried")
-            cells.append(YES if answer == YES else f"no ({reasons.setdefault(answer, len(reasons) + 1)})")
+            answer = its.get(what, NO_SUCH)
+            number = reasons.setdefault(answer, len(reasons) + 1) if answer not in (YES, NO_SUCH) else None
+            cells.append(f"no ({number})" if number else answer)
         lines.append([what, *cells])
     notes = [f"{number}. {reason}" for reason, number in reasons.items()]
     return "\n".join([aligned(lines), "", *notes])
