@@ -109,6 +109,18 @@ class BeyondJaxError(Exception):
     """JAX itself cannot do that with the formed kernels."""
 
 
+FORMS = ("factored", "factored", "hybrid", "merged", None)
+
+
+def digest(program: fp.Program) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(program).encode(), digest_size=8).digest())
+
+
+def form_of(program: fp.Program) -> Any:
+    """The form in which a program is run: as a rule by its factors, which is what rules are about."""
+    return FORMS[digest(program) % len(FORMS)]
+
+
 def compared(program: fp.Program) -> tuple[Any, Any]:
     """What the program gives with adapted kernels, and with formed ones."""
     args, under = jax.tree.map(jnp.asarray, arguments(program)), UNDER.get(program.under, gradient)
@@ -118,7 +130,7 @@ def compared(program: fp.Program) -> tuple[Any, Any]:
             expected = under(dense(program.apply), *args)
         except NotImplementedError as error:
             raise BeyondJaxError from error
-        return under(lj.lora(program.apply), *args), expected
+        return under(lj.lora(program.apply, form=form_of(program)), *args), expected
 
     if program.under == "eager":
         return both(*args)
@@ -139,22 +151,24 @@ class Count:
     rules: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     steps: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     under: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    forms: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add_program(self, program: fp.Program, steps: Sequence[Any]) -> None:
         self.run += 1
-        self.programs.add(int.from_bytes(hashlib.blake2b(repr(program).encode(), digest_size=8).digest()))
+        self.programs.add(digest(program))
+        self.forms[str(form_of(program))] += 1
         self.steps.update(type(step).__name__ for step in steps)
         self.under[program.under] += 1
 
     def add(self, other: Count) -> None:
         self.programs |= other.programs
         self.run += other.run
-        for name in ("refused", "rules", "steps", "under"):
+        for name in ("refused", "rules", "steps", "under", "forms"):
             getattr(self, name).update(getattr(other, name))
 
     def __str__(self) -> str:
         lines = [f"{self.run} programs, {len(self.programs)} of them different"]
-        for name in ("under", "refused", "rules", "steps"):
+        for name in ("under", "forms", "refused", "rules", "steps"):
             counts = getattr(self, name).most_common()
             lines.append(f"{name}: " + ", ".join(f"{its} {number}" for its, number in counts))
         return "\n".join(lines)

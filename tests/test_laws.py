@@ -31,7 +31,8 @@ def test_at_the_start_the_model_is_what_it_was_bit_for_bit(name: str, dtype: str
     # Without this option XLA may round a bfloat16 sum later in one program than in the other.
     jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     base = jit(call(lambda params, adapter, *args: model.apply(params, *args), model))(adapter, model.args[0])
-    chex.assert_trees_all_equal(jit(call(lj.lora(model.apply), model))(adapter, model.args[0]), base)
+    # Factored: the compiler may sum a product with a formed kernel in another order, though the kernel is the same.
+    chex.assert_trees_all_equal(jit(call(lj.lora(model.apply, form="factored"), model))(adapter, model.args[0]), base)
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

@@ -135,6 +135,31 @@ def test_the_plan_takes_the_least_memory_within_a_percent_of_the_cheapest(sizes:
     assert all(total > 1.01 * min(totals) for total in totals[:chosen])
 
 
+def test_a_model_is_within_a_percent_of_the_cheapest_mix_of_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"wide": (3, 3, 8, 24), "square": (3, 3, 24, 24), "head": (24, 16)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    spec = {"{wide,square}": lj.LoRA(rank=16, alpha=3, axes="iiio"), "head": lj.LoRA(rank=2, alpha=3)}
+    adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
+    convolve = convolution(window_strides=(2, 2), padding="SAME")
+
+    def apply(params: Any, x: Any) -> Any:
+        x = convolve(jnp.tanh(convolve(x, params["wide"])), params["square"])
+        return jnp.tanh(x).mean((1, 2)) @ params["head"]
+
+    def count() -> int:
+        loss = lambda adapter, params, x: lj.lora(apply)(params, adapter, x).sum()  # noqa: E731
+        return testing.operations(jax.grad(loss), adapter, params, jax.ShapeDtypeStruct((4, 16, 16, 8), jnp.float32))
+
+    planned = count()
+    mixes = []
+    for mix in itertools.product([Form.FACTORED, Form.HYBRID, Form.MERGED], repeat=len(shapes)):
+        its = dict(zip(shapes, mix, strict=True))
+        monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form, its=its: its[kernel.paths[0]])
+        mixes.append(count())
+    assert len(set(mixes)) == 27
+    assert planned <= 1.01 * min(mixes) < 0.9 * mixes[0]
+
+
 CHOICES = {
     "a transformer at the usual rank": (dot(128, 768, 768, 8), _plan.TRAINING, Form.FACTORED),
     "one token at a time": (dot(1, 768, 768, 64), _plan.INFERENCE, Form.FACTORED),
