@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -36,9 +37,6 @@ def traced_again() -> Iterator[None]:
         yield
     finally:
         _traced_again.reset(token)
-
-
-Evaluate = Callable[[Array, Array, Array, Array], Array]  # x, w, a, b -> y
 
 
 class Sum(NamedTuple):
@@ -100,31 +98,70 @@ def in_training(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form:
 
 def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
     """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest."""
+    base, low_rank, costs, _ = contraction
     if kernel.dropout is not None:  # what the base sees is not what the factors see
-        return Sum(contraction.base(x, kernel.w), contraction.low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
-    its = wanted(kernel, contraction.costs, form)
+        return Sum(base(x, kernel.w), low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
+    its = wanted(kernel, costs, form)
     if its is Form.FACTORED:
-        return Sum(contraction.base(x, kernel.w), contraction.low_rank(x, kernel.a, kernel.b))
-    forms = _forms(kernel, contraction)
-    function = forms[its] if its else _planned(forms, contraction.costs)
+        return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))
+    forms = _Forms(kernel, contraction)
+    rules: dict[Form, Rule] = {
+        Form.FACTORED: functools.partial(_jvp, forms.factored),
+        Form.MERGED: functools.partial(_jvp, forms.merged),
+        Form.MERGED_AGAIN: functools.partial(_jvp, jax.checkpoint(forms.merged)),
+        Form.HYBRID: forms.hybrid,
+        Form.HYBRID_AGAIN: forms.hybrid_again,
+    }
+    merges = (its or plan(costs, INFERENCE)) is not Form.FACTORED
+    function = jax.custom_jvp(forms.merged if merges else forms.factored)
+
+    def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
+        asked = Asked(*(not isinstance(tangent, SymbolicZero) for tangent in tangents))
+        return rules[its or plan(costs, asked)](primals, tangents)
+
+    function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)
 
 
-def _forms(kernel: AdaptedKernel, contraction: Contraction) -> dict[Form, Evaluate]:
-    base, low_rank, _, precision = contraction
+Operands = tuple[Any, Any, Any, Any]  # x, w, a, b; or their tangents, which may be symbolic zeros
+Rule = Callable[[Operands, Operands], tuple[Array, Array]]
 
-    def formed(w: Array, a: Array, b: Array) -> Array:
-        return materialise(dataclasses.replace(kernel, w=w, a=a, b=b), precision=precision)
 
-    def factored(x: Array, w: Array, a: Array, b: Array) -> Array:
-        return base(x, w) + low_rank(x, a, b)
+class _Forms(NamedTuple):
+    """The forms of one contraction, and how those have tangents that do not follow from their values."""
 
-    def merged(x: Array, w: Array, a: Array, b: Array) -> Array:
-        return base(x, formed(w, a, b))
+    kernel: AdaptedKernel
+    contraction: Contraction
 
-    def tangents(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-        (x, w, a, b), (dx, dw, da, db) = primals, tangents
-        kernel = formed(w, a, b)
+    def formed(self, w: Array, a: Array, b: Array) -> Array:
+        kernel = dataclasses.replace(self.kernel, w=w, a=a, b=b)
+        return materialise(kernel, precision=self.contraction.precision)
+
+    def factored(self, x: Array, w: Array, a: Array, b: Array) -> Array:
+        return self.contraction.base(x, w) + self.contraction.low_rank(x, a, b)
+
+    def merged(self, x: Array, w: Array, a: Array, b: Array) -> Array:
+        return self.contraction.base(x, self.formed(w, a, b))
+
+    def hybrid(self, primals: Operands, tangents: Operands) -> tuple[Array, Array]:
+        x, w, a, b = primals
+        kernel = self.formed(w, a, b)
+        return self.contraction.base(x, kernel), self._tangent(kernel, primals, tangents)
+
+    def hybrid_again(self, primals: Operands, tangents: Operands) -> tuple[Array, Array]:
+        zeros = [isinstance(tangent, SymbolicZero) for tangent in tangents]
+
+        def tangent(primals: Operands, moving: list[Array]) -> Array:
+            its = iter(moving)
+            given: Any = tuple(tangent if zero else next(its) for zero, tangent in zip(zeros, tangents, strict=True))
+            return self._tangent(self.formed(*primals[1:]), primals, given)
+
+        moving = [tangent for zero, tangent in zip(zeros, tangents, strict=True) if not zero]
+        return self.merged(*primals), jax.checkpoint(tangent)(primals, moving)
+
+    def _tangent(self, kernel: Array, primals: Operands, tangents: Operands) -> Array:
+        base, low_rank, *_ = self.contraction
+        (x, _, a, b), (dx, dw, da, db) = primals, tangents
         terms = [
             (dx, lambda: base(dx, kernel)),
             (dw, lambda: base(x, dw)),
@@ -132,36 +169,18 @@ def _forms(kernel: AdaptedKernel, contraction: Contraction) -> dict[Form, Evalua
             (db, lambda: low_rank(x, a, db)),
         ]
         parts = [term() for tangent, term in terms if not isinstance(tangent, SymbolicZero)]
-        return base(x, kernel), sum(parts[1:], start=parts[0])
-
-    hybrid = jax.custom_jvp(merged)
-    hybrid.defjvp(tangents, symbolic_zeros=True)
-    return {
-        Form.FACTORED: factored,
-        Form.HYBRID: hybrid,
-        Form.MERGED: merged,
-        Form.HYBRID_AGAIN: jax.checkpoint(hybrid),
-        Form.MERGED_AGAIN: jax.checkpoint(merged),
-    }
+        return sum(parts[1:], start=parts[0])
 
 
-def _planned(forms: dict[Form, Evaluate], costs: Costs) -> Evaluate:
-    """Evaluates in one form or another, by what is differentiated."""
+def _jvp(function: Callable[..., Array], primals: Operands, tangents: Operands) -> tuple[Array, Array]:
+    """The value and the tangent of a function, in what moves alone."""
+    moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
 
-    @jax.custom_jvp
-    def planned(x: Array, w: Array, a: Array, b: Array) -> Array:
-        return forms[plan(costs, INFERENCE)](x, w, a, b)
+    def of_moving(*moving: Array) -> Array:
+        its = iter(moving)
+        return function(*(next(its) if moves_ else x for moves_, x in zip(moves, primals, strict=True)))
 
-    def tangents(primals: tuple[Array, ...], tangents: tuple[Any, ...]) -> tuple[Array, Array]:
-        asked = Asked(*(not isinstance(tangent, SymbolicZero) for tangent in tangents))
-        function = forms[plan(costs, asked)]
-
-        def of_moving(*moving: Array) -> Array:
-            its = iter(moving)
-            return function(*(next(its) if moves else x for moves, x in zip(asked, primals, strict=True)))
-
-        moving = [x for moves, x in zip(asked, primals, strict=True) if moves]
-        return jax.jvp(of_moving, moving, [tangent for tangent in tangents if not isinstance(tangent, SymbolicZero)])
-
-    planned.defjvp(tangents, symbolic_zeros=True)
-    return planned
+    moving, along = (
+        [x for moves_, x in zip(moves, operands, strict=True) if moves_] for operands in (primals, tangents)
+    )
+    return jax.jvp(of_moving, moving, along)
