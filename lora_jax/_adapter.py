@@ -114,6 +114,12 @@ class AdaptedKernel:
     dropout: Dropout | None = None
     look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
 
+    @property
+    def outline(self) -> Self:
+        """The kernel with shapes in place of its arrays, for functions that outlive the trace that made these."""
+        w, a, b = map(_outline, (self.w, self.a, self.b))
+        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None)
+
     def in_use(self, number: Any) -> Self:
         """The kernel in one of its uses, or in a turn of a loop: with a dropout of its own."""
         return self if self.dropout is None else dataclasses.replace(self, dropout=self.dropout.folded(number))
@@ -136,6 +142,10 @@ class AdaptedKernel:
             a=None if self.is_probe else move(self.a, axes_of_a(self.roles), axes_of_a(after)),
             b=None if self.is_probe else move(self.b, axes_of_b(self.roles), axes_of_b(after)),
         )
+
+
+def _outline(x: Array) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
 def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:

@@ -149,13 +149,15 @@ def test_a_leaf_that_is_trained_whole_beside_a_kernel_is_read() -> None:
     case = FUSED["with a leaf that is not adapted"]
     adapter = case.adapter | lj.init(jax.random.key(0), case.params, {"k": lj.Full()})
     assert_law(case.call, case.params, adapter, normal(*case.x, seed=9))
-    used = {row.path: row.used for row in lj.explain(case.call, case.params, adapter, normal(*case.x)).rows}
+    used = {
+        row.path: row.used for row in lj.explain(case.call, case.params, adapter, normal(*case.x), form="factored").rows
+    }
     assert used == {"q": "factored dot_general ×1", "v": "factored dot_general ×1", "k": "whole concatenate ×1"}
 
 
 def test_explain_gives_each_leaf_its_part_of_one_product() -> None:
     case = FUSED["along the output"]
-    rows = lj.explain(case.call, case.params, case.adapter, normal(*case.x)).rows
+    rows = lj.explain(case.call, case.params, case.adapter, normal(*case.x), form="factored").rows
     assert [row.used for row in rows] == ["factored dot_general ×1"] * 3
     tokens, d, out, rank = 3, 4, 11, 4
     total = 2 * tokens * rank * (d + out) + tokens * rank + tokens * out
@@ -183,7 +185,10 @@ def test_kernels_of_one_scale_keep_it_and_different_scales_join_a_factor() -> No
         adapter = lj.init(jax.random.key(0), params, spec)
         model = lambda p, x: x @ jnp.hstack([p["q"], p["k"]])  # noqa: E731
         assert_law(model, params, adapter, normal(3, 4, seed=9))
-        return [eqn.primitive.name for eqn in jax.make_jaxpr(lj.lora(model))(params, adapter, normal(3, 4)).eqns]
+        return [
+            eqn.primitive.name
+            for eqn in jax.make_jaxpr(lj.lora(model, form="factored"))(params, adapter, normal(3, 4)).eqns
+        ]
 
     assert primitives(2, 2).count("mul") == 1
     assert primitives(2, 3).count("mul") == 3
@@ -213,7 +218,7 @@ def test_pieces_of_one_kernel_are_of_its_own_rank(name: str) -> None:
     adapter = adapted(params, {"w": "io"})
     model = lambda params, x: x @ PIECES[name](params["w"])  # noqa: E731
     assert_law(model, params, adapter, normal(3, 4, seed=9))
-    (row,) = lj.explain(model, params, adapter, normal(3, 4)).rows
+    (row,) = lj.explain(model, params, adapter, normal(3, 4), form="factored").rows
     assert row.operations == 2 * 3 * 2 * (4 + 6) + 3 * 2 + 3 * 6
 
 

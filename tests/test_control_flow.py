@@ -186,6 +186,7 @@ LOOPS = {
         ),
         (4, 4),
         [X],
+        "oi",  # of the branch that comes first, which is that of False
         "io",
     ),
     "platform": Case(
@@ -436,7 +437,7 @@ def test_kernels_counts_each_use_once_and_a_loop_s_as_often_as_it_turns(name: st
 
 def test_explain_counts_as_kernels_does() -> None:
     case = LOOPS["scan of a stack of stacks"]
-    row = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows[0]
+    row = lj.explain(case.apply, case.params, case.adapter, *case.arrays, form="factored").rows[0]
     # x·A, its scale, ·B, and the sum with the base's: of a (3, 4) by a (4, 4) at rank 2, six times.
     operations = 6 * (2 * 3 * 4 * 2 + 3 * 2 + 2 * 3 * 2 * 4 + 3 * 4)
     assert (row.used, row.operations) == ("factored dot_general ×6", operations)

@@ -69,7 +69,7 @@ def test_a_rule_that_leaves_the_factors_as_they_were_is_found(monkeypatch: pytes
     def of_the_base_alone(site: object, kernel: object, *, dimensions: tuple[int, ...]) -> object:
         return kernel.moved(lax.rev(kernel.w, dimensions), kernel.roles, lambda factor, before, after: factor)
 
-    monkeypatch.setitem(interpreter._RULES, "rev", of_the_base_alone)
+    monkeypatch.setitem(interpreter._RULES, "rev", ("moved", of_the_base_alone))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         assert_program(REVERSED)
 

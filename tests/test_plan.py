@@ -20,7 +20,7 @@ from lora_jax._transform import _forms, _plan
 from lora_jax._transform._plan import Asked, Costs, Form, Passes, plan
 
 FORMS = ["factored", "hybrid", "merged"]
-ALL_ASKED = [Asked(*some) for some in itertools.product([False, True], repeat=4)]
+ALL_ASKED = [Asked(*some) for some in itertools.product([False, True], repeat=3)]
 
 
 def dot(n: int, d_in: int, d_out: int, rank: int) -> Costs:
@@ -46,7 +46,7 @@ def counted(form: str | None, asked: Asked, params: Any, adapter: Any, x: Any, c
         return apply({"w": w}, {"w": lj.Adapter(part.variant, part.axes, a=a, b=b)}, x)
 
     operands = (x, params["w"], part.a, part.b)
-    moving = [number for number, its in enumerate(asked) if its]
+    moving = [number for number, its in enumerate((asked.x, False, asked.a, asked.b)) if its]
 
     def step(cotangent: Any, *operands: Any) -> Any:
         def of_moving(*its: Any) -> Any:
@@ -72,9 +72,7 @@ def test_the_counts_are_those_of_the_program(form: str, asked: Asked) -> None:
         assert _plan.operations(Form(form), dot(*sizes), asked) == pytest.approx(expected, rel=0.02), sizes
 
 
-@pytest.mark.parametrize(
-    "asked", [_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(a=True, b=True, w=True)]
-)
+@pytest.mark.parametrize("asked", [_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)])
 def test_the_program_that_is_planned_is_within_a_percent_of_the_cheapest_form(asked: Asked) -> None:
     for sizes in SIZES:
         one = case_of(*sizes)
@@ -120,7 +118,7 @@ def test_the_counts_of_a_convolution_are_those_of_the_program(
     adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
     seen: list[Costs] = []
     monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form: seen.append(costs) or form)
-    for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True), Asked(w=True)):
+    for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)):
         expected = counted(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
         assert _plan.operations(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
 
@@ -167,7 +165,6 @@ CHOICES = {
     "a wide rank": (dot(4096, 256, 256, 64), _plan.TRAINING, Form.HYBRID_AGAIN),
     "a rank as wide as the kernel": (dot(8192, 64, 64, 64), _plan.TRAINING, Form.MERGED_AGAIN),
     "the first layer, whose input is data": (dot(8192, 64, 64, 64), Asked(a=True, b=True), Form.MERGED_AGAIN),
-    "base and adapter both": (dot(8192, 256, 256, 16), Asked(True, True, True, True), Form.MERGED_AGAIN),
 }
 
 

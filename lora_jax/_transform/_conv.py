@@ -64,7 +64,7 @@ def _conv_general_dilated(
     y: Any = site.eqn.outvars[0].aval
     moves = map(Move, window_strides, padding, lhs_dilation, rhs_dilation)
     steps = Steps(
-        kernel,
+        kernel.outline,
         dict(zip(windows, moves, strict=True)),
         dimension_numbers,
         feature_group_count,

@@ -46,7 +46,7 @@ class Steps:
     """The two steps of a convolution with an adapted kernel.
 
     Attributes:
-      kernel: the adapted kernel; its factors are given anew in each call.
+      kernel: the outline of the adapted kernel; its factors are given in each call.
       moves: how the window moves, for each of the kernel's axes that is one of the window's, in order.
       numbers: which axes of the input, the kernel and the result are what.
       groups: how many groups the channels are divided into.

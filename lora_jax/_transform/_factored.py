@@ -59,21 +59,22 @@ def low_rank(
       precision: as in `dot_general`.
       dtype: of the result.
     """
-    rank = kernel.a.shape[-1]
-    sizes = dict(zip(x.labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape)) | {RANK: rank}
+    kernel, x_labels, x_size = kernel.outline, x.labels, x.array.size
+    sizes = dict(zip(x_labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape))
+    sizes[RANK] = kernel.a.shape[-1]
     axes, labels_of_a, labels_of_b = set(range(kernel.w.ndim)), axes_of_a(kernel.roles), axes_of_b(kernel.roles)
 
     def size(labels: Collection[int]) -> int:
         return math.prod(sizes[label] for label in labels)
 
     def costs(one: Labels, other: Labels) -> Costs:
-        thin = {*x.labels, *one} & {*other, *out}
+        thin = {*x_labels, *one} & {*other, *out}
         return Costs(
-            base=Passes.alike(2 * size({*x.labels, *axes})),
-            first=Passes.alike(2 * size({*x.labels, *one})),
+            base=Passes.alike(2 * size({*x_labels, *axes})),
+            first=Passes.alike(2 * size({*x_labels, *one})),
             second=Passes.alike(2 * size({*thin, *other})),
             formed=2 * size({*axes, RANK}),
-            x=x.array.size,
+            x=x_size,
             y=size(out),
             thin=size(thin),
             sums=kernel.a.size + kernel.w.size,
@@ -85,7 +86,7 @@ def low_rank(
     def multiply(array: Array, a: Array, b: Array) -> Array:
         both = factors(dataclasses.replace(kernel, a=a, b=b))
         one, other = both if a_first else both[::-1]
-        given = x._replace(array=array)
+        given = Labelled(array, x_labels)
         left, right = (one, given) if kernel_first else (given, one)
         thin_dtype = widest(array.dtype, kernel.w.dtype)
         thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)

@@ -104,7 +104,7 @@ def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Fo
     its = wanted(kernel, costs, form)
     if its is Form.FACTORED:
         return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))
-    forms = _Forms(kernel, contraction)
+    forms = _Forms(kernel.outline, contraction)
     rules: dict[Form, Rule] = {
         Form.FACTORED: functools.partial(_jvp, forms.factored),
         Form.MERGED: functools.partial(_jvp, forms.merged),
@@ -116,8 +116,8 @@ def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Fo
     function = jax.custom_jvp(forms.merged if merges else forms.factored)
 
     def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
-        asked = Asked(*(not isinstance(tangent, SymbolicZero) for tangent in tangents))
-        return rules[its or plan(costs, asked)](primals, tangents)
+        x, _, a, b = (not isinstance(tangent, SymbolicZero) for tangent in tangents)
+        return rules[its or plan(costs, Asked(x, a, b))](primals, tangents)
 
     function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)
@@ -128,7 +128,12 @@ Rule = Callable[[Operands, Operands], tuple[Array, Array]]
 
 
 class _Forms(NamedTuple):
-    """The forms of one contraction, and how those have tangents that do not follow from their values."""
+    """The forms of one contraction, and the tangents of those whose tangents are not those of their values.
+
+    Attributes:
+      kernel: its outline; the arrays are given in each call.
+      contraction: in two halves.
+    """
 
     kernel: AdaptedKernel
     contraction: Contraction

@@ -87,10 +87,13 @@ class Costs(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """Of which operands the gradient is asked for; of none in a call that nobody differentiates."""
+    """Of which operands the gradient is asked for; of none in a call that nobody differentiates.
+
+    That of the base is not among them: it is frozen. Where base and adapter are one tree its gradient is asked for and
+    then dropped, and costs nothing.
+    """
 
     x: bool = False
-    w: bool = False
     a: bool = False
     b: bool = False
 
@@ -120,9 +123,7 @@ def operations(form: Form, costs: Costs, asked: Asked) -> int:
     if form in (Form.HYBRID_AGAIN, Form.MERGED_AGAIN) and asked.x:
         total += forming
     if form in (Form.MERGED_AGAIN, Form.MERGED):
-        to_kernel = asked.w or asked.a or asked.b
-        return total + to_kernel * costs.base.to_w + (asked.a + asked.b) * costs.formed
-    total += asked.w * costs.base.to_w
+        return total + (asked.a or asked.b) * costs.base.to_w + (asked.a + asked.b) * costs.formed
     # Neither x·A nor its cotangent is there from anything else.
     total += asked.a * (costs.second.to_x + costs.thin + costs.first.to_w)
     return total + asked.b * (costs.first.forward + costs.thin + costs.second.to_w)
@@ -131,7 +132,7 @@ def operations(form: Form, costs: Costs, asked: Asked) -> int:
 def _factored(costs: Costs, asked: Asked) -> int:
     base, first, second = costs.base, costs.first, costs.second
     total = base.forward + first.forward + second.forward + costs.thin + costs.y
-    total += asked.x * (base.to_x + first.to_x + costs.x) + asked.w * base.to_w
+    total += asked.x * (base.to_x + first.to_x + costs.x)
     total += (asked.x or asked.a) * (second.to_x + costs.thin)
     return total + asked.a * first.to_w + asked.b * second.to_w
 
@@ -146,6 +147,4 @@ def always_factored(costs: Costs) -> bool:
     return all(plan(costs, asked) is Form.FACTORED for asked in _ALL_ASKED)
 
 
-_ALL_ASKED = [
-    Asked(x, w, a, b) for x in (False, True) for w in (False, True) for a in (False, True) for b in (False, True)
-]
+_ALL_ASKED = [Asked(x, a, b) for x in (False, True) for a in (False, True) for b in (False, True)]
