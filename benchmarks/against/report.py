@@ -167,7 +167,7 @@ def document(results: dict[str, Any], picture: str) -> str:
     ]
     about = [
         "```sh",
-        f"make peers    # {results['command']}",
+        f"make peers SIZE={results['size']}    # {results['command']}",
         "```",
         "",
         f"Machine: {results['machine']}. Sizes: {', '.join(f'{name} {value}' for name, value in size.items())}.",
