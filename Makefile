@@ -37,7 +37,7 @@ bench: $(VENV)/installed
 
 # One environment for each set of libraries that can live together. A line of its pins is one call of pip, in this order.
 PEERS = jax lorax torch
-SIZE ?= small
+SIZE ?= base
 
 .venv-peers-%/installed: benchmarks/against/pins/%.txt
 	$(PYTHON) -m venv $(@D)

@@ -6,7 +6,7 @@ import re
 
 import peers
 import pytest
-from against import BY_HAND, MERGED, WHOLE, capabilities, lora_jax
+from against import BY_HAND, MERGED, WHOLE, capabilities, lora_jax, values
 from against.by_hand import METHODS, merged
 from against.cases import ONE_LAYER, decoder
 from against.measure import measure
@@ -36,6 +36,11 @@ def test_the_figures_are_those_of_the_methods(results):
     assert rows[OWN]["optimiser"] < rows[WHOLE]["optimiser"]
     assert all(len(row["steps"]) == 2 and row["temporary"] > 0 for name, row in rows.items() if name != "Quax")
     assert rows["Quax"] == "ValueError: no rank of 4"
+
+
+def test_a_stack_of_layers_holds_what_its_layers_hold():
+    stack = values.values("blocks/norm_1/scale", (2, 3))
+    assert (stack[1] == values.values("block_1/norm_1/scale", (3,))).all() and (stack[0] != stack[1]).any()
 
 
 def test_a_library_that_trains_another_function_is_found_out():

@@ -127,6 +127,15 @@ def figure(rows: dict[str, Row | str], name: str, column: str) -> Ratio | None:
     return ratio(column, row, rows[BY_HAND]) if isinstance(row, dict) else None
 
 
+def losses(results: dict[str, Any]) -> str:
+    """The first loss of LoRA by hand in every environment: one number, if they measure the same thing."""
+    found: dict[str, list[str]] = {}
+    for _, title, rows in cases(results):
+        found.setdefault(title, []).append(f"{rows[BY_HAND]['loss']:.5f}")
+    each = "; ".join(f"{title}: {', '.join(values)}" for title, values in found.items())
+    return f"The first loss of LoRA by hand in each environment: {each}."
+
+
 def tables(results: dict[str, Any]) -> str:
     """All that was found, as text."""
     parts = []
@@ -151,18 +160,23 @@ def heading(results: dict[str, Any], environment: str, title: str) -> str:
 def document(results: dict[str, Any], picture: str) -> str:
     """The part of the page: with what it was measured, the picture, the tables."""
     size = dataclasses.asdict(getattr(sizes, results["size"].upper()))
-    versions = "; ".join(
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    versions = [
+        "- " + ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         for found in results["environments"].values()
         if "versions" in found
-    )
+    ]
     about = [
         "```sh",
-        f"make peers    # {results['command']}",
+        f"make peers SIZE={results['size']}    # {results['command']}",
         "```",
         "",
         f"Machine: {results['machine']}. Sizes: {', '.join(f'{name} {value}' for name, value in size.items())}.",
-        f"Versions: {versions}.",
+        "",
+        "Versions, one line for each environment:",
+        "",
+        *versions,
+        "",
+        losses(results),
         "",
         f"![Ratios to LoRA by hand]({picture})",
     ]
