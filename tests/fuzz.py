@@ -393,8 +393,8 @@ class Drawing:
         moves, after = self.moves(scope, dataclasses.replace(inner, mapped=how == "vmap"), 2)
         if any(isinstance(move, fp.Concatenate) for move in fp.steps_of(moves)):
             return None, known
-        # A scan stacks what its turns return: they are layers.
-        role = known.roles[0] if how == "vmap" else "b"
+        # A scan stacks what its turns return: they are layers. JAX drops a scan that returns its slices as they are.
+        role = "b" if how == "map" and moves else known.roles[0]
         return fp.Within(how, moves), Known(
             (role, *after.roles), (known.shape[0], *after.shape), after.is_kernel, known.mapped
         )
