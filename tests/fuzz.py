@@ -307,7 +307,7 @@ class Drawing:
             return None, known
         axes = self.some(range(known.ndim)) or [self.axis(known)]
         # Under vmap it cannot be told which axis of size 1 is picked, and what role the ids get.
-        mapped = bool(self.number(0, 1)) and any(known.shape[axis] > 1 for axis in axes)
+        mapped = bool(self.number(0, 1)) and all(known.shape[axis] > 1 for axis in axes)
         shape = (*self.shape(1), self.size())
         # Indices with a slice between them go in front, as those of a vmap do; but what is left by the vmap of a
         # look-up with many axes of ids is in an order that is hard to tell, so that there is one.
