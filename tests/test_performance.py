@@ -17,7 +17,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import lora_jax as lj
-from benchmarks import models
+from benchmarks import conv, models
 from lora_jax import testing
 
 # Every axis has a size of its own, so that no activation has the shape of a kernel by accident.
@@ -87,7 +87,7 @@ def test_the_loss_and_its_gradient_are_those_of_lora_by_hand(scanned, dtype):
 @DTYPES
 def test_a_step_takes_no_more_memory_than_lora_by_hand(scanned, dtype):
     ours, by_hand = steps(scanned, dtype)
-    assert ours.temporary <= 1.02 * by_hand.temporary
+    assert ours.temporary <= by_hand.temporary
 
 
 @FORMS
@@ -95,7 +95,7 @@ def test_a_step_takes_no_more_memory_than_lora_by_hand(scanned, dtype):
 def test_a_step_takes_no_more_operations_than_lora_by_hand(scanned, dtype, tied):
     one = case(scanned, dtype, tied=tied)
     ours, by_hand = (testing.operations(m.step, *m.start(), one.tokens) for m in ours_and_by_hand(one))
-    assert ours <= 1.005 * by_hand
+    assert ours <= by_hand
 
 
 @FORMS
@@ -162,3 +162,17 @@ def test_a_second_eager_call_with_new_values_compiles_nothing(caplog):
     with compilations(caplog) as found:
         adapted(*second)
     assert not found
+
+
+def test_a_wide_rank_in_a_convolutional_net_takes_far_fewer_operations_than_by_hand():
+    one = conv.case(rank=64, images=2)
+    planned, factored, by_hand = (
+        make(one) for make in (conv.through_lora, functools.partial(conv.through_lora, form="factored"), conv.by_hand)
+    )
+    ours, same, reference = (
+        testing.operations(method.step, *method.start(), one.tokens) for method in (planned, factored, by_hand)
+    )
+    assert ours <= 0.65 * reference
+    assert same <= 1.005 * reference
+    losses = [jax.jit(method.loss)(method.trained, method.frozen, one.tokens) for method in (planned, by_hand)]
+    helpers.assert_close(*losses)
