@@ -390,11 +390,13 @@ class Drawing:
         if not known.ndim or known.mapped or not known.is_kernel:
             return None, known
         inner = known.without(0, squeezed=False)
+        if how == "map" and not {"i", "o"} <= set(inner.roles):  # a row is formed where it is squeezed, and not before
+            return None, known
         moves, after = self.moves(scope, dataclasses.replace(inner, mapped=how == "vmap"), 2)
         if any(isinstance(move, fp.Concatenate) for move in fp.steps_of(moves)):
             return None, known
-        # A scan stacks what its turns return: they are layers. JAX drops a scan that returns its slices as they are.
-        role = "b" if how == "map" and moves else known.roles[0]
+        # A scan stacks what its turns return: they are layers.
+        role = known.roles[0] if how == "vmap" else "b"
         return fp.Within(how, moves), Known(
             (role, *after.roles), (known.shape[0], *after.shape), after.is_kernel, known.mapped
         )

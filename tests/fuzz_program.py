@@ -323,11 +323,12 @@ class Within(Printed):
         return CALLS[self.how](lambda w: _moved(self.moves, scope, w))(w)
 
 
+# The copy keeps JAX from dropping a scan that returns its slices as they are, and is not a stack of layers then.
 CALLS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "jit": jax.jit,
     "remat": jax.checkpoint,
     "vmap": jax.vmap,
-    "map": lambda function: lambda w: lax.scan(lambda carry, layer: (carry, function(layer)), (), w)[1],
+    "map": lambda function: lambda w: lax.scan(lambda carry, layer: (carry, function(jnp.copy(layer))), (), w)[1],
 }
 
 # What consumes a kernel
