@@ -13,7 +13,8 @@ class Use:
     Attributes:
       path: the leaf.
       primitive: the equation's primitive.
-      kind: `"factored"`, `"dense"` (formed on request), or `"opaque"` (read whole, by an operation without a rule).
+      kind: the form of a contraction, `"factored"`, `"hybrid"` or `"merged"`; `"dense"` (formed on request), or
+        `"opaque"` (read whole, by an operation without a rule).
       axes: for each axis of the kernel as it stood there, its label in `AdaptedKernel.roles` and its role in this use;
         None where the use gives no roles.
       times: how often it runs in one call; a `while` body counts once.

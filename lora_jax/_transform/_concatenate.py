@@ -21,7 +21,7 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b, join, sizes
 from .._compat import primitives
 from .._contract import widest
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Site, Value, array_of, is_adapted, rule
 
 Axes = tuple[int, ...]
 
@@ -52,7 +52,7 @@ def _layer(part: Value, axis: int) -> Value:
 
 
 def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKernel:
-    adapted = [part for part in parts if _is_adapted(part)]
+    adapted = [part for part in parts if is_adapted(part)]
     if not adapted:
         return _probes_side_by_side(parts, axis)
     roles = adapted[0].roles
@@ -63,13 +63,13 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
     if len(set(rates)) > 1:
         raise NoRule(f"kernels are put side by side whose dropouts are {rates}")
     # A leaf that is not adapted is noted as read, and has no ranks.
-    parts = [part if _is_adapted(part) else site.dense(part, "") for part in parts]
+    parts = [part if is_adapted(part) else site.dense(part, "") for part in parts]
     if len({part.scale for part in adapted}) > 1:
-        parts = [_unscaled(part, axis) if _is_adapted(part) else part for part in parts]
-        adapted = [part for part in parts if _is_adapted(part)]
+        parts = [_unscaled(part, axis) if is_adapted(part) else part for part in parts]
+        adapted = [part for part in parts if is_adapted(part)]
     # Pieces of one kernel have one factor in common.
     pieces = any(len({id(getattr(part, name)) for part in adapted}) == 1 for name in _factors_without(axis, roles))
-    ranks = [part.a.shape[-1] if _is_adapted(part) else 0 for part in parts]
+    ranks = [part.a.shape[-1] if is_adapted(part) else 0 for part in parts]
     aligned = pieces or roles[axis] == "b"
     starts = [0] * len(parts) if aligned else list(itertools.accumulate(ranks, initial=0))
     total = max(ranks) if aligned else sum(ranks)
@@ -85,14 +85,14 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
         for part, rank, start in zip(parts, ranks, starts, strict=False):
             widths = [(0, 0)] * len(axes)
             widths[rank_axis] = (start, total - start - rank)
-            shape = sizes(axes, np.shape(_array(part)), rank)
+            shape = sizes(axes, np.shape(array_of(part)), rank)
             factor = getattr(part, name).astype(dtype) if rank else jnp.zeros(shape, dtype)
             placed.append(jnp.pad(factor, widths))
         return lax.concatenate(placed, axes.index(axis))
 
     return dataclasses.replace(
         adapted[0],
-        w=lax.concatenate([_array(part) for part in parts], axis),
+        w=lax.concatenate([array_of(part) for part in parts], axis),
         a=side_by_side("a", axes_of_a(roles)),
         b=side_by_side("b", axes_of_b(roles)),
         scale=adapted[0].scale,
@@ -116,7 +116,7 @@ def _probes_side_by_side(parts: Sequence[Value], axis: int) -> AdaptedKernel:
     probes = [part for part in parts if isinstance(part, AdaptedKernel)]
     return dataclasses.replace(
         probes[0],
-        w=lax.concatenate([_array(part) for part in parts], axis),
+        w=lax.concatenate([array_of(part) for part in parts], axis),
         roles=tuple(join(labels) for labels in zip(*(probe.roles for probe in probes), strict=True)),
         paths=_paths(probes),
         look_up=tuple(use for probe in probes for use in probe.look_up)
@@ -127,11 +127,3 @@ def _probes_side_by_side(parts: Sequence[Value], axis: int) -> AdaptedKernel:
 
 def _paths(kernels: Sequence[AdaptedKernel]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(path for kernel in kernels for path in kernel.paths))
-
-
-def _is_adapted(part: Value) -> bool:
-    return isinstance(part, AdaptedKernel) and not part.is_probe
-
-
-def _array(part: Value) -> Array:
-    return part.w if isinstance(part, AdaptedKernel) else part

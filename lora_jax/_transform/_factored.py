@@ -18,18 +18,6 @@ from .._contract import Labelled, Labels, contract, widest
 from ._plan import Costs, Form, Passes, added
 
 
-class LowRank(NamedTuple):
-    """A low-rank product that is yet to be made, and what it and its base cost.
-
-    Attributes:
-      multiply: `multiply(x, a, b)`.
-      costs: of the contraction that it is a part of.
-    """
-
-    multiply: Callable[[Array, Array, Array], Array]
-    costs: Costs
-
-
 class Product(NamedTuple):
     """A low-rank product, and the floating-point operations that it takes."""
 
@@ -48,7 +36,7 @@ def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
 
 def low_rank(
     kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
-) -> LowRank:
+) -> tuple[Callable[[Array, Array, Array], Array], Costs]:
     """The product of `x` with `scale·a·b`, which is not formed, in the cheaper of the two orders.
 
     Args:
@@ -58,6 +46,9 @@ def low_rank(
       kernel_first: whether the kernel is the left operand; its factors are then, too.
       precision: as in `dot_general`.
       dtype: of the result.
+
+    Returns:
+      `multiply(x, a, b)`, which holds no array, and the operations of the contraction that it is a part of.
     """
     kernel, x_labels, x_size = kernel.outline, x.labels, x.array.size
     sizes = dict(zip(x_labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape))
@@ -92,7 +83,7 @@ def low_rank(
         thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
         return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
 
-    return LowRank(multiply, orders[a_first])
+    return multiply, orders[a_first]
 
 
 def multiply(

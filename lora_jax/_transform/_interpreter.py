@@ -40,6 +40,17 @@ from ._plan import Form, added
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
 
+
+def is_adapted(value: Value) -> bool:
+    """Whether a value has factors; a probe is an array whose use is noted."""
+    return isinstance(value, AdaptedKernel) and not value.is_probe
+
+
+def array_of(value: Value) -> Any:
+    """An array of the type that the model sees."""
+    return value.w if isinstance(value, AdaptedKernel) else value.base if isinstance(value, Sum) else value
+
+
 Kind = typing.Literal["low-rank", "moved", "rebuilt"]
 
 _RULES: dict[str, tuple[Kind, Rule]] = {}
@@ -231,15 +242,10 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
-        got: Any = jax.typeof(_array_of(result))
+        got: Any = jax.typeof(array_of(result))
         expected: Any = var.aval
         assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
     return results
-
-
-def _array_of(value: Value) -> Array:
-    """An array of the type that the model sees."""
-    return value.w if isinstance(value, AdaptedKernel) else value.base if isinstance(value, Sum) else value
 
 
 def _no_rule(primitive: Primitive) -> str:

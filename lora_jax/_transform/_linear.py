@@ -18,7 +18,7 @@ from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import low_rank
 from ._forms import Contraction, Sum, settled
-from ._interpreter import NO_RULE, NoRule, Site, Value, rule
+from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, rule
 from ._pair import through
 
 
@@ -34,7 +34,7 @@ def _dot_general(
     out_sharding: Any,
 ) -> Value:
     """`x·W0 + ((x·A)·s)·B`, any dimension numbers, the kernel on either side; of two kernels neither is formed."""
-    if _is_adapted(lhs) and _is_adapted(rhs):
+    if is_adapted(lhs) and is_adapted(rhs):
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
         base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
@@ -60,9 +60,9 @@ def _dot_general(
             out_sharding=out_sharding,
         )
 
-    if not _is_adapted(lhs) and not _is_adapted(rhs):
+    if not is_adapted(lhs) and not is_adapted(rhs):
         return product(left, right)
-    side = 0 if _is_adapted(lhs) else 1
+    side = 0 if is_adapted(lhs) else 1
     kernel, x = (lhs, right) if side == 0 else (rhs, left)
     y: Any = site.eqn.outvars[0].aval
     x_labels, out = _labels(dimension_numbers, side, kernel.w.ndim, x.ndim)
@@ -87,11 +87,6 @@ def _add(site: Site, x: Value, y: Value) -> Array:
     if not isinstance(x, Sum):
         x, y = y, x
     return x.plus(settled(y))
-
-
-def _is_adapted(x: Value) -> bool:
-    """Whether an operand has factors; a probe is an array whose use is noted."""
-    return isinstance(x, AdaptedKernel) and not x.is_probe
 
 
 def _roles(x: Value, summed: Sequence[int], batch: Sequence[int]) -> str:

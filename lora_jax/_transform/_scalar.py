@@ -20,7 +20,7 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
 from .._contract import widest
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Site, Value, array_of, rule
 
 Axes = tuple[int, ...]
 
@@ -51,16 +51,12 @@ def _div(site: Site, x: Value, y: Value) -> AdaptedKernel:
 
 def _precedence(x: Value) -> tuple[bool, bool, int]:
     """Orders two operands of a product: the adapted one is the kernel; of two, the larger."""
-    return isinstance(x, AdaptedKernel) and not x.is_probe, isinstance(x, AdaptedKernel), np.size(_array(x))
-
-
-def _array(x: Value) -> Any:
-    return x.w if isinstance(x, AdaptedKernel) else x
+    return isinstance(x, AdaptedKernel) and not x.is_probe, isinstance(x, AdaptedKernel), np.size(array_of(x))
 
 
 def _scaled(site: Site, kernel: AdaptedKernel, c: Value, times: Callable[..., Any]) -> AdaptedKernel:
     """`times` is the product or the quotient."""
-    sizes = np.shape(_array(c)) or (1,) * kernel.w.ndim
+    sizes = np.shape(array_of(c)) or (1,) * kernel.w.ndim
     varying = {axis for axis, size in enumerate(sizes) if size > 1}
     shape = np.broadcast_shapes(kernel.w.shape, sizes)
     if kernel.is_probe:
