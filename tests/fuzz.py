@@ -389,9 +389,7 @@ class Drawing:
             return (fp.Within(how, moves), after) if moves else (None, known)
         if not known.ndim or known.mapped or not known.is_kernel:
             return None, known
-        inner = known.without(0, squeezed=False)
-        if how == "map" and not {"i", "o"} <= set(inner.roles):  # a row is formed where it is squeezed, and not before
-            return None, known
+        inner = known.without(0, squeezed=how == "map")
         moves, after = self.moves(scope, dataclasses.replace(inner, mapped=how == "vmap"), 2)
         if any(isinstance(move, fp.Concatenate) for move in fp.steps_of(moves)):
             return None, known

@@ -52,6 +52,19 @@ def test_a_loop_under_vmap_ends_for_each_example_at_its_own_turn() -> None:
     assert_close(got, expected)
 
 
+def test_a_row_that_a_scan_takes_of_a_kernel_is_a_look_up() -> None:
+    # Refused at `tanh`: the slice of a scan stayed a kernel, without inputs.
+    def rows(w: jax.Array, x: jax.Array) -> jax.Array:
+        _, out = lax.scan(lambda carry, row: (carry, jnp.tanh(row)), 0.0, w)
+        return x @ out
+
+    case = Case(rows, (4, 5), [(3, 4)], None, "io")
+    assert_case(case)
+    (use,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows
+    assert use.used == "factored scan ×4"
+    assert use.operations == 4 * 5 * (2 * 2 + 1)  # the row of rank 2, and its sum with the base's
+
+
 @limit("the gradient of a `cond` has each branch return what it needs, the kernel too; branches return arrays only")
 def test_a_branch_in_a_gradient_that_the_model_takes_keeps_the_kernel() -> None:
     def energy(w: jax.Array, x: jax.Array) -> jax.Array:

@@ -117,9 +117,20 @@ class Site:
     eqn: JaxprEqn
     times: int = 1
 
-    def interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value], *, times: int = 1) -> list[Value]:
-        """Interprets a function inside this equation, which runs `times` times as often."""
-        return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands, times=self.times * times)
+    def repeated(self, times: int) -> Site:
+        """The same equation where it runs `times` times as often: in a turn of its loop."""
+        return dataclasses.replace(self, times=self.times * times)
+
+    def interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
+        """Interprets a function inside this equation."""
+        return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands, times=self.times)
+
+    def left(self, kernel: AdaptedKernel) -> Value:
+        """What is left of a kernel that lost axes; one row or one column is a look-up's result, and no kernel."""
+        if kernel.is_probe or {"i", "o"} <= set(kernel.roles):
+            return kernel
+        self.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
+        return materialise(kernel)
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""

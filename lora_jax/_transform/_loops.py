@@ -77,12 +77,12 @@ def _scan(
     """`lax.scan`; of stacked layers each turn gets its own factors."""
     consts, start, stacked = _split(operands, num_consts, num_carry)
     carry = _Carry.of(site, jaxpr, num_consts, start)
-    slices = [_slices(x) for x in stacked]
+    slices, turns = [_slices(x) for x in stacked], site.repeated(length)
 
     def step(moving: list[Any], xs: tuple[list[Any], Any]) -> tuple[list[Any], list[Value]]:
         pieces, turn = xs
-        layer = [rebuild(x) for (_, rebuild), x in zip(slices, pieces, strict=True)]
-        out = site.interpret(jaxpr, _in_turn([*consts, *carry.whole(moving), *layer], turn), times=length)
+        layer = [rebuild(turns, x) for (_, rebuild), x in zip(slices, pieces, strict=True)]
+        out = turns.interpret(jaxpr, _in_turn([*consts, *carry.whole(moving), *layer], turn))
         return carry.moving(out[:num_carry]), out[num_carry:]
 
     xs = [x for x, _ in slices], jnp.arange(length) if _drops(operands) else None
@@ -172,21 +172,22 @@ def _returned(eqn: JaxprEqn, position: int) -> Any:
     return given[place] if _origin(body, body.outvars[position]) is body.invars[place] else None
 
 
-def _slices(x: Value) -> tuple[Any, Callable[[Any], Value]]:
-    """What `scan` slices of a stacked operand, and how a turn's operand is rebuilt from a slice.
+def _slices(x: Value) -> tuple[Any, Callable[[Site, Any], Value]]:
+    """What `scan` slices of a stacked operand, and how in a turn its operand is rebuilt from a slice.
 
     Of a kernel it slices `w`, and each factor that has the stacked axis: both, if it is a batch of layers.
     """
     if not isinstance(x, AdaptedKernel):
-        return x, lambda piece: piece
+        return x, lambda turn, piece: piece
     axes = (axes_of_a(x.roles), axes_of_b(x.roles))
     factors = [
         _in_front(factor, its.index(0)) if 0 in its else None for factor, its in zip((x.a, x.b), axes, strict=True)
     ]
 
-    def rebuild(piece: Any) -> AdaptedKernel:
+    def rebuild(turn: Site, piece: Any) -> Value:
         w, a, b = piece
-        return dataclasses.replace(x, w=w, a=x.a if a is None else a, b=x.b if b is None else b, roles=x.roles[1:])
+        layer = dataclasses.replace(x, w=w, a=x.a if a is None else a, b=x.b if b is None else b, roles=x.roles[1:])
+        return turn.left(layer)
 
     return (x.w, *factors), rebuild
 

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._adapter import AdaptedKernel, materialise
+from .._adapter import AdaptedKernel
 from .._axes import RANK, join
 from .._compat import primitives
 from ._interpreter import NoRule, Site, Value, rule
@@ -44,15 +44,7 @@ def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> Value:
         return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
 
     roles = [role for axis, role in enumerate(kernel.roles) if axis not in dimensions]
-    return _row(site, kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move))
-
-
-def _row(site: Site, kernel: AdaptedKernel) -> Value:
-    """One row or one column of a kernel, as `embedding[token]` leaves it, is a look-up, and its result no kernel."""
-    if kernel.is_probe or {"i", "o"} <= set(kernel.roles):
-        return kernel
-    site.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
-    return materialise(kernel)
+    return site.left(kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move))
 
 
 @rule(primitives.broadcast_in_dim_p, "moved")
@@ -98,7 +90,7 @@ def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, di
         rank = factor.shape[before.index(RANK)]
         return lax.reshape(factor, [rank if axis == RANK else new_sizes[axis] for axis in after])
 
-    return _row(site, kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
+    return site.left(kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
