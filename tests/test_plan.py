@@ -226,10 +226,24 @@ def test_a_form_is_the_same_function(form: str | None, under: str) -> None:
 
 @pytest.mark.parametrize("again", [Form.HYBRID_AGAIN, Form.MERGED_AGAIN])
 def test_what_is_formed_again_is_the_same_function(again: Form, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_forms, "plan", lambda costs, asked: again)
+    monkeypatch.setattr(_forms, "plan", lambda costs, asked, **_: again)
     monkeypatch.setattr(_forms, "always_factored", lambda costs: False)
     for form in UNDER:
         test_a_form_is_the_same_function(None, form)
+
+
+def test_under_a_remat_a_kernel_is_not_formed_once_more_than_the_remat_does() -> None:
+    def count(form: str | None, policy: Any) -> int:
+        params, adapter, x = case_of(4096, 256, 256, 64)
+        layer = jax.checkpoint(lambda w, x: jnp.tanh(x @ w), policy=policy)
+        apply = lj.lora(lambda params, x: layer(params["w"], x), form=form)
+        return testing.operations(jax.grad(lambda adapter, x: apply(params, adapter, x).sum(), (0, 1)), adapter, x)
+
+    forming = 2 * 256 * 256 * 64
+    assert count(None, None) == count("hybrid", None)
+    # A policy that keeps some of it may keep the kernel.
+    keeps = jax.checkpoint_policies.dots_saveable
+    assert count(None, keeps) - count("hybrid", keeps) == pytest.approx(forming, rel=0.05)
 
 
 @pytest.mark.parametrize("wrt", ["x", "w", "a", "b", "xw", "wab"])

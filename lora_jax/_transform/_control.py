@@ -52,7 +52,6 @@ def _jit(
     build = _jitted if site.settings.log is None else _jitted.__wrapped__
     return build(
         site.settings,
-        site.times,
         jaxpr,
         name,
         in_shardings=_or_none(map(shardings, operands, into)),
@@ -71,13 +70,13 @@ def _jit(
 
 @functools.lru_cache(maxsize=1024)
 def _jitted(
-    settings: Settings, times: int, jaxpr: ClosedJaxpr, name: str, *, compiler_options: Any, **options: Any
+    settings: Settings, jaxpr: ClosedJaxpr, name: str, *, compiler_options: Any, **options: Any
 ) -> Callable[..., Any]:
     """The rebuilt function, one for each jaxpr: outside `jit`, a second call would compile a new one again."""
 
     def run(*operands: Value) -> tuple[Value, ...]:
         # A tuple, as the shardings are: they must have the same structure.
-        return tuple(interpret(settings, jaxpr.jaxpr, jaxpr.consts, operands, times=times))
+        return tuple(interpret(settings, jaxpr.jaxpr, jaxpr.consts, operands))
 
     run.__name__ = run.__qualname__ = name  # profiles show the model's name
     return jax.jit(run, compiler_options=dict(compiler_options) or None, **options)
@@ -95,11 +94,13 @@ def _remat(
 ) -> list[Value]:
     """`jax.checkpoint` with its policy."""
 
+    inside = site.in_remat(policy is None)
+
     def run(*operands: Value) -> list[Value]:
         if differentiated and prevent_cse:
             # A gradient taken inside the model: this is the second evaluation, which must not merge with the first.
             operands = lax.optimization_barrier(operands)
-        return site.interpret(ClosedJaxpr(jaxpr, ()), operands)
+        return inside.interpret(ClosedJaxpr(jaxpr, ()), operands)
 
     return jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)(*operands)
 

@@ -96,8 +96,10 @@ def in_training(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form:
     return wanted(kernel, costs, form) or plan(costs, TRAINING)
 
 
-def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
-    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest."""
+def contract(
+    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
+) -> Array | Sum:
+    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`plan`)."""
     base, low_rank, costs, _ = contraction
     if kernel.dropout is not None:  # what the base sees is not what the factors see
         return Sum(base(x, kernel.w), low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
@@ -117,7 +119,7 @@ def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Fo
 
     def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
         x, _, a, b = (not isinstance(tangent, SymbolicZero) for tangent in tangents)
-        return rules[its or plan(costs, Asked(x, a, b))](primals, tangents)
+        return rules[its or plan(costs, Asked(x, a, b), again=again)](primals, tangents)
 
     function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)

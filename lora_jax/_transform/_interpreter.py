@@ -98,11 +98,15 @@ class Settings:
       dense: the paths that may be formed where there is no low-rank form.
       form: of all contractions; None for the cheapest of each.
       log: of uses, if one is kept.
+      times: how often it runs in one call.
+      remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
     """
 
     dense: tuple[Pattern, ...] = ()
     form: Form | None = None
     log: list[Use] | None = None
+    times: int = 1
+    remat: bool = False
 
     def may_form(self, kernel: AdaptedKernel) -> bool:
         """Whether the caller has listed every leaf of a kernel."""
@@ -111,19 +115,23 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """Where a rule acts: the equation, how often it runs, and what the caller allows."""
+    """Where a rule acts: the equation, and what holds there."""
 
     settings: Settings
     eqn: JaxprEqn
-    times: int = 1
 
-    def repeated(self, times: int) -> Site:
-        """The same equation where it runs `times` times as often: in a turn of its loop."""
-        return dataclasses.replace(self, times=self.times * times)
+    def in_turn(self, length: int) -> Site:
+        """The same equation in each of the turns of its loop, which keeps for each of them what the gradient needs."""
+        settings = dataclasses.replace(self.settings, times=length * self.settings.times, remat=False)
+        return dataclasses.replace(self, settings=settings)
+
+    def in_remat(self, remat: bool) -> Site:
+        """The same equation, where all that is made inside is made again in the backward pass, or not all."""
+        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, remat=remat))
 
     def interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         """Interprets a function inside this equation."""
-        return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands, times=self.times)
+        return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands)
 
     def left(self, kernel: AdaptedKernel) -> Value:
         """What is left of a kernel that lost axes; one row or one column is a look-up's result, and no kernel."""
@@ -136,7 +144,7 @@ class Site:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
         form = in_training(kernel, contraction.costs, self.settings.form)
         self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs))
-        return contract(kernel, x, contraction, self.settings.form)
+        return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
 
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
@@ -148,14 +156,15 @@ class Site:
     ) -> tuple[Use, ...]:
         """What `used` would note."""
         axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-        use = Use("", self.eqn.primitive.name, kind, axes, self.times, self.times * operations, user_line(self.eqn))
+        times = self.settings.times
+        use = Use("", self.eqn.primitive.name, kind, axes, times, times * operations, user_line(self.eqn))
         return of_each_leaf(use, kernel)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
         if not isinstance(value, AdaptedKernel):
             return settled(value)
-        return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn), self.times)
+        return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
 
 
 def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
@@ -167,7 +176,7 @@ def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
     )
 
 
-def form(settings: Settings, value: Value, primitive: str, reason: str, line: str, times: int = 1) -> Array:
+def form(settings: Settings, value: Value, primitive: str, reason: str, line: str) -> Array:
     """Forms an adapted kernel where it cannot stay one, if its path is listed in `dense`.
 
     Raises:
@@ -185,14 +194,13 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     if settings.log is not None:
         # Formed: the product, its scale, the sum with the base.
         cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-        use = Use("", primitive, "opaque" if value.is_probe else "dense", None, times, times * cost, line)
+        kind = "opaque" if value.is_probe else "dense"
+        use = Use("", primitive, kind, None, settings.times, settings.times * cost, line)
         settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
 
 
-def interpret(
-    settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Value], *, times: int = 1
-) -> list[Value]:
+def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
     """Evaluates a jaxpr whose arguments may be adapted kernels; so may its results."""
     values: dict[Var, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
     eqns = live_equations(jaxpr)
@@ -227,7 +235,7 @@ def interpret(
             continue
         if plain:
             evaluate_plain(number)
-        results = _apply_rule(Site(settings, eqn, times), [_in_use(read(atom), number) for atom in eqn.invars])
+        results = _apply_rule(Site(settings, eqn), [_in_use(read(atom), number) for atom in eqn.invars])
         values.update(zip(eqn.outvars, results, strict=True))
         free([eqn], number)
     if plain:

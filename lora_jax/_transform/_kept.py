@@ -23,7 +23,7 @@ def kept(rule: Rule) -> Rule:
     def run(site: Site, *operands: Value, **params: Any) -> list[Value]:
         if site.settings.log is not None:  # a watched body has to be traced each time, or the log would miss it
             return rule(site, *operands, **params)
-        key = _Key(site.settings, site.times, user_line(site.eqn), site)
+        key = _Key(site.settings, user_line(site.eqn), site)
         return _function(rule, key, tuple(params.items()))(*operands)
 
     return run
@@ -34,7 +34,6 @@ class _Key:
     """What a rule reads of its site; equations that agree in it are rebuilt as the first of them was."""
 
     settings: Settings
-    times: int
     line: str
     site: Site = dataclasses.field(compare=False)
 

@@ -77,7 +77,7 @@ def _scan(
     """`lax.scan`; of stacked layers each turn gets its own factors."""
     consts, start, stacked = _split(operands, num_consts, num_carry)
     carry = _Carry.of(site, jaxpr, num_consts, start)
-    slices, turns = [_slices(x) for x in stacked], site.repeated(length)
+    slices, turns = [_slices(x) for x in stacked], site.in_turn(length)
 
     def step(moving: list[Any], xs: tuple[list[Any], Any]) -> tuple[list[Any], list[Value]]:
         pieces, turn = xs

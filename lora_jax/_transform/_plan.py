@@ -101,14 +101,22 @@ class Asked(NamedTuple):
 INFERENCE = Asked()
 TRAINING = Asked(x=True, a=True, b=True)
 
+_AGAIN = (Form.HYBRID_AGAIN, Form.MERGED_AGAIN)
+
 # A form that takes less memory is preferred to the cheapest one as long as it costs at most this much more.
 TOLERANCE = 1.01
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(costs: Costs, asked: Asked) -> Form:
-    """The form that takes the least memory among those within one percent of the fewest operations."""
-    forms = list(Form) if any(asked) else [Form.FACTORED, Form.MERGED]
+def plan(costs: Costs, asked: Asked, *, again: bool = True) -> Form:
+    """The form that takes the least memory among those within one percent of the fewest operations.
+
+    Args:
+      costs: of the contraction.
+      asked: the gradients that are asked for.
+      again: whether it makes a difference that a kernel is formed again; not under a remat, which does so by itself.
+    """
+    forms = [form for form in Form if again or form not in _AGAIN] if any(asked) else [Form.FACTORED, Form.MERGED]
     totals = {form: operations(form, costs, asked) for form in forms}
     enough = TOLERANCE * min(totals.values())
     return next(form for form in forms if totals[form] <= enough)
@@ -120,7 +128,7 @@ def operations(form: Form, costs: Costs, asked: Asked) -> int:
         return _factored(costs, asked)
     forming = costs.formed + costs.sums
     total = costs.base.forward + forming + asked.x * costs.base.to_x
-    if form in (Form.HYBRID_AGAIN, Form.MERGED_AGAIN) and asked.x:
+    if form in _AGAIN and asked.x:
         total += forming
     if form in (Form.MERGED_AGAIN, Form.MERGED):
         return total + (asked.a or asked.b) * costs.base.to_w + (asked.a + asked.b) * costs.formed
