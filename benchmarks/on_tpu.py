@@ -1,0 +1,90 @@
+"""What the compiler of a TPU makes of a training step in each form, against LoRA by hand; no TPU is needed.
+
+The compiler comes as a package, and needs an environment of its own: with it, JAX looks for a TPU at every start.
+
+Usage:
+    pip install -e ".[test]" libtpu
+    python benchmarks/on_tpu.py
+"""
+
+from __future__ import annotations
+
+import os
+
+# Nothing is run: there is no machine to ask what kind of TPU it has, and arrays stay on the CPU.
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
+
+import argparse
+import dataclasses
+from typing import Any
+
+import forms
+import jax
+import jax.numpy as jnp
+import models
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from sizes import SMALL
+from timing import jitted, start_of
+
+TOPOLOGY = "v5e:2x4"
+METHODS = ("LoRA by hand", "lora()", "lora(form='factored')", "W0 + s·A·B each step", "full fine-tuning")
+UNITS = {"operations": (1e9, "G"), "temporary": (1e6, "MB"), "accessed": (1e6, "MB")}
+
+
+def bfloat16(width: int, rank: int, *, scanned: bool) -> Any:
+    """A case of the decoder with its weights in bfloat16, and the adapter in float32."""
+    size = dataclasses.replace(SMALL, width=width, hidden=4 * width, rank=rank)
+    return lambda: models.case(size, scanned=scanned, dtype=jnp.bfloat16)
+
+
+CASES = forms.CASES | {
+    "decoder, d = 768, rank 8, bfloat16": (bfloat16(768, 8, scanned=False), models),
+    "decoder, d = 768, rank 8, bfloat16, scan + remat": (bfloat16(768, 8, scanned=True), models),
+}
+
+
+def measure(case: Any, module: Any, sharding: Any) -> dict[str, dict[str, float]]:
+    """The compiler's figures of all the ways to train a case."""
+
+    def shape(x: Any) -> Any:
+        return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding)
+
+    figures = {}
+    makes = forms.methods(module)
+    for name in METHODS:
+        method = makes[name](case)
+        program = jitted(method).lower(*jax.tree.map(shape, (*start_of(method), case.tokens))).compile()
+        cost = program.cost_analysis()
+        figures[name] = {
+            "operations": cost["flops"],  # the body of a loop once
+            "temporary": program.memory_analysis().temp_size_in_bytes,
+            "accessed": cost["bytes accessed"],
+        }
+    return figures
+
+
+def row(its: dict[str, float], reference: dict[str, float]) -> str:
+    """The figures of the reference, or the ratios to them."""
+    if its is reference:
+        return "".join(f"{its[name] / size:>11.2f} {unit:2}" for name, (size, unit) in UNITS.items())
+    return "".join(f"{'× ' + format(its[name] / reference[name], '.3f'):>14}" for name in UNITS)
+
+
+def main() -> None:
+    """Compiles and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    only = parser.parse_args().only
+    sharding = SingleDeviceSharding(topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices[0])
+    for title, (make, module) in CASES.items():
+        if only in title:
+            figures = measure(make(), module, sharding)
+            print(f"\n{title:50}" + "".join(f"{name:>14}" for name in UNITS))
+            for name, its in figures.items():
+                print(f"{name:50}{row(its, figures['LoRA by hand'])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
