@@ -42,8 +42,8 @@ def verify(directory: epath.Path) -> None:
     found = [*missing, *changed, *strangers] if promised else [_wrong(directory)]
     if found:
         raise CheckpointError(
-            f"Expected a whole checkpoint, with its files as they were written; "
-            f"{len(found)} of them are not, in {directory}.\n{listed(found)}\n"
+            f"Expected a whole checkpoint, its files as {NAME!r} lists them; {len(found)} are not, in {directory}.\n"
+            f"{listed(found)}\n"
             "  Copy the directory again, whole, or restore another checkpoint."
         )
 

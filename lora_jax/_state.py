@@ -62,16 +62,22 @@ class StateSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
         position in the data.
 
     Raises:
-      CheckpointError: if a leaf is none of these, or was donated.
+      CheckpointError: if a leaf is none of these, was donated, or is an array without elements.
     """
 
     state: Any = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
         """Raises what there is to raise: later, in the middle of Orbax's save, it would leave threads behind."""
-        for path, leaf in _leaves(self.state).items():
-            if not isinstance(leaf, _PLAIN):
-                check_values(leaf, path)
+        arrays = {path: leaf for path, leaf in _leaves(self.state).items() if not isinstance(leaf, _PLAIN)}
+        for path, leaf in arrays.items():
+            check_values(leaf, path)
+        if not arrays or (empty := [path for path, leaf in arrays.items() if not leaf.size]):
+            got = f"empty ones, {', '.join(empty)}" if arrays else "none"
+            raise CheckpointError(
+                f"Expected a state with arrays that hold something, as Orbax cannot save others; got {got}.\n"
+                "  Leave them out; for Python values alone there is Orbax's JsonSave."
+            )
 
 
 @ocp.args.register_with_handler(StateHandler, for_restore=True)

@@ -59,7 +59,8 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
         `ShapeDtypeStruct`s, only paths, shapes and dtypes are recorded.
 
     Raises:
-      CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`.
+      CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`; if it cannot
+        be written, as on a full disk.
     """
     args = AdapterSave(adapter, base=base)
     _ = args.manifest  # if anything is wrong, it shows before a file is touched
@@ -71,8 +72,14 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
         cleanup_tmp_directories=True,  # of saves that were killed
         enable_async_checkpointing=False,
     )
-    with ocp.CheckpointManager(root, options=options) as manager:
-        manager.save(0 if step is None else step + 1, args=ocp.args.Composite(**{_ITEM: args}))
+    try:
+        with ocp.CheckpointManager(root, options=options) as manager:
+            manager.save(0 if step is None else step + 1, args=ocp.args.Composite(**{_ITEM: args}))
+    except (OSError, ValueError) as error:  # TensorStore says by a ValueError that the disk is full
+        raise CheckpointError(
+            f"Expected to write a checkpoint; it could not be written, to {root}.\n  {type(error).__name__}: {error}\n"
+            "  What was saved there before is whole. Make it possible to write there, and save again."
+        ) from error
 
 
 def restore(

@@ -3,12 +3,14 @@
 `python checkpoint_killed.py events ROOT`: saves to ROOT/0, ROOT/1, …, each killed just before another of its writes.
 `python checkpoint_killed.py timed ROOT SECONDS…`: saves to ROOT, killed one after another after so many seconds.
 `python checkpoint_killed.py many ROOT COUNT`: COUNT saves to ROOT, and none is killed.
+`python checkpoint_killed.py full ROOT BYTES…`: saves to ROOT where no file can be longer; prints the errors.
 
 JAX is imported once, and each save runs in a fork, made before JAX has started anything.
 """
 
 import itertools
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -74,12 +76,28 @@ def kill_after(root: Path, delays: list[float]) -> None:
         killed(pid)
 
 
+def save_on_full_disk(root: Path, limits: list[int]) -> None:
+    killed(forked_save(root, 1))
+    for limit in limits:
+        if pid := os.fork():
+            os.waitpid(pid, 0)
+            continue
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            save(root, adapter(2), base=BASE)
+        except lj.CheckpointError as error:
+            os.write(1, f"{error}\n\n".encode())
+        os._exit(0)
+
+
 if __name__ == "__main__":
     command, root, *rest = sys.argv[1:]
     if command == "events":
         kill_at_every_write(Path(root))
     elif command == "timed":
         kill_after(Path(root), [float(delay) for delay in rest])
+    elif command == "full":
+        save_on_full_disk(Path(root), [int(limit) for limit in rest])
     else:
         for number in range(int(rest[0])):
             save(root, adapter(number), base=BASE)
