@@ -1,8 +1,8 @@
 """Trains in one of several processes, from a checkpoint if there is one, and saves: run by test_distributed.py.
 
 `python distributed_run.py ADDRESS COUNT INDEX ROOT SHAPE UNTIL`: as process INDEX of COUNT, which meet at ADDRESS, over
-a mesh of SHAPE (such as `4x2`) of all their devices, with checkpoints in ROOT, until step UNTIL. Process 0 prints, as one
-line of JSON, the losses and what was restored and saved, as digests.
+a mesh of SHAPE (such as `4x2`) of all their devices, with checkpoints in ROOT, until step UNTIL. Process 0 prints, as
+one line of JSON, the losses and what was restored and saved, as digests.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ TX = optax.adam(3e-2)
 SPEC = {"up/kernel": lj.LoRA(rank=4, alpha=8, dropout=0.1), "down/*": lj.RSLoRA(rank=2, alpha=4), "bias": lj.Full()}
 # How the base lies on a mesh of data × model; the factors lie likewise, and the rank is on every device.
 LAYOUTS = {
-    "data parallel": {"up/kernel": P(), "down/kernel": P(), "bias": P()},
     "fsdp": {"up/kernel": P("data", "model"), "down/kernel": P(("data", "model")), "bias": P("data")},
+    "data parallel": {"up/kernel": P(), "down/kernel": P(), "bias": P()},
 }
 
 

@@ -516,6 +516,24 @@ def test_saves_that_are_killed_one_after_another_leave_a_whole_checkpoint(tmp_pa
     assert number_of(tmp_path) in range(len(delays) + 1)
 
 
+@pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["async", "sync", "single"])
+def test_a_run_that_is_killed_at_any_moment_goes_on_from_its_newest_checkpoint(
+    kind: str, kills: int, tmp_path: Path
+) -> None:
+    """The run itself compares what it restores, bit for bit, and does not go on from anything else."""
+    program = [sys.executable, checkpoint_killed.__file__, "run", kind, str(tmp_path / "run"), str(kills), str(kills)]
+    lines = subprocess.run(program, check=True, timeout=600, capture_output=True, text=True).stdout.splitlines()
+    reports = [json.loads(line) for line in lines]
+    assert len(reports) == kills + 1
+    assert [report["restored"] for report in reports] == [report["newest"] for report in reports]
+    newest = [report["newest"] for report in reports]
+    assert newest == sorted(newest)
+    assert any(report["half written"] for report in reports)
+    half = sum(report["half written"] for report in reports)
+    print(f"{kind}: {len(reports)} kills, {half} left a step half written, and each run went on; steps {newest}")
+
+
 # When one array cannot be read, Orbax closes its event loop before TensorStore has answered for the others.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_can_be_read_while_another_process_saves(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import distributed_run
 import jax
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 SECONDS = 200  # after which a run hangs
 
@@ -52,10 +52,13 @@ def together(count: int, devices: int, root: Path, shape: str, until: int) -> di
     return report
 
 
-def alone(root: Path, sizes: tuple[int, int], until: int) -> dict[str, Any]:
-    devices = jax.devices()[: sizes[0] * sizes[1]]
-    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
-    return {name: distributed_run.run(root, name, mesh, until) for name in distributed_run.LAYOUTS}
+def mesh(data: int, model: int) -> Mesh:
+    devices = jax.devices()[: data * model]
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def alone(root: Path, data: int, model: int, until: int) -> dict[str, Any]:
+    return {name: distributed_run.run(root, name, mesh(data, model), until) for name in distributed_run.LAYOUTS}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +69,8 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         together(2, 4, root, "4x2", until=3),
         together(4, 1, root, "2x2", until=5),
         together(2, 2, root, "1x4", until=6),
-        alone(root, (1, 1), until=7),
-        alone(root, (2, 4), until=8),
+        alone(root, 1, 1, until=7),
+        alone(root, 2, 4, until=8),
     ]
 
 
@@ -82,7 +85,7 @@ def test_training_goes_on_in_other_processes_bit_for_bit(layout: str, stages: li
 @pytest.mark.parametrize("layout", distributed_run.LAYOUTS)
 def test_the_losses_are_those_of_one_device(layout: str, stages: list[dict[str, Any]], tmp_path: Path) -> None:
     losses = [loss for stage in stages for loss in stage[layout]["losses"]]
-    expected = alone(tmp_path, (1, 1), until=8)[layout]["losses"]
+    expected = alone(tmp_path, 1, 1, until=8)[layout]["losses"]
     assert len(set(expected)) == 8
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
@@ -97,15 +100,16 @@ def test_training_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    resumed = alone(tmp_path / "killed", (4, 2), until=10)["fsdp"]
-    straight = alone(tmp_path / "straight", (4, 2), until=10)["fsdp"]
+    resumed, straight = (
+        distributed_run.run(tmp_path / name, "fsdp", mesh(4, 2), 10) for name in ("killed", "straight")
+    )
     assert 1 <= len(resumed["losses"]) <= 6
     assert resumed["losses"] == straight["losses"][-len(resumed["losses"]) :]
     assert resumed["saved"] == straight["saved"]
 
 
 def test_all_processes_name_a_file_that_has_changed(tmp_path: Path) -> None:
-    alone(tmp_path, (1, 1), until=1)
+    alone(tmp_path, 1, 1, until=1)
     for file in (tmp_path / "data parallel" / "1" / "state" / "d").iterdir():
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
