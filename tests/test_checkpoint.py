@@ -15,7 +15,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
@@ -553,53 +552,6 @@ def test_a_checkpoint_can_be_read_while_another_process_saves(tmp_path: Path) ->
 
 def saving(adapter: Any = None) -> AdapterSave:
     return AdapterSave(make_adapter() if adapter is None else adapter, base=make_base())
-
-
-TX = optax.adamw(1e-2)
-BASE = make_base()
-
-
-@jax.jit
-def training_step(adapter: Any, opt_state: Any, key: jax.Array) -> tuple[Any, Any, jax.Array]:
-    key, noise = jax.random.split(key)
-
-    def loss(adapter: Any) -> jax.Array:
-        x = jax.random.normal(noise, (5, 16))
-        adapted = lj.lora(lambda base, x: jnp.einsum("ni,iho->nho", x, base["query"]["kernel"].astype(x.dtype)))
-        return jnp.sum(jnp.sin(adapted(BASE, adapter, x))) + jnp.sum(adapter["layers/0/bias"].value ** 2)
-
-    updates, opt_state = TX.update(jax.grad(loss)(adapter), opt_state, adapter)
-    return optax.apply_updates(adapter, updates), opt_state, key
-
-
-def train(state: dict[str, Any], adapter: Any, until: int) -> tuple[Any, dict[str, Any]]:
-    for _ in range(int(state["step"]), until):
-        adapter, opt_state, key = training_step(adapter, state["opt_state"], state["key"])
-        state = {"opt_state": opt_state, "step": state["step"] + 1, "key": key}
-    return adapter, state
-
-
-@pytest.mark.parametrize(("impl", "asynchronous"), [("threefry2x32", True), ("rbg", False)], ids=["async", "sync"])
-def test_training_resumes_bit_for_bit(impl: str, asynchronous: bool, tmp_path: Path) -> None:
-    def start(seed: int) -> tuple[Any, dict[str, Any]]:
-        adapter = make_adapter(seed=seed)
-        return adapter, {"opt_state": TX.init(adapter), "step": jnp.array(0), "key": jax.random.key(seed, impl=impl)}
-
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=asynchronous)
-    adapter, state = start(seed=3)
-    with ocp.CheckpointManager(tmp_path, options=options) as manager:
-        for step in range(1, 5):
-            adapter, state = train(state, adapter, until=step)
-            items = ocp.args.Composite(adapter=saving(adapter), state=ocp.args.StandardSave(state))
-            assert manager.save(step, args=items)
-    expected = train(state, adapter, until=7)
-
-    with ocp.CheckpointManager(tmp_path, options=options) as manager:
-        like = start(seed=8)[1]
-        items = ocp.args.Composite(adapter=AdapterRestore(base=make_base()), state=ocp.args.StandardRestore(like))
-        restored = manager.restore(manager.latest_step(), args=items)
-    assert int(restored.state["step"]) == 4
-    assert_same(train(restored.state, restored.adapter, until=7), expected)
 
 
 def test_an_asynchronous_save_writes_what_the_adapter_was(tmp_path: Path) -> None:
