@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 
 from ._errors import CheckpointError, listed
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
 
 from . import _checksums

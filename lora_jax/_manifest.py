@@ -202,12 +202,17 @@ def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
 
 def _struct(path: str, array: Mapping[str, Any], where: object) -> jax.ShapeDtypeStruct:
     dtype = jnp.dtype(array["dtype"])
+    check_width(dtype, repr(path), where)
+    return jax.ShapeDtypeStruct(array["shape"], dtype)
+
+
+def check_width(dtype: Any, path: str, where: object) -> None:
+    """Raises `CheckpointError` if JAX would make fewer bits of each number."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(
-            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path!r}, in {where}.\n"
+            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path}, in {where}.\n"
             "  Enable 64 bits: jax.config.update('jax_enable_x64', True)."
         )
-    return jax.ShapeDtypeStruct(array["shape"], dtype)
 
 
 @contextlib.contextmanager

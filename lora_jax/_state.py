@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 
 from ._errors import CheckpointError, listed
 from ._item import ItemHandler, settled
-from ._manifest import check_values, dumps, loads, place
+from ._manifest import check_values, check_width, dumps, loads, place
 from ._version import __version__
 
 _FORMAT = "lora_jax.state"
@@ -42,7 +42,7 @@ class StateHandler(ItemHandler):
         saved = loads(self.verified(directory), directory, _FORMAT)["state"]
         like = _leaves(args.like)
         _check(saved, like, directory)
-        target = {path: _target(path, leaf) for path, leaf in like.items() if not isinstance(leaf, _PLAIN)}
+        target = {path: _target(leaf, path, directory) for path, leaf in like.items() if not isinstance(leaf, _PLAIN)}
         read = self.read(directory, target)
         values = [_leaf(leaf, read.get(path), saved[path]) for path, leaf in like.items()]
         return jax.tree.unflatten(jax.tree.structure(args.like), values)
@@ -124,9 +124,11 @@ def _data(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 
-def _target(path: str, like: Any) -> Any:
+def _target(like: Any, path: str, where: object) -> Any:
     """What to read: the same shape and dtype, in the same place, if anybody has said where that one lies."""
     array = jax.eval_shape(_data, like) if _is_key(like) else jax.ShapeDtypeStruct(like.shape, like.dtype)
+    if not isinstance(like, np.ndarray):
+        check_width(array.dtype, path, where)
     sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
     try:
         return place(array, sharding)

@@ -1,7 +1,8 @@
 """Checkpoints on Orbax: the adapter and a readable manifest, and nothing of the base but its fingerprint.
 
 `save` and `restore` are for an adapter on its own. `AdapterSave` and `AdapterRestore`, of which they are made, put one
-into a `CheckpointManager` beside optimiser state, step and key. `import lora_jax` does not load this module, nor Orbax.
+into a `CheckpointManager`; `StateSave` and `StateRestore` put optimiser state, step and key beside it. Every file has a
+checksum. `import lora_jax` does not load this module, nor Orbax.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath  # type: ignore[import-untyped]
+from etils import epath
 
 from ._adapter import Adapter, Adapters
 from ._checksums import LATER
@@ -113,8 +114,8 @@ def restore(
       `{path: Adapter}`.
 
     Raises:
-      CheckpointError: if there is no complete adapter at `path`; if it is damaged, of a newer format or for another
-        base; if `shardings` do not fit.
+      CheckpointError: if there is no complete adapter at `path`; if one of its files has changed; if it is of a newer
+        format or for another base; if `shardings` do not fit.
     """
     root = _absolute(path)
     args = AdapterRestore(base=base, shardings=shardings, allow_base_mismatch=allow_base_mismatch)
@@ -163,14 +164,14 @@ class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj, optax, orbax.checkpoint as ocp
     >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
     >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": jnp.array(7), "key": jax.random.key(1)}
+    >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": 7, "key": jax.random.key(1)}
     >>> with tempfile.TemporaryDirectory() as path, ocp.CheckpointManager(path) as manager:
-    ...     items = {"adapter": AdapterSave(adapter, base=params), "state": ocp.args.StandardSave(state)}
+    ...     items = {"adapter": AdapterSave(adapter, base=params), "state": StateSave(state)}
     ...     _ = manager.save(7, args=ocp.args.Composite(**items))
     ...     manager.wait_until_finished()
-    ...     items = {"adapter": AdapterRestore(base=params), "state": ocp.args.StandardRestore(state)}
+    ...     items = {"adapter": AdapterRestore(base=params), "state": StateRestore(state)}
     ...     restored = manager.restore(7, args=ocp.args.Composite(**items))
-    >>> restored.adapter["query/kernel"], int(restored.state["step"])
+    >>> restored.adapter["query/kernel"], restored.state["step"]
     (Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3]), 7)
 
     Attributes:

@@ -220,6 +220,12 @@ def test_what_a_state_shall_be_like_may_be_shapes(tmp_path: Path) -> None:
         there_and_back({"n": jnp.array(1)}, tmp_path / "abstract", {"n": abstract})
 
 
+def test_numbers_that_jax_would_cut_down_are_refused(tmp_path: Path) -> None:
+    state = {"n": np.arange(3.0)}
+    with pytest.raises(lj.CheckpointError, match=r"JAX would cut float64 down at \['n'\], in "):
+        there_and_back(state, tmp_path, {"n": jax.ShapeDtypeStruct((3,), np.float64)})
+
+
 UNLIKE: dict[str, tuple[Any, str]] = {
     "optimiser": (
         {"opt_state": optax.sgd(1.0).init({"w": jnp.ones(3)}), "step": 0},
