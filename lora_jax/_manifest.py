@@ -66,8 +66,8 @@ def dumps(manifest: Manifest) -> str:
     return _indented(manifest, "") + "\n"
 
 
-def loads(text: bytes, where: object) -> dict[str, Any]:
-    """Reads a manifest.
+def loads(text: bytes, where: object, form: str = FORMAT) -> dict[str, Any]:
+    """Reads a manifest of the format `form`.
 
     Raises:
       CheckpointError: if it is none, is damaged, or is of a version that is not known yet.
@@ -76,9 +76,9 @@ def loads(text: bytes, where: object) -> dict[str, Any]:
         manifest = json.loads(text)
     except ValueError as error:
         raise _damaged(where, f"its manifest is no JSON ({error})") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != form:
         raise CheckpointError(
-            f"Expected a manifest of the format {FORMAT!r}; got another, in {where}.\n"
+            f"Expected a manifest of the format {form!r}; got another, in {where}.\n"
             "  Give the path that `lora_jax.save` was given."
         )
     version = manifest.get("version")
@@ -108,7 +108,7 @@ def placed(adapter: dict[str, Adapter], shardings: Any, where: object) -> Any:
     """
     try:
         leaves = jax.tree.broadcast(shardings, adapter, is_leaf=lambda x: x is None or isinstance(x, Sharding))
-        return jax.tree.map(_placed, adapter, leaves)
+        return jax.tree.map(place, adapter, leaves)
     except ValueError as error:
         raise CheckpointError(
             f"Expected `shardings` to be a Sharding, or a tree of them that is a prefix of the adapter in {where} and "
@@ -116,20 +116,19 @@ def placed(adapter: dict[str, Adapter], shardings: Any, where: object) -> Any:
         ) from error
 
 
-def _placed(array: jax.ShapeDtypeStruct, sharding: Sharding | None) -> Any:
+def place(array: Any, sharding: Sharding | None) -> Any:
+    """What an array shall be read as.
+
+    Raises:
+      ValueError: if the sharding is none, is on no devices, or does not divide the array.
+    """
     if sharding is None:
         return np.empty(array.shape, array.dtype)
     if not isinstance(sharding, Sharding):
         raise ValueError(f"{sharding!r} is no Sharding")
+    _ = sharding.device_set  # raises if its mesh is abstract
     sharding.shard_shape(array.shape)  # raises if it does not divide the array
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def as_promised(target: Any, array: Any) -> Any:
-    """An array as `placed` asked for it; what was read as NumPy goes to the default device, committed to none."""
-    if (array.shape, array.dtype) != (target.shape, target.dtype):
-        raise ValueError(f"{array.dtype}{list(array.shape)} where the manifest says {target.dtype}{list(target.shape)}")
-    return jnp.array(array) if isinstance(array, np.ndarray) else array
 
 
 def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, where: object) -> None:
@@ -160,16 +159,21 @@ def _check_part(path: str, part: Adapter) -> None:
             f"at {path!r}.\n  Save adapters of your own variants with Orbax's StandardSave: they are pytrees."
         )
     for name, array in part.arrays.items():
-        if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
-            raise CheckpointError(
-                f"Expected arrays to save; got {type(array).__name__} as {name!r} at {path!r}.\n"
-                "  Save outside `jit` and `eval_shape`, where there are values."
-            )
-        if isinstance(array, jax.Array) and array.is_deleted():
-            raise CheckpointError(
-                f"Expected arrays to save; {name!r} at {path!r} is gone: it was donated to a jitted function.\n"
-                "  Save what that function returned, or save before the call."
-            )
+        check_values(array, f"{name!r} at {path!r}")
+
+
+def check_values(array: Any, name: str) -> None:
+    """Raises `CheckpointError` if it is no array, or one without values."""
+    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
+        raise CheckpointError(
+            f"Expected arrays to save; got {type(array).__name__} as {name}.\n"
+            "  Save outside `jit` and `eval_shape`, where there are values."
+        )
+    if isinstance(array, jax.Array) and array.is_deleted():
+        raise CheckpointError(
+            f"Expected arrays to save; {name} is gone: it was donated to a jitted function.\n"
+            "  Save what that function returned, or save before the call."
+        )
 
 
 def _describe_part(part: Adapter) -> dict[str, Any]:
@@ -198,12 +202,17 @@ def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
 
 def _struct(path: str, array: Mapping[str, Any], where: object) -> jax.ShapeDtypeStruct:
     dtype = jnp.dtype(array["dtype"])
+    check_width(dtype, repr(path), where)
+    return jax.ShapeDtypeStruct(array["shape"], dtype)
+
+
+def check_width(dtype: Any, path: str, where: object) -> None:
+    """Raises `CheckpointError` if JAX would make fewer bits of each number."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(
-            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path!r}, in {where}.\n"
+            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path}, in {where}.\n"
             "  Enable 64 bits: jax.config.update('jax_enable_x64', True)."
         )
-    return jax.ShapeDtypeStruct(array["shape"], dtype)
 
 
 @contextlib.contextmanager

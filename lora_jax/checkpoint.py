@@ -1,7 +1,8 @@
 """Checkpoints on Orbax: the adapter and a readable manifest, and nothing of the base but its fingerprint.
 
 `save` and `restore` are for an adapter on its own. `AdapterSave` and `AdapterRestore`, of which they are made, put one
-into a `CheckpointManager` beside optimiser state, step and key. `import lora_jax` does not load this module, nor Orbax.
+into a `CheckpointManager`; `StateSave` and `StateRestore` put optimiser state, step and key beside it. Every file has a
+checksum. `import lora_jax` does not load this module, nor Orbax.
 """
 
 from __future__ import annotations
@@ -9,25 +10,33 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import textwrap
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath  # type: ignore[import-untyped]
-from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
+from etils import epath
 
 from ._adapter import Adapter, Adapters
+from ._checksums import LATER
 from ._errors import CheckpointError
-from ._manifest import Manifest, as_promised, check_base, check_savable, describe, dumps, loads, placed, skeleton
+from ._item import ItemHandler, nothing_there, settled
+from ._manifest import Manifest, check_base, check_savable, describe, dumps, loads, placed, skeleton
+from ._state import StateHandler, StateRestore, StateSave
 
-__all__ = ["AdapterHandler", "AdapterRestore", "AdapterSave", "restore", "save"]
+__all__ = [
+    "AdapterHandler",
+    "AdapterRestore",
+    "AdapterSave",
+    "StateHandler",
+    "StateRestore",
+    "StateSave",
+    "restore",
+    "save",
+]
 
 Path = str | os.PathLike[str]
 
 _ITEM = "adapter"
-_MANIFEST = "adapter.json"
 
 
 def save(path: Path, adapter: Adapters, *, base: Any) -> None:
@@ -51,7 +60,8 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
         `ShapeDtypeStruct`s, only paths, shapes and dtypes are recorded.
 
     Raises:
-      CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`.
+      CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`; if it cannot
+        be written, as on a full disk.
     """
     args = AdapterSave(adapter, base=base)
     _ = args.manifest  # if anything is wrong, it shows before a file is touched
@@ -63,8 +73,14 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
         cleanup_tmp_directories=True,  # of saves that were killed
         enable_async_checkpointing=False,
     )
-    with ocp.CheckpointManager(root, options=options) as manager:
-        manager.save(0 if step is None else step + 1, args=ocp.args.Composite(**{_ITEM: args}))
+    try:
+        with ocp.CheckpointManager(root, options=options) as manager:
+            manager.save(0 if step is None else step + 1, args=ocp.args.Composite(**{_ITEM: args}))
+    except (OSError, ValueError) as error:  # TensorStore says by a ValueError that the disk is full
+        raise CheckpointError(
+            f"Expected to write a checkpoint; it could not be written, to {root}.\n  {type(error).__name__}: {error}\n"
+            "  What was saved there before is whole. Make it possible to write there, and save again."
+        ) from error
 
 
 def restore(
@@ -98,8 +114,8 @@ def restore(
       `{path: Adapter}`.
 
     Raises:
-      CheckpointError: if there is no complete adapter at `path`; if it is damaged, of a newer format or for another
-        base; if `shardings` do not fit.
+      CheckpointError: if there is no complete adapter at `path`; if one of its files has changed; if it is of a newer
+        format or for another base; if `shardings` do not fit.
     """
     root = _absolute(path)
     args = AdapterRestore(base=base, shardings=shardings, allow_base_mismatch=allow_base_mismatch)
@@ -113,61 +129,31 @@ def restore(
                 raise
 
 
-class AdapterHandler(ocp.AsyncCheckpointHandler):  # type: ignore[misc]
-    """Writes and reads one adapter for Orbax: its arrays as Orbax keeps any tree, and the manifest, in one directory.
+class AdapterHandler(ItemHandler):
+    """Writes and reads one adapter for Orbax.
 
     Orbax finds it by `AdapterSave` and `AdapterRestore`; there is no need to name it.
     """
 
-    def __init__(self) -> None:
-        self._arrays = ocp.StandardCheckpointHandler()
+    description = "adapter.json"
 
-    async def async_save(self, directory: epath.Path, args: AdapterSave) -> Sequence[Future]:
-        """Copies the arrays to the host, and goes on writing in the background."""
-        text = dumps(args.manifest)
-
-        async def write() -> None:
-            _write(directory, text)
-
-        arrays = await self._arrays.async_save(directory, args=ocp.args.StandardSave(dict(args.adapter)))
-        return [*(arrays or ()), CommitFutureAwaitingContractedSignals(write(), name="lora_jax_manifest")]
-
-    def save(self, directory: epath.Path, args: AdapterSave) -> None:
-        """Writes all at once."""
-        _write(directory, dumps(args.manifest))
-        self._arrays.save(directory, args=ocp.args.StandardSave(dict(args.adapter)))
+    def parts(self, args: AdapterSave) -> tuple[dict[str, Any], str]:
+        """The adapter and its manifest."""
+        return dict(args.adapter), dumps(args.manifest)
 
     def restore(self, directory: epath.Path, args: AdapterRestore | None = None) -> dict[str, Adapter]:
-        """Reads the manifest, checks the base, and reads the arrays to where they shall be."""
+        """Checks the files, then the base, and reads the arrays to where they shall be."""
         args = args or AdapterRestore()
-        manifest = self.metadata(directory)
+        manifest = loads(self.verified(directory), directory)
         if args.base is not None:
             check_base(manifest, args.base, allow_base_mismatch=args.allow_base_mismatch, where=directory)
         target = placed(skeleton(manifest, directory), args.shardings, directory)
-        try:
-            restored = self._arrays.restore(directory, args=ocp.args.StandardRestore(target))
-            return jax.tree.map(as_promised, target, restored)
-        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for what is missing or damaged
-            raise CheckpointError(
-                f"Expected a whole checkpoint; its arrays cannot be read, in {directory}.\n"
-                f"  {type(error).__name__}: {textwrap.shorten(str(error), 300)}\n"
-                "  Copy the directory again, whole, or restore another checkpoint."
-            ) from error
+        adapter: dict[str, Adapter] = jax.tree.map(settled, self.read(directory, target))
+        return adapter
 
     def metadata(self, directory: epath.Path) -> Manifest:
         """The manifest."""
-        file = directory / _MANIFEST
-        if not file.exists():
-            raise _nothing_there(directory)
-        return loads(file.read_bytes(), directory)
-
-    def finalize(self, directory: epath.Path) -> None:
-        """Called by Orbax when all is written."""
-        self._arrays.finalize(directory)
-
-    def close(self) -> None:
-        """Called by Orbax at the end."""
-        self._arrays.close()
+        return loads((directory / self.description).read_bytes(), directory)
 
 
 @ocp.args.register_with_handler(AdapterHandler, for_save=True)
@@ -178,14 +164,14 @@ class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj, optax, orbax.checkpoint as ocp
     >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
     >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": jnp.array(7), "key": jax.random.key(1)}
+    >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": 7, "key": jax.random.key(1)}
     >>> with tempfile.TemporaryDirectory() as path, ocp.CheckpointManager(path) as manager:
-    ...     items = {"adapter": AdapterSave(adapter, base=params), "state": ocp.args.StandardSave(state)}
+    ...     items = {"adapter": AdapterSave(adapter, base=params), "state": StateSave(state)}
     ...     _ = manager.save(7, args=ocp.args.Composite(**items))
     ...     manager.wait_until_finished()
-    ...     items = {"adapter": AdapterRestore(base=params), "state": ocp.args.StandardRestore(state)}
+    ...     items = {"adapter": AdapterRestore(base=params), "state": StateRestore(state)}
     ...     restored = manager.restore(7, args=ocp.args.Composite(**items))
-    >>> restored.adapter["query/kernel"], int(restored.state["step"])
+    >>> restored.adapter["query/kernel"], restored.state["step"]
     (Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3]), 7)
 
     Attributes:
@@ -226,16 +212,11 @@ class AdapterRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
 
 
 def _read(item: epath.Path, args: AdapterRestore) -> dict[str, Adapter]:
-    if not (item / _MANIFEST).exists():
-        raise _nothing_there(item)
+    if not item.is_dir():
+        raise nothing_there(item)
     with ocp.Checkpointer(AdapterHandler()) as checkpointer:
         restored: dict[str, Adapter] = checkpointer.restore(item, args=args)
     return restored
-
-
-def _write(directory: epath.Path, text: str) -> None:
-    if jax.process_index() == 0:
-        (directory / _MANIFEST).write_text(text)
 
 
 def _absolute(path: Path) -> epath.Path:
@@ -268,17 +249,4 @@ def _strangers(step: epath.Path) -> set[str]:
     """What `save` has not put into a step; of a step whose deletion was cut short, anything may be left."""
     whole = (step / _ITEM).exists()
     names = {entry.name for entry in step.iterdir() if entry.is_dir() or not whole}
-    return names - {_ITEM, "_CHECKPOINT_METADATA", "commit_success.txt"}
-
-
-def _nothing_there(where: epath.Path) -> CheckpointError:
-    if not where.is_dir():
-        what = "there is none"
-    elif any("orbax-checkpoint-tmp" in entry.name for entry in where.iterdir()):
-        what = "there is only one whose save was stopped before its end"
-    else:
-        what = "there is a directory without one"
-    return CheckpointError(
-        f"Expected a checkpoint that lora_jax wrote; {what}, at {where}.\n"
-        "  Give the path that `save` was given, or the directory of a CheckpointManager with an item named `adapter`."
-    )
+    return names - {_ITEM, *LATER}

@@ -45,3 +45,17 @@ def trained(key: jax.Array, adapter: Any, size: float = 0.3) -> Any:
 def dense(apply: Any) -> Any:
     """The oracle: the same call with the kernels formed, `f(merge(p, ad), x)`, differentiable in the adapter."""
     return lambda params, adapter, *args, **kwargs: apply(lj.merge(params, adapter), *args, **kwargs)
+
+
+def bits(tree: Any) -> list[Any]:
+    """All that a tree holds, with its paths, to be compared bit for bit: a NaN equals itself, and −0 is not 0."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path), *_bits_of(leaf)) for path, leaf in leaves]
+
+
+def _bits_of(leaf: Any) -> tuple[Any, ...]:
+    if not isinstance(leaf, jax.Array | np.ndarray):
+        return type(leaf), leaf
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return str(leaf.dtype), leaf.shape, np.asarray(jax.random.key_data(leaf)).tobytes()
+    return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()

@@ -42,6 +42,9 @@ LAYERS = [
     "_merge",
     "_fingerprint",
     "_manifest",
+    "_checksums",
+    "_item",
+    "_state",
 ]
 DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
 
