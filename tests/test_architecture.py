@@ -29,6 +29,7 @@ LAYERS = [
     "_contract",
     "_use",
     "_operations",
+    "_collectives",
     "_dropout",
     "_adapter",
     "_variants",
