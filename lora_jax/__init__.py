@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import optim as optim
     from . import testing as testing
+    from ._ahead import plan as plan
     from .checkpoint import restore as restore
     from .checkpoint import save as save
 
@@ -52,6 +53,7 @@ __all__ = [
     "lora",
     "merge",
     "optim",
+    "plan",
     "restore",
     "save",
     "testing",
@@ -63,6 +65,7 @@ _DOORS = {
     "checkpoint": "checkpoint",
     "optim": "optim",
     "testing": "testing",
+    "plan": "_ahead",
     "restore": "checkpoint",
     "save": "checkpoint",
 }

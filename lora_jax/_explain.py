@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from ._errors import AdapterError, listed
 from ._kernels import probe
 from ._operations import operations
 from ._paths import Pattern, flatten
+from ._table import as_html, as_text, size
 from ._transform import FormName, Program, Settings, form_named, trace, watch
 from ._use import Use
 from ._variants import LowRank
@@ -80,17 +80,11 @@ class Explanation:
         return sum(row.operations for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [_HEADER, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADER))]
-        lines = ["  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() for row in cells]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join([*lines, "", *self._totals()])
+        table = as_text(_HEADER, [self._cells(row) for row in self.rows], numbers=_NUMBERS)
+        return "\n".join([table, "", *self._totals()])
 
     def _repr_html_(self) -> str:
-        head, *body = ([html.escape(cell) for cell in cells] for cells in (_HEADER, *map(self._cells, self.rows)))
-        rows = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in body)
-        totals = "".join(f"<p>{html.escape(line)}</p>" for line in self._totals())
-        return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{rows}</table>{totals}"
+        return as_html(_HEADER, [self._cells(row) for row in self.rows], self._totals())
 
     def _cells(self, row: Row) -> list[str]:
         return [
@@ -114,8 +108,7 @@ class Explanation:
         return [
             f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
             f"{self.base_parameters:,}",
-            f"memory:    adapter {_size(self.adapter_bytes)}, "
-            f"optimiser {_size(self.optimiser_bytes)} ({self.optimiser})",
+            f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
             f"forward:   {self.operations:,} operations more, {share}",
         ]
 
@@ -228,21 +221,5 @@ def _operations_of(program: Program) -> int | None:
         return None
 
 
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if _HEADER[column] in _NUMBERS else cell.ljust(width)
-
-
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _size(count: int) -> str:
-    """Bytes as a person would say them.
-
-    >>> _size(512), _size(1_500), _size(90_900_000)
-    ('512 B', '1.5 kB', '90.9 MB')
-    """
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

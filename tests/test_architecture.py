@@ -28,8 +28,10 @@ LAYERS = [
     "_keys",
     "_contract",
     "_use",
+    "_table",
     "_operations",
     "_collectives",
+    "_budget",
     "_dropout",
     "_adapter",
     "_variants",
@@ -43,6 +45,7 @@ LAYERS = [
     "_merge",
     "_fingerprint",
     "_manifest",
+    "_ahead",
 ]
 DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
 
@@ -185,7 +188,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "save", "restore"])
+@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "plan", "save", "restore"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
@@ -205,7 +208,7 @@ FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.star
 def test_the_face_is_what_the_design_names() -> None:
     public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
     errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
-    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "save", "restore"}
+    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "plan", "save", "restore"}
     left_by_python = {"annotations", "Any", "TYPE_CHECKING"}
     assert public - left_by_python == {"Adapter", "LoRA", "RSLoRA", "Full", *errors, *functions}
 

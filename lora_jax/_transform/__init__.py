@@ -15,5 +15,6 @@ from ._lora import lora as lora
 from ._plan import FormName as FormName
 from ._plan import form_named as form_named
 from ._program import Program as Program
+from ._program import is_array as is_array
 from ._program import trace as trace
 from ._program import watch as watch
