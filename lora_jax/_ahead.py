@@ -132,7 +132,7 @@ def _placed(name: str, tree: Any, mesh: Mesh) -> Any:
         sharding = _on(mesh, getattr(leaf, "sharding", None), where)
         try:
             sharding.shard_shape(tuple(leaf.shape))
-        except (ValueError, IndexError):
+        except ValueError:
             raise SpecError(
                 f"Expected a sharding that divides the array; {where}, shape {tuple(leaf.shape)}, has {sharding.spec} "
                 f"on the mesh {dict(mesh.shape)}."
@@ -163,7 +163,7 @@ def _adapter(apply: Callable[..., Any], given: Any, spec: Spec, param_dtype: Any
         shapes = jax.eval_shape(
             lambda arrays: start(jax.random.key(0), _joined(arrays, statics), param_dtype=param_dtype), arrays
         )
-    return _sharded(shapes, jax.tree.map(lambda leaf: leaf.sharding, params))
+    return _sharded(shapes, jax.tree.map(lambda leaf: leaf.sharding, arrays))
 
 
 def _compiled(
@@ -185,16 +185,15 @@ def _compiled(
     compiled = traced.lower().compile(compiler_options(mesh.devices.flat[0].platform))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    # A parameter that the step does not need is no argument of the program, but somebody holds it all the same.
+    held = max(memory.argument_size_in_bytes, sum(map(_bytes, (trained, state, frozen))))
     return Step(
         parameters=parameters,
         adapter=adapter,
         optimiser=_bytes(state),
         inputs=_bytes(frozen[1:]),
         temporary=memory.temp_size_in_bytes,
-        peak=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes,
+        peak=held + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         operations=_if_known(operations, traced.jaxpr),
         compiled_operations=int(compiled.cost_analysis()["flops"]),
         collectives=_if_known(lambda text: tuple(collectives(text)), compiled.as_text()),
