@@ -30,6 +30,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import optim as optim
+    from . import sharding as sharding
     from . import testing as testing
     from .checkpoint import restore as restore
     from .checkpoint import save as save
@@ -54,6 +55,7 @@ __all__ = [
     "optim",
     "restore",
     "save",
+    "sharding",
     "testing",
     "unmerge",
 ]
@@ -62,6 +64,7 @@ __all__ = [
 _DOORS = {
     "checkpoint": "checkpoint",
     "optim": "optim",
+    "sharding": "sharding",
     "testing": "testing",
     "restore": "checkpoint",
     "save": "checkpoint",

@@ -37,6 +37,7 @@ LAYERS = [
     "_spec",
     "_init",
     "_attach",
+    "_shardings",
     "_transform",
     "_kernels",
     "_explain",
@@ -45,7 +46,7 @@ LAYERS = [
     "_fingerprint",
     "_manifest",
 ]
-DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
+DOORS = ["checkpoint", "optim", "sharding", "testing"]  # public modules; each may import every layer, and no other door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
@@ -187,7 +188,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "save", "restore"])
+@pytest.mark.parametrize("name", ["checkpoint", "optim", "sharding", "testing", "save", "restore"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
