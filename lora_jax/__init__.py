@@ -30,6 +30,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import optim as optim
+    from . import sharding as sharding
     from . import testing as testing
     from ._ahead import plan as plan
     from .checkpoint import restore as restore
@@ -56,6 +57,7 @@ __all__ = [
     "plan",
     "restore",
     "save",
+    "sharding",
     "testing",
     "unmerge",
 ]
@@ -64,6 +66,7 @@ __all__ = [
 _DOORS = {
     "checkpoint": "checkpoint",
     "optim": "optim",
+    "sharding": "sharding",
     "testing": "testing",
     "plan": "_ahead",
     "restore": "checkpoint",

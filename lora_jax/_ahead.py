@@ -14,8 +14,6 @@ import optax
 from jax import Array, dtypes
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from ._adapter import Adapter
-from ._axes import axes_of_a, axes_of_b
 from ._budget import Plan, Step
 from ._collectives import collectives
 from ._compat import compiler_options
@@ -23,7 +21,8 @@ from ._errors import SpecError
 from ._init import init
 from ._kernels import kernels
 from ._operations import operations
-from ._paths import Pattern, flatten
+from ._paths import Pattern
+from ._shardings import follow
 from ._spec import Spec
 from ._transform import FormName, is_array, lora
 
@@ -137,9 +136,13 @@ def _placed(name: str, tree: Any, mesh: Mesh) -> Any:
                 f"Expected a sharding that divides the array; {where}, shape {tuple(leaf.shape)}, has {sharding.spec} "
                 f"on the mesh {dict(mesh.shape)}."
             ) from None
-        return jax.ShapeDtypeStruct(leaf.shape, dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
+        return _at(leaf, sharding)
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def _at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
 
 
 def _on(mesh: Mesh, sharding: Any, where: str) -> NamedSharding:
@@ -163,7 +166,7 @@ def _adapter(apply: Callable[..., Any], given: Any, spec: Spec, param_dtype: Any
         shapes = jax.eval_shape(
             lambda arrays: start(jax.random.key(0), _joined(arrays, statics), param_dtype=param_dtype), arrays
         )
-    return _sharded(shapes, jax.tree.map(lambda leaf: leaf.sharding, arrays))
+    return jax.tree.map(_at, shapes, follow(shapes, arrays))
 
 
 def _compiled(
@@ -205,19 +208,15 @@ def _compiled(
 
 def _state(tx: Any, trained: Any, mesh: Mesh) -> Any:
     """The shapes of the optimiser's state; what has a trained array's shape goes where that does."""
-
-    def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(tx.init, trained)
     return optax.tree_map_params(
         tx,
-        lambda leaf, its: place(leaf, its.sharding if leaf.shape == its.shape else everywhere),
+        lambda leaf, its: _at(leaf, its.sharding if leaf.shape == its.shape else everywhere),
         shapes,
         trained,
-        transform_non_params=lambda leaf: place(leaf, everywhere),
+        transform_non_params=lambda leaf: _at(leaf, everywhere),
     )
 
 
@@ -266,22 +265,3 @@ def _if_known(count: Callable[[Any], Any], program: Any) -> Any:
         return count(program)
     except NotImplementedError:
         return None
-
-
-def _sharded(adapter: Any, shardings: Any) -> Any:
-    """The adapter's shapes, each factor cut as its kernel is along the axes that it has."""
-    leaves = flatten(shardings)[0]
-
-    def cut(path: str, part: Adapter) -> Adapter:
-        its = leaves[path]
-        names = dict(enumerate(its.spec))
-        roles = tuple(part.axes)
-        axes = {"a": axes_of_a(roles), "b": axes_of_b(roles)}
-
-        def place(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-            spec = PartitionSpec(*(names.get(axis) for axis in axes.get(name, range(leaf.ndim))))
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(its.mesh, spec))
-
-        return Adapter(part.variant, part.axes, **{name: place(name, leaf) for name, leaf in part.arrays.items()})
-
-    return {path: cut(path, part) for path, part in adapter.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from ._errors import AdapterError, listed
 from ._kernels import probe
 from ._operations import operations
 from ._paths import Pattern, flatten
+from ._shardings import placements
 from ._table import as_html, as_text, size
 from ._transform import FormName, Program, Settings, form_named, trace, watch
 from ._use import Use
@@ -35,6 +36,7 @@ class Row:
       used: how the model consumes it, such as `"factored dot_general ×2"`, or `"never used"`.
       parameters: how many numbers are trained for it.
       operations: floating-point operations that it adds to one forward call.
+      placed: how its arrays are cut, such as `"a 64@fsdp×8, b 8×32@model"`; empty without shardings.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Row:
     used: str
     parameters: int
     operations: int
+    placed: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Explanation:
       adapter_bytes: of all the adapter's arrays.
       optimiser_bytes: of the optimiser's state for them.
       optimiser: whose state that is.
+      undivided: what is on every device although its base is cut there, in words.
     """
 
     rows: tuple[Row, ...]
@@ -68,6 +72,7 @@ class Explanation:
     adapter_bytes: int
     optimiser_bytes: int
     optimiser: str
+    undivided: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -80,11 +85,17 @@ class Explanation:
         return sum(row.operations for row in self.rows)
 
     def __str__(self) -> str:
-        table = as_text(_HEADER, [self._cells(row) for row in self.rows], numbers=_NUMBERS)
-        return "\n".join([table, "", *self._totals()])
+        head, *rows = self._table()
+        return "\n".join([as_text(head, rows, numbers=_NUMBERS), "", *self._totals()])
 
     def _repr_html_(self) -> str:
-        return as_html(_HEADER, [self._cells(row) for row in self.rows], self._totals())
+        head, *rows = self._table()
+        return as_html(head, rows, self._totals())
+
+    def _table(self) -> list[list[str]]:
+        """The cells by row, the header first; without shardings there is no last column."""
+        cells = [_HEADER, *map(self._cells, self.rows)]
+        return cells if any(row.placed for row in self.rows) else [row[:-1] for row in cells]
 
     def _cells(self, row: Row) -> list[str]:
         return [
@@ -98,6 +109,7 @@ class Explanation:
             f"{row.parameters:,}",
             f"{row.parameters / self.base_parameters:.3%}",
             f"{row.operations:,}",
+            row.placed,
         ]
 
     def _totals(self) -> list[str]:
@@ -110,10 +122,11 @@ class Explanation:
             f"{self.base_parameters:,}",
             f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
             f"forward:   {self.operations:,} operations more, {share}",
+            *(f"placed:    {line}" for line in self.undivided),
         ]
 
 
-_HEADER = ["path", "shape", "axes", "variant", "rank", "scale", "used", "trainable", "of base", "operations"]
+_HEADER = ["path", "shape", "axes", "variant", "rank", "scale", "used", "trainable", "of base", "operations", "placed"]
 _NUMBERS = {"rank", "scale", "trainable", "of base", "operations"}
 
 
@@ -126,6 +139,7 @@ def explain(
     dense: Sequence[Pattern] = (),
     form: FormName | None = None,
     tx: Any = None,
+    shardings: Any = None,
     **kwargs: Any,
 ) -> Explanation:
     """Says for each adapted leaf how the model consumes it, and what it costs; nothing is evaluated.
@@ -152,13 +166,15 @@ def explain(
       dense: as given to `lora`.
       form: as given to `lora`.
       tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
+      shardings: of `params`, as `sharding.of` takes them: then it also says where each array goes.
       **kwargs: as the model takes them.
 
     Returns:
       An `Explanation`, to print.
 
     Raises:
-      AdapterError: if the adapter does not fit; with `strict`, if the function never uses some of its leaves.
+      AdapterError: if the adapter does not fit, or the shardings; with `strict`, if the function never uses some of
+        its leaves.
       UnsupportedError: where `lora` would raise it.
     """
     check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
@@ -168,7 +184,9 @@ def explain(
     # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
     whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
     uses = watch(program, kernels | whole, Settings(dense=tuple(dense), form=form_named(form)))
-    rows = tuple(_row(path, part, leaves[path], uses) for path, part in adapter.items())
+    given = {} if shardings is None else flatten(shardings)[0]
+    places = {path: placements(path, part, given) for path, part in adapter.items() if given}
+    rows = tuple(_row(path, part, leaves[path], uses, places.get(path)) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:
         raise AdapterError(
@@ -183,13 +201,14 @@ def explain(
         adapter_bytes=adapter_bytes,
         optimiser_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
         optimiser="two moments, as Adam keeps" if tx is None else "the state of `tx`",
+        undivided=tuple(line for path, part in places.items() for line in _undivided(path, part, adapter[path])),
     )
 
 
 _NEVER = "never used"
 
 
-def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use]) -> Row:
+def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use], places: Adapter | None) -> Row:
     variant = part.variant
     its = [use for use in uses if use.path == path]
     return Row(
@@ -202,7 +221,30 @@ def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use]) -> Row:
         used=_used(its, whole=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
         operations=sum(use.operations for use in its),
+        placed="" if places is None else _placed(part, places),
     )
+
+
+def _placed(part: Adapter, places: Adapter) -> str:
+    """Such as `a 64@fsdp×8, b 8×32@model`."""
+    return ", ".join(
+        f"{name} {'×'.join(map(_cut, array.shape, places.arrays[name].names))}" for name, array in part.arrays.items()
+    )
+
+
+def _cut(size: int, names: Sequence[str]) -> str:
+    """As JAX writes it in a type."""
+    along = f"({','.join(names)})" if len(names) > 1 else "".join(names)
+    return f"{size}@{along}" if along else str(size)
+
+
+def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
+    for name, place in places.arrays.items():
+        for axis, names in place.undivided.items():
+            yield (
+                f"{name} of {path!r} is whole along its axis of {part.arrays[name].shape[axis]}, "
+                f"which the devices along {', '.join(map(repr, names))} do not divide"
+            )
 
 
 def _used(uses: Sequence[Use], *, whole: bool) -> str:

@@ -25,6 +25,7 @@ LAYERS = [
     "_errors",
     "_paths",
     "_axes",
+    "_placement",
     "_keys",
     "_contract",
     "_use",
@@ -38,6 +39,7 @@ LAYERS = [
     "_spec",
     "_init",
     "_attach",
+    "_shardings",
     "_transform",
     "_kernels",
     "_explain",
@@ -47,7 +49,7 @@ LAYERS = [
     "_manifest",
     "_ahead",
 ]
-DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
+DOORS = ["checkpoint", "optim", "sharding", "testing"]  # public modules; each may import every layer, and no other door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
@@ -68,6 +70,7 @@ INSIDE = {
             "_scalar",
             "_shape",
             "_shard_map",
+            "_sharding",
         ],
         ["_program"],
         ["_lora"],
@@ -188,7 +191,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "plan", "save", "restore"])
+@pytest.mark.parametrize("name", ["checkpoint", "optim", "plan", "restore", "save", "sharding", "testing"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name

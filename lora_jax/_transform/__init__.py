@@ -10,6 +10,7 @@ from . import _ragged as _ragged
 from . import _scalar as _scalar
 from . import _shape as _shape
 from . import _shard_map as _shard_map
+from . import _sharding as _sharding
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora
 from ._plan import FormName as FormName
