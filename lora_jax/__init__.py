@@ -30,7 +30,9 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import optim as optim
+    from . import sharding as sharding
     from . import testing as testing
+    from ._ahead import plan as plan
     from .checkpoint import restore as restore
     from .checkpoint import save as save
 
@@ -52,8 +54,10 @@ __all__ = [
     "lora",
     "merge",
     "optim",
+    "plan",
     "restore",
     "save",
+    "sharding",
     "testing",
     "unmerge",
 ]
@@ -62,7 +66,9 @@ __all__ = [
 _DOORS = {
     "checkpoint": "checkpoint",
     "optim": "optim",
+    "sharding": "sharding",
     "testing": "testing",
+    "plan": "_ahead",
     "restore": "checkpoint",
     "save": "checkpoint",
 }

@@ -157,7 +157,8 @@ def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> A
     order = tuple(range(kernel.w.ndim))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
-    return contract(a, b, keep=order, precision=precision).in_order(order)
+    names = Labelled(kernel.w, order).names
+    return contract(a, b, keep=order, precision=precision, names=names).in_order(order)
 
 
 def materialise(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:

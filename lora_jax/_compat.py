@@ -90,3 +90,12 @@ def varying(x: Any) -> frozenset[str]:
     """The mesh axes over which an array inside a `shard_map` may differ; none are known without `check_vma`."""
     names: frozenset[str] = jax.typeof(x).mat.varying
     return names
+
+
+def compiler_options(platform: str) -> dict[str, str]:
+    """With which a program for one platform is laid out as one for another would be.
+
+    The CPU's compiler multiplies 16-bit numbers in float32, and would cast all layers of a stack before the loop over
+    them; no accelerator does that.
+    """
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else {}

@@ -6,12 +6,15 @@ An axis is known by its label. A label that both arrays have is a batch axis if 
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding
+
+from ._placement import disjoint, names_of
 
 Labels = tuple[int, ...]
 
@@ -21,6 +24,11 @@ class Labelled(NamedTuple):
 
     array: Array
     labels: Labels
+
+    @property
+    def names(self) -> dict[int, Any]:
+        """Along which axes of the mesh its axes are cut, by label, where that is part of its type."""
+        return names_of(self.labels, jax.typeof(self.array))
 
     def in_order(self, order: Labels) -> Array:
         """The array with its axes in the given order of labels; nothing is added if they already are."""
@@ -35,10 +43,19 @@ def widest(*dtypes: Any) -> Any:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-def contract(x: Labelled, y: Labelled, *, keep: Collection[int], precision: Any = None, dtype: Any = None) -> Labelled:
+def contract(
+    x: Labelled,
+    y: Labelled,
+    *,
+    keep: Collection[int],
+    precision: Any = None,
+    dtype: Any = None,
+    names: Mapping[int, Any] | None = None,
+) -> Labelled:
     """Multiplies two arrays over the axes that they share, summing those whose label is not in `keep`.
 
-    The product's axes come as `dot_general` leaves them: batch, the rest of `x`, the rest of `y`.
+    The product's axes come as `dot_general` leaves them: batch, the rest of `x`, the rest of `y`. Where shardings are
+    types, its own is as `names` says, by label; without it, each axis is cut as the operand's that it is.
     """
     shared = [label for label in x.labels if label in y.labels]
     summed = [label for label in shared if label not in keep]
@@ -47,6 +64,23 @@ def contract(x: Labelled, y: Labelled, *, keep: Collection[int], precision: Any 
         ([x.labels.index(label) for label in summed], [y.labels.index(label) for label in summed]),
         ([x.labels.index(label) for label in batch], [y.labels.index(label) for label in batch]),
     )
-    array = lax.dot_general(x.array, y.array, numbers, precision=precision, preferred_element_type=dtype)
-    rest = [label for label in (*x.labels, *y.labels) if label not in shared]
-    return Labelled(array, (*batch, *rest))
+    labels = (*batch, *(label for label in (*x.labels, *y.labels) if label not in shared))
+    array = lax.dot_general(
+        x.array,
+        y.array,
+        numbers,
+        precision=precision,
+        preferred_element_type=dtype,
+        out_sharding=_sharding(x, y, labels, names),
+    )
+    return Labelled(array, labels)
+
+
+def _sharding(x: Labelled, y: Labelled, labels: Sequence[int], names: Mapping[int, Any] | None) -> NamedSharding | None:
+    """That of a product where shardings are types; None elsewhere, where the compiler chooses."""
+    theirs = y.names | x.names
+    wanted = theirs if names is None else names
+    if not theirs and not wanted:
+        return None
+    mesh = next(mesh for operand in (x, y) if not (mesh := jax.typeof(operand.array).sharding.mesh).empty)
+    return NamedSharding(mesh, disjoint(labels, wanted))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +15,8 @@ from ._errors import AdapterError, listed
 from ._kernels import probe
 from ._operations import operations
 from ._paths import Pattern, flatten
+from ._shardings import placements
+from ._table import as_html, as_text, size
 from ._transform import FormName, Program, Settings, form_named, trace, watch
 from ._use import Use
 from ._variants import LowRank
@@ -35,6 +36,7 @@ class Row:
       used: how the model consumes it, such as `"factored dot_general ×2"`, or `"never used"`.
       parameters: how many numbers are trained for it.
       operations: floating-point operations that it adds to one forward call.
+      placed: how its arrays are cut, such as `"a 64@fsdp×8, b 8×32@model"`; empty without shardings.
     """
 
     path: str
@@ -46,6 +48,7 @@ class Row:
     used: str
     parameters: int
     operations: int
+    placed: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Explanation:
       adapter_bytes: of all the adapter's arrays.
       optimiser_bytes: of the optimiser's state for them.
       optimiser: whose state that is.
+      undivided: what is on every device although its base is cut there, in words.
     """
 
     rows: tuple[Row, ...]
@@ -68,6 +72,7 @@ class Explanation:
     adapter_bytes: int
     optimiser_bytes: int
     optimiser: str
+    undivided: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -80,17 +85,17 @@ class Explanation:
         return sum(row.operations for row in self.rows)
 
     def __str__(self) -> str:
-        cells = [_HEADER, *(self._cells(row) for row in self.rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(_HEADER))]
-        lines = ["  ".join(map(_aligned, row, widths, range(len(row)))).rstrip() for row in cells]
-        lines.insert(1, "  ".join("─" * width for width in widths))
-        return "\n".join([*lines, "", *self._totals()])
+        head, *rows = self._table()
+        return "\n".join([as_text(head, rows, numbers=_NUMBERS), "", *self._totals()])
 
     def _repr_html_(self) -> str:
-        head, *body = ([html.escape(cell) for cell in cells] for cells in (_HEADER, *map(self._cells, self.rows)))
-        rows = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in body)
-        totals = "".join(f"<p>{html.escape(line)}</p>" for line in self._totals())
-        return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{rows}</table>{totals}"
+        head, *rows = self._table()
+        return as_html(head, rows, self._totals())
+
+    def _table(self) -> list[list[str]]:
+        """The cells by row, the header first; without shardings there is no last column."""
+        cells = [_HEADER, *map(self._cells, self.rows)]
+        return cells if any(row.placed for row in self.rows) else [row[:-1] for row in cells]
 
     def _cells(self, row: Row) -> list[str]:
         return [
@@ -104,6 +109,7 @@ class Explanation:
             f"{row.parameters:,}",
             f"{row.parameters / self.base_parameters:.3%}",
             f"{row.operations:,}",
+            row.placed,
         ]
 
     def _totals(self) -> list[str]:
@@ -114,13 +120,13 @@ class Explanation:
         return [
             f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
             f"{self.base_parameters:,}",
-            f"memory:    adapter {_size(self.adapter_bytes)}, "
-            f"optimiser {_size(self.optimiser_bytes)} ({self.optimiser})",
+            f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
             f"forward:   {self.operations:,} operations more, {share}",
+            *(f"placed:    {line}" for line in self.undivided),
         ]
 
 
-_HEADER = ["path", "shape", "axes", "variant", "rank", "scale", "used", "trainable", "of base", "operations"]
+_HEADER = ["path", "shape", "axes", "variant", "rank", "scale", "used", "trainable", "of base", "operations", "placed"]
 _NUMBERS = {"rank", "scale", "trainable", "of base", "operations"}
 
 
@@ -133,6 +139,7 @@ def explain(
     dense: Sequence[Pattern] = (),
     form: FormName | None = None,
     tx: Any = None,
+    shardings: Any = None,
     **kwargs: Any,
 ) -> Explanation:
     """Says for each adapted leaf how the model consumes it, and what it costs; nothing is evaluated.
@@ -159,13 +166,15 @@ def explain(
       dense: as given to `lora`.
       form: as given to `lora`.
       tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
+      shardings: of `params`, as `sharding.of` takes them: then it also says where each array goes.
       **kwargs: as the model takes them.
 
     Returns:
       An `Explanation`, to print.
 
     Raises:
-      AdapterError: if the adapter does not fit; with `strict`, if the function never uses some of its leaves.
+      AdapterError: if the adapter does not fit, or the shardings; with `strict`, if the function never uses some of
+        its leaves.
       UnsupportedError: where `lora` would raise it.
     """
     check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
@@ -175,7 +184,9 @@ def explain(
     # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
     whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
     uses = watch(program, kernels | whole, Settings(dense=tuple(dense), form=form_named(form)))
-    rows = tuple(_row(path, part, leaves[path], uses) for path, part in adapter.items())
+    given = {} if shardings is None else flatten(shardings)[0]
+    places = {path: placements(path, part, given) for path, part in adapter.items() if given}
+    rows = tuple(_row(path, part, leaves[path], uses, places.get(path)) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:
         raise AdapterError(
@@ -190,13 +201,14 @@ def explain(
         adapter_bytes=adapter_bytes,
         optimiser_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
         optimiser="two moments, as Adam keeps" if tx is None else "the state of `tx`",
+        undivided=tuple(line for path, part in places.items() for line in _undivided(path, part, adapter[path])),
     )
 
 
 _NEVER = "never used"
 
 
-def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use]) -> Row:
+def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use], places: Adapter | None) -> Row:
     variant = part.variant
     its = [use for use in uses if use.path == path]
     return Row(
@@ -209,7 +221,30 @@ def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use]) -> Row:
         used=_used(its, whole=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
         operations=sum(use.operations for use in its),
+        placed="" if places is None else _placed(part, places),
     )
+
+
+def _placed(part: Adapter, places: Adapter) -> str:
+    """Such as `a 64@fsdp×8, b 8×32@model`."""
+    return ", ".join(
+        f"{name} {'×'.join(map(_cut, array.shape, places.arrays[name].names))}" for name, array in part.arrays.items()
+    )
+
+
+def _cut(size: int, names: Sequence[str]) -> str:
+    """As JAX writes it in a type."""
+    along = f"({','.join(names)})" if len(names) > 1 else "".join(names)
+    return f"{size}@{along}" if along else str(size)
+
+
+def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
+    for name, place in places.arrays.items():
+        for axis, names in place.undivided.items():
+            yield (
+                f"{name} of {path!r} is whole along its axis of {part.arrays[name].shape[axis]}, "
+                f"which the devices along {', '.join(map(repr, names))} do not divide"
+            )
 
 
 def _used(uses: Sequence[Use], *, whole: bool) -> str:
@@ -228,21 +263,5 @@ def _operations_of(program: Program) -> int | None:
         return None
 
 
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if _HEADER[column] in _NUMBERS else cell.ljust(width)
-
-
 def _bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _size(count: int) -> str:
-    """Bytes as a person would say them.
-
-    >>> _size(512), _size(1_500), _size(90_900_000)
-    ('512 B', '1.5 kB', '90.9 MB')
-    """
-    value, units = float(count), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{count} B" if units[0] == "B" else f"{value:.1f} {units[0]}"

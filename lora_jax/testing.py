@@ -12,16 +12,19 @@ False
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 
+from ._collectives import Collective as Collective
+from ._collectives import collectives as collectives_of_text
 from ._compat import ClosedJaxpr, Jaxpr, JaxprEqn
 from ._operations import bodies
 from ._operations import operations as operations_of_jaxpr
 
-__all__ = ["compiled_operations", "operations", "shapes_made", "temporary_bytes"]
+__all__ = ["collectives", "compiled_operations", "operations", "shapes_made", "temporary_bytes", "wire_bytes"]
 
 
 def operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
@@ -115,6 +118,74 @@ def compiled_operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) ->
       The number of operations.
     """
     return int(_compiled(fn, args, kwargs).cost_analysis()["flops"])
+
+
+def collectives(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Collective]:
+    """Compiles a call and lists what its devices send each other: one `Collective` for each operation that does.
+
+    The body of a loop counts its turns, of a conditional the branch that sends the most. It is the program as the
+    compiler made it for the devices at hand: that for CPUs sends bfloat16 as float32, and those for other devices
+    may join or replace operations.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.sharding import NamedSharding, PartitionSpec
+    >>> n = jax.device_count()
+    >>> x = jax.device_put(jnp.ones((8, 4)), NamedSharding(jax.make_mesh((n,), ("data",)), PartitionSpec("data")))
+    >>> found = collectives(lambda x: x.sum(0), x)
+    >>> {(each.kind, each.bytes, each.group) for each in found} == ({("all-reduce", 16, n)} if n > 1 else set())
+    True
+
+    Args:
+      fn: any JAX function; jitted already, if it asks for shardings.
+      *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with their shardings.
+      **kwargs: likewise.
+
+    Returns:
+      The collectives, in the program's order. Each has its `kind`; the `bytes` that one device puts in, and those it
+      has of the `result`; the `group`, how many devices take part together; and `times`, how often it runs.
+
+    Raises:
+      NotImplementedError: for a loop with collectives whose turns the compiler does not know, and for a collective
+        whose bytes its shapes do not tell.
+    """
+    return collectives_of_text(_compiled(fn, args, kwargs).as_text())
+
+
+def wire_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> collections.Counter[str]:
+    """Compiles a call and counts the bytes that each device sends to others, by kind of collective.
+
+    Of n devices in a ring, each sends for an array of S bytes, all shards together:
+
+        all-reduce                    2·(n-1)/n·S
+        all-gather, reduce-scatter      (n-1)/n·S
+        all-to-all                      (n-1)/n·S
+        collective-permute              its own shard
+
+    the factors by which NCCL's tests turn a time into a bandwidth that does not depend on n
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). What counts is as in `collectives`.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.sharding import NamedSharding, PartitionSpec
+    >>> n = jax.device_count()
+    >>> x = jax.device_put(jnp.ones((8, 4)), NamedSharding(jax.make_mesh((n,), ("data",)), PartitionSpec("data")))
+    >>> wire_bytes(lambda x: x.sum(0), x)["all-reduce"] == 2 * (n - 1) * 16 // n
+    True
+
+    Args:
+      fn: any JAX function; jitted already, if it asks for shardings.
+      *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with their shardings.
+      **kwargs: likewise.
+
+    Returns:
+      The bytes by kind; `.total()` is their sum.
+
+    Raises:
+      NotImplementedError: as `collectives`.
+    """
+    sent: collections.Counter[str] = collections.Counter()
+    for each in collectives(fn, *args, **kwargs):
+        sent[each.kind] += each.wire
+    return sent
 
 
 def _compiled(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,16 +25,21 @@ LAYERS = [
     "_errors",
     "_paths",
     "_axes",
+    "_placement",
     "_keys",
     "_contract",
     "_use",
+    "_table",
     "_operations",
+    "_collectives",
+    "_budget",
     "_dropout",
     "_adapter",
     "_variants",
     "_spec",
     "_init",
     "_attach",
+    "_shardings",
     "_transform",
     "_kernels",
     "_explain",
@@ -45,8 +50,9 @@ LAYERS = [
     "_checksums",
     "_item",
     "_state",
+    "_ahead",
 ]
-DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
+DOORS = ["checkpoint", "optim", "sharding", "testing"]  # public modules; each may import every layer, and no other door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
@@ -67,6 +73,7 @@ INSIDE = {
             "_scalar",
             "_shape",
             "_shard_map",
+            "_sharding",
         ],
         ["_program"],
         ["_lora"],
@@ -187,7 +194,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "save", "restore"])
+@pytest.mark.parametrize("name", ["checkpoint", "optim", "plan", "restore", "save", "sharding", "testing"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
@@ -207,7 +214,7 @@ FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.star
 def test_the_face_is_what_the_design_names() -> None:
     public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
     errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
-    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "save", "restore"}
+    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "plan", "save", "restore"}
     left_by_python = {"annotations", "Any", "TYPE_CHECKING"}
     assert public - left_by_python == {"Adapter", "LoRA", "RSLoRA", "Full", *errors, *functions}
 

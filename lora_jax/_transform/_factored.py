@@ -15,6 +15,7 @@ from jax import Array
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._contract import Labelled, Labels, contract, widest
+from .._placement import names_of
 from ._plan import Costs, Form, Passes, added
 
 
@@ -35,7 +36,7 @@ def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
 
 
 def low_rank(
-    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
+    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
 ) -> tuple[Callable[[Array, Array, Array], Array], Costs]:
     """The product of `x` with `scale·a·b`, which is not formed, in the cheaper of the two orders.
 
@@ -45,7 +46,7 @@ def low_rank(
       out: the labels of the result, in order.
       kernel_first: whether the kernel is the left operand; its factors are then, too.
       precision: as in `dot_general`.
-      dtype: of the result.
+      like: the type of the result.
 
     Returns:
       `multiply(x, a, b)`, which holds no array, and the operations of the contraction that it is a part of.
@@ -81,16 +82,16 @@ def low_rank(
         left, right = (one, given) if kernel_first else (given, one)
         thin_dtype = widest(array.dtype, kernel.w.dtype)
         thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
-        return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
+        return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, like=like)
 
     return multiply, orders[a_first]
 
 
 def multiply(
-    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
+    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
 ) -> Product:
     """`low_rank`, made at once."""
-    product, costs = low_rank(kernel, x, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
+    product, costs = low_rank(kernel, x, out, kernel_first=kernel_first, precision=precision, like=like)
     return Product(product(x.array, kernel.a, kernel.b), added(Form.FACTORED, costs))
 
 
@@ -102,12 +103,15 @@ def expand(
     *,
     kernel_first: bool,
     precision: Any,
-    dtype: Any,
+    like: Any,
 ) -> Array:
-    """Scales the product of rank r and multiplies it with the second factor; the axes of the result are `out`.
+    """Scales the product of rank r and multiplies it with the second factor.
+
+    The axes of the result are `out`, its type is `like`.
 
     The scale goes here, on the smallest array there is, and not on the output.
     """
     scaled = thin._replace(array=thin.array * kernel.scale)
     left, right = (factor, scaled) if kernel_first else (scaled, factor)
-    return contract(left, right, keep=out, precision=precision, dtype=dtype).in_order(out)
+    names = names_of(out, like)
+    return contract(left, right, keep=out, precision=precision, dtype=like.dtype, names=names).in_order(out)

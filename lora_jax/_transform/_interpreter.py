@@ -206,9 +206,16 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
     eqns = live_equations(jaxpr)
     last = last_uses(eqns, jaxpr.outvars)
     plain: list[JaxprEqn] = []  # equations that no kernel reaches, not yet evaluated
+    makers: dict[Var, JaxprEqn] = {}  # of sums that are not added yet
 
     def read(atom: Any) -> Value:
         return atom.val if isinstance(atom, Literal) else values[atom]
+
+    def settle(var: Var) -> None:
+        """Adds what is not added yet where it was made: what reads it may stand on another mesh."""
+        if var in makers:
+            with context_of(makers.pop(var)):
+                values[var] = settled(values[var])
 
     def free(evaluated: Sequence[JaxprEqn], done: int) -> None:
         """Forgets what is not read after equation `done`: outside `jit` it would hold its memory to the end."""
@@ -228,8 +235,8 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
     for number, eqn in enumerate(eqns):
         operands = variables(eqn.invars)
         for var in operands:
-            if isinstance(its := values.get(var), Sum) and not (eqn.primitive.name == "add" and last[var] == number):
-                values[var] = settled(its)
+            if not (eqn.primitive.name == "add" and last[var] == number):
+                settle(var)
         if not any(isinstance(values.get(var), (AdaptedKernel, Sum)) for var in operands):
             plain.append(eqn)
             continue
@@ -237,10 +244,13 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
             evaluate_plain(number)
         results = _apply_rule(Site(settings, eqn), [_in_use(read(atom), number) for atom in eqn.invars])
         values.update(zip(eqn.outvars, results, strict=True))
+        makers.update((var, eqn) for var, its in zip(eqn.outvars, results, strict=True) if isinstance(its, Sum))
         free([eqn], number)
     if plain:
         evaluate_plain(len(eqns))
-    return [settled(read(atom)) for atom in jaxpr.outvars]
+    for var in variables(jaxpr.outvars):
+        settle(var)
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def _in_use(value: Value, number: int) -> Value:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
@@ -38,9 +39,8 @@ def _dot_general(
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
         base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
-        array, operations = through(
-            lhs, rhs, *_labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim), precision=precision, dtype=base.dtype
-        )
+        labels = _labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim)
+        array, operations = through(lhs, rhs, *labels, precision=precision, like=jax.typeof(base))
         its = _roles(lhs, *(axes[0] for axes in dimension_numbers))
         site.used(lhs, "factored", roles=its, operations=operations)
         return Sum(base, array)
@@ -72,7 +72,7 @@ def _dot_general(
         out,
         kernel_first=side == 0,
         precision=precision,
-        dtype=y.dtype,
+        like=y,
     )
     its_base = (lambda x, w: product(w, x)) if side == 0 else product
     return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision), roles=roles[side])

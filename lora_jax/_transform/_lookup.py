@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax import Array, lax
 
@@ -62,7 +63,7 @@ def _gather(
         return dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
     thin, other = sorted((_cast(a, y.dtype), _cast(b, y.dtype)), key=lambda factor: factor.array.size)
     ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
-    low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, dtype=y.dtype)
+    low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, like=jax.typeof(y))
     site.used(
         kernel,
         "factored",

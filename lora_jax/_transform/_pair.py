@@ -11,14 +11,17 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+import jax
+
 from .._adapter import AdaptedKernel
 from .._axes import RANK
 from .._contract import Labelled, Labels, contract, widest
+from .._placement import names_of
 from ._factored import Product, factors, multiply
 
 
 def through(
-    first: AdaptedKernel, second: AdaptedKernel, labels: Labels, out: Labels, *, precision: Any, dtype: Any
+    first: AdaptedKernel, second: AdaptedKernel, labels: Labels, out: Labels, *, precision: Any, like: Any
 ) -> Product:
     """Multiplies `s1·a1·b1` with the second kernel, by the factor that makes the thinner product first.
 
@@ -28,7 +31,7 @@ def through(
       labels: of the axes of `first`: an axis that meets one of `second` has its label.
       out: the labels of the result, in order.
       precision: as in `dot_general`.
-      dtype: of the result.
+      like: the type of the result.
     """
     rank = max((*labels, *out, second.w.ndim)) + 1  # a label for the first's rank; the second's has RANK
     one_and_other = [
@@ -56,8 +59,10 @@ def through(
     base = contract(
         one, Labelled(second.w, tuple(range(second.w.ndim))), keep=keep, precision=precision, dtype=thin_dtype
     )
-    low_rank = multiply(second, one, keep, kernel_first=False, precision=precision, dtype=thin_dtype)
-    thin = Labelled((base.in_order(keep) + low_rank.array) * first.scale, keep)
-    array = contract(other, thin, keep=out, precision=precision, dtype=dtype).in_order(out)
+    plain = base.in_order(keep)
+    low_rank = multiply(second, one, keep, kernel_first=False, precision=precision, like=jax.typeof(plain))
+    thin = Labelled((plain + low_rank.array) * first.scale, keep)
+    names = names_of(out, like)
+    array = contract(other, thin, keep=out, precision=precision, dtype=like.dtype, names=names).in_order(out)
     operations = cost((one, other)) + low_rank.operations + 2 * thin.array.size + array.size
     return Product(array, operations)

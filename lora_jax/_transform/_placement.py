@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapter import AdaptedKernel
-from .._axes import RANK
+from .._placement import along
 from ._interpreter import NoRule, Value
 
 
@@ -16,11 +16,10 @@ def specs(kernel: AdaptedKernel, spec: Any) -> AdaptedKernel:
     """The kernel with a `PartitionSpec` in place of each of its arrays, where `spec` is that of `w`."""
     if spec.unreduced or spec.reduced:
         raise NoRule("a kernel that is still to be summed over devices")
-    given = (*spec, *(None,) * (kernel.w.ndim - len(spec)))
 
     def move(factor: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
         del factor, after
-        return PartitionSpec(*(None if axis == RANK else given[axis] for axis in before))
+        return along(before, spec)
 
     # What is no factor is the same on every device.
     return jax.tree.map(

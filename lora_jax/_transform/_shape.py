@@ -14,11 +14,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, join
 from .._compat import primitives
+from .._placement import along
 from ._interpreter import NoRule, Site, Value, rule
 
 Axes = tuple[int, ...]
@@ -47,6 +47,11 @@ def _squeeze(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> Value:
     return site.left(kernel.moved(lax.squeeze(kernel.w, dimensions), roles, move))
 
 
+def _moved(sharding: Any, axes: Axes) -> Any:
+    """The sharding of a factor that has some of the axes of a kernel, if one is asked for."""
+    return None if sharding is None else sharding.update(spec=along(axes, sharding.spec))
+
+
 @rule(primitives.broadcast_in_dim_p, "moved")
 def _broadcast_in_dim(
     site: Site, kernel: Value, *dynamic_shape: Any, shape: Axes, broadcast_dimensions: Axes, sharding: Any
@@ -64,7 +69,7 @@ def _broadcast_in_dim(
         rank = factor.shape[before.index(RANK)]
         sizes = [rank if axis == RANK else shape[axis] for axis in after]
         places = [after.index(axis if axis == RANK else broadcast_dimensions[axis]) for axis in before]
-        return lax.broadcast_in_dim(factor, sizes, places)
+        return lax.broadcast_in_dim(factor, sizes, places, out_sharding=_moved(sharding, after))
 
     return kernel.moved(lax.broadcast_in_dim(kernel.w, shape, broadcast_dimensions, out_sharding=sharding), roles, move)
 
@@ -88,7 +93,8 @@ def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, di
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         rank = factor.shape[before.index(RANK)]
-        return lax.reshape(factor, [rank if axis == RANK else new_sizes[axis] for axis in after])
+        its_sizes = [rank if axis == RANK else new_sizes[axis] for axis in after]
+        return lax.reshape(factor, its_sizes, out_sharding=_moved(sharding, after))
 
     return site.left(kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
 
@@ -261,24 +267,3 @@ def _pvary(site: Site, kernel: AdaptedKernel, *, axes: Sequence[str]) -> Adapted
     del site
     # What shard_map puts before a replicated kernel. The factors follow by themselves, where they meet what varies.
     return dataclasses.replace(kernel, w=lax.pcast(kernel.w, tuple(axes), to="varying"))
-
-
-@rule(primitives.sharding_constraint_p, "moved")
-def _sharding_constraint(
-    site: Site, kernel: AdaptedKernel, *, sharding: Any, layout: Any, context_mesh: Any, unconstrained_dims: Any
-) -> AdaptedKernel:
-    """Each factor is constrained along the axes that it has."""
-    del site, context_mesh  # the equation's own context brings the mesh back
-    if layout is not None or not isinstance(sharding, NamedSharding):
-        raise NoRule("a constraint on the layout, or a sharding that does not name its axes")
-    given = (*sharding.spec, *(None,) * (kernel.w.ndim - len(sharding.spec)))
-    spec = [PartitionSpec.UNCONSTRAINED if axis in unconstrained_dims else names for axis, names in enumerate(given)]
-
-    def constrain(x: Array, names: Sequence[Any]) -> Array:
-        return lax.with_sharding_constraint(x, sharding.update(spec=PartitionSpec(*names)))
-
-    def move(factor: Array, before: Axes, after: Axes) -> Array:
-        del after
-        return constrain(factor, [None if axis == RANK else spec[axis] for axis in before])
-
-    return kernel.moved(constrain(kernel.w, spec), kernel.roles, move)

@@ -40,6 +40,10 @@ class Variant(abc.ABC):
         """The shape of each array, by name, for a kernel of a shape."""
 
     @abc.abstractmethod
+    def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
+        """Which of the leaf's axes each axis of an array is, by name; of one that is not named, they are the leaf's."""
+
+    @abc.abstractmethod
     def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
         """The arrays at the start. `key` is consumed; of `kernel` a shape and dtype may be all there is."""
 
@@ -82,7 +86,11 @@ class LowRank(Variant):
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`a`: (batch…, in…, rank); `b`: (batch…, rank, out…)."""
-        return {"a": sizes(axes_of_a(axes), shape, self.rank), "b": sizes(axes_of_b(axes), shape, self.rank)}
+        return {name: sizes(its, shape, self.rank) for name, its in self.layout(axes).items()}
+
+    def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
+        """`a`: (batch…, in…, `RANK`); `b`: (batch…, `RANK`, out…)."""
+        return {"a": axes_of_a(axes), "b": axes_of_b(axes)}
 
     def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
         """`a` uniform in ±1/√fan_in, `b` zero."""

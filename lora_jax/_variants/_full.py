@@ -31,6 +31,10 @@ class Full(Variant):
         """`value`: the leaf's own shape."""
         return {"value": tuple(shape)}
 
+    def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
+        """`value` has the leaf's own axes."""
+        return {}
+
     def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
         """A copy of the leaf."""
         if isinstance(kernel, jax.ShapeDtypeStruct):

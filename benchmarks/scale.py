@@ -1,0 +1,183 @@
+"""What training Llama-3-like models of 8 and 70 billion parameters takes of each of 8 to 256 devices, from `plan`.
+
+Nothing is allocated and nothing is run: the devices are simulated, or those of a TPU topology that is not there.
+
+Usage:
+    python benchmarks/scale.py --write-docs                        # all the tables of docs/scale.md; some minutes
+    python benchmarks/scale.py --only 8B --devices 8               # one row
+    python benchmarks/scale.py --topology v5p --json tpu.json      # by the TPU's compiler; needs `pip install libtpu`
+"""
+
+from __future__ import annotations
+
+import os
+
+# Read when JAX starts.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=256"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # of a topology there is no machine to ask
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import resource
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import llama
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from llama import Llama
+from scale_report import SWEEPS, document, plot, tables
+
+import lora_jax as lj
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE, PICTURE = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.png"
+BEGIN, END = "<!-- written by benchmarks/scale.py -->", "<!-- end of what benchmarks/scale.py writes -->"
+MODELS = {
+    "8B": Llama(layers=32, width=4096, heads=32, hidden=14336),
+    "70B": Llama(layers=80, width=8192, heads=64, hidden=28672),
+}
+MESHES = {8: (2, 4), 64: (8, 8), 256: (32, 8)}  # data × model
+TOPOLOGIES = {8: "2x2x2", 64: "4x4x4", 256: "4x8x8"}
+KERNELS = "blocks/{query,key,value,out,gate,up,down}"
+RANK, LENGTH = 16, 2048
+
+
+def mesh_of(devices: int, topology: str | None) -> Mesh:
+    """Simulated devices of the CPU; or those of a TPU topology, such as v5p's."""
+    if topology is None:
+        found = jax.devices()[:devices]
+    else:
+        from jax.experimental import topologies
+
+        found = topologies.get_topology_desc(f"{topology}:{TOPOLOGIES[devices]}", platform="tpu").devices
+    return Mesh(np.array(found).reshape(MESHES[devices]), ("data", "model"))
+
+
+def measure(model: Llama, mesh: Mesh, *, rank: int = RANK, sequences: int = 1, full: bool = True) -> dict[str, Any]:
+    """Plans one step: `sequences` for each row of the mesh, LoRA on all kernels of the blocks, AdamW."""
+    found = lj.plan(
+        llama.loss,
+        model.shapes(mesh),
+        {KERNELS: lj.LoRA(rank=rank, alpha=2 * rank)},
+        optax.adamw(1e-4),
+        mesh,
+        llama.tokens(mesh, sequences * mesh.shape["data"], LENGTH),
+        full=full,
+    )
+    check(model, mesh, found.lora)
+    return {
+        "devices": mesh.size,
+        "mesh": dict(mesh.shape),
+        "kind": found.kind,
+        "layers": model.layers,
+        "rank": rank,
+        "sequences": sequences,
+        "lora": figures(found.lora),
+        "full": None if found.full is None else figures(found.full),
+        "resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+
+
+def figures(step: Any) -> dict[str, Any]:
+    """The fields of a step that are numbers."""
+    kept = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    del kept["compiled"], kept["collectives"]
+    return kept | {"wire": step.wire and dict(step.wire), "largest_gather": step.largest_gather}
+
+
+def check(model: Llama, mesh: Mesh, step: Any) -> None:
+    """No array on any device; no gather of all the layers at once; no copy of the base in float32 beside a loop."""
+    alive = sum(array.nbytes for array in jax.live_arrays())
+    assert alive < 1_000_000, f"{alive} bytes are allocated"
+    text = step.compiled.as_text()
+    gathers = re.findall(rf"= \(?\w+\[{model.layers},[\d,]+\]\S* all-gather", text)
+    assert not gathers, f"all layers are gathered at once: {gathers}"
+    stacks = model.shapes(mesh)["blocks"].values()
+    shards = [sorted(leaf.sharding.shard_shape(leaf.shape)) for leaf in stacks if math.prod(leaf.shape[1:]) > 1e6]
+    for loop in re.findall(r"= (\(.*?\)) while\(", text):
+        carried = [sorted(map(int, sizes.split(","))) for sizes in re.findall(r"f32\[([\d,]+)\]", loop)]
+        copies = [sizes for sizes in carried if sizes in shards]
+        assert not copies, f"the base is copied in float32: {copies}"
+
+
+def main() -> None:
+    """Measures, prints, and writes what was asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=MODELS, action="append", help="this model; more than once")
+    parser.add_argument("--devices", type=int, choices=MESHES, nargs="+", default=list(MESHES))
+    parser.add_argument("--topology", help="of TPUs in place of simulated devices, such as v5p")
+    parser.add_argument("--growth", action="store_true", help="also how it grows in layers, rank and tokens")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--read", type=Path, nargs="+", help="measure nothing: read the figures from these files")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/scale.md; with --growth")
+    given = parser.parse_args()
+    results = read(given.read) if given.read else run(given)
+    print("\n" + tables(results))
+    if given.json:
+        given.json.write_text(json.dumps(results, indent=2) + "\n")
+    if given.write_docs:
+        plot(results, PICTURE)
+        before, rest = PAGE.read_text().split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{document(results, PICTURE.name)}\n\n{END}{rest.split(END)[1]}")
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """Measures one row after the other."""
+    rows = []
+    for name in given.only or MODELS:
+        for devices in given.devices:
+            rows.append({"model": name, **measure(MODELS[name], mesh_of(devices, given.topology))})
+            print(said(rows[-1]), file=sys.stderr, flush=True)
+    growth: dict[str, list[dict[str, Any]]] = {}
+    if given.growth or given.write_docs:
+        mesh = mesh_of(64, given.topology)
+        for what, values in SWEEPS.items():
+            growth[what] = [grown(what, value, mesh) for value in values]
+    command = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
+    return {"commands": [command], "versions": {"jax": jax.__version__}, "rows": rows, "growth": growth}
+
+
+def grown(what: str, value: int, mesh: Mesh) -> dict[str, Any]:
+    """The model of 70 billion parameters with one thing changed."""
+    model = MODELS["70B"]
+    if what == "layers":
+        model, options = dataclasses.replace(model, layers=value), {}
+    else:
+        options = {what: value}
+    row = {"model": "70B", **measure(model, mesh, **options)}
+    print(what, said(row), file=sys.stderr, flush=True)
+    return row
+
+
+def read(paths: list[Path]) -> dict[str, Any]:
+    """The figures of several runs, put together."""
+    runs = [json.loads(path.read_text()) for path in paths]
+    return {
+        "commands": [command for run in runs for command in run["commands"]],
+        "versions": runs[0]["versions"],
+        "rows": [row for run in runs for row in run["rows"]],
+        "growth": {what: its for run in runs for what, its in run["growth"].items()},
+    }
+
+
+def said(row: dict[str, Any]) -> str:
+    """One row, in words."""
+    seconds = row["lora"]["seconds"] + (row["full"]["seconds"] if row["full"] else 0)
+    return (
+        f"{row['model']} of {row['layers']} layers, rank {row['rank']}, {row['sequences']} × {LENGTH} tokens a row, "
+        f"{row['devices']} devices ({row['kind']}): {row['lora']['peak'] / 1e9:.2f} GB a device, {seconds:.1f} s, "
+        f"{row['resident'] / 1e9:.2f} GB resident"
+    )
+
+
+if __name__ == "__main__":
+    main()
