@@ -145,7 +145,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
         console.print(lj.plan(MODEL.apply, shapes, SPEC, tx, mesh, *inputs), soft_wrap=True)
         raise SystemExit
 
-    options = ocp.CheckpointManagerOptions(save_interval_steps=given.save_every, max_to_keep=2)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
     with ocp.CheckpointManager(given.out.absolute() / "checkpoints", options=options) as manager:
         done = manager.latest_step() or 0
         if done:
@@ -157,15 +157,18 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
             console.print(f"Goes on after step {done} of {steps}.")
         step, onto = make_step(tx), NamedSharding(mesh, P(None, "data"))
         batches = itertools.islice(batches_from(tokens, size, done), steps - done)
-        for number, batch in enumerate(tqdm(batches, "steps", steps, initial=done, mininterval=1), start=done + 1):
+        bar = tqdm(batches, "steps", steps, initial=done, mininterval=1 if sys.stderr.isatty() else 15)
+        for number, batch in enumerate(bar, start=done + 1):
             if number == given.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             parts = [x.reshape(given.accumulate, BATCH, *x.shape[1:]) for x in (batch.ids, batch.mask, batch.labels)]
-            adapter, opt_state, _ = step(params, adapter, opt_state, *jax.device_put(parts, onto))
-            its = ocp.args.Composite(
-                adapter=AdapterSave(adapter, base=params), state=StateSave({"optimiser": opt_state})
-            )
-            manager.save(number, args=its, force=number == steps)  # in the background
+            adapter, opt_state, loss = step(params, adapter, opt_state, *jax.device_put(parts, onto))
+            if number % given.save_every == 0 or number == steps:
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+                its = ocp.args.Composite(
+                    adapter=AdapterSave(adapter, base=params), state=StateSave({"optimiser": opt_state})
+                )
+                manager.save(number, args=its)  # in the background
     return params, adapter
 
 
