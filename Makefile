@@ -25,7 +25,7 @@ fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
 
 kills: $(VENV)/installed
-	$(VENV)/bin/python -m pytest tests/test_checkpoint.py -m slow -n 0 -s -p no:cacheprovider
+	$(VENV)/bin/python -m pytest tests/test_checkpoint.py tests/test_distributed.py -m slow -n 0 -s -p no:cacheprovider
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

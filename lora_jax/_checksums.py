@@ -31,16 +31,9 @@ def verify(directory: epath.Path) -> None:
     """Reads every file in a directory, and compares it with what was written.
 
     Raises:
-      CheckpointError: naming each file that is missing, changed, or was not there.
+      CheckpointError: naming each file that is missing, has changed, or was not there.
     """
-    promised = _read(directory)
-    there = set(_names(directory)) if promised else set()
-    missing = [f"{name!r} is missing" for name in promised if name not in there]
-    strangers = [f"{name!r} is none of its files" for name in sorted(there - promised.keys())]
-    kept = {name: digest for name, digest in promised.items() if name in there}
-    changed = [f"{name!r} has changed" for name, digest in kept.items() if _digest_of(directory / name) != digest]
-    found = [*missing, *changed, *strangers] if promised else [_wrong(directory)]
-    if found:
+    if found := _differences(directory):
         raise CheckpointError(
             f"Expected a whole checkpoint, its files as {NAME!r} lists them; {len(found)} are not, in {directory}.\n"
             f"{listed(found)}\n"
@@ -48,18 +41,19 @@ def verify(directory: epath.Path) -> None:
         )
 
 
-def _read(directory: epath.Path) -> dict[str, str]:
-    """The checksums by file; empty if they are not as they were written themselves."""
+def _differences(directory: epath.Path) -> list[str]:
     if not (directory / NAME).exists():
-        return {}
+        return [f"{NAME!r} is missing"]
     head, _, lines = (directory / NAME).read_bytes().decode(errors="replace").partition("\n")
     if head != _HEAD + _digest(lines):
-        return {}
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
-
-
-def _wrong(directory: epath.Path) -> str:
-    return f"{NAME!r} has changed" if (directory / NAME).exists() else f"{NAME!r} is missing"
+        return [f"{NAME!r} has changed"]
+    promised = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
+    there = list(_names(directory))
+    missing = [f"{name!r} is missing" for name in promised if name not in there]
+    strange = [f"{name!r} is none of its files" for name in there if name not in promised]
+    kept = {name: digest for name, digest in promised.items() if name in there}
+    changed = [f"{name!r} has changed" for name, digest in kept.items() if _digest_of(directory / name) != digest]
+    return [*missing, *strange, *changed]
 
 
 def _names(directory: epath.Path, inside: str = "") -> Iterator[str]:

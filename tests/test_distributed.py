@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,24 +21,23 @@ from jax.sharding import AxisType, Mesh
 SECONDS = 200  # after which a run hangs
 
 
-def processes(count: int, devices: int, root: Path, shape: str, until: int) -> list[tuple[int, str, str]]:
-    """Runs `distributed_run.py` in so many processes of so many devices; gives exit code, output and errors of each."""
+def begin(count: int, devices: int, root: Path, shape: str, until: int) -> list[subprocess.Popen[str]]:
+    """Starts `distributed_run.py` in so many processes of so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     program = [sys.executable, distributed_run.__file__, address, str(count)]
-    running = [
-        subprocess.Popen(
-            [*program, str(index), str(root), shape, str(until)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [
+        subprocess.Popen([*program, str(index), str(root), shape, str(until)], env=environment, **pipes)
         for index in range(count)
     ]
+
+
+def end(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Waits for processes; gives exit code, output and errors of each."""
     try:
         ended = [process.communicate(timeout=SECONDS) for process in running]
     finally:
@@ -46,7 +47,7 @@ def processes(count: int, devices: int, root: Path, shape: str, until: int) -> l
 
 
 def together(count: int, devices: int, root: Path, shape: str, until: int) -> dict[str, Any]:
-    ended = processes(count, devices, root, shape, until)
+    ended = end(begin(count, devices, root, shape, until))
     assert [code for code, _, _ in ended] == [0] * count, "\n".join(errors[-2000:] for _, _, errors in ended)
     report: dict[str, Any] = json.loads(ended[0][1].splitlines()[-1])  # gloo prints, too
     return report
@@ -82,30 +83,62 @@ def test_training_goes_on_in_other_processes_bit_for_bit(layout: str, stages: li
     assert [report["steps"] for report in reports] == [[2, 3], [4, 5], [5, 6], [6, 7], [7, 8]]
 
 
-@pytest.mark.parametrize("layout", distributed_run.LAYOUTS)
-def test_the_losses_are_those_of_one_device(layout: str, stages: list[dict[str, Any]], tmp_path: Path) -> None:
-    losses = [loss for stage in stages for loss in stage[layout]["losses"]]
-    expected = alone(tmp_path, 1, 1, until=8)[layout]["losses"]
+def test_the_losses_are_those_of_one_device(stages: list[dict[str, Any]], tmp_path: Path) -> None:
+    expected = distributed_run.run(tmp_path, "fsdp", mesh(1, 1), until=8)["losses"]  # where all layouts are one
     assert len(set(expected)) == 8
-    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    for layout in distributed_run.LAYOUTS:
+        losses = [loss for stage in stages for loss in stage[layout]["losses"]]
+        np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def wait_for(step: Path) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not step.exists() and time.monotonic() < deadline:
+        time.sleep(0.002)
+
+
+def newest(run: Path) -> int:
+    return max((int(entry.name) for entry in run.iterdir() if entry.name.isdigit()), default=0)
 
 
 def test_training_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """A process with eight devices is killed as it saves step 5 of 10, and another goes on."""
-    program = [sys.executable, distributed_run.__file__, "", "1", "0", str(tmp_path / "killed"), "4x2", "10"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + SECONDS
-    while not (tmp_path / "killed" / "fsdp" / "4").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
+    (process,) = begin(1, 8, tmp_path / "killed", "4x2", until=10)
+    wait_for(tmp_path / "killed" / "fsdp" / "4")
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    resumed, straight = (
-        distributed_run.run(tmp_path / name, "fsdp", mesh(4, 2), 10) for name in ("killed", "straight")
-    )
+    assert end([process])[0][0] == -signal.SIGKILL
+    resumed = distributed_run.run(tmp_path / "killed", "fsdp", mesh(4, 2), until=10)
+    straight = distributed_run.run(tmp_path / "straight", "fsdp", mesh(4, 2), until=10)
     assert 1 <= len(resumed["losses"]) <= 6
-    assert resumed["losses"] == straight["losses"][-len(resumed["losses"]) :]
+    np.testing.assert_array_equal(resumed["losses"], straight["losses"][-len(resumed["losses"]) :])
     assert resumed["saved"] == straight["saved"]
+
+
+@pytest.mark.slow
+def test_processes_of_which_one_is_killed_leave_a_whole_checkpoint(tmp_path: Path) -> None:
+    """One of two is killed at any moment, then the other, which waits for it; two new ones go on."""
+    draw, until = random.Random(0), 1000
+    expected = distributed_run.run(tmp_path / "straight", "fsdp", mesh(1, 1), until=60)["losses"]
+    before, half = [], 0
+    for _ in range(12):
+        count = newest(tmp_path / "fsdp") if before else 0
+        before.append(count)
+        processes = begin(2, 2, tmp_path, "2x2", until)
+        wait_for(tmp_path / "fsdp" / str(count + 2))
+        time.sleep(draw.uniform(0, 0.3))
+        draw.shuffle(processes)
+        processes[0].kill()
+        time.sleep(0.2)
+        processes[1].kill()
+        end(processes)
+        half += any("orbax-checkpoint-tmp" in entry.name for entry in (tmp_path / "fsdp").iterdir())
+        goes_on = newest(tmp_path / "fsdp")
+        shutil.copytree(tmp_path / "fsdp", tmp_path / "copy" / "fsdp")
+        losses = distributed_run.run(tmp_path / "copy", "fsdp", mesh(1, 1), until=goes_on + 1)["losses"]
+        np.testing.assert_allclose(losses, expected[goes_on : goes_on + 1], rtol=1e-5)
+        shutil.rmtree(tmp_path / "copy")
+    print(f"{len(before)} kills of one of two processes, {half} left a step half written; steps {before}")
+    assert before == sorted(set(before))
 
 
 def test_all_processes_name_a_file_that_has_changed(tmp_path: Path) -> None:
@@ -114,7 +147,7 @@ def test_all_processes_name_a_file_that_has_changed(tmp_path: Path) -> None:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    for code, _, errors in processes(2, 1, tmp_path, "2x1", until=2):
+    for code, _, errors in end(begin(2, 1, tmp_path, "2x1", until=2)):
         assert code != 0
         assert "CheckpointError: Expected a whole checkpoint" in errors
         assert f"'d/{file.name}' has changed" in errors

@@ -203,6 +203,24 @@ def test_a_state_may_hold_arrays_keys_numbers_and_texts(tmp_path: Path) -> None:
     assert bits(restored) == bits(jax.tree.map(lambda x: np.asarray(x) if isinstance(x, np.generic) else x, state))
 
 
+def test_an_asynchronous_save_writes_what_the_state_was(tmp_path: Path) -> None:
+    def make(step: int) -> dict[str, Any]:
+        keys = jax.random.split(jax.random.key(step), 100_000)
+        return {"keys": keys, "mu": jnp.full((1000, 1000), 1.0 + step), "order": np.full(100_000, step)}
+
+    spoil = jax.jit(lambda mu: mu * 0 - 1, donate_argnums=0)
+    use = jax.jit(jax.vmap(lambda key: jax.random.fold_in(key, 1)), donate_argnums=0)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            state = make(step)
+            manager.save(step, args=ocp.args.Composite(state=StateSave(state)))
+            state["order"][:] = -1
+            jax.block_until_ready((spoil(state.pop("mu")), use(state.pop("keys"))))
+            manager.wait_until_finished()
+            restored = manager.restore(step, args=ocp.args.Composite(state=StateRestore(make(9))))
+            assert bits(restored.state) == bits(make(step))
+
+
 def test_what_a_state_shall_be_like_may_be_shapes(tmp_path: Path) -> None:
     adapter = start(ONE, 3)[1]
     state = {"opt_state": TX.init(adapter), "key": jax.random.key(3)}
