@@ -90,8 +90,8 @@ def plan(
     if not isinstance(mesh, Mesh):
         raise SpecError(
             f"Expected a `jax.sharding.Mesh` of devices to compile for; got {type(mesh).__name__}.\n"
-            "  For more devices than there are, set XLA_FLAGS=--xla_force_host_platform_device_count=256 before JAX\n"
-            "  starts, or take those of `jax.experimental.topologies`."
+            '  For more than there are, `jax.config.update("jax_num_cpu_devices", 256)` before the first is used, or take\n'
+            "  those of `jax.experimental.topologies`."
         )
     given = (
         _placed("abstract_params", abstract_params, mesh),
