@@ -131,7 +131,7 @@ def main() -> None:
     """Measures, prints, and writes what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=MODELS, action="append", help="this model; more than once")
-    parser.add_argument("--devices", type=int, choices=MESHES, nargs="+", default=list(MESHES))
+    parser.add_argument("--devices", type=int, choices=MESHES, nargs="*", default=list(MESHES))
     parser.add_argument("--topology", help="of TPUs in place of simulated devices, such as v5p")
     parser.add_argument("--growth", action="store_true", help="also how it grows in layers, rank and tokens")
     parser.add_argument("--json", type=Path, help="write the figures here")
