@@ -10,21 +10,15 @@ Usage:
 
 from __future__ import annotations
 
-import os
-
-# Read when JAX starts.
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=256"
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # of a topology there is no machine to ask
-
 import argparse
 import dataclasses
 import json
-import math
+import os
 import re
 import resource
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +56,23 @@ def mesh_of(devices: int, topology: str | None) -> Mesh:
     return Mesh(np.array(found).reshape(MESHES[devices]), ("data", "model"))
 
 
-def measure(model: Llama, mesh: Mesh, *, rank: int = RANK, sequences: int = 1, full: bool = True) -> dict[str, Any]:
+def measure(
+    model: Llama,
+    mesh: Mesh,
+    *,
+    rank: int = RANK,
+    sequences: int = 1,
+    length: int = LENGTH,
+    loss: Callable[..., Any] = llama.loss,
+) -> dict[str, Any]:
     """Plans one step: `sequences` for each row of the mesh, LoRA on all kernels of the blocks, AdamW."""
     found = lj.plan(
-        llama.loss,
+        loss,
         model.shapes(mesh),
         {KERNELS: lj.LoRA(rank=rank, alpha=2 * rank)},
         optax.adamw(1e-4),
         mesh,
-        llama.tokens(mesh, sequences * mesh.shape["data"], LENGTH),
-        full=full,
+        llama.tokens(mesh, sequences * mesh.shape["data"], length),
     )
     check(model, mesh, found.lora)
     return {
@@ -82,7 +83,7 @@ def measure(model: Llama, mesh: Mesh, *, rank: int = RANK, sequences: int = 1, f
         "rank": rank,
         "sequences": sequences,
         "lora": figures(found.lora),
-        "full": None if found.full is None else figures(found.full),
+        "full": figures(found.full),
         "resident": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
 
@@ -99,21 +100,38 @@ def check(model: Llama, mesh: Mesh, step: Any) -> None:
     alive = sum(array.nbytes for array in jax.live_arrays())
     assert alive < 1_000_000, f"{alive} bytes are allocated"
     text = step.compiled.as_text()
-    gathers = re.findall(rf"= \(?\w+\[{model.layers},[\d,]+\]\S* all-gather", text)
-    assert not gathers, f"all layers are gathered at once: {gathers}"
-    stacks = model.shapes(mesh)["blocks"].values()
-    shards = [sorted(leaf.sharding.shard_shape(leaf.shape)) for leaf in stacks if math.prod(leaf.shape[1:]) > 1e6]
-    for loop in re.findall(r"= (\(.*?\)) while\(", text):
-        carried = [sorted(map(int, sizes.split(","))) for sizes in re.findall(r"f32\[([\d,]+)\]", loop)]
-        copies = [sizes for sizes in carried if sizes in shards]
-        assert not copies, f"the base is copied in float32: {copies}"
+    gathers = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather", text)
+    stacks = [
+        sizes for sizes in map(numbers, gathers) if sizes in stacked(model, mesh, cut=[(), ("data",), ("model",)])
+    ]
+    assert not stacks, f"all layers are gathered at once: {stacks}"
+    carried = re.findall(r"f32\[([\d,]+)\]", " ".join(re.findall(r"= (\(.*?\)) while\(", text)))
+    copies = [sizes for sizes in map(numbers, carried) if sizes in stacked(model, mesh, cut=[("data", "model")])]
+    assert not copies, f"the base is copied in float32: {copies}"
+
+
+def stacked(model: Llama, mesh: Mesh, *, cut: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """The sizes of the stacks of kernels where they are cut along these axes of the mesh and no others."""
+    stacks = [leaf for leaf in model.shapes(mesh)["blocks"].values() if leaf.ndim > 2]
+    return [
+        sorted(
+            size // (mesh.shape[name] if name in names else 1)
+            for size, name in zip(leaf.shape, leaf.sharding.spec, strict=True)
+        )
+        for leaf in stacks
+        for names in cut
+    ]
+
+
+def numbers(text: str) -> list[int]:
+    return sorted(map(int, text.split(",")))
 
 
 def main() -> None:
     """Measures, prints, and writes what was asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", choices=MODELS, action="append", help="this model; more than once")
-    parser.add_argument("--devices", type=int, choices=MESHES, nargs="+", default=list(MESHES))
+    parser.add_argument("--devices", type=int, choices=MESHES, nargs="*", default=list(MESHES))
     parser.add_argument("--topology", help="of TPUs in place of simulated devices, such as v5p")
     parser.add_argument("--growth", action="store_true", help="also how it grows in layers, rank and tokens")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -132,6 +150,9 @@ def main() -> None:
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
     """Measures one row after the other."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", max(MESHES))
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # of a topology there is no machine to ask
     rows = []
     for name in given.only or MODELS:
         for devices in given.devices:
@@ -171,7 +192,7 @@ def read(paths: list[Path]) -> dict[str, Any]:
 
 def said(row: dict[str, Any]) -> str:
     """One row, in words."""
-    seconds = row["lora"]["seconds"] + (row["full"]["seconds"] if row["full"] else 0)
+    seconds = row["lora"]["seconds"] + row["full"]["seconds"]
     return (
         f"{row['model']} of {row['layers']} layers, rank {row['rank']}, {row['sequences']} × {LENGTH} tokens a row, "
         f"{row['devices']} devices ({row['kind']}): {row['lora']['peak'] / 1e9:.2f} GB a device, {seconds:.1f} s, "

@@ -1,17 +1,147 @@
-"""The tables and the picture of `scale.py`."""
+"""The figures of `scale.py` as tables, as a picture, and as a part of a page."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]  # the figures of one plan, as in JSON
+
 SWEEPS = {"layers": [10, 20, 40, 80], "rank": [4, 16, 64, 256], "sequences": [1, 2, 4, 8]}
+TITLES = {"layers": "layers", "rank": "rank", "sequences": "sequences per row of the mesh"}
 
 
-def document(r, p):
-    return ""
+def gigabytes(count: float | None) -> str:
+    return "–" if count is None else f"{count / 1e9:.2f}" if count < 99.5e9 else f"{count / 1e9:.0f}"
 
 
-def plot(r, p):
-    pass
+def tera(count: float) -> str:
+    return f"{count / 1e12:.1f}"
 
 
-def tables(r):
-    return ""
+def sent(step: Row) -> float | None:
+    return None if step["wire"] is None else sum(step["wire"].values())
+
+
+def pair(row: Row, value: Callable[[Row], float | None], show: Callable[[Any], str]) -> str:
+    """Of LoRA and of full fine-tuning."""
+    return f"{show(value(row['lora']))} / {show(value(row['full']))}"
+
+
+def place(row: Row) -> list[str]:
+    return [row["model"], f"{row['devices']} ({row['mesh']['data']} × {row['mesh']['model']})", row["kind"]]
+
+
+def memory(rows: list[Row]) -> list[list[str]]:
+    """What one device holds, in gigabytes."""
+    lines = [["model", "devices", "compiler", "parameters", "adapter", "optimiser", "temporary", "peak", "ratio"]]
+    for row in rows:
+        lines.append(
+            [
+                *place(row),
+                gigabytes(row["lora"]["parameters"]),
+                gigabytes(row["lora"]["adapter"]),
+                *(
+                    pair(row, lambda step, name=name: step[name], gigabytes)
+                    for name in ("optimiser", "temporary", "peak")
+                ),
+                f"{row['lora']['peak'] / row['full']['peak']:.2f}",
+            ]
+        )
+    return lines
+
+
+def work(rows: list[Row]) -> list[list[str]]:
+    """What one device does and sends, and what compiling took; of what the program tells."""
+    heads = ["operations, 10¹²", "ratio", "sent, GB", "of it all-reduce", "ratio", "largest gather, GB"]
+    lines = [["model", "devices", *heads, "compile, s", "resident, GB"]]
+    for row in rows:
+        if row["lora"]["wire"] is None:
+            continue
+        ours, full = row["lora"], row["full"]
+        lines.append(
+            [
+                *place(row)[:2],
+                pair(row, lambda step: step["operations"] / step["devices"], tera),
+                f"{ours['operations'] / full['operations']:.2f}",
+                pair(row, sent, gigabytes),
+                pair(row, lambda step: step["wire"].get("all-reduce", 0), gigabytes),
+                f"{sent(ours) / sent(full):.2f}",  # type: ignore[operator]
+                gigabytes(ours["largest_gather"]),
+                pair(row, lambda step: step["seconds"], lambda s: f"{s:.1f}"),
+                gigabytes(row["resident"]),
+            ]
+        )
+    return lines
+
+
+def growth(what: str, rows: list[Row]) -> list[list[str]]:
+    """How the figures move with one size."""
+    lines: list[tuple[str, Callable[[Row], str]]] = [
+        (TITLES[what], lambda row: str(row[what])),
+        ("adapter, GB", lambda row: f"{row['lora']['adapter'] / 1e9:.3f}"),
+        ("temporary, GB", lambda row: pair(row, lambda step: step["temporary"], gigabytes)),
+        ("peak, GB", lambda row: pair(row, lambda step: step["peak"], gigabytes)),
+        ("operations, 10¹²", lambda row: pair(row, lambda step: step["operations"] / step["devices"], tera)),
+        ("sent, GB", lambda row: pair(row, sent, gigabytes)),
+        ("compile, s", lambda row: pair(row, lambda step: step["seconds"], lambda s: f"{s:.1f}")),
+    ]
+    return [[title, *map(show, rows)] for title, show in lines]
+
+
+def aligned(lines: list[list[str]]) -> str:
+    """A table in Markdown that reads well as text, too."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
+    return "\n".join([rows[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *rows[1:]])
+
+
+def tables(results: Row) -> str:
+    """All that was measured."""
+    parts = [aligned(memory(results["rows"]))] if results["rows"] else []
+    if len(lines := work(results["rows"])) > 1:
+        parts.append(aligned(lines))
+    parts += [aligned(growth(what, rows)) for what, rows in results["growth"].items()]
+    return "\n\n".join(parts)
+
+
+def document(results: Row, picture: str) -> str:
+    """The part of the page that is written again with each measurement."""
+    commands = "\n".join(f"- `{command}`" for command in results["commands"])
+    parts = [
+        f"Measured with jax {results['versions']['jax']} by\n\n{commands}",
+        "## Memory\n\nGB of one device, LoRA / full fine-tuning; the ratio is that of the peaks.",
+        aligned(memory(results["rows"])),
+        "## Operations, bytes sent, compiling\n\nOf one simulated device and one step, LoRA / full fine-tuning; "
+        "operations are those of the whole step over the number of devices. *Resident* is the most that the process "
+        "that planned it has ever held.",
+        aligned(work(results["rows"])),
+        "## How it grows\n\nThe 70B shape on 64 simulated devices (8 × 8), one size changed at a time.",
+        *(aligned(growth(what, rows)) for what, rows in results["growth"].items()),
+        f"![Peak bytes of a device, against devices, layers, rank and sequences]({picture})",
+    ]
+    return "\n\n".join(parts)
+
+
+def plot(results: Row, path: Path) -> None:
+    """Draws the peak against each size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    simulated = [row for row in results["rows"] if row["kind"] == "cpu" and row["model"] == "70B"]
+    panels = {"devices": simulated, **results["growth"]}
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.2), layout="constrained")
+    for axis, (what, rows) in zip(axes, panels.items(), strict=True):
+        for name, key in (("LoRA", "lora"), ("full fine-tuning", "full")):
+            axis.plot([row[what] for row in rows], [row[key]["peak"] / 1e9 for row in rows], marker="o", label=name)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([row[what] for row in rows], [str(row[what]) for row in rows])
+        axis.set_xlabel(TITLES.get(what, what))
+        axis.set_ylim(bottom=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("peak of a device, GB")
+    axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)

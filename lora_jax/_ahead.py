@@ -51,8 +51,9 @@ def plan(
     on every device, whole. The adapter goes where its kernels go, and of the optimiser's state whatever has the shape
     of a trained array goes where that does; the rest is on every device.
 
-    The memory is what the compiler for these devices has laid out. On simulated CPU devices it is an upper estimate:
-    the CPU's compiler multiplies 16-bit numbers in float32, also sends them so, and orders a program for speed.
+    The memory is what the compiler for these devices has laid out. On simulated CPU devices it is an estimate of that on
+    others: their compilers order a program otherwise, and the CPU's multiplies 16-bit numbers in float32 and sends them
+    so. No dropout key is given, so nothing is dropped.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
     >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -90,8 +91,8 @@ def plan(
     if not isinstance(mesh, Mesh):
         raise SpecError(
             f"Expected a `jax.sharding.Mesh` of devices to compile for; got {type(mesh).__name__}.\n"
-            "  For more devices than there are, set XLA_FLAGS=--xla_force_host_platform_device_count=256 before JAX\n"
-            "  starts, or take those of `jax.experimental.topologies`."
+            '  For more than there are, `jax.config.update("jax_num_cpu_devices", 256)` before the first is used,\n'
+            "  or take those of `jax.experimental.topologies`."
         )
     given = (
         _placed("abstract_params", abstract_params, mesh),

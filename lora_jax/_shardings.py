@@ -101,8 +101,6 @@ def _of_leaf(path: str, part: Adapter, given: Mapping[str, Any]) -> Sharding | P
             "`nnx.get_named_sharding(state, mesh)`."
         )
     spec = sharding if isinstance(sharding, PartitionSpec) else getattr(sharding, "spec", ())
-    if not isinstance(spec, PartitionSpec) and not getattr(sharding, "is_fully_replicated", False):
-        raise AdapterError(f"Expected a `NamedSharding` or a `PartitionSpec` for {path!r}; got {sharding}.")
     if part.axes and not len(spec) <= len(part.axes) == getattr(found, "ndim", len(part.axes)):
         raise AdapterError(
             f"Expected the sharding of a leaf with the axes {part.axes!r} for {path!r}; got {spec}, of "

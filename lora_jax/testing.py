@@ -136,7 +136,7 @@ def collectives(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Co
     True
 
     Args:
-      fn: any JAX function; jitted already, if it asks for shardings.
+      fn: any JAX function; jitted already, if it asks for shardings; or a compiled one, without arguments.
       *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with their shardings.
       **kwargs: likewise.
 
@@ -172,7 +172,7 @@ def wire_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> collecti
     True
 
     Args:
-      fn: any JAX function; jitted already, if it asks for shardings.
+      fn: any JAX function; jitted already, if it asks for shardings; or a compiled one, without arguments.
       *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with their shardings.
       **kwargs: likewise.
 
@@ -189,5 +189,7 @@ def wire_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> collecti
 
 
 def _compiled(fn: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if isinstance(fn, jax.stages.Compiled):
+        return fn
     lower = fn.lower if hasattr(fn, "lower") else jax.jit(fn).lower
     return lower(*args, **kwargs).compile()

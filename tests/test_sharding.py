@@ -107,7 +107,7 @@ def test_the_state_of_an_optimiser_goes_with_its_adapter() -> None:
         assert jax.tree.structure(found) == jax.tree.structure(state)
         jax.tree.map(lambda x, its: its.shard_shape(x.shape), state, found)  # raises where one does not fit
     found = lj.sharding.of(jax.eval_shape(optax.adamw(1e-3).init, shapes()), NAMED)
-    assert specs(found[0].mu) == specs(lj.sharding.of(shapes(), NAMED))
+    assert jax.tree.leaves(found[0].mu) == jax.tree.leaves(lj.sharding.of(shapes(), NAMED))
     assert found[0].count == on_mesh()
 
 
@@ -213,25 +213,25 @@ def test_logical_names_may_be_translated_afterwards() -> None:
 def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so() -> None:
     params = {"kernel": jnp.ones((6, 32)), "bias": jnp.ones(32)}
     adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4), "bias": lj.Full()})
-    shardings = {"kernel": on_mesh("model", ("data", "model")), "bias": on_mesh("model")}
-    found = lj.sharding.of(adapter, {"kernel": on_mesh("model", "data"), "bias": on_mesh("model")})
+    shardings = {"kernel": on_mesh("model", "data"), "bias": on_mesh(("data", "model"))}
+    found = lj.sharding.of(adapter, shardings)
     assert specs(found["kernel"].arrays) == {"a": P(None, None), "b": P(None, "data")}
     jax.device_put(adapter, found)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return x @ params["kernel"] + params["bias"]
 
-    explained = lj.explain(apply, params, adapter, jnp.ones((3, 6)), shardings={**found, **shardings} and shardings)
+    explained = lj.explain(apply, params, adapter, jnp.ones((3, 6)), shardings=shardings)
     assert {row.path: row.placed for row in explained.rows} == {
-        "kernel": "a 6×2, b 2×32@(data,model)",
-        "bias": "value 32@model",
+        "kernel": "a 6×2, b 2×32@data",
+        "bias": "value 32@(data,model)",
     }
     assert explained.undivided == (
         "a of 'kernel' is whole along its axis of 6, which the devices along 'model' do not divide",
     )
     header, *_, last = str(explained).split("\n")
     assert header.endswith("placed") and last == f"placed:    {explained.undivided[0]}"
-    assert "<td>value 32@model</td>" in explained._repr_html_()
+    assert "<td>value 32@(data,model)</td>" in explained._repr_html_()
     assert "placed" not in str(lj.explain(apply, params, adapter, jnp.ones((3, 6))))
 
 
@@ -257,14 +257,6 @@ def test_a_sharding_that_cannot_be_the_base_s_is_an_error(name: str) -> None:
         lj.sharding.of(adapter, given)
 
 
-def test_a_sharding_without_named_axes_is_an_error() -> None:
-    hidden = jax.sharding.GSPMDSharding(
-        jax.devices(), jax.sharding.NamedSharding(mesh(), P("data"))._to_xla_hlo_sharding(2)
-    )
-    with pytest.raises(lj.AdapterError, match="a `NamedSharding` or a `PartitionSpec` for 'kernel'"):
-        lj.sharding.of(KERNEL, {"kernel": hidden})
-
-
 # The start
 
 
@@ -283,8 +275,8 @@ def test_init_makes_each_shard_where_it_lives(kind: AxisType) -> None:
     memory = program.memory_analysis()
     assert memory.argument_size_in_bytes == jax.random.key_data(key).nbytes
     made = make(key)
-    assert memory.output_size_in_bytes < 2 * sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(made)) / 1
-    assert jax.tree.map(lambda x, its: x.sharding.is_equivalent_to(its, x.ndim), made, shardings)
+    leaves = list(zip(jax.tree.leaves(made), jax.tree.leaves(shardings), strict=True))
+    assert all(x.sharding.is_equivalent_to(its, x.ndim) for x, its in leaves)
     jax.tree.map(np.testing.assert_array_equal, made, init(key))
 
 
@@ -308,8 +300,7 @@ class Typed(NamedTuple):
     roles: str
     at: P
     x: tuple[int, ...] | list[int] = (8, 8)
-    x_at: P = P("data")  # noqa: RUF009  (a spec does not change)
-    check: bool = True
+    x_at: P = P("data")
 
 
 EXPLICIT = {
@@ -433,7 +424,7 @@ def test_where_shardings_are_types_every_form_has_the_base_s_type(name: str, for
             lambda ad: (lj.lora(apply, form=form)(params, ad, x), jax.grad(loss)(ad)), adapter
         )
         assert jax.typeof(out) == jax.typeof(jax.eval_shape(apply, params, x))
-        assert jax.tree.map(jax.typeof, gradient) == jax.tree.map(jax.typeof, adapter)
+        assert list(map(jax.typeof, jax.tree.leaves(gradient))) == list(map(jax.typeof, jax.tree.leaves(adapter)))
 
 
 def test_a_step_outside_of_jit_follows_the_types_too() -> None:

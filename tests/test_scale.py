@@ -1,0 +1,79 @@
+"""The benchmark of scale measures, notices what must not be, and writes its page."""
+
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import scale
+import scale_report
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from scale import llama
+
+from lora_jax._compat import compiler_options
+
+TINY = llama.Llama(layers=3, width=48, heads=8, hidden=80, kv_heads=4, vocabulary=160)
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"))
+
+
+@pytest.fixture(scope="module")
+def row(mesh):
+    return {"model": "70B", **scale.measure(TINY, mesh, rank=4, length=16)}
+
+
+def test_a_row_is_written_into_the_page(row, tmp_path, monkeypatch, capsys):
+    page, picture, figures = tmp_path / "scale.md", tmp_path / "scale.png", tmp_path / "figures.json"
+    page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n")
+    growth = {what: [row, {**row, what: 2 * row[what]}] for what in scale.SWEEPS}
+    found = {"commands": ["the command"], "versions": {"jax": "1.2.3"}, "rows": [row], "growth": growth}
+    figures.write_text(json.dumps(found))
+    monkeypatch.setattr(scale, "PAGE", page)
+    monkeypatch.setattr(scale, "PICTURE", picture)
+    monkeypatch.setattr("sys.argv", ["scale.py", "--read", str(figures), "--write-docs"])
+    scale.main()
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for part in ("the command", "jax 1.2.3", "| 70B   | 8 (2 × 4) |", "| rank ", "| 4 ", "| 8 "):
+        assert part in text
+    assert "| 70B   | 8 (2 × 4) |" in capsys.readouterr().out
+
+
+def test_the_ratios_are_those_of_the_figures(row):
+    [_, cells] = scale_report.memory([row])
+    assert cells[-1] == f"{row['lora']['peak'] / row['full']['peak']:.2f}"
+    assert row["lora"]["peak"] < row["full"]["peak"]
+    assert row["resident"] > 1e8
+
+
+def compiled(mesh, stack_at, **options):
+    """A loop over a stack of kernels, as a step; the stack is cut otherwise before it."""
+    leaf = TINY.shapes(mesh)["blocks"]["up"]
+
+    def loop(stack, x):
+        stack = lax.with_sharding_constraint(stack, NamedSharding(mesh, stack_at))
+        return lax.scan(lambda x, w: ((x @ w) @ w.T, None), x, stack)[0]
+
+    x = jax.ShapeDtypeStruct((8, TINY.width), leaf.dtype, sharding=NamedSharding(mesh, P()))
+    return types.SimpleNamespace(compiled=jax.jit(loop).lower(leaf, x).compile(**options))
+
+
+QUIET = {"compiler_options": compiler_options("cpu")}
+
+
+def test_a_gather_of_all_layers_is_noticed(mesh):
+    scale.check(TINY, mesh, compiled(mesh, P(None, "data", "model"), **QUIET))
+    with pytest.raises(AssertionError, match="all layers are gathered at once"):
+        scale.check(TINY, mesh, compiled(mesh, P(None, None, "model"), **QUIET))
+
+
+def test_a_copy_of_the_base_in_float32_is_noticed(mesh):
+    with pytest.raises(AssertionError, match="the base is copied in float32"):
+        scale.check(TINY, mesh, compiled(mesh, P(None, "data", "model")))
