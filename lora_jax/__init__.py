@@ -22,6 +22,7 @@ from ._kernels import kernels as kernels
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._transform import lora as lora
+from ._variants import DoRA as DoRA
 from ._variants import Full as Full
 from ._variants import LoRA as LoRA
 from ._variants import RSLoRA as RSLoRA
@@ -40,6 +41,7 @@ __all__ = [
     "Adapter",
     "AdapterError",
     "CheckpointError",
+    "DoRA",
     "Full",
     "LoRA",
     "LoRAError",

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import GetAttrKey
 
-from ._axes import axes_of_a, axes_of_b
+from ._axes import RANK, axes_of_a, axes_of_b
 from ._contract import Labelled, contract, widest
 from ._dropout import Dropout
 from ._use import Use
@@ -91,7 +91,7 @@ Move = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class AdaptedKernel:
-    """A kernel that acts as `w + scale·a·b` and is never formed.
+    """A kernel that acts as `(w + scale·a·b) ⊙ gain` and is never formed.
 
     Attributes:
       w: the base kernel, as the model sees it at this point of the program: moved, cast, sliced.
@@ -102,6 +102,7 @@ class AdaptedKernel:
       roles: the role of each axis of `w`; in a probe, the numbers of the leaf's axes that the axis came from.
       paths: the leaf it is; several, where the model has put kernels side by side.
       dropout: of the activations that meet the factors; None where there is none.
+      gain: `(batch…, 1, out…)`, one number for each output, in place of the rank; None for 1.
       look_up: of a probe, the look-up that it comes from, which is a use of it unless it is used as a kernel.
     """
 
@@ -112,13 +113,14 @@ class AdaptedKernel:
     roles: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     dropout: Dropout | None = None
+    gain: Any = None
     look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def outline(self) -> Self:
         """The kernel with shapes in place of its arrays, for functions that outlive the trace that made these."""
         w, a, b = map(_outline, (self.w, self.a, self.b))
-        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None)
+        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None, gain=None)
 
     def in_use(self, number: Any) -> Self:
         """The kernel in one of its uses, or in a turn of a loop: with a dropout of its own."""
@@ -135,13 +137,12 @@ class AdaptedKernel:
         `before` and `after` say which of the kernel's axes the factor's axes are, by number (`RANK` for the rank axis).
         """
         after = tuple(roles)
-        return dataclasses.replace(
-            self,
-            w=w,
-            roles=after,
-            a=None if self.is_probe else move(self.a, axes_of_a(self.roles), axes_of_a(after)),
-            b=None if self.is_probe else move(self.b, axes_of_b(self.roles), axes_of_b(after)),
-        )
+        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b}
+        arrays = {name: getattr(self, name) for name in layouts if getattr(self, name) is not None}
+        moved: dict[str, Any] = {
+            name: move(array, layouts[name](self.roles), layouts[name](after)) for name, array in arrays.items()
+        }
+        return dataclasses.replace(self, w=w, roles=after, **moved)
 
 
 def _outline(x: Array) -> Any:
@@ -162,8 +163,18 @@ def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> A
 
 
 def materialise(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
-    """Forms `w + scale·a·b`, in float32 at least, and casts once to the dtype of `w`. A probe is its own `w`."""
+    """Forms `(w + scale·a·b) ⊙ gain`, in float32 at least, and casts once to the dtype of `w`; a probe is its `w`."""
     if kernel.is_probe:
         return kernel.w
     change = delta(kernel, precision=precision)
-    return (kernel.w.astype(change.dtype) + change).astype(kernel.w.dtype)
+    total = kernel.w.astype(change.dtype) + change
+    if kernel.gain is not None:
+        total *= gain_of(kernel).beside(tuple(range(kernel.w.ndim)))
+    return total.astype(kernel.w.dtype)
+
+
+def gain_of(kernel: AdaptedKernel) -> Labelled:
+    """The gain, each axis labelled by the kernel's that it goes along."""
+    axes = axes_of_b(kernel.roles)
+    at = axes.index(RANK)
+    return Labelled(lax.squeeze(kernel.gain, [at]), (*axes[:at], *axes[at + 1 :]))

@@ -36,6 +36,11 @@ class Labelled(NamedTuple):
             return self.array
         return lax.transpose(self.array, [self.labels.index(label) for label in order])
 
+    def beside(self, labels: Labels) -> Array:
+        """The array as it broadcasts against one with these labels, of which it lacks some."""
+        shared = tuple(label for label in labels if label in self.labels)
+        return lax.expand_dims(self.in_order(shared), [at for at, label in enumerate(labels) if label not in shared])
+
 
 def widest(*dtypes: Any) -> Any:
     """The dtype that holds all of them, also where the user has forbidden JAX to promote by itself."""

@@ -85,13 +85,14 @@ def _unfold(w: Array, part: Adapter) -> Array:
 
 def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:
     kernel = _in_wide(w, part)
-    if isinstance(kernel, AdaptedKernel):
+    if isinstance(kernel, AdaptedKernel) and kernel.gain is None:
         change = delta(kernel)
         total = kernel.w + change
         taken = total - kernel.w
         rest = (kernel.w - (total - taken)) + (change - taken)  # what rounding took from `total` itself (Knuth's sum)
     else:
-        change, total, rest = kernel - w, kernel, jnp.zeros_like(kernel)
+        total = materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel
+        change, rest = total - w, jnp.zeros_like(total)
     error = jnp.abs((total - folded) + rest)
     changed = change != 0
     lost = jnp.sum(changed & (folded == w)) / jnp.maximum(jnp.sum(changed), 1)

@@ -25,7 +25,7 @@ def merge(
     params: Any, adapter: Adapters, *, report: Literal[True], untie: bool = ...
 ) -> tuple[Any, dict[str, Rounding]]: ...
 def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool = False) -> Any:
-    """Folds an adapter into its base, `W = W0 + s·A·B`, for the unmodified model to serve.
+    """Folds an adapter into its base, such as `W = W0 + s·A·B`, for the unmodified model to serve.
 
     Each leaf is computed by itself, in float32 or wider, and cast once; its sharding and container stay. Nothing is
     changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory.
@@ -100,7 +100,7 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
     Raises:
       AdapterError: if the adapter does not fit `params`.
       MergeError: without `base` and `report`; if `params` is not the merge of `base` and `adapter`; if a leaf was
-        replaced whole, and only the base can bring it back.
+        replaced whole, or scaled, and only the base can bring it back.
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
@@ -216,9 +216,9 @@ def _differ(one: Any, other: Any) -> bool:
 
 
 def _without(path: str, leaf: Any, part: Adapter) -> Any:
-    if not part.variant.needs_axes:
+    if not part.variant.adds:
         raise MergeError(
-            f"Expected the kept base: {path!r} was replaced whole by {part.variant}; what it was is not in `params`.\n"
+            f"Expected the kept base: {part.variant} does not just add to {path!r}; what it was is not in `params`.\n"
             "  Call unmerge(params, adapter, base=base)."
         )
     return unfold(leaf, part)

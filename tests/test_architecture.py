@@ -35,6 +35,7 @@ LAYERS = [
     "_budget",
     "_dropout",
     "_adapter",
+    "_norms",
     "_variants",
     "_spec",
     "_init",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -92,12 +93,29 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
 
     return dataclasses.replace(
         adapted[0],
+        gain=_gains_side_by_side(parts, axis, roles),
         w=lax.concatenate([array_of(part) for part in parts], axis),
         a=side_by_side("a", axes_of_a(roles)),
         b=side_by_side("b", axes_of_b(roles)),
         scale=adapted[0].scale,
         paths=_paths(adapted),
     )
+
+
+def _gains_side_by_side(parts: Sequence[Value], axis: int, roles: Sequence[str]) -> Any:
+    """The gain of all the parts, if one has any: 1 is that of the others."""
+    gains = [part.gain if is_adapted(part) else None for part in parts]
+    known = [gain for gain in gains if gain is not None]
+    if not known or (all(gain is known[0] for gain in gains) and axis not in axes_of_b(roles)):
+        return known[0] if known else None
+    if axis not in axes_of_b(roles):
+        raise NoRule("kernels are put side by side along their inputs, of which one has a gain")
+    axes, dtype = axes_of_b(roles), widest(*(gain.dtype for gain in known))
+    every = [
+        jnp.ones(sizes(axes, np.shape(array_of(part)), 1), dtype) if gain is None else gain.astype(dtype)
+        for part, gain in zip(parts, gains, strict=True)
+    ]
+    return lax.concatenate(every, axes.index(axis))
 
 
 def _factors_without(axis: int, roles: Sequence[str]) -> list[str]:

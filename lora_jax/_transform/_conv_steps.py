@@ -66,14 +66,21 @@ class Steps:
         """Whether `a` has the axis that the channels of the input meet."""
         return self.kernel.roles[self.numbers.rhs_spec[1]] == "i"
 
+    @property
+    def labels(self) -> tuple[Labels, Labels]:
+        """Of the axes of the input, and of the result."""
+        w_out, w_in, *_ = self.numbers.rhs_spec
+        return _labels(self.numbers.lhs_spec, w_in), _labels(self.numbers.out_spec, w_out)
+
     def low_rank(self, x: Array, a: Array, b: Array) -> Array:
         """The convolution of `x` with `scale·a·b`, which is not formed."""
         w_out, w_in, *_ = self.numbers.rhs_spec
+        into, out = self.labels
         both = factors(dataclasses.replace(self.kernel, a=a, b=b))
         first, second = both if self.a_first else both[::-1]
-        thin = self._step(Labelled(x, _labels(self.numbers.lhs_spec, w_in)), first, w_in, RANK)
+        thin = self._step(Labelled(x, into), first, w_in, RANK)
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
-        return y.in_order(_labels(self.numbers.out_spec, w_out)).astype(self.dtype)
+        return y.in_order(out).astype(self.dtype)
 
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """The operations of the convolution, for the shapes of the input and of the result."""

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
 
-from .._adapter import AdaptedKernel, materialise
+from .._adapter import AdaptedKernel, gain_of, materialise
+from .._contract import Labels, widest
 from ._plan import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
 
 # While another `lora` traces this one, its program is made of plain operations, which have rules.
@@ -67,12 +68,16 @@ class Contraction(NamedTuple):
       low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed.
       costs: the operations of its products.
       precision: of its products.
+      x: the labels of the axes of `x`: one that meets an axis of the kernel has its number.
+      y: likewise of the result.
     """
 
     base: Callable[[Array, Array], Array]
     low_rank: Callable[[Array, Array, Array], Array]
     costs: Costs
     precision: Any
+    x: Labels
+    y: Labels
 
 
 def wanted(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form | None:
@@ -99,8 +104,43 @@ def in_training(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form:
 def contract(
     kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
 ) -> Array | Sum:
-    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`plan`)."""
-    base, low_rank, costs, _ = contraction
+    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`plan`).
+
+    A gain is that of the outputs: `x·(K ⊙ g) = (x·K) ⊙ g`. Where they are summed, as by a tied head, they are those of
+    `x`: `y·(K ⊙ g)ᵀ = (y ⊙ g)·Kᵀ`.
+    """
+    if kernel.gain is None:
+        return _contract(kernel, x, contraction, form, again=again)
+    gain, plain = gain_of(kernel), dataclasses.replace(kernel, gain=None)
+    if not set(gain.labels) <= set(contraction.y):
+        return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form, again=again)
+    g = gain.beside(contraction.y)
+    if kernel.dropout is None:
+        return times(settled(_contract(plain, x, contraction, form, again=again)), g)
+    # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
+    base, dropped = contraction.base(x, kernel.w), kernel.dropout.of(x)
+    seen = contraction.base(dropped, kernel.w)
+    return base + (times(seen + contraction.low_rank(dropped, kernel.a, kernel.b), g) - seen)
+
+
+def times(y: Array, gain: Array) -> Array:
+    """The product, in the wider of the two dtypes, as what `y` is."""
+    dtype = widest(y.dtype, gain.dtype)
+    return (y.astype(dtype) * gain.astype(dtype)).astype(y.dtype)
+
+
+def takes_gain(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> bool:
+    """Whether all the outputs that have a gain are kept, or all are summed, with an `x` that has them one by one."""
+    if kernel.gain is None or set(labels := gain_of(kernel).labels) <= set(contraction.y):
+        return True
+    sizes = dict(zip(contraction.x, x.shape, strict=True))
+    return all(sizes.get(label) == kernel.w.shape[label] for label in labels)
+
+
+def _contract(
+    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
+) -> Array | Sum:
+    base, low_rank, costs, *_ = contraction
     if kernel.dropout is not None:  # what the base sees is not what the factors see
         return Sum(base(x, kernel.w), low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
     its = wanted(kernel, costs, form)

@@ -34,7 +34,7 @@ from .._compat import (
 from .._errors import UnsupportedError
 from .._paths import Pattern, matches_any
 from .._use import Use
-from ._forms import Contraction, Sum, contract, in_training, settled
+from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
 from ._plan import Form, added
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
@@ -142,8 +142,11 @@ class Site:
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
+        if not takes_gain(kernel, contraction, x):
+            raise NoRule("of the outputs that have a gain, some are summed")
         form = in_training(kernel, contraction.costs, self.settings.form)
-        self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs))
+        gain = 0 if kernel.gain is None else contraction.costs.y
+        self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs) + gain)
         return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
 
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:

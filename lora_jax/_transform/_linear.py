@@ -36,6 +36,8 @@ def _dot_general(
 ) -> Value:
     """`x·W0 + ((x·A)·s)·B`, any dimension numbers, the kernel on either side; of two kernels neither is formed."""
     if is_adapted(lhs) and is_adapted(rhs):
+        if lhs.gain is not None or rhs.gain is not None:
+            raise NoRule("a product of two kernels, of which one has a gain")
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
         base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
@@ -75,7 +77,7 @@ def _dot_general(
         like=y,
     )
     its_base = (lambda x, w: product(w, x)) if side == 0 else product
-    return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision), roles=roles[side])
+    return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision, x_labels, out), roles=roles[side])
 
 
 @rule(primitives.add_p, "low-rank")

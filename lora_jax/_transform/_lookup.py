@@ -14,11 +14,12 @@ import jax
 import numpy as np
 from jax import Array, lax
 
-from .._adapter import AdaptedKernel
+from .._adapter import AdaptedKernel, gain_of
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import expand
+from ._forms import times
 from ._interpreter import NoRule, Site, Value, rule
 
 # Out of range, these modes move a slice to the nearest place: where a whole axis is taken, there is only one.
@@ -52,6 +53,7 @@ def _gather(
         return _probe(site, kernel, look_up, y, labels)
     a = look_up.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
     b = look_up.take(Labelled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
+    gain = None if kernel.gain is None else look_up.take(gain_of(kernel), indices, hints)
     if {"i", "o"} <= {kernel.roles[axis] for axis in look_up.left}:
         roles = [
             "b" if label in a.labels and label in b.labels else "i" if label in a.labels else "o" for label in labels
@@ -60,7 +62,10 @@ def _gather(
             tuple(axis if axis == RANK else labels[axis] for axis in axes)
             for axes in (axes_of_a(roles), axes_of_b(roles))
         )
-        return dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
+        if gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP and fill_value not in (None, 0):
+            raise NoRule("kernels that have a gain are looked up, and filled with a number beyond the end")
+        moved = dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
+        return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     thin, other = sorted((_cast(a, y.dtype), _cast(b, y.dtype)), key=lambda factor: factor.array.size)
     ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
     low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, like=jax.typeof(y))
@@ -70,7 +75,19 @@ def _gather(
         roles=look_up.roles,
         operations=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
     )
-    return y + low_rank
+    if gain is None:
+        return y + low_rank
+    if mode != lax.GatherScatterMode.FILL_OR_DROP:
+        return times(y + low_rank, gain.beside(labels))
+    # What the base is filled with beyond the end is no output, and has no gain.
+    rows = lax.gather(kernel.w, indices, dimension_numbers, slice_sizes, mode=mode, fill_value=0, **hints)
+    return times(rows + low_rank, gain.beside(labels)) + lax.stop_gradient(y - rows)
+
+
+def _as_b(gain: Labelled, order: Labels) -> Array:
+    """A gain as a kernel keeps it, in the place of `b`'s rank one number."""
+    at = order.index(RANK)
+    return lax.expand_dims(gain.in_order((*order[:at], *order[at + 1 :])), [at])
 
 
 def _cast(factor: Labelled, dtype: Any) -> Labelled:

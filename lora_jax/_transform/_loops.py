@@ -179,17 +179,17 @@ def _slices(x: Value) -> tuple[Any, Callable[[Site, Any], Value]]:
     """
     if not isinstance(x, AdaptedKernel):
         return x, lambda turn, piece: piece
-    axes = (axes_of_a(x.roles), axes_of_b(x.roles))
-    factors = [
-        _in_front(factor, its.index(0)) if 0 in its else None for factor, its in zip((x.a, x.b), axes, strict=True)
-    ]
+    layouts = {"a": axes_of_a(x.roles), "b": axes_of_b(x.roles), "gain": axes_of_b(x.roles)}
+    sliced = {
+        name: _in_front(getattr(x, name), axes.index(0))
+        for name, axes in layouts.items()
+        if 0 in axes and getattr(x, name) is not None
+    }
 
     def rebuild(turn: Site, piece: Any) -> Value:
-        w, a, b = piece
-        layer = dataclasses.replace(x, w=w, a=x.a if a is None else a, b=x.b if b is None else b, roles=x.roles[1:])
-        return turn.left(layer)
+        return turn.left(dataclasses.replace(x, **piece, roles=x.roles[1:]))
 
-    return (x.w, *factors), rebuild
+    return {"w": x.w, **sliced}, rebuild
 
 
 def _in_front(x: Array, axis: int) -> Array:

@@ -12,12 +12,14 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+import jax.numpy as jnp
 from jax import Array, lax
 
-from .._adapter import AdaptedKernel
+from .._adapter import AdaptedKernel, gain_of
+from .._axes import RANK
 from .._contract import Labelled, Labels, contract
 from ._factored import factors
-from ._forms import Sum
+from ._forms import Sum, times
 from ._interpreter import NoRule, Site, Value, rule
 
 
@@ -68,6 +70,9 @@ def _ragged_dot_general(
     x_rest = [label for label in x.labels if label >= kernel.w.ndim]
     w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
     out = (*batch, *x_rest, *w_rest)
+    gain = None if kernel.gain is None else gain_of(kernel)
+    if gain is not None and not set(gain.labels) <= {group, *out}:
+        raise NoRule("of the outputs that have a gain, some are summed")
     groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, precision)
     a, b = factors(kernel)
     first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
@@ -77,7 +82,11 @@ def _ragged_dot_general(
     # Beside the two products: the scale on the thin one, and the sum with the base's.
     operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
     site.used(kernel, "factored", roles=roles, operations=operations)
-    return Sum(y, low_rank)
+    if gain is None:
+        return Sum(y, low_rank)
+    if kernel.dropout is not None:
+        raise NoRule("a product by group in which something is dropped, of a kernel that has a gain")
+    return times(y + low_rank, groups.of_each_row(gain, lhs.shape[lhs_ragged]).beside(out))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +129,14 @@ class _Groups:
         )
         rest = [label for label in (*x.labels, *factor.labels) if label not in (*shared, self.group)]
         return Labelled(array, (*batch, *rest))
+
+    def of_each_row(self, x: Labelled, rows: int) -> Labelled:
+        """What is kept for each expert, for each row: that of its own expert."""
+        if self.group not in x.labels:
+            return x
+        one = Labelled(jnp.ones((rows, 1), x.array.dtype), (self.ragged, RANK))
+        factor = Labelled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
+        return self.contract(one, factor, keep={self.ragged, *x.labels})
 
     def operations(self, x: Labelled, factor: Labelled) -> int:
         """Of a product; a row meets one expert's factor."""

@@ -175,6 +175,8 @@ def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tu
     """The factors are padded with zeros; any other padding is refused."""
     if not isinstance(kernel, AdaptedKernel):
         raise NoRule("the kernel is what is padded with")
+    if kernel.gain is not None and (isinstance(value, Array) or value != 0):
+        raise NoRule("a kernel that has a gain is padded with something else than 0")
     value = site.dense(value, "the kernel is what is padded with")
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:

@@ -2,6 +2,7 @@
 
 from ._base import LowRank as LowRank
 from ._base import Variant as Variant
+from ._dora import DoRA as DoRA
 from ._full import Full as Full
 from ._lora import LoRA as LoRA
 from ._rslora import RSLoRA as RSLoRA

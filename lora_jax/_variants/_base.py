@@ -23,6 +23,7 @@ class Variant(abc.ABC):
 
     axes: str | None = dataclasses.field(default=None, repr=False)
     needs_axes: ClassVar[bool]  # whether the roles of the kernel's axes matter to it
+    adds: ClassVar[bool]  # whether it adds to the kernel what does not depend on it, and can be taken out again
 
     def __repr__(self) -> str:
         """What was chosen; what was left as it is by default is not shown."""
@@ -64,6 +65,7 @@ class LowRank(Variant):
     alpha: float
     dropout: float = 0.0
     needs_axes: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
 
     @property
     @abc.abstractmethod

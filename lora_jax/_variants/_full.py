@@ -23,6 +23,7 @@ class Full(Variant):
 
     axes: str | None = dataclasses.field(default=None, init=False, repr=False)
     needs_axes: ClassVar[bool] = False
+    adds: ClassVar[bool] = False
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Any shape will do."""
