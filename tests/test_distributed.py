@@ -1,7 +1,6 @@
 """Several processes train, save, and go on as other processes on another mesh, as one process alone would."""
 
 import json
-import os
 import random
 import shutil
 import signal
@@ -16,6 +15,7 @@ import distributed_run
 import jax
 import numpy as np
 import pytest
+from helpers import environment
 from jax.sharding import AxisType, Mesh
 
 SECONDS = 200  # after which a run hangs
@@ -27,11 +27,12 @@ def begin(count: int, devices: int, root: Path, shape: str, until: int) -> list[
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     program = [sys.executable, distributed_run.__file__, address, str(count)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen([*program, str(index), str(root), shape, str(until)], env=environment, **pipes)
+        subprocess.Popen(
+            [*program, str(index), str(root), shape, str(until)], env=environment(XLA_FLAGS=flags), **pipes
+        )
         for index in range(count)
     ]
 
