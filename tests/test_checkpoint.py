@@ -530,8 +530,8 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_from_its_newest_checkpoint(
     assert [report["restored"] for report in reports] == [report["newest"] for report in reports]
     newest = [report["newest"] for report in reports]
     assert newest == sorted(newest)
-    assert any(report["half written"] for report in reports)
     half = sum(report["half written"] for report in reports)
+    assert half > 5 or kills < 50  # of a few kills, all may have come between two saves
     print(f"{kind}: {len(reports)} kills, {half} left a step half written, and each run went on; steps {newest}")
 
 
