@@ -165,3 +165,14 @@ def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(tmp_path: P
     save(tmp_path, checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
     assert bits(restore(tmp_path)) == bits(checkpoint_killed.adapter(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["1"]  # nothing is left of those that failed
+
+
+def test_a_run_that_finds_no_room_in_the_background_says_so_and_can_go_on(tmp_path: Path) -> None:
+    program = [sys.executable, checkpoint_killed.__file__, "room", str(tmp_path)]
+    ran = subprocess.run(program, env=environment(), check=True, timeout=100, capture_output=True, text=True)
+    assert f'Failed writing: "{tmp_path}/1.orbax-checkpoint-tmp/' in ran.stdout
+    assert "File too large" in ran.stdout
+    run = checkpoint_killed.Run("async", tmp_path)
+    assert run.restored() == 1
+    assert list(run.manager.all_steps()) == [0, 1]
+    run.manager.close()
