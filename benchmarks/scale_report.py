@@ -108,9 +108,9 @@ def tables(results: Row) -> str:
 
 def document(results: Row, picture: str) -> str:
     """The part of the page that is written again with each measurement."""
-    commands = "\n".join(f"- `{command}`" for command in results["commands"])
+    kinds = " and ".join(sorted({row["kind"] for row in results["rows"]}))
     parts = [
-        f"Measured with jax {results['versions']['jax']} by\n\n{commands}",
+        f"By the compilers of jax {results['versions']['jax']} for {kinds}.",
         "## Memory\n\nGB of one device, LoRA / full fine-tuning; the ratio is that of the peaks.",
         aligned(memory(results["rows"])),
         "## Operations, bytes sent, compiling\n\nOf one simulated device and one step, LoRA / full fine-tuning; "
