@@ -470,3 +470,40 @@ def test_a_product_by_group_is_where_the_base_s_is() -> None:
             return lax.ragged_dot(x, params["w"], jnp.array([3, 5]), out_sharding=P(None, "model"))
 
         assert_close(jax.jit(lj.lora(apply))(params, adapter, x), apply(lj.merge(params, adapter), x))
+
+
+class Megatron(nnx.Module):
+    """Hidden units on devices, and the sum over them where the activation goes."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        def start(*names: Any) -> Any:
+            return nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+
+        bias = nnx.with_partitioning(nnx.initializers.zeros, ("model",))
+        self.up = nnx.Linear(8, 16, kernel_init=start(None, "model"), bias_init=bias, rngs=rngs)
+        self.down = nnx.Linear(16, 8, kernel_init=start("model", None), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.gelu(self.up(x)), out_sharding=P("data", None))
+
+
+def test_a_model_of_nnx_that_names_its_shardings_is_adapted_as_it_is() -> None:
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        graph, state = nnx.split(Megatron(nnx.Rngs(0)))
+        adapter = trained(jax.random.key(2), lj.init(jax.random.key(1), state, {"**/kernel": lj.LoRA(rank=2, alpha=4)}))
+        adapter = jax.device_put(adapter, lj.sharding.of(adapter, state))
+        assert str(jax.typeof(adapter["down/kernel"].a)) == "float32[16@model,2]"
+        x = jax.device_put(normal(8, 8), on_mesh("data", kind=AxisType.Explicit))
+        assert_law(lambda state, x: nnx.merge(graph, state)(x), state, adapter, x)
+
+
+def test_attention_of_linen_with_examples_on_devices_is_adapted_as_it_is() -> None:
+    model = nn.MultiHeadDotProductAttention(num_heads=4)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        x = jax.device_put(normal(8, 5, 16), on_mesh("data", kind=AxisType.Explicit))
+        params = model.init(jax.random.key(0), x)
+        adapter = adapted(params, {f"params/{name}/kernel": axes for name, axes in HEADS.items()})
+        assert_law(model.apply, params, adapter, x)
+
+
+HEADS = {"query": "ioo", "value": "ioo", "out": "iio"}
