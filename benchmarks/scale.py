@@ -16,7 +16,6 @@ import json
 import os
 import re
 import resource
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,12 +100,12 @@ def check(model: Llama, mesh: Mesh, step: Any) -> None:
     assert alive < 1_000_000, f"{alive} bytes are allocated"
     text = step.compiled.as_text()
     gathers = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather", text)
-    stacks = [
-        sizes for sizes in map(numbers, gathers) if sizes in stacked(model, mesh, cut=[(), ("data",), ("model",)])
-    ]
+    whole = stacked(model, mesh, cut=[(), ("data",), ("model",)])
+    stacks = [sizes for sizes in map(numbers, gathers) if sizes in whole]
     assert not stacks, f"all layers are gathered at once: {stacks}"
     carried = re.findall(r"f32\[([\d,]+)\]", " ".join(re.findall(r"= (\(.*?\)) while\(", text)))
-    copies = [sizes for sizes in map(numbers, carried) if sizes in stacked(model, mesh, cut=[("data", "model")])]
+    shards = stacked(model, mesh, cut=[("data", "model")])
+    copies = [sizes for sizes in map(numbers, carried) if sizes in shards]
     assert not copies, f"the base is copied in float32: {copies}"
 
 
@@ -163,8 +162,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
         mesh = mesh_of(64, given.topology)
         for what, values in SWEEPS.items():
             growth[what] = [grown(what, value, mesh) for value in values]
-    command = shlex.join(["python", "benchmarks/scale.py", *sys.argv[1:]])
-    return {"commands": [command], "versions": {"jax": jax.__version__}, "rows": rows, "growth": growth}
+    return {"versions": {"jax": jax.__version__}, "rows": rows, "growth": growth}
 
 
 def grown(what: str, value: int, mesh: Mesh) -> dict[str, Any]:
@@ -183,7 +181,6 @@ def read(paths: list[Path]) -> dict[str, Any]:
     """The figures of several runs, put together."""
     runs = [json.loads(path.read_text()) for path in paths]
     return {
-        "commands": [command for run in runs for command in run["commands"]],
         "versions": runs[0]["versions"],
         "rows": [row for run in runs for row in run["rows"]],
         "growth": {what: its for run in runs for what, its in run["growth"].items()},

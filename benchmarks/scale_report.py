@@ -108,13 +108,13 @@ def tables(results: Row) -> str:
 
 def document(results: Row, picture: str) -> str:
     """The part of the page that is written again with each measurement."""
-    commands = "\n".join(f"- `{command}`" for command in results["commands"])
+    kinds = " and ".join(sorted({row["kind"] for row in results["rows"]}))
     parts = [
-        f"Measured with jax {results['versions']['jax']} by\n\n{commands}",
+        f"By the compilers of jax {results['versions']['jax']} for {kinds}; 'TPU v5' is JAX's name for a v5p.",
         "## Memory\n\nGB of one device, LoRA / full fine-tuning; the ratio is that of the peaks.",
         aligned(memory(results["rows"])),
         "## Operations, bytes sent, compiling\n\nOf one simulated device and one step, LoRA / full fine-tuning; "
-        "operations are those of the whole step over the number of devices. *Resident* is the most that the process "
+        "operations are those of the whole step over the number\nof devices. *Resident* is the most that the process "
         "that planned it has ever held.",
         aligned(work(results["rows"])),
         "## How it grows\n\nThe 70B shape on 64 simulated devices (8 × 8), one size changed at a time.",

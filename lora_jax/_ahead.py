@@ -51,9 +51,9 @@ def plan(
     on every device, whole. The adapter goes where its kernels go, and of the optimiser's state whatever has the shape
     of a trained array goes where that does; the rest is on every device.
 
-    The memory is what the compiler for these devices has laid out. On simulated CPU devices it is an estimate of that on
-    others: their compilers order a program otherwise, and the CPU's multiplies 16-bit numbers in float32 and sends them
-    so. No dropout key is given, so nothing is dropped.
+    The memory is what the compiler for these devices has laid out. On simulated CPU devices it is an estimate of that
+    on others: their compilers order a program otherwise, and the CPU's multiplies 16-bit numbers in float32 and sends
+    them so. No dropout key is given, so nothing is dropped.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
     >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec

@@ -48,7 +48,7 @@ def _differences(directory: epath.Path) -> list[str]:
     if head != _HEAD + _digest(lines):
         return [f"{NAME!r} has changed"]
     promised = {name: digest for digest, _, name in (line.partition("  ") for line in lines.splitlines())}
-    there = list(_names(directory))
+    there = dict.fromkeys(_names(directory))
     missing = [f"{name!r} is missing" for name in promised if name not in there]
     strange = [f"{name!r} is none of its files" for name in there if name not in promised]
     kept = {name: digest for name, digest in promised.items() if name in there}

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from ._placement import disjoint, names_of
+from ._placement import disjoint, names_of, typed
 
 Labels = tuple[int, ...]
 
@@ -76,16 +76,16 @@ def contract(
         numbers,
         precision=precision,
         preferred_element_type=dtype,
-        out_sharding=_sharding(x, y, labels, names),
+        out_sharding=sharding_of_product(x, y, labels, names),
     )
     return Labelled(array, labels)
 
 
-def _sharding(x: Labelled, y: Labelled, labels: Sequence[int], names: Mapping[int, Any] | None) -> NamedSharding | None:
-    """That of a product where shardings are types; None elsewhere, where the compiler chooses."""
-    theirs = y.names | x.names
-    wanted = theirs if names is None else names
-    if not theirs and not wanted:
-        return None
-    mesh = next(mesh for operand in (x, y) if not (mesh := jax.typeof(operand.array).sharding.mesh).empty)
-    return NamedSharding(mesh, disjoint(labels, wanted))
+def sharding_of_product(
+    x: Labelled, y: Labelled, labels: Sequence[int], names: Mapping[int, Any] | None = None
+) -> NamedSharding | None:
+    """Where a product goes if shardings are types: as `names` says, or else as its operands; None, if they are not."""
+    for operand in (x, y):
+        if (sharding := typed(jax.typeof(operand.array))) is not None:
+            return sharding.update(spec=disjoint(labels, y.names | x.names if names is None else names))
+    return None

@@ -7,7 +7,9 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
+
+from ._placement import typed
 
 
 @jax.tree_util.register_dataclass
@@ -29,5 +31,6 @@ class Dropout:
 
     def of(self, x: Array) -> Array:
         """Zeroes elements of `x` and scales the others, so that the expectation stays."""
-        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+        where = typed(jax.typeof(x))
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape, out_sharding=where)
+        return lax.select(kept, x / (1 - self.rate), jnp.zeros(x.shape, x.dtype, out_sharding=where))

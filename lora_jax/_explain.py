@@ -184,8 +184,8 @@ def explain(
     # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
     whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
     uses = watch(program, kernels | whole, Settings(dense=tuple(dense), form=form_named(form)))
-    given = {} if shardings is None else flatten(shardings)[0]
-    places = {path: placements(path, part, given) for path, part in adapter.items() if given}
+    given = flatten(shardings)[0]
+    places = {} if shardings is None else {path: placements(path, part, given) for path, part in adapter.items()}
     rows = tuple(_row(path, part, leaves[path], uses, places.get(path)) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:

@@ -24,7 +24,7 @@ from ._version import __version__
 Manifest = Mapping[str, Any]
 
 FORMAT = "lora_jax.adapter"
-VERSION = 1  # of the format; a reader of version n reads all versions up to n
+VERSION = 1  # of this format and of a state's; a reader of version n reads all versions up to n
 
 _VARIANTS: dict[str, type[Variant]] = {variant.__name__: variant for variant in (DoRA, Full, LoRA, RSLoRA)}
 

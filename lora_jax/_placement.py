@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._axes import RANK
 
@@ -30,11 +30,14 @@ def mesh_axes(names: Any) -> tuple[str, ...]:
     return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
-def names_of(labels: Iterable[int], its_type: Any) -> dict[int, Any]:
-    """What an array's type (`jax.typeof`) says of its sharding, by the labels of its axes.
+def typed(its_type: Any) -> NamedSharding | None:
+    """The sharding that is part of an array's type (`jax.typeof`), as of `AxisType.Explicit`; None, if none is."""
+    sharding: NamedSharding = its_type.sharding
+    return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
-    Nothing, unless shardings are types there (`AxisType.Explicit`).
-    """
+
+def names_of(labels: Iterable[int], its_type: Any) -> dict[int, Any]:
+    """The axes of the mesh along which an array is cut by its type, by the labels of its own axes."""
     return {label: names for label, names in zip(labels, its_type.sharding.spec, strict=False) if names is not None}
 
 

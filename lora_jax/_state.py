@@ -14,11 +14,10 @@ from etils import epath
 
 from ._errors import CheckpointError, listed
 from ._item import ItemHandler, settled
-from ._manifest import check_values, check_width, dumps, loads, place
+from ._manifest import VERSION, check_values, check_width, dumps, loads, place
 from ._version import __version__
 
 _FORMAT = "lora_jax.state"
-_VERSION = 1
 _PLAIN = (bool, int, float, str)  # kept in the description: JSON gives them back as they were
 
 
@@ -34,7 +33,7 @@ class StateHandler(ItemHandler):
         """The arrays by path, keys as their data, and what each leaf is."""
         leaves = _leaves(args.state)
         described = {path: _describe(leaf) | _value(leaf) for path, leaf in leaves.items()}
-        manifest = {"format": _FORMAT, "version": _VERSION, "lora_jax": __version__, "state": described}
+        manifest = {"format": _FORMAT, "version": VERSION, "lora_jax": __version__, "state": described}
         return {path: _data(leaf) for path, leaf in leaves.items() if not isinstance(leaf, _PLAIN)}, dumps(manifest)
 
     def restore(self, directory: epath.Path, args: StateRestore) -> Any:

@@ -4,6 +4,7 @@
 `python checkpoint_killed.py timed ROOT SECONDS…`: saves to ROOT, killed one after another after so many seconds.
 `python checkpoint_killed.py many ROOT COUNT`: COUNT saves to ROOT, and none is killed.
 `python checkpoint_killed.py full ROOT BYTES…`: saves to ROOT where no file can be longer; prints the errors.
+`python checkpoint_killed.py room ROOT`: a run that finds no room for its second step; makes some, and saves it again.
 `python checkpoint_killed.py run KIND ROOT KILLS SEED`: a run of training that saves at every step and is killed so
 many times, at any moment after it has gone on from its newest checkpoint; KIND is `async`, `sync`, or `single` for
 `save` alone. Prints a line of JSON for each kill.
@@ -169,6 +170,18 @@ def save_on_full_disk(root: Path, limits: list[int]) -> None:
         os._exit(0)
 
 
+def run_out_of_room(root: Path) -> None:
+    run = Run("async", root)
+    for step, room in ((0, resource.RLIM_INFINITY), (1, 1000), (1, resource.RLIM_INFINITY)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        try:
+            run.save(step)
+            run.manager.wait_until_finished()
+        except ValueError as error:
+            os.write(1, str(error).encode())
+    run.manager.close()
+
+
 if __name__ == "__main__":
     command, root, *rest = sys.argv[1:]
     if command == "events":
@@ -177,6 +190,8 @@ if __name__ == "__main__":
         kill_after(Path(root), [float(delay) for delay in rest])
     elif command == "run":
         kill_run(root, Path(rest[0]), int(rest[1]), int(rest[2]))
+    elif command == "room":
+        run_out_of_room(Path(root))
     elif command == "full":
         save_on_full_disk(Path(root), [int(limit) for limit in rest])
     else:

@@ -1,5 +1,7 @@
 """What the tests share: the one table of tolerances, adapters that do something, and the dense oracle."""
 
+import os
+import sys
 from typing import Any
 
 import chex
@@ -59,3 +61,8 @@ def _bits_of(leaf: Any) -> tuple[Any, ...]:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return str(leaf.dtype), leaf.shape, np.asarray(jax.random.key_data(leaf)).tobytes()
     return str(leaf.dtype), leaf.shape, np.asarray(leaf).tobytes()
+
+
+def environment(**changed: str) -> dict[str, str]:
+    """For a Python process that shall import what this one imports."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | changed

@@ -57,7 +57,7 @@ DOORS = ["checkpoint", "optim", "sharding", "testing"]  # public modules; each m
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
-    "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
+    "_variants": [["_base"], ["_dora", "_full", "_lora", "_rslora"]],
     "_transform": [
         ["_plan"],
         ["_forms", "_factored"],

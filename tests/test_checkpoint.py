@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
+from helpers import environment
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from zoo import ZOO
 
@@ -486,7 +487,8 @@ def test_a_manifest_that_is_no_manifest_is_refused(copy: Path) -> None:
 
 
 def run(*args: object) -> None:
-    subprocess.run([sys.executable, checkpoint_killed.__file__, *map(str, args)], check=True, timeout=100)
+    program = [sys.executable, checkpoint_killed.__file__, *map(str, args)]
+    subprocess.run(program, env=environment(), check=True, timeout=100)
 
 
 def number_of(path: Path) -> float:
@@ -522,14 +524,14 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_from_its_newest_checkpoint(
 ) -> None:
     """The run itself compares what it restores, bit for bit, and does not go on from anything else."""
     program = [sys.executable, checkpoint_killed.__file__, "run", kind, str(tmp_path / "run"), str(kills), str(kills)]
-    lines = subprocess.run(program, check=True, timeout=600, capture_output=True, text=True).stdout.splitlines()
-    reports = [json.loads(line) for line in lines]
+    ran = subprocess.run(program, env=environment(), check=True, timeout=600, capture_output=True, text=True)
+    reports = [json.loads(line) for line in ran.stdout.splitlines()]
     assert len(reports) == kills + 1
     assert [report["restored"] for report in reports] == [report["newest"] for report in reports]
     newest = [report["newest"] for report in reports]
     assert newest == sorted(newest)
-    assert any(report["half written"] for report in reports)
     half = sum(report["half written"] for report in reports)
+    assert half > 5 or kills < 50  # of a few kills, all may have come between two saves
     print(f"{kind}: {len(reports)} kills, {half} left a step half written, and each run went on; steps {newest}")
 
 
@@ -537,7 +539,9 @@ def test_a_run_that_is_killed_at_any_moment_goes_on_from_its_newest_checkpoint(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_can_be_read_while_another_process_saves(tmp_path: Path) -> None:
     save(tmp_path, checkpoint_killed.adapter(0), base=checkpoint_killed.BASE)
-    process = subprocess.Popen([sys.executable, checkpoint_killed.__file__, "many", str(tmp_path), "15"])
+    process = subprocess.Popen(
+        [sys.executable, checkpoint_killed.__file__, "many", str(tmp_path), "15"], env=environment()
+    )
     numbers = [0.0]
     while process.poll() is None:
         numbers.append(number_of(tmp_path))

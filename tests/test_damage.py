@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from helpers import bits
+from helpers import bits, environment
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
@@ -155,7 +155,8 @@ def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(tmp_path: P
     """No file can grow beyond a limit, which stops the save at one file or another."""
     limits = [50, 200, 400, 600, 700, 1000]  # the last stops none but the checksums
     program = [sys.executable, checkpoint_killed.__file__, "full", str(tmp_path), *map(str, limits)]
-    errors = subprocess.run(program, check=True, timeout=100, capture_output=True, text=True).stdout.split("\n\n")[:-1]
+    ran = subprocess.run(program, env=environment(), check=True, timeout=100, capture_output=True, text=True)
+    errors = ran.stdout.split("\n\n")[:-1]
     assert len(errors) == len(limits)
     for error in errors:
         assert f"Expected to write a checkpoint; it could not be written, to {tmp_path}.\n" in error
@@ -164,3 +165,14 @@ def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(tmp_path: P
     save(tmp_path, checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
     assert bits(restore(tmp_path)) == bits(checkpoint_killed.adapter(3))
     assert [entry.name for entry in tmp_path.iterdir()] == ["1"]  # nothing is left of those that failed
+
+
+def test_a_run_that_finds_no_room_in_the_background_says_so_and_can_go_on(tmp_path: Path) -> None:
+    program = [sys.executable, checkpoint_killed.__file__, "room", str(tmp_path)]
+    ran = subprocess.run(program, env=environment(), check=True, timeout=100, capture_output=True, text=True)
+    assert f'Failed writing: "{tmp_path}/1.orbax-checkpoint-tmp/' in ran.stdout
+    assert "File too large" in ran.stdout
+    run = checkpoint_killed.Run("async", tmp_path)
+    assert run.restored() == 1
+    assert list(run.manager.all_steps()) == [0, 1]
+    run.manager.close()

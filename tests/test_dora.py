@@ -1,32 +1,231 @@
-"""DoRA: each output's direction by low rank, its length by a magnitude; against the formula with everything formed."""
+"""DoRA: the direction of each output by low rank, its length by a magnitude; against the formula, all formed."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-import functools
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
+import fuzz
+import fuzz_program as fp
+import fuzz_run
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from helpers import bits
 from jax import lax
-from law import assert_close, normal, total
+from law import Case, assert_close, assert_law, normal, total
 
 import lora_jax as lj
 from lora_jax import testing
 
 
-def dora(w: jax.Array, part: lj.Adapter) -> jax.Array:
-    """The paper's formula, everything formed; the norm is a constant of the gradient."""
-    axes = part.axes
-    batch, inputs, outputs = ([at for at, role in enumerate(axes) if role == its] for its in "bio")
-    names = "".join(chr(ord("a") + at) for at in range(len(axes)))
-    pick = lambda its: "".join(names[at] for at in its)  # noqa: E731
-    ab = jnp.einsum(
-        f"{pick(batch)}{pick(inputs)}z,{pick(batch)}z{pick(outputs)}->{names}", part.a, part.b, precision="highest"
-    )
-    whole = w + part.variant.scale * ab
-    length = lax.stop_gradient(jnp.sqrt(jnp.sum(whole**2, inputs, keepdims=True)))
-    return whole / length * jnp.expand_dims(part.magnitude, inputs) if batch == sorted(batch) else whole
+def dora(params: Any, axes: str, **options: Any) -> Any:
+    """An adapter of all that there is of a kernel `w`, which does something."""
+    variant = lj.DoRA(rank=2, alpha=3, axes=axes, **options)
+    shapes = jax.eval_shape(lambda key: lj.init(key, params, {"w": variant}), jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten([normal(*leaf.shape, seed=100 + at, size=0.4) for at, leaf in enumerate(leaves)])
+
+
+@pytest.mark.parametrize("axes", ["io", "oi", "ioo", "iio", "iiio", "bio", "iob", "obii"])
+def test_merged_it_is_the_formula_of_the_paper(axes: str) -> None:
+    params = {"w": normal(*range(3, 3 + len(axes)), size=0.5)}
+    part = dora(params, axes)["w"]
+    names = {role: [chr(ord("a") + at) for at, its in enumerate(axes) if its == role] for role in "bio"}
+    inputs = tuple(at for at, role in enumerate(axes) if role == "i")
+    batch, into, out = map("".join, names.values())
+    kernel = "".join(chr(ord("a") + at) for at in range(len(axes)))
+    update = jnp.einsum(f"{batch}{into}z,{batch}z{out}->{kernel}", part.a, part.b, precision="highest")
+    whole = params["w"] + 1.5 * update
+    length = jnp.sqrt(jnp.sum(whole**2, inputs, keepdims=True))
+    magnitude = jnp.einsum(f"{batch}{out},{kernel}->{kernel}", part.magnitude, jnp.ones_like(whole))
+    assert_close(lj.merge(params, {"w": part})["w"], magnitude * whole / length)
+
+
+def conv(**options: Any) -> Callable[..., jax.Array]:
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lambda w, x: lax.conv_general_dilated(x, w, (2, 1), "SAME", dimension_numbers=numbers, **options)
+
+
+def layers(w: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.scan(jax.checkpoint(lambda x, layer: (jnp.tanh(x @ layer), None)), x, w)[0]
+
+
+CASES = {
+    "Dense": Case(lambda w, x: x @ w, (4, 5), [(3, 4)], "io"),
+    "a bias": Case(lambda w, x, b: jnp.tanh(x @ w + b), (4, 5), [(3, 4), (5,)], "io"),
+    "the query of attention": Case(lambda w, x: jnp.einsum("td,dhk->htk", x, w), (4, 2, 3), [(5, 4)], "ioo"),
+    "the output of attention": Case(lambda w, x: jnp.einsum("htk,hkd->td", x, w), (2, 3, 4), [(2, 5, 3)], "iio"),
+    "a convolution": Case(conv(), (3, 2, 4, 6), [(2, 5, 6, 4)], "iiio"),
+    "a convolution in groups": Case(conv(feature_group_count=2), (3, 2, 2, 6), [(2, 5, 6, 4)], "iiio"),
+    "an embedding": Case(lambda w, ids: w[ids], (6, 5), [[0, 5, 2, 2]], "io"),
+    "an embedding, filled": Case(
+        lambda w, ids: jnp.take(w, ids, axis=0, mode="fill", fill_value=3.0), (6, 5), [[0, 5, 9]], "io"
+    ),
+    "a tied head": Case(lambda w, x, ids: (w[ids] + x) @ w.T, (6, 5), [(3, 5), [0, 5, 2]], "io"),
+    "a stack of layers": Case(layers, (3, 4, 4), [(5, 4)], "bio"),
+    "experts": Case(lambda w, x: jnp.einsum("etd,edf->etf", x, w), (2, 4, 5), [(2, 3, 4)], "bio"),
+    "experts by group": Case(
+        lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 3], jnp.int32)), (3, 4, 5), [(5, 4)], "bio"
+    ),
+    "one expert for each token": Case(
+        lambda w, x, ids: jnp.einsum("td,tdf->tf", x, w[ids]), (3, 4, 5), [(2, 4), [2, 0]], "bio"
+    ),
+    "a fused kernel, split": Case(lambda w, x: jnp.split(x @ w, 2, 1)[1] * (x @ w[:, :3]), (4, 6), [(3, 4)], "io"),
+    "put beside another": Case(lambda w, x, other: x @ jnp.concatenate([w, other], 1), (4, 6), [(3, 4), (4, 2)], "io"),
+    "transposed, scaled, reversed": Case(lambda w, x: (3 * w[:, ::-1].T) @ x, (4, 6), [(4, 3)], "io"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapted_and_merged_are_the_same_function(name: str) -> None:
+    case = CASES[name]
+    assert_law(case.apply, case.params, dora(case.params, case.roles or ""), *case.arrays)
+
+
+@pytest.mark.parametrize("form", [None, "hybrid", "merged"])
+def test_it_is_the_same_function_in_every_form(form: Any) -> None:
+    case = CASES["a bias"]
+    adapter = dora(case.params, "io")
+    adapted = lj.lora(case.apply, form=form)
+    gradient = jax.grad(lambda ad: total(adapted(case.params, ad, *case.arrays)))(adapter)
+    expected = jax.grad(lambda ad: total(case.apply(lj.merge(case.params, ad), *case.arrays)))(adapter)
+    assert_close(gradient, expected, {"float32": 1e-4})
+
+
+@pytest.mark.parametrize("name", ["Dense", "a stack of layers", "a convolution", "an embedding"])
+def test_at_the_start_the_model_is_as_it_was(name: str) -> None:
+    case = CASES[name]
+    variant = lj.DoRA(rank=2, alpha=3, axes=case.roles)
+    adapter = lj.init(jax.random.key(0), case.params, {"w": variant})
+    assert_close(lj.lora(case.apply)(case.params, adapter, *case.arrays), case.apply(case.params, *case.arrays))
+
+
+def test_the_norm_is_a_constant_of_the_gradient() -> None:
+    w, x = normal(4, 5), normal(3, 4, seed=1)
+    part = dora({"w": w}, "io")["w"]
+    whole = w + 1.5 * part.a @ part.b
+    length = jnp.linalg.norm(whole, axis=0)
+    run = lambda part: jnp.sum(lj.lora(lambda p, x: x @ p["w"])({"w": w}, {"w": part}, x))  # noqa: E731
+    gradient = jax.grad(run)(part)
+    dw = x.T @ jnp.ones((3, 5)) * part.magnitude / length
+    assert_close(gradient.a, 1.5 * dw @ part.b.T)
+    assert_close(gradient.b, 1.5 * part.a.T @ dw)
+    assert_close(gradient.magnitude, jnp.sum(x @ whole, 0) / length)
+
+
+def test_what_the_magnitude_changes_of_the_base_sees_the_dropout() -> None:
+    # y = x·W0 + (g - 1)·d(x)·W0 + g·s·d(x)·A·B, as in DoRA's own code; here W0 = 1, B = 0 and g = 3.
+    params = {"w": jnp.eye(4)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, dropout=0.75)})
+    adapter = {"w": lj.Adapter(adapter["w"].variant, "io", **adapter["w"].arrays | {"magnitude": jnp.full(4, 3.0)})}
+    apply, x = lj.lora(lambda params, x: x @ params["w"]), jnp.ones((64, 4))
+    assert_close(apply(params, adapter, x), 3 * x)
+    dropped = apply(params, adapter, x, dropout_key=jax.random.key(1))
+    assert {round(float(value), 3) for value in dropped.ravel()} == {1.0, 1.0 + 2 * 4}
+    assert 0.15 < float((dropped > 1).mean()) < 0.35
+
+
+def test_the_scale_may_be_that_of_rslora() -> None:
+    params, x = {"w": normal(4, 5)}, normal(3, 4, seed=1)
+    adapter = dora(params, "io", rank_stabilised=True)
+    assert adapter["w"].variant.scale == pytest.approx(3 / 2**0.5)
+    assert_law(lambda params, x: x @ params["w"], params, adapter, x)
+
+
+def test_the_base_may_be_in_bfloat16() -> None:
+    params, x = {"w": normal(64, 32, dtype="bfloat16")}, normal(8, 64, seed=1, dtype="bfloat16")
+    assert_law(lambda params, x: x @ params["w"], params, dora(params, "io"), x)
+
+
+def test_it_is_saved_and_restored(tmp_path: Path) -> None:
+    params = {"w": normal(4, 5)}
+    adapter = dora(params, "io", rank_stabilised=True)
+    lj.save(tmp_path / "dora", adapter, base=params)
+    restored = lj.restore(tmp_path / "dora", base=params)
+    assert bits(restored) == bits(adapter)
+    assert restored["w"].variant == adapter["w"].variant
+
+
+def test_only_the_base_brings_back_what_was_merged() -> None:
+    params = {"w": normal(4, 5)}
+    adapter = dora(params, "io")
+    merged = lj.merge(params, adapter)
+    assert lj.unmerge(merged, adapter, base=params)["w"] is params["w"]
+    with pytest.raises(lj.MergeError, match="does not just add to 'w'"):
+        lj.unmerge(merged, adapter, report=True)
+    _, report = lj.merge(params, adapter, report=True)
+    assert report["w"].max_error < 1e-6
+
+
+def test_it_starts_from_values() -> None:
+    shapes = {"w": jax.ShapeDtypeStruct((4, 5), jnp.float32)}
+    with pytest.raises(lj.SpecError, match="At 'w': DoRA starts from the norms of the kernel's values"):
+        lj.init(jax.random.key(0), shapes, {"w": lj.DoRA(rank=2, alpha=4)})
+
+
+REFUSED = {
+    "a product of two": (lambda p, x: x @ (p["w"] @ p["w"]), "a product of two kernels, of which one has a gain"),
+    "padding": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=2.0), "padded with something else"),
+    "beside another, along the inputs": (
+        lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], jnp.ones((4, 4))], 0),
+        "side by side along their inputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_would_need_the_gain_inside_is_refused(name: str) -> None:
+    call, reason = REFUSED[name]
+    params, x = {"w": normal(4, 4)}, normal(3, 4)
+    with pytest.raises(lj.UnsupportedError, match=reason):
+        lj.lora(call)(params, dora(params, "io"), x)
+    assert_law(call, params, dora(params, "io"), x, formed=["w"])
+
+
+def test_its_operations_are_few_more_than_those_of_lora() -> None:
+    params = {"w": jax.ShapeDtypeStruct((768, 768), jnp.float32)}
+    x = jax.ShapeDtypeStruct((512, 768), jnp.float32)
+
+    def step(variant: Any) -> int:
+        adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, {"w": variant}))
+        loss = lambda ad, params, x: lj.lora(lambda p, x: x @ p["w"])(params, ad, x).sum()  # noqa: E731
+        return testing.operations(jax.grad(loss, (0, 2)), adapter, params, x)
+
+    assert step(lj.DoRA(rank=8, alpha=16)) < 1.03 * step(lj.LoRA(rank=8, alpha=16))
+
+
+def test_no_update_is_formed_for_the_norm() -> None:
+    params = {"w": jnp.ones((48, 40))}
+    adapter = dora(params, "io")
+    run = lambda ad, x: lj.lora(lambda p, x: x @ p["w"], form="factored")(params, ad, x).sum()  # noqa: E731
+    jaxpr = jax.make_jaxpr(jax.grad(run))(adapter, jnp.ones((3, 48)))
+    products = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert products
+    assert not any(eqn.outvars[0].aval.shape in ((48, 40), (40, 48)) for eqn in products)
+
+
+def test_random_programs_are_those_of_the_formed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `test_fuzz.py`; here a program may also be refused, for one of the reasons that a gain gives."""
+    monkeypatch.setitem(fuzz_run.VARIANTS, "DoRA", lj.DoRA)
+    refused, seeds = collections.Counter[str](), range(3000, 3080)
+    for seed in seeds:
+        program = fuzz.Drawing(random.Random(seed)).program()
+        if any(isinstance(step, fp.Opaque) for step in fp.steps_of(program.body)):
+            continue
+        leaves = tuple(
+            (name, dataclasses.replace(leaf, variant="DoRA") if leaf.variant in ("LoRA", "RSLoRA") else leaf)
+            for name, leaf in program.leaves
+        )
+        try:
+            fuzz_run.assert_program(dataclasses.replace(program, leaves=leaves))
+        except AssertionError as error:
+            if not (found := re.search(r"it reaches `\w+`: (.* gain.*)\.", str(error))):
+                raise
+            refused[found[1]] += 1
+    assert refused.total() < 0.4 * len(seeds)

@@ -32,7 +32,7 @@ def test_a_row_is_written_into_the_page(row, tmp_path, monkeypatch, capsys):
     page, picture, figures = tmp_path / "scale.md", tmp_path / "scale.png", tmp_path / "figures.json"
     page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n")
     growth = {what: [row, {**row, what: 2 * row[what]}] for what in scale.SWEEPS}
-    found = {"commands": ["the command"], "versions": {"jax": "1.2.3"}, "rows": [row], "growth": growth}
+    found = {"versions": {"jax": "1.2.3"}, "rows": [row], "growth": growth}
     figures.write_text(json.dumps(found))
     monkeypatch.setattr(scale, "PAGE", page)
     monkeypatch.setattr(scale, "PICTURE", picture)
@@ -41,7 +41,7 @@ def test_a_row_is_written_into_the_page(row, tmp_path, monkeypatch, capsys):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert picture.read_bytes().startswith(b"\x89PNG")
-    for part in ("the command", "jax 1.2.3", "| 70B   | 8 (2 × 4) |", "| rank ", "| 4 ", "| 8 "):
+    for part in ("jax 1.2.3 for cpu", "| 70B   | 8 (2 × 4) |", "| rank ", "| 4 ", "| 8 "):
         assert part in text
     assert "| 70B   | 8 (2 × 4) |" in capsys.readouterr().out
 

@@ -6,7 +6,6 @@ The bytes are read from the compiled program. They are those of the compiler for
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from law import adapted, assert_close, assert_law, normal
+from law import adapted, assert_close, normal
 
 import lora_jax as lj
 from benchmarks import models
@@ -108,7 +107,18 @@ METHODS: dict[str, Callable[[models.Case], models.Method]] = {
 
 @functools.cache
 def case(rank: int = SIZE.rank) -> models.Case:
-    return models.case(models.Size(**{**vars(SIZE), "rank": rank}), scanned=True)
+    """A decoder of random numbers, none of which has to be compiled."""
+    model, tokens = models.Decoder(SIZE, scanned=True), (7 * jnp.arange(64) % SIZE.vocabulary).reshape(8, 8)
+    params = drawn(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    spec = {"**/{query,key,value,out,up,down}/kernel": lj.LoRA(rank=rank, alpha=models.ALPHA)}
+    kernels = lj.kernels(models.plain(model), params, tokens)
+    adapter = jax.eval_shape(lambda key: lj.init(key, params, spec, kernels=kernels), jax.random.key(0))
+    return models.Case(model.clone(size=models.Size(**{**vars(SIZE), "rank": rank})), params, drawn(adapter), tokens)
+
+
+def drawn(shapes: Any) -> Any:
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten([normal(*leaf.shape, seed=number, size=0.2) for number, leaf in enumerate(leaves)])
 
 
 class Step(NamedTuple):
@@ -147,9 +157,8 @@ def run(loss: Any, trained: Any, *args: Any, mesh: Mesh | None = None) -> Step:
         step = jax.jit(update(loss))
     else:
         everywhere = NamedSharding(mesh, P())
-        places = jax.tree.map(
-            lambda x: getattr(x.sharding, "spec", None) and x.sharding or everywhere, (trained, state)
-        )
+        named = lambda x: x.sharding if isinstance(x.sharding, NamedSharding) else everywhere  # noqa: E731
+        places = jax.tree.map(named, (trained, state))
         trained, state = jax.device_put((trained, state), places)
         step = jax.jit(update(loss), out_shardings=(*places, everywhere))
     program = step.lower(trained, state, *args).compile()
@@ -193,16 +202,177 @@ def bytes_of(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("layout", ["data parallel", "FSDP"])
-def test_gradients_are_summed_over_the_devices_for_the_adapter_alone(layout: str) -> None:
-    """Twice the rank, twice the bytes; what is left is the loss and, of shards, their norm."""
-    few, many = ({rank: sharded(layout, "lora()", rank).bytes("all-reduce") for rank in (4, 8)}).values()
-    adapter = bytes_of(case(4).adapter)
-    assert many - few == adapter
-    assert adapter < few <= adapter + 64
-    assert sharded(layout, "full").bytes("all-reduce") >= bytes_of(case().params) > 5 * few
+def test_gradients_are_summed_over_the_devices_for_the_adapter_alone() -> None:
+    """Twice the rank, twice the bytes; besides there is the loss."""
+    loss = 4
+    few, many, full = (
+        sharded("data parallel", method, rank).bytes("all-reduce")
+        for method, rank in (("lora()", 4), ("lora()", 8), ("full", 4))
+    )
+    assert few == bytes_of(case().adapter) + loss
+    assert many == 2 * bytes_of(case().adapter) + loss
+    assert full >= bytes_of(case().params) + loss > 5 * few
 
 
 def test_an_fsdp_step_gathers_one_kernel_of_one_layer_at_a_time() -> None:
     step = sharded("FSDP", "lora()")
     assert step.largest_gather == 4 * SIZE.width * SIZE.hidden
+    # What is summed is the gradient of the adapter, and the norm of its shards.
+    assert step.bytes("all-reduce") <= sharded("data parallel", "lora()").bytes("all-reduce") + 64
+
+
+# Data parallel by hand: `pmap`, and `shard_map` around the step
+
+
+def perceptron(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["up"]) @ params["down"]
+
+
+PARAMS = {"up": normal(8, 24, size=0.5), "down": normal(24, 8, seed=1, size=0.5)}
+X = normal(16, 8, seed=2)
+
+
+def mean_loss(adapter: Any, params: Any, x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.sin(lj.lora(perceptron, form="factored")(params, adapter, x)))
+
+
+def averaged(trained: Any, state: Any, params: Any, x: jax.Array) -> Any:
+    """A step of which each device takes its own examples."""
+    value, gradient = jax.value_and_grad(mean_loss)(trained, params, x)
+    value, gradient = lax.pmean((value, gradient), "data")
+    updates, state = TX.update(gradient, state, trained)
+    return optax.apply_updates(trained, updates), state, value
+
+
+def together(trained: Any, state: Any, params: Any, x: jax.Array) -> Any:
+    """A step of the loss of all examples, whose gradient JAX sums by itself."""
+    return update(lambda *args: lax.pmean(mean_loss(*args), "data"))(trained, state, params, x)
+
+
+def test_a_pmapped_step_is_that_on_one_device() -> None:
+    adapter = adapted(PARAMS, {"up": "io", "down": "io"})
+    everywhere = jax_utils.replicate((adapter, TX.init(adapter), PARAMS))
+    step = jax.pmap(averaged, axis_name="data")
+    program = step.lower(*everywhere, X.reshape(8, 2, 8)).compile()
+    trained, _, value = program(*everywhere, X.reshape(8, 2, 8))
+    expected = run(mean_loss, adapter, PARAMS, X)
+    assert_close(jax_utils.unreplicate((value, trained)), (expected.loss, expected.trained), CLOSE)
+    (sent,) = {each.kind for each in testing.collectives(program)}
+    assert sent == "all-reduce"
+    assert sum(each.bytes for each in testing.collectives(program)) == bytes_of(adapter) + value[0].nbytes
+
+
+@pytest.mark.parametrize(("step", "checked"), [(averaged, False), (together, True)])
+def test_a_step_in_a_shard_map_is_that_on_one_device(step: Any, checked: bool) -> None:
+    adapter = adapted(PARAMS, {"up": "io", "down": "io"})
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(
+        step, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=(P(), P(), P()), check_vma=checked
+    )
+    program = jax.jit(mapped).lower(adapter, TX.init(adapter), PARAMS, X).compile()
+    trained, _, value = program(adapter, TX.init(adapter), PARAMS, X)
+    expected = run(mean_loss, adapter, PARAMS, X)
+    assert_close((value, trained), (expected.loss, expected.trained), CLOSE)
+    assert {each.kind for each in testing.collectives(program)} == {"all-reduce"}
+    assert sum(each.bytes for each in testing.collectives(program)) == bytes_of(adapter) + value.nbytes
+
+
+# A pipeline: each stage has a layer, and hands on what it makes
+
+STAGES = 8
+
+
+def pipeline(params: Any, x: jax.Array) -> jax.Array:
+    """Micro-batches, (count, examples, width), go from stage to stage; in each turn of the loop each takes one."""
+    mesh = jax.make_mesh((STAGES,), ("stage",), axis_types=(AxisType.Auto,))
+    onwards = [(stage, stage + 1) for stage in range(STAGES - 1)]
+
+    def stages(w: jax.Array, x: jax.Array) -> jax.Array:
+        def turn(held: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+            first = x[jnp.minimum(number, len(x) - 1)]
+            y = jnp.tanh(jnp.where(lax.axis_index("stage") == 0, first, held) @ w[0])
+            return lax.ppermute(y, "stage", onwards), y
+
+        start = lax.pcast(jnp.zeros_like(x[0]), "stage", to="varying")
+        return lax.scan(turn, start, jnp.arange(len(x) + STAGES - 1))[1][None]
+
+    made = jax.shard_map(stages, mesh=mesh, in_specs=(P("stage"), P()), out_specs=P("stage"))(params["layers"], x)
+    return made[-1, STAGES - 1 :]
+
+
+def in_order(params: Any, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
+
+
+def test_a_pipelined_step_is_that_of_the_layers_in_order_and_hands_on_nothing_more() -> None:
+    params, x = {"layers": normal(STAGES, 8, 8, size=0.5)}, normal(3, 4, 8, seed=1)
+    adapter = adapted(params, {"layers": "bio"})
+
+    at = NamedSharding(jax.make_mesh((STAGES,), ("stage",), axis_types=(AxisType.Auto,)), P("stage"))
+
+    def loss(apply: Any, adapter: Any, params: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(lj.lora(apply, form="factored")(params, adapter, x)))
+
+    def dense(params: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(pipeline(params, x)))
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(loss, in_order)))(adapter, params)
+    params, adapter = jax.device_put((params, adapter), (at, lj.sharding.of(adapter, at)))
+    step = jax.jit(jax.value_and_grad(functools.partial(loss, pipeline)))
+    assert_close(step(adapter, params), expected, CLOSE)
+    assert testing.wire_bytes(step, adapter, params) == testing.wire_bytes(jax.jit(jax.value_and_grad(dense)), params)
+    turns = [each for each in testing.collectives(step, adapter, params) if each.times > 1]
+    assert {(each.kind, each.bytes, each.times) for each in turns} == {("collective-permute", x[0].nbytes, 10)}
+
+
+# Where shardings are types
+
+
+def decoder(params: Any, tokens: jax.Array) -> jax.Array:
+    """A decoder that says of each kernel along which axes of the mesh it is gathered, and of sums where they go."""
+
+    def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
+        into = {name: jax.reshard(layer[name], P(None, "model", *more)) for name, more in INTO.items()}
+        out = {name: jax.reshard(layer[name], P("model", *more, None)) for name, more in OUT.items()}
+        query, key, value = (jnp.einsum("btd,dhk->bthk", x, into[name]) for name in ("query", "key", "value"))
+        weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", query, key))
+        heads = jnp.einsum("bhts,bshk->bthk", weights, value)
+        x = x + jnp.einsum("bthk,hkd->btd", heads, out["out"], out_sharding=P("data"))
+        hidden = jnp.tanh(jnp.einsum("btd,df->btf", x, into["up"]))
+        return x + jnp.einsum("btf,fd->btd", hidden, out["down"], out_sharding=P("data")), None
+
+    layers = {name: params[name] for name in (*INTO, *OUT)}
+    x = params["embedding"].at[tokens].get(out_sharding=P("data"))
+    x, _ = lax.scan(jax.checkpoint(block), x, layers)
+    return jnp.einsum("btd,vd->btv", x, jax.reshard(params["embedding"], P("model", None)))
+
+
+INTO: dict[str, tuple[None, ...]] = {"query": (None,), "key": (None,), "value": (None,), "up": ()}
+OUT: dict[str, tuple[None, ...]] = {"out": (None,), "down": ()}
+SHAPES = {"query": (8, 4, 2), "key": (8, 4, 2), "value": (8, 4, 2), "up": (8, 16), "out": (4, 2, 8), "down": (16, 8)}
+ROLES = dict.fromkeys(("query", "key", "value"), "bioo") | {"up": "bio", "out": "biio", "down": "bio"}
+
+
+def step_of_types(*devices: int) -> Step:
+    mesh = jax.make_mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    at = {name: P(None, "data", "model") for name in INTO} | {"out": P(None, "model", None, "data")}
+    at |= {"down": P(None, "model", "data"), "embedding": P("model", "data")}
+    params = {name: normal(2, *shape, seed=n, size=0.3) for n, (name, shape) in enumerate(SHAPES.items())}
+    params["embedding"] = normal(12, 8, seed=9)
+    with jax.set_mesh(mesh):
+        params = {name: jax.device_put(w, NamedSharding(mesh, at[name])) for name, w in params.items()}
+        adapter = adapted(params, ROLES | {"embedding": "io"})
+        adapter = jax.device_put(adapter, lj.sharding.of(adapter, params))
+        tokens = jax.device_put(jnp.arange(24).reshape(4, 6) % 12, NamedSharding(mesh, P("data")))
+
+        def loss(adapter: Any, params: Any, tokens: jax.Array) -> jax.Array:
+            logits = lj.lora(decoder)(params, adapter, tokens)
+            return -jnp.mean(jnp.sum(jax.nn.log_softmax(logits) * jax.nn.one_hot(tokens, 12), -1))
+
+        return run(loss, adapter, params, tokens)
+
+
+def test_a_step_where_shardings_are_types_is_that_on_one_device() -> None:
+    step, expected = step_of_types(2, 4), step_of_types(1, 1)
+    assert step.sent and not expected.sent
+    assert_close((step.loss, step.trained), (expected.loss, expected.trained), CLOSE)

@@ -363,8 +363,11 @@ EXPLICIT = {
         "io",
         P(None, "model"),
     ),
-    "side by side": Typed(
-        lambda w, x: x @ jnp.concatenate([w, jnp.tanh(x[:8, :1]).sum() * w], 1), (8, 12), "io", P(None, None)
+    "beside a leaf": Typed(
+        lambda w, x: x @ jnp.concatenate([w, jnp.ones((8, 4), out_sharding=P(None, "model"))], 1),
+        (8, 12),
+        "io",
+        P(None, "model"),
     ),
     "repeated": Typed(
         lambda w, x: jnp.einsum("etd,edf->etf", x, jnp.broadcast_to(w, (2, 8, 12))),
@@ -378,6 +381,15 @@ EXPLICIT = {
     "with itself": Typed(lambda w, x: x @ (w @ w.T), (8, 12), "io", P()),
     "with itself, on devices": Typed(
         lambda w, x: x @ jnp.einsum("io,jo->ij", w, w, out_sharding=P()), (8, 12), "io", P(None, "model")
+    ),
+    "a convolution, outputs": Typed(
+        lambda w, x: lax.conv_general_dilated(
+            x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"), out_sharding=P("data", None, "model")
+        ),
+        (3, 8, 12),
+        "iio",
+        P(None, None, "model"),
+        (8, 5, 8),
     ),
     "a convolution": Typed(
         lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")),
@@ -431,3 +443,67 @@ def test_a_step_outside_of_jit_follows_the_types_too() -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         apply, params, adapter, x = typed("outputs")
         assert_close(lj.lora(apply)(params, adapter, x), apply(lj.merge(params, adapter), x))
+
+
+def test_what_drops_is_where_the_activation_is() -> None:
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        apply, params, adapter, x = typed("outputs")
+        spec = {"w": lj.LoRA(rank=8, alpha=4, dropout=0.5)}
+        adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, spec))
+        run = jax.jit(lambda key: lj.lora(apply)(params, adapter, x, dropout_key=key))
+        some, others = run(jax.random.key(2)), run(jax.random.key(3))
+        assert jax.typeof(some) == jax.typeof(apply(params, x))
+        assert not jnp.array_equal(some, others)
+
+
+def test_a_product_by_group_is_where_the_base_s_is() -> None:
+    """Its value alone: JAX has no derivative of it there."""
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        params, x = (
+            {"w": jax.device_put(normal(2, 8, 12), on_mesh(None, None, "model", kind=AxisType.Explicit))},
+            normal(8, 8),
+        )
+        adapter = adapted(params, {"w": "bio"})
+        adapter = jax.device_put(adapter, lj.sharding.of(adapter, params))
+
+        def apply(params: Any, x: jax.Array) -> jax.Array:
+            return lax.ragged_dot(x, params["w"], jnp.array([3, 5]), out_sharding=P(None, "model"))
+
+        assert_close(jax.jit(lj.lora(apply))(params, adapter, x), apply(lj.merge(params, adapter), x))
+
+
+class Megatron(nnx.Module):
+    """Hidden units on devices, and the sum over them where the activation goes."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        def start(*names: Any) -> Any:
+            return nnx.with_partitioning(nnx.initializers.lecun_normal(), names)
+
+        bias = nnx.with_partitioning(nnx.initializers.zeros, ("model",))
+        self.up = nnx.Linear(8, 16, kernel_init=start(None, "model"), bias_init=bias, rngs=rngs)
+        self.down = nnx.Linear(16, 8, kernel_init=start("model", None), rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.down(nnx.gelu(self.up(x)), out_sharding=P("data", None))
+
+
+def test_a_model_of_nnx_that_names_its_shardings_is_adapted_as_it_is() -> None:
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        graph, state = nnx.split(Megatron(nnx.Rngs(0)))
+        adapter = trained(jax.random.key(2), lj.init(jax.random.key(1), state, {"**/kernel": lj.LoRA(rank=2, alpha=4)}))
+        adapter = jax.device_put(adapter, lj.sharding.of(adapter, state))
+        assert str(jax.typeof(adapter["down/kernel"].a)) == "float32[16@model,2]"
+        x = jax.device_put(normal(8, 8), on_mesh("data", kind=AxisType.Explicit))
+        assert_law(lambda state, x: nnx.merge(graph, state)(x), state, adapter, x)
+
+
+def test_attention_of_linen_with_examples_on_devices_is_adapted_as_it_is() -> None:
+    model = nn.MultiHeadDotProductAttention(num_heads=4)
+    with jax.set_mesh(mesh(AxisType.Explicit)):
+        x = jax.device_put(normal(8, 5, 16), on_mesh("data", kind=AxisType.Explicit))
+        params = model.init(jax.random.key(0), x)
+        adapter = adapted(params, {f"params/{name}/kernel": axes for name, axes in HEADS.items()})
+        assert_law(model.apply, params, adapter, x)
+
+
+HEADS = {"query": "ioo", "value": "ioo", "out": "iio"}

@@ -14,14 +14,17 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b, join, sizes
 from .._compat import primitives
 from .._contract import widest
+from .._placement import along, typed
 from ._interpreter import NoRule, Site, Value, array_of, is_adapted, rule
 
 Axes = tuple[int, ...]
@@ -87,7 +90,9 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
             widths = [(0, 0)] * len(axes)
             widths[rank_axis] = (start, total - start - rank)
             shape = sizes(axes, np.shape(array_of(part)), rank)
-            factor = getattr(part, name).astype(dtype) if rank else jnp.zeros(shape, dtype)
+            factor = (
+                getattr(part, name).astype(dtype) if rank else jnp.zeros(shape, dtype, out_sharding=_like(part, axes))
+            )
             placed.append(jnp.pad(factor, widths))
         return lax.concatenate(placed, axes.index(axis))
 
@@ -116,6 +121,12 @@ def _gains_side_by_side(parts: Sequence[Value], axis: int, roles: Sequence[str])
         for part, gain in zip(parts, gains, strict=True)
     ]
     return lax.concatenate(every, axes.index(axis))
+
+
+def _like(part: Array, axes: Axes) -> NamedSharding | None:
+    """Where a factor of a leaf would be, if the leaf's type says where that is."""
+    sharding = typed(jax.typeof(part))
+    return None if sharding is None else sharding.update(spec=along(axes, sharding.spec))
 
 
 def _factors_without(axis: int, roles: Sequence[str]) -> list[str]:

@@ -69,7 +69,7 @@ def _conv_general_dilated(
         dimension_numbers,
         feature_group_count,
         precision,
-        y.dtype,
+        y,
     )
     contraction = Contraction(convolve, steps.low_rank, steps.costs(lhs.shape, y.shape), precision, *steps.labels)
     return site.contract(kernel, lhs, contraction, roles=roles)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
-from .._contract import Labelled, Labels, contract
+from .._contract import Labelled, Labels, contract, sharding_of_product
+from .._placement import names_of
 from ._factored import factors
 from ._plan import Costs, Passes
 
@@ -51,7 +52,7 @@ class Steps:
       numbers: which axes of the input, the kernel and the result are what.
       groups: how many groups the channels are divided into.
       precision: as in `conv_general_dilated`.
-      dtype: of the result.
+      like: the type of the result.
     """
 
     kernel: AdaptedKernel
@@ -59,7 +60,7 @@ class Steps:
     numbers: lax.ConvDimensionNumbers
     groups: int
     precision: Any
-    dtype: Any
+    like: Any
 
     @property
     def a_first(self) -> bool:
@@ -80,7 +81,7 @@ class Steps:
         first, second = both if self.a_first else both[::-1]
         thin = self._step(Labelled(x, into), first, w_in, RANK)
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
-        return y.in_order(out).astype(self.dtype)
+        return y.in_order(out).astype(self.like.dtype)
 
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """The operations of the convolution, for the shapes of the input and of the result."""
@@ -131,20 +132,36 @@ class Steps:
         """By each group's part of a factor."""
         if self._has_no_window(factor):
             parts = self._apart(factor, made, (_GROUP, made))
-            y = contract(x, parts, keep={_GROUP}, precision=self.precision, dtype=self.dtype)
+            y = contract(x, parts, keep={_GROUP}, precision=self.precision, dtype=self.like.dtype, names=self._names)
             return self._together(y, (_GROUP, made), made)
-        return self._convolve(self._together(x, (_GROUP, met), met), factor, met, made, groups=self.groups)
+        together = self._together(x, (_GROUP, met), met)
+        return self._convolve(together, factor, met, made, groups=self.groups, names=self._names)
+
+    @property
+    def _names(self) -> dict[int, Any]:
+        """Where the axes of the result are, by label, if its type says so."""
+        return names_of(_labels(self.numbers.out_spec, self.numbers.rhs_spec[0]), self.like)
 
     def _has_no_window(self, factor: Labelled) -> bool:
         return self.moves.keys().isdisjoint(factor.labels)
 
-    def _convolve(self, x: Labelled, factor: Labelled, met: int, made: int, *, groups: int = 1) -> Labelled:
+    def _convolve(
+        self,
+        x: Labelled,
+        factor: Labelled,
+        met: int,
+        made: int,
+        *,
+        groups: int = 1,
+        names: Mapping[int, Any] | None = None,
+    ) -> Labelled:
         # The axes of the window that are the other factor's have size 1 here.
         absent = [axis for axis in self.moves if axis not in factor.labels]
         w_labels = (*factor.labels, *absent)
         moves = [_PLACE_BY_PLACE if axis in absent else move for axis, move in self.moves.items()]
         strides, padding, input_dilation, dilation = zip(*moves, strict=True)
         ndim = len(self.numbers.out_spec)
+        labels = _labels(self.numbers.out_spec, made)
         y = lax.conv_general_dilated(
             x.array,
             lax.expand_dims(factor.array, range(factor.array.ndim, ndim)),
@@ -159,8 +176,9 @@ class Steps:
             ),
             feature_group_count=groups,
             precision=self.precision,
+            out_sharding=sharding_of_product(x, factor, labels, names),
         )
-        return Labelled(y, _labels(self.numbers.out_spec, made))
+        return Labelled(y, labels)
 
     def _apart(self, x: Labelled, label: int, parts: tuple[int, int]) -> Labelled:
         """Takes the groups out of an axis, in front of the rest of it or behind, as `parts` are ordered."""

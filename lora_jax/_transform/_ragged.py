@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel, gain_of
 from .._axes import RANK
-from .._contract import Labelled, Labels, contract
+from .._contract import Labelled, Labels, contract, sharding_of_product
+from .._placement import names_of
 from ._factored import factors
 from ._forms import Sum, times
 from ._interpreter import NoRule, Site, Value, rule
@@ -78,7 +80,8 @@ def _ragged_dot_general(
     first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
     thin = groups.contract(x, first, keep={*second.labels, *out})
     scaled = thin._replace(array=thin.array * kernel.scale)
-    low_rank = groups.contract(scaled, second, keep=out, dtype=y.dtype).in_order(out)
+    names = names_of(out, jax.typeof(y))
+    low_rank = groups.contract(scaled, second, keep=out, dtype=y.dtype, names=names).in_order(out)
     # Beside the two products: the scale on the thin one, and the sum with the base's.
     operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
     site.used(kernel, "factored", roles=roles, operations=operations)
@@ -109,14 +112,23 @@ class _Groups:
     offset: Any
     precision: Any
 
-    def contract(self, x: Labelled, factor: Labelled, *, keep: Collection[int], dtype: Any = None) -> Labelled:
+    def contract(
+        self,
+        x: Labelled,
+        factor: Labelled,
+        *,
+        keep: Collection[int],
+        dtype: Any = None,
+        names: Mapping[int, Any] | None = None,
+    ) -> Labelled:
         """As `_contract.contract`, each row with its own expert's factor, if the factor has one for each."""
         if self.group not in factor.labels:
-            return contract(x, factor, keep=keep, precision=self.precision, dtype=dtype)
+            return contract(x, factor, keep=keep, precision=self.precision, dtype=dtype, names=names)
         shared = [label for label in x.labels if label in factor.labels]
         summed = [label for label in shared if label not in keep]
         batch = sorted((label for label in shared if label in keep), key=(*self.batch, *shared).index)
         dot = [[[its.labels.index(label) for label in met] for its in (x, factor)] for met in (summed, batch)]
+        rest = [label for label in (*x.labels, *factor.labels) if label not in (*shared, self.group)]
         numbers = lax.RaggedDotDimensionNumbers(dot, [x.labels.index(self.ragged)], [factor.labels.index(self.group)])
         array = lax.ragged_dot_general(
             x.array,
@@ -126,8 +138,8 @@ class _Groups:
             precision=self.precision,
             preferred_element_type=dtype,
             group_offset=self.offset,
+            out_sharding=sharding_of_product(x, factor, (*batch, *rest), names),
         )
-        rest = [label for label in (*x.labels, *factor.labels) if label not in (*shared, self.group)]
         return Labelled(array, (*batch, *rest))
 
     def of_each_row(self, x: Labelled, rows: int) -> Labelled:
