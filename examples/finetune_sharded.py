@@ -142,7 +142,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
         batch = NamedSharding(mesh, P("data"))
         inputs = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=batch) for x in (example.ids, example.mask)]
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-        console.print(lj.plan(MODEL.apply, shapes, SPEC, tx, mesh, *inputs), soft_wrap=True)
+        print(lj.plan(MODEL.apply, shapes, SPEC, tx, mesh, *inputs))
         raise SystemExit
 
     options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)

@@ -140,7 +140,7 @@ def test_the_scale_may_be_that_of_rslora() -> None:
 
 def test_the_base_may_be_in_bfloat16() -> None:
     params, x = {"w": normal(64, 32, dtype="bfloat16")}, normal(8, 64, seed=1, dtype="bfloat16")
-    assert_law(lambda params, x: x @ params["w"], params, dora(params, "io"), x)
+    assert_law(lambda params, x: x @ params["w"], params, dora(params, "io"), x, dtype="bfloat16")
 
 
 def test_it_is_saved_and_restored(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_its_operations_are_few_more_than_those_of_lora() -> None:
     x = jax.ShapeDtypeStruct((512, 768), jnp.float32)
 
     def step(variant: Any) -> int:
-        adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, {"w": variant}))
+        adapter = jax.eval_shape(lambda params: lj.init(jax.random.key(0), params, {"w": variant}), params)
         loss = lambda ad, params, x: lj.lora(lambda p, x: x @ p["w"])(params, ad, x).sum()  # noqa: E731
         return testing.operations(jax.grad(loss, (0, 2)), adapter, params, x)
 
