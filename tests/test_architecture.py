@@ -32,9 +32,13 @@ LAYERS = [
     "_dropout",
     "_adapter",
     "_variants",
+    "_matrices",
     "_spec",
     "_init",
     "_attach",
+    "_extract",
+    "_measures",
+    "_plots",
     "_transform",
     "_kernels",
     "_explain",
@@ -43,7 +47,7 @@ LAYERS = [
     "_fingerprint",
     "_manifest",
 ]
-DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
+DOORS = ["analysis", "checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
@@ -184,7 +188,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "save", "restore"])
+@pytest.mark.parametrize("name", ["analysis", "checkpoint", "optim", "testing", "save", "restore"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
@@ -204,7 +208,7 @@ FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.star
 def test_the_face_is_what_the_design_names() -> None:
     public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
     errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
-    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "save", "restore"}
+    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "extract", "compress", "save", "restore"}
     left_by_python = {"annotations", "Any", "TYPE_CHECKING"}
     assert public - left_by_python == {"Adapter", "LoRA", "RSLoRA", "Full", *errors, *functions}
 
