@@ -33,6 +33,8 @@ LAYERS = [
     "_adapter",
     "_variants",
     "_matrices",
+    "_parts",
+    "_precondition",
     "_spec",
     "_init",
     "_attach",
