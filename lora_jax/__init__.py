@@ -26,6 +26,7 @@ from ._merge import unmerge as unmerge
 from ._transform import lora as lora
 from ._variants import Full as Full
 from ._variants import LoRA as LoRA
+from ._variants import Rows as Rows
 from ._variants import RSLoRA as RSLoRA
 from ._version import __version__ as __version__
 
@@ -46,6 +47,7 @@ __all__ = [
     "LoRAError",
     "MergeError",
     "RSLoRA",
+    "Rows",
     "SpecError",
     "UnsupportedError",
     "analysis",

@@ -53,7 +53,7 @@ DOORS = ["analysis", "checkpoint", "optim", "testing"]  # public modules; each m
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
-    "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
+    "_variants": [["_base"], ["_full", "_lora", "_rows", "_rslora"]],
     "_transform": [
         ["_plan"],
         ["_forms", "_factored"],
@@ -212,7 +212,7 @@ def test_the_face_is_what_the_design_names() -> None:
     errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
     functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "extract", "compress", "save", "restore"}
     left_by_python = {"annotations", "Any", "TYPE_CHECKING"}
-    assert public - left_by_python == {"Adapter", "LoRA", "RSLoRA", "Full", *errors, *functions}
+    assert public - left_by_python == {"Adapter", "LoRA", "RSLoRA", "Rows", "Full", *errors, *functions}
 
 
 def functions() -> dict[str, types.FunctionType]:

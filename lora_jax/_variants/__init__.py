@@ -4,4 +4,5 @@ from ._base import LowRank as LowRank
 from ._base import Variant as Variant
 from ._full import Full as Full
 from ._lora import LoRA as LoRA
+from ._rows import Rows as Rows
 from ._rslora import RSLoRA as RSLoRA
