@@ -61,7 +61,7 @@ def extract(
     """
     before, after = flatten(base)[0], flatten(tuned)[0]
     _check_same(before, after)
-    changed = [path for path in before if not np.array_equal(before[path], after[path])]
+    changed = [path for path in before if not _equal(before[path], after[path])]
     if not changed:
         raise AdapterError(
             "Expected a tuned tree; it equals the base in every leaf.\n  Give (base, tuned), in this order."
@@ -149,6 +149,11 @@ def _compressed(part: Adapter, rank: int) -> tuple[Adapter, Array]:
 
 
 # Checks
+
+
+def _equal(one: Any, other: Any) -> bool:
+    arrays = isinstance(one, Array) and isinstance(other, Array)  # which may be cut over several processes
+    return bool(jnp.array_equal(one, other)) if arrays else np.array_equal(one, other)
 
 
 def _check_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

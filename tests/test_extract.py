@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import trained
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 
 KERNELS = {"io": (6, 5), "ioo": (6, 2, 3), "iio": (2, 3, 7), "iiio": (2, 2, 3, 8), "bio": (3, 6, 5), "ibo": (6, 3, 5)}
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
-each_layout = pytest.mark.parametrize("axes", KERNELS)
+each_kernel = pytest.mark.parametrize(
+    ("axes", "variant"), [*((axes, lj.LoRA) for axes in KERNELS), ("bio", lj.RSLoRA)], ids=str
+)
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +54,7 @@ def truncated(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
 # From a fine-tuned model
 
 
-@each_layout
-@pytest.mark.parametrize("variant", [lj.LoRA, lj.RSLoRA])
+@each_kernel
 def test_the_adapter_is_the_truncated_difference_whatever_the_scale(axes: str, variant: Any) -> None:
     base, tuned = {"w": drawn(axes, 0)}, {"w": drawn(axes, 1)}
     spec = {"w": variant(rank=2, alpha=5, axes=axes)}
@@ -135,6 +137,25 @@ def test_half_precision_is_subtracted_in_float32() -> None:
     assert float(residual["w"]) == 0
 
 
+def test_trees_may_be_cut_over_devices_and_hold_what_is_no_number() -> None:
+    base, tuned = {"w": drawn("bio", 0)}, {"w": drawn("bio", 1)}
+    spec = {"w": lj.LoRA(rank=2, alpha=2, axes="bio")}
+    expected = lj.extract(base, tuned, spec)
+    cut = NamedSharding(Mesh(np.array(jax.devices()[:3]), ("x",)), PartitionSpec(None, "x"))
+    others = {"key": jax.random.key(0), "name": "a model"}
+    base, tuned = (jax.device_put(tree, cut) | others for tree in (base, tuned))
+    found = lj.extract(base, tuned, spec)
+    updates = [
+        lj.merge({"w": jax.device_put(jnp.zeros(KERNELS["bio"]), its[0]["w"].a.sharding)}, its[0])["w"]
+        for its in (found, expected)
+    ]
+    np.testing.assert_allclose(*updates, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1]["w"], expected[1]["w"], **TOLERANCE)
+    smaller, lost = lj.compress(found[0], 1)
+    np.testing.assert_allclose(lost["w"], lj.compress(expected[0], 1)[1]["w"], rtol=1e-5)
+    assert smaller["w"].variant.rank == 1
+
+
 WRONG = {
     "the same tree": (
         {"w": jnp.ones((4, 3))},
@@ -178,8 +199,7 @@ def test_a_variant_that_cannot_hold_the_change_is_an_error(variant: Any, text: s
 # From an adapter of a higher rank
 
 
-@each_layout
-@pytest.mark.parametrize("variant", [lj.LoRA, lj.RSLoRA])
+@each_kernel
 def test_the_smaller_adapter_is_the_truncated_product_at_its_own_scale(axes: str, variant: Any) -> None:
     zeros, adapter = made(axes, variant(rank=4, alpha=5, axes=axes))
     smaller, lost = lj.compress(adapter, 2)

@@ -14,9 +14,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import lora_jax as lj
 from lora_jax import optim
 
-KERNELS = {"io": (6, 5), "ioo": (6, 2, 3), "iio": (2, 3, 7), "iiio": (2, 2, 3, 8), "bio": (3, 6, 5), "ibo": (6, 3, 5)}
+KERNELS = {"io": (6, 5), "iiio": (2, 2, 3, 8), "bio": (3, 6, 5), "ibo": (6, 3, 5)}
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
-each_layout = pytest.mark.parametrize("axes", KERNELS)
+each_layout = pytest.mark.parametrize("axes", ["io", "iiio", "ibo"])  # what differs is how they become matrices
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +46,11 @@ def mixed() -> tuple[Any, Any, Any]:
     spec = {"**/head/**": lj.Full(), "**/bias": lj.Full(), "**": lj.LoRA(rank=2, alpha=4)}
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, spec, param_dtype=jnp.float64))
     return params, adapter, trained(jax.random.key(2), adapter)
+
+
+def first_step(tx: Any, gradient: Any, adapter: Any) -> Any:
+    """The updates of an optimiser's first step; in one program, as compiling is what takes the time."""
+    return jax.jit(lambda gradient, adapter: tx.update(gradient, tx.init(adapter), adapter)[0])(gradient, adapter)
 
 
 def arrays(tree: Any) -> dict[str, np.ndarray]:
@@ -83,7 +88,7 @@ def test_lora_plus_is_adamw_with_a_rate_of_its_own_for_every_b() -> None:
     tx = optax.chain(optax.adamw(lambda step: 0.01 * (step + 1), weight_decay=0.1), optim.lora_plus(16))
     trained_, state = adapter, tx.init(adapter)
     for _ in rates:
-        updates, state = tx.update(gradient, state, trained_)
+        updates, state = jax.jit(tx.update)(gradient, state, trained_)
         trained_ = optax.apply_updates(trained_, updates)
     got, start, slope = arrays(trained_), arrays(adapter), arrays(gradient)
     faster = {"embedding.b", "dense/kernel.b"}  # no bias, no head, no `a`, whatever PEFT does
@@ -101,7 +106,7 @@ def test_lora_plus_has_no_state() -> None:
 def test_lora_plus_may_leave_leaves_out() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_plus(4, but="**/embedding")
-    updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+    updates = first_step(tx, gradient, adapter)
     factors = {name: 4.0 if name == "dense/kernel.b" else 1.0 for name in arrays(gradient)}
     for name, array in arrays(updates).items():
         np.testing.assert_array_equal(array, factors[name] * arrays(gradient)[name])
@@ -119,10 +124,10 @@ def test_a_step_of_lora_fa_changes_the_product_as_nearly_as_it_can_as_full_fine_
         return jnp.sum(jnp.sin(w * x))
 
     merged = lj.merge(params, adapter)["w"]
-    full = jax.grad(loss)(merged)
-    gradient = jax.grad(lambda adapter: loss(lj.merge(params, adapter)["w"]))(adapter)
+    full = jax.jit(jax.grad(loss))(merged)
+    gradient = jax.jit(jax.grad(lambda adapter: loss(lj.merge(params, adapter)["w"])))(adapter)
     tx = optim.lora_fa(optax.sgd(1.0), damping=0)
-    updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+    updates = first_step(tx, gradient, adapter)
     new = optax.apply_updates(adapter, updates)
     order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
     a, _ = matrices(adapter["w"])
@@ -135,7 +140,7 @@ def test_a_step_of_lora_fa_changes_the_product_as_nearly_as_it_can_as_full_fine_
 def test_lora_fa_preconditions_before_the_optimiser() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_fa(optax.adamw(0.01, weight_decay=0.1), damping=0.5)
-    updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+    updates = first_step(tx, gradient, adapter)
     got, start, slope = arrays(optax.apply_updates(adapter, updates)), arrays(adapter), arrays(gradient)
     for path in ("embedding", "dense/kernel"):
         a = start[f"{path}.a"]
@@ -155,7 +160,7 @@ def test_lora_fa_keeps_no_state_for_what_it_does_not_train() -> None:
 def test_the_norm_that_clips_is_that_of_what_is_trained() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_fa(optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-1.0)))
-    updates, _ = tx.update(jax.tree.map(lambda x: 100 * x, gradient), tx.init(adapter), adapter)
+    updates = first_step(tx, jax.tree.map(lambda x: 100 * x, gradient), adapter)
     assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
 
 
@@ -188,7 +193,7 @@ def test_each_factor_s_gradient_is_divided_by_the_other_s_gram_matrix(axes: str)
     _, adapter = made(axes)
     gradient = trained(jax.random.key(2), adapter)
     tx = optim.riemannian(damping=0.1)
-    updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+    updates = first_step(tx, gradient, adapter)
     (a, b), (g_a, g_b) = matrices(adapter["w"]), matrices(gradient["w"])
     (got_a, got_b), damping = matrices(updates["w"]), 0.1 * np.eye(2)
     np.testing.assert_allclose(got_a, g_a @ np.linalg.inv(b @ np.swapaxes(b, -1, -2) + damping), **TOLERANCE)
@@ -205,7 +210,7 @@ def test_a_step_does_not_depend_on_how_the_product_is_split() -> None:
     def speed(adapter: Any, tx: Any) -> jax.Array:
         """How fast the merged kernel moves with a step of this direction."""
         gradient = jax.grad(lambda adapter: jnp.sum(jnp.sin(lj.merge(params, adapter)["w"])))(adapter)
-        updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+        updates = first_step(tx, gradient, adapter)
         return jax.jvp(lambda adapter: lj.merge(params, adapter)["w"], (adapter,), (updates,))[1]
 
     tx = optim.riemannian(damping=1e-14)
@@ -217,7 +222,7 @@ def test_the_first_step_is_finite_though_b_is_zero() -> None:
     _, adapter = made("bio")
     start = {"w": lj.Adapter(adapter["w"].variant, "bio", a=adapter["w"].a, b=jnp.zeros_like(adapter["w"].b))}
     tx = optim.riemannian()
-    updates, _ = tx.update(adapter, tx.init(start), start)
+    updates = first_step(tx, adapter, start)
     np.testing.assert_allclose(updates["w"].a, adapter["w"].a / 1e-2, **TOLERANCE)
     assert np.isfinite(updates["w"].b).all()
 
@@ -246,9 +251,9 @@ def test_factors_in_half_precision_are_preconditioned_in_float32(name: str) -> N
     _, adapter, gradient = mixed()
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (adapter, gradient))
     tx = optim.lora_fa(optax.identity()) if name == "lora_fa" else optim.riemannian()
-    updates, _ = tx.update(half[1], tx.init(half[0]), half[0])
+    updates = first_step(tx, half[1], half[0])
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), half)
-    expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
+    expected = first_step(tx, wide[1], wide[0])
     for one, other in zip(jax.tree.leaves(updates), jax.tree.leaves(expected), strict=True):
         assert one.dtype == jnp.bfloat16
         np.testing.assert_array_equal(one, other.astype(jnp.bfloat16))
@@ -273,11 +278,10 @@ def test_a_step_is_the_same_under_jit_and_on_cut_arrays(name: str) -> None:
 @each_preconditioned
 def test_inside_freeze_base_and_multi_steps_it_is_what_it_is_alone(name: str) -> None:
     params, adapter, gradient = mixed()
-    alone = PRECONDITIONED[name]()
-    expected, _ = alone.update(gradient, alone.init(adapter), adapter)
+    expected = first_step(PRECONDITIONED[name](), gradient, adapter)
     tx = optim.freeze_base(optax.MultiSteps(PRECONDITIONED[name](), every_k_schedule=1).gradient_transformation())
     tree = {"base": params, "adapter": adapter}
-    updates, _ = tx.update({"base": params, "adapter": gradient}, tx.init(tree), tree)
+    updates = first_step(tx, {"base": params, "adapter": gradient}, tree)
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-8), updates["adapter"], expected)
 
 
@@ -313,7 +317,7 @@ def test_weight_decay_is_for_what_the_mask_picks() -> None:
     updates = []
     for mask in (None, optim.only("b")):
         tx = optax.adamw(0.01, weight_decay=0.1 if mask else 0.0, mask=mask)
-        updates.append(arrays(tx.update(gradient, tx.init(adapter), adapter)[0]))
+        updates.append(arrays(first_step(tx, gradient, adapter)))
     for name, array in updates[1].items():
         decay = 0.01 * 0.1 * arrays(adapter)[name] if name.endswith(".b") else 0.0
         np.testing.assert_allclose(array, updates[0][name] - decay, **TOLERANCE)
@@ -322,7 +326,7 @@ def test_weight_decay_is_for_what_the_mask_picks() -> None:
 def test_a_mask_works_where_another_has_masked() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_fa(optax.adamw(0.01, weight_decay=0.1, mask=optim.only("a", "b")))
-    updates, _ = tx.update(gradient, tx.init(adapter), adapter)
+    updates = first_step(tx, gradient, adapter)
     assert jax.tree.structure(updates) == jax.tree.structure(adapter)
 
 
