@@ -15,7 +15,7 @@ from ._attach import as_jax
 from ._axes import axes_of_a, axes_of_b
 from ._errors import AdapterError, SpecError, listed
 from ._init import axes_for
-from ._matrices import SVD, factors_from, has_factors, kernel_matrix, share_left, svd_of_delta
+from ._matrices import SVD, cut_as, factors_from, has_factors, kernel_matrix, share_left, svd_of_delta
 from ._paths import Pattern, flatten, matcher, nearest, pattern_text
 from ._spec import Spec, resolve
 from ._use import Kernel
@@ -142,7 +142,7 @@ def _compressed(part: Adapter, rank: int) -> tuple[Adapter, Array]:
     sizes = dict(zip((*axes_of_a(part.axes), *axes_of_b(part.axes)), (*part.a.shape, *part.b.shape), strict=True))
     shape = [sizes[axis] for axis in range(len(part.axes))]
     new = {
-        name: array.astype(part.arrays[name].dtype)
+        name: cut_as(array.astype(part.arrays[name].dtype), part.arrays[name])
         for name, array in factors_from(svd, variant, part.axes, shape).items()
     }
     return Adapter(variant, part.axes, **{**part.arrays, **new}), share_left(svd.s, rank)

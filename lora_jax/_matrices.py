@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._adapter import Adapter
 from ._axes import axes_of_a, axes_of_b, axes_with, sizes
@@ -39,6 +41,21 @@ def frobenius(x: Array) -> Array:
     return jnp.linalg.norm(x, axis=(-2, -1))
 
 
+def whole(x: Array) -> Array:
+    """The array whole on every device, where shardings are types: there, matrices that are cut cannot be decomposed.
+
+    Elsewhere the compiler sees to that.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return jax.reshard(x, NamedSharding(mesh, PartitionSpec())) if AxisType.Explicit in mesh.axis_types else x
+
+
+def cut_as(x: Array, other: Array) -> Array:
+    """The array cut as another of as many axes is, where shardings are types."""
+    sharding = jax.typeof(other).sharding
+    return jax.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
+
+
 def has_factors(part: Adapter) -> bool:
     """Whether the part holds factors `a` and `b`, whose scaled product is added to the kernel."""
     return isinstance(part.variant, LowRank) and {"a", "b"} <= set(part.arrays)
@@ -52,7 +69,7 @@ def scale_of(part: Adapter) -> float:
 
 def kernel_matrix(w: Any, axes: str) -> Array:
     """A kernel in float32 at least, flattened: (batch…, in, out)."""
-    wide = jnp.asarray(w, widest(w.dtype, jnp.float32))
+    wide = whole(jnp.asarray(w, widest(w.dtype, jnp.float32)))
     by_role = [axes_with(axes, role) for role in "bio"]
     batch, d_in, d_out = ([wide.shape[axis] for axis in its] for its in by_role)
     ordered = jnp.transpose(wide, [axis for its in by_role for axis in its])
@@ -64,7 +81,8 @@ def factor_matrices(part: Adapter) -> tuple[Array, Array]:
     dtype = widest(part.a.dtype, part.b.dtype, jnp.float32)
     batch = part.a.shape[: len(axes_with(part.axes, "b"))]
     rank = part.a.shape[-1]
-    return part.a.reshape(*batch, -1, rank).astype(dtype), part.b.reshape(*batch, rank, -1).astype(dtype)
+    a, b = (whole(factor.astype(dtype)) for factor in (part.a, part.b))
+    return a.reshape(*batch, -1, rank), b.reshape(*batch, rank, -1)
 
 
 def svd_of_delta(part: Adapter) -> SVD:

@@ -12,7 +12,7 @@ from jax import Array
 
 from ._adapter import Adapter
 from ._errors import AdapterError
-from ._matrices import factor_matrices, has_factors, product, scale_of
+from ._matrices import cut_as, factor_matrices, has_factors, product, scale_of
 from ._parts import Patterns, check_adapter, labelled, only
 
 
@@ -128,10 +128,7 @@ def _preconditioned(precondition: Precondition) -> optax.GradientTransformation:
     def of_part(gradient: Adapter, part: Adapter) -> Adapter:
         if not has_factors(part):
             return gradient
-        new = {
-            name: matrix.reshape(gradient.arrays[name].shape).astype(gradient.arrays[name].dtype)
-            for name, matrix in precondition(gradient, part).items()
-        }
+        new = {name: _as(gradient.arrays[name], matrix) for name, matrix in precondition(gradient, part).items()}
         return Adapter(gradient.variant, gradient.axes, **{**gradient.arrays, **new})
 
     def update(gradients: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
@@ -141,6 +138,10 @@ def _preconditioned(precondition: Precondition) -> optax.GradientTransformation:
         return jax.tree.map(of_part, gradients, params, is_leaf=lambda node: isinstance(node, Adapter)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _as(gradient: Array, matrix: Array) -> Array:
+    return cut_as(matrix.reshape(gradient.shape).astype(gradient.dtype), gradient)
 
 
 def _inverse(gram: Array, damping: float) -> Array:

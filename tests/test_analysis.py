@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import trained
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import lora_jax as lj
@@ -195,7 +195,8 @@ def test_leaves_without_factors_are_left_out() -> None:
     assert [list(found) for found in measured] == [["w"]] * 5
 
 
-def test_all_measures_work_under_jit_and_on_cut_arrays() -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_all_measures_work_under_jit_and_on_cut_arrays(kind: AxisType) -> None:
     params, adapter = made("bio")
 
     def measure(params: Any, adapter: Any) -> Any:
@@ -207,15 +208,16 @@ def test_all_measures_work_under_jit_and_on_cut_arrays() -> None:
             analysis.intruders(params, adapter, top=2),
         )
 
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(kind,))
     cut = NamedSharding(mesh, PartitionSpec(None, "x"))
     params_cut = jax.device_put(params, cut)
     adapter_cut = {
         "w": lj.Adapter(adapter["w"].variant, "bio", a=jax.device_put(adapter["w"].a, cut), b=adapter["w"].b)
     }
-    expected = measure(params, adapter)
-    for found in (jax.jit(measure)(params, adapter), measure(params_cut, adapter_cut)):
-        jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-8), found, expected)
+    expected = jax.jit(measure)(params, adapter)
+    with jax.set_mesh(mesh):
+        for found in (measure(params_cut, adapter_cut), jax.jit(measure)(params_cut, adapter_cut)):
+            jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-8), found, expected)
 
 
 def test_numpy_and_half_precision_kernels_are_measured_in_wider_numbers() -> None:

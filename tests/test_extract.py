@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import trained
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 
@@ -137,11 +137,13 @@ def test_half_precision_is_subtracted_in_float32() -> None:
     assert float(residual["w"]) == 0
 
 
-def test_trees_may_be_cut_over_devices_and_hold_what_is_no_number() -> None:
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_trees_may_be_cut_over_devices_and_hold_what_is_no_number(kind: AxisType) -> None:
     base, tuned = {"w": drawn("bio", 0)}, {"w": drawn("bio", 1)}
     spec = {"w": lj.LoRA(rank=2, alpha=2, axes="bio")}
     expected = lj.extract(base, tuned, spec)
-    cut = NamedSharding(Mesh(np.array(jax.devices()[:3]), ("x",)), PartitionSpec(None, "x"))
+    mesh = Mesh(np.array(jax.devices()[:3]), ("x",), axis_types=(kind,))
+    cut = NamedSharding(mesh, PartitionSpec(None, "x"))
     others = {"key": jax.random.key(0), "name": "a model"}
     base, tuned = (jax.device_put(tree, cut) | others for tree in (base, tuned))
     found = lj.extract(base, tuned, spec)

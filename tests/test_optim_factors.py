@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import trained
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
 from lora_jax import optim
@@ -259,13 +259,14 @@ def test_factors_in_half_precision_are_preconditioned_in_float32(name: str) -> N
         np.testing.assert_array_equal(one, other.astype(jnp.bfloat16))
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @each_preconditioned
-def test_a_step_is_the_same_under_jit_and_on_cut_arrays(name: str) -> None:
+def test_a_step_is_the_same_under_jit_and_on_cut_arrays(name: str, kind: AxisType) -> None:
     _, adapter = made("bio")
     gradient = trained(jax.random.key(2), adapter)
     tx = PRECONDITIONED[name]()
     expected, _ = tx.update(gradient, tx.init(adapter), adapter)
-    mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("layers", "x"))
+    mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("layers", "x"), axis_types=(kind, kind))
     part = adapter["w"]
     axes = {"a": PartitionSpec("layers", "x"), "b": PartitionSpec("layers")}
     places = {"w": lj.Adapter(part.variant, "bio", **{name: NamedSharding(mesh, spec) for name, spec in axes.items()})}
