@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from ._adapter import Adapter
-from ._matrices import factor_matrices, frobenius, kernel_matrix, product, scale_of, svd_of_delta
+from ._adapter import Adapter, materialise
+from ._contract import widest
+from ._matrices import factor_matrices, frobenius, kernel_matrix, product, svd_of_delta
 
 
 class Amplification(NamedTuple):
@@ -96,18 +97,19 @@ def amplification(w: Array, part: Adapter) -> Amplification:
 
 @jax.jit(static_argnames="top")
 def intruders(w: Array, part: Adapter, top: int, threshold: float) -> Intruders:
-    """The output side's singular vectors of `w + s·a·b` against those of `w`."""
-    matrix, (a, b) = kernel_matrix(w, part.axes), factor_matrices(part)
-    stack = matrix.shape[:-2]
+    """The output side's singular vectors of the adapted kernel against those of `w`."""
+    wide = w.astype(widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values())))
+    adapted: Any = part.variant.apply(wide, part.arrays, part.axes, "")
+    pair = [kernel_matrix(kernel, part.axes) for kernel in (wide, materialise(adapted))]
+    stack = pair[0].shape[:-2]
 
-    def of_layer(layer: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        base, a, b = layer
-        tuned = base + scale_of(part) * product(a, b)
+    def of_layer(layer: tuple[Array, Array]) -> tuple[Array, Array]:
+        base, tuned = layer
         (_, _, own), (_, values, vt) = (jnp.linalg.svd(x, full_matrices=False) for x in (base, tuned))
         return jnp.max(jnp.abs(product(vt[:top], own.mT)), axis=-1), values[:top]
 
-    layers = [x.reshape(-1, *x.shape[len(stack) :]) for x in (matrix, a, b)]
-    found = lax.map(of_layer, tuple(layers))
+    base, tuned = (x.reshape(-1, *x.shape[-2:]) for x in pair)
+    found = lax.map(of_layer, (base, tuned))
     similarity, values = (x.reshape(*stack, -1) for x in found)
     intruder = similarity < threshold
     return Intruders(similarity, intruder, values, intruder.sum(axis=-1))

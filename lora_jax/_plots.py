@@ -151,7 +151,7 @@ def plot_intruders(found: Mapping[str, Intruders]) -> Figure:
         for column in np.flatnonzero(intruder[name]):
             panel.text(float(column + 1), number, "×", color="red", ha="center", va="center")
     image = _heat(panel, grid, left=1, top=0)
-    panel.set(xlabel="singular vector of W0 + s·A·B")
+    panel.set(xlabel="singular vector of the adapted kernel")
     figure.colorbar(image, ax=panel, label="largest |cos| with one of W0")
     return figure
 

@@ -1,12 +1,13 @@
 """What an adapter has learned: the paper's measures of its subspaces, norms and singular vectors, and their plots.
 
 Every measure is one of each kernel taken as a matrix (in, out), whatever its axes; a stack of layers or experts has one
-for each of them, in the leading axes of the result. They are of the term `s·A·B`; leaves that have none, as those of
-`Full`, are left out. Everything works under `jit` and on sharded arrays, the plots excepted.
+for each of them, in the leading axes of the result. They are of the term `s·A·B`, or of the adapted kernel; leaves that
+have none, as those of `Full`, are left out. Everything works under `jit` and on sharded arrays, the plots excepted.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
@@ -160,10 +161,10 @@ def amplification(params: Any, adapter: Adapters) -> dict[str, Amplification]:
 def intruders(params: Any, adapter: Adapters, *, top: int = 10, threshold: float = 0.5) -> dict[str, Intruders]:
     """Finds intruder dimensions: high-ranking singular vectors that the base has nothing like.
 
-    A singular vector of W0 + s·A·B, among the first `top`, is an intruder if its |cos| with every singular vector of W0
-    is below the threshold (Shuttleworth et al. 2024, arXiv:2410.21228). The vectors are those on the side of the
-    kernel's outputs: the left ones of the paper's (out, in) matrices. Here, unlike elsewhere, the adapted kernel is
-    formed, one layer at a time. For a fully fine-tuned model take its adapter from `extract`, at full rank.
+    A singular vector of the adapted kernel, among the first `top`, is an intruder if its |cos| with every singular
+    vector of W0 is below the threshold (Shuttleworth et al. 2024, arXiv:2410.21228). The vectors are those on the side
+    of the kernel's outputs: the left ones of the paper's (out, in) matrices. Here, unlike elsewhere, the adapted kernel
+    is formed, whatever its variant. For a fully fine-tuned model take its adapter from `extract`, at full rank.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.diag(jnp.arange(1.0, 17))}
@@ -184,14 +185,20 @@ def intruders(params: Any, adapter: Adapters, *, top: int = 10, threshold: float
     Raises:
       AdapterError: if the adapter does not fit `params`.
     """
-    return _of_each(lambda w, part: _measures.intruders(w, part, top, threshold), params, adapter)
+    measure = functools.partial(_measures.intruders, top=top, threshold=threshold)
+    return _of_each(measure, params, adapter, has=lambda part: part.variant.needs_axes)
 
 
 def _low_rank(adapter: Adapters) -> dict[str, Adapter]:
     return {path: part for path, part in adapter.items() if has_factors(part)}
 
 
-def _of_each(measure: Callable[[Array, Adapter], Result], params: Any, adapter: Adapters) -> dict[str, Result]:
+def _of_each(
+    measure: Callable[[Array, Adapter], Result],
+    params: Any,
+    adapter: Adapters,
+    has: Callable[[Adapter], bool] = has_factors,
+) -> dict[str, Result]:
     leaves = flatten(params)[0]
     check(leaves, adapter)
-    return {path: measure(as_jax(leaves[path]), part) for path, part in _low_rank(adapter).items()}
+    return {path: measure(as_jax(leaves[path]), part) for path, part in adapter.items() if has(part)}

@@ -195,6 +195,15 @@ def test_leaves_without_factors_are_left_out() -> None:
     assert [list(found) for found in measured] == [["w"]] * 5
 
 
+def test_intruders_are_those_of_any_adapted_kernel() -> None:
+    params = {"w": jnp.diag(jnp.array([4.0, 3.0, 2.0]))}
+    rows = jnp.array([[0.0, 50.0, 50.0]])
+    found = analysis.intruders(params, {"w": lj.Adapter(lj.Rows(ids=(1,)), "io", rows=rows)}, top=1, threshold=0.9)["w"]
+    expected = np.linalg.svd(np.diag([4.0, 3, 2]) + [[0, 0, 0], [0, 50, 50], [0, 0, 0]])[1]
+    np.testing.assert_allclose(found.singular_values, expected[:1], **TOLERANCE)
+    assert found.intruder.all()
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_all_measures_work_under_jit_and_on_cut_arrays(kind: AxisType) -> None:
     params, adapter = made("bio")
