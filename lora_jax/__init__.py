@@ -17,6 +17,8 @@ from ._errors import MergeError as MergeError
 from ._errors import SpecError as SpecError
 from ._errors import UnsupportedError as UnsupportedError
 from ._explain import explain as explain
+from ._extract import compress as compress
+from ._extract import extract as extract
 from ._init import init as init
 from ._kernels import kernels as kernels
 from ._merge import merge as merge
@@ -25,10 +27,12 @@ from ._transform import lora as lora
 from ._variants import DoRA as DoRA
 from ._variants import Full as Full
 from ._variants import LoRA as LoRA
+from ._variants import Rows as Rows
 from ._variants import RSLoRA as RSLoRA
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from . import analysis as analysis
     from . import checkpoint as checkpoint
     from . import optim as optim
     from . import sharding as sharding
@@ -47,10 +51,14 @@ __all__ = [
     "LoRAError",
     "MergeError",
     "RSLoRA",
+    "Rows",
     "SpecError",
     "UnsupportedError",
+    "analysis",
     "checkpoint",
+    "compress",
     "explain",
+    "extract",
     "init",
     "kernels",
     "lora",
@@ -64,8 +72,9 @@ __all__ = [
     "unmerge",
 ]
 
-# Loaded when first asked for: they bring optax and orbax with them.
+# Loaded when first asked for: they bring optax, orbax and plots with them.
 _DOORS = {
+    "analysis": "analysis",
     "checkpoint": "checkpoint",
     "optim": "optim",
     "sharding": "sharding",

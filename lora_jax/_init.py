@@ -50,7 +50,7 @@ def init(
     adapters = {}
     for path, variant in resolve(spec, leaves).items():
         leaf = leaves[path]
-        axes = _axes(path, leaf, variant, kernels)
+        axes = axes_for(path, leaf, variant, kernels)
         try:
             variant.check(leaf.shape, axes)
             arrays = variant.start(key_for(key, path), leaf, axes, param_dtype)
@@ -61,7 +61,8 @@ def init(
     return adapters
 
 
-def _axes(path: str, leaf: Any, variant: Variant, kernels: Mapping[str, Kernel] | None) -> str:
+def axes_for(path: str, leaf: Any, variant: Variant, kernels: Mapping[str, Kernel] | None) -> str:
+    """The roles of a leaf's axes: from its variant, or from the traced model, or those of a matrix."""
     if not variant.needs_axes:
         return ""
     if variant.axes is not None:

@@ -1,4 +1,4 @@
-"""Optax for adapters: usually any optimiser on the adapter alone; here, what a tree that also holds the base needs."""
+"""Optax for adapters: any optimiser works on one as it is; here is what needs to know the factors, or the base."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from ._errors import AdapterError
+from ._parts import only
+from ._precondition import lora_fa, lora_plus, riemannian
 
-__all__ = ["freeze_base"]
+__all__ = ["freeze_base", "lora_fa", "lora_plus", "only", "riemannian"]
 
 
 def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

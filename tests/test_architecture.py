@@ -37,10 +37,16 @@ LAYERS = [
     "_adapter",
     "_norms",
     "_variants",
+    "_matrices",
+    "_parts",
+    "_precondition",
     "_spec",
     "_init",
     "_attach",
     "_shardings",
+    "_extract",
+    "_measures",
+    "_plots",
     "_transform",
     "_kernels",
     "_explain",
@@ -53,11 +59,11 @@ LAYERS = [
     "_state",
     "_ahead",
 ]
-DOORS = ["checkpoint", "optim", "sharding", "testing"]  # public modules; each may import every layer, and no other door
+DOORS = ["analysis", "checkpoint", "optim", "sharding", "testing"]  # each may import every layer, and no other door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
-    "_variants": [["_base"], ["_dora", "_full", "_lora", "_rslora"]],
+    "_variants": [["_base"], ["_dora", "_full", "_lora", "_rows", "_rslora"]],
     "_transform": [
         ["_plan"],
         ["_forms", "_factored"],
@@ -195,7 +201,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "plan", "restore", "save", "sharding", "testing"])
+@pytest.mark.parametrize("name", ["analysis", "checkpoint", "optim", "plan", "restore", "save", "sharding", "testing"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
@@ -215,9 +221,21 @@ FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.star
 def test_the_face_is_what_the_design_names() -> None:
     public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
     errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
-    functions = {"lora", "init", "kernels", "explain", "merge", "unmerge", "plan", "save", "restore"}
+    functions = {
+        "lora",
+        "init",
+        "kernels",
+        "explain",
+        "merge",
+        "unmerge",
+        "plan",
+        "extract",
+        "compress",
+        "save",
+        "restore",
+    }
     left_by_python = {"annotations", "Any", "TYPE_CHECKING"}
-    assert public - left_by_python == {"Adapter", "LoRA", "RSLoRA", "Full", *errors, *functions}
+    assert public - left_by_python == {"Adapter", "LoRA", "DoRA", "RSLoRA", "Rows", "Full", *errors, *functions}
 
 
 def functions() -> dict[str, types.FunctionType]:

@@ -5,4 +5,5 @@ from ._base import Variant as Variant
 from ._dora import DoRA as DoRA
 from ._full import Full as Full
 from ._lora import LoRA as LoRA
+from ._rows import Rows as Rows
 from ._rslora import RSLoRA as RSLoRA

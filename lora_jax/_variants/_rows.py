@@ -1,0 +1,74 @@
+"""Rows: chosen rows of a table are trained and the others are not, as those of new tokens in an embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from .._adapter import AdaptedKernel
+from .._axes import axes_of_a, axes_of_b, axes_with, sizes
+from .._errors import SpecError
+from ._base import Variant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Rows(Variant):
+    """Trains some rows of an embedding, and of the head that is tied to it.
+
+        W = W0 + onehot(ids)·rows
+
+    That is a low-rank update whose `A` is known: the table is neither copied nor formed, and has no gradient. `rows` is
+    what is added to the rows, and starts at zero; weight decay draws it there, and the rows to the base's.
+
+    >>> Rows(ids=[32000, 32001])
+    Rows(ids=(32000, 32001))
+
+    Attributes:
+      ids: the rows, each once, by number; many are better trained whole, as for each token looked up or predicted a
+        product with all of them is taken.
+      axes: as in `LoRA`; a row is one place of the only input axis.
+    """
+
+    ids: tuple[int, ...]
+    needs_axes: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", tuple(map(int, self.ids)))  # a list, as JSON has, could not be hashed
+
+    def check(self, shape: Sequence[int], axes: str) -> None:
+        """Raises if there is not one input axis that has all the rows, or if a row is named twice."""
+        inputs = axes_with(axes, "i")
+        if len(inputs) != 1 or "o" not in axes:
+            raise SpecError(
+                f"Rows needs a table with one input axis, that of the rows, and output axes; got shape {tuple(shape)} "
+                f"with axes {axes!r}"
+            )
+        size = shape[inputs[0]]
+        outside = [row for row in self.ids if not 0 <= row < size]
+        if outside or not self.ids or len(set(self.ids)) < len(self.ids):
+            raise SpecError(f"expected ids of rows in [0, {size}), at least one and each once; got ids={self.ids}")
+
+    def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
+        """`rows`: (batch…, number of ids, out…)."""
+        return {name: sizes(its, shape, len(self.ids)) for name, its in self.layout(axes).items()}
+
+    def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
+        """`rows`: (batch…, `RANK`, out…), the ids in place of the rank."""
+        return {"rows": axes_of_b(axes)}
+
+    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """Zeros."""
+        return {name: jnp.zeros(shape, dtype) for name, shape in self.shapes(kernel.shape, axes).items()}
+
+    def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
+        """The table with its rows as a factor, and the other factor, which says where they are."""
+        rows = arrays["rows"]
+        shape = sizes(axes_of_a(axes), kernel.shape, len(self.ids))
+        where = jnp.arange(shape[-2])[:, None] == jnp.array(self.ids)
+        a = jnp.broadcast_to(where.astype(rows.dtype), shape)
+        return AdaptedKernel(kernel, a, rows, scale=1.0, roles=tuple(axes), paths=(path,))

@@ -1,0 +1,307 @@
+"""The measures of an adapter, in float64, against NumPy's decompositions of the formed matrices and closed forms."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import trained
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from matplotlib.figure import Figure
+
+import lora_jax as lj
+from lora_jax import _matrices, analysis
+
+KERNELS = {"io": (6, 5), "ioo": (6, 2, 3), "iio": (2, 3, 7), "iiio": (2, 2, 3, 8), "bio": (3, 6, 5), "ibo": (6, 3, 5)}
+TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}
+
+
+@pytest.fixture(autouse=True)
+def in_float64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+def made(axes: str, rank: int = 3, seed: int = 0, **choices: Any) -> tuple[Any, Any]:
+    """A kernel and its adapter as training might leave it."""
+    params = {"w": jnp.asarray(np.random.default_rng(seed).standard_normal(KERNELS[axes]))}
+    variant = lj.LoRA(rank=rank, alpha=5, axes=axes, **choices)
+    adapter = lj.init(jax.random.key(0), params, {"w": variant}, param_dtype=jnp.float64)
+    return params, trained(jax.random.key(seed + 1), adapter)
+
+
+def layers_of(params: Any, adapter: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Each layer's kernel and its update, formed, as matrices: (batch…, in, out)."""
+    axes, w = adapter["w"].axes, np.asarray(params["w"])
+    delta = np.asarray(lj.merge(params, adapter)["w"]) - w
+
+    def matrices(kernel: np.ndarray) -> np.ndarray:
+        by_role = [[axis for axis, role in enumerate(axes) if role == its] for its in "bio"]
+        batch, d_in, d_out = ([kernel.shape[axis] for axis in its] for its in by_role)
+        ordered = kernel.transpose([axis for its in by_role for axis in its])
+        return ordered.reshape(*batch, math.prod(d_in), math.prod(d_out))
+
+    return matrices(w), matrices(delta)
+
+
+each_layout = pytest.mark.parametrize("axes", KERNELS)
+some_layouts = pytest.mark.parametrize("axes", ["ioo", "iiio", "ibo"])  # what differs is how they become matrices
+
+
+@each_layout
+def test_singular_values_are_those_of_the_formed_update(axes: str) -> None:
+    params, adapter = made(axes)
+    _, delta = layers_of(params, adapter)
+    expected = np.linalg.svd(delta, compute_uv=False)[..., :3]
+    np.testing.assert_allclose(analysis.singular_values(adapter)["w"], expected, **TOLERANCE)
+
+
+def test_the_update_is_never_formed() -> None:
+    _, adapter = made("io", rank=2)
+    text = str(jax.make_jaxpr(analysis.singular_values)(adapter))
+    assert "f64[6,2]" in text
+    assert "f64[6,5]" not in text and "f64[5,6]" not in text
+
+
+def test_a_negative_scale_turns_no_singular_value() -> None:
+    _, adapter = made("io")
+    part = adapter["w"]
+    turned = lj.Adapter(dataclasses.replace(part.variant, alpha=-5), part.axes, **part.arrays)
+    one, other = (analysis.singular_values({"w": its})["w"] for its in (part, turned))
+    np.testing.assert_allclose(one, other, **TOLERANCE)
+
+
+@some_layouts
+@pytest.mark.parametrize("of", ["a", "b"])
+def test_similarity_is_that_of_the_factors_singular_vectors(axes: str, of: str) -> None:
+    (_, one), (_, other) = made(axes, rank=2, seed=3), made(axes, rank=3, seed=4)
+    found = np.asarray(analysis.subspace_similarity(one, other, of=of)["w"])
+    factors = [_matrices.factor_matrices(its["w"]) for its in (one, other)]
+    bases = [np.linalg.svd(np.asarray(a if of == "a" else b.mT), full_matrices=False)[0] for a, b in factors]
+    for i in range(1, 3):
+        for j in range(1, 4):
+            overlap = np.swapaxes(bases[0][..., :i], -1, -2) @ bases[1][..., :j]
+            expected = np.sum(overlap**2, axis=(-2, -1)) / min(i, j)
+            np.testing.assert_allclose(found[..., i - 1, j - 1], expected, **TOLERANCE)
+
+
+def test_a_factor_s_subspaces_are_its_own_in_any_scale_and_another_s_where_they_are_disjoint() -> None:
+    def part(a: Any) -> dict[str, lj.Adapter]:
+        return {"w": lj.Adapter(lj.LoRA(rank=2, alpha=2), "io", a=jnp.asarray(a, jnp.float64), b=jnp.ones((2, 3)))}
+
+    upper, lower = np.eye(4, 2) * [3, 2], np.eye(4)[:, 2:] * [3, 2]
+    np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(7 * upper))["w"], [[1, 1], [1, 1]])
+    np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(lower))["w"], np.zeros((2, 2)))
+    turned = upper[:, ::-1] * [2, 1]  # (e2, e1) with the order of their sizes exchanged
+    np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(turned))["w"], [[0, 1], [1, 1]])
+
+
+def test_two_seeds_of_independent_factors_share_what_chance_gives() -> None:
+    params = {"w": jnp.zeros((400, 40))}
+    spec = {"w": lj.LoRA(rank=20, alpha=20)}
+    one, other = (lj.init(jax.random.key(seed), params, spec, param_dtype=jnp.float64) for seed in (0, 1))
+    found = analysis.subspace_similarity(one, other)["w"]
+    assert float(found[-1, -1]) == pytest.approx(20 / 400, rel=0.15)
+
+
+@some_layouts
+def test_relative_norms_are_those_of_the_formed_matrices(axes: str) -> None:
+    params, adapter = made(axes)
+    kernel, delta = layers_of(params, adapter)
+    expected = np.linalg.norm(delta, axis=(-2, -1)) / np.linalg.norm(kernel, axis=(-2, -1))
+    np.testing.assert_allclose(analysis.relative_norms(params, adapter)["w"], expected, **TOLERANCE)
+
+
+@some_layouts
+def test_amplification_is_that_of_the_formed_matrices(axes: str) -> None:
+    params, adapter = made(axes, rank=2)
+    kernel, delta = layers_of(params, adapter)
+    found = analysis.amplification(params, adapter)["w"]
+
+    def along(matrix: np.ndarray) -> np.ndarray:
+        u, _, vt = np.linalg.svd(matrix)
+        inner = np.swapaxes(u[..., :2], -1, -2) @ kernel @ np.swapaxes(vt[..., :2, :], -1, -2)
+        return np.linalg.norm(inner, axis=(-2, -1))
+
+    size = np.linalg.norm(delta, axis=(-2, -1))
+    np.testing.assert_allclose(found.delta, size, **TOLERANCE)
+    np.testing.assert_allclose(found.kernel, np.linalg.norm(kernel, axis=(-2, -1)), **TOLERANCE)
+    np.testing.assert_allclose(found.along_delta, along(delta), **TOLERANCE)
+    np.testing.assert_allclose(found.along_kernel, along(kernel), **TOLERANCE)
+    np.testing.assert_allclose(found.factor, size / along(delta), **TOLERANCE)
+
+
+def test_random_directions_find_as_much_as_drawn_ones_do() -> None:
+    params, adapter = made("io", rank=2)
+    kernel = np.asarray(params["w"])
+    random = np.random.default_rng(0)
+    u, v = (np.linalg.qr(random.standard_normal((4000, size, 2)))[0] for size in kernel.shape)
+    squares = np.sum((np.swapaxes(u, 1, 2) @ kernel @ v) ** 2, axis=(1, 2))
+    found = float(analysis.amplification(params, adapter)["w"].along_random)
+    assert found**2 == pytest.approx(squares.mean(), rel=0.05)
+    # The LoRA paper's own numbers for GPT-3, of width 12288: 0.02 at r = 4 and 0.33 at r = 64.
+    assert 61.95 * 4 / 12288 == pytest.approx(0.02, abs=0.005)
+    assert 61.95 * 64 / 12288 == pytest.approx(0.33, abs=0.01)
+
+
+@some_layouts
+@pytest.mark.parametrize("threshold", [0.5, 0.9])
+def test_intruders_are_singular_vectors_that_the_base_has_not(axes: str, threshold: float) -> None:
+    params, adapter = made(axes)
+    kernel, delta = layers_of(params, adapter)
+    found = analysis.intruders(params, adapter, top=3, threshold=threshold)["w"]
+    own = np.linalg.svd(kernel, full_matrices=False)[2]
+    _, values, vt = np.linalg.svd(kernel + delta, full_matrices=False)
+    similarity = np.abs(vt[..., :3, :] @ np.swapaxes(own, -1, -2)).max(-1)
+    np.testing.assert_allclose(found.similarity, similarity, rtol=1e-8)
+    np.testing.assert_allclose(found.singular_values, values[..., :3], **TOLERANCE)
+    np.testing.assert_array_equal(found.intruder, similarity < threshold)
+    np.testing.assert_array_equal(found.number, (similarity < threshold).sum(-1))
+
+
+def test_the_vectors_compared_are_those_of_the_outputs() -> None:
+    params = {"w": jnp.diag(jnp.array([4.0, 3.0, 2.0]))}
+    spread = jnp.ones((3, 1)) / jnp.sqrt(3)
+    own = jnp.array([[1.0, 0.0, 0.0]])
+    new_input = lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=100 * spread, b=own)
+    new_output = lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=100 * own.T, b=spread.T)
+    assert not analysis.intruders(params, {"w": new_input}, top=1, threshold=0.9)["w"].intruder[0]
+    assert analysis.intruders(params, {"w": new_output}, top=1, threshold=0.9)["w"].intruder[0]
+
+
+def test_an_adapter_that_does_nothing_has_no_intruders_and_amplifies_nothing() -> None:
+    params, adapter = made("bio")
+    nothing = jax.tree.map(jnp.zeros_like, adapter)
+    assert not analysis.intruders(params, nothing, top=4)["w"].intruder.any()
+    assert not analysis.amplification(params, nothing)["w"].factor.any()
+    assert not analysis.relative_norms(params, nothing)["w"].any()
+
+
+def test_leaves_without_factors_are_left_out() -> None:
+    params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    spec = {"w": lj.LoRA(rank=1, alpha=1), "bias": lj.Full()}
+    adapter = lj.init(jax.random.key(0), params, spec)
+    measured = [
+        analysis.singular_values(adapter),
+        analysis.subspace_similarity(adapter, adapter),
+        analysis.relative_norms(params, adapter),
+        analysis.amplification(params, adapter),
+        analysis.intruders(params, adapter),
+    ]
+    assert [list(found) for found in measured] == [["w"]] * 5
+
+
+def test_intruders_are_those_of_any_adapted_kernel() -> None:
+    params = {"w": jnp.diag(jnp.array([4.0, 3.0, 2.0]))}
+    rows = jnp.array([[0.0, 50.0, 50.0]])
+    found = analysis.intruders(params, {"w": lj.Adapter(lj.Rows(ids=(1,)), "io", rows=rows)}, top=1, threshold=0.9)["w"]
+    expected = np.linalg.svd(np.array([[4, 0, 0], [0, 53, 50], [0, 0, 2]]), compute_uv=False)
+    np.testing.assert_allclose(found.singular_values, expected[:1], **TOLERANCE)
+    assert found.intruder.all()
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_all_measures_work_under_jit_and_on_cut_arrays(kind: AxisType) -> None:
+    params, adapter = made("bio")
+
+    def measure(params: Any, adapter: Any) -> Any:
+        return (
+            analysis.singular_values(adapter),
+            analysis.subspace_similarity(adapter, adapter),
+            analysis.relative_norms(params, adapter),
+            analysis.amplification(params, adapter),
+            analysis.intruders(params, adapter, top=2),
+        )
+
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(kind,))
+    cut = NamedSharding(mesh, PartitionSpec(None, "x"))
+    params_cut = jax.device_put(params, cut)
+    adapter_cut = {
+        "w": lj.Adapter(adapter["w"].variant, "bio", a=jax.device_put(adapter["w"].a, cut), b=adapter["w"].b)
+    }
+    expected = jax.jit(measure)(params, adapter)
+    with jax.set_mesh(mesh):
+        for found in (measure(params_cut, adapter_cut), jax.jit(measure)(params_cut, adapter_cut)):
+            jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-8), found, expected)
+
+
+def test_numpy_and_half_precision_kernels_are_measured_in_wider_numbers() -> None:
+    params, adapter = made("io")
+    half = {"w": np.asarray(params["w"].astype(jnp.bfloat16))}
+    found = analysis.relative_norms(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter))["w"]
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, analysis.relative_norms(params, adapter)["w"], rtol=2e-2)
+
+
+# Errors
+
+
+def test_adapters_with_nothing_in_common_are_an_error() -> None:
+    _, adapter = made("io")
+    with pytest.raises(lj.AdapterError) as caught:
+        analysis.subspace_similarity(adapter, {"v": adapter["w"]})
+    assert str(caught.value) == (
+        "Expected two adapters of the same kernels; none of the 1 low-rank paths of the first is among the 1 of the "
+        "second.\n  They start with ['w'] and ['v']."
+    )
+
+
+def test_adapters_of_other_kernels_are_an_error() -> None:
+    (_, one), (_, other) = made("io"), made("bio")
+    with pytest.raises(lj.AdapterError) as caught:
+        analysis.subspace_similarity(one, other)
+    assert str(caught.value) == (
+        "Expected factors of one kernel; `a` of 'w' has directions of shape (6,) in one adapter and (3, 6) in the "
+        "other.\n  Compare adapters of the same model."
+    )
+
+
+@pytest.mark.parametrize("measure", [analysis.relative_norms, analysis.amplification, analysis.intruders])
+def test_an_adapter_of_another_model_is_an_error(measure: Any) -> None:
+    _, adapter = made("io")
+    with pytest.raises(lj.AdapterError, match="Expected the adapter to belong to `params`"):
+        measure({"w": jnp.ones((6, 4))}, adapter)
+
+
+def test_nothing_to_plot_is_an_error() -> None:
+    with pytest.raises(lj.AdapterError, match="Expected something to plot; got nothing"):
+        analysis.plot_relative_norms({})
+
+
+# Plots
+
+
+def test_every_measure_has_a_figure_with_a_row_panel_or_line_for_each_layer() -> None:
+    params, adapter = made("bio")
+    figures = {
+        "lines": analysis.plot_singular_values(analysis.singular_values(adapter)),
+        "panels": analysis.plot_subspace_similarity(analysis.subspace_similarity(adapter, adapter)),
+        "norms": analysis.plot_relative_norms(analysis.relative_norms(params, adapter)),
+        "amplification": analysis.plot_amplification(analysis.amplification(params, adapter)),
+        "intruders": analysis.plot_intruders(analysis.intruders(params, adapter, top=4, threshold=0.99)),
+    }
+    assert all(isinstance(figure, Figure) for figure in figures.values())
+    assert [line.get_label() for line in figures["lines"].axes[0].lines] == ["w[0]", "w[1]", "w[2]"]
+    assert [panel.get_title() for panel in figures["panels"].axes] == ["w[0]", "w[1]", "w[2]", ""]
+    np.testing.assert_allclose(
+        [bar.get_width() for bar in figures["norms"].axes[0].patches], analysis.relative_norms(params, adapter)["w"]
+    )
+    factors = analysis.amplification(params, adapter)["w"].factor
+    names = [label.get_text() for label in figures["amplification"].axes[0].get_yticklabels()]
+    assert names == [f"w[{layer}] (×{float(factor):.3g})" for layer, factor in enumerate(factors)]
+    number = analysis.intruders(params, adapter, top=4, threshold=0.99)["w"].number.sum()
+    assert len(figures["intruders"].axes[0].texts) == int(number) > 0
+
+
+def test_a_figure_is_drawn_without_a_window_or_a_warning(tmp_path: Any) -> None:
+    params, adapter = made("io")
+    for figure in (
+        analysis.plot_amplification(analysis.amplification(params, adapter)),
+        analysis.plot_subspace_similarity(analysis.subspace_similarity(adapter, adapter)),
+    ):
+        figure.savefig(tmp_path / "figure.png", dpi=40)
+        assert (tmp_path / "figure.png").stat().st_size > 1000
