@@ -30,6 +30,7 @@ from ._version import __version__ as __version__
 if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import optim as optim
+    from . import starts as starts
     from . import testing as testing
     from .checkpoint import restore as restore
     from .checkpoint import save as save
@@ -54,14 +55,16 @@ __all__ = [
     "optim",
     "restore",
     "save",
+    "starts",
     "testing",
     "unmerge",
 ]
 
-# Loaded when first asked for: they bring optax and orbax with them.
+# Loaded when first asked for: some bring optax and orbax with them.
 _DOORS = {
     "checkpoint": "checkpoint",
     "optim": "optim",
+    "starts": "starts",
     "testing": "testing",
     "restore": "checkpoint",
     "save": "checkpoint",

@@ -39,19 +39,22 @@ LAYERS = [
     "_kernels",
     "_explain",
     "_fold",
+    "_starts",
     "_merge",
     "_fingerprint",
     "_manifest",
 ]
-DOORS = ["checkpoint", "optim", "testing"]  # public modules; each may import every layer, and no other door
+DOORS = ["checkpoint", "optim", "starts", "testing"]  # public modules; each may import every layer, and no other door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
     "_variants": [["_base"], ["_full", "_lora", "_rslora"]],
+    "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
         ["_plan"],
         ["_forms", "_factored"],
-        ["_conv_steps", "_interpreter"],
+        ["_conv_steps", "_statistics"],
+        ["_interpreter"],
         ["_kept", "_pair", "_placement"],
         [
             "_concatenate",
@@ -184,7 +187,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "optim", "testing", "save", "restore"])
+@pytest.mark.parametrize("name", ["checkpoint", "optim", "starts", "testing", "save", "restore"])
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name

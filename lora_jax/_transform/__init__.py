@@ -10,6 +10,7 @@ from . import _ragged as _ragged
 from . import _scalar as _scalar
 from . import _shape as _shape
 from . import _shard_map as _shard_map
+from ._interpreter import OBSERVED as OBSERVED
 from ._interpreter import Settings as Settings
 from ._lora import lora as lora
 from ._plan import FormName as FormName
@@ -17,3 +18,4 @@ from ._plan import form_named as form_named
 from ._program import Program as Program
 from ._program import trace as trace
 from ._program import watch as watch
+from ._statistics import Statistic as Statistic

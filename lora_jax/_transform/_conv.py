@@ -71,5 +71,5 @@ def _conv_general_dilated(
         precision,
         y.dtype,
     )
-    contraction = Contraction(convolve, steps.low_rank, steps.costs(lhs.shape, y.shape), precision)
+    contraction = Contraction(convolve, steps.low_rank, steps.costs(lhs.shape, y.shape), precision, feature_group_count)
     return site.contract(kernel, lhs, contraction, roles=roles)

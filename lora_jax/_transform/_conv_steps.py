@@ -66,8 +66,10 @@ class Steps:
         """Whether `a` has the axis that the channels of the input meet."""
         return self.kernel.roles[self.numbers.rhs_spec[1]] == "i"
 
-    def low_rank(self, x: Array, a: Array, b: Array) -> Array:
-        """The convolution of `x` with `scale·a·b`, which is not formed."""
+    def low_rank(self, x: Array, a: Array, b: Array, dtype: Any = None) -> Array:
+        """The convolution of `x` with `scale·a·b`, which is not formed; in the model's dtype, or in another."""
+        if dtype is not None:
+            return dataclasses.replace(self, kernel=self.kernel.computed_in(dtype), dtype=dtype).low_rank(x, a, b)
         w_out, w_in, *_ = self.numbers.rhs_spec
         both = factors(dataclasses.replace(self.kernel, a=a, b=b))
         first, second = both if self.a_first else both[::-1]

@@ -64,15 +64,18 @@ class Contraction(NamedTuple):
 
     Attributes:
       base: `base(x, w)`: the operation itself.
-      low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed.
+      low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed; `low_rank(x, a, b, dtype)` computes in
+        another dtype than the model's.
       costs: the operations of its products.
       precision: of its products.
+      groups: how many groups the outputs are divided into.
     """
 
     base: Callable[[Array, Array], Array]
-    low_rank: Callable[[Array, Array, Array], Array]
+    low_rank: Callable[..., Array]
     costs: Costs
     precision: Any
+    groups: int = 1
 
 
 def wanted(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form | None:
@@ -100,7 +103,7 @@ def contract(
     kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
 ) -> Array | Sum:
     """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`plan`)."""
-    base, low_rank, costs, _ = contraction
+    base, low_rank, costs, *_ = contraction
     if kernel.dropout is not None:  # what the base sees is not what the factors see
         return Sum(base(x, kernel.w), low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
     its = wanted(kernel, costs, form)

@@ -36,6 +36,7 @@ from .._paths import Pattern, matches_any
 from .._use import Use
 from ._forms import Contraction, Sum, contract, in_training, settled
 from ._plan import Form, added
+from ._statistics import Statistic, observed
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
@@ -84,6 +85,7 @@ def rules() -> dict[str, tuple[Kind, str]]:
 
 
 NO_RULE = "this operation has no low-rank rule"
+OBSERVED = "observed"  # the kind of a use whose activations go into a statistic
 
 
 class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
@@ -100,6 +102,7 @@ class Settings:
       log: of uses, if one is kept.
       times: how often it runs in one call.
       remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
+      statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
     """
 
     dense: tuple[Pattern, ...] = ()
@@ -107,6 +110,7 @@ class Settings:
     log: list[Use] | None = None
     times: int = 1
     remat: bool = False
+    statistic: Statistic | None = None
 
     def may_form(self, kernel: AdaptedKernel) -> bool:
         """Whether the caller has listed every leaf of a kernel."""
@@ -142,9 +146,19 @@ class Site:
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
+        if self.settings.statistic is not None:
+            return self._observed(kernel, x, contraction, roles)
         form = in_training(kernel, contraction.costs, self.settings.form)
         self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs))
         return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
+
+    def _observed(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, roles: Sequence[str]) -> Array:
+        """Evaluates a contraction of the base; its `x` is observed if it meets what the adapter has for inputs."""
+        assert self.settings.statistic is not None
+        if any((use == "i") != (its == "i") for its, use in zip(kernel.roles, roles, strict=True)):
+            return contraction.base(x, kernel.w)
+        self.used(kernel, OBSERVED, roles=roles)
+        return observed(kernel, x, contraction, self.settings.statistic, roles=roles)
 
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
