@@ -94,10 +94,12 @@ def _measured(program: Program, leaves: Mapping[str, Leaf], statistic: Statistic
     """One of the sums, `(layers, d, columns)`, by path."""
     kernels = {path: _tap(leaf, statistic) for path, leaf in leaves.items()}
     log: list[Use] = []
+    # Where a kernel is read whole, as by a penalty on its norm, it is formed: with its tap it is what it was.
+    settings = Settings(dense=("**",), statistic=statistic, log=log)
 
     def run(columns: Mapping[str, Array]) -> list[Array]:
         taps = {path: dataclasses.replace(kernel, a=columns[path]) for path, kernel in kernels.items()}
-        results = jax.tree.leaves(program.run(taps, Settings(statistic=statistic, log=log)))
+        results = jax.tree.leaves(program.run(taps, settings))
         return [its for its in results if isinstance(its, jax.Array) and jnp.issubdtype(its.dtype, jnp.inexact)]
 
     results, transposed = jax.vjp(run, {path: kernel.a for path, kernel in kernels.items()})
