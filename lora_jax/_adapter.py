@@ -120,11 +120,6 @@ class AdaptedKernel:
         w, a, b = map(_outline, (self.w, self.a, self.b))
         return dataclasses.replace(self, w=w, a=a, b=b, dropout=None)
 
-    def computed_in(self, dtype: Any) -> Self:
-        """The outline of the kernel, used in another dtype; None for its own."""
-        w: Any = self.w if dtype is None else jax.ShapeDtypeStruct(self.w.shape, dtype)
-        return dataclasses.replace(self, w=w)
-
     def in_use(self, number: Any) -> Self:
         """The kernel in one of its uses, or in a turn of a loop: with a dropout of its own."""
         return self if self.dropout is None else dataclasses.replace(self, dropout=self.dropout.folded(number))

@@ -479,6 +479,15 @@ def primed(letters: str) -> dict[int, str]:
     return {ord(c): c.upper() for c in letters}
 
 
+def test_activations_of_products_by_group_are_those_of_each_group() -> None:
+    sizes, w = jnp.array([2, 0, 2]), normal(3, 4, 4, seed=5)
+    its = one_kernel(lambda w, x, sizes: lax.ragged_dot(x, w, sizes), w, X, sizes, axes="bio")
+    parts = [np.asarray(X)[rows] for rows in (slice(0, 2), slice(0, 0), slice(2, 4))]  # the fifth is no one's
+    assert_near(its.gram, np.stack([x.T @ x for x in parts]))
+    assert_near(its.total, np.stack([x.sum(0) for x in parts]))
+    assert_near(its.count, [2, 0, 2])
+
+
 def test_experts_that_see_every_token_and_those_that_are_added_up() -> None:
     w = normal(3, 4, 4, seed=5)
     its = one_kernel(lambda w, x: jnp.einsum("td,edf->etf", x, w), w, X, axes="bio")

@@ -127,6 +127,6 @@ def _check(leaves: Mapping[str, Leaf], log: list[Use]) -> None:
         raise AdapterError(
             f"Expected each adapted kernel to be multiplied with activations along its input axes; {len(unmet)} are "
             f"not in this call.\n{listed(unmet)}\n"
-            "  Rows that are looked up, products by group and kernels that are formed meet none that can be seen.\n"
+            "  Rows that are looked up, and kernels that are formed, meet none that can be seen.\n"
             "  Leave them out here, and let them start otherwise: {path: part for path, part in adapter.items() if …}."
         )

@@ -71,5 +71,5 @@ def _conv_general_dilated(
         precision,
         y.dtype,
     )
-    contraction = Contraction(convolve, steps.low_rank, steps.costs(lhs.shape, y.shape), precision, feature_group_count)
+    contraction = Contraction(convolve, steps.low_rank, steps.costs(lhs.shape, y.shape), precision, steps.thin)
     return site.contract(kernel, lhs, contraction, roles=roles)

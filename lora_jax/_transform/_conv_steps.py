@@ -66,16 +66,21 @@ class Steps:
         """Whether `a` has the axis that the channels of the input meet."""
         return self.kernel.roles[self.numbers.rhs_spec[1]] == "i"
 
-    def low_rank(self, x: Array, a: Array, b: Array, dtype: Any = None) -> Array:
-        """The convolution of `x` with `scale·a·b`, which is not formed; in the model's dtype, or in another."""
-        if dtype is not None:
-            return dataclasses.replace(self, kernel=self.kernel.computed_in(dtype), dtype=dtype).low_rank(x, a, b)
+    def low_rank(self, x: Array, a: Array, b: Array) -> Array:
+        """The convolution of `x` with `scale·a·b`, which is not formed."""
         w_out, w_in, *_ = self.numbers.rhs_spec
         both = factors(dataclasses.replace(self.kernel, a=a, b=b))
         first, second = both if self.a_first else both[::-1]
         thin = self._step(Labelled(x, _labels(self.numbers.lhs_spec, w_in)), first, w_in, RANK)
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
         return y.in_order(_labels(self.numbers.out_spec, w_out)).astype(self.dtype)
+
+    def thin(self, x: Array, a: Array) -> Array:
+        """The convolution of `x` with `a` alone, where `a` is what it meets first."""
+        w_in = self.numbers.rhs_spec[1]
+        precise = dataclasses.replace(self, precision=lax.Precision.HIGHEST)
+        met = Labelled(x, _labels(self.numbers.lhs_spec, w_in))
+        return precise._step(met, Labelled(a, axes_of_a(self.kernel.roles)), w_in, RANK).array
 
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """The operations of the convolution, for the shapes of the input and of the result."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from jax import Array
+from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
@@ -36,7 +36,7 @@ def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
 
 def low_rank(
     kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, dtype: Any
-) -> tuple[Callable[..., Array], Costs]:
+) -> tuple[Callable[[Array, Array, Array], Array], Costs]:
     """The product of `x` with `scale·a·b`, which is not formed, in the cheaper of the two orders.
 
     Args:
@@ -48,7 +48,7 @@ def low_rank(
       dtype: of the result.
 
     Returns:
-      `multiply(x, a, b, dtype)`, which holds no array, and the operations of the contraction that it is a part of.
+      `multiply(x, a, b)`, which holds no array, and the operations of the contraction that it is a part of.
     """
     kernel, x_labels, x_size = kernel.outline, x.labels, x.array.size
     sizes = dict(zip(x_labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape))
@@ -74,18 +74,26 @@ def low_rank(
     orders = {True: costs(labels_of_a, labels_of_b), False: costs(labels_of_b, labels_of_a)}
     a_first = min(orders, key=lambda order: orders[order].first.forward + orders[order].second.forward)
 
-    def multiply(array: Array, a: Array, b: Array, other_dtype: Any = None) -> Array:
-        its = kernel.computed_in(other_dtype)
-        both = factors(dataclasses.replace(its, a=a, b=b))
+    def multiply(array: Array, a: Array, b: Array) -> Array:
+        both = factors(dataclasses.replace(kernel, a=a, b=b))
         one, other = both if a_first else both[::-1]
         given = Labelled(array, x_labels)
         left, right = (one, given) if kernel_first else (given, one)
-        thin_dtype = widest(array.dtype, its.w.dtype)
+        thin_dtype = widest(array.dtype, kernel.w.dtype)
         thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
-        options = dict(kernel_first=kernel_first, precision=precision, dtype=other_dtype or dtype)
-        return expand(its, thin, other, out, **options)
+        return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, dtype=dtype)
 
     return multiply, orders[a_first]
+
+
+def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Callable[[Array, Array], Array]:
+    """The product of `x` with `a` alone; from there `b` would go to the labels of `out`."""
+    labels, keep = axes_of_a(kernel.roles), {*axes_of_b(kernel.roles), *out}
+
+    def multiply(x: Array, a: Array) -> Array:
+        return contract(Labelled(x, x_labels), Labelled(a, labels), keep=keep, precision=lax.Precision.HIGHEST).array
+
+    return multiply
 
 
 def multiply(

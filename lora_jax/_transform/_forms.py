@@ -64,18 +64,17 @@ class Contraction(NamedTuple):
 
     Attributes:
       base: `base(x, w)`: the operation itself.
-      low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed; `low_rank(x, a, b, dtype)` computes in
-        another dtype than the model's.
+      low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed.
       costs: the operations of its products.
       precision: of its products.
-      groups: how many groups the outputs are divided into.
+      thin: `thin(x, a)`: the product of rank r with `a` alone, in the dtype of the two, and the highest precision.
     """
 
     base: Callable[[Array, Array], Array]
-    low_rank: Callable[..., Array]
+    low_rank: Callable[[Array, Array, Array], Array]
     costs: Costs
     precision: Any
-    groups: int = 1
+    thin: Callable[[Array, Array], Array]
 
 
 def wanted(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form | None:

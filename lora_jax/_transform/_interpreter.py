@@ -36,7 +36,7 @@ from .._paths import Pattern, matches_any
 from .._use import Use
 from ._forms import Contraction, Sum, contract, in_training, settled
 from ._plan import Form, added
-from ._statistics import Statistic, observed
+from ._statistics import Operation, Statistic, observed
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
@@ -147,18 +147,20 @@ class Site:
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
         if self.settings.statistic is not None:
-            return self._observed(kernel, x, contraction, roles)
+            return self.observe(kernel, x, contraction.base, contraction.thin, roles=roles)
         form = in_training(kernel, contraction.costs, self.settings.form)
         self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs))
         return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
 
-    def _observed(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, roles: Sequence[str]) -> Array:
-        """Evaluates a contraction of the base; its `x` is observed if it meets what the adapter has for inputs."""
+    def observe(
+        self, kernel: AdaptedKernel, x: Array, base: Operation, thin: Operation, *others: Array, roles: Sequence[str]
+    ) -> Array:
+        """Evaluates the base's operation; its `x` is observed if it meets what the adapter has for inputs."""
         assert self.settings.statistic is not None
         if any((use == "i") != (its == "i") for its, use in zip(kernel.roles, roles, strict=True)):
-            return contraction.base(x, kernel.w)
+            return base(x, kernel.w, *others)
         self.used(kernel, OBSERVED, roles=roles)
-        return observed(kernel, x, contraction, self.settings.statistic, roles=roles)
+        return observed(kernel, x, base, thin, *others, statistic=self.settings.statistic)
 
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""

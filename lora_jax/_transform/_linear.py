@@ -16,7 +16,7 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._compat import primitives
 from .._contract import Labelled, Labels
-from ._factored import low_rank
+from ._factored import low_rank, product_with_a
 from ._forms import Contraction, Sum, settled
 from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, rule
 from ._pair import through
@@ -75,7 +75,8 @@ def _dot_general(
         dtype=y.dtype,
     )
     its_base = (lambda x, w: product(w, x)) if side == 0 else product
-    return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision), roles=roles[side])
+    contraction = Contraction(its_base, multiply, costs, precision, product_with_a(kernel, x_labels, out))
+    return site.contract(kernel, x, contraction, roles=roles[side])
 
 
 @rule(primitives.add_p, "low-rank")

@@ -8,6 +8,7 @@ Usually the experts are a batch axis of the adapter. A factor that they share me
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
+from .._axes import axes_of_a, axes_of_b
 from .._contract import Labelled, Labels, contract
 from ._factored import factors
 from ._forms import Sum
@@ -49,19 +51,22 @@ def _ragged_dot_general(
     if not kernel.is_probe and group_sizes.ndim > 1 and misfit:
         raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
     lhs = site.dense(lhs, "it is divided into groups")  # a probe: noted
-    y = lax.ragged_dot_general(
-        lhs,
-        kernel.w,
-        group_sizes,
-        numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        group_offset=group_offset,
-        out_sharding=out_sharding,
-    )
+
+    def product(x: Array, w: Array, sizes: Array) -> Array:
+        return lax.ragged_dot_general(
+            x,
+            w,
+            sizes,
+            numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            group_offset=group_offset,
+            out_sharding=out_sharding,
+        )
+
     if kernel.is_probe:
         site.used(kernel, "factored", roles=roles)
-        return y
+        return product(lhs, kernel.w, group_sizes)
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
     x = Labelled(dropped, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))
@@ -69,13 +74,17 @@ def _ragged_dot_general(
     w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
     out = (*batch, *x_rest, *w_rest)
     groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, precision)
+    if site.settings.statistic is not None:
+        thin = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
+        return site.observe(kernel, lhs, product, thin, group_sizes, roles=roles)
+    y = product(lhs, kernel.w, group_sizes)
     a, b = factors(kernel)
     first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
-    thin = groups.contract(x, first, keep={*second.labels, *out})
-    scaled = thin._replace(array=thin.array * kernel.scale)
+    narrow = groups.contract(x, first, keep={*second.labels, *out})
+    scaled = narrow._replace(array=narrow.array * kernel.scale)
     low_rank = groups.contract(scaled, second, keep=out, dtype=y.dtype).in_order(out)
     # Beside the two products: the scale on the thin one, and the sum with the base's.
-    operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
+    operations = groups.operations(x, first) + groups.operations(narrow, second) + narrow.array.size + y.size
     site.used(kernel, "factored", roles=roles, operations=operations)
     return Sum(y, low_rank)
 
@@ -120,6 +129,11 @@ class _Groups:
         )
         rest = [label for label in (*x.labels, *factor.labels) if label not in (*shared, self.group)]
         return Labelled(array, (*batch, *rest))
+
+    def thin(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
+        """The product of rank r with `a` alone, for given sizes of the groups."""
+        precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
+        return precise.contract(Labelled(x, labels), Labelled(a, axes_of_a(roles)), keep=keep).array
 
     def operations(self, x: Labelled, factor: Labelled) -> int:
         """Of a product; a row meets one expert's factor."""

@@ -8,7 +8,7 @@ is what it is, and the columns of `a` are what the statistic is asked for.
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._adapter import AdaptedKernel
-from .._axes import axes_of_b
 from .._contract import widest
-from ._forms import Contraction
+
+Operation = Callable[..., Array]
 
 
 class Statistic(enum.Enum):
@@ -30,52 +30,42 @@ class Statistic(enum.Enum):
 
 
 def observed(
-    kernel: AdaptedKernel, x: Array, contraction: Contraction, statistic: Statistic, *, roles: Sequence[str]
+    kernel: AdaptedKernel, x: Array, base: Operation, thin: Operation, *others: Array, statistic: Statistic
 ) -> Array:
-    """The contraction with the base, of which the gradient of `a` is the statistic, whatever the cotangent is.
+    """The base's operation, of which the gradient of `a` is the statistic, whatever the cotangent is.
 
     Args:
       kernel: adapted by a tap.
       x: what it meets.
-      contraction: of the two.
+      base: `base(x, w, *others)`.
+      thin: `thin(x, a, *others)`: the same with `a` alone, a row for each of X.
+      *others: what else the operation takes.
       statistic: of `x`.
-      roles: the role of each axis of the kernel in this use; its inputs are the adapter's.
     """
-    # In the product `x·a` the outputs are one, or one for each group.
-    ones = {
-        axis: size if "b" in both else contraction.groups
-        for axis, (size, *both) in enumerate(zip(kernel.w.shape, kernel.roles, roles, strict=True))
-    }
-    b = [ones.get(axis, 1) for axis in axes_of_b(kernel.roles)]
-    scale = kernel.scale
-    wide = widest(x.dtype, kernel.w.dtype, jnp.float32)
+    wide, scale = widest(x.dtype, kernel.w.dtype, jnp.float32), kernel.scale
 
-    def forward(x: Array, w: Array, a: Array) -> tuple[Array, tuple[Array, Array]]:
-        return contraction.base(x, w), (x, a)
+    def forward(x: Array, w: Array, a: Array, *others: Array) -> tuple[Array, tuple[Array, ...]]:
+        return base(x, w, *others), (x, a, *others)
 
-    def backward(kept: tuple[Array, Array], cotangent: Array) -> tuple[Any, None, Array]:
+    def backward(kept: tuple[Array, ...], cotangent: Array) -> tuple[Any, ...]:
         del cotangent
-        x, a = kept
+        x, a, *others = kept
+        # What scales the kernel scales x as the leaf sees it.
+        its = _sum(x.astype(wide) * scale, a.astype(wide), lambda x, a: thin(x, a, *others), statistic)
         # A zero that is an array: what JAX knows to be zero it does not carry back to the layers below.
         back = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
-        columns = jnp.moveaxis(a.astype(wide), -1, 0)
-        with jax.default_matmul_precision("highest"):
-            its = _sum(x.astype(wide), columns, contraction, statistic, jnp.ones(b, wide))
-        if (
-            statistic is Statistic.COUNT
-        ):  # what scales the kernel scales x as the leaf sees it, but not how many there are
-            its = its / (scale * columns)
-        return back, None, jnp.moveaxis(its, 0, -1).astype(a.dtype)
+        return back, None, its.astype(a.dtype), *(None for _ in others)
 
-    function = jax.custom_vjp(lambda x, w, a: contraction.base(x, w))
+    function = jax.custom_vjp(lambda x, w, a, *others: base(x, w, *others))
     function.defvjp(forward, backward)
-    return function(x, kernel.w, kernel.a)
+    return function(x, kernel.w, kernel.a, *others)
 
 
-def _sum(x: Array, columns: Array, contraction: Contraction, statistic: Statistic, b: Array) -> Array:
-    """The statistic for each column, by the transpose of the product `x·column`."""
+def _sum(x: Array, a: Array, thin: Operation, statistic: Statistic) -> Array:
+    """The statistic for each column of `a`, by the transpose of the product `x·a`."""
     if statistic is Statistic.COUNT:
         x = jnp.ones_like(x)
-    product = jax.vmap(lambda column: contraction.low_rank(x, column[..., None], b, x.dtype))
-    y, transposed = jax.vjp(product, columns)
-    return transposed(y if statistic is Statistic.GRAM else jnp.ones_like(y))[0]
+    y, transposed = jax.vjp(lambda a: thin(x, a), a)
+    (its,) = transposed(y if statistic is Statistic.GRAM else jnp.ones_like(y))
+    # An array that scales the kernel may have scaled `a`; how many rows there are it leaves alone.
+    return its / a if statistic is Statistic.COUNT else its
