@@ -26,7 +26,8 @@ from ._leaf import Leaf, low_rank_leaves
 class Activations:
     """Sums over the rows x, of the width d of its input axes, that meet one kernel; each layer of a stack has its own.
 
-    Those of two batches are added number by number: `jax.tree.map(jnp.add, one, other)`.
+    Those of two batches are added number by number: `jax.tree.map(jnp.add, one, other)`. Of what is summed in float32,
+    a direction is rounding where its variance is below about 1e-6 of the largest, or of the square of the mean.
 
     Attributes:
       gram: Σ xᵀx, `(layers, d, d)`.

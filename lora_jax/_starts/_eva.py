@@ -1,4 +1,4 @@
-"""EVA: One Initialization to Rule them All: Explained Variance Adaptation (Paischer et al. 2024, arXiv:2410.07170)."""
+"""EVA: Fine-tuning via Explained Variance Adaptation (Paischer et al. 2024, arXiv:2410.07170)."""
 
 from __future__ import annotations
 

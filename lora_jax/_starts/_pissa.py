@@ -36,12 +36,12 @@ def pissa(adapter: Adapters, params: Any, *, niter: int | None = None, key: Arra
       adapter: from `init`; its factors are replaced.
       params: the parameter tree that it was made for. Not changed.
       niter: None for an exact decomposition; otherwise the number of power iterations of a randomised one (Halko et
-        al. 2011, arXiv:0909.4061), which is enough of them for the paper at 4 to 16, and far quicker on large kernels.
+        al. 2011, arXiv:0909.4061): the more, the nearer to the exact one, and far quicker than it on large kernels.
       key: PRNG key for the randomised one; consumed.
 
     Returns:
       The adapter, and the base without it. Each moved kernel is computed in float32 and rounded once to its own dtype:
-      a base in bfloat16 starts off by as much as one rounding of the residue, at most 2⁻⁹ of each of its elements.
+      a base in bfloat16 starts off by as much as one rounding of the residue, at most 2⁻⁸ of each of its elements.
       Cast the base to float32 before, if that matters.
 
     Raises:
