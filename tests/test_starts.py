@@ -653,6 +653,10 @@ def test_what_cannot_be_meant_is_said() -> None:
     expect(lj.SpecError, "Expected rho to be 1", lambda: starts.eva(odd, params, {}, rho=0.5))
     expect(lj.AdapterError, "Expected the activations of every", lambda: starts.eva(odd, params, {}))
     expect(lj.AdapterError, "is not in `params`", lambda: starts.pissa(odd, {"v": params["w"]}))
+    order = "The arguments come in this order: start(adapter, params, …)"
+    for call in (starts.pissa, starts.olora, functools.partial(starts.lora_ga, gradient={})):
+        expect(lj.AdapterError, order, functools.partial(call, params, odd))
+    expect(lj.AdapterError, order, lambda: starts.activations(lambda p, x: x, params, odd, params["w"]))
     its = {"w": starts.Activations(jnp.eye(6)[None], jnp.zeros((1, 6)), jnp.ones(1))}
     traced = jax.jit(lambda its: starts.eva(odd, params, its, rho=2))
     expect(lj.AdapterError, "got a trace, which has none", lambda: traced(its))

@@ -48,7 +48,7 @@ def as_plain(adapter: Adapters, params: Any, started_adapter: Adapters, started_
         not `params`: the start was that of another base. Under `jit` there are no values, and this is not checked.
     """
     leaves, moved = flatten(params)[0], flatten(started_params)[0]
-    check(moved, adapter)
+    low_rank_leaves(adapter, moved)  # raises, if it does not fit
     check(moved, started_adapter)
     starts = {leaf.path: leaf for leaf in low_rank_leaves(started_adapter, leaves)}
     _check(adapter, starts, moved)

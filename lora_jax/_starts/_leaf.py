@@ -15,7 +15,7 @@ from .._adapter import Adapter, Adapters
 from .._attach import check
 from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
 from .._contract import widest
-from .._errors import SpecError
+from .._errors import AdapterError, SpecError
 from .._fold import unfold
 from .._paths import flatten, unflatten
 from .._variants import LowRank
@@ -108,6 +108,11 @@ def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False
 
 def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
     """The leaves that have factors."""
+    if not isinstance(adapter, Mapping) or not all(isinstance(part, Adapter) for part in adapter.values()):
+        raise AdapterError(
+            "Expected an adapter, a dict from paths to `Adapter` as `init` returns, and then its parameters; got "
+            f"{type(adapter).__name__} first.\n  The arguments come in this order: start(adapter, params, …)."
+        )
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
 

@@ -51,7 +51,8 @@ def lora_ga(adapter: Adapters, params: Any, gradient: Mapping[str, Array], *, ga
       SpecError: if 2r is more than the kernel's inputs or outputs.
       AdapterError: if the adapter does not fit `params`, or `gradient` not the adapter.
     """
-    if missing := [repr(path) for path, part in adapter.items() if part.variant.needs_axes and path not in gradient]:
+    leaves = low_rank_leaves(adapter, flatten(params)[0])
+    if missing := [repr(leaf.path) for leaf in leaves if leaf.path not in gradient]:
         raise AdapterError(
             f"Expected the gradient of every adapted kernel; {len(missing)} are not in `gradient`.\n{listed(missing)}\n"
             "  gradients(loss, adapter, params, *args) returns them."
