@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import optim as optim
     from . import sharding as sharding
+    from . import starts as starts
     from . import testing as testing
     from ._ahead import plan as plan
     from .checkpoint import restore as restore
@@ -68,6 +69,7 @@ __all__ = [
     "restore",
     "save",
     "sharding",
+    "starts",
     "testing",
     "unmerge",
 ]
@@ -78,6 +80,7 @@ _DOORS = {
     "checkpoint": "checkpoint",
     "optim": "optim",
     "sharding": "sharding",
+    "starts": "starts",
     "testing": "testing",
     "plan": "_ahead",
     "restore": "checkpoint",

@@ -51,6 +51,7 @@ LAYERS = [
     "_kernels",
     "_explain",
     "_fold",
+    "_starts",
     "_merge",
     "_fingerprint",
     "_manifest",
@@ -59,15 +60,17 @@ LAYERS = [
     "_state",
     "_ahead",
 ]
-DOORS = ["analysis", "checkpoint", "optim", "sharding", "testing"]  # each may import every layer, and no other door
+DOORS = ["analysis", "checkpoint", "optim", "sharding", "starts", "testing"]  # each imports any layer, and no door
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
     "_variants": [["_base"], ["_dora", "_full", "_lora", "_rows", "_rslora"]],
+    "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
         ["_plan"],
         ["_forms", "_factored"],
-        ["_conv_steps", "_interpreter"],
+        ["_conv_steps", "_statistics"],
+        ["_interpreter"],
         ["_kept", "_pair", "_placement"],
         [
             "_concatenate",
@@ -201,7 +204,10 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-@pytest.mark.parametrize("name", ["analysis", "checkpoint", "optim", "plan", "restore", "save", "sharding", "testing"])
+OPENED = ["analysis", "checkpoint", "optim", "plan", "restore", "save", "sharding", "starts", "testing"]
+
+
+@pytest.mark.parametrize("name", OPENED)
 def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name

@@ -71,5 +71,7 @@ def _conv_general_dilated(
         precision,
         y,
     )
-    contraction = Contraction(convolve, steps.low_rank, steps.costs(lhs.shape, y.shape), precision, *steps.labels)
+    contraction = Contraction(
+        convolve, steps.low_rank, steps.thin, steps.costs(lhs.shape, y.shape), precision, *steps.labels
+    )
     return site.contract(kernel, lhs, contraction, roles=roles)

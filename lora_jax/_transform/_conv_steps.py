@@ -83,6 +83,13 @@ class Steps:
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
         return y.in_order(out).astype(self.like.dtype)
 
+    def thin(self, x: Array, a: Array) -> Array:
+        """The convolution of `x` with `a` alone, where `a` is what it meets first."""
+        w_in = self.numbers.rhs_spec[1]
+        precise = dataclasses.replace(self, precision=lax.Precision.HIGHEST)
+        met = Labelled(x, _labels(self.numbers.lhs_spec, w_in))
+        return precise._step(met, Labelled(a, axes_of_a(self.kernel.roles)), w_in, RANK).array
+
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """The operations of the convolution, for the shapes of the input and of the result."""
         w, rank = self.kernel.w.shape, self.kernel.a.shape[-1]

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
-from jax import Array
+from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
@@ -85,6 +85,16 @@ def low_rank(
         return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, like=like)
 
     return multiply, orders[a_first]
+
+
+def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Callable[[Array, Array], Array]:
+    """The product of `x` with `a` alone; from there `b` would go to the labels of `out`."""
+    labels, keep = axes_of_a(kernel.roles), {*axes_of_b(kernel.roles), *out}
+
+    def multiply(x: Array, a: Array) -> Array:
+        return contract(Labelled(x, x_labels), Labelled(a, labels), keep=keep, precision=lax.Precision.HIGHEST).array
+
+    return multiply
 
 
 def multiply(

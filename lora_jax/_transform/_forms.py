@@ -66,6 +66,7 @@ class Contraction(NamedTuple):
     Attributes:
       base: `base(x, w)`: the operation itself.
       low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed.
+      thin: `thin(x, a)`: the product of rank r with `a` alone, in the dtype of the two, and the highest precision.
       costs: the operations of its products.
       precision: of its products.
       x: the labels of the axes of `x`: one that meets an axis of the kernel has its number.
@@ -74,6 +75,7 @@ class Contraction(NamedTuple):
 
     base: Callable[[Array, Array], Array]
     low_rank: Callable[[Array, Array, Array], Array]
+    thin: Callable[[Array, Array], Array]
     costs: Costs
     precision: Any
     x: Labels
@@ -140,7 +142,7 @@ def takes_gain(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> boo
 def _contract(
     kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
 ) -> Array | Sum:
-    base, low_rank, costs, *_ = contraction
+    base, low_rank, _, costs, *_ = contraction
     if kernel.dropout is not None:  # what the base sees is not what the factors see
         return Sum(base(x, kernel.w), low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
     its = wanted(kernel, costs, form)

@@ -36,6 +36,7 @@ from .._paths import Pattern, matches_any
 from .._use import Use
 from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
 from ._plan import Form, added
+from ._statistics import Operation, Statistic, observed
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
@@ -84,6 +85,7 @@ def rules() -> dict[str, tuple[Kind, str]]:
 
 
 NO_RULE = "this operation has no low-rank rule"
+OBSERVED = "observed"  # the kind of a use whose activations go into a statistic
 
 
 class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
@@ -100,6 +102,7 @@ class Settings:
       log: of uses, if one is kept.
       times: how often it runs in one call.
       remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
+      statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
     """
 
     dense: tuple[Pattern, ...] = ()
@@ -107,6 +110,7 @@ class Settings:
     log: list[Use] | None = None
     times: int = 1
     remat: bool = False
+    statistic: Statistic | None = None
 
     def may_form(self, kernel: AdaptedKernel) -> bool:
         """Whether the caller has listed every leaf of a kernel."""
@@ -142,12 +146,24 @@ class Site:
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
+        if self.settings.statistic is not None:
+            return self.observe(kernel, x, contraction.base, contraction.thin, roles=roles)
         if not takes_gain(kernel, contraction, x):
             raise NoRule("of the outputs that have a gain, some are summed")
         form = in_training(kernel, contraction.costs, self.settings.form)
         gain = 0 if kernel.gain is None else contraction.costs.y
         self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs) + gain)
         return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
+
+    def observe(
+        self, kernel: AdaptedKernel, x: Array, base: Operation, thin: Operation, *others: Array, roles: Sequence[str]
+    ) -> Array:
+        """Evaluates the base's operation; its `x` is observed if it meets what the adapter has for inputs."""
+        assert self.settings.statistic is not None
+        if any((use == "i") != (its == "i") for its, use in zip(kernel.roles, roles, strict=True)):
+            return base(x, kernel.w, *others)
+        self.used(kernel, OBSERVED, roles=roles)
+        return observed(kernel, x, base, thin, *others, statistic=self.settings.statistic)
 
     def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""

@@ -17,7 +17,7 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._compat import primitives
 from .._contract import Labelled, Labels
-from ._factored import low_rank
+from ._factored import low_rank, product_with_a
 from ._forms import Contraction, Sum, settled
 from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, rule
 from ._pair import through
@@ -77,7 +77,9 @@ def _dot_general(
         like=y,
     )
     its_base = (lambda x, w: product(w, x)) if side == 0 else product
-    return site.contract(kernel, x, Contraction(its_base, multiply, costs, precision, x_labels, out), roles=roles[side])
+    thin = product_with_a(kernel, x_labels, out)
+    contraction = Contraction(its_base, multiply, thin, costs, precision, x_labels, out)
+    return site.contract(kernel, x, contraction, roles=roles[side])
 
 
 @rule(primitives.add_p, "low-rank")

@@ -8,6 +8,7 @@ Usually the experts are a batch axis of the adapter. A factor that they share me
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel, gain_of
-from .._axes import RANK
+from .._axes import RANK, axes_of_a, axes_of_b
 from .._contract import Labelled, Labels, contract, sharding_of_product
 from .._placement import names_of
 from ._factored import factors
@@ -53,19 +54,22 @@ def _ragged_dot_general(
     if not kernel.is_probe and group_sizes.ndim > 1 and misfit:
         raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
     lhs = site.dense(lhs, "it is divided into groups")  # a probe: noted
-    y = lax.ragged_dot_general(
-        lhs,
-        kernel.w,
-        group_sizes,
-        numbers,
-        precision=precision,
-        preferred_element_type=preferred_element_type,
-        group_offset=group_offset,
-        out_sharding=out_sharding,
-    )
+
+    def product(x: Array, w: Array, sizes: Array) -> Array:
+        return lax.ragged_dot_general(
+            x,
+            w,
+            sizes,
+            numbers,
+            precision=precision,
+            preferred_element_type=preferred_element_type,
+            group_offset=group_offset,
+            out_sharding=out_sharding,
+        )
+
     if kernel.is_probe:
         site.used(kernel, "factored", roles=roles)
-        return y
+        return product(lhs, kernel.w, group_sizes)
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
     x = Labelled(dropped, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))
@@ -75,20 +79,24 @@ def _ragged_dot_general(
     gain = None if kernel.gain is None else gain_of(kernel)
     if gain is not None and not set(gain.labels) <= {group, *out}:
         raise NoRule("of the outputs that have a gain, some are summed")
+    if gain is not None and kernel.dropout is not None:
+        raise NoRule("a product by group in which something is dropped, of a kernel that has a gain")
     groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, precision)
+    if site.settings.statistic is not None:
+        thin = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
+        return site.observe(kernel, lhs, product, thin, group_sizes, roles=roles)
+    y = product(lhs, kernel.w, group_sizes)
     a, b = factors(kernel)
     first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
-    thin = groups.contract(x, first, keep={*second.labels, *out})
-    scaled = thin._replace(array=thin.array * kernel.scale)
+    narrow = groups.contract(x, first, keep={*second.labels, *out})
+    scaled = narrow._replace(array=narrow.array * kernel.scale)
     names = names_of(out, jax.typeof(y))
     low_rank = groups.contract(scaled, second, keep=out, dtype=y.dtype, names=names).in_order(out)
     # Beside the two products: the scale on the thin one, and the sum with the base's.
-    operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
+    operations = groups.operations(x, first) + groups.operations(narrow, second) + narrow.array.size + y.size
     site.used(kernel, "factored", roles=roles, operations=operations)
     if gain is None:
         return Sum(y, low_rank)
-    if kernel.dropout is not None:
-        raise NoRule("a product by group in which something is dropped, of a kernel that has a gain")
     return times(y + low_rank, groups.of_each_row(gain, lhs.shape[lhs_ragged]).beside(out))
 
 
@@ -149,6 +157,11 @@ class _Groups:
         one = Labelled(jnp.ones((rows, 1), x.array.dtype), (self.ragged, RANK))
         factor = Labelled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
         return self.contract(one, factor, keep={self.ragged, *x.labels})
+
+    def thin(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
+        """The product of rank r with `a` alone, for given sizes of the groups."""
+        precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
+        return precise.contract(Labelled(x, labels), Labelled(a, axes_of_a(roles)), keep=keep).array
 
     def operations(self, x: Labelled, factor: Labelled) -> int:
         """Of a product; a row meets one expert's factor."""

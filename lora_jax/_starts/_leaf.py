@@ -1,0 +1,132 @@
+"""What every start acts on: one adapted leaf as a stack of matrices, and a new adapter made of new factors."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from .._adapter import Adapter, Adapters
+from .._attach import check
+from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
+from .._contract import widest
+from .._errors import AdapterError, SpecError
+from .._fold import unfold
+from .._paths import flatten, unflatten
+from .._variants import LowRank
+
+
+class Start(NamedTuple):
+    """What a start returns.
+
+    Attributes:
+      adapter: with new factors; leaves that are trained whole keep their copy.
+      params: the parameters that belong to it: those that were given, or, where the start takes its factors out of
+        the base, a tree in which the adapted kernels are what is left, `W0 - s·A·B`.
+    """
+
+    adapter: dict[str, Adapter]
+    params: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One adapted kernel, its input axes taken as one, and its output axes, and its batch axes.
+
+    Attributes:
+      path: where it is.
+      w: the kernel.
+      part: its adapter.
+    """
+
+    path: str
+    w: Any
+    part: Adapter
+
+    @property
+    def variant(self) -> LowRank:
+        """Its method, which has a rank and a scale."""
+        assert isinstance(self.part.variant, LowRank)
+        return self.part.variant
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """`(layers, in, out)`."""
+        layers, d_in, d_out = (width(self.part.axes, self.w.shape, role) for role in "bio")
+        return layers, d_in, d_out
+
+    @property
+    def matrices(self) -> Array:
+        """The kernel, `(layers, in, out)`, in float32 or what is wider."""
+        return self.as_matrices(self.w)
+
+    def as_matrices(self, array: Any) -> Array:
+        """An array of the kernel's shape, `(layers, in, out)`, in float32 or what is wider."""
+        order = [axis for role in "bio" for axis in axes_with(self.part.axes, role)]
+        array = jnp.asarray(array)
+        return array.astype(widest(array.dtype, jnp.float32)).transpose(order).reshape(self.shape)
+
+    def adapter(self, a: Array, b: Array) -> Adapter:
+        """The adapter with factors `(layers, in, rank)` and `(layers, rank, out)`, whose rank may be another."""
+        rank, axes, shape = a.shape[-1], self.part.axes, self.w.shape
+        a = a.reshape(sizes(axes_of_a(axes), shape, rank)).astype(self.part.a.dtype)
+        b = b.reshape(sizes(axes_of_b(axes), shape, rank)).astype(self.part.b.dtype)
+        variant = at_rank(self.variant, rank)
+        return Adapter(variant, axes, **{**self.part.arrays, "a": a, "b": b})
+
+    def error(self, text: str) -> SpecError:
+        """What is wrong with this leaf's variant for a start."""
+        return SpecError(f"At {self.path!r}: {text}.")
+
+
+Method = Callable[[Leaf], tuple[Array, Array]]
+
+
+def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False) -> Start:
+    """Gives each low-rank adapter the factors of a method, which a base that moves loses.
+
+    Args:
+      adapter: from `init`.
+      params: the base.
+      method: the factors of a leaf, `(layers, in, rank)` and `(layers, rank, out)`.
+      moves: whether the factors are taken out of the base.
+    """
+    leaves, treedef = flatten(params)
+    with jax.default_matmul_precision("highest"):  # accelerators would multiply float32 in bfloat16
+        new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in low_rank_leaves(adapter, leaves)}
+    if not moves:
+        return Start(new, params)
+    # By the factors as they are kept: what rounding took from them stays in the base.
+    moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in low_rank_leaves(adapter, leaves)}
+    return Start(new, unflatten(treedef, leaves | moved))
+
+
+def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
+    """The leaves that have factors."""
+    if not isinstance(adapter, Mapping) or not all(isinstance(part, Adapter) for part in adapter.values()):
+        raise AdapterError(
+            "Expected an adapter, a dict from paths to `Adapter` as `init` returns, and then its parameters; got "
+            f"{type(adapter).__name__} first.\n  The arguments come in this order: start(adapter, params, …)."
+        )
+    check(leaves, adapter)
+    return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
+
+
+def at_rank(variant: LowRank, rank: int) -> LowRank:
+    """The same method at another rank, its scale kept: for LoRA α goes with the rank, for rsLoRA with its root."""
+    if rank == variant.rank:
+        return variant
+    other = dataclasses.replace(variant, rank=rank)
+    return dataclasses.replace(other, alpha=other.alpha * (variant.scale / other.scale)) if variant.scale else other
+
+
+def positive_scale(leaf: Leaf) -> float:
+    """The scale, where a method divides by it or takes its root."""
+    if not (leaf.variant.scale > 0 and math.isfinite(leaf.variant.scale)):
+        raise leaf.error(f"expected a positive scale, which is divided by; got {leaf.variant}")
+    return leaf.variant.scale

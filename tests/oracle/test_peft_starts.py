@@ -1,0 +1,190 @@
+"""Live comparison of the starts with PEFT's on the same weights; `make test-oracle`.
+
+Not compared is what PEFT draws by torch's generator, and LoRA-GA's scaling, in which it differs from the authors' code.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from peft.tuners.lora.config import EvaConfig
+from safetensors.numpy import load_file
+from torch import nn
+
+import lora_jax as lj
+from lora_jax import starts
+
+D_IN, D_HIDDEN, D_OUT, RANK, ALPHA = 24, 20, 16, 4, 6
+NAMES = {"first": (D_IN, D_HIDDEN), "second": (D_HIDDEN, D_OUT)}
+VARIANTS = {False: lj.LoRA(rank=RANK, alpha=ALPHA), True: lj.RSLoRA(rank=RANK, alpha=ALPHA)}
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(D_IN, D_HIDDEN), nn.Linear(D_HIDDEN, D_OUT)
+        rng = np.random.default_rng(0)
+        for name, shape in NAMES.items():
+            layer, kernel = getattr(self, name), rng.standard_normal(shape).astype(np.float32) / 4
+            layer.weight.data, layer.bias.data = torch.from_numpy(kernel.T.copy()), torch.zeros(shape[1])
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+def params():
+    net = Net()
+    return {
+        name: {"kernel": jnp.asarray(layer.weight.detach().numpy().T), "bias": jnp.asarray(layer.bias.detach().numpy())}
+        for name, layer in net.named_children()
+    }
+
+
+def apply(params, x):
+    first, second = params["first"], params["second"]
+    return jnp.tanh(x @ first["kernel"] + first["bias"]) @ second["kernel"] + second["bias"]
+
+
+def adapter(params, rslora=False):
+    return lj.init(jax.random.key(0), params, {"**/kernel": VARIANTS[rslora]})
+
+
+def config(start, rslora=False, **options):
+    return peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(NAMES), init_lora_weights=start, use_rslora=rslora, **options
+    )
+
+
+def theirs(model, name):
+    """Their A, B and base, as kernels: transposed."""
+    layer = getattr(model.base_model.model, name)
+    arrays = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
+    return [array.detach().numpy().T for array in arrays]
+
+
+def assert_near(got, expected, tolerance=1e-5):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_the_factors_and_the_residue_are_peft_s(start, rslora):
+    base = params()
+    model = peft.get_peft_model(Net(), config(start, rslora))
+    new, moved = getattr(starts, start)(adapter(base, rslora), base)
+    for name in NAMES:
+        a, b, residue = theirs(model, name)
+        part = new[f"{name}/kernel"]
+        assert_near(part.a @ part.b, a @ b)
+        assert_near(np.abs(part.a), np.abs(a), 1e-4)  # up to the sign of each direction
+        assert_near(np.abs(part.b), np.abs(b), 1e-4)
+        assert_near(moved[name]["kernel"], residue)
+
+
+@pytest.mark.filterwarnings("ignore:.*changes the base weights")  # said whenever a second adapter is loaded
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_trained_start_becomes_the_plain_adapter_that_peft_saves(start, rslora, tmp_path):
+    base = params()
+    torch.manual_seed(0)
+    model = peft.get_peft_model(Net(), config(start, rslora))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "start")
+    began = getattr(starts, start)(adapter(base, rslora), base)
+    after = {}
+    for number, name in enumerate(NAMES):  # the same training of both, which are equal up to signs: those of PEFT
+        rng = np.random.default_rng(number)
+        a, b, _ = (array.copy() for array in theirs(model, name))
+        a += 0.1 * rng.standard_normal(a.shape).astype(np.float32)
+        b += 0.1 * rng.standard_normal(b.shape).astype(np.float32)
+        layer = getattr(model.base_model.model, name)
+        layer.lora_A["default"].weight.data = torch.from_numpy(a.T.copy())
+        layer.lora_B["default"].weight.data = torch.from_numpy(b.T.copy())
+        after[f"{name}/kernel"] = lj.Adapter(VARIANTS[rslora], "io", a=jnp.asarray(a), b=jnp.asarray(b))
+    model.peft_config["default"].init_lora_weights = start
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    saved = load_file(tmp_path / "plain" / "adapter_model.safetensors")
+    plain = starts.as_plain(after, base, *began)
+    its = peft.PeftConfig.from_pretrained(tmp_path / "plain")
+    for name in NAMES:
+        a, b = (saved[f"base_model.model.{name}.lora_{factor}.weight"].T for factor in "AB")
+        part = plain[f"{name}/kernel"]
+        assert part.a.shape == a.shape and part.b.shape == b.shape
+        assert part.variant.rank == its.r
+        assert part.variant.alpha == pytest.approx(its.lora_alpha)
+        assert_near(part.a @ part.b, a @ b, 1e-4)
+
+
+def batch():
+    """Of unequal spread, so that the leading directions stand apart, and of a mean that is not zero."""
+    rng = np.random.default_rng(1)
+    return (rng.standard_normal((128, D_IN)) * np.geomspace(8, 0.0001, D_IN) + 0.5).astype(np.float32)
+
+
+def test_eva_finds_the_directions_and_the_ranks_that_peft_does():
+    base = params()
+    torch.manual_seed(0)
+    eva_config = EvaConfig(rho=2.0, use_label_mask=False)
+    model = peft.get_peft_model(Net(), config("eva", eva_config=eva_config), low_cpu_mem_usage=True)
+    options = dict.fromkeys(["prepare_model_inputs_fn", "prepare_layer_inputs_fn"])  # every row is taken
+    loader = [{"x": torch.from_numpy(batch())}]
+    peft.initialize_lora_eva_weights(model, loader, show_progress_bar=False, **options)
+    ours = adapter(base)
+    seen = starts.activations(apply, ours, base, jnp.asarray(batch()))
+    new, _ = starts.eva(ours, base, seen, rho=2)
+    for name in NAMES:
+        a, b, _ = theirs(model, name)
+        part = new[f"{name}/kernel"]
+        layer = getattr(model.base_model.model, name)
+        assert part.variant.rank == a.shape[1]
+        assert part.variant.scale == pytest.approx(layer.scaling["default"])
+        assert not b.any()
+        cosines = np.abs(np.sum(np.asarray(part.a) * a, 0))
+        assert cosines.min() > 0.99, cosines  # their decomposition is a randomised one, and stops at 0.99
+    assert {part.variant.rank for part in new.values()} != {RANK}, new  # ranks have gone from one to the other
+
+
+def test_lora_ga_has_peft_s_directions_and_not_its_lengths():
+    base, x = params(), batch()
+
+    def train_step():
+        loss = (net(torch.from_numpy(x).requires_grad_()) ** 2).sum()
+        loss.backward()
+
+    net = Net()
+    lora_config = config("lora_ga", lora_ga_config=peft.LoraGAConfig())
+    peft.tuners.lora.preprocess_loraga(net, lora_config, train_step)
+    model = peft.get_peft_model(net, lora_config)
+    gradient = starts.gradients(lambda params, x: (apply(params, x) ** 2).sum(), adapter(base), base, jnp.asarray(x))
+    new, _ = starts.lora_ga(adapter(base), base, gradient)
+    for name, (_, d_out) in NAMES.items():
+        a, b, _ = theirs(model, name)
+        part = new[f"{name}/kernel"]
+        for ours, its in ((np.asarray(part.a), a), (np.asarray(part.b).T, b.T)):
+            cosines = np.abs((ours * its).sum(0)) / (np.linalg.norm(ours, axis=0) * np.linalg.norm(its, axis=0))
+            assert cosines.min() > 0.999, cosines
+        c = d_out**0.25 / 4
+        assert_near(np.linalg.norm(part.a, axis=0), np.full(RANK, c))
+        assert_near(np.linalg.norm(part.b, axis=1), np.full(RANK, c))
+        assert_near(np.linalg.norm(a, axis=0), np.ones(RANK))  # what PEFT leaves out
+        assert np.ptp(np.linalg.norm(b, axis=1)) > 0.01  # and what it multiplies with
+
+
+def test_drawn_factors_are_spread_as_peft_s_are():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(2000, 40)
+
+    torch.manual_seed(0)
+    base = {"first": {"kernel": jnp.zeros((2000, 40))}}
+    ours = adapter(base)
+    for start, function in (("gaussian", starts.gaussian), (True, starts.kaiming), ("orthogonal", starts.orthogonal)):
+        options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["first"], init_lora_weights=start)
+        a, b, _ = theirs(peft.get_peft_model(Wide(), options), "first")
+        part = function(ours, base, jax.random.key(0)).adapter["first/kernel"]
+        assert float(part.a.std()) == pytest.approx(a.std(), rel=0.1)
+        assert float(part.b.std()) == pytest.approx(b.std(), rel=0.3)
+        assert np.abs(part.a @ part.b).max() < 1e-6 and np.abs(a @ b).max() < 1e-6

@@ -1,0 +1,667 @@
+"""Starts: after each the model is what it was, whatever the axes of its kernels; and each does what it is made for."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import trained
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from law import assert_close, normal
+
+import lora_jax as lj
+from lora_jax import starts
+
+LORA, RSLORA = lj.LoRA(rank=2, alpha=3), lj.RSLoRA(rank=2, alpha=1)
+
+# A kernel of each layout: its shape, its variant.
+KERNELS: dict[str, tuple[tuple[int, ...], Any]] = {
+    "dense": ((6, 5), LORA),
+    "query": ((6, 2, 4), lj.RSLoRA(rank=2, alpha=1, axes="ioo")),
+    "out": ((2, 3, 6), lj.LoRA(rank=2, alpha=3, axes="iio")),
+    "conv": ((3, 2, 2, 5), lj.LoRA(rank=2, alpha=2, axes="iiio")),
+    "grouped": ((3, 2, 6), lj.LoRA(rank=2, alpha=1, axes="iio")),
+    "stack": ((3, 6, 6), lj.LoRA(rank=2, alpha=3, axes="bio")),
+    "stack along 1": ((6, 3, 6), lj.RSLoRA(rank=2, alpha=2, axes="ibo")),
+    "experts": ((3, 6, 5), lj.LoRA(rank=2, alpha=3, axes="bio")),
+    "transposed": ((5, 6), lj.LoRA(rank=2, alpha=3, axes="oi")),
+    "embedding": ((9, 6), LORA),
+}
+STRIDES = (2, 1)
+
+
+def params_of(dtype: Any = jnp.float32) -> Any:
+    params = {name: normal(*shape, seed=n, size=0.5) for n, (name, (shape, _)) in enumerate(KERNELS.items())}
+    return jax.tree.map(lambda w: jnp.asarray(w, dtype), params) | {"bias": jnp.ones(5, dtype)}
+
+
+PARAMS = params_of()
+SPEC: Any = {name: variant for name, (_, variant) in KERNELS.items()} | {"bias": lj.Full()}
+BATCH = {
+    "tokens": normal(7, 6, seed=20) + 0.5,
+    "image": normal(2, 5, 4, 2, seed=21),
+    "signal": normal(2, 7, 4, seed=22),
+    "experts": normal(3, 4, 6, seed=23),
+    "ids": jnp.array([1, 8, 1, 0]),
+}
+
+
+def layers(w: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+
+def model(params: Any, batch: Any) -> dict[str, jax.Array]:
+    x = batch["tokens"]
+    image, signal = ("NHWC", "HWIO", "NHWC"), ("NHC", "HIO", "NHC")
+    return {
+        "dense": x @ params["dense"] + params["bias"],
+        "query": jnp.einsum("td,dhk->thk", x, params["query"]),
+        "out": jnp.einsum("thk,hkd->td", x.reshape(-1, 2, 3), params["out"]),
+        "conv": lax.conv_general_dilated(batch["image"], params["conv"], STRIDES, "SAME", dimension_numbers=image),
+        "grouped": lax.conv_general_dilated(
+            batch["signal"], params["grouped"], (1,), "VALID", dimension_numbers=signal, feature_group_count=2
+        ),
+        "stack": layers(params["stack"], x),
+        "stack along 1": layers(jnp.moveaxis(params["stack along 1"], 1, 0), x),
+        "experts": jnp.einsum("etd,edf->etf", batch["experts"], params["experts"]),
+        "transposed": x @ params["transposed"].T,
+        "embedding": params["embedding"][batch["ids"]],
+    }
+
+
+def loss(params: Any, batch: Any) -> jax.Array:
+    return sum((jnp.sum(jnp.sin(y.astype(jnp.float32)) ** 2) for y in model(params, batch).values()), jnp.float32(0))
+
+
+@functools.cache
+def adapter_of() -> Any:
+    return jax.jit(lambda key: lj.init(key, PARAMS, SPEC))(jax.random.key(0))
+
+
+def seen_by(adapter: Any, params: Any, batch: Any) -> Any:
+    return starts.activations(model, {path: adapter[path] for path in adapter if path != "embedding"}, params, batch)
+
+
+def by_eva(adapter: Any, params: Any) -> Any:
+    """A look-up meets no activations, so an embedding keeps its start."""
+    seen = seen_by(adapter, params, BATCH)
+    new, params = starts.eva({path: part for path, part in adapter.items() if path != "embedding"}, params, seen)
+    return adapter | new, params
+
+
+STARTS: dict[str, Callable[[Any, Any], Any]] = {
+    "gaussian": lambda adapter, params: starts.gaussian(adapter, params, jax.random.key(1)),
+    "kaiming": lambda adapter, params: starts.kaiming(adapter, params, jax.random.key(1)),
+    "orthogonal": lambda adapter, params: starts.orthogonal(adapter, params, jax.random.key(1)),
+    "eva": by_eva,
+    "pissa": starts.pissa,
+    "randomised pissa": lambda ad, params: starts.pissa(ad, params, niter=4, key=jax.random.key(1)),
+    "olora": starts.olora,
+    "lora_ga": lambda ad, params: starts.lora_ga(ad, params, starts.gradients(loss, ad, params, BATCH)),
+}
+MOVING = ["pissa", "randomised pissa", "olora", "lora_ga"]
+
+
+@functools.cache
+def started(name: str) -> Any:
+    return jax.jit(STARTS[name])(adapter_of(), PARAMS)
+
+
+def matrices(array: Any, layout: str) -> np.ndarray:
+    """A kernel, `(layers, in, out)`."""
+    axes = adapter_of()[layout].axes
+    array = np.asarray(array, np.float64)
+    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
+    sizes = [math.prod(array.shape[axis] for axis, its in enumerate(axes) if its == role) for role in "bio"]
+    return array.transpose(order).reshape(sizes)
+
+
+def factors(part: Any) -> tuple[np.ndarray, np.ndarray]:
+    """`a` and `b`, `(layers, in, rank)` and `(layers, rank, out)`."""
+    rank, layers = part.variant.rank, math.prod(part.a.shape[: part.axes.count("b")])
+    a, b = np.asarray(part.a, np.float64), np.asarray(part.b, np.float64)
+    return a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
+
+
+def assert_near(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-6))
+
+
+# What holds for every start
+
+
+@functools.cache
+def adapted() -> Any:
+    return jax.jit(lj.lora(model, form="factored"))
+
+
+@functools.cache
+def base() -> Any:
+    return jax.jit(model)
+
+
+@functools.cache
+def outputs(name: str) -> tuple[Any, Any]:
+    adapter, params = started(name)
+    return adapted()(params, adapter, BATCH), base()(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("layout", KERNELS)
+@pytest.mark.parametrize("start", STARTS)
+def test_after_a_start_the_model_is_what_it_was(start: str, layout: str) -> None:
+    got, expected = outputs(start)
+    assert_close(got[layout], expected[layout])
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_a_start_moves_the_adapted_kernels_of_the_base_or_nothing(start: str) -> None:
+    adapter, params = started(start)
+    for path, leaf in PARAMS.items():
+        moves = start in MOVING and path in KERNELS
+        assert np.array_equal(leaf, params[path]) != moves, path
+    assert adapter["bias"] is not None and np.array_equal(adapter["bias"].value, PARAMS["bias"])
+    assert {path: part.variant for path, part in adapter.items()} == {
+        path: part.variant for path, part in adapter_of().items()
+    }
+    changed = [path for path in KERNELS if not np.array_equal(adapter[path].a, adapter_of()[path].a)]
+    assert changed == [path for path in KERNELS if (start, path) != ("eva", "embedding")]
+
+
+@pytest.mark.parametrize("start", MOVING)
+@pytest.mark.parametrize("layout", ["dense", "stack along 1"])
+def test_a_base_in_bfloat16_is_off_by_one_rounding_of_the_residue(start: str, layout: str) -> None:
+    params = {layout: PARAMS[layout].astype(jnp.bfloat16)}
+    adapter = {layout: adapter_of()[layout]}
+    function = STARTS[start]
+    if start == "lora_ga":
+        gradient = {layout: normal(*params[layout].shape, seed=3, dtype=jnp.bfloat16)}
+        function = functools.partial(starts.lora_ga, gradient=gradient)
+    adapter, moved = function(adapter, params)
+    residue = moved[layout]
+    assert residue.dtype == jnp.bfloat16 and adapter[layout].a.dtype == jnp.float32
+    a, b = factors(adapter[layout])
+    error = matrices(residue, layout) + adapter[layout].variant.scale * a @ b - matrices(params[layout], layout)
+    assert (np.abs(error) <= 2**-8 * np.abs(matrices(residue, layout)) + 1e-6).all()
+    assert np.abs(error).max() > 1e-5  # or there was nothing to see
+
+
+def test_a_start_keeps_what_it_is_given() -> None:
+    params = {"dense": np.asarray(PARAMS["dense"]), "bias": [np.ones(5)]}
+    adapter = lj.init(jax.random.key(0), params, {"dense": LORA}, param_dtype=jnp.bfloat16)
+    before = jax.tree.map(np.array, (adapter, params))
+    new, moved = starts.pissa(adapter, params)
+    assert isinstance(moved["dense"], np.ndarray) and moved["bias"][0] is params["bias"][0]
+    assert new["dense"].a.dtype == new["dense"].b.dtype == jnp.bfloat16
+    assert_near(lj.merge(moved, new)["dense"], params["dense"])  # the residue is that of the factors as they are kept
+    jax.tree.map(np.testing.assert_array_equal, before, (adapter, params))
+
+
+def test_a_start_under_jit_is_the_start() -> None:
+    eager = starts.pissa({"dense": adapter_of()["dense"]}, PARAMS)
+    assert_near(eager.params["dense"], started("pissa").params["dense"])
+    _, same = starts.gaussian(adapter_of(), PARAMS, jax.random.key(1))
+    assert same is PARAMS
+
+
+def test_each_path_draws_its_own_numbers_whatever_else_is_adapted() -> None:
+    for name in ("gaussian", "kaiming", "orthogonal", "randomised pissa"):
+        alone, _ = STARTS[name]({"dense": adapter_of()["dense"]}, PARAMS)
+        assert_near(alone["dense"].a, started(name)[0]["dense"].a)
+    adapter = started("gaussian")[0]
+    assert not np.array_equal(adapter["stack"].a[0], adapter["stack"].a[1])
+    assert not np.array_equal(adapter["stack"].a, adapter["experts"].a)
+
+
+# What each start is made for
+
+
+def test_gaussian_and_kaiming_draw_what_they_say() -> None:
+    params = {"w": jnp.zeros((3, 400, 60))}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=8, alpha=16, axes="bio")})
+    gaussian = starts.gaussian(adapter, params, jax.random.key(5)).adapter["w"]
+    assert float(gaussian.a.std()) == pytest.approx(1 / 8, rel=0.05)
+    assert float(gaussian.a.mean()) == pytest.approx(0, abs=0.01)
+    assert float(jnp.abs(gaussian.a).max()) > 3 / 8  # no uniform has this
+    kaiming = starts.kaiming(adapter, params, jax.random.key(0)).adapter["w"]
+    assert np.array_equal(kaiming.a, adapter["w"].a)
+    again = starts.kaiming(adapter, params, jax.random.key(1)).adapter["w"]
+    assert not np.array_equal(kaiming.a, again.a)
+    assert float(jnp.abs(again.a).max()) == pytest.approx(1 / 20, rel=0.01)
+    assert not gaussian.b.any() and not again.b.any()
+
+
+@pytest.mark.parametrize("layout", KERNELS)
+def test_orthogonal_factors_have_no_product_and_both_get_a_gradient(layout: str) -> None:
+    part = started("orthogonal")[0][layout]
+    a, b = factors(part)
+    assert np.abs(a @ b).max() <= 1e-7 and np.abs(a).max() > 0.01 and np.abs(b).max() > 0.01
+
+
+@pytest.mark.parametrize("layout", KERNELS)
+def test_pissa_takes_the_best_approximation_of_its_rank(layout: str) -> None:
+    w = matrices(PARAMS[layout], layout)
+    u, s, vt = np.linalg.svd(w, full_matrices=False)
+    best = u[:, :, :2] * s[:, None, :2] @ vt[:, :2]
+    for name, tolerance in (("pissa", 1e-5), ("randomised pissa", 1e-3)):
+        adapter, params = started(name)
+        a, b = factors(adapter[layout])
+        assert_near(adapter[layout].variant.scale * a @ b, best, tolerance)
+        assert_near(matrices(params[layout], layout), w - best, tolerance)
+        assert_near(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=2))  # the root of S/s for each
+
+
+def test_randomised_pissa_comes_as_near_as_it_is_iterated() -> None:
+    spectrum = jnp.arange(1, 61) ** -0.5
+    q1, q2 = (jnp.linalg.qr(normal(60, 60, seed=seed))[0] for seed in (1, 2))
+    params = {"w": q1 * spectrum @ q2}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=4, alpha=4)})
+    best = float(jnp.linalg.norm(spectrum[4:]))
+    residues = [
+        float(jnp.linalg.norm(starts.pissa(adapter, params, niter=niter, key=jax.random.key(0)).params["w"]))
+        for niter in (0, 8)
+    ]
+    assert best * 1.001 < residues[0] and residues[1] < best * 1.001
+
+
+@pytest.mark.parametrize("layout", KERNELS)
+def test_olora_has_orthonormal_rows_and_takes_the_first_columns_whole(layout: str) -> None:
+    a, b = factors(started("olora")[0][layout])
+    assert_near(b @ b.transpose(0, 2, 1), np.broadcast_to(np.eye(2), (len(b), 2, 2)))
+    w = matrices(PARAMS[layout], layout)
+    q = np.linalg.qr(w.transpose(0, 2, 1))[0][:, :, :2]  # of the whole kernel
+    assert_near(a @ b, w @ q @ q.transpose(0, 2, 1))
+    assert_near((a @ b)[:, :2], w[:, :2])
+
+
+@functools.cache
+def gradient_of() -> Any:
+    return jax.jit(lambda ad, params: starts.gradients(loss, ad, params, BATCH))(adapter_of(), PARAMS)
+
+
+def test_gradients_are_those_of_the_adapted_kernels() -> None:
+    expected = jax.jit(jax.grad(loss))(PARAMS, BATCH)
+    assert_close(gradient_of(), {path: expected[path] for path in KERNELS})
+
+
+@pytest.mark.parametrize("layout", KERNELS)
+def test_the_first_step_after_lora_ga_goes_where_the_gradient_does(layout: str) -> None:
+    adapter, _ = started("lora_ga")
+    part = adapter[layout]
+    a, b = factors(part)
+    g, s, rate = matrices(gradient_of()[layout], layout), part.variant.scale, 1e-4
+    # One step of gradient descent on both factors.
+    a_new, b_new = a - rate * s * g @ b.transpose(0, 2, 1), b - rate * s * a.transpose(0, 2, 1) @ g
+    step = s * (a_new @ b_new - a @ b)
+    u, singular, vt = np.linalg.svd(g, full_matrices=False)
+    nearest = u[:, :, :4] * singular[:, None, :4] @ vt[:, :4]
+    c = b.shape[-1] ** 0.25 / math.sqrt(16)
+    assert_near(step, -rate * s**2 * c**2 * nearest, 1e-3)
+
+
+def test_lora_ga_does_not_depend_on_the_size_of_the_gradient() -> None:
+    part, gradient = {"dense": adapter_of()["dense"]}, gradient_of()["dense"]
+    one, other = (starts.lora_ga(part, PARAMS, {"dense": c * gradient}).adapter["dense"] for c in (1, 1000))
+    for x, y in zip(factors(one), factors(other), strict=True):
+        assert_near(np.abs(x), np.abs(y), 1e-4)
+    wider = starts.lora_ga(part, PARAMS, {"dense": gradient}, gamma=4).adapter["dense"]
+    assert_near(np.abs(wider.a), 2 * np.abs(one.a), 1e-4)
+
+
+def test_gradients_in_bfloat16_are_added_in_float32() -> None:
+    params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
+    found = starts.gradients(lambda p, x: jnp.sum(x @ p["w"]), adapter, params, jnp.ones((1, 2), jnp.bfloat16))
+    assert found["w"].dtype == jnp.float32
+
+
+# Activations
+
+
+def windows(x: np.ndarray, size: tuple[int, ...], strides: tuple[int, ...], padding: Any) -> np.ndarray:
+    """All windows of an image, `(rows, …size, channels)`, by hand."""
+    x = np.pad(x, [(0, 0), *padding, (0, 0)])
+    places = [range(0, n - k + 1, stride) for n, k, stride in zip(x.shape[1:-1], size, strides, strict=True)]
+    found = []
+    for place in np.stack(np.meshgrid(*places, indexing="ij"), -1).reshape(-1, len(size)):
+        found.append(x[(slice(None), *(slice(at, at + k) for at, k in zip(place, size, strict=True)))])
+    return np.concatenate(found)
+
+
+@functools.cache
+def inputs() -> dict[str, np.ndarray]:
+    """What meets each kernel, `(layers, rows, in)`, by hand."""
+    batch = {name: np.asarray(its, np.float64) for name, its in BATCH.items()}
+    x = batch["tokens"]
+    stacks = {}
+    for name in ("stack", "stack along 1"):
+        met = [x]
+        for w in matrices(PARAMS[name], name)[:-1]:
+            met.append(np.tanh(met[-1] @ w))
+        stacks[name] = np.stack(met)
+    pads = lax.padtype_to_pads((5, 4), (3, 2), STRIDES, "SAME")
+    groups = [windows(batch["signal"][..., 2 * g : 2 * g + 2], (3,), (1,), [(0, 0)]).reshape(-1, 6) for g in (0, 1)]
+    return stacks | {
+        "dense": x[None],
+        "query": x[None],
+        "out": x[None],
+        "conv": windows(batch["image"], (3, 2), STRIDES, pads).reshape(1, -1, 12),
+        "grouped": np.concatenate(groups)[None],
+        "experts": batch["experts"],
+        "transposed": x[None],
+    }
+
+
+@functools.cache
+def seen() -> Any:
+    return jax.jit(seen_by)(adapter_of(), PARAMS, BATCH)
+
+
+MET = [layout for layout in KERNELS if layout != "embedding"]
+
+
+@pytest.mark.parametrize("layout", MET)
+def test_activations_are_what_meets_the_kernel(layout: str) -> None:
+    x, its = inputs()[layout], seen()[layout]
+    assert_near(its.gram, x.transpose(0, 2, 1) @ x)
+    assert_near(its.total, x.sum(1))
+    assert_near(its.count, np.full(len(x), x.shape[1]))
+
+
+@pytest.mark.parametrize("layout", MET)
+def test_eva_starts_with_the_directions_that_explain_most(layout: str) -> None:
+    x, (a, b) = inputs()[layout], factors(started("eva")[0][layout])
+    _, s, vt = np.linalg.svd(x - x.mean(1, keepdims=True), full_matrices=False)
+    assert_near(a @ a.transpose(0, 2, 1), vt[:, :2].transpose(0, 2, 1) @ vt[:, :2], 1e-3)  # the same span
+    captured = np.square((x - x.mean(1, keepdims=True)) @ a).sum(1)
+    assert_near(captured, np.square(s[:, :2]))
+    assert not b.any()
+
+
+def one_kernel(apply: Callable[..., Any], w: Any, *args: Any, axes: str | None = None, **options: Any) -> Any:
+    """Activations of a function of one kernel; the span of `eva` without the mean where options say so."""
+    params = {"w": w}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1, axes=axes)})
+    run = jax.jit(lambda params, *args: starts.activations(lambda p, *xs: apply(p["w"], *xs), adapter, params, *args))
+    its = run(params, *args)
+    return starts.eva(adapter, params, its, **options).adapter["w"].a if options else its["w"]
+
+
+X, W = normal(5, 4, seed=1) + 1.0, normal(4, 4, seed=2)
+XX = np.asarray(X).T @ np.asarray(X)
+Y = np.tanh(np.asarray(X) @ np.asarray(W))
+
+
+def test_without_the_mean_the_directions_are_those_of_the_activations() -> None:
+    a = one_kernel(lambda w, x: x @ w, W, X, centred=False)
+    assert_near(np.abs(a[:, 0]), np.abs(np.linalg.svd(np.asarray(X))[2][0]), 1e-4)
+
+
+USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {
+    "twice": (lambda w, x: jnp.tanh(x @ w) @ w, XX + Y.T @ Y, 10),
+    "remat": (jax.checkpoint(lambda w, x: jnp.tanh(x @ w)), XX, 5),
+    "jit": (jax.jit(lambda w, x: jnp.tanh(x @ w)), XX, 5),
+    "one of two branches": (lambda w, x: lax.cond(x.sum() > 0, lambda: x @ w, lambda: x), XX, 5),
+    "vmap": (lambda w, x: jax.vmap(lambda row: row @ w)(x), XX, 5),
+    "scan over tokens": (lambda w, x: lax.map(lambda row: jnp.tanh(row @ w), x), XX, 5),
+    "from both sides": (lambda w, x: (x @ w) @ w.T, XX, 5),
+    "scaled": (lambda w, x: x @ (3.0 * w), 9 * XX, 5),
+    "scaled by an array": (lambda w, x: x @ (w * x[0][:, None]), XX * np.outer(X[0], X[0]), 5),
+    "beside another": (lambda w, x: x @ jnp.concatenate([w, 2 * jnp.ones((4, 3))], 1), XX, 5),
+    "under another": (lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([jnp.ones((4, 4)), w]), XX, 5),
+    "reshaped": (lambda w, x: jnp.einsum("tij,ijo->to", x.reshape(5, 2, 2), w.reshape(2, 2, 4)), XX, 5),
+    "heads that keep their tokens": (
+        lambda w, x: jnp.einsum("thd,dhk->thk", jnp.stack([x, x], 1), w.reshape(4, 2, 2)),
+        2 * XX,
+        10,
+    ),
+    "also read whole": (lambda w, x: (x @ w) + jnp.tanh(w).sum(), XX, 5),
+    "integers": (lambda w, x: jnp.round(x).astype(jnp.int32) @ w, np.round(X).T @ np.round(X), 5),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_activations_are_seen_however_the_kernel_is_used(use: str) -> None:
+    apply, gram, count = USES[use]
+    its = one_kernel(apply, W, X)
+    assert_near(its.gram[0], gram)
+    assert its.count[0] == pytest.approx(count)
+
+
+def test_activations_of_a_batch_on_eight_devices_are_those_of_the_batch() -> None:
+    x = normal(16, 4, seed=1)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    its = one_kernel(lambda w, x: jnp.tanh(x @ w), W, jax.device_put(x, sharding))
+    assert_near(its.gram[0], np.asarray(x).T @ np.asarray(x))
+    assert its.count[0] == 16
+
+
+@st.composite
+def contractions(draw: Any) -> tuple[str, str, str, str]:
+    """The roles of a kernel's axes, their letters, and the letters of an x and of what comes out."""
+    roles = "".join(draw(st.permutations(["i", "o", *draw(st.lists(st.sampled_from("bio"), max_size=2))])))
+    letters = "abcd"[: len(roles)]
+    met = [c for c, role in zip(letters, roles, strict=True) if role == "i" or draw(st.booleans())]
+    x = "".join(draw(st.permutations([*met, "n"])))
+    kept = ["n", *(c for c, role in zip(letters, roles, strict=True) if role != "i")]
+    return roles, letters, x, "".join(draw(st.permutations(kept)))
+
+
+@settings(max_examples=12)
+@given(contractions())
+def test_activations_of_any_contraction_are_those_of_its_inputs(case: tuple[str, str, str, str]) -> None:
+    roles, letters, x_letters, out = case
+    sizes = dict(zip("abcdn", (2, 3, 2, 4, 5), strict=True))
+    x, w = (normal(*(sizes[c] for c in its), seed=n) for n, its in enumerate((x_letters, letters)))
+    its = one_kernel(lambda w, x: jnp.einsum(f"{x_letters},{letters}->{out}", x, w), w, x, axes=roles)
+    batch, inner = ("".join(c for c, role in zip(letters, roles, strict=True) if role == its) for its in "bi")
+    own = "".join(c for c in batch if c in x_letters)  # layers that meet activations of their own
+    gram = np.einsum(f"{x_letters},{x_letters.translate(primed(inner))}->{own}{inner}{inner.upper()}", x, x)
+    gram = gram[tuple(slice(None) if c in own else None for c in batch)]
+    d = math.prod(sizes[c] for c in inner)
+    every = [sizes[c] for c in batch + inner + inner]
+    assert_near(its.gram, np.broadcast_to(gram, every).reshape(-1, d, d))
+    rows = math.prod(sizes[c] for c in x_letters if c not in inner + batch)
+    assert_near(its.count, np.full(its.count.shape, rows))
+
+
+def primed(letters: str) -> dict[int, str]:
+    return {ord(c): c.upper() for c in letters}
+
+
+def test_under_jit_the_backward_pass_is_nothing_but_the_sums() -> None:
+    tokens, d, d_mlp = 64, 16, 48
+    params = {"up": normal(d, d_mlp), "down": normal(d_mlp, d)}
+    adapter = jax.eval_shape(lambda key: lj.init(key, params, {"*": LORA}), jax.random.key(0))
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ params["up"]) @ params["down"]
+
+    run = jax.jit(lambda params, x: starts.activations(apply, adapter, params, x))
+    compiled = run.lower(params, jnp.ones((tokens, d))).compile()
+    forward, gram = 2 * tokens * 2 * d * d_mlp, 2 * tokens * (d**2 + d_mlp**2)
+    # x·1 and xᵀ·(x·1); the rest is elementwise, and the two sums of rank 1.
+    assert compiled.cost_analysis()["flops"] < 1.05 * (forward + 2 * gram)
+
+
+def test_activations_of_products_by_group_are_those_of_each_group() -> None:
+    sizes, w = jnp.array([2, 0, 2]), normal(3, 4, 4, seed=5)
+    its = one_kernel(lambda w, x, sizes: lax.ragged_dot(x, w, sizes), w, X, sizes, axes="bio")
+    parts = [np.asarray(X)[rows] for rows in (slice(0, 2), slice(0, 0), slice(2, 4))]  # the fifth is no one's
+    assert_near(its.gram, np.stack([x.T @ x for x in parts]))
+    assert_near(its.total, np.stack([x.sum(0) for x in parts]))
+    assert_near(its.count, [2, 0, 2])
+
+
+def test_experts_that_see_every_token_and_those_that_are_added_up() -> None:
+    w = normal(3, 4, 4, seed=5)
+    its = one_kernel(lambda w, x: jnp.einsum("td,edf->etf", x, w), w, X, axes="bio")
+    assert_near(its.gram, np.stack([XX] * 3))
+    with pytest.raises(lj.AdapterError, match="along its input axes"):
+        one_kernel(lambda w, x: jnp.einsum("etd,edf->tf", jnp.stack([x] * 3), w), w, X, axes="bio")
+
+
+def test_activations_in_bfloat16_are_summed_in_float32() -> None:
+    x = (normal(3000, 4, seed=1) + 2).astype(jnp.bfloat16)
+    its = one_kernel(lambda w, x: x @ w, W.astype(jnp.bfloat16), x)
+    wide = np.asarray(x, np.float64)
+    assert its.gram.dtype == jnp.float32
+    assert_near(its.gram[0], wide.T @ wide)
+    assert_near(its.total[0], wide.sum(0))
+    assert its.count[0] == 3000
+
+
+def test_batches_are_added_and_neither_their_order_nor_their_size_matters() -> None:
+    def run(x: jax.Array) -> Any:
+        return one_kernel(lambda w, x: x @ w, W, x)
+
+    whole = run(X)
+    parts = jax.tree.map(jnp.add, run(X[3:]), run(X[:3]))
+    jax.tree.map(assert_near, parts, whole)
+
+
+def test_a_model_whose_result_is_cut_off_from_the_kernel_is_not_taken_for_one_without_activations() -> None:
+    params, adapter = {"w": W}, lj.init(jax.random.key(0), {"w": W}, {"w": lj.LoRA(rank=1, alpha=1)})
+    cut = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), adapter, params, X)
+    with pytest.raises(lj.AdapterError, match=r"(?s)met none.*'w': 1 of 1.*cannot be followed by reverse mode"):
+        starts.eva(adapter, params, cut)
+
+
+# Ranks dealt out
+
+
+def explained(layout: str) -> np.ndarray:
+    x = inputs()[layout]
+    variance = np.square(np.linalg.svd(x - x.mean(1, keepdims=True), compute_uv=False))
+    return (variance / variance.sum(-1, keepdims=True)).mean(0)
+
+
+def test_eva_deals_the_ranks_out_by_the_variance_that_they_explain() -> None:
+    adapter = {path: adapter_of()[path] for path in ("dense", "conv", "grouped", "transposed", "bias")}
+    new, params = starts.eva(adapter, PARAMS, seen(), rho=2)
+    # Of 16 directions the 8 that explain the largest share of their own kernel's variance.
+    bids = [(share, path) for path in adapter if path != "bias" for share in explained(path)[:4]]
+    won = [path for _, path in sorted(bids, reverse=True)[:8]]
+    ranks = {path: part.variant.rank for path, part in new.items() if path != "bias"}
+    assert ranks == {path: won.count(path) for path in ranks} and sum(ranks.values()) == 8
+    assert len(set(ranks.values())) > 1
+    for path, rank in ranks.items():
+        assert new[path].a.shape[-1] == rank
+        assert new[path].variant.scale == pytest.approx(adapter[path].variant.scale)
+    assert new["bias"] is adapter["bias"] and params is PARAMS
+    got = jax.jit(lj.lora(model))(params, trained(jax.random.key(0), new), BATCH)
+    assert_close(got, base()(lj.merge(params, trained(jax.random.key(0), new)), BATCH))
+
+
+def test_a_stack_takes_a_rank_for_each_layer_and_what_gets_none_is_left_out() -> None:
+    narrow = {"stack": lj.LoRA(rank=1, alpha=1, axes="bio"), "dense": lj.LoRA(rank=1, alpha=1)}
+    params = {path: PARAMS[path] for path in narrow}
+    adapter = lj.init(jax.random.key(0), params, narrow)
+    flat, steep = jnp.eye(6), jnp.diag(jnp.array([100.0, 1, 1, 1, 1, 1]))
+
+    def activations(gram: jax.Array, layers: int) -> Any:
+        return starts.Activations(jnp.stack([gram] * layers), jnp.zeros((layers, 6)), jnp.ones(layers))
+
+    won, _ = starts.eva(adapter, params, {"stack": activations(steep, 3), "dense": activations(flat, 1)}, rho=4)
+    assert {path: part.a.shape for path, part in won.items()} == {"stack": (3, 6, 1), "dense": (6, 1)}
+    # Each of the four that explain 1/6 is before the second of the steep ones: they take what the stack would.
+    won, _ = starts.eva(adapter, params, {"stack": activations(flat, 3), "dense": activations(steep, 1)}, rho=4)
+    assert {path: part.a.shape for path, part in won.items()} == {"stack": (3, 6, 1), "dense": (6, 1)}
+    both = {"stack": activations(jnp.eye(6) / 7, 3), "dense": activations(jnp.diag(jnp.array([1.0, 1, 1, 1, 0, 0])), 1)}
+    won, _ = starts.eva(adapter, params, both, rho=4)
+    assert {path: part.variant.rank for path, part in won.items()} == {"dense": 4}
+
+
+# Back to the base as it was
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga"])
+def test_a_trained_adapter_becomes_one_for_the_base_as_it_was(start: str) -> None:
+    began = started(start)
+    steps = trained(jax.random.key(7), began.adapter)
+    after = jax.tree.map(lambda x, step: np.asarray(x) + 0.1 * np.asarray(step), began.adapter, steps)
+    plain = starts.as_plain(after, PARAMS, began.adapter, began.params)
+    for path, part in plain.items():
+        if path != "bias":
+            assert part.variant.rank == 4 == part.a.shape[-1]
+            assert part.variant.scale == pytest.approx(began.adapter[path].variant.scale, rel=1e-12)
+    assert plain["bias"] is after["bias"]
+    assert plain["dense"].variant == lj.LoRA(rank=4, alpha=6)
+    assert plain["query"].variant.alpha == pytest.approx(math.sqrt(2))
+    assert_close(adapted()(PARAMS, plain, BATCH), adapted()(began.params, after, BATCH))
+
+
+def test_an_adapter_whose_base_did_not_move_stays_as_it_is() -> None:
+    began = starts.orthogonal({"dense": adapter_of()["dense"]}, PARAMS, jax.random.key(0))
+    after = trained(jax.random.key(0), began.adapter)
+    assert starts.as_plain(after, PARAMS, *began)["dense"] is after["dense"]
+
+
+def test_the_start_of_another_base_is_not_taken_back() -> None:
+    part = {"dense": adapter_of()["dense"]}
+    began = starts.pissa(part, PARAMS)
+    other = PARAMS | {"dense": PARAMS["dense"] + 0.01}
+    with pytest.raises(lj.AdapterError, match=r"(?s)1 kernels differ.*'dense': the start and its base are not"):
+        starts.as_plain(began.adapter, other, *began)
+    with pytest.raises(lj.AdapterError, match="'dense': not in the start"):
+        starts.as_plain(began.adapter, PARAMS, {}, began.params)
+    wider = {"dense": lj.Adapter(lj.LoRA(rank=2, alpha=5), "io", **began.adapter["dense"].arrays)}
+    with pytest.raises(lj.AdapterError, match=r"alpha=5\) after training, LoRA\(rank=2, alpha=3\) at the start"):
+        starts.as_plain(wider, PARAMS, *began)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_start_of_a_base_is_known_again_in_its_precision(dtype: str) -> None:
+    params = {"dense": PARAMS["dense"].astype(dtype)}
+    began = starts.pissa({"dense": adapter_of()["dense"]}, params)
+    starts.as_plain(began.adapter, params, *began)
+    traced = jax.jit(starts.as_plain)(began.adapter, params, *began)
+    assert traced["dense"].variant == lj.LoRA(rank=4, alpha=6)
+
+
+# Errors
+
+
+def expect(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=re.escape(text)):
+        call()
+
+
+def test_what_cannot_be_meant_is_said() -> None:
+    params, key = {"w": jnp.eye(6)}, jax.random.key(0)
+
+    def adapter(**options: Any) -> Any:
+        return lj.init(key, params, {"w": lj.LoRA(**options)})
+
+    odd, wide, negative = adapter(rank=3, alpha=1), adapter(rank=4, alpha=1), adapter(rank=2, alpha=-1)
+    expect(lj.SpecError, "At 'w': expected an even rank", lambda: starts.orthogonal(odd, params, key))
+    expect(lj.SpecError, "both `niter` and `key`", lambda: starts.pissa(odd, params, niter=4))
+    expect(lj.SpecError, "got niter=None and a key", lambda: starts.pissa(odd, params, key=key))
+    expect(lj.SpecError, "At 'w': expected a positive scale", lambda: starts.pissa(negative, params))
+    expect(lj.SpecError, "rank of at most 3", lambda: starts.lora_ga(wide, params, params))
+    expect(lj.AdapterError, "1 are not in `gradient`", lambda: starts.lora_ga(odd, params, {}))
+    expect(lj.SpecError, "Expected rho to be 1", lambda: starts.eva(odd, params, {}, rho=0.5))
+    expect(lj.AdapterError, "Expected the activations of every", lambda: starts.eva(odd, params, {}))
+    expect(lj.AdapterError, "is not in `params`", lambda: starts.pissa(odd, {"v": params["w"]}))
+    order = "The arguments come in this order: start(adapter, params, …)"
+    for call in (starts.pissa, starts.olora, functools.partial(starts.lora_ga, gradient={})):
+        expect(lj.AdapterError, order, functools.partial(call, params, odd))
+    expect(lj.AdapterError, order, lambda: starts.activations(lambda p, x: x, params, odd, params["w"]))
+    its = {"w": starts.Activations(jnp.eye(6)[None], jnp.zeros((1, 6)), jnp.ones(1))}
+    traced = jax.jit(lambda its: starts.eva(odd, params, its, rho=2))
+    expect(lj.AdapterError, "got a trace, which has none", lambda: traced(its))
+
+
+def test_a_kernel_that_meets_no_activation_is_named() -> None:
+    with pytest.raises(lj.AdapterError, match=r"(?s)1 are not in this call.*'embedding', axes 'io'.*start otherwise"):
+        starts.activations(model, adapter_of(), PARAMS, BATCH)
