@@ -70,6 +70,7 @@ INSIDE = {
         ["_plan"],
         ["_forms", "_factored"],
         ["_conv_steps", "_statistics"],
+        ["_settings"],
         ["_interpreter"],
         ["_kept", "_pair", "_placement"],
         [

@@ -12,7 +12,6 @@ from . import _shape as _shape
 from . import _shard_map as _shard_map
 from . import _sharding as _sharding
 from ._interpreter import OBSERVED as OBSERVED
-from ._interpreter import Settings as Settings
 from ._lora import lora as lora
 from ._plan import FormName as FormName
 from ._plan import form_named as form_named
@@ -20,4 +19,5 @@ from ._program import Program as Program
 from ._program import is_array as is_array
 from ._program import trace as trace
 from ._program import watch as watch
+from ._settings import Settings as Settings
 from ._statistics import Statistic as Statistic

@@ -16,9 +16,10 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import ClosedJaxpr, Jaxpr, is_unspecified, primitives
-from ._interpreter import NoRule, Settings, Site, Value, interpret, rule
+from ._interpreter import NoRule, Site, Value, interpret, rule
 from ._kept import kept
 from ._placement import shardings
+from ._settings import Settings
 
 
 @rule(primitives.jit_p, "rebuilt")

@@ -32,11 +32,11 @@ from .._compat import (
     variables,
 )
 from .._errors import UnsupportedError
-from .._paths import Pattern, matches_any
 from .._use import Use
 from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
-from ._plan import Form, added
-from ._statistics import Operation, Statistic, observed
+from ._plan import added
+from ._settings import Settings
+from ._statistics import Operation, observed
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
@@ -90,31 +90,6 @@ OBSERVED = "observed"  # the kind of a use whose activations go into a statistic
 
 class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
     """Raised by a rule, before it has done anything, for a case that has no low-rank form; says why."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """What holds for one whole interpretation.
-
-    Attributes:
-      dense: the paths that may be formed where there is no low-rank form.
-      form: of all contractions; None for the cheapest of each.
-      log: of uses, if one is kept.
-      times: how often it runs in one call.
-      remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
-      statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
-    """
-
-    dense: tuple[Pattern, ...] = ()
-    form: Form | None = None
-    log: list[Use] | None = None
-    times: int = 1
-    remat: bool = False
-    statistic: Statistic | None = None
-
-    def may_form(self, kernel: AdaptedKernel) -> bool:
-        """Whether the caller has listed every leaf of a kernel."""
-        return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
 
 
 @dataclasses.dataclass(frozen=True)

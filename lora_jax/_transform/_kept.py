@@ -10,7 +10,8 @@ from typing import Any
 import jax
 
 from .._compat import user_line
-from ._interpreter import Rule, Settings, Site, Value
+from ._interpreter import Rule, Site, Value
+from ._settings import Settings
 
 
 def kept(rule: Rule) -> Rule:

@@ -8,9 +8,9 @@ from typing import Any
 from .._adapter import Adapters
 from .._attach import attach
 from .._paths import Pattern, flatten
-from ._interpreter import Settings
 from ._plan import FormName, form_named
 from ._program import trace
+from ._settings import Settings
 
 
 def lora(

@@ -15,7 +15,8 @@ from .._compat import ClosedJaxpr
 from .._paths import flatten, unflatten
 from .._use import Use
 from ._forms import traced_again
-from ._interpreter import Settings, Value, form, interpret
+from ._interpreter import Value, form, interpret
+from ._settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
