@@ -52,7 +52,7 @@ def observed(
         x, a, *others = kept
         # What scales the kernel scales x as the leaf sees it.
         its = _sum(x.astype(wide) * scale, a.astype(wide), lambda x, a: thin(x, a, *others), statistic)
-        # A zero that is an array: what JAX knows to be zero it does not carry back to the layers below.
+        # Zero, but an array, to be carried on: the layers below are to be reached too.
         back = jnp.zeros_like(x) if jnp.issubdtype(x.dtype, jnp.inexact) else None
         return back, None, its.astype(a.dtype), *(None for _ in others)
 
