@@ -65,6 +65,7 @@ def measure(
     loss: Callable[..., Any] = llama.loss,
 ) -> dict[str, Any]:
     """Plans one step: `sequences` for each row of the mesh, LoRA on all kernels of the blocks, AdamW."""
+    before = alive()
     found = lj.plan(
         loss,
         model.shapes(mesh),
@@ -73,6 +74,8 @@ def measure(
         mesh,
         llama.tokens(mesh, sequences * mesh.shape["data"], length),
     )
+    made = alive() - before
+    assert made < 1_000_000, f"{made} bytes are allocated"
     check(model, mesh, found.lora)
     return {
         "devices": mesh.size,
@@ -94,10 +97,13 @@ def figures(step: Any) -> dict[str, Any]:
     return kept | {"wire": step.wire and dict(step.wire), "largest_gather": step.largest_gather}
 
 
+def alive() -> int:
+    """The bytes of all arrays on devices."""
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
 def check(model: Llama, mesh: Mesh, step: Any) -> None:
-    """No array on any device; no gather of all the layers at once; no copy of the base in float32 beside a loop."""
-    alive = sum(array.nbytes for array in jax.live_arrays())
-    assert alive < 1_000_000, f"{alive} bytes are allocated"
+    """No gather of all the layers at once; no copy of the base in float32 beside a loop."""
     text = step.compiled.as_text()
     gathers = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather", text)
     whole = stacked(model, mesh, cut=[(), ("data",), ("model",)])
