@@ -5,6 +5,7 @@ The compiler comes as a package, and needs an environment of its own: with it, J
 Usage:
     pip install -e ".[test]" libtpu
     python benchmarks/on_tpu.py
+    python benchmarks/on_tpu.py --batch 32 --length 512 --only "rank 8"     # minutes for each case
 """
 
 from __future__ import annotations
@@ -29,29 +30,26 @@ from sizes import SMALL
 from timing import jitted, start_of
 
 TOPOLOGY = "v5e:2x4"
-METHODS = ("LoRA by hand", "lora()", "full fine-tuning")
+METHODS = ("LoRA by hand", "lora()", "lora(form='factored')", "W0 + s·A·B each step", "full fine-tuning")
 UNITS = {"operations": (1e9, "G"), "temporary": (1e6, "MB"), "accessed": (1e6, "MB")}
 
 
-def decoder(width: int, rank: int, *, scanned: bool = False, dtype: Any = jnp.float32) -> Any:
-    """A case of the decoder; the adapter is in float32 whatever the weights are in.
+def cases(batch: int, length: int) -> dict[str, Any]:
+    """Decoders; the adapter is in float32 whatever the weights are in."""
 
-    The batch is large: what is small lies in the chip's own memory, and does not count as temporary.
-    """
-    size = dataclasses.replace(SMALL, batch=32, length=512, width=width, hidden=4 * width, rank=rank)
-    return lambda: models.case(size, scanned=scanned, dtype=dtype)
+    def decoder(width: int, rank: int, *, scanned: bool = False, dtype: Any = jnp.float32) -> Any:
+        size = dataclasses.replace(SMALL, batch=batch, length=length, width=width, hidden=4 * width, rank=rank)
+        return lambda: models.case(size, scanned=scanned, dtype=dtype)
 
-
-CASES = {
-    "d = 256, rank 8": decoder(256, 8),
-    "d = 256, rank 8, scan + remat": decoder(256, 8, scanned=True),
-    "d = 256, rank 64": decoder(256, 64),
-    "d = 256, rank 64, scan + remat": decoder(256, 64, scanned=True),
-    "d = 768, rank 8": decoder(768, 8),
-    "d = 768, rank 8, scan + remat": decoder(768, 8, scanned=True),
-    "d = 768, rank 8, bfloat16": decoder(768, 8, dtype=jnp.bfloat16),
-    "d = 768, rank 8, bfloat16, scan + remat": decoder(768, 8, scanned=True, dtype=jnp.bfloat16),
-}
+    return {
+        "d = 256, rank 8": decoder(256, 8),
+        "d = 256, rank 8, scan + remat": decoder(256, 8, scanned=True),
+        "d = 256, rank 64": decoder(256, 64),
+        "d = 256, rank 64, scan + remat": decoder(256, 64, scanned=True),
+        "d = 768, rank 8": decoder(768, 8),
+        "d = 768, rank 8, bfloat16": decoder(768, 8, dtype=jnp.bfloat16),
+        "d = 768, rank 8, bfloat16, scan + remat": decoder(768, 8, scanned=True, dtype=jnp.bfloat16),
+    }
 
 
 def measure(case: Any, sharding: Any) -> dict[str, dict[str, float]]:
@@ -85,10 +83,12 @@ def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name holds this")
-    only = parser.parse_args().only
+    parser.add_argument("--batch", type=int, default=SMALL.batch)
+    parser.add_argument("--length", type=int, default=SMALL.length)
+    given = parser.parse_args()
     sharding = SingleDeviceSharding(topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices[0])
-    for title, make in CASES.items():
-        if only in title:
+    for title, make in cases(given.batch, given.length).items():
+        if given.only in title:
             figures = measure(make(), sharding)
             print(f"\n{title:50}" + "".join(f"{name:>14}" for name in UNITS))
             for name, its in figures.items():
