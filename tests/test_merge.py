@@ -654,7 +654,7 @@ def test_a_leaf_that_was_replaced_whole_needs_the_base() -> None:
     params = model()
     adapter = trained(params, FULL)
     assert error(lj.unmerge, lj.merge(params, adapter), adapter, report=True) == (
-        "Expected the kept base: 'a/bias' was replaced whole by Full(); what it was is not in `params`.\n"
+        "Expected the kept base: 'a/bias' was replaced or scaled by Full(); what it was is not in `params`.\n"
         "  Call unmerge(params, adapter, base=base)."
     )
 
