@@ -218,7 +218,7 @@ def _differ(one: Any, other: Any) -> bool:
 def _without(path: str, leaf: Any, part: Adapter) -> Any:
     if not part.variant.adds:
         raise MergeError(
-            f"Expected the kept base: {path!r} was replaced or scaled by {part.variant}; what it was is not in `params`."
-            "\n  Call unmerge(params, adapter, base=base)."
+            f"Expected the kept base: {path!r} was replaced or scaled by {part.variant}; what it was is not in "
+            "`params`.\n  Call unmerge(params, adapter, base=base)."
         )
     return unfold(leaf, part)
