@@ -530,7 +530,7 @@ class Drawing:
                 continue
             axis = self.one_of(fitting)
             name, size = self.name(), known.shape[axis]
-            inner[name] = known.without(axis, squeezed=False)
+            inner[name] = known.without(axis, squeezed=not mapped)
             if mapped:
                 inner[name] = dataclasses.replace(inner[name], mapped=True)
             bound.append((name, kernel, axis))
@@ -587,11 +587,10 @@ class Drawing:
         scope = {name: self._known(leaf) for name, leaf in leaves}
         x, body = self.shape(2), self.body(scope, self.one_of((1, 2, 1, 0)), 3)
         steps = fp.steps_of(body)
-        under = REVERSE
-        if any(isinstance(step, fp.Loop) and step.traced for step in steps):
-            under = FORWARD
-        elif any(isinstance(step, fp.Ragged) for step in steps):
-            under = RAGGED
+        loops = any(isinstance(step, fp.Loop) and step.traced for step in steps)
+        under = FORWARD if loops else REVERSE
+        if any(isinstance(step, fp.Ragged) for step in steps):
+            under = [its for its in under if its in RAGGED]
         return fp.Program(tuple(leaves), x, body, self.one_of(under))
 
     def _known(self, leaf: fp.Leaf) -> Known:
