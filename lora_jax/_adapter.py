@@ -85,6 +85,7 @@ def _summary(array: Any) -> str:
     return repr(array) if shape is None or dtype is None else f"{dtype}{list(shape)}"
 
 
+Layout = Callable[[Sequence[str]], tuple[int, ...]]
 Move = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
 
 
@@ -131,16 +132,21 @@ class AdaptedKernel:
         """Whether it only stands for a leaf that is not adapted."""
         return self.a is None
 
+    @property
+    def factors(self) -> dict[str, tuple[Array, Layout]]:
+        """What it has beside `w`, by name, and for each which of the kernel's axes its own are, given the roles."""
+        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b}
+        arrays = {name: getattr(self, name) for name in layouts}
+        return {name: (array, layouts[name]) for name, array in arrays.items() if array is not None}
+
     def moved(self, w: Array, roles: Sequence[str], move: Move) -> AdaptedKernel:
         """The kernel after a change of its axes: `move(factor, before, after)` makes the same change to a factor.
 
         `before` and `after` say which of the kernel's axes the factor's axes are, by number (`RANK` for the rank axis).
         """
         after = tuple(roles)
-        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b}
-        arrays = {name: getattr(self, name) for name in layouts if getattr(self, name) is not None}
         moved: dict[str, Any] = {
-            name: move(array, layouts[name](self.roles), layouts[name](after)) for name, array in arrays.items()
+            name: move(array, layout(self.roles), layout(after)) for name, (array, layout) in self.factors.items()
         }
         return dataclasses.replace(self, w=w, roles=after, **moved)
 

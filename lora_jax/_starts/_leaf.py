@@ -8,15 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from .._adapter import Adapter, Adapters
 from .._attach import check
-from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
-from .._contract import widest
+from .._axes import axes_of_a, axes_of_b, sizes, width
 from .._errors import AdapterError, SpecError
 from .._fold import unfold
+from .._matrices import kernel_matrix
 from .._paths import flatten, unflatten
 from .._variants import LowRank
 
@@ -67,9 +66,7 @@ class Leaf:
 
     def as_matrices(self, array: Any) -> Array:
         """An array of the kernel's shape, `(layers, in, out)`, in float32 or what is wider."""
-        order = [axis for role in "bio" for axis in axes_with(self.part.axes, role)]
-        array = jnp.asarray(array)
-        return array.astype(widest(array.dtype, jnp.float32)).transpose(order).reshape(self.shape)
+        return kernel_matrix(array, self.part.axes).reshape(self.shape)
 
     def adapter(self, a: Array, b: Array) -> Adapter:
         """The adapter with factors `(layers, in, rank)` and `(layers, rank, out)`, whose rank may be another."""

@@ -117,7 +117,9 @@ def _gains_side_by_side(parts: Sequence[Value], axis: int, roles: Sequence[str])
         raise NoRule("kernels are put side by side along their inputs, of which one has a gain")
     axes, dtype = axes_of_b(roles), widest(*(gain.dtype for gain in known))
     every = [
-        jnp.ones(sizes(axes, np.shape(array_of(part)), 1), dtype) if gain is None else gain.astype(dtype)
+        jnp.ones(sizes(axes, np.shape(array_of(part)), 1), dtype, out_sharding=_like(array_of(part), axes))
+        if gain is None
+        else gain.astype(dtype)
         for part, gain in zip(parts, gains, strict=True)
     ]
     return lax.concatenate(every, axes.index(axis))

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
-from .._axes import axes_of_a, axes_of_b
 from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
 from ._interpreter import Site, Value, rule
 from ._kept import kept
@@ -179,12 +178,8 @@ def _slices(x: Value) -> tuple[Any, Callable[[Site, Any], Value]]:
     """
     if not isinstance(x, AdaptedKernel):
         return x, lambda turn, piece: piece
-    layouts = {"a": axes_of_a(x.roles), "b": axes_of_b(x.roles), "gain": axes_of_b(x.roles)}
-    sliced = {
-        name: _in_front(getattr(x, name), axes.index(0))
-        for name, axes in layouts.items()
-        if 0 in axes and getattr(x, name) is not None
-    }
+    placed = {name: (factor, layout(x.roles)) for name, (factor, layout) in x.factors.items()}
+    sliced = {name: _in_front(factor, axes.index(0)) for name, (factor, axes) in placed.items() if 0 in axes}
 
     def rebuild(turn: Site, piece: Any) -> Value:
         return turn.left(dataclasses.replace(x, **piece, roles=x.roles[1:]))
