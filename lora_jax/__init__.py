@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._active import active_tokens as active_tokens
 from ._adapter import Adapter as Adapter
 from ._errors import AdapterError as AdapterError
 from ._errors import CheckpointError as CheckpointError
@@ -24,11 +25,14 @@ from ._kernels import kernels as kernels
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._transform import lora as lora
+from ._variants import ALoRA as ALoRA
 from ._variants import DoRA as DoRA
 from ._variants import Full as Full
 from ._variants import LoRA as LoRA
+from ._variants import LoRABias as LoRABias
 from ._variants import Rows as Rows
 from ._variants import RSLoRA as RSLoRA
+from ._variants import VeRA as VeRA
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -43,18 +47,22 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
 
 __all__ = [
+    "ALoRA",
     "Adapter",
     "AdapterError",
     "CheckpointError",
     "DoRA",
     "Full",
     "LoRA",
+    "LoRABias",
     "LoRAError",
     "MergeError",
     "RSLoRA",
     "Rows",
     "SpecError",
     "UnsupportedError",
+    "VeRA",
+    "active_tokens",
     "analysis",
     "checkpoint",
     "compress",

@@ -104,6 +104,7 @@ class AdaptedKernel:
       paths: the leaf it is; several, where the model has put kernels side by side.
       dropout: of the activations that meet the factors; None where there is none.
       gain: `(batch…, 1, out…)`, one number for each output, in place of the rank; None for 1.
+      active: `(…, tokens)`, which tokens the factors act on; None for all.
       look_up: of a probe, the look-up that it comes from, which is a use of it unless it is used as a kernel.
     """
 
@@ -115,13 +116,14 @@ class AdaptedKernel:
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     dropout: Dropout | None = None
     gain: Any = None
+    active: Any = None
     look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def outline(self) -> Self:
         """The kernel with shapes in place of its arrays, for functions that outlive the trace that made these."""
         w, a, b = map(_outline, (self.w, self.a, self.b))
-        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None, gain=None)
+        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None, gain=None, active=None)
 
     def in_use(self, number: Any) -> Self:
         """The kernel in one of its uses, or in a turn of a loop: with a dropout of its own."""

@@ -14,29 +14,33 @@ from ._dropout import Dropout
 from ._errors import SHOWN, AdapterError, listed
 from ._keys import key_for
 from ._paths import nearest
-from ._variants import LowRank
 
 
-def attach(leaves: Mapping[str, Any], adapter: Adapters, dropout_key: Any = None) -> dict[str, AdaptedKernel | Any]:
+def attach(
+    leaves: Mapping[str, Any], adapter: Adapters, dropout_key: Any = None, active: Any = None
+) -> dict[str, AdaptedKernel | Any]:
     """What the model sees in place of each adapted leaf.
 
     Args:
       leaves: the parameters, by path.
       adapter: from `init`, `restore` or training.
       dropout_key: a PRNG key, each path folds its name into it; without it there is no dropout.
+      active: which tokens the variants that act on some alone act on.
 
     Raises:
       AdapterError: if a path is not among the leaves, or a shape disagrees; lists the differences.
     """
     check(leaves, adapter)
-    return {path: _attached(as_jax(leaves[path]), part, path, dropout_key) for path, part in adapter.items()}
+    return {path: _attached(as_jax(leaves[path]), part, path, dropout_key, active) for path, part in adapter.items()}
 
 
-def _attached(leaf: Any, part: Adapter, path: str, dropout_key: Any) -> Any:
+def _attached(leaf: Any, part: Adapter, path: str, dropout_key: Any, active: Any) -> Any:
     seen: Any = part.variant.apply(leaf, part.arrays, part.axes, path)
-    if dropout_key is None or not isinstance(part.variant, LowRank) or not part.variant.dropout:
-        return seen
-    return dataclasses.replace(seen, dropout=Dropout(part.variant.dropout, key_for(dropout_key, path)))
+    if part.variant.some_tokens:
+        seen = dataclasses.replace(seen, active=active)
+    if dropout_key is not None and (rate := getattr(part.variant, "dropout", 0.0)):
+        seen = dataclasses.replace(seen, dropout=Dropout(rate, key_for(dropout_key, path)))
+    return seen
 
 
 def as_jax(leaf: Any) -> Any:

@@ -216,7 +216,7 @@ def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use], places: Adapt
         tuple(leaf.shape),
         part.axes,
         type(variant).__name__,
-        rank=variant.rank if isinstance(variant, LowRank) else None,
+        rank=getattr(variant, "rank", None),
         scale=variant.scale if isinstance(variant, LowRank) else None,
         used=_used(its, whole=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),

@@ -74,9 +74,13 @@ def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
 
 def _fold(w: Array, part: Adapter, sign: int = 1) -> Array:
     kernel = _in_wide(w, part)
-    if not isinstance(kernel, AdaptedKernel):
-        return kernel.astype(w.dtype)
-    return materialise(dataclasses.replace(kernel, scale=sign * kernel.scale)).astype(w.dtype)
+    if isinstance(kernel, AdaptedKernel):
+        return materialise(dataclasses.replace(kernel, scale=sign * kernel.scale)).astype(w.dtype)
+    if sign < 0:
+        added = _in_wide(jnp.zeros_like(w), part)  # what is taken out again does not depend on the leaf
+        assert not isinstance(added, AdaptedKernel)
+        kernel = w - added
+    return kernel.astype(w.dtype)
 
 
 def _unfold(w: Array, part: Adapter) -> Array:

@@ -55,6 +55,7 @@ def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool =
     check(leaves, adapter)
     if report and not all(map(is_concrete, jax.tree.leaves((params, adapter)))):
         raise MergeError("Expected values to report on; got a trace, which has none.\n  Call merge outside `jit`.")
+    _check_mergeable(adapter)
     _check_finite(adapter)
     _check_merged(leaves, adapter)
     if not untie:
@@ -104,6 +105,7 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
+    _check_mergeable(adapter)
     if base is None and not report:
         raise MergeError(
             "Expected the kept base, or a wish to know the drift: what rounding took when merging is not in `params`.\n"
@@ -120,6 +122,15 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
 
 
 # Checks
+
+
+def _check_mergeable(adapter: Adapters) -> None:
+    bad = [f"{path!r}: {part.variant}" for path, part in adapter.items() if part.variant.some_tokens]
+    if bad:
+        raise MergeError(
+            f"Expected variants that act on every token; {len(bad)} act on some alone, and no one kernel does that.\n"
+            f"{listed(bad)}\n  Serve the adapted function: lora(apply)(params, adapter, …, active_tokens=…)."
+        )
 
 
 def _check_finite(adapter: Adapters) -> None:

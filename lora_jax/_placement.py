@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
+from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ._axes import RANK
@@ -34,6 +36,12 @@ def typed(its_type: Any) -> NamedSharding | None:
     """The sharding that is part of an array's type (`jax.typeof`), as of `AxisType.Explicit`; None, if none is."""
     sharding: NamedSharding = its_type.sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def like_kernel(factor: Array, axes: Iterable[int], kernel: Array) -> Array:
+    """A factor that was made of nothing, put along its kernel where shardings are types."""
+    sharding = typed(jax.typeof(kernel))
+    return factor if sharding is None else jax.reshard(factor, sharding.update(spec=along(axes, sharding.spec)))
 
 
 def names_of(labels: Iterable[int], its_type: Any) -> dict[int, Any]:

@@ -42,6 +42,7 @@ LAYERS = [
     "_precondition",
     "_spec",
     "_init",
+    "_active",
     "_attach",
     "_shardings",
     "_extract",
@@ -64,11 +65,11 @@ DOORS = ["analysis", "checkpoint", "optim", "sharding", "starts", "testing"]  # 
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
-    "_variants": [["_base"], ["_dora", "_full", "_lora", "_rows", "_rslora"]],
+    "_variants": [["_base"], ["_alora", "_dora", "_full", "_lora", "_lora_bias", "_rows", "_rslora", "_vera"]],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
         ["_plan"],
-        ["_forms", "_factored"],
+        ["_forms", "_factored", "_tokens"],
         ["_conv_steps", "_statistics"],
         ["_settings"],
         ["_interpreter"],
@@ -232,6 +233,7 @@ def test_the_face_is_what_the_design_names() -> None:
         "lora",
         "init",
         "kernels",
+        "active_tokens",
         "explain",
         "merge",
         "unmerge",
@@ -242,7 +244,19 @@ def test_the_face_is_what_the_design_names() -> None:
         "restore",
     }
     left_by_python = {"annotations", "Any", "TYPE_CHECKING"}
-    assert public - left_by_python == {"Adapter", "LoRA", "DoRA", "RSLoRA", "Rows", "Full", *errors, *functions}
+    assert public - left_by_python == {
+        "Adapter",
+        "ALoRA",
+        "LoRA",
+        "LoRABias",
+        "DoRA",
+        "RSLoRA",
+        "Rows",
+        "Full",
+        "VeRA",
+        *errors,
+        *functions,
+    }
 
 
 def functions() -> dict[str, types.FunctionType]:

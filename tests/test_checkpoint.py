@@ -24,6 +24,7 @@ from zoo import ZOO
 
 import lora_jax as lj
 from lora_jax import _checksums, _fingerprint
+from lora_jax._manifest import _VARIANTS
 from lora_jax.checkpoint import AdapterRestore, AdapterSave, restore, save
 
 P = PartitionSpec
@@ -195,7 +196,7 @@ UNSAVABLE: dict[str, tuple[Any, str]] = {
     "shapes": ({"query/kernel": SHAPE}, "Expected arrays to save; got ShapeDtypeStruct as 'a' at 'query/kernel'"),
     "variant": (
         {"query/kernel": lj.Adapter(Mine(rank=2, alpha=4), "ioo", **KERNEL.arrays)},
-        "one of DoRA, Full, LoRA, Rows, RSLoRA; got Mine(rank=2, alpha=4) at 'query/kernel'",
+        f"one of {', '.join(_VARIANTS)}; got Mine(rank=2, alpha=4) at 'query/kernel'",
     ),
     "path": (
         {"quary/kernel": KERNEL},
@@ -439,8 +440,8 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
         "Expected a manifest of the format 'lora_jax.adapter'; got another",
     ),
     "unknown variant": (
-        lambda m: replace(m, "query/kernel", name="VeRA"),
-        "among DoRA, Full, LoRA, Rows, RSLoRA; got 'VeRA' at 'query/kernel', in ",
+        lambda m: replace(m, "query/kernel", name="Unknown"),
+        f"among {', '.join(_VARIANTS)}; got 'Unknown' at 'query/kernel', in ",
     ),
     "unknown field": (
         lambda m: replace(m, "query/kernel", beta=1),

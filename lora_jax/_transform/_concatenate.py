@@ -66,6 +66,8 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
     rates = [part.dropout and part.dropout.rate for part in adapted]
     if len(set(rates)) > 1:
         raise NoRule(f"kernels are put side by side whose dropouts are {rates}")
+    if len({part.active is None for part in adapted}) > 1:
+        raise NoRule("kernels are put side by side of which some act on some tokens alone")
     # A leaf that is not adapted is noted as read, and has no ranks.
     parts = [part if is_adapted(part) else site.dense(part, "") for part in parts]
     if len({part.scale for part in adapted}) > 1:

@@ -25,6 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from .._adapter import AdaptedKernel, gain_of, materialise
 from .._contract import Labels, widest
 from ._plan import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
+from ._tokens import of_active
 
 # While another `lora` traces this one, its program is made of plain operations, which have rules.
 _traced_again = contextvars.ContextVar("traced_again", default=False)
@@ -143,8 +144,10 @@ def _contract(
     kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
 ) -> Array | Sum:
     base, low_rank, _, costs, *_ = contraction
-    if kernel.dropout is not None:  # what the base sees is not what the factors see
-        return Sum(base(x, kernel.w), low_rank(kernel.dropout.of(x), kernel.a, kernel.b))
+    if kernel.dropout is not None or kernel.active is not None:  # what the base sees is not what the factors see
+        seen = x if kernel.dropout is None else kernel.dropout.of(x)
+        term = low_rank(seen, kernel.a, kernel.b)
+        return Sum(base(x, kernel.w), term if kernel.active is None else of_active(kernel, term, contraction.y))
     its = wanted(kernel, costs, form)
     if its is Form.FACTORED:
         return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))

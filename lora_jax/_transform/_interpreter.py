@@ -37,6 +37,7 @@ from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
 from ._plan import added
 from ._settings import Settings
 from ._statistics import Operation, observed
+from ._tokens import NO_TOKENS, misfit
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
 Rule = Callable[..., Any]
@@ -116,6 +117,7 @@ class Site:
         """What is left of a kernel that lost axes; one row or one column is a look-up's result, and no kernel."""
         if kernel.is_probe or {"i", "o"} <= set(kernel.roles):
             return kernel
+        on_all_tokens(kernel)
         self.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
         return materialise(kernel)
 
@@ -125,6 +127,9 @@ class Site:
             return self.observe(kernel, x, contraction.base, contraction.thin, roles=roles)
         if not takes_gain(kernel, contraction, x):
             raise NoRule("of the outputs that have a gain, some are summed")
+        y: Any = self.eqn.outvars[0].aval
+        if kernel.active is not None and (reason := misfit(kernel, contraction.y, y.shape)):
+            raise NoRule(reason)
         form = in_training(kernel, contraction.costs, self.settings.form)
         gain = 0 if kernel.gain is None else contraction.costs.y
         self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs) + gain)
@@ -161,6 +166,12 @@ class Site:
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
 
 
+def on_all_tokens(kernel: AdaptedKernel) -> None:
+    """Raises `NoRule` for a kernel that acts on some tokens alone, where it is not multiplied with tokens."""
+    if kernel.active is not None:
+        raise NoRule(NO_TOKENS)
+
+
 def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
     """A use of a kernel, for each leaf that it is, the operations in equal parts."""
     count, total = len(kernel.paths), use.operations
@@ -179,11 +190,14 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     if not isinstance(value, AdaptedKernel):
         return settled(value)
     if not settings.may_form(value):
+        formed = (
+            "" if value.active is not None else f", or let it be formed there: lora(apply, dense={list(value.paths)})"
+        )
         raise UnsupportedError(
             f"Expected the adapted kernel {' beside '.join(map(repr, value.paths))} to be used in ways that have a "
             f"low-rank form; it reaches `{primitive}`: {reason}.",
             line,
-            f"Leave it out of the spec, or let it be formed there: lora(apply, dense={list(value.paths)}).",
+            f"Leave it out of the spec{formed}.",
         )
     if settings.log is not None:
         # Formed: the product, its scale, the sum with the base.

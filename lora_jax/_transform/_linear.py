@@ -19,7 +19,7 @@ from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import low_rank, product_with_a
 from ._forms import Contraction, Sum, settled
-from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, rule
+from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, on_all_tokens, rule
 from ._pair import through
 
 
@@ -38,6 +38,8 @@ def _dot_general(
     if is_adapted(lhs) and is_adapted(rhs):
         if lhs.gain is not None or rhs.gain is not None:
             raise NoRule("a product of two kernels, of which one has a gain")
+        on_all_tokens(lhs)
+        on_all_tokens(rhs)
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
         base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))

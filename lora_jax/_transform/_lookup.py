@@ -20,7 +20,7 @@ from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import expand
 from ._forms import times
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Site, Value, on_all_tokens, rule
 
 # Out of range, these modes move a slice to the nearest place: where a whole axis is taken, there is only one.
 _MOVES = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)
@@ -66,6 +66,7 @@ def _gather(
             raise NoRule("kernels that have a gain are looked up, and filled with a number beyond the end")
         moved = dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
+    on_all_tokens(kernel)
     thin, other = sorted((_cast(a, y.dtype), _cast(b, y.dtype)), key=lambda factor: factor.array.size)
     ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
     low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, like=jax.typeof(y))

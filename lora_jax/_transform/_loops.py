@@ -195,5 +195,6 @@ def _stacked(y: Value) -> Value:
     """What `scan` stacked: layers of a kernel are a kernel with one more batch axis, in front."""
     if not isinstance(y, AdaptedKernel):
         return y
-    dropout = jax.tree.map(lambda key: key[0], y.dropout)  # one key was stacked for each turn
-    return dataclasses.replace(y, dropout=dropout, roles=("" if y.is_probe else "b", *y.roles))
+    # Of what is the same in every turn one was stacked for each.
+    dropout, active = jax.tree.map(lambda x: x[0], (y.dropout, y.active))
+    return dataclasses.replace(y, dropout=dropout, active=active, roles=("" if y.is_probe else "b", *y.roles))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from .._active import check_active
 from .._adapter import Adapters
 from .._attach import attach
 from .._paths import Pattern, flatten
@@ -43,9 +44,10 @@ def lora(
         against the activations. What is used in 16 bits stays factored, as a small update would be rounded away.
 
     Returns:
-      `adapted(params, adapter, *args, dropout_key=None, **kwargs)`, with the result of `apply`. `adapter` is what
-      `init` returns. `dropout_key` is a PRNG key for variants with `dropout`, folded for each path, use and turn of a
-      loop; without it nothing is dropped.
+      `adapted(params, adapter, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of `apply`.
+      `adapter` is what `init` returns. `dropout_key` is a PRNG key for variants with `dropout`, folded for each path,
+      use and turn of a loop; without it nothing is dropped. `active_tokens` is for `ALoRA`: booleans, of the shape
+      that the axes of tokens have where its kernels are used, such as `(batch, tokens)`.
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
@@ -55,10 +57,12 @@ def lora(
     """
     settings = Settings(dense=tuple(dense), form=form_named(form))
 
-    def adapted(params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
-        kernels = attach(
-            flatten(params)[0], adapter, dropout_key
-        )  # first: what is wrong with the adapter is not the model's fault
+    def adapted(
+        params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, active_tokens: Any = None, **kwargs: Any
+    ) -> Any:
+        # First: what is wrong with the adapter is not the model's fault.
+        kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
+        check_active(adapter, active_tokens)
         return trace(apply, params, args, kwargs).run(kernels, settings)
 
     adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"

@@ -23,7 +23,7 @@ from .._contract import Labelled, Labels, contract, sharding_of_product
 from .._placement import names_of
 from ._factored import factors
 from ._forms import Sum, times
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Site, Value, on_all_tokens, rule
 
 
 @rule("ragged_dot_general", "low-rank")
@@ -70,6 +70,7 @@ def _ragged_dot_general(
     if kernel.is_probe:
         site.used(kernel, "factored", roles=roles)
         return product(lhs, kernel.w, group_sizes)
+    on_all_tokens(kernel)
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
     x = Labelled(dropped, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))

@@ -32,5 +32,7 @@ class Settings:
     statistic: Statistic | None = None
 
     def may_form(self, kernel: AdaptedKernel) -> bool:
-        """Whether the caller has listed every leaf of a kernel."""
+        """Whether a kernel can be formed, and the caller has listed every leaf of it."""
+        if kernel.active is not None:
+            return False  # there is no one kernel for all tokens
         return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)

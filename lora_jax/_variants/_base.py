@@ -24,6 +24,7 @@ class Variant(abc.ABC):
     axes: str | None = dataclasses.field(default=None, repr=False)
     needs_axes: ClassVar[bool]  # whether the roles of the kernel's axes matter to it
     adds: ClassVar[bool]  # whether it adds to the kernel what does not depend on it, and can be taken out again
+    some_tokens: ClassVar[bool] = False  # whether it acts on some tokens alone, and so is no kernel for all of them
 
     def __repr__(self) -> str:
         """What was chosen; what was left as it is by default is not shown."""
@@ -53,6 +54,20 @@ class Variant(abc.ABC):
         """What the model sees in place of the kernel."""
 
 
+def check_axes(variant: Variant, shape: Sequence[int], axes: str) -> None:
+    """Raises `SpecError` if there is no input or no output axis, between which factors would stand."""
+    if "i" not in axes or "o" not in axes:
+        raise SpecError(
+            f"{variant} needs a kernel with input and output axes; got shape {tuple(shape)} with axes {axes!r}"
+        )
+
+
+def check_dropout(rate: float) -> None:
+    """Raises `SpecError` if a share of activations is out of range."""
+    if not 0 <= rate < 1:
+        raise SpecError(f"expected a dropout in [0, 1); got dropout={rate}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LowRank(Variant):
     """The methods that add `scale·a·b` to a kernel, and differ in the scale alone.
@@ -74,12 +89,8 @@ class LowRank(Variant):
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises if there is no input or no output axis, or if rank or dropout are out of range."""
-        if not 0 <= self.dropout < 1:
-            raise SpecError(f"expected a dropout in [0, 1); got dropout={self.dropout}")
-        if "i" not in axes or "o" not in axes:
-            raise SpecError(
-                f"{self} needs a kernel with input and output axes; got shape {tuple(shape)} with axes {axes!r}"
-            )
+        check_dropout(self.dropout)
+        check_axes(self, shape, axes)
         most = min(width(axes, shape, "i"), width(axes, shape, "o"))
         if not 1 <= self.rank <= most:
             raise SpecError(

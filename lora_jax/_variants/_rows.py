@@ -12,6 +12,7 @@ from jax import Array
 from .._adapter import AdaptedKernel
 from .._axes import axes_of_a, axes_of_b, axes_with, sizes
 from .._errors import SpecError
+from .._placement import like_kernel
 from ._base import Variant
 
 
@@ -70,5 +71,5 @@ class Rows(Variant):
         rows = arrays["rows"]
         shape = sizes(axes_of_a(axes), kernel.shape, len(self.ids))
         where = jnp.arange(shape[-2])[:, None] == jnp.array(self.ids)
-        a = jnp.broadcast_to(where.astype(rows.dtype), shape)
+        a = like_kernel(jnp.broadcast_to(where.astype(rows.dtype), shape), axes_of_a(axes), kernel)
         return AdaptedKernel(kernel, a, rows, scale=1.0, roles=tuple(axes), paths=(path,))

@@ -1,0 +1,181 @@
+"""aLoRA: tokens before the invocation are the base's, bit for bit; those from it on are LoRA's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import bits, trained
+from jax import lax
+from law import assert_close, normal, total
+
+import lora_jax as lj
+
+INVOCATION = (7, 8)
+IDS = jnp.array([[1, 7, 8, 5, 3], [7, 8, 2, 7, 8], [7, 1, 8, 7, 3]])
+ACTIVE = np.array([[0, 1, 1, 1, 1], [0, 0, 0, 1, 1], [0, 0, 0, 0, 0]], bool)
+ALORA = lj.ALoRA(rank=2, alpha=3, invocation=INVOCATION)
+
+
+class Decoder(nn.Module):
+    """Causal attention and an MLP, twice, scanned and made again in the backward pass."""
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        x = nn.Embed(9, 8, name="embed")(ids)
+        layers = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        return layers(name="layers")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        causal = nn.make_causal_mask(x[..., 0])
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x, mask=causal)
+        return x + nn.Dense(8, name="down")(jnp.tanh(nn.Dense(12, name="up")(x))), None
+
+
+def decoder(variant: Any) -> tuple[Any, Any, Any]:
+    model = Decoder()
+    params = model.init(jax.random.key(0), IDS)
+    kernels = lj.kernels(model.apply, params, IDS)
+    adapter = lj.init(jax.random.key(1), params, {"**/kernel": variant}, kernels=kernels)
+    return model.apply, params, trained(jax.random.key(2), adapter)
+
+
+def as_lora(adapter: Any) -> Any:
+    return {path: lj.Adapter(lj.LoRA(rank=2, alpha=3), part.axes, **part.arrays) for path, part in adapter.items()}
+
+
+def test_active_are_the_tokens_from_the_last_invocation_on() -> None:
+    _, _, adapter = decoder(ALORA)
+    np.testing.assert_array_equal(lj.active_tokens(adapter, IDS), ACTIVE)
+    np.testing.assert_array_equal(jax.jit(lj.active_tokens)(adapter, IDS), ACTIVE)
+    np.testing.assert_array_equal(lj.active_tokens(adapter, IDS[0]), ACTIVE[0])
+    assert not lj.active_tokens(adapter, IDS[:, :1]).any()
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_before_the_invocation_it_is_the_base_bit_for_bit_and_where_all_is_active_it_is_lora(jit: bool) -> None:
+    apply, params, adapter = decoder(ALORA)
+    adapted = jax.jit(lj.lora(apply)) if jit else lj.lora(apply)
+    out, base = adapted(params, adapter, IDS, active_tokens=ACTIVE), (jax.jit(apply) if jit else apply)(params, IDS)
+    assert bits(out[~ACTIVE]) == bits(base[~ACTIVE])
+    assert float(jnp.abs(out - base)[ACTIVE].min(0).max()) > 1e-3
+    every = adapted(params, adapter, IDS, active_tokens=jnp.ones_like(ACTIVE))
+    assert_close(every, lj.lora(apply, form="factored")(params, as_lora(adapter), IDS))
+
+
+def test_a_token_is_computed_by_the_base_or_by_lora_and_attends_to_what_the_others_made() -> None:
+    params = {"w": normal(4, 6)}
+    adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
+    x, apply = normal(3, 5, 4, seed=1), lambda p, x: jnp.cumsum(x @ p["w"], axis=1)
+    by_token = jnp.where(ACTIVE[..., None], x @ lj.merge(params, as_lora(adapter))["w"], x @ params["w"])
+
+    def loss(adapter: Any) -> jax.Array:
+        return total(lj.lora(apply)(params, adapter, x, active_tokens=ACTIVE))
+
+    def expected(adapter: Any) -> jax.Array:
+        merged = lj.merge(params, as_lora(adapter))["w"]
+        return total(jnp.cumsum(jnp.where(ACTIVE[..., None], x @ merged, x @ params["w"]), axis=1))
+
+    assert_close(lj.lora(apply)(params, adapter, x, active_tokens=ACTIVE), jnp.cumsum(by_token, axis=1))
+    assert_close(jax.grad(loss)(adapter), jax.grad(expected)(adapter), {"float32": 1e-4})
+
+
+def test_it_has_gradients_under_scan_and_remat_and_they_are_lora_s_where_all_is_active() -> None:
+    apply, params, adapter = decoder(ALORA)
+    every = jnp.ones_like(ACTIVE)
+    got = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, active_tokens=every))))(adapter)
+    expected = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS))))(as_lora(adapter))
+    assert_close(as_lora(got), expected, {"float32": 1e-4})
+    some = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, active_tokens=ACTIVE))))(adapter)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(some))
+
+
+def test_one_cache_serves_the_base_and_the_adapter() -> None:
+    """Keys of the tokens before the invocation, made by the base, and the rest made token by token."""
+    apply, params, adapter = decoder(ALORA)
+    whole = lj.lora(apply)(params, adapter, IDS[:1], active_tokens=ACTIVE[:1])
+    prefix = apply(params, IDS[:1, :1])
+    assert_close(whole[:, :1], prefix)
+
+
+def test_dropout_drops_of_the_active_tokens_alone() -> None:
+    params, x = {"w": normal(4, 6)}, normal(3, 5, 4, seed=1)
+    variant = lj.ALoRA(rank=2, alpha=3, invocation=INVOCATION, dropout=0.5)
+    adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": variant}))
+    apply = lj.lora(lambda p, x: x @ p["w"])
+    out = apply(params, adapter, x, active_tokens=ACTIVE)
+    dropped = apply(params, adapter, x, active_tokens=ACTIVE, dropout_key=jax.random.key(1))
+    assert bits(out[~ACTIVE]) == bits(dropped[~ACTIVE])
+    assert float(jnp.abs(out - dropped)[ACTIVE].max()) > 1e-2
+
+
+REFUSED = {
+    "a look-up": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "here it is not multiplied with activations"),
+    "a sum": (lambda p, x: x + jnp.sum(p["w"]), "no low-rank rule"),
+    "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "here it is not multiplied with activations"),
+    "the last token alone": (lambda p, x: x[:, -1] @ p["w"], r"have the shape \(3, 5\), and here is \(3,\)"),
+    "tokens first": (lambda p, x: jnp.swapaxes(x, 0, 1) @ p["w"], r"and here is \(5, 3\)"),
+    "experts by group": (
+        lambda p, x: lax.ragged_dot(x.reshape(15, 4), p["w"][None], jnp.array([15], jnp.int32)),
+        "here it is not multiplied with activations",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_where_it_is_not_known_which_tokens_there_are_it_is_refused_and_never_formed(name: str) -> None:
+    call, reason = REFUSED[name]
+    params, x = {"w": normal(4, 4)}, normal(3, 5, 4, seed=1)
+    adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
+    for dense in ([], ["w"]):
+        with pytest.raises(lj.UnsupportedError, match=reason) as error:
+            lj.lora(call, dense=dense)(params, adapter, x, active_tokens=ACTIVE)
+        assert "dense=" not in str(error.value)
+
+
+def test_as_many_tokens_as_examples_could_be_either() -> None:
+    params, x = {"w": normal(4, 4)}, normal(5, 5, 4, seed=1)
+    adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
+    with pytest.raises(lj.UnsupportedError, match="would fit either way round; pad the tokens"):
+        lj.lora(lambda p, x: x @ p["w"])(params, adapter, x, active_tokens=jnp.ones((5, 5), bool))
+
+
+def test_it_cannot_be_merged() -> None:
+    params = {"w": normal(4, 4)}
+    adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
+    with pytest.raises(lj.MergeError, match="1 act on some alone, and no one kernel does that"):
+        lj.merge(params, adapter)
+    with pytest.raises(lj.LoRAError):
+        lj.unmerge(params, adapter, base=params)
+
+
+def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:
+    params, x = {"w": normal(4, 4)}, normal(3, 4, seed=1)
+    apply = lj.lora(lambda p, x: x @ p["w"])
+    adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
+    with pytest.raises(lj.AdapterError, match="Expected `active_tokens`: 'w' has ALoRA"):
+        apply(params, adapter, x)
+    with pytest.raises(lj.AdapterError, match="to be booleans, one for each token; got float32"):
+        apply(params, adapter, x, active_tokens=jnp.ones(3))
+    with pytest.raises(lj.AdapterError, match="Expected no `active_tokens`"):
+        apply(params, as_lora(adapter), x, active_tokens=jnp.ones(3, bool))
+    with pytest.raises(lj.AdapterError, match="one invocation; got none"):
+        lj.active_tokens(as_lora(adapter), IDS)
+    with pytest.raises(lj.SpecError, match="At 'w': expected the tokens of an invocation"):
+        lj.init(jax.random.key(0), params, {"w": lj.ALoRA(rank=2, alpha=3, invocation=())})
+
+
+def test_its_invocation_is_saved_with_it(tmp_path: Any) -> None:
+    params = {"w": normal(4, 4)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.ALoRA(rank=2, alpha=3, invocation=[7, 8])})
+    lj.save(tmp_path / "adapter", adapter, base=params)
+    restored = lj.restore(tmp_path / "adapter", base=params)
+    assert restored["w"].variant == adapter["w"].variant
+    assert restored["w"].variant.invocation == INVOCATION
