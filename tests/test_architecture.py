@@ -68,8 +68,8 @@ INSIDE = {
     "_variants": [["_base"], ["_alora", "_dora", "_full", "_lora", "_lora_bias", "_rows", "_rslora", "_vera"]],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
-        ["_plan"],
-        ["_forms", "_factored", "_tokens"],
+        ["_plan", "_tokens"],
+        ["_forms", "_factored"],
         ["_conv_steps", "_statistics"],
         ["_settings"],
         ["_interpreter"],
