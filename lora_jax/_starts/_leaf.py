@@ -73,8 +73,7 @@ class Leaf:
         rank, axes, shape = a.shape[-1], self.part.axes, self.w.shape
         a = a.reshape(sizes(axes_of_a(axes), shape, rank)).astype(self.part.a.dtype)
         b = b.reshape(sizes(axes_of_b(axes), shape, rank)).astype(self.part.b.dtype)
-        variant = at_rank(self.variant, rank)
-        return Adapter(variant, axes, **{**self.part.arrays, "a": a, "b": b})
+        return Adapter(self.variant.at_rank(rank), axes, **{**self.part.arrays, "a": a, "b": b})
 
     def error(self, text: str) -> SpecError:
         """What is wrong with this leaf's variant for a start."""
@@ -112,14 +111,6 @@ def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
         )
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
-
-
-def at_rank(variant: LowRank, rank: int) -> LowRank:
-    """The same method at another rank, its scale kept: for LoRA α goes with the rank, for rsLoRA with its root."""
-    if rank == variant.rank:
-        return variant
-    other = dataclasses.replace(variant, rank=rank)
-    return dataclasses.replace(other, alpha=other.alpha * (variant.scale / other.scale)) if variant.scale else other
 
 
 def positive_scale(leaf: Leaf) -> float:

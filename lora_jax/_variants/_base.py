@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,13 @@ class LowRank(Variant):
     @abc.abstractmethod
     def scale(self) -> float:
         """s, by which `a·b` is multiplied."""
+
+    def at_rank(self, rank: int) -> Self:
+        """The same method at another rank, its scale kept: for LoRA α goes with the rank, for rsLoRA with its root."""
+        if rank == self.rank:
+            return self
+        other = dataclasses.replace(self, rank=rank)
+        return dataclasses.replace(other, alpha=other.alpha * (self.scale / other.scale)) if self.scale else other
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises if there is no input or no output axis, or if rank or dropout are out of range."""
