@@ -24,6 +24,7 @@ from ._kernels import kernels as kernels
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._transform import lora as lora
+from ._variants import AdaLoRA as AdaLoRA
 from ._variants import DoRA as DoRA
 from ._variants import Full as Full
 from ._variants import LoRA as LoRA
@@ -32,6 +33,7 @@ from ._variants import RSLoRA as RSLoRA
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
     from . import optim as optim
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
 
 __all__ = [
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "CheckpointError",
@@ -55,6 +58,7 @@ __all__ = [
     "Rows",
     "SpecError",
     "UnsupportedError",
+    "adaptive",
     "analysis",
     "checkpoint",
     "compress",
@@ -76,6 +80,7 @@ __all__ = [
 
 # Loaded when first asked for: they bring optax, orbax and plots with them.
 _DOORS = {
+    "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
     "optim": "optim",

@@ -18,7 +18,7 @@ from ._adapter import Adapter, Adapters
 from ._errors import CheckpointError, listed
 from ._fingerprint import content_differences, fingerprint, structural_differences
 from ._paths import flatten, nearest
-from ._variants import DoRA, Full, LoRA, LowRank, Rows, RSLoRA, Variant
+from ._variants import AdaLoRA, DoRA, Full, LoRA, LowRank, Rows, RSLoRA, Variant
 from ._version import __version__
 
 Manifest = Mapping[str, Any]
@@ -26,7 +26,9 @@ Manifest = Mapping[str, Any]
 FORMAT = "lora_jax.adapter"
 VERSION = 1  # of this format and of a state's; a reader of version n reads all versions up to n
 
-_VARIANTS: dict[str, type[Variant]] = {variant.__name__: variant for variant in (DoRA, Full, LoRA, Rows, RSLoRA)}
+_VARIANTS: dict[str, type[Variant]] = {
+    variant.__name__: variant for variant in (AdaLoRA, DoRA, Full, LoRA, Rows, RSLoRA)
+}
 
 
 def check_savable(adapter: Adapters, base: Any) -> None:

@@ -195,7 +195,7 @@ UNSAVABLE: dict[str, tuple[Any, str]] = {
     "shapes": ({"query/kernel": SHAPE}, "Expected arrays to save; got ShapeDtypeStruct as 'a' at 'query/kernel'"),
     "variant": (
         {"query/kernel": lj.Adapter(Mine(rank=2, alpha=4), "ioo", **KERNEL.arrays)},
-        "one of DoRA, Full, LoRA, Rows, RSLoRA; got Mine(rank=2, alpha=4) at 'query/kernel'",
+        "one of AdaLoRA, DoRA, Full, LoRA, Rows, RSLoRA; got Mine(rank=2, alpha=4) at 'query/kernel'",
     ),
     "path": (
         {"quary/kernel": KERNEL},
@@ -440,7 +440,7 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "unknown variant": (
         lambda m: replace(m, "query/kernel", name="VeRA"),
-        "among DoRA, Full, LoRA, Rows, RSLoRA; got 'VeRA' at 'query/kernel', in ",
+        "among AdaLoRA, DoRA, Full, LoRA, Rows, RSLoRA; got 'VeRA' at 'query/kernel', in ",
     ),
     "unknown field": (
         lambda m: replace(m, "query/kernel", beta=1),

@@ -93,12 +93,16 @@ def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False
       moves: whether the factors are taken out of the base.
     """
     leaves, treedef = flatten(params)
+    adapted = low_rank_leaves(adapter, leaves)
+    for leaf in adapted:
+        if leaf.variant.diagonal(leaf.part.arrays) is not None:  # zero at the start: b would never learn, nor a
+            raise leaf.error(f"expected a variant whose update is s·A·B alone; {leaf.variant} has a start of its own")
     with jax.default_matmul_precision("highest"):  # accelerators would multiply float32 in bfloat16
-        new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in low_rank_leaves(adapter, leaves)}
+        new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in adapted}
     if not moves:
         return Start(new, params)
     # By the factors as they are kept: what rounding took from them stays in the base.
-    moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in low_rank_leaves(adapter, leaves)}
+    moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
     return Start(new, unflatten(treedef, leaves | moved))
 
 

@@ -10,10 +10,10 @@ from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .._adapter import AdaptedKernel
-from .._axes import axes_of_a, axes_of_b, sizes, width
+from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
 from .._errors import SpecError
 
 
@@ -112,4 +112,18 @@ class LowRank(Variant):
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """The kernel with its factors beside it."""
-        return AdaptedKernel(kernel, arrays["a"], arrays["b"], scale=self.scale, roles=tuple(axes), paths=(path,))
+        a, b = self.factors(arrays, axes)
+        return AdaptedKernel(kernel, a, b, scale=self.scale, roles=tuple(axes), paths=(path,))
+
+    def factors(self, arrays: dict[str, Array], axes: str) -> tuple[Array, Array]:
+        """The factors whose scaled product is added; what stands between `a` and `b` is in the first."""
+        diagonal = self.diagonal(arrays)
+        if diagonal is None:
+            return arrays["a"], arrays["b"]
+        inputs = [at for at, axis in enumerate(axes_of_a(axes)) if axis in axes_with(axes, "i")]
+        return arrays["a"] * lax.expand_dims(diagonal, inputs), arrays["b"]
+
+    def diagonal(self, arrays: dict[str, Array]) -> Array | None:
+        """What stands between the factors, a number for each direction, (batch…, rank); None for nothing."""
+        del arrays  # it is nothing, but for variants that say otherwise
+        return None
