@@ -19,9 +19,10 @@ def compact(adapter: Adapters) -> dict[str, Adapter]:
     """Makes plain `LoRA` adapters of AdaLoRA's, of the rank that each has left.
 
     Directions whose `e` is zero go; of the others `e` goes into `a`, which is how the adapted function has used it, so
-    that the function is the same, and so is the scale: α follows the rank. Kernels without a direction leave the
-    adapter. The layers of a stack share a rank, the most that one of them has left, and the others have zeros there, in
-    both factors, which training does not move. Other leaves stay as they are. Outside `jit`, as the ranks are values.
+    that the function is the same, up to rounding in the adapter's dtype, and so is the scale: α follows the rank.
+    Kernels without a direction leave the adapter. The layers of a stack share a rank, the most that one of them has
+    left, and the others have zeros there, in both factors, which training does not move. Other leaves stay as they are.
+    Outside `jit`, as the ranks are values.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> variant, e = lj.AdaLoRA(rank=3, alpha=6), jnp.array([0.0, 5.0, 0.0])

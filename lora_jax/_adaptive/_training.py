@@ -93,15 +93,15 @@ def ada_lora(
         kept = {path: jnp.ones(part.e.shape, bool) for path, part in parts.items()}
         return AdaLoRAState(jnp.zeros((), jnp.int32), unmeasured(adapter), kept, inner.init(adapter))
 
-    def update(gradient: Any, state: AdaLoRAState, adapter: Any = None, **extra_args: Any) -> tuple[Any, AdaLoRAState]:
-        if adapter is None:
+    def update(gradient: Any, state: AdaLoRAState, params: Any = None, **extra_args: Any) -> tuple[Any, AdaLoRAState]:
+        if params is None:
             raise AdapterError("Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter).")
-        parts, step = adaptive(adapter), state.step + 1
-        importance = measure(state.importance, gradient, adapter, beta1=beta1, beta2=beta2)
+        parts, step = adaptive(params), state.step + 1
+        importance = measure(state.importance, gradient, params, beta1=beta1, beta2=beta2)
         chosen = keep(scores(importance), budget(step, start=_directions(parts), **schedule))
         allocates = (step > warmup) & (step <= last) & ((step % interval == 0) | (step == last))
         kept = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), chosen, state.kept)
-        updates, inner_state = inner.update(gradient, state.inner, adapter, **extra_args)
+        updates, inner_state = inner.update(gradient, state.inner, params, **extra_args)
         free = ~(allocates | (step > last))
         pruned = {path: _pruned(updates[path], part, kept[path] | free) for path, part in parts.items()}
         return dict(updates) | pruned, AdaLoRAState(step, importance, kept, inner_state)
