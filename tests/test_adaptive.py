@@ -371,6 +371,15 @@ def test_what_is_pruned_is_exactly_zero_comes_back_while_there_is_budget_and_the
         assert all((kept[path] == its).all() for path, its in left(adapter).items())
 
 
+def test_what_a_gradient_says_after_the_last_allocation_changes_no_rank() -> None:
+    late = [jax.tree.map(lambda x, by=by: by * x, mixed(200 + by)) for by in (10, 100, 1000)]
+    seen = run(adaptive.ada_lora(optax.adam(0.1), **SCHEDULE), mixed(), [*slopes(9), *late])
+    (before, _), (after, state) = seen[8], seen[-1]
+    assert all((left(after)[path] == its).all() for path, its in left(before).items())
+    now = adaptive.keep(adaptive.scores(state.importance), 5)
+    assert any((np.asarray(its) != left(before)[path]).any() for path, its in now.items())  # it says something else
+
+
 def test_all_else_is_trained_as_the_optimiser_does() -> None:
     adapter, gradients = mixed(), slopes(4)
     got = run(adaptive.ada_lora(optax.adamw(0.1), **SCHEDULE), adapter, gradients)[-1][0]

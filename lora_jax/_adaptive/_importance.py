@@ -53,7 +53,7 @@ def unmeasured(adapter: Adapters) -> Importance:
 def measure(
     importance: Importance, gradient: Any, adapter: Adapters, *, beta1: float = 0.85, beta2: float = 0.85
 ) -> Importance:
-    """Takes one step's gradient into the importance (Zhang et al. 2023, arXiv:2303.10512, section 3.2).
+    """Takes one step's gradient into the importance (Zhang et al. 2023, arXiv:2303.10512).
 
         I = |w·g|        Ī ← β₁·Ī + (1 - β₁)·I        Ū ← β₂·Ū + (1 - β₂)·|I - Ī|
 

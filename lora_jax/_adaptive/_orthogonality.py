@@ -16,8 +16,8 @@ def orthogonality(adapter: Adapters) -> Array:
         R = Σ ‖aᵀ·a - 1‖² + ‖b·bᵀ - 1‖²      over all kernels and layers, in the Frobenius norm
 
     Directions that are orthogonal and of length one can be taken away one by one, and `e` says how long they are. This
-    is the paper's equation 4. The authors' code and PEFT take the mean of the norms themselves, not squared, over
-    all factors; a weight that is right for the one is not for the other.
+    is the paper's term. The authors' code and PEFT take the mean of the norms themselves, not squared, over all
+    factors: their weights, 0.1 and 0.5 by default, are for that.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> part = lj.Adapter(lj.AdaLoRA(rank=2, alpha=2), "io", a=jnp.eye(4, 2), e=jnp.zeros(2), b=3 * jnp.eye(2, 3))
@@ -28,7 +28,7 @@ def orthogonality(adapter: Adapters) -> Array:
       adapter: from `init` or training; other leaves are passed over.
 
     Returns:
-      R, in float32 or what is wider. The paper's weight γ is between 0.1 and 0.5.
+      R, in float32 or what is wider.
 
     Raises:
       AdapterError: if no leaf is AdaLoRA's.

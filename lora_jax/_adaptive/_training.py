@@ -99,7 +99,7 @@ def ada_lora(
         parts, step = adaptive(params), state.step + 1
         importance = measure(state.importance, gradient, params, beta1=beta1, beta2=beta2)
         chosen = keep(scores(importance), budget(step, start=_directions(parts), **schedule))
-        allocates = (step > warmup) & (step <= last) & ((step % interval == 0) | (step == last))
+        allocates = (step <= last) & ((step % interval == 0) | (step == last))  # until `warmup` there is room for all
         kept = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), chosen, state.kept)
         updates, inner_state = inner.update(gradient, state.inner, params, **extra_args)
         free = ~(allocates | (step > last))
