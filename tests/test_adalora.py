@@ -26,7 +26,7 @@ from transforms import TRANSFORMS, call
 from zoo import ZOO, Model
 
 import lora_jax as lj
-from lora_jax import analysis, optim, starts
+from lora_jax import analysis, optim, starts, testing
 
 VARIANT = lj.AdaLoRA(rank=2, alpha=4)
 
@@ -193,6 +193,18 @@ def test_explain_counts_what_is_trained() -> None:
     params = {"w": normal(4, 5)}
     (row,) = lj.explain(lambda params, x: x @ params["w"], params, adalora(params, "io"), normal(3, 4)).rows
     assert (row.variant, row.rank, row.scale, row.parameters) == ("AdaLoRA", 2, 1.5, 4 * 2 + 2 + 2 * 5)
+
+
+def test_its_operations_are_hardly_more_than_those_of_lora() -> None:
+    params = {"w": jax.ShapeDtypeStruct((768, 768), jnp.float32)}
+    x = jax.ShapeDtypeStruct((512, 768), jnp.float32)
+
+    def step(variant: Any) -> int:
+        adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, {"w": variant}))
+        loss = lambda ad, params, x: lj.lora(lambda p, x: x @ p["w"])(params, ad, x).sum()  # noqa: E731
+        return testing.operations(jax.grad(loss, (0, 2)), adapter, params, x)
+
+    assert step(lj.AdaLoRA(rank=8, alpha=16)) < 1.001 * step(lj.LoRA(rank=8, alpha=16))
 
 
 def test_no_update_is_formed() -> None:
