@@ -25,6 +25,7 @@ from ._kernels import kernels as kernels
 from ._merge import merge as merge
 from ._merge import unmerge as unmerge
 from ._transform import lora as lora
+from ._variants import AdaLoRA as AdaLoRA
 from ._variants import ALoRA as ALoRA
 from ._variants import DoRA as DoRA
 from ._variants import Full as Full
@@ -36,6 +37,7 @@ from ._variants import VeRA as VeRA
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
     from . import optim as optim
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALoRA",
+    "AdaLoRA",
     "Adapter",
     "AdapterError",
     "CheckpointError",
@@ -63,6 +66,7 @@ __all__ = [
     "UnsupportedError",
     "VeRA",
     "active_tokens",
+    "adaptive",
     "analysis",
     "checkpoint",
     "compress",
@@ -84,6 +88,7 @@ __all__ = [
 
 # Loaded when first asked for: they bring optax, orbax and plots with them.
 _DOORS = {
+    "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
     "optim": "optim",

@@ -100,13 +100,14 @@ def compress(adapter: Adapters, rank: int | Mapping[Pattern, int]) -> tuple[dict
       lost, in the Frobenius norm, before rounding to that dtype; of shape (batch…).
 
     Raises:
-      SpecError: for a rank below 1, or a pattern that matches no leaf with factors.
+      SpecError: for a rank below 1, a pattern that matches no leaf with factors, or a leaf of `AdaLoRA`, which
+        `adaptive.compact` makes plain first.
     """
     factored = {path: part for path, part in adapter.items() if has_factors(part)}
     ranks = _ranks(rank, list(factored))
     smaller, residual = dict(adapter), {}
     for path, part in factored.items():
-        smaller[path], residual[path] = _compressed(part, ranks.get(path, part.a.shape[-1]))
+        smaller[path], residual[path] = _compressed(path, part, ranks.get(path, part.a.shape[-1]))
     return smaller, residual
 
 
@@ -132,8 +133,13 @@ def _extracted(
     return Adapter(its, axes, **arrays), share_left(svd.s, its.rank)
 
 
-def _compressed(part: Adapter, rank: int) -> tuple[Adapter, Array]:
+def _compressed(path: str, part: Adapter, rank: int) -> tuple[Adapter, Array]:
     assert isinstance(part.variant, LowRank)
+    if part.variant.diagonal(part.arrays) is not None:
+        raise SpecError(
+            f"Expected leaves whose update is s·A·B alone; got {part.variant} at {path!r}.\n"
+            "  Make plain adapters of such leaves first: lora_jax.adaptive.compact(adapter)."
+        )
     batch = part.a.shape[: part.axes.count("b")]
     if rank >= part.a.shape[-1] or part.variant.scale == 0:
         return part, jnp.zeros(batch)

@@ -42,7 +42,7 @@ def fold(w: Any, part: Adapter) -> Any:
 
 
 def unfold(w: Any, part: Adapter) -> Any:
-    """The merged leaf without its adapter, `W - s·A·B`."""
+    """The leaf without the low-rank term of its adapter, `W - s·A·B`; a gain is not taken out."""
     return _on_leaf(_unfold, w, part)
 
 
@@ -72,19 +72,18 @@ def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
     return part.variant.apply(w.astype(wide), part.arrays, part.axes, "")
 
 
-def _fold(w: Array, part: Adapter, sign: int = 1) -> Array:
+def _fold(w: Array, part: Adapter) -> Array:
     kernel = _in_wide(w, part)
-    if isinstance(kernel, AdaptedKernel):
-        return materialise(dataclasses.replace(kernel, scale=sign * kernel.scale)).astype(w.dtype)
-    if sign < 0:
-        added = _in_wide(jnp.zeros_like(w), part)  # what is taken out again does not depend on the leaf
-        assert not isinstance(added, AdaptedKernel)
-        kernel = w - added
-    return kernel.astype(w.dtype)
+    return (materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel).astype(w.dtype)
 
 
 def _unfold(w: Array, part: Adapter) -> Array:
-    return _fold(w, part, sign=-1)
+    kernel = _in_wide(w, part)
+    if isinstance(kernel, AdaptedKernel):
+        return materialise(dataclasses.replace(kernel, scale=-kernel.scale, gain=None)).astype(w.dtype)
+    added = _in_wide(jnp.zeros_like(w), part)
+    assert not isinstance(added, AdaptedKernel)
+    return (w - added).astype(w.dtype)
 
 
 def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:

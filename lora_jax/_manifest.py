@@ -18,7 +18,7 @@ from ._adapter import Adapter, Adapters
 from ._errors import CheckpointError, listed
 from ._fingerprint import content_differences, fingerprint, structural_differences
 from ._paths import flatten, nearest
-from ._variants import ALoRA, DoRA, Full, LoRA, LoRABias, LowRank, Rows, RSLoRA, Variant, VeRA
+from ._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, LowRank, Rows, RSLoRA, Variant, VeRA
 from ._version import __version__
 
 Manifest = Mapping[str, Any]
@@ -27,7 +27,7 @@ FORMAT = "lora_jax.adapter"
 VERSION = 1  # of this format and of a state's; a reader of version n reads all versions up to n
 
 _VARIANTS: dict[str, type[Variant]] = {
-    variant.__name__: variant for variant in (ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA)
+    variant.__name__: variant for variant in (AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA)
 }
 
 

@@ -77,11 +77,28 @@ def kernel_matrix(w: Any, axes: str) -> Array:
 
 
 def factor_matrices(part: Adapter) -> tuple[Array, Array]:
-    """The factors in float32 at least, flattened: (batch…, in, rank) and (batch…, rank, out). The scale is not in."""
-    dtype = widest(part.a.dtype, part.b.dtype, jnp.float32)
-    batch = part.a.shape[: len(axes_with(part.axes, "b"))]
-    rank = part.a.shape[-1]
-    a, b = (whole(factor.astype(dtype)) for factor in (part.a, part.b))
+    """`a` and `b` in float32 at least, flattened: (batch…, in, rank) and (batch…, rank, out). The scale is not in."""
+    return _flattened(part.a, part.b, part.axes)
+
+
+def delta_matrices(part: Adapter) -> tuple[Array, Array]:
+    """The same with what stands between the factors in the first: their product is the update without its scale."""
+    assert isinstance(part.variant, LowRank)
+    return _flattened(*part.variant.factors(part.arrays, part.axes), part.axes)
+
+
+def diagonal_of(part: Adapter) -> Array | None:
+    """What stands between the factors, (batch…, rank), in float32 at least; None for nothing."""
+    assert isinstance(part.variant, LowRank)
+    diagonal = part.variant.diagonal(part.arrays)
+    return None if diagonal is None else whole(diagonal.astype(widest(diagonal.dtype, jnp.float32)))
+
+
+def _flattened(a: Array, b: Array, axes: str) -> tuple[Array, Array]:
+    dtype = widest(a.dtype, b.dtype, jnp.float32)
+    batch = a.shape[: len(axes_with(axes, "b"))]
+    rank = a.shape[-1]
+    a, b = (whole(factor.astype(dtype)) for factor in (a, b))
     return a.reshape(*batch, -1, rank), b.reshape(*batch, rank, -1)
 
 
@@ -90,7 +107,7 @@ def svd_of_delta(part: Adapter) -> SVD:
 
     With `a = q_a·r_a` and `bᵀ = q_b·r_b`, that of the small `s·r_a·r_bᵀ` is turned by `q_a` and `q_b`.
     """
-    a, b = factor_matrices(part)
+    a, b = delta_matrices(part)
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(b.mT)
     u, s, vt = jnp.linalg.svd(scale_of(part) * product(r_a, r_b.mT), full_matrices=False)

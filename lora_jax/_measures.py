@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from ._adapter import Adapter, materialise
 from ._contract import widest
-from ._matrices import factor_matrices, frobenius, kernel_matrix, product, svd_of_delta
+from ._matrices import delta_matrices, frobenius, kernel_matrix, product, svd_of_delta
 
 
 class Amplification(NamedTuple):
@@ -58,7 +58,7 @@ def singular_values(part: Adapter) -> Array:
 
 def directions(part: Adapter, of: str) -> Array:
     """The singular vectors of a factor, first ones first: (batch…, d, rank)."""
-    a, b = factor_matrices(part)
+    a, b = delta_matrices(part)
     return jnp.linalg.svd(a if of == "a" else b.mT, full_matrices=False)[0]
 
 

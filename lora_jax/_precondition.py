@@ -12,7 +12,7 @@ from jax import Array
 
 from ._adapter import Adapter
 from ._errors import AdapterError
-from ._matrices import cut_as, factor_matrices, has_factors, product, scale_of
+from ._matrices import cut_as, diagonal_of, factor_matrices, has_factors, product, scale_of
 from ._parts import Patterns, check_adapter, labelled, only
 
 
@@ -75,8 +75,8 @@ def lora_fa(tx: optax.GradientTransformation, *, damping: float = 1e-8) -> optax
     """
 
     def inside(gradient: Adapter, part: Adapter) -> dict[str, Array]:
-        a, _ = factor_matrices(part)
-        return {"b": product(_inverse(product(a.mT, a), damping), factor_matrices(gradient)[1]) / scale_of(part) ** 2}
+        gram, _ = _grams(part)
+        return {"b": product(_inverse(gram, damping), factor_matrices(gradient)[1]) / scale_of(part) ** 2}
 
     def role(adapter: Any) -> Any:
         return labelled(adapter, lambda path, name: "frozen" if name == "a" else "trained")
@@ -110,11 +110,8 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformation:
     """
 
     def inside(gradient: Adapter, part: Adapter) -> dict[str, Array]:
-        (a, b), (g_a, g_b) = factor_matrices(part), factor_matrices(gradient)
-        return {
-            "a": product(g_a, _inverse(product(b, b.mT), damping)),
-            "b": product(_inverse(product(a.mT, a), damping), g_b),
-        }
+        (gram_a, gram_b), (g_a, g_b) = _grams(part), factor_matrices(gradient)
+        return {"a": product(g_a, _inverse(gram_b, damping)), "b": product(_inverse(gram_a, damping), g_b)}
 
     return _preconditioned(inside)
 
@@ -138,6 +135,16 @@ def _preconditioned(precondition: Precondition) -> optax.GradientTransformation:
         return jax.tree.map(of_part, gradients, params, is_leaf=lambda node: isinstance(node, Adapter)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _grams(part: Adapter) -> tuple[Array, Array]:
+    """`aᵀ·a` and `b·bᵀ`, each factor with what stands between the two, as the other meets it."""
+    a, b = factor_matrices(part)
+    grams, between = (product(a.mT, a), product(b, b.mT)), diagonal_of(part)
+    if between is None:
+        return grams
+    both_sides = between[..., :, None] * between[..., None, :]
+    return grams[0] * both_sides, grams[1] * both_sides
 
 
 def _as(gradient: Array, matrix: Array) -> Array:

@@ -156,6 +156,13 @@ def test_it_cannot_be_merged() -> None:
         lj.unmerge(params, adapter, base=params)
 
 
+def test_no_start_takes_its_factors_out_of_the_base_for_all_tokens() -> None:
+    params = {"w": normal(4, 4)}
+    adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
+    with pytest.raises(lj.SpecError, match="At 'w': expected a variant for every token"):
+        lj.starts.pissa(adapter, params)
+
+
 def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:
     params, x = {"w": normal(4, 4)}, normal(3, 4, seed=1)
     apply = lj.lora(lambda p, x: x @ p["w"])

@@ -54,6 +54,7 @@ LAYERS = [
     "_fold",
     "_starts",
     "_merge",
+    "_adaptive",
     "_fingerprint",
     "_manifest",
     "_checksums",
@@ -61,11 +62,16 @@ LAYERS = [
     "_state",
     "_ahead",
 ]
-DOORS = ["analysis", "checkpoint", "optim", "sharding", "starts", "testing"]  # each imports any layer, and no door
+# Each imports any layer, and no door.
+DOORS = ["adaptive", "analysis", "checkpoint", "optim", "sharding", "starts", "testing"]
 
 # Inside a package likewise; those in one row are siblings and do not know each other.
 INSIDE = {
-    "_variants": [["_base"], ["_alora", "_dora", "_full", "_lora", "_lora_bias", "_rows", "_rslora", "_vera"]],
+    "_adaptive": [["_leaves", "_schedule"], ["_compact", "_importance", "_orthogonality"], ["_training"]],
+    "_variants": [
+        ["_base"],
+        ["_adalora", "_alora", "_dora", "_full", "_lora", "_lora_bias", "_rows", "_rslora", "_vera"],
+    ],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
         ["_plan", "_tokens"],
@@ -206,7 +212,7 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-OPENED = ["analysis", "checkpoint", "optim", "plan", "restore", "save", "sharding", "starts", "testing"]
+OPENED = ["adaptive", "analysis", "checkpoint", "optim", "plan", "restore", "save", "sharding", "starts", "testing"]
 
 
 @pytest.mark.parametrize("name", OPENED)
@@ -254,6 +260,7 @@ def test_the_face_is_what_the_design_names() -> None:
         "Rows",
         "Full",
         "VeRA",
+        "AdaLoRA",
         *errors,
         *functions,
     }

@@ -17,9 +17,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import assert_close, assert_law, normal, total
+from uses import USES
 
 import lora_jax as lj
-from lora_jax import testing
+from lora_jax import starts, testing
 
 
 def dora(params: Any, axes: str, **options: Any) -> Any:
@@ -105,6 +106,20 @@ def test_only_the_base_brings_back_what_was_merged() -> None:
         lj.unmerge(merged, adapter, report=True)
     _, report = lj.merge(params, adapter, report=True)
     assert report["w"].max_error < 1e-6
+
+
+@pytest.mark.parametrize("start", [starts.pissa, starts.olora])
+@pytest.mark.parametrize("name", ["Dense", "a stack of layers", "a convolution"])
+def test_a_start_that_moves_the_base_leaves_the_model_as_it_was(name: str, start: Any) -> None:
+    case = USES[name]
+    adapter = lj.init(jax.random.key(0), case.params, {"w": lj.DoRA(rank=2, alpha=3, axes=case.roles)})
+    began = start(adapter, case.params)
+    adapted, expected = lj.lora(case.apply), case.apply(case.params, *case.arrays)
+    assert_close(adapted(began.params, began.adapter, *case.arrays), expected, {"float32": 1e-4})
+    trained = jax.tree.map(lambda x: x + 0.1, began.adapter)
+    plain = starts.as_plain(trained, case.params, *began)
+    after = adapted(began.params, trained, *case.arrays)
+    assert_close(adapted(case.params, plain, *case.arrays), after, {"float32": 1e-4})
 
 
 def test_it_starts_from_values() -> None:

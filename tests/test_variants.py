@@ -28,6 +28,7 @@ VARIANTS: Mapping[str, Make] = {
     "rsLoRA": functools.partial(lj.RSLoRA, rank=2, alpha=3),
     "DoRA": functools.partial(lj.DoRA, rank=2, alpha=3),
     "DoRA, rank-stabilised": functools.partial(lj.DoRA, rank=2, alpha=3, rank_stabilised=True),
+    "AdaLoRA": functools.partial(lj.AdaLoRA, rank=2, alpha=3),
     "VeRA": functools.partial(lj.VeRA, rank=6, seed=1),
 }
 

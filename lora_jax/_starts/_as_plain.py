@@ -13,7 +13,7 @@ from .._axes import RANK, axes_of_b
 from .._errors import AdapterError, listed
 from .._fold import fold, is_concrete
 from .._paths import flatten
-from ._leaf import Leaf, at_rank, low_rank_leaves
+from ._leaf import Leaf, low_rank_leaves
 
 
 def as_plain(adapter: Adapters, params: Any, started_adapter: Adapters, started_params: Any) -> dict[str, Adapter]:
@@ -65,7 +65,7 @@ def _joined(trained: Adapter, started: Adapter) -> Adapter:
     place = axes_of_b(started.axes).index(RANK)
     a = jnp.concatenate([trained.a, started.a], -1)
     b = jnp.concatenate([trained.b, -started.b], place)
-    return Adapter(at_rank(variant, 2 * variant.rank), started.axes, **{**trained.arrays, "a": a, "b": b})
+    return Adapter(variant.at_rank(2 * variant.rank), started.axes, **{**trained.arrays, "a": a, "b": b})
 
 
 def _check(adapter: Adapters, starts: dict[str, Leaf], moved: dict[str, Any]) -> None:

@@ -73,8 +73,7 @@ class Leaf:
         rank, axes, shape = a.shape[-1], self.part.axes, self.w.shape
         a = a.reshape(sizes(axes_of_a(axes), shape, rank)).astype(self.part.a.dtype)
         b = b.reshape(sizes(axes_of_b(axes), shape, rank)).astype(self.part.b.dtype)
-        variant = at_rank(self.variant, rank)
-        return Adapter(variant, axes, **{**self.part.arrays, "a": a, "b": b})
+        return Adapter(self.variant.at_rank(rank), axes, **{**self.part.arrays, "a": a, "b": b})
 
     def error(self, text: str) -> SpecError:
         """What is wrong with this leaf's variant for a start."""
@@ -94,12 +93,19 @@ def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False
       moves: whether the factors are taken out of the base.
     """
     leaves, treedef = flatten(params)
+    adapted = low_rank_leaves(adapter, leaves)
+    for leaf in adapted:
+        if leaf.variant.diagonal(leaf.part.arrays) is not None:  # zero at the start: b would never learn, nor a
+            raise leaf.error(f"expected a variant whose update is s·A·B alone; {leaf.variant} has a start of its own")
     with jax.default_matmul_precision("highest"):  # accelerators would multiply float32 in bfloat16
-        new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in low_rank_leaves(adapter, leaves)}
+        new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in adapted}
     if not moves:
         return Start(new, params)
+    for leaf in low_rank_leaves(adapter, leaves):
+        if leaf.variant.some_tokens:
+            raise leaf.error(f"expected a variant for every token, as the base is moved for all; got {leaf.variant}")
     # By the factors as they are kept: what rounding took from them stays in the base.
-    moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in low_rank_leaves(adapter, leaves)}
+    moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
     return Start(new, unflatten(treedef, leaves | moved))
 
 
@@ -112,14 +118,6 @@ def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
         )
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
-
-
-def at_rank(variant: LowRank, rank: int) -> LowRank:
-    """The same method at another rank, its scale kept: for LoRA α goes with the rank, for rsLoRA with its root."""
-    if rank == variant.rank:
-        return variant
-    other = dataclasses.replace(variant, rank=rank)
-    return dataclasses.replace(other, alpha=other.alpha * (variant.scale / other.scale)) if variant.scale else other
 
 
 def positive_scale(leaf: Leaf) -> float:

@@ -1,5 +1,6 @@
 """The variants, one file a method: its paper, its equation, its start."""
 
+from ._adalora import AdaLoRA as AdaLoRA
 from ._alora import ALoRA as ALoRA
 from ._base import LowRank as LowRank
 from ._base import Variant as Variant

@@ -6,14 +6,14 @@ import abc
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .._adapter import AdaptedKernel
-from .._axes import axes_of_a, axes_of_b, sizes, width
+from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
 from .._errors import SpecError
 
 
@@ -70,7 +70,7 @@ def check_dropout(rate: float) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class LowRank(Variant):
-    """The methods that add `scale·a·b` to a kernel, and differ in the scale alone.
+    """The methods that have the factors `a` and `b`, of which `scale·a·b` is added to a kernel.
 
     `b` starts at zero, so that the model starts as it was; `a` is uniform in ±1/√fan_in, as in Microsoft's and
     Hugging Face's implementations. The fan-in is that of the input axes alone: layers and experts do not count.
@@ -86,6 +86,13 @@ class LowRank(Variant):
     @abc.abstractmethod
     def scale(self) -> float:
         """s, by which `a·b` is multiplied."""
+
+    def at_rank(self, rank: int) -> Self:
+        """The same method at another rank, its scale kept: for LoRA α goes with the rank, for rsLoRA with its root."""
+        if rank == self.rank:
+            return self
+        other = dataclasses.replace(self, rank=rank)
+        return dataclasses.replace(other, alpha=other.alpha * (self.scale / other.scale)) if self.scale else other
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises if there is no input or no output axis, or if rank or dropout are out of range."""
@@ -116,4 +123,18 @@ class LowRank(Variant):
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """The kernel with its factors beside it."""
-        return AdaptedKernel(kernel, arrays["a"], arrays["b"], scale=self.scale, roles=tuple(axes), paths=(path,))
+        a, b = self.factors(arrays, axes)
+        return AdaptedKernel(kernel, a, b, scale=self.scale, roles=tuple(axes), paths=(path,))
+
+    def factors(self, arrays: dict[str, Array], axes: str) -> tuple[Array, Array]:
+        """The factors whose scaled product is added; what stands between `a` and `b` is in the first."""
+        diagonal = self.diagonal(arrays)
+        if diagonal is None:
+            return arrays["a"], arrays["b"]
+        inputs = [at for at, axis in enumerate(axes_of_a(axes)) if axis in axes_with(axes, "i")]
+        return arrays["a"] * lax.expand_dims(diagonal, inputs), arrays["b"]
+
+    def diagonal(self, arrays: dict[str, Array]) -> Array | None:
+        """What stands between the factors, a number for each direction, (batch…, rank); None for nothing."""
+        del arrays  # it is nothing, but for variants that say otherwise
+        return None

@@ -1,0 +1,278 @@
+"""Live comparison of AdaLoRA with PEFT's: layers, budget, importance, masks, orthogonality; `make test-oracle`.
+
+PEFT divides the scale by r + 1e-5, which the tolerance has room for.
+"""
+
+import types
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lora_jax as lj
+from lora_jax import adaptive
+
+RANK, ALPHA = 4, 6
+SHAPES = {"first": (12, 10), "second": (10, 8)}
+SCHEDULE = {"end": 3, "warmup": 2, "settle": 3, "total": 12}
+
+
+def drawn(*shape, seed):
+    return (np.random.default_rng(seed).standard_normal(shape) / 3).astype(np.float32)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Linear(*shape, bias=False) for shape in SHAPES.values())
+        for seed, name in enumerate(SHAPES):
+            getattr(self, name).weight.data = torch.from_numpy(drawn(*SHAPES[name], seed=seed).T.copy())
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), bias=False)
+        self.layer.weight.data = torch.from_numpy(drawn(3, 2, 6, 8, seed=0).transpose(3, 2, 0, 1).copy())
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def net(params, x):
+    return jnp.tanh(x @ params["first"]) @ params["second"]
+
+
+def conv(params, x):
+    numbers = ("NCHW", "HWIO", "NCHW")
+    return jax.lax.conv_general_dilated(x, params["layer"], (2, 1), "VALID", dimension_numbers=numbers)
+
+
+MODELS = {
+    "dense": (Net, net, {name: ("io", shape) for name, shape in SHAPES.items()}, drawn(5, 12, seed=9)),
+    "conv": (Conv, conv, {"layer": ("iiio", (3, 2, 6, 8))}, drawn(2, 6, 9, 7, seed=9)),
+}
+
+
+def ours(name):
+    """The parameters, and an adapter that does something."""
+    kernels = MODELS[name][2]
+    params = {path: jnp.asarray(drawn(*shape, seed=seed)) for seed, (path, (_, shape)) in enumerate(kernels.items())}
+    spec = {path: lj.AdaLoRA(rank=RANK, alpha=ALPHA, axes=axes) for path, (axes, _) in kernels.items()}
+    shapes = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
+    leaves, treedef = jax.tree.flatten(shapes)
+    return params, treedef.unflatten([jnp.asarray(drawn(*x.shape, seed=20 + at)) for at, x in enumerate(leaves)])
+
+
+def as_theirs(part):
+    """Our arrays in the shapes of theirs, by name."""
+    order = (3, 2, 0, 1) if part.axes == "iiio" else (1, 0)
+    a = np.asarray(part.a).transpose(order).reshape(RANK, -1)
+    return {"lora_A": a, "lora_E": np.asarray(part.e)[:, None], "lora_B": np.asarray(part.b).T}
+
+
+def arrays(layer):
+    return {name: getattr(layer, name)["default"] for name in ("lora_A", "lora_E", "lora_B")}
+
+
+def theirs(name, adapter, **options):
+    """PEFT's model with the same numbers, and its layers by path."""
+    config = peft.AdaLoraConfig(
+        init_r=RANK, lora_alpha=ALPHA, target_modules=list(adapter), **{"target_r": 1, "total_step": 100} | options
+    )
+    model = peft.get_peft_model(MODELS[name][0](), config)
+    layers = {path: getattr(model.base_model.model, path) for path in adapter}
+    for path, layer in layers.items():
+        for its, array in as_theirs(adapter[path]).items():
+            arrays(layer)[its].data = torch.from_numpy(array.copy())
+    return model, layers
+
+
+def near(got, expected, tolerance=2e-5):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+# Layers
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_result_and_gradients_are_peft_s(name):
+    (params, adapter), (_, call, _, x) = ours(name), MODELS[name]
+    model, layers = theirs(name, adapter)
+    expected = model(torch.from_numpy(x))
+    near(lj.lora(call)(params, adapter, x), expected.detach().numpy())
+    torch.sum(torch.sin(expected)).backward()
+    gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(call)(params, ad, x))))(adapter)
+    for path, layer in layers.items():
+        for its, array in as_theirs(gradient[path]).items():
+            near(array, arrays(layer)[its].grad.numpy())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merged_weights_are_peft_s(name):
+    params, adapter = ours(name)
+    model, _ = theirs(name, adapter)
+    merged = model.merge_and_unload()
+    for path, kernel in lj.merge(params, adapter).items():
+        weight = getattr(merged, path).weight.detach().numpy()
+        near(kernel, weight.transpose((2, 3, 1, 0) if weight.ndim == 4 else (1, 0)))
+
+
+def test_what_peft_adds_to_the_rank_is_all_that_differs():
+    _, adapter = ours("dense")
+    _, layers = theirs("dense", adapter)
+    its = layers["first"].double().get_delta_weight("default").detach().numpy().T
+    part = adapter["first"]
+    a, e, b = (np.asarray(x, np.float64) for x in (part.a, part.e, part.b))
+    near(its, part.variant.scale * (a * e) @ b * RANK / (RANK + 1e-5), 1e-9)
+
+
+def test_it_starts_as_peft_does():
+    torch.manual_seed(0)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(800, 600)), peft.AdaLoraConfig(init_r=12, target_modules=["0"], total_step=9)
+    )
+    its = arrays(model.base_model.model[0])
+    part = lj.init(jax.random.key(0), {"w": jnp.ones((800, 600))}, {"w": lj.AdaLoRA(rank=12, alpha=8)})["w"]
+    for array, other in ((part.a, its["lora_A"]), (part.b, its["lora_B"])):
+        assert float(array.std()) == pytest.approx(float(other.detach().std()), rel=0.05)
+    assert not part.e.any() and not its["lora_E"].any()
+
+
+# The budget
+
+
+@pytest.mark.parametrize(
+    ("rank", "end", "warmup", "settle", "total"),
+    [(12, 4, 5, 10, 100), (8, 7, 0, 0, 40), (64, 1, 17, 23, 333), (3, 1, 1, 1, 3), (12, 3, 2, 3, 11)],
+)
+def test_the_budget_is_peft_s_but_where_floats_miss_a_whole_number(rank, end, warmup, settle, total):
+    config = peft.AdaLoraConfig(
+        init_r=rank, target_r=end, tinit=warmup, tfinal=settle, total_step=total, target_modules=list(SHAPES)
+    )
+    allocator = peft.get_peft_model(Net(), config).base_model.rankallocator
+    its = {"start": allocator.init_bgt, "end": allocator.target_bgt, "warmup": warmup, "settle": settle, "total": total}
+    assert (its["start"], its["end"]) == (2 * rank, 2 * end)
+    steps = range(total + 3)
+    got = adaptive.budget(np.arange(len(steps)), **its).tolist()
+    for step, mine in zip(steps, got, strict=True):
+        budget, _ = allocator.budget_schedule(step)
+        remains = 1 - Fraction(step - warmup, total - settle - warmup)
+        if (2 * (rank - end) * remains**3).denominator == 1:
+            assert 0 <= mine - budget <= 1
+        else:
+            assert mine == budget
+
+
+# Importance, masks
+
+
+def slope(adapter, step):
+    leaves, treedef = jax.tree.flatten(adapter)
+    return treedef.unflatten([jnp.asarray(drawn(*x.shape, seed=100 * step + at)) for at, x in enumerate(leaves)])
+
+
+def give(layers, gradient):
+    for path, layer in layers.items():
+        for its, array in as_theirs(gradient[path]).items():
+            arrays(layer)[its].grad = torch.from_numpy(array.copy())
+
+
+def test_importance_and_masks_are_peft_s_after_some_steps():
+    _, adapter = ours("dense")
+    model, layers = theirs("dense", adapter)
+    allocator = model.base_model.rankallocator
+    importance = adaptive.unmeasured(adapter)
+    for step in range(1, 6):
+        gradient = slope(adapter, step)
+        give(layers, gradient)
+        allocator.update_ipt(model.base_model.model)
+        importance = adaptive.measure(importance, gradient, adapter)
+    measured = zip(importance, (allocator.exp_avg_ipt, allocator.exp_avg_unc), strict=True)
+    for its, expected in measured:
+        for path, part in its.items():
+            for name, array in as_theirs(part).items():
+                near(array, expected[f"{path}.{name}.default"].numpy())
+    for budget in (7, 5, 2, 1):
+        pattern = allocator.mask_to_budget(model.base_model.model, budget)
+        kept = adaptive.keep(adaptive.scores(importance), budget)
+        pruned = adaptive.prune(adapter, kept)
+        for path, layer in layers.items():
+            assert kept[path].tolist() == pattern[f"{path}.lora_E.default"]
+            near(pruned[path].e, arrays(layer)["lora_E"].detach().numpy().ravel())
+
+
+def test_of_equal_scores_peft_keeps_none_and_we_as_many_as_the_budget_has():
+    _, adapter = ours("dense")
+    model, layers = theirs("dense", adapter)
+    importance = adaptive.unmeasured(adapter)
+    give(layers, jax.tree.map(jnp.zeros_like, adapter))
+    allocator = model.base_model.rankallocator
+    allocator.update_ipt(model.base_model.model)
+    pattern = allocator.mask_to_budget(model.base_model.model, 3)
+    assert sum(map(sum, pattern.values())) == 0
+    assert sum(int(its.sum()) for its in adaptive.keep(adaptive.scores(importance), 3).values()) == 3
+
+
+def test_a_whole_training_goes_as_with_peft_s_allocator():
+    """PEFT's parts in the order of the paper: importance where the gradient is, then the step, then the masks."""
+    params, adapter = ours("dense")
+    options = {"tinit": SCHEDULE["warmup"], "tfinal": SCHEDULE["settle"], "total_step": SCHEDULE["total"], "deltaT": 2}
+    model, layers = theirs("dense", adapter, **options)
+    allocator, inner = model.base_model.rankallocator, model.base_model.model
+    allocator.target_bgt = SCHEDULE["end"]
+    sgd = torch.optim.SGD([x for layer in layers.values() for x in arrays(layer).values()], lr=0.3)
+    tx = adaptive.ada_lora(optax.sgd(0.3), **SCHEDULE, interval=2)
+    state, update = tx.init(adapter), jax.jit(tx.update)
+    last, pattern = SCHEDULE["total"] - SCHEDULE["settle"], None
+    for step in range(1, 15):
+        gradient = slope(adapter, step)
+        updates, state = update(gradient, state, adapter)
+        adapter = optax.apply_updates(adapter, updates)
+        give(layers, gradient)
+        allocator.update_ipt(inner)
+        sgd.step()
+        budget, masks = allocator.budget_schedule(step)
+        if step > last:
+            allocator.mask_using_rank_pattern(inner, pattern)
+        elif masks or step == last:
+            pattern = allocator.mask_to_budget(inner, budget)
+        for path, layer in layers.items():
+            for its, array in as_theirs(adapter[path]).items():
+                other = arrays(layer)[its].detach().numpy()
+                near(array, other)
+                assert its != "lora_E" or ((array == 0) == (other == 0)).all(), step
+    small = adaptive.compact(adapter)
+    assert sum(part.variant.rank for part in small.values()) == SCHEDULE["end"]
+    x = MODELS["dense"][3]
+    near(lj.lora(net)(params, small, x), model(torch.from_numpy(x)).detach().numpy())
+
+
+# Orthogonality
+
+
+def test_orthogonality_is_the_sum_of_squares_of_what_peft_takes_the_mean_of():
+    _, adapter = ours("dense")
+
+    class WithLoss(Net):
+        def forward(self, x):
+            return types.SimpleNamespace(loss=super().forward(x).sum() * 0)
+
+    model, _ = theirs("dense", adapter, orth_reg_weight=0.5)
+    its = [x for layer in (model.base_model.model.first, model.base_model.model.second) for x in arrays(layer).values()]
+    model.base_model.model.__class__ = WithLoss
+    penalty = float(model.base_model(torch.from_numpy(MODELS["dense"][3])).loss.detach())
+    grams = [x @ x.T if x.shape[0] == RANK else x.T @ x for x in (y.detach().numpy() for y in its) if 1 not in x.shape]
+    norms = [np.linalg.norm(gram - np.eye(RANK)) for gram in grams]
+    assert len(norms) == 4
+    assert penalty == pytest.approx(0.5 * sum(norms) / 4, rel=1e-5)
+    assert float(adaptive.orthogonality(adapter)) == pytest.approx(sum(norm**2 for norm in norms), rel=1e-5)
