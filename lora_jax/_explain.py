@@ -220,9 +220,15 @@ def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use], places: Adapt
         scale=variant.scale if isinstance(variant, LowRank) else None,
         used=_used(its, whole=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
-        operations=sum(use.operations for use in its),
+        operations=_prepared(path, part, leaf) + sum(use.operations for use in its),
         placed="" if places is None else _placed(part, places),
     )
+
+
+def _prepared(path: str, part: Adapter, leaf: Any) -> int:
+    """The operations before any use: the norms of DoRA, the random numbers of VeRA."""
+    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (leaf, part.arrays))
+    return operations(jax.make_jaxpr(lambda leaf, arrays: part.variant.apply(leaf, arrays, part.axes, path))(*shapes))
 
 
 def _placed(part: Adapter, places: Adapter) -> str:

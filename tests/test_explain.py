@@ -76,6 +76,17 @@ memory:    adapter 1.1 kB, optimiser 2.3 kB (two moments, as Adam keeps)
 forward:   2,160 operations more, 58.06% of the base's 3,720"""
 
 
+def test_what_a_variant_computes_before_any_use_counts() -> None:
+    params, x = {"w": jnp.ones((64, 48))}, jnp.ones((2, 64))
+    rows = {}
+    for variant in (lj.LoRA(rank=2, alpha=4), lj.DoRA(rank=2, alpha=4)):
+        adapter = lj.init(jax.random.key(0), params, {"w": variant})
+        rows[type(variant)] = lj.explain(lambda p, x: x @ p["w"], params, adapter, x, form="factored").rows[0]
+    more = rows[lj.DoRA].operations - rows[lj.LoRA].operations
+    norms = 2 * 64 * 48 * (2 + 1)  # ‖W0‖² and W0ᵀA; the rest is of the factors' size
+    assert norms < more < 1.3 * norms
+
+
 def test_the_table_reads_like_this() -> None:
     assert str(explain()) == TABLE
 
