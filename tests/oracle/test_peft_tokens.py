@@ -1,0 +1,70 @@
+"""Live comparison with PEFT's trainable tokens, and of what it counts as trainable; `make test-oracle`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import pytest
+import torch
+from torch import nn
+
+import lora_jax as lj
+
+ROWS, WIDTH, IDS = 12, 10, (5, 8, 0)
+TOKENS = np.array([[1, 5, 8], [8, 2, 0]])
+TABLE = (np.random.default_rng(0).standard_normal((ROWS, WIDTH)) / 3).astype(np.float32)
+CHANGE = (np.random.default_rng(1).standard_normal((len(IDS), WIDTH)) / 3).astype(np.float32)
+
+
+class Tied(nn.Module):
+    """A table, a matrix, and the table again as the head."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(ROWS, WIDTH)
+        self.embed.weight.data = torch.from_numpy(TABLE.copy())
+        self.mix = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.mix.weight.data = torch.from_numpy(TABLE[:WIDTH].T.copy())
+
+    def forward(self, tokens):
+        return torch.tanh(self.mix(self.embed(tokens)))
+
+
+def tied(params, tokens):
+    return jnp.tanh(params["embed"][tokens] @ params["mix"])
+
+
+PARAMS = {"embed": TABLE, "mix": TABLE[:WIDTH]}
+
+
+def near(got, expected):
+    np.testing.assert_allclose(got, expected.detach().numpy(), rtol=0, atol=2e-6)
+
+
+def test_rows_are_peft_s_trainable_tokens():
+    config = peft.TrainableTokensConfig(token_indices=list(IDS), target_modules=["embed"])
+    model = peft.get_peft_model(Tied(), config)
+    rows = model.base_model.model.embed.trainable_tokens_delta["default"]
+    rows.data = torch.from_numpy(TABLE[list(IDS)] + CHANGE)  # PEFT keeps the rows, we what is added to them
+    start = lj.init(jax.random.key(0), PARAMS, {"embed": lj.Rows(ids=IDS)})["embed"]
+    adapter = {"embed": lj.Adapter(start.variant, start.axes, rows=jnp.asarray(CHANGE))}
+    expected = model(torch.from_numpy(TOKENS))
+    near(lj.lora(tied)(PARAMS, adapter, TOKENS), expected)
+    torch.sum(torch.sin(expected)).backward()
+    gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(tied)(PARAMS, ad, TOKENS))))(adapter)
+    near(gradient["embed"].rows, rows.grad)
+    near(lj.merge(PARAMS, adapter)["embed"], model.merge_and_unload().embed.weight)
+
+
+@pytest.mark.parametrize(
+    ("variant", "config"),
+    [
+        (lj.LoRA(rank=3, alpha=6), peft.LoraConfig(r=3, target_modules=["mix", "embed"])),
+        (lj.DoRA(rank=3, alpha=6), peft.LoraConfig(r=3, target_modules=["mix", "embed"], use_dora=True)),
+    ],
+    ids=["LoRA", "DoRA"],
+)
+def test_as_many_numbers_are_trained(variant, config):
+    adapter = lj.init(jax.random.key(0), PARAMS, {"*": variant})
+    trainable, _ = peft.get_peft_model(Tied(), config).get_nb_trainable_parameters()
+    assert lj.explain(tied, PARAMS, adapter, TOKENS).parameters == trainable
