@@ -14,6 +14,9 @@ from law import assert_close, normal
 
 import lora_jax as lj
 
+# Of `A`: what is trained with it is lost if it changes.
+GOLDEN = [[0.23375988, -0.99867034], [-0.83515, 0.16250539]]
+
 
 def frozen(variant: lj.VeRA, d_in: int, d_out: int) -> tuple[Any, Any]:
     """`A`, (in, rank), and `B`, (rank, out), as merging shows them: with one of the `lambda_d` at a time."""
@@ -50,6 +53,14 @@ def test_all_kernels_have_the_first_rows_of_the_same_matrices() -> None:
     small, large = frozen(variant, 4, 5), frozen(variant, 9, 8)
     np.testing.assert_allclose(small, large[:, :4, :5] * math.sqrt(9 / 4), rtol=1e-5)
     assert np.abs(frozen(lj.VeRA(rank=3, seed=8), 4, 5) - small).max() > 0.05
+
+
+def test_the_matrices_are_the_same_on_every_machine_and_whatever_numbers_the_user_draws() -> None:
+    variant = lj.VeRA(rank=2, seed=5)
+    expected = np.asarray(variant._frozen(0, 2, fan_in=6))
+    np.testing.assert_allclose(expected, GOLDEN, rtol=1e-6)
+    with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True):
+        np.testing.assert_array_equal(variant._frozen(0, 2, fan_in=6), expected)
 
 
 def test_the_layers_of_a_stack_share_them_and_have_vectors_of_their_own() -> None:

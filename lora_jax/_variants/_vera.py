@@ -87,7 +87,10 @@ class VeRA(Variant):
 
     def _frozen(self, which: int, rows: int, *, fan_in: int) -> Array:
         """The first rows of a matrix, `(rows, rank)`, uniform in ±√(6/fan_in); each row has a key of its own."""
-        key = jax.random.fold_in(jax.random.key(self.seed), which)
-        bound = math.sqrt(6 / fan_in)
-        draw = jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (self.rank,), minval=-1, maxval=1))
-        return draw(jnp.arange(rows)) * bound
+
+        def draw(row: Array) -> Array:
+            return jax.random.uniform(jax.random.fold_in(key, row), (self.rank,), jnp.float32, minval=-1, maxval=1)
+
+        with jax.threefry_partitionable(True):  # the same numbers whatever the user's own are drawn with
+            key = jax.random.fold_in(jax.random.key(self.seed, impl="threefry2x32"), which)
+            return jax.vmap(draw)(jnp.arange(rows)) * math.sqrt(6 / fan_in)
