@@ -549,7 +549,7 @@ class Loop(Printed):
 
 @step
 class Switch(Printed):
-    """A `cond` or `switch`, by the traced number or, `by_value`, by the sign of `y`."""
+    """A `cond` or `switch`, by the traced number or, `by_value`, by the size of `y`."""
 
     branches: tuple[tuple[Any, ...], ...]
     out: Shape
@@ -557,8 +557,10 @@ class Switch(Printed):
 
     def __call__(self, scope: Scope, y: Array) -> Array:
         branches = [lambda y, body=body: fit(run(body, scope, y), self.out) for body in self.branches]
+        if self.by_value and len(branches) == 2:
+            return lax.cond(fit(y, ()) > 0, *branches, y)
         if self.by_value:
-            return lax.cond(fit(y, ()) > 0, branches[0], branches[-1], y)
+            return lax.switch(jnp.sum(fit(y, ()) < jnp.arange(1 - len(branches), 0)), branches, y)
         return lax.switch(scope.number, branches, y)
 
 

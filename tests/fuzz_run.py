@@ -200,15 +200,16 @@ def assert_program(program: fp.Program, count: Count | None = None) -> None:
 def assert_close(got: Any, expected: Any, dtype: str) -> None:
     """By the table of tolerances, relative to the largest element of a leaf.
 
-    What is zero, as the parts of a sum cancel, is compared with the size of the parts instead: a thousandth of the
-    largest element there is, or of what a program starts from, which is about 1.
+    What is zero or nearly so, as the parts of a sum cancel, is compared with the size of the parts instead: a share of
+    the largest element there is, or of what a program starts from, which is about 1.
     """
+    share = {"float64": 1e-3, "float32": 1e-1}[dtype]
     sizes = [np.max(np.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(expected)]
     assert np.all(np.isfinite(sizes)), "the oracle is not finite"
     for one, other, table in zip(got, expected, (FORWARD, GRADIENT), strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
         for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            size = max(np.max(np.abs(its), initial=0.0), 1e-3 * max(1.0, *sizes))
+            size = max(np.max(np.abs(its), initial=0.0), share * max(1.0, *sizes))
             np.testing.assert_allclose(mine, its, rtol=0, atol=table[dtype] * size)
 
 
