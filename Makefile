@@ -54,6 +54,7 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 examples-short: $(VENV)/installed
 	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
 	$(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
+	$(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
