@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, KEPT = DOCS / "findings.md", DOCS / "findings.json"
 ACCURACIES, SUBSPACES = "findings.png", "findings_subspaces.png"
+LEAST = 2.0  # points of accuracy below which no difference is called one, whatever its error
 TITLES = {
     "matrices": "Which matrices, at one budget",
     "ranks": "Which rank",
@@ -64,6 +65,30 @@ def difference(runs: list[Run], reference: list[Run]) -> Estimate:
     return Estimate(float(gained.mean()), math.hypot(*errors))
 
 
+def verdict(its: Estimate) -> str:
+    """What a difference is: `more` or `less` if it is at least `LEAST` points and twice its error, else `noise`."""
+    if not (abs(its.value) >= LEAST and abs(its.value) > 2 * its.error):
+        return "noise"
+    return "more" if its.value > 0 else "less"
+
+
+def summary(results: Results, names: Sequence[str]) -> str:
+    """The comparison in words: what is more than the first, what is less, and what is not to be told from it."""
+    first = runs_of(results, names[0])
+    found: dict[str, list[str]] = {}
+    for name in names[1:]:
+        its = difference(runs_of(results, name), first)
+        said = _with_rank(CONFIGURATIONS[name]) + ("" if verdict(its) == "noise" else f" ({its})")
+        found.setdefault(verdict(its), []).append(said)
+    words = {"more": "more accurate", "less": "less accurate", "noise": "not to be told from it"}
+    parts = [f"{word}: {'; '.join(found[kind])}" for kind, word in words.items() if kind in found]
+    return f"**Against {_with_rank(CONFIGURATIONS[names[0]])}.** {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+
+
+def _with_rank(its: Configuration) -> str:
+    return label(its) + (f" at rank {its.rank}" if its.rank else "")
+
+
 def _right(run: Run) -> NDArray[np.float64]:
     right = np.ones(run["settings"]["test_questions"])
     right[run["wrong"]] = 0
@@ -83,7 +108,17 @@ def runs_of(results: Results, name: str) -> list[Run]:
 def comparison(results: Results, names: Sequence[str]) -> str:
     """The table of some configurations, held against the first of them."""
     first = names[0]
-    header = ["", "rank", "trained", "learning rate", "each seed, %", "mean ± sd, %", "against the first", "a step"]
+    header = [
+        "",
+        "rank",
+        "trained",
+        "learning rate",
+        "each seed, %",
+        "mean ± sd, %",
+        "against the first",
+        "is",
+        "CPU time a step",
+    ]
     rows = []
     for name in names:
         its, runs = CONFIGURATIONS[name], runs_of(results, name)
@@ -96,7 +131,8 @@ def comparison(results: Results, names: Sequence[str]) -> str:
                 ", ".join(f"{100 * run['accuracy']:.1f}" for run in runs),
                 str(accuracy(runs)),
                 "" if name == first else str(difference(runs, runs_of(results, first))),
-                f"{statistics.median(run['step_ms'] for run in runs):.0f} ms",
+                "" if name == first else verdict(difference(runs, runs_of(results, first))),
+                f"{statistics.median(run['step_cpu_ms'] for run in runs):.0f} ms",
             ]
         )
     return markdown(header, rows)
@@ -150,14 +186,18 @@ def setting(results: Results) -> str:
     seeds = len({run["settings"]["seed"] for run in results["runs"]})
     libraries = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{len(results['runs'])} runs: {seeds} seeds of {len(CONFIGURATIONS)} configurations, {its['steps']} steps of "
-        f"{its['batch']} questions each, tested on {its['test_questions']}. {libraries}; two cores of a CPU."
+        f"{len(results['runs'])} runs: {len(CONFIGURATIONS)} configurations with {seeds} seeds each; "
+        f"{its['steps']} steps of {its['batch']} questions, so that {its['steps'] * its['batch']:,} of the "
+        f"{its['train_questions']:,} training questions are seen, each once; tested on {its['test_questions']}. "
+        f"{libraries}; two CPU cores."
     )
 
 
 def tables(results: Results) -> dict[str, str]:
     """Everything that a page of findings shows of the numbers, by the name of its place."""
-    compared = {name: comparison(results, names) for name, names in COMPARISONS.items()}
+    compared = {
+        name: f"{comparison(results, names)}\n\n{summary(results, names)}" for name, names in COMPARISONS.items()
+    }
     return {"setting": setting(results), **compared} | {
         "similarity": similarity(results),
         "amplification": amplification(results),

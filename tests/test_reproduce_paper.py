@@ -178,7 +178,7 @@ def run(name: str, seed: int, wrong: list[int], questions: int = 4) -> dict[str,
         "accuracy": 1 - len(wrong) / questions,
         "wrong": wrong,
         "trained": 1234,
-        "step_ms": 10.0 + seed,
+        "step_cpu_ms": 10.0 + seed,
     }
 
 
@@ -201,9 +201,26 @@ def test_a_table_shows_each_configuration_against_the_first() -> None:
     results = {"runs": [run("full", seed, []) for seed in (1, 0)] + [run("lora-q", seed, [seed]) for seed in (0, 1)]}
     table = paper_report.comparison(results, ("lora-q", "full")).splitlines()
     rate = CONFIGURATIONS["lora-q"].rate
-    assert table[2] == f"| LoRA on q | 72 | 1,234 | {rate:g} | 75.0, 75.0 | 75.0 ± 0.0 |  | 10 ms |"
+    assert table[2] == f"| LoRA on q | 72 | 1,234 | {rate:g} | 75.0, 75.0 | 75.0 ± 0.0 |  |  | 10 ms |"
     assert table[3].startswith("| full fine-tuning | – | 1,234 |")
-    assert table[3].endswith("| 100.0, 100.0 | 100.0 ± 0.0 | 25.0 ± 14.4 | 10 ms |")
+    assert table[3].endswith("| 100.0, 100.0 | 100.0 ± 0.0 | 25.0 ± 14.4 | noise | 10 ms |")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "word"),
+    [(2.1, 1.0, "more"), (-2.1, 1.0, "less"), (-1.9, 0.1, "noise"), (5.0, 2.6, "noise"), (3.0, math.nan, "noise")],
+)
+def test_a_difference_counts_if_it_is_two_points_and_twice_its_error(value: float, error: float, word: str) -> None:
+    assert paper_report.verdict(paper_report.Estimate(value, error)) == word
+
+
+def test_the_summary_says_of_each_what_its_difference_is() -> None:
+    wrong = {"lora-q": [0], "full": [], "probe": [1], "bias": [0, 1, 2, 3]}
+    results = {"runs": [run(name, seed, its) for name, its in wrong.items() for seed in (0, 1)]}
+    assert paper_report.summary(results, ("lora-q", "full", "probe", "bias")) == (
+        "**Against LoRA on q at rank 72.** Less accurate: biases alone (BitFit) (−75.0 ± 25.0). "
+        "Not to be told from it: full fine-tuning; linear probe."
+    )
 
 
 # The docs.
@@ -226,7 +243,9 @@ def test_a_page_without_a_place_for_a_table_is_refused(kept: dict[str, Any]) -> 
 
 def test_the_kept_results_are_of_the_configurations_as_they_are(kept: dict[str, Any]) -> None:
     found = {(run["settings"]["name"], run["settings"]["seed"]): run["settings"] for run in kept["runs"]}
-    assert set(found) == {(name, seed) for name in CONFIGURATIONS for seed in reproduce_paper.WHOLE.seeds}
+    seeds = {seed for _, seed in found}
+    assert set(found) == {(name, seed) for name in CONFIGURATIONS for seed in seeds}
+    assert seeds <= set(reproduce_paper.WHOLE.seeds)
     data = reproduce_paper.Data(tokens(4_882), tokens(500))
     for (name, seed), settings in found.items():
         assert settings == reproduce_paper.settings(CONFIGURATIONS[name], seed, reproduce_paper.WHOLE, data)
