@@ -80,9 +80,9 @@ def summary(results: Results, names: Sequence[str]) -> str:
         its = difference(runs_of(results, name), first)
         said = _with_rank(CONFIGURATIONS[name]) + ("" if verdict(its) == "noise" else f" ({its})")
         found.setdefault(verdict(its), []).append(said)
-    words = {"more": "more accurate", "less": "less accurate", "noise": "not to be told from it"}
-    parts = [f"{word}: {'; '.join(found[kind])}" for kind, word in words.items() if kind in found]
-    return f"**Against {_with_rank(CONFIGURATIONS[names[0]])}.** {'. '.join(part[0].upper() + part[1:] for part in parts)}."
+    words = {"more": "More accurate", "less": "Less accurate", "noise": "Not to be told from it"}
+    parts = [f"{word}: {'; '.join(found[kind])}." for kind, word in words.items() if kind in found]
+    return " ".join([f"**Against {_with_rank(CONFIGURATIONS[names[0]])}.**", *parts])
 
 
 def _with_rank(its: Configuration) -> str:
