@@ -48,20 +48,25 @@ def budget_rank(matrices: str, budget: int) -> int:
 BUDGET = factor_count("all", RANK)
 
 HEAD_RATE = 1e-2  # of all but the probe, which has nothing else
+# Peak rates, the one that is taken first, and what `--tune` made of them: accuracy in percent on 882 training questions
+# that were held out, one seed, as many steps as a run has. One of these figures has a standard error of 1.2 points.
 GRID: dict[str, tuple[float, ...]] = {
-    "lora-all-r8": (2e-3, 1e-3, 4e-3),
-    "lora-q": (4e-3, 8e-3),
-    "lora-qv": (4e-3, 2e-3),
-    "lora-all-r1": (2e-3, 1e-3),
-    "lora-all-r64": (4e-3, 2e-3),
-    "full": (2e-4, 4e-4),
-    "bias": (5e-3, 1e-2),
-    "probe": (4e-2, 2e-2),
-    "lora-plus": (5e-4, 2.5e-4),
-    "rslora-r64": (1e-3, 5e-4),
-    "dora": (2e-3, 4e-3),
-    "pissa": (1e-3, 5e-4),
+    "lora-all-r8": (2e-3,),  # 85.1
+    "lora-q": (4e-3, 8e-3),  # 82.3, 81.7
+    "lora-qv": (4e-3,),  # 85.1
+    "lora-all-r1": (2e-3, 1e-3),  # 84.4, 83.7
+    "lora-all-r64": (4e-3,),  # 84.9
+    "full": (2e-4,),  # 85.6
+    "bias": (5e-3,),  # 83.3
+    "probe": (2e-2, 4e-2),  # 64.4, 63.3
+    "lora-plus": (2.5e-4, 5e-4),  # 84.9, 84.4
+    "rslora-r64": (1e-3,),  # 85.0
+    "pissa": (1e-3, 5e-4),  # 85.3, 84.9
 }
+# Tried before with a rate of 2e-3 for the head, which held everything back: LoRA 80.7 at 2e-3, 79.9 at 4e-3; on q 65.6 at
+# 2e-3, 69.2 at 4e-3; rank 1 75.7 at 2e-3, 68.8 at 4e-3; rank 64 81.9 at 2e-3; full 83.4 at 2e-4, 82.7 at 4e-4; biases 65.0
+# at 5e-3, 57.0 at 1e-2; LoRA+ 81.1 at 5e-4, 76.1 at 1e-3; rsLoRA 84.7 at 1e-3, 80.3 at 2e-3; PiSSA 78.3 at 1e-3, 76.6 at
+# 2e-3; DoRA 80.8 at 4e-3; the probe alone 60.7 at 1e-2.
 
 
 def rate_of(name: str) -> float:
