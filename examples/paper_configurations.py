@@ -63,10 +63,10 @@ GRID: dict[str, tuple[float, ...]] = {
     "rslora-r64": (1e-3,),  # 85.0
     "pissa": (1e-3, 5e-4),  # 85.3, 84.9
 }
-# Tried before with a rate of 2e-3 for the head, which held everything back: LoRA 80.7 at 2e-3, 79.9 at 4e-3; on q 65.6 at
-# 2e-3, 69.2 at 4e-3; rank 1 75.7 at 2e-3, 68.8 at 4e-3; rank 64 81.9 at 2e-3; full 83.4 at 2e-4, 82.7 at 4e-4; biases 65.0
-# at 5e-3, 57.0 at 1e-2; LoRA+ 81.1 at 5e-4, 76.1 at 1e-3; rsLoRA 84.7 at 1e-3, 80.3 at 2e-3; PiSSA 78.3 at 1e-3, 76.6 at
-# 2e-3; DoRA 80.8 at 4e-3; the probe alone 60.7 at 1e-2.
+# Tried before with a rate of 2e-3 for the head, which held everything back: LoRA 80.7 at 2e-3, 79.9 at 4e-3; on q 65.6
+# at 2e-3, 69.2 at 4e-3; rank 1 75.7 at 2e-3, 68.8 at 4e-3; rank 64 81.9 at 2e-3; full 83.4 at 2e-4, 82.7 at 4e-4;
+# biases 65.0 at 5e-3, 57.0 at 1e-2; LoRA+ 81.1 at 5e-4, 76.1 at 1e-3; rsLoRA 84.7 at 1e-3, 80.3 at 2e-3; PiSSA 78.3 at
+# 1e-3, 76.6 at 2e-3; DoRA 80.8 at 4e-3; the probe alone 60.7 at 1e-2.
 
 
 def rate_of(name: str) -> float:
