@@ -245,8 +245,8 @@ def draw(results: Results, folder: Path) -> None:
 def filled(page: str, results: Results) -> str:
     """Puts every table between its marks in a page: `<!-- ranks -->` … `<!-- end -->`."""
     for name, table in tables(results).items():
-        between = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        page, places = between.subn(lambda _, table=table: f"\n{table}\n\n", page)
+        between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        page, places = between.subn(lambda its, table=table: f"{its[1]}\n{table}\n\n{its[2]}", page)
         if places != 1:
             raise ValueError(f"{PAGE} should have one place `<!-- {name} -->` … `<!-- end -->`; it has {places}.")
     return page
