@@ -25,11 +25,11 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGE, KEPT = DOCS / "findings.md", DOCS / "findings.json"
 ACCURACIES, SUBSPACES = "findings.png", "findings_subspaces.png"
 LEAST = 2.0  # points of accuracy below which no difference is called one, whatever its error
-TITLES = {
-    "matrices": "Which matrices, at one budget",
-    "ranks": "Which rank",
-    "methods": "LoRA and other methods",
-    "variants": "LoRA and its variants",
+PANELS = {
+    "Which matrices, at one budget": COMPARISONS["matrices"],
+    "Which rank": COMPARISONS["ranks"],
+    "LoRA and other methods": COMPARISONS["methods"],
+    "LoRA and its variants": COMPARISONS["variants"] + COMPARISONS["stabilised"],
 }
 
 Results = dict[str, Any]
@@ -212,7 +212,7 @@ def text(results: Results) -> str:
 def draw(results: Results, folder: Path) -> None:
     """Draws the accuracies, every seed a point, and the subspaces: two PNG in `folder`."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 6.4), layout="constrained")
-    for panel, (title, names) in zip(panels.flat, COMPARISONS.items(), strict=True):
+    for panel, (title, names) in zip(panels.flat, PANELS.items(), strict=True):
         for row, name in enumerate(names):
             runs = runs_of(results, name)
             values, mean = [100 * run["accuracy"] for run in runs], accuracy(runs)
@@ -223,11 +223,13 @@ def draw(results: Results, folder: Path) -> None:
         panel.set_yticks(range(len(its)), [label(one) + (f", r = {one.rank}" if one.rank else "") for one in its])
         panel.invert_yaxis()
         panel.margins(y=0.15)
-        panel.set_title(TITLES[title], loc="left")
+        panel.set_title(title, loc="left")
         panel.grid(axis="x", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
+    panels[0, 1].sharex(panels[0, 0])  # all but the methods, of which one is far away
+    panels[1, 1].sharex(panels[0, 0])
     for panel in panels[1]:
-        panel.set_xlabel("test accuracy, %: each seed; mean ± standard deviation")
+        panel.set_xlabel("test accuracy, %")
     figure.savefig(folder / ACCURACIES, dpi=130)
     plt.close(figure)
 
