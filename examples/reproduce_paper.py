@@ -52,10 +52,11 @@ class Scale(NamedTuple):
     seeds: tuple[int, ...]
     tokens: int  # at which questions are cut: one of `trec.LENGTHS`, so that few steps are compiled
     test_questions: int
+    layers: int  # whose kernels are analysed
 
 
-WHOLE = Scale(steps=125, seeds=(0, 1, 2), tokens=18, test_questions=500)
-SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32)
+WHOLE = Scale(steps=125, seeds=(0, 1, 2), tokens=18, test_questions=500, layers=6)
+SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=1)
 
 
 class Data(NamedTuple):
@@ -249,9 +250,14 @@ def run_all(
     return [found for found in results.values() if found is not None]
 
 
-def analyse(out: Path) -> dict[str, Any]:
+def analyse(out: Path, layers: int) -> dict[str, Any]:
     """Measures the kept adapters as the paper's section 7 does: of each kind of kernel the mean over the layers."""
-    adapters = {(name, seed): lj.restore(adapter_path(out, name, seed), base=base(seed)) for name, seed in ANALYSED}
+    adapters = {}
+    for name, seed in ANALYSED:
+        whole = lj.restore(adapter_path(out, name, seed), base=base(seed))
+        adapters[name, seed] = {
+            path: its for path, its in whole.items() if any(f"/layer_{i}/" in path for i in range(layers))
+        }
     small, wide = adapters["lora-all-r8", 0], adapters["lora-all-r64", 0]
     pairs = {"ranks 8 and 64": wide, "two seeds of rank 8": adapters["lora-all-r8", 1]}
     similarity = {
@@ -317,7 +323,7 @@ def reproduce(out: Path, scale: Scale) -> dict[str, Any]:
         wanted, scale, tokens, lambda name, seed: adapter_path(out, name, seed) if (name, seed) in ANALYSED else None
     )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")}
-    results = {"versions": versions, "runs": runs, "analysis": analyse(out)}
+    results = {"versions": versions, "runs": runs, "analysis": analyse(out, scale.layers)}
     write(out / "results.json", results)
     return results
 
