@@ -1,8 +1,8 @@
-"""Holds the LoRA paper's findings against a real model: all-MiniLM-L6-v2 on TREC, on the CPU, in about half an hour.
+"""Holds the LoRA paper's findings against a real model: all-MiniLM-L6-v2 on TREC, on the CPU, within half an hour.
 
     python examples/reproduce_paper.py                # every run that --out does not have yet; then tables and plots
     python examples/reproduce_paper.py --write-docs   # the same, and writes docs/findings.md's tables and figures
-    python examples/reproduce_paper.py --short        # every configuration for two steps, about a minute
+    python examples/reproduce_paper.py --short        # every configuration for two steps, a minute or two
     python examples/reproduce_paper.py --tune         # the learning rates, on held-out training questions
 
 Which matrices at a fixed budget; which rank; LoRA against full fine-tuning, biases alone and a linear probe; LoRA
@@ -52,11 +52,11 @@ class Scale(NamedTuple):
     seeds: tuple[int, ...]
     tokens: int  # at which questions are cut: one of `trec.LENGTHS`, so that few steps are compiled
     test_questions: int
-    layers: int  # whose kernels are analysed
+    layers: int  # of the encoder, the first ones
 
 
 WHOLE = Scale(steps=125, seeds=(0, 1, 2), tokens=18, test_questions=500, layers=6)
-SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=1)
+SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=2)
 
 
 class Data(NamedTuple):
@@ -102,9 +102,16 @@ def write(path: Path, value: Any) -> None:
 
 
 @functools.cache
-def encoder() -> dict[str, Any]:
+def model(layers: int) -> minilm.Classifier:
+    """The demo's model with fewer layers, all of them but for --short."""
+    return minilm.Classifier(MODEL.classes, dataclasses.replace(MODEL.encoder, layers=layers))
+
+
+@functools.cache
+def encoder(layers: int) -> dict[str, Any]:
     """The published weights, read once."""
-    return minilm.load_encoder()
+    kept = {"embeddings", *(f"layer_{i}" for i in range(layers))}
+    return {name: weights for name, weights in minilm.load_encoder().items() if name in kept}
 
 
 @jax.jit
@@ -114,9 +121,9 @@ def head(key: Array) -> Any:
     return MODEL.init(key, ids, mask)["params"]["classifier"]
 
 
-def base(seed: int) -> dict[str, Any]:
+def base(seed: int, layers: int) -> dict[str, Any]:
     """The frozen base: the published encoder, and a head that the seed draws."""
-    return {"params": {"encoder": encoder(), "classifier": head(jax.random.key(seed))}}
+    return {"params": {"encoder": encoder(layers), "classifier": head(jax.random.key(seed))}}
 
 
 def is_head(path: str) -> bool:
@@ -130,7 +137,9 @@ def scaled(updates: Mapping[str, Any], rest: Any, head: Any) -> dict[str, Any]:
 
 
 @functools.cache
-def make_step(ratio: float | None) -> tuple[optax.GradientTransformation, Callable[..., tuple[Any, Any, Array]]]:
+def make_step(
+    ratio: float | None, layers: int
+) -> tuple[optax.GradientTransformation, Callable[..., tuple[Any, Any, Array]]]:
     """Adam, with LoRA+'s ratio, and one update by it: `(params, adapter, state, rates, ids, mask, labels)`.
 
     The two learning rates are arguments, as is all that a seed draws: one compiled step serves every seed and rate, and
@@ -138,7 +147,7 @@ def make_step(ratio: float | None) -> tuple[optax.GradientTransformation, Callab
     """
     plus = [] if ratio is None else [lj.optim.lora_plus(ratio)]
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), *plus)
-    apply = lj.lora(MODEL.apply)
+    apply = lj.lora(model(layers).apply)
 
     def loss_of(adapter: Any, params: Any, ids: Array, mask: Array, labels: Array) -> Array:
         targets = optax.smooth_labels(jax.nn.one_hot(labels, trec.LABELS), SMOOTHING)
@@ -155,9 +164,10 @@ def make_step(ratio: float | None) -> tuple[optax.GradientTransformation, Callab
     return tx, step
 
 
-def start(configuration: Configuration, seed: int, params: Any, batch: trec.Batch) -> tuple[Any, Any]:
+def start(configuration: Configuration, seed: int, layers: int, batch: trec.Batch) -> tuple[Any, Any]:
     """The adapter that is trained, and the base that it is trained on."""
-    kernels = lj.kernels(MODEL.apply, params, batch.ids, batch.mask)
+    params = base(seed, layers)
+    kernels = lj.kernels(model(layers).apply, params, batch.ids, batch.mask)
     key = jax.random.key(seed)
     adapter = lj.init(key, params, configuration.spec, kernels=kernels)
     if configuration.principal:
@@ -173,7 +183,10 @@ def epochs(tokens: trec.Tokens, seed: int) -> Iterator[trec.Batch]:
         yield from trec.training_batches(tokens, BATCH, rng)
 
 
-predict = jax.jit(MODEL.apply)  # of the plain model: what is evaluated is the adapter merged into its base
+@functools.cache
+def predict(layers: int) -> Callable[..., Array]:
+    """The plain model, as what is tested is the adapter merged into its base."""
+    return jax.jit(model(layers).apply)
 
 
 def train(
@@ -186,12 +199,12 @@ def train(
     """
     began = time.perf_counter()
     batches = list(itertools.islice(epochs(data.train, seed), scale.steps))
-    adapter, params = start(configuration, seed, base(seed), batches[0])
+    adapter, params = start(configuration, seed, scale.layers, batches[0])
     head_size, rest_size = (
         sum(leaf.size for path, its in adapter.items() if is_head(path) is whether for leaf in jax.tree.leaves(its))
         for whether in (True, False)
     )
-    tx, step = make_step(configuration.ratio)
+    tx, step = make_step(configuration.ratio, scale.layers)
     state = jax.jit(tx.init)(adapter)
     peak = (configuration.rate, configuration.head_rate)
     warm_up = max(1, int(WARM_UP * scale.steps))
@@ -207,7 +220,7 @@ def train(
         seconds.setdefault(batch.ids.shape[1], []).append(taken)
         bar.update()
     merged = lj.merge(params, adapter)
-    logits = evaluate(lambda ids, mask: predict(merged, ids, mask), data.test)
+    logits = evaluate(lambda ids, mask: predict(scale.layers)(merged, ids, mask), data.test)
     if keep:
         lj.save(keep, adapter, base=params)
     typical = sum(np.median(its, axis=0) * len(its) for its in seconds.values()) / len(losses)
@@ -252,12 +265,8 @@ def run_all(
 
 def analyse(out: Path, layers: int) -> dict[str, Any]:
     """Measures the kept adapters as the paper's section 7 does: of each kind of kernel the mean over the layers."""
-    adapters = {}
-    for name, seed in ANALYSED:
-        whole = lj.restore(adapter_path(out, name, seed), base=base(seed))
-        adapters[name, seed] = {
-            path: its for path, its in whole.items() if any(f"/layer_{i}/" in path for i in range(layers))
-        }
+    bases = [base(seed, layers) for seed in (0, 1)]
+    adapters = {(name, seed): lj.restore(adapter_path(out, name, seed), base=bases[seed]) for name, seed in ANALYSED}
     small, wide = adapters["lora-all-r8", 0], adapters["lora-all-r64", 0]
     pairs = {"ranks 8 and 64": wide, "two seeds of rank 8": adapters["lora-all-r8", 1]}
     similarity = {
@@ -267,7 +276,7 @@ def analyse(out: Path, layers: int) -> dict[str, Any]:
         }
         for factor in ("a", "b")
     }
-    measured = {"8": lj.analysis.amplification(base(0), small), "64": lj.analysis.amplification(base(0), wide)}
+    measured = {"8": lj.analysis.amplification(bases[0], small), "64": lj.analysis.amplification(bases[0], wide)}
     amplification = {
         rank: over_layers({path: its._asdict() for path, its in found.items()}) for rank, found in measured.items()
     }

@@ -17,7 +17,7 @@ import reproduce_paper
 import trec
 from paper_configurations import BUDGET, COMPARISONS, CONFIGURATIONS, MATRICES, budget_rank, factor_count
 
-SCALE = reproduce_paper.Scale(steps=2, seeds=(0,), tokens=12, test_questions=4, layers=1)
+SCALE = reproduce_paper.Scale(steps=2, seeds=(0,), tokens=12, test_questions=4, layers=6)
 
 
 def tokens(count: int) -> trec.Tokens:
