@@ -212,6 +212,8 @@ def text(results: Results) -> str:
 def draw(results: Results, folder: Path) -> None:
     """Draws the accuracies, every seed a point, and the subspaces: two PNG in `folder`."""
     figure, panels = plt.subplots(2, 2, figsize=(11, 6.4), layout="constrained")
+    panels[0, 1].sharex(panels[0, 0])  # all but the methods, of which one is far away
+    panels[1, 1].sharex(panels[0, 0])
     for panel, (title, names) in zip(panels.flat, PANELS.items(), strict=True):
         for row, name in enumerate(names):
             runs = runs_of(results, name)
@@ -226,8 +228,6 @@ def draw(results: Results, folder: Path) -> None:
         panel.set_title(title, loc="left")
         panel.grid(axis="x", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0, 1].sharex(panels[0, 0])  # all but the methods, of which one is far away
-    panels[1, 1].sharex(panels[0, 0])
     for panel in panels[1]:
         panel.set_xlabel("test accuracy, %")
     figure.savefig(folder / ACCURACIES, dpi=130)
