@@ -69,4 +69,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output
+	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output paper_output
