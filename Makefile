@@ -54,6 +54,7 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 examples-short: $(VENV)/installed
 	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
 	$(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
+	$(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -68,4 +69,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output
+	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output paper_output

@@ -1,0 +1,256 @@
+"""The reproduction's own parts: budgets, resuming, statistics, tables, and that the docs show the results they keep."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+import paper_configurations
+import paper_report
+import reproduce_paper
+import trec
+from paper_configurations import BUDGET, COMPARISONS, CONFIGURATIONS, MATRICES, budget_rank, factor_count
+
+SCALE = reproduce_paper.Scale(steps=2, seeds=(0,), tokens=12, test_questions=4, layers=6)
+
+
+def tokens(count: int) -> trec.Tokens:
+    return trec.Tokens([[101, 2054, 2003, 102]] * count, np.arange(count, dtype=np.int32))
+
+
+DATA = reproduce_paper.Data(tokens(32), tokens(4))
+
+
+@pytest.fixture(scope="module")
+def shapes() -> Any:
+    ids = np.zeros((1, 1), np.int32)
+    return jax.eval_shape(reproduce_paper.MODEL.init, jax.random.key(0), ids, ids > 0)
+
+
+@pytest.fixture(scope="module")
+def kernels(shapes: Any) -> Any:
+    ids = np.zeros((2, 12), np.int32)
+    return lj.kernels(reproduce_paper.MODEL.apply, shapes, ids, ids == 0)
+
+
+def adapter_of(spec: Any, shapes: Any, kernels: Any) -> dict[str, lj.Adapter]:
+    return jax.eval_shape(lambda params: lj.init(jax.random.key(0), params, spec, kernels=kernels), shapes)
+
+
+# Budgets.
+
+
+@pytest.mark.parametrize("name", [name for name, its in CONFIGURATIONS.items() if its.rank])
+def test_the_numbers_of_the_factors_are_those_of_the_adapter(name: str, shapes: Any, kernels: Any) -> None:
+    its = CONFIGURATIONS[name]
+    adapter = adapter_of(its.spec, shapes, kernels)
+    factors = sum(part.arrays[factor].size for part in adapter.values() if "a" in part.arrays for factor in ("a", "b"))
+    assert factors == factor_count(its.matrices, its.rank)
+    assert sum(map(reproduce_paper.is_head, adapter)) == 2
+
+
+def test_every_choice_of_matrices_has_the_rank_that_is_nearest_to_the_budget() -> None:
+    ranks = {matrices: budget_rank(matrices, BUDGET) for matrices in MATRICES}
+    assert ranks == {"q": 72, "q, v": 36, "q, k, v, o": 18, "MLP": 14, "all": 8}
+    for matrices, rank in ranks.items():
+        off = [abs(factor_count(matrices, other) - BUDGET) for other in (rank - 1, rank, rank + 1)]
+        assert off[1] == min(off)
+        assert off[1] < 0.03 * BUDGET
+
+
+def test_no_matrices_take_less_than_rank_1() -> None:
+    assert budget_rank("all", 1) == 1
+
+
+def test_full_fine_tuning_trains_every_leaf_and_bias_training_the_biases_and_the_head(
+    shapes: Any, kernels: Any
+) -> None:
+    full, bias, probe = (adapter_of(CONFIGURATIONS[name].spec, shapes, kernels) for name in ("full", "bias", "probe"))
+    assert sum(part.arrays["value"].size for part in full.values()) == sum(its.size for its in jax.tree.leaves(shapes))
+    assert set(bias) == {path for path in full if path.endswith("/bias") or reproduce_paper.is_head(path)}
+    assert set(probe) == {path for path in full if reproduce_paper.is_head(path)}
+
+
+def test_every_configuration_is_in_a_comparison_and_runs_once() -> None:
+    assert {name for names in COMPARISONS.values() for name in names} == set(CONFIGURATIONS)
+    settings = [json.dumps(its.settings() | {"name": "", "method": ""}) for its in CONFIGURATIONS.values()]
+    assert len(set(settings)) == len(settings)
+
+
+def test_the_rates_are_among_those_that_were_tried() -> None:
+    for name, rates in paper_configurations.GRID.items():
+        assert CONFIGURATIONS[name].rate in rates
+
+
+# Runs, and going on with them.
+
+
+def test_the_head_and_the_rest_have_rates_of_their_own() -> None:
+    params = {"classifier": {"bias": np.ones(50, np.float32)}, "encoder": {"bias": np.ones(3, np.float32)}}
+    adapter = lj.init(jax.random.key(0), {"params": params}, {"**": lj.Full()})
+    gradient = jax.tree.map(np.ones_like, adapter)
+    scaled = reproduce_paper.scaled(gradient, rest=0.5, head=2.0)
+    assert float(scaled["params/encoder/bias"].value[0]) == -0.5
+    assert float(scaled["params/classifier/bias"].value[0]) == -2.0
+
+
+def test_cut_questions_keep_their_first_and_last_token() -> None:
+    questions = trec.Questions(
+        ("What is the capital of the country that lies to the south of France ?", "Why ?"), np.zeros(2)
+    )
+    long, short = reproduce_paper.cut(questions, 12).ids
+    assert (len(long), long[0], long[-1]) == (12, 101, 102)
+    assert long[1:-1] == trec.tokenise(questions).ids[0][1:11]
+    assert short == trec.tokenise(questions).ids[1]
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Has nothing trained, and says what would have been."""
+    calls: list[tuple[str, int]] = []
+
+    def train(configuration: Any, seed: int, *rest: Any) -> dict[str, Any]:
+        calls.append((configuration.name, seed))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return {"accuracy": 0.5}
+
+    monkeypatch.setattr(reproduce_paper, "train", train)
+    return calls
+
+
+def runs(folder: Path, **changes: Any) -> list[dict[str, Any]]:
+    its = dataclasses.replace(CONFIGURATIONS["lora-q"], **changes)
+    wanted = [(folder / f"{seed}.json", its, seed) for seed in (0, 1, 2)]
+    return reproduce_paper.run_all(wanted, SCALE, DATA, lambda name, seed: None)
+
+
+def test_what_is_killed_goes_on_with_what_is_missing(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
+    results = runs(tmp_path)
+    assert trained == [("lora-q", seed) for seed in (0, 1, 1, 2)]
+    assert [run["settings"]["seed"] for run in results] == [0, 1, 2]
+    assert runs(tmp_path) == results
+    assert len(trained) == 4
+
+
+def test_a_result_of_other_settings_is_refused(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        runs(tmp_path)
+    with pytest.raises(ValueError, match=r"0\.json is of a run with other settings.*\n  rate: 0\.\d+ there, 7\.0 now"):
+        runs(tmp_path, rate=7.0)
+    assert len(trained) == 2
+
+
+def test_a_half_written_result_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.json"
+
+    def killed(*names: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce_paper.os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        reproduce_paper.write(path, {"settings": {}})
+    assert reproduce_paper.finished(path, {}) is None
+
+
+def test_means_over_layers_are_of_kernels_of_one_kind() -> None:
+    found = {f"encoder/layer_{i}/attention/query/kernel": np.array([i, 2.0 * i]) for i in (1, 2)}
+    assert reproduce_paper.over_layers(found) == {"query": [1.5, 3.0]}
+
+
+# Statistics and tables.
+
+
+def run(name: str, seed: int, wrong: list[int], questions: int = 4) -> dict[str, Any]:
+    settings = reproduce_paper.settings(CONFIGURATIONS[name], seed, SCALE, DATA)
+    assert settings["test_questions"] == questions
+    return {
+        "settings": settings,
+        "accuracy": 1 - len(wrong) / questions,
+        "wrong": wrong,
+        "trained": 1234,
+        "step_cpu_ms": 10.0 + seed,
+    }
+
+
+def test_an_accuracy_is_a_mean_and_a_standard_deviation() -> None:
+    its = paper_report.accuracy([run("lora-q", seed, list(range(seed))) for seed in (0, 1, 2)])
+    assert its == pytest.approx((75.0, 25.0))
+    assert str(its) == "75.0 ± 25.0"
+
+
+def test_a_difference_is_paired_by_seed_and_question() -> None:
+    reference = [run("lora-q", 0, [0, 1]), run("lora-q", 1, [0])]
+    assert paper_report.difference(reference, reference) == (0.0, 0.0)
+    # Seed 0 gains question 1, seed 1 loses question 2: by question 0, 50, -50, 0; by seed 25, -25.
+    other = [run("lora-q", 0, [0]), run("lora-q", 1, [0, 2])]
+    by_question, by_seed = np.std([0, 50, -50, 0], ddof=1) / 2, np.std([25, -25], ddof=1) / math.sqrt(2)
+    assert paper_report.difference(other, reference) == pytest.approx((0.0, math.hypot(by_question, by_seed)))
+
+
+def test_a_table_shows_each_configuration_against_the_first() -> None:
+    results = {"runs": [run("full", seed, []) for seed in (1, 0)] + [run("lora-q", seed, [seed]) for seed in (0, 1)]}
+    table = paper_report.comparison(results, ("lora-q", "full")).splitlines()
+    rate = CONFIGURATIONS["lora-q"].rate
+    assert table[2] == f"| LoRA on q | 72 | 1,234 | {rate:g} | 75.0, 75.0 | 75.0 ± 0.0 |  |  | 10 ms |"
+    assert table[3].startswith("| full fine-tuning | – | 1,234 |")
+    assert table[3].endswith("| 100.0, 100.0 | 100.0 ± 0.0 | 25.0 ± 14.4 | noise | 10 ms |")
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "word"),
+    [(2.1, 1.0, "more"), (-2.1, 1.0, "less"), (-1.9, 0.1, "noise"), (5.0, 2.6, "noise"), (3.0, math.nan, "noise")],
+)
+def test_a_difference_counts_if_it_is_two_points_and_twice_its_error(value: float, error: float, word: str) -> None:
+    assert paper_report.verdict(paper_report.Estimate(value, error)) == word
+
+
+def test_the_summary_says_of_each_what_its_difference_is() -> None:
+    wrong = {"lora-q": [0], "full": [], "probe": [1], "bias": [0, 1, 2, 3]}
+    results = {"runs": [run(name, seed, its) for name, its in wrong.items() for seed in (0, 1)]}
+    assert paper_report.summary(results, ("lora-q", "full", "probe", "bias")) == (
+        "**Against LoRA on q at rank 72.** Less accurate: biases alone (BitFit) (−75.0 ± 25.0). "
+        "Not to be told from it: full fine-tuning; linear probe."
+    )
+
+
+# The docs.
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, Any]:
+    return json.loads(paper_report.KEPT.read_text())
+
+
+def test_the_page_shows_the_results_that_are_kept(kept: dict[str, Any]) -> None:
+    page = paper_report.PAGE.read_text()
+    assert page == paper_report.filled(page, kept)
+
+
+def test_a_page_without_a_place_for_a_table_is_refused(kept: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="should have one place `<!-- ranks -->` … `<!-- end -->`; it has 0"):
+        paper_report.filled(paper_report.PAGE.read_text().replace("<!-- ranks -->", ""), kept)
+
+
+def test_the_kept_results_are_of_the_configurations_as_they_are(kept: dict[str, Any]) -> None:
+    found = {(run["settings"]["name"], run["settings"]["seed"]): run["settings"] for run in kept["runs"]}
+    seeds = {seed for _, seed in found}
+    assert set(found) == {(name, seed) for name in CONFIGURATIONS for seed in seeds}
+    assert seeds <= set(reproduce_paper.WHOLE.seeds)
+    data = reproduce_paper.Data(tokens(4_882), tokens(500))
+    for (name, seed), settings in found.items():
+        assert settings == reproduce_paper.settings(CONFIGURATIONS[name], seed, reproduce_paper.WHOLE, data)
+
+
+def test_the_figures_are_drawn(kept: dict[str, Any], tmp_path: Path) -> None:
+    paper_report.draw(kept, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {paper_report.ACCURACIES, paper_report.SUBSPACES}
