@@ -118,16 +118,12 @@ def contract(
     if not set(gain.labels) <= set(contraction.y):
         return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form, again=again)
     g = gain.beside(contraction.y)
-    if kernel.dropout is None and wanted(kernel, contraction.costs, form) is not Form.FACTORED:
-        return times(settled(_contract(plain, x, contraction, form, again=again)), g)
-    # Of the low-rank term the gain goes on `b`, so that its own gradient needs to keep the base's part alone.
-    base, b = contraction.base(x, kernel.w), times(kernel.b, kernel.gain)
     if kernel.dropout is None:
-        return Sum(times(base, g), contraction.low_rank(x, kernel.a, b))
+        return times(settled(_contract(plain, x, contraction, form, again=again)), g)
     # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
-    dropped = kernel.dropout.of(x)
+    base, dropped = contraction.base(x, kernel.w), kernel.dropout.of(x)
     seen = contraction.base(dropped, kernel.w)
-    return Sum(base + (times(seen, g) - seen), contraction.low_rank(dropped, kernel.a, b))
+    return base + (times(seen + contraction.low_rank(dropped, kernel.a, kernel.b), g) - seen)
 
 
 def times(y: Array, gain: Array) -> Array:
