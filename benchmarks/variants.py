@@ -1,0 +1,98 @@
+"""What a training step of each variant takes beside LoRA's of the same rank; nothing runs, all is read from compilers.
+
+Usage:
+    python benchmarks/variants.py                                    # the CPU's compiler; 2 to 4 minutes on 2 cores
+    python benchmarks/variants.py --batch 16 --length 512 --tpu      # a TPU's, as `on_tpu.py`, in its environment
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+if "--tpu" in sys.argv:
+    import on_tpu  # first: it says that there is no TPU, before JAX looks for one
+
+import jax
+import jax.numpy as jnp
+from decoder import Decoder, Method, cross_entropy, plain
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from sizes import ALPHA, SMALL, Size
+from timing import jitted
+
+import lora_jax as lj
+from lora_jax import testing
+
+RANK = 8
+VARIANTS = {
+    "LoRA": lj.LoRA(rank=RANK, alpha=ALPHA),
+    "DoRA": lj.DoRA(rank=RANK, alpha=ALPHA),
+    "AdaLoRA": lj.AdaLoRA(rank=RANK, alpha=ALPHA),
+    "VeRA": lj.VeRA(rank=RANK, seed=0),
+    "VeRA, rank 256": lj.VeRA(rank=256, seed=0),
+}
+CASES: dict[str, dict[str, Any]] = {
+    "d = 768, rank 8": {},
+    "d = 768, rank 8, scan + remat": {"scanned": True},
+    "d = 768, rank 8, bfloat16": {"dtype": jnp.bfloat16},
+}
+
+
+def method(size: Size, variant: Any, **options: Any) -> tuple[Method, jax.ShapeDtypeStruct]:
+    """The step that trains a variant on all the kernels of the decoder's layers, factored, and its tokens: shapes."""
+    model = Decoder(size, **options)
+    apply, tokens = plain(model), jax.ShapeDtypeStruct((size.batch, size.length), jnp.int32)
+    params = jax.eval_shape(lambda key, tokens: model.init(key, tokens)["params"], jax.random.key(0), tokens)
+    kernels = lj.kernels(apply, params, tokens)
+    init = functools.partial(lj.init, spec={"**/kernel": variant}, kernels=kernels)
+    adapter = jax.eval_shape(lambda key, params: init(key, params), jax.random.key(0), params)
+    adapted = lj.lora(apply, form="factored")
+
+    def loss(adapter: Any, params: Any, tokens: Any) -> Any:
+        return cross_entropy(adapted(params, adapter, tokens), tokens)
+
+    return Method(loss, adapter, params), tokens
+
+
+def figures(its: Method, tokens: Any, sharding: Any) -> tuple[float, float]:
+    """Operations, counted on the jaxpr, and temporary bytes, by the compiler's account."""
+    args = (*jax.eval_shape(its.start), tokens)
+    args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    program = jitted(its).lower(*args).compile()
+    return testing.operations(its.step, *args), program.memory_analysis().temp_size_in_bytes
+
+
+def main() -> None:
+    """Compiles and prints."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--batch", type=int, default=SMALL.batch)
+    parser.add_argument("--length", type=int, default=SMALL.length)
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--tpu", action="store_true", help="by the compiler of a TPU v5e")
+    given = parser.parse_args()
+    device = jax.devices()[0]
+    if given.tpu:
+        device = topologies.get_topology_desc(on_tpu.TOPOLOGY, platform="tpu").devices[0]
+    size = dataclasses.replace(SMALL, width=768, heads=12, hidden=3072, rank=RANK, vocabulary=256)
+    size = dataclasses.replace(size, batch=given.batch, length=given.length)
+    for title, options in CASES.items():
+        if given.only not in title:
+            continue
+        print(f"\n{title:34}{'operations':>14}{'temporary':>14}")
+        reference: tuple[float, float] | None = None
+        for name, variant in VARIANTS.items():
+            its = figures(*method(size, variant, **options), SingleDeviceSharding(device))
+            if reference is None:
+                reference = its
+                print(f"{name:34}{its[0] / 1e9:>12.2f} G{its[1] / 1e6:>11.1f} MB", flush=True)
+            else:
+                ratios = (f"× {one / other:.3f}" for one, other in zip(its, reference, strict=True))
+                print(f"{name:34}" + "".join(f"{ratio:>14}" for ratio in ratios), flush=True)
+
+
+if __name__ == "__main__":
+    main()
