@@ -20,7 +20,7 @@ FAST, SLOW = 80, 500  # programs of a run
 RUNS = 44
 WANTED = 20_000
 # The rules that no program reaches; other tests do.
-ELSEWHERE = {"all_gather", "closed_call", "pvary", "reduce_precision", "shard_map", "sharding_constraint"}
+ELSEWHERE = {"all_gather", "closed_call", "pvary", "reduce_precision", "reshard", "shard_map", "sharding_constraint"}
 
 
 @pytest.mark.parametrize("seed", range(4))
