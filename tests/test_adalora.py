@@ -75,7 +75,7 @@ def test_at_the_start_the_model_is_what_it_was_bit_for_bit(name: str, dtype: str
     chex.assert_trees_all_equal(jit(call(lj.lora(model.apply, form="factored"), model))(adapter, model.args[0]), base)
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", ["minilm_encoder", "scanned_transformer", "tied_embedding", "grouped_conv", "experts"])
 def test_every_array_gets_the_gradient_that_it_has_of_the_merged_kernels(name: str, key: jax.Array) -> None:
     model, adapter = make(name, "float32")
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
