@@ -61,5 +61,5 @@ def check_active(adapter: Adapters, active: Any) -> None:
         )
     if active is not None and not waiting:
         raise AdapterError("Expected no `active_tokens`: all of the adapter acts on every token, as none is ALoRA.")
-    if active is not None and active.dtype != bool:
-        raise AdapterError(f"Expected `active_tokens` to be booleans, one for each token; got {active.dtype}.")
+    if active is not None and (got := str(getattr(active, "dtype", type(active).__name__))) != "bool":
+        raise AdapterError(f"Expected `active_tokens` to be an array of booleans, one for each token; got {got}.")

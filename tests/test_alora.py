@@ -169,8 +169,9 @@ def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
     with pytest.raises(lj.AdapterError, match="Expected `active_tokens`: 'w' has ALoRA"):
         apply(params, adapter, x)
-    with pytest.raises(lj.AdapterError, match="to be booleans, one for each token; got float32"):
-        apply(params, adapter, x, active_tokens=jnp.ones(3))
+    for wrong, got in ((jnp.ones(3), "float32"), ([True] * 3, "list")):
+        with pytest.raises(lj.AdapterError, match=f"an array of booleans, one for each token; got {got}"):
+            apply(params, adapter, x, active_tokens=wrong)
     with pytest.raises(lj.AdapterError, match="Expected no `active_tokens`"):
         apply(params, as_lora(adapter), x, active_tokens=jnp.ones(3, bool))
     with pytest.raises(lj.AdapterError, match="one invocation; got none"):

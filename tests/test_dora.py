@@ -14,9 +14,7 @@ import fuzz_run
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
-from law import assert_close, assert_law, normal, total
+from law import assert_close, assert_law, normal
 from uses import USES
 
 import lora_jax as lj
@@ -76,25 +74,6 @@ def test_the_scale_may_be_that_of_rslora() -> None:
     adapter = dora(params, "io", rank_stabilised=True)
     assert adapter["w"].variant.scale == pytest.approx(3 / 2**0.5)
     assert_law(lambda params, x: x @ params["w"], params, adapter, x)
-
-
-def test_the_base_may_be_in_bfloat16() -> None:
-    params, x = {"w": normal(64, 32, dtype="bfloat16")}, normal(8, 64, seed=1, dtype="bfloat16")
-    assert_law(lambda params, x: x @ params["w"], params, dora(params, "io"), x, dtype="bfloat16")
-
-
-@pytest.mark.parametrize("spec", [P(None, "model"), P("model")])
-def test_where_shardings_are_types_it_is_the_same_function(spec: P) -> None:
-    params = {"w": normal(8, 8, size=0.5), "other": normal(8, 8, seed=3)}
-    adapter, x = dora(params, "io"), normal(3, 8, seed=2)
-    apply = lambda p, x: x @ jnp.concatenate([p["w"], p["other"]], 1)  # noqa: E731
-    expected = jax.grad(lambda ad: total(apply(lj.merge(params, ad), x)))(adapter)
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, NamedSharding(mesh, spec))
-        cut = jax.device_put(adapter, lj.sharding.of(adapter, NamedSharding(mesh, spec)))
-        gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, x))))(cut)
-    assert_close(jax.device_get(gradient), jax.device_get(expected), {"float32": 1e-4})
 
 
 def test_only_the_base_brings_back_what_was_merged() -> None:

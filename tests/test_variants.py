@@ -99,9 +99,9 @@ def test_it_is_saved_and_restored(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model")])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_where_shardings_are_types_it_is_the_same_function(variant: str, spec: P) -> None:
-    params, x = {"w": normal(8, 8, size=0.5)}, normal(3, 8, seed=2)
+    params, x = {"w": normal(8, 8, size=0.5), "other": normal(8, 8, seed=3)}, normal(3, 8, seed=2)
     adapter = drawn(params, VARIANTS[variant](axes="io"))
-    apply = lambda p, x: jnp.tanh(x @ p["w"])  # noqa: E731
+    apply = lambda p, x: x @ jnp.concatenate([p["w"], p["other"]], 1)  # noqa: E731
     expected = jax.grad(lambda ad: total(apply(lj.merge(params, ad), x)))(adapter)
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
