@@ -172,14 +172,23 @@ def save_on_full_disk(root: Path, limits: list[int]) -> None:
 
 def run_out_of_room(root: Path) -> None:
     run = Run("async", root)
-    for step, room in ((0, resource.RLIM_INFINITY), (1, 1000), (1, resource.RLIM_INFINITY)):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-        try:
-            run.save(step)
-            run.manager.wait_until_finished()
-        except ValueError as error:
-            os.write(1, str(error).encode())
-    run.manager.close()
+    with run.manager:
+        for step, room in ((0, resource.RLIM_INFINITY), (1, 1000), (1, resource.RLIM_INFINITY)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+            try:
+                run.save(step)
+                run.manager.wait_until_finished()
+            except ValueError as error:
+                os.write(1, str(error).encode())
+                wait_for_quiet(root)
+
+
+def wait_for_quiet(root: Path, seconds: float = 1) -> None:
+    """Until no file has come or gone for so long: Orbax says that one array failed while it still writes the others."""
+    before = None
+    while before != (now := sorted(root.rglob("*"))):
+        before = now
+        time.sleep(seconds)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import distributed_run
+import distributed_save
 import jax
 import numpy as np
 import pytest
@@ -23,16 +24,18 @@ SECONDS = 200  # after which a run hangs
 
 def begin(count: int, devices: int, root: Path, shape: str, until: int) -> list[subprocess.Popen[str]]:
     """Starts `distributed_run.py` in so many processes of so many devices."""
+    return begin_program(distributed_run.__file__, count, devices, str(root), shape, str(until))
+
+
+def begin_program(file: str, count: int, devices: int, *arguments: str) -> list[subprocess.Popen[str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    program = [sys.executable, distributed_run.__file__, address, str(count)]
+    program = [sys.executable, file, address, str(count)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen(
-            [*program, str(index), str(root), shape, str(until)], env=environment(XLA_FLAGS=flags), **pipes
-        )
+        subprocess.Popen([*program, str(index), *arguments], env=environment(XLA_FLAGS=flags), **pipes)
         for index in range(count)
     ]
 
@@ -44,6 +47,7 @@ def end(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     finally:
         for process in running:
             process.kill()
+            process.communicate()  # closes its pipes
     return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
 
 
@@ -153,3 +157,10 @@ def test_all_processes_name_a_file_that_has_changed(tmp_path: Path) -> None:
         assert code != 0
         assert "CheckpointError: Expected a whole checkpoint" in errors
         assert f"'d/{file.name}' has changed" in errors
+
+
+def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(tmp_path: Path) -> None:
+    """Both meet the other processes at barriers of Orbax's; one would be refused where the other waits already."""
+    ended = end(begin_program(distributed_save.__file__, 2, 1, str(tmp_path)))
+    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors[-2000:] for _, _, errors in ended)
+    assert [step.name for name in ("run", "alone") for step in (tmp_path / name).iterdir()] == ["2", "2"]
