@@ -38,9 +38,6 @@ Path = str | os.PathLike[str]
 
 _ITEM = "adapter"
 
-# Processes meet at barriers that have names. Those of a manager that still saves in the background are other ones.
-_APART = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="lora_jax")
-
 
 def save(path: Path, adapter: Adapters, *, base: Any) -> None:
     """Saves an adapter, and what it takes to restore it without a template and to the right base only.
@@ -75,7 +72,8 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
         preservation_policy=ocp.checkpoint_managers.LatestN(1),
         cleanup_tmp_directories=True,  # of saves that were killed
         enable_async_checkpointing=False,
-        multiprocessing_options=_APART,
+        # All managers name their barriers alike, and one of the user's may be saving in the background.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(barrier_sync_key_prefix="lora_jax"),
     )
     try:
         with ocp.CheckpointManager(root, options=options) as manager:

@@ -183,12 +183,12 @@ def run_out_of_room(root: Path) -> None:
                 wait_for_quiet(root)
 
 
-def wait_for_quiet(root: Path, seconds: float = 1) -> None:
-    """Until no file has come or gone for so long: Orbax says that one array failed while it still writes the others."""
+def wait_for_quiet(root: Path) -> None:
+    """Until no file comes or goes for a second: Orbax says that one array failed while it still writes the others."""
     before = None
     while before != (now := sorted(root.rglob("*"))):
         before = now
-        time.sleep(seconds)
+        time.sleep(1)
 
 
 if __name__ == "__main__":

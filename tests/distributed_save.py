@@ -30,7 +30,7 @@ if __name__ == "__main__":
         sys.addaudithook(delete_slowly)
     base = {"kernel": np.ones((4, 3), np.float32)}
     adapter = lj.init(jax.random.key(0), base, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    adapter = jax.tree.map(np.asarray, adapter)
+    adapter = jax.tree.map(np.asarray, adapter)  # Orbax saves no array that lies in one process alone
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
     with ocp.CheckpointManager(Path(root) / "run", options=options) as manager:
         for step in range(3):

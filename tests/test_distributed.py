@@ -28,6 +28,7 @@ def begin(count: int, devices: int, root: Path, shape: str, until: int) -> list[
 
 
 def begin_program(file: str, count: int, devices: int, *arguments: str) -> list[subprocess.Popen[str]]:
+    """Starts a program in so many processes of so many devices, as `ADDRESS COUNT INDEX`, then its own arguments."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
