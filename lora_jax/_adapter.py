@@ -90,7 +90,7 @@ Move = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedKernel:
     """A kernel that acts as `(w + scale·a·b) ⊙ gain` and is never formed.
 

@@ -1,6 +1,7 @@
 """The only file that knows JAX versions or `jax.extend`.
 
-Written for jax 0.10. A parameter that a later JAX adds to a primitive arrives in a rule as an unexpected keyword.
+The other files see each equation in one normal form, whatever parameters this JAX keeps it in (`parameters`), and every
+jaxpr inside it closed.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,10 @@ from jax.extend.core import Literal as Literal
 from jax.extend.core import Primitive as Primitive
 from jax.extend.core import Var as Var
 from jax.extend.core import primitives as primitives
+
+from ._errors import UnsupportedError
+
+SUPPORTED = "0.10 to 0.12"  # the versions of JAX that the tests run on
 
 # Whose frames are not the user's. NumPy is among them because its functions pass JAX arrays on to JAX.
 _LIBRARIES = tuple(
@@ -50,6 +55,66 @@ def evaluate(
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     names = DebugInfo("lora", "equations", tuple(map(str, inputs)), tuple(map(str, outputs)))
     return jax.core.eval_jaxpr(Jaxpr((), inputs, outputs, eqns, effects, names), (), *values)
+
+
+Parameters = dict[str, Any]
+
+
+def parameters(eqn: JaxprEqn, required: Collection[str], optional: Collection[str] = ()) -> Parameters:
+    """Returns the parameters of an equation in the form that is the same for every supported JAX.
+
+    Args:
+      eqn: any equation.
+      required: the names that the caller reads.
+      optional: names that the equation may lack.
+
+    Raises:
+      UnsupportedError: if the equation has a parameter that the caller does not know, or lacks one that it needs, as
+        in a version of JAX that is newer than this library. A parameter that is ignored could change the result.
+    """
+    known = normal_parameters(eqn)
+    wrong = {
+        "has the parameter": [name for name in known if name not in required and name not in optional],
+        "lacks the parameter": [name for name in required if name not in known],
+    }
+    for verb, names in wrong.items():
+        if names:
+            raise UnsupportedError(
+                f"Expected the parameters of `{eqn.primitive.name}` that JAX {SUPPORTED} gives it; in JAX "
+                f"{jax.__version__} it {verb} {', '.join(map(repr, names))}, which lora_jax does not "
+                f"{'know' if verb.startswith('has') else 'find'}.",
+                user_line(eqn),
+                f"lora_jax supports JAX {SUPPORTED}: install one of these, or a newer lora_jax.",
+            )
+    return known
+
+
+def normal_parameters(eqn: JaxprEqn) -> Parameters:
+    """The parameters of an equation, unchecked, in the form that is the same for every supported JAX."""
+    closed = {name: ClosedJaxpr(x, ()) if _is_open(x) else x for name, x in eqn.params.items()}
+    return _NORMAL.get(eqn.primitive.name, dict)(closed)
+
+
+def _scan(params: Parameters) -> Parameters:
+    """JAX 0.10 counts the operands that are constants and carry; 0.11 groups the operands, and the results."""
+    if "ft_in" not in params:
+        return dict(params)
+    consts, carry, _ = params["ft_in"].unpack()
+    others = {name: x for name, x in params.items() if name not in ("ft_in", "ft_out")}
+    return others | {"num_consts": len(consts), "num_carry": len(carry)}
+
+
+def _cond(params: Parameters) -> Parameters:
+    """Only `lax.platform_dependent` names platforms."""
+    return {"branches_platforms": None, **params}
+
+
+def _is_open(x: Any) -> bool:
+    """JAX 0.10 keeps the bodies of some primitives open; in 0.12 every jaxpr is closed."""
+    return isinstance(x, Jaxpr) and not hasattr(x, "consts")
+
+
+_NORMAL: dict[str, Callable[[Parameters], Parameters]] = {"scan": _scan, "cond": _cond}
 
 
 def user_line(eqn: JaxprEqn) -> str:

@@ -13,7 +13,7 @@ from ._placement import typed
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dropout:
     """A rate and a key, which goes its own way into every use of a kernel.
 

@@ -27,12 +27,14 @@ class UnsupportedError(LoRAError, NotImplementedError):
 
     Attributes:
       what: what was expected and what was got.
-      line: the line of the model; empty where JAX has not kept it, as inside functions that it has jitted itself.
+      line: the line of the model; empty where JAX has not kept it, as inside functions that it has jitted itself; None
+        where `what` names several kernels, each with its line.
       advice: what to do.
     """
 
-    def __init__(self, what: str, line: str, advice: str) -> None:
-        super().__init__(f"{what}\n  at {line or 'a line that is not known'}\n  {advice}")
+    def __init__(self, what: str, line: str | None, advice: str) -> None:
+        at = "" if line is None else f"\n  at {line or 'a line that is not known'}"
+        super().__init__(f"{what}{at}\n  {advice}")
         self.what, self.line, self.advice = what, line, advice
 
 

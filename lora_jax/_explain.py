@@ -17,7 +17,7 @@ from ._operations import operations
 from ._paths import Pattern, flatten
 from ._shardings import placements
 from ._table import as_html, as_text, size
-from ._transform import FormName, Program, Settings, form_named, trace, watch
+from ._transform import FormName, Program, Refusal, Settings, dense_list, error, form_named, trace, watch
 from ._use import Use
 from ._variants import LowRank
 
@@ -64,6 +64,7 @@ class Explanation:
       optimiser_bytes: of the optimiser's state for them.
       optimiser: whose state that is.
       undivided: what is on every device although its base is cut there, in words.
+      refused: which kernels `lora` would refuse, and what would allow them, in words.
     """
 
     rows: tuple[Row, ...]
@@ -73,6 +74,7 @@ class Explanation:
     optimiser_bytes: int
     optimiser: str
     undivided: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -123,6 +125,7 @@ class Explanation:
             f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
             f"forward:   {self.operations:,} operations more, {share}",
             *(f"placed:    {line}" for line in self.undivided),
+            *(f"refused:   {line}" for line in self.refused),
         ]
 
 
@@ -162,7 +165,7 @@ def explain(
       params: the parameter tree, or its shapes and dtypes.
       adapter: from `init`.
       *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
-      strict: raise if a leaf of the adapter is never used.
+      strict: raise if a leaf of the adapter is never used, or if `lora` would refuse one.
       dense: as given to `lora`.
       form: as given to `lora`.
       tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
@@ -175,7 +178,8 @@ def explain(
     Raises:
       AdapterError: if the adapter does not fit, or the shardings; with `strict`, if the function never uses some of
         its leaves.
-      UnsupportedError: where `lora` would raise it.
+      UnsupportedError: with `strict`, where `lora` would raise it. Otherwise what it would refuse is in the table, as
+        `refused`, and below it the list for `dense`.
     """
     check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
     program = trace(apply, params, args, kwargs)
@@ -183,7 +187,11 @@ def explain(
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
     whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
-    uses = watch(program, kernels | whole, Settings(dense=tuple(dense), form=form_named(form)))
+    refusals: list[Refusal] = []
+    settings = Settings(dense=tuple(dense), form=form_named(form), refusals=refusals)
+    uses = watch(program, kernels | whole, settings)
+    if strict and refusals:
+        raise error(refusals)
     given = flatten(shardings)[0]
     places = {} if shardings is None else {path: placements(path, part, given) for path, part in adapter.items()}
     rows = tuple(_row(path, part, leaves[path], uses, places.get(path)) for path, part in adapter.items())
@@ -202,6 +210,7 @@ def explain(
         optimiser_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
         optimiser="two moments, as Adam keeps" if tx is None else "the state of `tx`",
         undivided=tuple(line for path, part in places.items() for line in _undivided(path, part, adapter[path])),
+        refused=tuple(_refused(refusals)),
     )
 
 
@@ -251,6 +260,16 @@ def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
                 f"{name} of {path!r} is whole along its axis of {part.arrays[name].shape[axis]}, "
                 f"which the devices along {', '.join(map(repr, names))} do not divide"
             )
+
+
+def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
+    """Such as `lora` raises for 2 kernels; to have them formed: dense=['a', 'b']."""
+    formable = dense_list(refusals)
+    strict = [path for refusal in refusals if not refusal.formable for path in refusal.paths]
+    if formable:
+        yield f"`lora` raises an error for {len(formable)} leaves; to have them formed there: dense={formable}"
+    if strict:
+        yield f"`lora` raises an error for {list(dict.fromkeys(strict))}: leave them out of the spec"
 
 
 def _used(uses: Sequence[Use], *, whole: bool) -> str:

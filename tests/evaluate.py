@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jax.lax import GatherScatterMode
 
-from lora_jax._compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from lora_jax._compat import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, normal_parameters
 
 Arrays = list[Any]
 
@@ -36,7 +36,7 @@ def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Arrays:
 def _equation(eqn: JaxprEqn, args: Arrays) -> Arrays:
     name = eqn.primitive.name
     if name in _CALLS:
-        return _CALLS[name](args, **eqn.params)
+        return _CALLS[name](args, **normal_parameters(eqn))
     if name in _NUMPY:
         out = _NUMPY[name](*args, **eqn.params)
         return [np.asarray(out, eqn.outvars[0].aval.dtype)]
@@ -98,6 +98,7 @@ _CALLS: dict[str, Callable[..., Arrays]] = {
     "checkpoint": _call,
     "remat2": _call,
     "closed_call": _custom,
+    "eval_jaxpr": _custom,  # its name in JAX 0.12
     "custom_jvp_call": _custom,
     "custom_vjp_call": _custom,
     "cond": _cond,

@@ -20,7 +20,7 @@ from helpers import FORWARD, GRADIENT, dense
 from law import total
 
 import lora_jax as lj
-from lora_jax._transform import _interpreter as interpreter
+from lora_jax._transform import _registry as registry
 
 VARIANTS = {"LoRA": lj.LoRA, "RSLoRA": lj.RSLoRA}
 Function = Callable[..., Any]
@@ -248,9 +248,9 @@ def fuzzed(seed: int, programs: int) -> Count:
         except Exception as error:
             raise ProgramError(f"{program!r}\n{type(error).__name__}: {error}") from error
 
-    rules, interpreter._RULES = interpreter._RULES, Counted(interpreter._RULES, count.rules)
+    rules, registry.RULES = registry.RULES, Counted(registry.RULES, count.rules)
     try:
         run()
     finally:
-        interpreter._RULES = rules
+        registry.RULES = rules
     return count

@@ -21,8 +21,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up: a module imports only what stands before it.
 LAYERS = [
     "_version",
-    "_compat",
     "_errors",
+    "_compat",
     "_paths",
     "_axes",
     "_placement",
@@ -74,12 +74,12 @@ INSIDE = {
     ],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
-        ["_plan", "_tokens"],
+        ["_kept", "_plan", "_refusal", "_registry", "_tokens"],
         ["_forms", "_factored"],
         ["_conv_steps", "_statistics"],
         ["_settings"],
         ["_interpreter"],
-        ["_kept", "_pair", "_placement"],
+        ["_pair", "_placement"],
         [
             "_concatenate",
             "_control",

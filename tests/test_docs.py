@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_jax._transform import _interpreter
+from lora_jax._transform import _registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_interpreter, "_RULES", dict(_interpreter._RULES))  # what a page registers goes with it
+    monkeypatch.setattr(_registry, "RULES", dict(_registry.RULES))  # what a page registers goes with it
     text = page.read_text()
     names: dict[str, object] = {"__name__": "__page__"}
     for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):

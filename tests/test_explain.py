@@ -203,8 +203,13 @@ def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return x @ jnp.tanh(params["kernel"])
 
+    refused = factored(apply, KERNEL, PART, jnp.ones((5, 8)))
+    assert refused.rows[0].used == "refused tanh ×1"
+    assert str(refused).endswith(
+        "refused:   `lora` raises an error for 1 leaves; to have them formed there: dense=['kernel']"
+    )
     with pytest.raises(lj.UnsupportedError, match="it reaches `tanh`"):
-        only_row(apply, jnp.ones((5, 8)))
+        factored(apply, KERNEL, PART, jnp.ones((5, 8)), strict=True)
     assert only_row(apply, jnp.ones((5, 8)), dense=["kernel"]).used == "dense tanh ×1"
 
 

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from law import Case, adapted, assert_law, normal
 
 import lora_jax as lj
-from lora_jax._transform import _interpreter
+from lora_jax._transform import _registry
 from lora_jax.testing import shapes_made
 
 X = (3, 4)
@@ -313,6 +313,71 @@ def test_a_refusal_in_a_layer_of_another_framework_names_the_model_s_line(make: 
         lj.lora(apply)(params, adapted(params, {path: axes}), normal(2, 5, 4))
 
 
+@jax.custom_vjp
+def product(x: jax.Array, w: jax.Array) -> jax.Array:
+    return x @ w
+
+
+product.defvjp(lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g))
+
+
+def many_refused(params: Any, x: jax.Array) -> jax.Array:
+    x = jax.jit(lambda x, w: product(x, w))(x, params["a"])
+    x = lax.scan(lambda x, w: (product(x, w), None), x, params["stack"])[0]
+    return product(x @ params["fine"] @ jnp.sin(params["b"]), params["a"])
+
+
+MANY = {"a": normal(4, 4), "b": normal(4, 4, seed=1), "fine": normal(4, 4, seed=2), "stack": normal(2, 4, 4, seed=3)}
+MANY_ADAPTED = adapted(MANY, {"a": "io", "b": "io", "fine": "io", "stack": "bio"})
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_all_refused_kernels_come_in_one_error_with_one_list(jit: bool) -> None:
+    function = lj.lora(many_refused)
+    with pytest.raises(lj.UnsupportedError) as error:
+        (jax.jit(function) if jit else function)(MANY, MANY_ADAPTED, normal(3, 4))
+    text = str(error.value)
+    assert text.startswith(
+        "Expected the adapted kernels to be used in ways that have a low-rank form; 3 are not.\n"
+        "  'a' reaches `custom_vjp_call`: the model's own derivative there is defined for a dense kernel.\n"
+        f"    at {__file__}:"
+    )
+    assert "\n  'stack' reaches `custom_vjp_call`: " in text
+    assert f"\n  'b' reaches `sin`: {NO_RULE}.\n    at {__file__}:" in text
+    assert text.endswith(
+        "\n  Leave them out of the spec, or let them be formed there: lora(apply, dense=['a', 'stack', 'b'])."
+    )
+    assert_law(many_refused, MANY, MANY_ADAPTED, normal(3, 4), formed=["a", "stack", "b"])
+
+
+def test_explain_shows_refused_kernels_as_rows() -> None:
+    table = lj.explain(many_refused, MANY, MANY_ADAPTED, normal(3, 4), form="factored")
+    assert {row.path: row.used for row in table.rows} == {
+        "a": "refused custom_vjp_call ×2",
+        "b": "refused sin ×1",
+        "fine": "factored dot_general ×1",
+        "stack": "refused custom_vjp_call ×2",
+    }
+    assert "`lora` raises an error for 3 leaves; to have them formed there: dense=['a', 'stack', 'b']" in str(table)
+    with pytest.raises(lj.UnsupportedError, match="3 are not"):
+        lj.explain(many_refused, MANY, MANY_ADAPTED, normal(3, 4), strict=True)
+
+
+def test_nothing_is_evaluated_for_the_list_of_refusals() -> None:
+    ran: list[int] = []
+
+    def model(params: Any, x: jax.Array) -> jax.Array:
+        x = product(x, params["a"])
+        jax.debug.callback(lambda: ran.append(1))
+        return product(x, params["b"])
+
+    params = {path: MANY[path] for path in ("a", "b")}
+    with pytest.raises(lj.UnsupportedError, match="2 are not"):
+        lj.lora(model)(params, adapted(params, {"a": "io", "b": "io"}), normal(3, 4))
+    jax.effects_barrier()
+    assert ran == []
+
+
 def test_a_refusal_is_an_error_of_the_library_and_of_python() -> None:
     assert issubclass(lj.UnsupportedError, lj.LoRAError)
     assert issubclass(lj.UnsupportedError, NotImplementedError)
@@ -432,8 +497,8 @@ def test_kernels_follows_an_integer_leaf_to_where_it_is_read(name: str) -> None:
     assert {(use.kind, use.primitive) for use in found["n"].uses} == {("opaque", primitive)}
 
 
-@pytest.mark.parametrize("name", _interpreter._RULES)
+@pytest.mark.parametrize("name", _registry.RULES)
 def test_a_rule_names_every_parameter_so_that_a_new_one_is_an_error(name: str) -> None:
-    _, rule = _interpreter._RULES[name]
+    _, rule = _registry.RULES[name]
     kinds = {parameter.kind for parameter in inspect.signature(rule).parameters.values()}
     assert inspect.Parameter.VAR_KEYWORD not in kinds

@@ -22,7 +22,7 @@ from ._leaf import Leaf, low_rank_leaves
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
     """Sums over the rows x, of the width d of its input axes, that meet one kernel; each layer of a stack has its own.
 

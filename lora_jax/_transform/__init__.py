@@ -19,5 +19,8 @@ from ._program import Program as Program
 from ._program import is_array as is_array
 from ._program import trace as trace
 from ._program import watch as watch
+from ._refusal import Refusal as Refusal
+from ._refusal import dense_list as dense_list
+from ._refusal import error as error
 from ._settings import Settings as Settings
 from ._statistics import Statistic as Statistic

@@ -25,7 +25,8 @@ from .._axes import RANK, axes_of_a, axes_of_b, join, sizes
 from .._compat import primitives
 from .._contract import widest
 from .._placement import along, typed
-from ._interpreter import NoRule, Site, Value, array_of, is_adapted, rule
+from ._interpreter import NoRule, Site, Value, array_of, is_adapted
+from ._registry import rule
 
 Axes = tuple[int, ...]
 

@@ -15,11 +15,11 @@ import jax
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
-from .._compat import ClosedJaxpr, Jaxpr, is_unspecified, primitives
-from ._interpreter import NoRule, Site, Value, interpret, rule
+from .._compat import ClosedJaxpr, is_unspecified, primitives
+from ._interpreter import NoRule, Site, Value, interpret
 from ._kept import kept
 from ._placement import shardings
-from ._settings import Settings
+from ._registry import rule
 
 
 @rule(primitives.jit_p, "rebuilt")
@@ -49,12 +49,7 @@ def _jit(
         results = jax.eval_shape(lambda *operands: interpret(unwatched, jaxpr.jaxpr, jaxpr.consts, operands), *operands)
         out = list(map(shardings, results, out))
 
-    # A watched body has to be traced each time, or the log would miss it.
-    build = _jitted if site.settings.log is None else _jitted.__wrapped__
-    return build(
-        site.settings,
-        jaxpr,
-        name,
+    options: dict[str, Any] = dict(
         in_shardings=_or_none(map(shardings, operands, into)),
         out_shardings=_or_none(out),
         # What is adapted is the caller's, to be used again: a kernel is not given away, nor are its factors.
@@ -65,22 +60,18 @@ def _jit(
         ),
         keep_unused=keep_unused,
         inline=inline,
-        compiler_options=tuple(compiler_options_kvs),
-    )(*operands)
-
-
-@functools.lru_cache(maxsize=1024)
-def _jitted(
-    settings: Settings, jaxpr: ClosedJaxpr, name: str, *, compiler_options: Any, **options: Any
-) -> Callable[..., Any]:
-    """The rebuilt function, one for each jaxpr: outside `jit`, a second call would compile a new one again."""
+    )
 
     def run(*operands: Value) -> tuple[Value, ...]:
         # A tuple, as the shardings are: they must have the same structure.
-        return tuple(interpret(settings, jaxpr.jaxpr, jaxpr.consts, operands))
+        return tuple(site.interpret(jaxpr, operands))
 
-    run.__name__ = run.__qualname__ = name  # profiles show the model's name
-    return jax.jit(run, compiler_options=dict(compiler_options) or None, **options)
+    def build() -> Callable[..., Any]:
+        run.__name__ = run.__qualname__ = name  # profiles show the model's name
+        return jax.jit(run, compiler_options=dict(compiler_options_kvs) or None, **options)
+
+    function = site.settings.rebuilt((jaxpr, name, tuple(compiler_options_kvs), *options.items()), build) or build()
+    return list(function(*operands))
 
 
 def _or_none(asked: Iterable[Any]) -> tuple[Any, ...] | None:
@@ -91,7 +82,7 @@ def _or_none(asked: Iterable[Any]) -> tuple[Any, ...] | None:
 
 @rule(primitives.remat_p, "rebuilt")
 def _remat(
-    site: Site, *operands: Value, jaxpr: Jaxpr, prevent_cse: Any, differentiated: bool, policy: Any
+    site: Site, *operands: Value, jaxpr: ClosedJaxpr, prevent_cse: Any, differentiated: bool, policy: Any
 ) -> list[Value]:
     """`jax.checkpoint` with its policy."""
 
@@ -101,7 +92,7 @@ def _remat(
         if differentiated and prevent_cse:
             # A gradient taken inside the model: this is the second evaluation, which must not merge with the first.
             operands = lax.optimization_barrier(operands)
-        return inside.interpret(ClosedJaxpr(jaxpr, ()), operands)
+        return inside.interpret(jaxpr, operands)
 
     return jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)(*operands)
 
@@ -115,7 +106,7 @@ def _closed_call(site: Site, *operands: Value, call_jaxpr: ClosedJaxpr) -> list[
 @rule(primitives.cond_p, "rebuilt")
 @kept
 def _cond(
-    site: Site, index: Value, *operands: Value, branches: Sequence[ClosedJaxpr], branches_platforms: Any = None
+    site: Site, index: Value, *operands: Value, branches: Sequence[ClosedJaxpr], branches_platforms: Any
 ) -> list[Value]:
     """`lax.switch` or `lax.platform_dependent`; a branch that returns the kernel is refused."""
 

@@ -10,7 +10,8 @@ from .._adapter import AdaptedKernel
 from .._compat import primitives
 from ._conv_steps import Move, Steps
 from ._forms import Contraction
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Site, Value
+from ._registry import rule
 
 
 @rule(primitives.conv_general_dilated_p, "low-rank")

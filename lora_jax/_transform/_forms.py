@@ -10,11 +10,9 @@ contraction is differentiated: only then is it known whose gradient is asked for
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,18 +25,9 @@ from .._contract import Labels, widest
 from ._plan import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
 from ._tokens import of_active
 
-# While another `lora` traces this one, its program is made of plain operations, which have rules.
-_traced_again = contextvars.ContextVar("traced_again", default=False)
-
-
-@contextlib.contextmanager
-def traced_again() -> Iterator[None]:
-    """Leaves the choice of forms to the `lora` that traces."""
-    token = _traced_again.set(True)
-    try:
-        yield
-    finally:
-        _traced_again.reset(token)
+# While another `lora` traces this one, its program is made of plain operations, which have rules. JAX knows it: what
+# it has cached of the model's inner functions outside is not found inside.
+traced_again = jax.make_user_context(default_value=False)
 
 
 class Sum(NamedTuple):
@@ -94,7 +83,7 @@ def wanted(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form | Non
     if form is not None:
         return form
     # In 16 bits the sum of W0 and a small update is W0 again: what has been learnt would be rounded away.
-    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(costs) or _traced_again.get():
+    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(costs) or traced_again.value:
         return Form.FACTORED
     return None
 

@@ -8,9 +8,7 @@ unless the caller has allowed it to be formed there.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,19 +26,20 @@ from .._compat import (
     evaluate,
     last_uses,
     live_equations,
+    parameters,
     user_line,
     variables,
 )
-from .._errors import UnsupportedError
 from .._use import Use
 from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
 from ._plan import added
+from ._refusal import Refusal, Refused
+from ._registry import named_by, rule_of
 from ._settings import Settings
 from ._statistics import Operation, observed
 from ._tokens import NO_TOKENS, misfit
 
 Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
-Rule = Callable[..., Any]
 
 
 def is_adapted(value: Value) -> bool:
@@ -53,40 +52,9 @@ def array_of(value: Value) -> Any:
     return value.w if isinstance(value, AdaptedKernel) else value.base if isinstance(value, Sum) else value
 
 
-Kind = typing.Literal["low-rank", "moved", "rebuilt"]
-
-_RULES: dict[str, tuple[Kind, Rule]] = {}
-
-
-def rule(primitive: Primitive | str, kind: Kind) -> Callable[[Rule], Rule]:
-    """Registers how a primitive, or by its name one that JAX keeps to itself, acts on an `AdaptedKernel`.
-
-    The kind says what becomes of the kernel: a low-rank term, a kernel again, or an operand of a function rebuilt
-    around it; the first line of the rule's doc-string says how. `docs/rules.md` is made of them.
-
-    The rule is called as `rule(site, *operands, **params)` and names every parameter of its primitive, so that one
-    which a new JAX adds is an error and not dropped. It returns what the primitive would: a value, or a list of values.
-    """
-
-    name = primitive if isinstance(primitive, str) else primitive.name
-
-    def register(function: Rule) -> Rule:
-        if name in _RULES:
-            _, old = _RULES[name]
-            raise ValueError(f"`{name}` already has a rule: {old.__module__}.{old.__name__}.")
-        _RULES[name] = kind, function
-        return function
-
-    return register
-
-
-def rules() -> dict[str, tuple[Kind, str]]:
-    """For each primitive with a rule: what becomes of a kernel there, and how."""
-    return {name: (kind, (inspect.getdoc(function) or "").split("\n")[0]) for name, (kind, function) in _RULES.items()}
-
-
 NO_RULE = "this operation has no low-rank rule"
 OBSERVED = "observed"  # the kind of a use whose activations go into a statistic
+REFUSED = "refused"  # of one that has no low-rank form
 
 
 class NoRule(Exception):  # noqa: N818  (not an error: it sends the equation to the refusal, with a reason)
@@ -185,24 +153,20 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     """Forms an adapted kernel where it cannot stay one, if its path is listed in `dense`.
 
     Raises:
-      UnsupportedError: if it is not listed.
+      Refused: if it is not listed, and refusals are not collected.
     """
     if not isinstance(value, AdaptedKernel):
         return settled(value)
-    if not settings.may_form(value):
-        formed = (
-            "" if value.active is not None else f", or let it be formed there: lora(apply, dense={list(value.paths)})"
-        )
-        raise UnsupportedError(
-            f"Expected the adapted kernel {' beside '.join(map(repr, value.paths))} to be used in ways that have a "
-            f"low-rank form; it reaches `{primitive}`: {reason}.",
-            line,
-            f"Leave it out of the spec{formed}.",
-        )
+    allowed = settings.may_form(value)
+    if not allowed:
+        if settings.refusals is None:
+            raise Refused
+        settings.refusals.append(Refusal(value.paths, primitive, reason, line, value.active is None))
     if settings.log is not None:
         # Formed: the product, its scale, the sum with the base.
-        cost = 0 if value.is_probe else value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size
-        kind = "opaque" if value.is_probe else "dense"
+        formed = allowed and not value.is_probe
+        cost = value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size if formed else 0
+        kind = "opaque" if value.is_probe else "dense" if allowed else REFUSED
         use = Use("", primitive, kind, None, settings.times, settings.times * cost, line)
         settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
@@ -269,10 +233,10 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
     eqn = site.eqn
     with context_of(eqn):
         try:
-            if eqn.primitive.name not in _RULES:
+            function = rule_of(eqn.primitive)
+            if function is None:
                 raise NoRule(_no_rule(eqn.primitive))
-            _, function = _RULES[eqn.primitive.name]
-            out = function(site, *operands, **eqn.params)
+            out = function(site, *operands, **parameters(eqn, *named_by(function)))
             results = list(out) if eqn.primitive.multiple_results else [out]
         except NoRule as reason:
             dense = [site.dense(operand, str(reason)) for operand in operands]

@@ -2,44 +2,53 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
 
 from .._compat import user_line
-from ._interpreter import Rule, Site, Value
-from ._settings import Settings
+
+Function = Callable[..., Any]
 
 
-def kept(rule: Rule) -> Rule:
+class Kept:
+    """The functions that were rebuilt for one adapted function, the last used of them.
+
+    It lives as long as the adapted function: with that, its programs, their constants and what was compiled go.
+    """
+
+    def __init__(self, most: int = 1024) -> None:
+        self._functions: collections.OrderedDict[Hashable, Function] = collections.OrderedDict()
+        self._most = most
+
+    def get(self, key: Hashable, build: Callable[[], Function]) -> Function:
+        """The function that was built for an equal key, or a new one."""
+        if key not in self._functions:
+            self._functions[key] = build()
+        self._functions.move_to_end(key)
+        while len(self._functions) > self._most:
+            self._functions.popitem(last=False)
+        return self._functions[key]
+
+
+def kept(rule: Function) -> Function:
     """Makes of a rule one that gives JAX the same function for the same equation each time.
 
     JAX keeps the jaxprs of inner functions, so that the parameters of the equation are the same from call to call.
     """
 
     @functools.wraps(rule)
-    def run(site: Site, *operands: Value, **params: Any) -> list[Value]:
-        if site.settings.log is not None:  # a watched body has to be traced each time, or the log would miss it
-            return rule(site, *operands, **params)
-        key = _Key(site.settings, user_line(site.eqn), site)
-        return _function(rule, key, tuple(params.items()))(*operands)
+    def run(site: Any, *operands: Any, **params: Any) -> Any:
+        def build() -> Function:
+            # Inlined: where the call is traced, nothing shows of it.
+            return jax.jit(lambda *operands: rule(site, *operands, **params), inline=True)
+
+        # What the rule reads of its site: equations that agree in it are rebuilt as the first of them was.
+        key = (rule, user_line(site.eqn), *params.items())
+        function = site.settings.rebuilt(key, build)
+        return rule(site, *operands, **params) if function is None else function(*operands)
 
     return run
-
-
-@dataclasses.dataclass(frozen=True)
-class _Key:
-    """What a rule reads of its site; equations that agree in it are rebuilt as the first of them was."""
-
-    settings: Settings
-    line: str
-    site: Site = dataclasses.field(compare=False)
-
-
-@functools.lru_cache(maxsize=1024)
-def _function(rule: Rule, key: _Key, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Value]]:
-    # Inlined: where the call is traced, nothing shows of it.
-    return jax.jit(lambda *operands: rule(key.site, *operands, **dict(params)), inline=True)

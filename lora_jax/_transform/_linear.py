@@ -19,8 +19,9 @@ from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import low_rank, product_with_a
 from ._forms import Contraction, Sum, settled
-from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, on_all_tokens, rule
+from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, on_all_tokens
 from ._pair import through
+from ._registry import rule
 
 
 @rule(primitives.dot_general_p, "low-rank")

@@ -20,7 +20,8 @@ from .._compat import primitives
 from .._contract import Labelled, Labels
 from ._factored import expand
 from ._forms import times
-from ._interpreter import NoRule, Site, Value, on_all_tokens, rule
+from ._interpreter import NoRule, Site, Value, on_all_tokens
+from ._registry import rule
 
 # Out of range, these modes move a slice to the nearest place: where a whole axis is taken, there is only one.
 _MOVES = (lax.GatherScatterMode.CLIP, lax.GatherScatterMode.PROMISE_IN_BOUNDS)

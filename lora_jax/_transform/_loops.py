@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
-from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, primitives
-from ._interpreter import Site, Value, rule
+from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, normal_parameters, primitives
+from ._interpreter import Site, Value
 from ._kept import kept
+from ._registry import rule
 
 _ENDS = "the kernel decides when a loop ends"
 
@@ -155,10 +156,9 @@ def _origin(jaxpr: Jaxpr, var: Any) -> Any:
 
 def _returned(eqn: JaxprEqn, position: int) -> Any:
     """The operand that a call, or a loop that carries it, returns at a position as it came; None if there is none."""
-    params = eqn.params
+    params = normal_parameters(eqn)
     if eqn.primitive in (primitives.jit_p, primitives.remat_p):
-        inner = params["jaxpr"]
-        inner = inner.jaxpr if isinstance(inner, ClosedJaxpr) else inner
+        inner = params["jaxpr"].jaxpr
         origin = _origin(inner, inner.outvars[position])
         return next((given for given, its in zip(eqn.invars, inner.invars, strict=True) if its is origin), None)
     if eqn.primitive is primitives.scan_p and position < params["num_carry"]:

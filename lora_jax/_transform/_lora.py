@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from .._active import check_active
 from .._adapter import Adapters
 from .._attach import attach
 from .._paths import Pattern, flatten
+from ._kept import Kept
 from ._plan import FormName, form_named
 from ._program import trace
 from ._settings import Settings
@@ -55,7 +57,7 @@ def lora(
         listed in `dense`: the primitive, the path and the line of the model.
       SpecError: if there is no such form.
     """
-    settings = Settings(dense=tuple(dense), form=form_named(form))
+    wanted, functions = form_named(form), Kept()
 
     def adapted(
         params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, active_tokens: Any = None, **kwargs: Any
@@ -63,6 +65,7 @@ def lora(
         # First: what is wrong with the adapter is not the model's fault.
         kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
         check_active(adapter, active_tokens)
+        settings = Settings(dense=tuple(dense), form=wanted, kept=weakref.ref(functions))
         return trace(apply, params, args, kwargs).run(kernels, settings)
 
     adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"

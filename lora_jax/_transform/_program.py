@@ -16,6 +16,7 @@ from .._paths import flatten, unflatten
 from .._use import Use
 from ._forms import traced_again
 from ._interpreter import Value, form, interpret
+from ._refusal import Refusal, Refused, error
 from ._settings import Settings
 
 
@@ -41,11 +42,20 @@ class Program:
         return {path: leaf for path, leaf in self.params.items() if is_array(leaf)}
 
     def run(self, kernels: Mapping[str, Value], settings: Settings) -> Any:
-        """Evaluates the call with adapted kernels in place of some parameters, and returns what `apply` would."""
+        """Evaluates the call with adapted kernels in place of some parameters, and returns what `apply` would.
+
+        Raises:
+          UnsupportedError: with all kernels that reach an operation without a low-rank form and are not listed.
+        """
         leaves = [kernels.get(path, leaf) for path, leaf in self.arrays_of_params.items()]
-        results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
-        reason = "the function returns the kernel itself"
-        return self.rebuild([form(settings, result, "return", reason, "the result of `apply`") for result in results])
+        try:
+            results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
+            returns = "return", "the function returns the kernel itself", "the result of `apply`"
+            return self.rebuild([form(settings, result, *returns) for result in results])
+        except Refused:
+            refusals: list[Refusal] = []
+            watch(self, kernels, dataclasses.replace(settings, refusals=refusals))
+            raise error(refusals) from None
 
 
 def is_array(leaf: Any) -> bool:
@@ -73,7 +83,7 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
 
     params_arrays = [leaf for leaf in leaves.values() if is_array(leaf)]
     other_arrays = [leaf for leaf in others if is_array(leaf)]
-    with traced_again():
+    with traced_again(True):
         jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)
     statics, out_def = returned[-1]
 

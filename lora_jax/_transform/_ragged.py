@@ -23,7 +23,8 @@ from .._contract import Labelled, Labels, contract, sharding_of_product
 from .._placement import names_of
 from ._factored import factors
 from ._forms import Sum, times
-from ._interpreter import NoRule, Site, Value, on_all_tokens, rule
+from ._interpreter import NoRule, Site, Value, on_all_tokens
+from ._registry import rule
 
 
 @rule("ragged_dot_general", "low-rank")

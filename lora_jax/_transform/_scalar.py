@@ -20,7 +20,8 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
 from .._contract import widest
-from ._interpreter import NoRule, Site, Value, array_of, rule
+from ._interpreter import NoRule, Site, Value, array_of
+from ._registry import rule
 
 Axes = tuple[int, ...]
 

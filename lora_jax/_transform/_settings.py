@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any
 
 from .._adapter import AdaptedKernel
 from .._paths import Pattern, matches_any
 from .._use import Use
+from ._kept import Kept
 from ._plan import Form
+from ._refusal import Refusal
 from ._statistics import Statistic
 
 
@@ -22,6 +27,10 @@ class Settings:
       times: how often it runs in one call.
       remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
       statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
+      refusals: a list, if kernels that have no low-rank form are to be noted there and the rest of the program gone
+        through; None if the first of them ends it.
+      kept: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
+        rebuilt function, which knows its settings, does not keep all others alive.
     """
 
     dense: tuple[Pattern, ...] = ()
@@ -30,9 +39,19 @@ class Settings:
     times: int = 1
     remat: bool = False
     statistic: Statistic | None = None
+    refusals: list[Refusal] | None = None
+    kept: weakref.ref[Kept] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def may_form(self, kernel: AdaptedKernel) -> bool:
         """Whether a kernel can be formed, and the caller has listed every leaf of it."""
         if kernel.active is not None:
             return False  # there is no one kernel for all tokens
         return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
+
+    def rebuilt(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
+        """The function that was rebuilt for an equal key under equal settings, or a new one.
+
+        None where none are kept: a body whose uses are logged has to be traced each time, or the log would miss it.
+        """
+        functions = self.kept() if self.kept is not None and self.log is None else None
+        return None if functions is None else functions.get((self, key), build)

@@ -19,7 +19,8 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK, join
 from .._compat import primitives
 from .._placement import along
-from ._interpreter import NoRule, Site, Value, rule
+from ._interpreter import NoRule, Site, Value
+from ._registry import rule
 
 Axes = tuple[int, ...]
 
@@ -137,6 +138,20 @@ def _slice(
         return lax.slice(factor, *zip(*bounds, strict=True))
 
     return kernel.moved(lax.slice(kernel.w, start_indices, limit_indices, strides), kernel.roles, move)
+
+
+@rule("unstack", "moved")
+def _unstack(site: Site, kernel: AdaptedKernel, *, axis: int) -> list[Value]:
+    """Each part is such a slice, squeezed."""
+    shape = kernel.w.shape
+
+    def part(number: int) -> Value:
+        starts = [number if at == axis else 0 for at in range(len(shape))]
+        ends = [number + 1 if at == axis else size for at, size in enumerate(shape)]
+        piece = _slice(site, kernel, start_indices=tuple(starts), limit_indices=tuple(ends), strides=None)
+        return _squeeze(site, piece, dimensions=(axis,))
+
+    return [part(number) for number in range(shape[axis])]
 
 
 @rule("split", "moved")

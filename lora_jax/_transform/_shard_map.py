@@ -10,16 +10,17 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 
 from .._adapter import AdaptedKernel
-from .._compat import ClosedJaxpr, Jaxpr, primitives, varying
-from ._interpreter import NoRule, Site, Value, rule
+from .._compat import ClosedJaxpr, primitives, varying
+from ._interpreter import NoRule, Site, Value
 from ._placement import specs
+from ._registry import rule
 
 
 @rule("shard_map", "rebuilt")
 def _shard_map(
     site: Site,
     *operands: Value,
-    jaxpr: Jaxpr,
+    jaxpr: ClosedJaxpr,
     mesh: Any,
     in_specs: Sequence[Any],
     out_specs: Sequence[Any],
@@ -29,7 +30,7 @@ def _shard_map(
     """`jax.shard_map`: the factors are cut as the kernel is, the rank is not."""
 
     def run(*operands: Value) -> tuple[Array, ...]:
-        out = site.interpret(ClosedJaxpr(jaxpr, ()), operands)
+        out = site.interpret(jaxpr, operands)
         return tuple(site.dense(result, "a shard_map returns the kernel") for result in out)
 
     each = zip(operands, in_specs, strict=True)

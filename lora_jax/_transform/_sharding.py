@@ -11,8 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._adapter import AdaptedKernel
 from .._compat import primitives
-from ._interpreter import NoRule, Site, rule
+from ._interpreter import NoRule, Site
 from ._placement import shardings
+from ._registry import rule
 
 
 @rule(primitives.sharding_constraint_p, "moved")

@@ -1,0 +1,64 @@
+"""What is said of a version of JAX that is newer than the library, and that its versions look the same to the rules."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from law import adapted, normal
+
+import lora_jax as lj
+from lora_jax._compat import SUPPORTED, Jaxpr, JaxprEqn, normal_parameters, parameters
+from lora_jax._transform import _interpreter
+
+PARAMS = {"w": normal(3, 4, 4)}
+
+
+def stack(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    bias = jnp.ones(4)
+    return lax.scan(lambda x, w: (jnp.tanh(x @ w) + bias, None), x, params["w"], unroll=2)[0]
+
+
+def equation(name: str) -> JaxprEqn:
+    eqns = jax.make_jaxpr(stack)(PARAMS, normal(2, 4)).eqns
+    return next(eqn for eqn in eqns if eqn.primitive.name == name)
+
+
+def test_a_scan_has_one_form_whatever_this_jax_calls_its_parameters() -> None:
+    names = ["reverse", "length", "jaxpr", "num_consts", "num_carry", "unroll"]
+    got = parameters(equation("scan"), names)
+    body = got.pop("jaxpr")
+    assert got == {"reverse": False, "length": 3, "num_consts": 1, "num_carry": 1, "unroll": 2}
+    assert len(body.jaxpr.invars) == 3
+    assert list(body.consts) == []
+
+
+@pytest.mark.parametrize(("name", "new"), [("scan", "prefetch"), ("scan", "ft_middle"), ("broadcast_in_dim", "fill")])
+def test_a_parameter_that_no_supported_jax_has_is_an_error_with_version_primitive_and_name(name: str, new: str) -> None:
+    eqn = equation(name)
+    newer = eqn.replace(params={**eqn.params, new: 1})
+    with pytest.raises(lj.UnsupportedError) as error:
+        parameters(newer, list(normal_parameters(eqn)))
+    text = str(error.value)
+    assert f"the parameters of `{name}` that JAX {SUPPORTED} gives it" in text
+    assert f"in JAX {jax.__version__} it has the parameter '{new}', which lora_jax does not know" in text
+    assert f"lora_jax supports JAX {SUPPORTED}: install one of these, or a newer lora_jax." in text
+    assert __file__ in text
+
+
+def test_a_parameter_that_is_gone_is_an_error_too() -> None:
+    with pytest.raises(lj.UnsupportedError, match="it lacks the parameter 'turns', which lora_jax does not find"):
+        parameters(equation("scan"), [*normal_parameters(equation("scan")), "turns"])
+
+
+def test_lora_raises_it_where_a_rule_meets_such_an_equation(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = _interpreter.live_equations
+
+    def newer(jaxpr: Jaxpr) -> list[JaxprEqn]:
+        return [
+            eqn.replace(params={**eqn.params, "prefetch": 1}) if eqn.primitive.name == "scan" else eqn
+            for eqn in plain(jaxpr)
+        ]
+
+    monkeypatch.setattr(_interpreter, "live_equations", newer)
+    with pytest.raises(lj.UnsupportedError, match=r"`scan` .*'prefetch'"):
+        lj.lora(stack)(PARAMS, adapted(PARAMS, {"w": "bio"}), normal(2, 4))
