@@ -904,7 +904,57 @@ def test_an_adapted_model_can_be_adapted_again() -> None:
     assert_close(got, case.apply(lj.merge(lj.merge(case.params, first), second), *case.arrays))
 
 
+WIDE = {"w": normal(2, 16, 16)}  # with a rank of 16 the planner merges, unless another `lora` traces
+WIDE_ADAPTED = jax.tree.map(lambda x: x / 8, adapted(WIDE, {"w": "bio"}, rank=16))
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["plain", "in a jit of the user's"])
+def test_an_adapted_model_that_was_called_before_can_be_adapted_again(jit: bool) -> None:
+    block = jax.jit(layer)
+    net = lambda params, x: lax.scan(lambda x, w: (block(x, w), None), x, params["w"])[0]  # noqa: E731
+    adapted_net, x = lj.lora(net), normal(128, 16)
+    assert lj.explain(net, WIDE, WIDE_ADAPTED, x).rows[0].used.startswith("merged")
+    inner = lambda params, x: adapted_net(params, WIDE_ADAPTED, x)  # noqa: E731
+    inner = jax.jit(inner) if jit else inner
+    inner(WIDE, x)  # what JAX keeps of this call is not for the next one
+    second = jax.tree.map(jnp.cos, WIDE_ADAPTED)
+    second["w"].arrays["b"] /= 32
+    got = lj.lora(inner)(WIDE, second, x)
+    assert_close(got, net(lj.merge(lj.merge(WIDE, WIDE_ADAPTED), second), x), {"float32": 1e-4})
+
+
+@pytest.mark.parametrize("x64", [True, False])
+def test_what_is_kept_of_a_call_is_not_for_another_setting_of_jax(x64: bool) -> None:
+    apply = lj.lora(STACK.apply)
+    apply(STACK.params, STACK.adapter, *STACK.arrays)
+    with jax.enable_x64(x64):
+        params, adapter, x = jax.tree.map(
+            lambda leaf: np.asarray(leaf, float), (STACK.params, STACK.adapter, STACK.arrays)
+        )
+        got, expected = apply(params, adapter, *x), STACK.apply(lj.merge(params, adapter), *x)
+        assert got.dtype == (jnp.float64 if x64 else jnp.float32)
+        np.testing.assert_allclose(got, expected, rtol=1e-12 if x64 else 1e-5)
+
+
 # Nothing is compiled again, nothing leaks
+
+
+def test_a_model_that_is_gone_leaves_no_program_and_no_constant() -> None:
+    def call(number: int) -> None:
+        constant = jnp.full(4, float(number))
+        block = jax.jit(lambda x, w: layer(x, w) + constant)
+        apply = lambda params, x: lax.scan(lambda x, w: (block(x, w), None), x, params["w"])[0]  # noqa: E731
+        params = {"w": normal(2, 4, 4)}
+        lj.lora(apply)(params, adapted(params, {"w": "bio"}), normal(3, 4)).block_until_ready()
+
+    def held() -> int:
+        return len(jax.live_arrays()) + len(jax.devices()[0].client.live_executables())
+
+    call(0)
+    before = held()
+    for number in range(1, 13):
+        call(number)
+    assert held() <= before + 4
 
 
 def test_a_second_call_with_new_values_traces_nothing() -> None:

@@ -41,11 +41,11 @@ def error(refusals: Sequence[Refusal]) -> UnsupportedError:
     formable = dense_list(first)
     advice = "" if not formable else f", or let {{}} be formed there: lora(apply, dense={formable})"
     if len(first) == 1:
-        ((paths, primitive, reason, line, _),) = first
+        (only,) = first
         return UnsupportedError(
-            f"Expected the adapted kernel {_names(paths)} to be used in ways that have a low-rank form; it reaches "
-            f"`{primitive}`: {reason}.",
-            line,
+            f"Expected the adapted kernel {_names(only.paths)} to be used in ways that have a low-rank form; it "
+            f"reaches `{only.primitive}`: {only.reason}.",
+            only.line,
             f"Leave it out of the spec{advice.format('it')}.",
         )
     lines = [f"\n  {_names(r.paths)} reaches `{r.primitive}`: {r.reason}.\n    at {r.line}" for r in first[:SHOWN]]
