@@ -157,6 +157,15 @@ def varying(x: Any) -> frozenset[str]:
     return names
 
 
+def compute_on(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function on another kind of processor: in JAX 0.10 `compute_on2`, as `compute_on` was a context there."""
+    from jax.experimental import compute_on as module  # loaded where a model has loaded it
+
+    wrap: Any = getattr(module, "compute_on2", None) or module.compute_on
+    rebuilt: Callable[..., Any] = wrap(function, **options)
+    return rebuilt
+
+
 def compiler_options(platform: str) -> dict[str, str]:
     """With which a program for one platform is laid out as one for another would be.
 

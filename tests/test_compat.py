@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from law import adapted, normal
+from law import adapted, assert_law, normal
 
 import lora_jax as lj
-from lora_jax._compat import SUPPORTED, Jaxpr, JaxprEqn, normal_parameters, parameters
+from lora_jax._compat import SUPPORTED, Jaxpr, JaxprEqn, compute_on, normal_parameters, parameters
 from lora_jax._transform import _interpreter
 
 PARAMS = {"w": normal(3, 4, 4)}
@@ -62,3 +62,14 @@ def test_lora_raises_it_where_a_rule_meets_such_an_equation(monkeypatch: pytest.
     monkeypatch.setattr(_interpreter, "live_equations", newer)
     with pytest.raises(lj.UnsupportedError, match=r"`scan` .*'prefetch'"):
         lj.lora(stack)(PARAMS, adapted(PARAMS, {"w": "bio"}), normal(2, 4))
+
+
+def test_a_part_that_computes_on_the_host_does_so_with_its_factors() -> None:
+    where = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Device}
+
+    def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        return compute_on(lambda w, x: jnp.sin(x @ w), **where)(params["w"][0], x) @ params["w"][1]
+
+    adapter = adapted(PARAMS, {"w": "bio"})
+    assert_law(apply, PARAMS, adapter, normal(2, 4))
+    assert "_xla_compute_type" in jax.jit(lj.lora(apply)).lower(PARAMS, adapter, normal(2, 4)).as_text()

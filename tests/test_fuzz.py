@@ -23,6 +23,7 @@ WANTED = 20_000
 ELSEWHERE = {
     "all_gather",
     "closed_call",
+    "compute_on",
     "eval_jaxpr",
     "pvary",
     "reduce_precision",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
-from .._compat import ClosedJaxpr, is_unspecified, primitives
+from .._compat import ClosedJaxpr, compute_on, is_unspecified, primitives
 from ._interpreter import NoRule, Site, Value, interpret
 from ._kept import kept
 from ._placement import shardings
@@ -101,6 +102,27 @@ def _remat(
 def _closed_call(site: Site, *operands: Value, call_jaxpr: ClosedJaxpr) -> list[Value]:
     """The function in the call."""
     return site.interpret(call_jaxpr, operands)
+
+
+@rule("compute_on", "rebuilt")
+def _compute_on(
+    site: Site,
+    *operands: Value,
+    jaxpr: ClosedJaxpr,
+    compute_type: str,
+    out_memory_spaces: Sequence[Any],
+    compiler_options_json: str | None,
+) -> list[Value]:
+    """`compute_on`: the factors' products are computed there too; a kernel that it returns is refused."""
+
+    def run(*operands: Value) -> tuple[Array, ...]:
+        return tuple(site.dense(out, "`compute_on` returns the kernel") for out in site.interpret(jaxpr, operands))
+
+    options = None if compiler_options_json is None else json.loads(compiler_options_json)
+    where = compute_on(
+        run, compute_type=compute_type, out_memory_spaces=tuple(out_memory_spaces), compiler_options=options
+    )
+    return list(where(*operands))
 
 
 @rule(primitives.cond_p, "rebuilt")
