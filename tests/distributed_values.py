@@ -1,0 +1,70 @@
+"""Compares kernels that no process has all of: run by test_distributed.py in several processes."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import lora_jax as lj
+from lora_jax import starts
+from lora_jax._fingerprint import fingerprint
+
+SPEC = {"kernel": lj.LoRA(rank=2, alpha=4, axes="io"), "layers": lj.AdaLoRA(rank=2, alpha=4, axes="bio")}
+SHARDED = {"kernel": P(None, "x"), "layers": P("x")}
+
+
+def make_base() -> dict[str, Any]:
+    draw = np.random.default_rng(0).normal
+    return {name: draw(size=size).astype(np.float32) for name, size in (("kernel", (16, 8)), ("layers", (4, 8, 4)))}
+
+
+def run() -> dict[str, Any]:
+    """Every comparison, with kernels in the memory of the devices and of the hosts; says what came out."""
+    mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
+    shardings = {name: NamedSharding(mesh, spec) for name, spec in SHARDED.items()}
+
+    def make(base: Any) -> Any:
+        adapter = lj.init(jax.random.key(0), base, SPEC)
+        return jax.tree.map(lambda leaf: leaf + 0.1, adapter)
+
+    local = make_base()
+    places = {"kernel": NamedSharding(mesh, P()), "layers": shardings["layers"]}
+    adapter = jax.jit(make, out_shardings=places)(jax.device_put(local, shardings))
+    return {
+        kind: compare({name: its.with_memory_kind(kind) for name, its in shardings.items()}, local, adapter)
+        for kind in ("device", "pinned_host")
+    }
+
+
+def compare(shardings: Any, local: Any, adapter: Any) -> dict[str, Any]:
+    base, other = jax.device_put(local, shardings), jax.device_put({n: x + 1 for n, x in local.items()}, shardings)
+    assert not any(leaf.is_fully_addressable for leaf in (*base.values(), adapter["layers"].e))
+    merged, taken = lj.merge(base, adapter, report=True)
+    _, drift = lj.unmerge(merged, adapter, report=True)
+    restored = lj.unmerge(merged, adapter, base=base)
+    began = starts.pissa({"kernel": adapter["kernel"]}, base)
+    extracted = lj.extract(base, other, {"kernel": SPEC["kernel"]})[0]
+    plain = starts.as_plain(began.adapter, base, *began)
+    compacted = lj.adaptive.compact({"layers": adapter["layers"]})
+    lj.analysis.plot_singular_values(lj.analysis.singular_values(adapter))
+    return {
+        "fingerprint": fingerprint(base),
+        "errors": {path: rounding.max_error for path, rounding in taken.items()},
+        "drift": drift,
+        "restored": all(restored[name] is base[name] for name in base),
+        "another base": said(lambda: lj.unmerge(merged, adapter, base=other)),
+        "another start": said(lambda: starts.as_plain(began.adapter, other, *began)),
+        "ranks": {"as_plain": plain["kernel"].variant.rank, "compact": compacted["layers"].variant.rank},
+        "extracted": [*extracted],
+    }
+
+
+def said(call: Any) -> str:
+    """The first line of the error that a call raises."""
+    try:
+        call()
+    except lj.LoRAError as error:
+        return str(error).splitlines()[0]
+    return "nothing"
