@@ -76,8 +76,8 @@ class Stages:
 
 def few_stages(root: Path) -> Stages:
     """Two processes, one, two, one, with some arrays sharded and some not; and what else two can be asked."""
-    first = together(2, 4, root, "train:mixed:4x2:3")
-    second = distributed_process.train(root, "mixed", "2x2", 5)
+    first = together(2, 2, root, "train:mixed:2x2:3")
+    second = distributed_process.train(root, "mixed", "2x4", 5)
     damaged = Path(shutil.copytree(root / "mixed", root / "damaged" / "mixed"))
     for file in (damaged / "5" / "state" / "d").iterdir():
         content = bytearray(file.read_bytes())
@@ -86,7 +86,7 @@ def few_stages(root: Path) -> Stages:
     third = together(2, 2, root, "train:mixed:1x4:6", "values", "save", "damaged:mixed:2x2")
     fourth = distributed_process.train(root, "mixed", "1x1", 7)
     said = {task.partition(":")[0]: [process[task] for process in third] for task in third[0]}
-    training = [first[0]["train:mixed:4x2:3"], second, third[0]["train:mixed:1x4:6"], fourth]
+    training = [first[0]["train:mixed:2x2:3"], second, third[0]["train:mixed:1x4:6"], fourth]
     return Stages(("mixed",), training, said)
 
 
@@ -151,8 +151,8 @@ def test_kernels_of_which_no_process_has_all_are_compared_on_their_devices(memor
         assert got["restored"]
         assert got["another base"].endswith("to be the merge of `base` and the adapter; 2 of 2 leaves are not.")
         assert got["another start"].endswith("trained from this start of this base; 1 kernels differ.")
-        assert (got["ranks"], got["extracted"]) == ({"as_plain": 4, "compact": 2}, ["kernel"])
-        assert 0 < got["errors"]["kernel"] < got["drift"]["kernel"] < 1e-5
+        assert (got["rank as plain"], got["rank compact"]) == (4, 2)
+        assert 0 < got["drift"] < 1e-5
 
 
 def wait_for(step: Path) -> None:
