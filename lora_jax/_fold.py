@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
 
 from ._adapter import AdaptedKernel, Adapter, delta, materialise
 from ._contract import widest
+from ._values import is_concrete, near
 
 
 class Rounding(NamedTuple):
@@ -48,22 +48,21 @@ def unfold(w: Any, part: Adapter) -> Any:
 
 def rounding(w: Any, part: Adapter, folded: Any) -> Rounding:
     """What was lost between `w` and its adapter, and `fold` of them."""
-    if isinstance(w, Array):
-        w, folded = _near(w), _near(folded)
-    with _precision_of(w):
-        return Rounding(*map(float, _jitted(_measure, None)(w, part, folded)))
+    with precision_of(w):
+        return Rounding(*map(float, _jitted(_measure, None)(near(w), part, near(folded))))
 
 
 def drift_bound(merged: Any, restored: Any) -> float:
     """A bound on what two casts took: half a unit in the last place of the largest element, each."""
     info = jnp.finfo(merged.dtype)
     least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))  # processors flush what is smaller
-    return sum(max(float(info.eps) / 2 * float(abs(leaf).max()), least) for leaf in (merged, restored))
+    largest = (float(abs(near(leaf)).max()) for leaf in (merged, restored))
+    return sum(max(float(info.eps) / 2 * each, least) for each in largest)
 
 
-def is_concrete(x: Any) -> bool:
-    """Whether an array has values, as it does outside a trace."""
-    return not isinstance(x, Tracer)
+def precision_of(w: Any) -> Any:
+    """A context in which NumPy's float64 is not cut to float32."""
+    return jax.enable_x64(True) if w.dtype == np.float64 else contextlib.nullcontext()
 
 
 def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
@@ -108,22 +107,10 @@ def _on_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
         return function(jnp.asarray(w), part)
     with jax.ensure_compile_time_eval():  # also under `jit`, for arrays that it does not trace
         if isinstance(w, np.ndarray):
-            with _precision_of(w):
+            with precision_of(w):
                 return np.array(_jitted(function, None)(w, part))
-        near = _near(w)
-        return jax.device_put(_jitted(function, near.sharding)(near, part), w.sharding)
-
-
-def _near(w: Array) -> Array:
-    """The leaf in its devices' own memory, to compute with; it may be kept in the host's."""
-    device: Any = next(iter(w.sharding.device_set))
-    kind = device.default_memory().kind
-    return w if w.sharding.memory_kind == kind else jax.device_put(w, w.sharding.with_memory_kind(kind))
-
-
-def _precision_of(w: Any) -> Any:
-    """A context in which NumPy's float64 is not cut to float32."""
-    return jax.enable_x64(True) if w.dtype == np.float64 else contextlib.nullcontext()
+        leaf = near(w)
+        return jax.device_put(_jitted(function, leaf.sharding)(leaf, part), w.sharding)
 
 
 @functools.cache

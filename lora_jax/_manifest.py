@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 
 from ._adapter import Adapter, Adapters
 from ._errors import CheckpointError, listed
-from ._fingerprint import content_differences, fingerprint, structural_differences
+from ._fingerprint import content_differences, fingerprint, saved_weights, structural_differences, weights_of
 from ._paths import flatten, nearest
 from ._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, LowRank, Rows, RSLoRA, Variant, VeRA
 from ._version import __version__
@@ -59,7 +59,7 @@ def describe(adapter: Adapters, base: Any) -> dict[str, Any]:
         "version": VERSION,
         "lora_jax": __version__,
         "adapter": {path: _describe_part(part) for path, part in adapter.items()},
-        "base": fingerprint(base),
+        "base": fingerprint(base, adapter),
     }
 
 
@@ -135,11 +135,11 @@ def place(array: Any, sharding: Sharding | None) -> Any:
 
 def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, where: object) -> None:
     """Raises `CheckpointError` with the first differences if `base` is not the one that the adapter was saved with."""
-    given = fingerprint(base)
     with _reading(where):
-        saved = manifest["base"]
-        structure, content = structural_differences(saved, given), content_differences(saved, given)
-    found = structure or ([] if allow_base_mismatch else content)
+        adapted = manifest["adapter"]
+        saved, given = saved_weights(manifest["base"], adapted), weights_of(base, adapted)
+        structure = structural_differences(saved, given)
+        found = structure or ([] if allow_base_mismatch else content_differences(saved, given))
     if not found:
         return
     advice = (

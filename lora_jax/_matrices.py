@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from ._adapter import Adapter
 from ._axes import axes_of_a, axes_of_b, axes_with, sizes
 from ._contract import widest
+from ._values import near
 from ._variants import LowRank
 
 
@@ -69,7 +70,7 @@ def scale_of(part: Adapter) -> float:
 
 def kernel_matrix(w: Any, axes: str) -> Array:
     """A kernel in float32 at least, flattened: (batch…, in, out)."""
-    wide = whole(jnp.asarray(w, widest(w.dtype, jnp.float32)))
+    wide = whole(jnp.asarray(near(w), widest(w.dtype, jnp.float32)))
     by_role = [axes_with(axes, role) for role in "bio"]
     batch, d_in, d_out = ([wide.shape[axis] for axis in its] for its in by_role)
     ordered = jnp.transpose(wide, [axis for its in by_role for axis in its])

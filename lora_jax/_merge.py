@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from ._adapter import Adapter, Adapters
 from ._attach import check
 from ._errors import MergeError, listed
-from ._fold import Rounding, drift_bound, fold, is_concrete, rounding, unfold
+from ._fold import Rounding, drift_bound, fold, rounding, unfold
 from ._paths import flatten, unflatten
+from ._values import equal, is_concrete, is_finite
 from ._variants import Variant
 
 
@@ -138,7 +137,7 @@ def _check_finite(adapter: Adapters) -> None:
         f"{path!r}: {name}"
         for path, part in adapter.items()
         for name, array in part.arrays.items()
-        if is_concrete(array) and not _is_finite(array)
+        if is_concrete(array) and not is_finite(array)
     ]
     if bad:
         raise MergeError(
@@ -151,18 +150,13 @@ def _check_overflow(leaves: Mapping[str, Any], folded: Mapping[str, Any]) -> Non
     bad = [
         f"{path!r} ({leaf.dtype})"
         for path, leaf in folded.items()
-        if is_concrete(leaf) and not _is_finite(leaf) and _is_finite(leaves[path])
+        if is_concrete(leaf) and not is_finite(leaf) and is_finite(leaves[path])
     ]
     if bad:
         raise MergeError(
             f"Expected merged leaves to fit their dtype; {len(bad)} overflow.\n{listed(bad)}\n"
             "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
         )
-
-
-def _is_finite(array: Any) -> bool:
-    with jax.ensure_compile_time_eval():  # under `jit` an array from outside still has values
-        return bool(jnp.isfinite(array).all())
 
 
 def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
@@ -223,7 +217,7 @@ def _kept(leaves: Mapping[str, Any], adapter: Adapters, base: Mapping[str, Any])
 
 
 def _differ(one: Any, other: Any) -> bool:
-    return is_concrete(one) and is_concrete(other) and not np.array_equal(one, other)
+    return is_concrete(one) and is_concrete(other) and not equal(one, other)
 
 
 def _without(path: str, leaf: Any, part: Adapter) -> Any:

@@ -9,12 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jax import Array
 
 from ._errors import AdapterError
 from ._measures import Amplification, Intruders
+from ._values import on_host
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +162,7 @@ def _layers(found: Mapping[str, Array], rest: int) -> dict[str, Any]:
         raise AdapterError("Expected something to plot; got nothing.\n  Was anything adapted with factors?")
     layers = {}
     for path, values in found.items():
-        array = np.asarray(jax.device_get(values))
+        array = on_host(values)
         for index in np.ndindex(array.shape[: array.ndim - rest]):
             layers[f"{path}{list(index) if index else ''}"] = array[index]
     return layers

@@ -1,13 +1,6 @@
-"""Trains in one of several processes, from a checkpoint if there is one, and saves: run by test_distributed.py.
-
-`python distributed_run.py ADDRESS COUNT INDEX ROOT SHAPE UNTIL`: as process INDEX of COUNT, which meet at ADDRESS, over
-a mesh of SHAPE (such as `4x2`) of all their devices, with checkpoints in ROOT, until step UNTIL. Process 0 prints, as
-one line of JSON, the losses and what was restored and saved, as digests.
-"""
+"""Trains in one of several processes, from a checkpoint if there is one, and saves: run by test_distributed.py."""
 
 import hashlib
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +10,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from helpers import bits
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
@@ -29,6 +22,7 @@ SPEC = {"up/kernel": lj.LoRA(rank=4, alpha=8, dropout=0.1), "down/*": lj.RSLoRA(
 LAYOUTS = {
     "fsdp": {"up/kernel": P("data", "model"), "down/kernel": P(("data", "model")), "bias": P("data")},
     "data parallel": {"up/kernel": P(), "down/kernel": P(), "bias": P()},
+    "mixed": {"up/kernel": P("data", "model"), "down/kernel": P(), "bias": P("data")},
 }
 
 
@@ -105,6 +99,7 @@ def digest(tree: Any, mesh: Mesh) -> str:
 
 
 def run(root: Path, name: str, mesh: Mesh, until: int) -> dict[str, Any]:
+    """Trains until a step, with checkpoints in `root`; says the losses and, as digests, what was restored and saved."""
     layout, single = LAYOUTS[name], root / f"{name}, adapter"
     base = make_base(layout, mesh)
     adapter, state = start(base, layout, mesh)
@@ -128,14 +123,3 @@ def run(root: Path, name: str, mesh: Mesh, until: int) -> dict[str, Any]:
             manager.save(number + 1, args=ocp.args.Composite(**items))
         lj.save(single, adapter, base=base)
     return report | {"saved": digest((adapter, state), mesh), "steps": list(manager.all_steps())}
-
-
-if __name__ == "__main__":
-    address, count, index, root, shape, until = sys.argv[1:]
-    if int(count) > 1:
-        jax.distributed.initialize(address, int(count), int(index))
-    sizes = tuple(map(int, shape.split("x")))
-    mesh = jax.make_mesh(sizes, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    reports = {name: run(Path(root), name, mesh, int(until)) for name in LAYOUTS}
-    if jax.process_index() == 0:
-        print(json.dumps(reports))

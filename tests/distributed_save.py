@@ -1,7 +1,6 @@
 """Saves an adapter alone while a manager still saves in the background: run by test_distributed.py.
 
-`python distributed_save.py ADDRESS COUNT INDEX ROOT`: as process INDEX of COUNT, which meet at ADDRESS. Process 0 takes
-long to delete the manager's old step, so that the others wait for it in the background while all save.
+Process 0 takes long to delete the manager's old step, so that the others wait for it in the background while all save.
 """
 
 import sys
@@ -23,17 +22,17 @@ def delete_slowly(event: str, args: tuple[Any, ...]) -> None:
         time.sleep(2)
 
 
-if __name__ == "__main__":
-    address, count, index, root = sys.argv[1:]
-    jax.distributed.initialize(address, int(count), int(index))
+def run(root: Path) -> dict[str, list[str]]:
+    """Saves both ways to a new directory; says which steps are left."""
     if jax.process_index() == 0:
         sys.addaudithook(delete_slowly)
     base = {"kernel": np.ones((4, 3), np.float32)}
     adapter = lj.init(jax.random.key(0), base, {"kernel": lj.LoRA(rank=2, alpha=4)})
     adapter = jax.tree.map(np.asarray, adapter)  # Orbax saves no array that lies in one process alone
     options = ocp.CheckpointManagerOptions(max_to_keep=1)
-    with ocp.CheckpointManager(Path(root) / "run", options=options) as manager:
+    with ocp.CheckpointManager(root / "run", options=options) as manager:
         for step in range(3):
             manager.save(step, args=ocp.args.Composite(adapter=AdapterSave(adapter, base=base)))
-            lj.save(Path(root) / "alone", adapter, base=base)
-            lj.restore(Path(root) / "alone", base=base)
+            lj.save(root / "alone", adapter, base=base)
+            lj.restore(root / "alone", base=base)
+    return {name: [step.name for step in (root / name).iterdir()] for name in ("run", "alone")}

@@ -28,6 +28,7 @@ LAYERS = [
     "_placement",
     "_keys",
     "_contract",
+    "_values",
     "_use",
     "_table",
     "_operations",

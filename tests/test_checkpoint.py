@@ -2,6 +2,8 @@
 
 import asyncio
 import dataclasses
+import gc
+import itertools
 import json
 import shutil
 import subprocess
@@ -17,15 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import stored_run
 from etils import epath
-from helpers import environment
+from flax import nnx
+from helpers import bits, environment
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 from zoo import ZOO
 
 import lora_jax as lj
 from lora_jax import _checksums, _fingerprint
 from lora_jax._manifest import _VARIANTS
-from lora_jax.checkpoint import AdapterRestore, AdapterSave, restore, save
+from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, restore, save
 
 P = PartitionSpec
 
@@ -323,8 +327,9 @@ def test_any_change_of_scale_or_of_a_whole_row_shows_in_the_fingerprint() -> Non
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("shape", [(), (0, 4), (3,), (64, 32), (16, 4, 8)], ids=str)
 def test_the_fingerprint_does_not_depend_on_where_the_base_lies(shape: tuple[int, ...], kind: AxisType) -> None:
-    leaf = jnp.where(normal(shape) < 0, -0.0, 1.5)
-    expected = _fingerprint.fingerprint({"leaf": np.asarray(leaf)})
+    # Numbers that addition changes: −0 becomes 0, and a processor may take the smallest for 0.
+    leaf = np.resize(np.array([-0.0, 1.5, 1e-40, -1e-40, np.nan, np.inf], np.float32), shape)
+    expected = _fingerprint.fingerprint({"leaf": leaf})
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
     specs = [P()] if len(shape) < 2 or not leaf.size else [P("x"), P(None, "y"), P(("x", "y"))]
     places: list[Any] = [jax.devices()[3], *(NamedSharding(mesh, spec) for spec in specs)]
@@ -343,11 +348,167 @@ def test_no_leaf_is_gathered_whole_for_its_fingerprint() -> None:
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 64 * 32
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e5m2", "float4_e2m1fn", "int8", "int4", "complex64"])
+def test_the_fingerprint_holds_the_bits_of_every_dtype(dtype: str) -> None:
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    leaf = (np.arange(64).reshape(16, 4) % 7).astype(jnp.dtype(dtype))
+    if jnp.issubdtype(dtype, np.floating):
+        leaf = (leaf.astype(np.float32) * float(jnp.finfo(dtype).smallest_subnormal)).astype(dtype)
+    expected = _fingerprint.fingerprint({"leaf": leaf}, {"leaf"})
+    assert "content" in expected["leaf"]
+    for place in (jax.devices()[0], NamedSharding(mesh, P("x"))):
+        assert _fingerprint.fingerprint({"leaf": jax.device_put(leaf, place)}, {"leaf"}) == expected
+    changed = leaf.copy()
+    changed[3, 1] = 2
+    assert _fingerprint.fingerprint({"leaf": changed}, {"leaf"}) != expected
+
+
 def test_leaves_that_are_no_weights_are_known_by_their_type() -> None:
-    assert _fingerprint.fingerprint({"key": jax.random.key(0), "name": "gelu", "none": None}) == {
+    others = {"key": jax.random.key(0), "name": "gelu", "none": None, "count": jnp.uint32(3), "mask": np.ones(2, bool)}
+    assert _fingerprint.fingerprint(others) == {
+        "count": {"shape": [], "dtype": "uint32"},
         "key": {"shape": [], "dtype": "key<fry>"},
+        "mask": {"shape": [2], "dtype": "bool"},
         "name": {"shape": [], "dtype": "str"},
     }
+
+
+class Dropping(nnx.Module):
+    """A model whose state changes when it is called, though no weight does."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear, self.dropout = nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.dropout(self.linear(x))
+
+
+def test_a_model_that_has_drawn_dropout_masks_is_the_same_base(tmp_path: Path) -> None:
+    model = Dropping(nnx.Rngs(0))
+    adapter = lj.init(jax.random.key(1), nnx.state(model), {"linear/kernel": lj.LoRA(rank=2, alpha=4)})
+    model(jnp.ones((1, 8)))
+    save(tmp_path, adapter, base=nnx.state(model))
+    assert_same(restore(tmp_path, base=nnx.state(Dropping(nnx.Rngs(0, dropout=7)))), adapter)
+    assert_same(restore(tmp_path, base=nnx.state(model, nnx.Param)), adapter)
+    assert "'linear/kernel' holds other values" in error(tmp_path, base=nnx.state(Dropping(nnx.Rngs(1))))
+
+
+def test_only_weights_make_a_base_another_one(tmp_path: Path) -> None:
+    """Adapted leaves of any dtype, and all floating-point numbers; of nothing else even the presence counts."""
+    weights = {"packed": np.arange(12, dtype=np.int8).reshape(4, 3), "norm": 0.5, "kernel": normal((4, 3))}
+    others = {"step": 3, "mask": np.array([True]), "ids": jnp.arange(3), "key": jax.random.key(0), "name": "gelu"}
+    adapter = lj.init(jax.random.key(0), {"packed": jnp.ones((4, 3))}, {"packed": lj.LoRA(rank=2, alpha=4)})
+    save(tmp_path, adapter, base=weights | others)
+    other = {"step": 4, "mask": np.array([False]), "ids": jnp.arange(4), "key": jax.random.PRNGKey(1), "name": None}
+    for rest in ({}, other, {"more": np.arange(2)}):
+        assert_same(restore(tmp_path, base=weights | rest), adapter)
+    for name, value in {"packed": -weights["packed"], "norm": 0.25, "kernel": normal((4, 3), seed=1)}.items():
+        assert error(tmp_path, base=weights | {name: value}).count("holds other values") == 1
+    assert "'packed' has dtype int32; it had int8" in error(tmp_path, base=weights | {"packed": np.ones((4, 3), int)})
+
+
+WIDE = np.random.default_rng(0).normal(size=(16, 8))  # NumPy's float64, of which JAX makes float32
+KINDS = {"float64": WIDE, "float32": WIDE.astype(np.float32), "jax": jnp.asarray(WIDE)}
+
+
+@pytest.mark.parametrize(("had", "given"), itertools.product(KINDS, KINDS))
+def test_a_base_is_compared_at_the_precision_that_jax_gives_it(had: Any, given: Any, tmp_path: Path) -> None:
+    had, given = KINDS[had], KINDS[given]
+    adapter = lj.init(jax.random.key(0), {"kernel": had}, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    save(tmp_path, adapter, base={"kernel": had})
+    assert_same(restore(tmp_path, base={"kernel": given}), adapter)
+    assert "'kernel' holds other values" in error(tmp_path, base={"kernel": given + np.float32(1e-6)})
+    with jax.enable_x64(True):
+        assert "'kernel' has dtype float64; it had float32" in error(tmp_path, base={"kernel": WIDE})
+
+
+def test_a_base_in_64_bits_is_compared_in_64_bits(tmp_path: Path) -> None:
+    with jax.enable_x64(True):
+        adapter = lj.init(jax.random.key(0), {"kernel": WIDE}, {"kernel": lj.LoRA(rank=2, alpha=4)})
+        save(tmp_path, adapter, base={"kernel": WIDE})
+        restore(tmp_path, base={"kernel": jnp.asarray(WIDE)})
+        assert "'kernel' holds other values" in error(tmp_path, base={"kernel": WIDE + 1e-12})
+    restore(tmp_path, base={"kernel": WIDE})
+
+
+def look_ups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The shapes of all leaves whose values are looked up from here on."""
+    shapes, look_up = [], _fingerprint._look_up
+
+    def counted(values: jax.Array, *args: Any) -> Any:
+        shapes.append(values.shape)
+        return look_up(values, *args)
+
+    monkeypatch.setattr(_fingerprint, "_look_up", counted)
+    return shapes
+
+
+def test_a_base_is_looked_at_once_for_all_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, shapes = make_base(), look_ups(monkeypatch)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        for step in range(3):
+            manager.save(step, args=ocp.args.Composite(adapter=AdapterSave(make_adapter(), base=base)))
+            assert len(shapes) == len(jax.tree.leaves(base))
+        base["layers"][1] = {"kernel": normal((16, 8), seed=9), "bias": base["layers"][1]["bias"]}
+        manager.save(3, args=ocp.args.Composite(adapter=AdapterSave(make_adapter(), base=base)))
+    assert shapes[5:] == [(16, 8)]
+    restore(tmp_path, base=base)
+    assert len(shapes) == 6
+    assert "'layers/1/kernel' holds other values" in error(tmp_path, base=make_base())
+
+
+def test_what_was_looked_up_is_never_taken_for_another_array() -> None:
+    gc.collect()
+    before = len(_fingerprint._found)
+    for number in range(50):  # most of them are at the address of one before
+        leaf = jnp.full((4, 3), float(number))
+        expected = _fingerprint.fingerprint(np.full((4, 3), number, np.float32))
+        assert _fingerprint.fingerprint(leaf) == _fingerprint.fingerprint(leaf) == expected
+    del leaf
+    assert len(_fingerprint._found) == before
+    leaf = np.zeros((4, 3), np.float32)
+    zeros = _fingerprint.fingerprint(leaf)
+    leaf[1, 1] = 1  # an array of NumPy's may change
+    assert _fingerprint.fingerprint(leaf) != zeros
+
+
+def test_a_base_that_was_donated_is_an_error(tmp_path: Path) -> None:
+    base = make_base()
+    save(tmp_path, make_adapter(), base=base)
+    jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(base))
+    with pytest.raises(lj.CheckpointError, match="'layers/0/bias' is gone: it was donated to a jitted function"):
+        save(tmp_path, make_adapter(), base=base)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What earlier versions stored
+
+
+def test_a_run_that_version_1_stored_is_restored_with_its_base() -> None:
+    base, adapter = stored_run.base(), stored_run.adapter()
+    manifest = json.loads((stored_run.STORED / "5" / "adapter" / "adapter.json").read_text())
+    assert (manifest["version"], manifest["lora_jax"]) == (1, "0.1.0")
+    assert {part["variant"]["name"] for part in manifest["adapter"].values()} == set(_VARIANTS)
+    assert_same(restore(stored_run.STORED, base=base), adapter)
+    with ocp.CheckpointManager(stored_run.STORED) as manager:
+        items = {"adapter": AdapterRestore(base=base), "state": StateRestore(stored_run.state())}
+        restored = manager.restore(5, args=ocp.args.Composite(**items))
+    assert_same(restored.adapter, adapter)
+    assert bits(restored.state) == bits(stored_run.state())
+
+
+def test_a_base_that_version_1_described_is_checked_by_its_weights() -> None:
+    base = stored_run.base()
+    others = {"dropout": {"count": jnp.uint32(9), "key": jax.random.key(1)}}
+    assert_same(restore(stored_run.STORED, base=base | others), stored_run.adapter())
+    in_jax = jax.tree.map(jnp.asarray, base | {"activation": 0})
+    assert_same(restore(stored_run.STORED, base=in_jax), stored_run.adapter())
+    head = {"kernel": base["head"]["kernel"] + 1e-12, "mask": base["head"]["mask"]}
+    changes = {"embedding": -base["embedding"], "packed": -base["packed"], "head": head}
+    for name, value in changes.items():
+        assert f"'{name}{'/kernel' * (name == 'head')}' holds other values" in error(
+            stored_run.STORED, base=base | {name: value}
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,42 +1,42 @@
 """Several processes train, save, and go on as other processes on another mesh, as one process alone would."""
 
+import dataclasses
 import json
 import random
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import distributed_process
 import distributed_run
-import distributed_save
-import jax
+import distributed_values
 import numpy as np
 import pytest
+from distributed_process import mesh
 from helpers import environment
-from jax.sharding import AxisType, Mesh
+
+from lora_jax._fingerprint import fingerprint
 
 SECONDS = 200  # after which a run hangs
 
 
-def begin(count: int, devices: int, root: Path, shape: str, until: int) -> list[subprocess.Popen[str]]:
-    """Starts `distributed_run.py` in so many processes of so many devices."""
-    return begin_program(distributed_run.__file__, count, devices, str(root), shape, str(until))
-
-
-def begin_program(file: str, count: int, devices: int, *arguments: str) -> list[subprocess.Popen[str]]:
-    """Starts a program in so many processes of so many devices, as `ADDRESS COUNT INDEX`, then its own arguments."""
+def begin(count: int, devices: int, root: Path, *tasks: str) -> list[subprocess.Popen[str]]:
+    """Starts `distributed_process.py` in so many processes of so many devices."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    program = [sys.executable, file, address, str(count)]
+    program = [sys.executable, distributed_process.__file__, address, str(count)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return [
-        subprocess.Popen([*program, str(index), *arguments], env=environment(XLA_FLAGS=flags), **pipes)
+        subprocess.Popen([*program, str(index), str(root), *tasks], env=environment(XLA_FLAGS=flags), **pipes)
         for index in range(count)
     ]
 
@@ -52,49 +52,107 @@ def end(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
 
 
-def together(count: int, devices: int, root: Path, shape: str, until: int) -> dict[str, Any]:
-    ended = end(begin(count, devices, root, shape, until))
+def together(count: int, devices: int, root: Path, *tasks: str) -> list[dict[str, Any]]:
+    """What each of several processes says of its tasks."""
+    ended = end(begin(count, devices, root, *tasks))
     assert [code for code, _, _ in ended] == [0] * count, "\n".join(errors[-2000:] for _, _, errors in ended)
-    report: dict[str, Any] = json.loads(ended[0][1].splitlines()[-1])  # gloo prints, too
-    return report
+    return [json.loads(output.splitlines()[-1]) for _, output, _ in ended]  # gloo prints, too
 
 
-def mesh(data: int, model: int) -> Mesh:
-    devices = jax.devices()[: data * model]
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """One run after another of the same training, each from what the one before it has saved.
+
+    Attributes:
+      layouts: those that were trained.
+      training: what the first process of each stage says, by layout.
+      said: what all processes say of their other tasks.
+    """
+
+    layouts: tuple[str, ...]
+    training: list[dict[str, Any]]
+    said: dict[str, list[Any]]
 
 
-def alone(root: Path, data: int, model: int, until: int) -> dict[str, Any]:
-    return {name: distributed_run.run(root, name, mesh(data, model), until) for name in distributed_run.LAYOUTS}
+def few_stages(root: Path) -> Stages:
+    """Two processes, one, two, one, with some arrays sharded and some not; and what else two can be asked."""
+    first = together(2, 2, root, "train:mixed:2x2:3")
+    second = distributed_process.train(root, "mixed", "2x4", 5)
+    damaged = Path(shutil.copytree(root / "mixed", root / "damaged" / "mixed"))
+    for file in (damaged / "5" / "state" / "d").iterdir():
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    third = together(2, 2, root, "train:mixed:1x4:6", "values", "save", "damaged:mixed:2x2")
+    fourth = distributed_process.train(root, "mixed", "1x1", 7)
+    said = {task.partition(":")[0]: [process[task] for process in third] for task in third[0]}
+    training = [first[0]["train:mixed:2x2:3"], second, third[0]["train:mixed:1x4:6"], fourth]
+    return Stages(("mixed",), training, said)
+
+
+def many_stages(root: Path) -> Stages:
+    names = "fsdp,data parallel"
+
+    def processes(count: int, devices: int, shape: str, until: int) -> dict[str, Any]:
+        task = f"train:{names}:{shape}:{until}"
+        report: dict[str, Any] = together(count, devices, root, task)[0][task]
+        return report
+
+    training = [processes(2, 4, "4x2", 3), processes(4, 1, "2x2", 5), processes(2, 2, "1x4", 6)]
+    training += [distributed_process.train(root, names, shape, until) for shape, until in (("1x1", 7), ("2x4", 8))]
+    return Stages(("fsdp", "data parallel"), training, {})
 
 
 @pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """One run after another of the same training, each from what the one before it has saved."""
-    root = tmp_path_factory.mktemp("stages")
-    return [
-        together(2, 4, root, "4x2", until=3),
-        together(4, 1, root, "2x2", until=5),
-        together(2, 2, root, "1x4", until=6),
-        alone(root, 1, 1, until=7),
-        alone(root, 2, 4, until=8),
-    ]
+def few(tmp_path_factory: pytest.TempPathFactory) -> Stages:
+    return few_stages(tmp_path_factory.mktemp("few"))
 
 
-@pytest.mark.parametrize("layout", distributed_run.LAYOUTS)
-def test_training_goes_on_in_other_processes_bit_for_bit(layout: str, stages: list[dict[str, Any]]) -> None:
-    reports = [stage[layout] for stage in stages]
-    assert [report["restored"] for report in reports[1:]] == [report["saved"] for report in reports[:-1]]
-    assert [report["alone"] for report in reports[1:]] == [report["adapter"] for report in reports[1:]]
-    assert [report["steps"] for report in reports] == [[2, 3], [4, 5], [5, 6], [6, 7], [7, 8]]
+@pytest.fixture(scope="module", params=["few", pytest.param("many", marks=pytest.mark.slow)])
+def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
+    """Few stages, or more of them, of more processes, with all arrays sharded and with none."""
+    yield request.getfixturevalue("few") if request.param == "few" else many_stages(tmp_path_factory.mktemp("many"))
 
 
-def test_the_losses_are_those_of_one_device(stages: list[dict[str, Any]], tmp_path: Path) -> None:
-    expected = distributed_run.run(tmp_path, "fsdp", mesh(1, 1), until=8)["losses"]  # where all layouts are one
-    assert len(set(expected)) == 8
-    for layout in distributed_run.LAYOUTS:
-        losses = [loss for stage in stages for loss in stage[layout]["losses"]]
+def test_training_goes_on_in_other_processes_bit_for_bit(stages: Stages) -> None:
+    for layout in stages.layouts:
+        reports = [stage[layout] for stage in stages.training]
+        assert [report["restored"] for report in reports[1:]] == [report["saved"] for report in reports[:-1]]
+        assert [report["alone"] for report in reports[1:]] == [report["adapter"] for report in reports[1:]]
+        ends = [[2, 3], [4, 5], [5, 6], [6, 7], [7, 8]]
+        assert [report["steps"] for report in reports] == ends[: len(reports)]
+
+
+def test_the_losses_are_those_of_one_device(stages: Stages, tmp_path: Path) -> None:
+    until = stages.training[-1][stages.layouts[0]]["steps"][-1]
+    expected = distributed_run.run(tmp_path, "fsdp", mesh("1x1"), until)["losses"]  # where all layouts are one
+    assert len(set(expected)) == until
+    for layout in stages.layouts:
+        losses = [loss for stage in stages.training for loss in stage[layout]["losses"]]
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
+
+
+def test_all_processes_name_a_file_that_has_changed(few: Stages) -> None:
+    for error in few.said["damaged"]:
+        assert "Expected a whole checkpoint" in error
+        assert re.search(r"'d/\w+' has changed", error)
+
+
+def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(few: Stages) -> None:
+    """Both meet the other processes at barriers of Orbax's; one would be refused where the other waits already."""
+    assert few.said["save"][0] == {"run": ["2"], "alone": ["2"]}
+
+
+@pytest.mark.parametrize("memory", ["device", "pinned_host"])
+def test_kernels_of_which_no_process_has_all_are_compared_on_their_devices(memory: str, few: Stages) -> None:
+    for said in few.said["values"]:
+        got = said[memory]
+        assert got["fingerprint"] == fingerprint(distributed_values.make_base())
+        assert got["restored"]
+        assert got["another base"].endswith("to be the merge of `base` and the adapter; 2 of 2 leaves are not.")
+        assert got["another start"].endswith("trained from this start of this base; 1 kernels differ.")
+        assert (got["rank as plain"], got["rank compact"]) == (4, 2)
+        assert 0 < got["drift"] < 1e-5
 
 
 def wait_for(step: Path) -> None:
@@ -109,13 +167,13 @@ def newest(run: Path) -> int:
 
 def test_training_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """A process with eight devices is killed as it saves one of the steps after the fourth, and another goes on."""
-    until = 25
-    (process,) = begin(1, 8, tmp_path / "killed", "4x2", until)
+    until = 12
+    (process,) = begin(1, 8, tmp_path / "killed", f"train:fsdp:4x2:{until}")
     wait_for(tmp_path / "killed" / "fsdp" / "4")
     process.kill()
     assert end([process])[0][0] == -signal.SIGKILL
-    resumed = distributed_run.run(tmp_path / "killed", "fsdp", mesh(4, 2), until)
-    straight = distributed_run.run(tmp_path / "straight", "fsdp", mesh(4, 2), until)
+    resumed = distributed_run.run(tmp_path / "killed", "fsdp", mesh("4x2"), until)
+    straight = distributed_run.run(tmp_path / "straight", "fsdp", mesh("4x2"), until)
     assert 1 <= len(resumed["losses"]) <= until - 4
     np.testing.assert_array_equal(resumed["losses"], straight["losses"][-len(resumed["losses"]) :])
     assert resumed["saved"] == straight["saved"]
@@ -125,12 +183,12 @@ def test_training_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
 def test_processes_of_which_one_is_killed_leave_a_whole_checkpoint(tmp_path: Path) -> None:
     """One of two is killed at any moment, then the other, which waits for it; two new ones go on."""
     draw, until = random.Random(0), 1000
-    expected = distributed_run.run(tmp_path / "straight", "fsdp", mesh(1, 1), until=60)["losses"]
+    expected = distributed_run.run(tmp_path / "straight", "fsdp", mesh("1x1"), until=60)["losses"]
     before, half = [], 0
     for _ in range(12):
         count = newest(tmp_path / "fsdp") if before else 0
         before.append(count)
-        processes = begin(2, 2, tmp_path, "2x2", until)
+        processes = begin(2, 2, tmp_path, f"train:fsdp:2x2:{until}")
         wait_for(tmp_path / "fsdp" / str(count + 2))
         time.sleep(draw.uniform(0, 0.3))
         draw.shuffle(processes)
@@ -141,27 +199,8 @@ def test_processes_of_which_one_is_killed_leave_a_whole_checkpoint(tmp_path: Pat
         half += any("orbax-checkpoint-tmp" in entry.name for entry in (tmp_path / "fsdp").iterdir())
         goes_on = newest(tmp_path / "fsdp")
         shutil.copytree(tmp_path / "fsdp", tmp_path / "copy" / "fsdp")
-        losses = distributed_run.run(tmp_path / "copy", "fsdp", mesh(1, 1), until=goes_on + 1)["losses"]
+        losses = distributed_run.run(tmp_path / "copy", "fsdp", mesh("1x1"), until=goes_on + 1)["losses"]
         np.testing.assert_allclose(losses, expected[goes_on : goes_on + 1], rtol=1e-5)
         shutil.rmtree(tmp_path / "copy")
     print(f"{len(before)} kills of one of two processes, {half} left a step half written; steps {before}")
     assert before == sorted(set(before))
-
-
-def test_all_processes_name_a_file_that_has_changed(tmp_path: Path) -> None:
-    alone(tmp_path, 1, 1, until=1)
-    for file in (tmp_path / "data parallel" / "1" / "state" / "d").iterdir():
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    for code, _, errors in end(begin(2, 1, tmp_path, "2x1", until=2)):
-        assert code != 0
-        assert "CheckpointError: Expected a whole checkpoint" in errors
-        assert f"'d/{file.name}' has changed" in errors
-
-
-def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(tmp_path: Path) -> None:
-    """Both meet the other processes at barriers of Orbax's; one would be refused where the other waits already."""
-    ended = end(begin_program(distributed_save.__file__, 2, 1, str(tmp_path)))
-    assert [code for code, _, _ in ended] == [0, 0], "\n".join(errors[-2000:] for _, _, errors in ended)
-    assert [step.name for name in ("run", "alone") for step in (tmp_path / name).iterdir()] == ["2", "2"]

@@ -9,8 +9,8 @@ from jax import Array
 
 from .._adapter import Adapter, Adapters
 from .._errors import AdapterError
-from .._fold import is_concrete
 from .._matrices import cut_as, whole
+from .._values import is_concrete, on_host
 from .._variants import AdaLoRA, LoRA
 from ._leaves import adaptive
 
@@ -61,7 +61,7 @@ def compact(adapter: Adapters) -> dict[str, Adapter]:
 
 
 def _left(part: Adapter) -> np.ndarray:
-    return np.asarray(part.e) != 0
+    return on_host(part.e) != 0
 
 
 def _compacted(part: Adapter, rank: int) -> Adapter:

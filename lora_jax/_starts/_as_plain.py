@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-import numpy as np
+from jax import Array
 
 from .._adapter import Adapter, Adapters
 from .._attach import check
 from .._axes import RANK, axes_of_b
+from .._contract import widest
 from .._errors import AdapterError, listed
-from .._fold import fold, is_concrete
+from .._fold import fold, precision_of
 from .._paths import flatten
+from .._values import equal, is_concrete, together
 from ._leaf import Leaf, low_rank_leaves
 
 
@@ -91,17 +94,21 @@ def _check(adapter: Adapters, starts: dict[str, Leaf], moved: dict[str, Any]) ->
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return one is other or (is_concrete(one) and is_concrete(other) and np.array_equal(one, other))
+    return one is other or (is_concrete(one) and is_concrete(other) and equal(one, other))
 
 
 def _restores(leaf: Leaf, moved: Any) -> bool:
     """Whether a moved kernel with its start is the base, up to the roundings of both."""
     if not (is_concrete(leaf.w) and is_concrete(moved)):
         return True
-    base, residue, restored = map(_wide, (leaf.w, moved, fold(moved, leaf.part)))
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in (leaf.w.dtype, jnp.float32))
-    return bool(abs(restored - base).max() <= 8 * eps * max(abs(base).max(), abs(residue).max()))
+    with jax.ensure_compile_time_eval(), precision_of(leaf.w):
+        return bool(_near_base(*together(leaf.w, moved, fold(moved, leaf.part))))
 
 
-def _wide(array: Any) -> np.ndarray[Any, Any]:
-    return np.asarray(array).astype(np.float64)
+@jax.jit
+def _near_base(base: Array, residue: Array, restored: Array) -> Array:
+    eps = max(float(jnp.finfo(dtype).eps) for dtype in (base.dtype, jnp.float32))
+    wide = widest(jnp.float32, base.dtype, residue.dtype)
+    base, residue, restored = (array.astype(wide) for array in (base, residue, restored))
+    largest = jnp.maximum(abs(base).max(), abs(residue).max())
+    return abs(restored - base).max() <= 8 * eps * largest

@@ -7,13 +7,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from .._adapter import Adapters
 from .._errors import AdapterError, SpecError, listed
-from .._fold import is_concrete
 from .._paths import flatten
+from .._values import is_concrete, on_host
 from ._activations import Activations
 from ._leaf import Leaf, Start, low_rank_leaves, start
 
@@ -104,7 +103,7 @@ def _dealt(leaves: Mapping[str, Leaf], explained: Mapping[str, Array], rho: floa
     bids: list[tuple[float, str]] = []
     for path, leaf in leaves.items():
         most = min(round(rho * leaf.variant.rank), *leaf.shape[1:])
-        bids += [(float(share), path) for share in np.asarray(explained[path]).mean(0)[:most]]
+        bids += [(float(share), path) for share in on_host(explained[path]).mean(0)[:most]]
     budget = sum(leaf.variant.rank * leaf.shape[0] for leaf in leaves.values())
     ranks = dict.fromkeys(leaves, 0)
     for _, path in sorted(bids, key=lambda bid: -bid[0]):

@@ -1,0 +1,80 @@
+"""A small run as version 1 of the format has stored it in `tests/data/format_1`, made anew to compare with.
+
+`python tests/stored_run.py ROOT` stores it. What is in `tests/data` was stored by lora_jax 0.1.0, and stays as it is.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+import lora_jax as lj
+from lora_jax.checkpoint import AdapterSave, StateSave
+
+STORED = Path(__file__).parent / "data" / "format_1"
+
+# For each adapted leaf its variant, and its axes.
+ADAPTED: dict[str, tuple[Any, str]] = {
+    "embedding": (lj.Rows(ids=(3, 5)), "io"),
+    "head/kernel": (lj.DoRA(rank=1, alpha=1), "io"),
+    "key/bias": (lj.LoRABias(scale=2.0), "o"),
+    "key/kernel": (lj.LoRA(rank=2, alpha=4, dropout=0.1), "io"),
+    "layers/0/kernel": (lj.AdaLoRA(rank=2, alpha=4), "io"),
+    "layers/1/kernel": (lj.ALoRA(rank=2, alpha=4, invocation=(1, 2)), "io"),
+    "packed": (lj.RSLoRA(rank=2, alpha=0.5), "io"),
+    "query/bias": (lj.Full(), ""),
+    "query/kernel": (lj.LoRA(rank=2, alpha=16), "ioo"),
+    "value/kernel": (lj.VeRA(rank=4, seed=3), "io"),
+}
+
+
+def ramp(*shape: int, first: int = 0) -> np.ndarray[Any, Any]:
+    """Multiples of 1/64 between −1 and 1, the same on every machine."""
+    return ((np.arange(np.prod(shape, dtype=int)) + first) * 37 % 128 / 64 - 1).reshape(shape)
+
+
+def base() -> dict[str, Any]:
+    """Weights of several dtypes, NumPy's float64 among them, and what else a model's state holds."""
+    return {
+        "activation": "gelu",
+        "dropout": {"count": jnp.uint32(3), "key": jax.random.key(0)},
+        "embedding": jnp.asarray(ramp(24, 8), jnp.float16),
+        "head": {"kernel": ramp(8, 3), "mask": np.arange(3) < 2},
+        "key": {"kernel": jnp.asarray(ramp(16, 8), jnp.float32), "bias": jnp.zeros(8)},
+        "layers": [{"kernel": jnp.asarray(ramp(8, 8, first=layer), jnp.float32)} for layer in range(2)],
+        "nothing": jnp.zeros((0, 4)),
+        "packed": jnp.asarray(64 * ramp(16, 8), jnp.int8),
+        "query": {"kernel": jnp.asarray(ramp(16, 4, 8), jnp.bfloat16), "bias": jnp.zeros((4, 8))},
+        "value": {"kernel": jnp.asarray(ramp(16, 8, first=5), jnp.float32)},
+    }
+
+
+def adapter() -> dict[str, lj.Adapter]:
+    """One of each variant."""
+    shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): np.shape(leaf) for keys, leaf in paths(base())}
+    return {path: part(variant, axes, shapes[path]) for path, (variant, axes) in ADAPTED.items()}
+
+
+def paths(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree)[0]
+
+
+def part(variant: Any, axes: str, shape: tuple[int, ...]) -> lj.Adapter:
+    dtype = jnp.bfloat16 if isinstance(variant, lj.RSLoRA) else jnp.float32
+    arrays = {name: jnp.asarray(ramp(*its), dtype) for name, its in variant.shapes(shape, axes).items()}
+    return lj.Adapter(variant, axes, **arrays)
+
+
+def state() -> dict[str, Any]:
+    """What training has besides the adapter."""
+    return {"mu": jax.tree.map(jnp.negative, adapter()), "key": jax.random.key(7), "order": np.arange(5), "step": 5}
+
+
+if __name__ == "__main__":
+    with ocp.CheckpointManager(Path(sys.argv[1]).absolute()) as manager:
+        items = {"adapter": AdapterSave(adapter(), base=base()), "state": StateSave(state())}
+        manager.save(5, args=ocp.args.Composite(**items))
