@@ -39,10 +39,6 @@ class UnsupportedError(LoRAError, NotImplementedError):
     def __str__(self) -> str:
         at = "" if self.line is None else f"\n  at {self.line or 'a line that is not known'}"
         return f"{self.what}{at}\n  {self.advice}"
-        self.what, self.line, self.advice = what, line, advice
-
-    def __str__(self) -> str:
-        return f"{self.what}\n  at {self.line or 'a line that is not known'}\n  {self.advice}"
 
 
 class MergeError(LoRAError, ValueError):
