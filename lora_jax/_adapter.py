@@ -152,6 +152,17 @@ class AdaptedKernel:
         }
         return dataclasses.replace(self, w=w, roles=after, **moved)
 
+    def with_roles(self, roles: Sequence[str]) -> AdaptedKernel:
+        """The kernel with other roles of axes of size 1, which hold nothing: either factor may have them."""
+
+        changed = {axis for axis, (one, other) in enumerate(zip(self.roles, roles, strict=True)) if one != other}
+
+        def move(factor: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Array:
+            rest = lax.squeeze(factor, [place for place, axis in enumerate(before) if axis in changed])
+            return lax.expand_dims(rest, [place for place, axis in enumerate(after) if axis in changed])
+
+        return self.moved(self.w, roles, move) if changed else self
+
 
 def _outline(x: Array) -> Any:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)

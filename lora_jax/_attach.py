@@ -78,6 +78,9 @@ def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], *, hint: b
     shape = tuple(leaves[path].shape)
     if part.axes and len(part.axes) != len(shape):
         return [f"{path!r} has shape {shape}; the adapter was made for axes {part.axes!r}"]
+    if getattr(part.variant, "clip_rank", False):  # its scale would be that of another rank
+        fitted = part.variant.fitted(shape, part.axes)
+        return [f"{path!r} has {part.variant}, which is for a spec; the adapter of this kernel has {fitted}"]
     expected = part.variant.shapes(shape, part.axes)
     got = {name: tuple(array.shape) for name, array in part.arrays.items()}
     if got == expected:

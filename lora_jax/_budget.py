@@ -31,7 +31,7 @@ class Step:
       collectives: what one device sends, as `testing.collectives` lists it; None if the compiled program does not tell.
       devices: how many there are.
       seconds: that tracing, lowering and compiling took.
-      compiled: the program itself, which nobody has run.
+      compiled: the program itself, which nobody has run; None in a step that was pickled.
     """
 
     parameters: int
@@ -46,6 +46,15 @@ class Step:
     devices: int
     seconds: float = dataclasses.field(compare=False)
     compiled: Any = dataclasses.field(repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"compiled": None}  # a program belongs to its process
+
+    def __copy__(self) -> Step:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Step:
+        return self
 
     @property
     def operations_per_device(self) -> float | None:

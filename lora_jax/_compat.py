@@ -124,6 +124,11 @@ def user_line(eqn: JaxprEqn) -> str:
     return (own or frames)[0]
 
 
+def is_transposed(eqn: JaxprEqn) -> bool:
+    """Whether JAX made `eqn` to differentiate backwards: it then stands in a name scope that says so."""
+    return "transpose(" in str(eqn.source_info.name_stack)
+
+
 def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     """The equations that a result needs, or that have an effect; what a model computes and drops is not among them."""
     needed = set(variables(jaxpr.outvars))

@@ -33,9 +33,12 @@ class UnsupportedError(LoRAError, NotImplementedError):
     """
 
     def __init__(self, what: str, line: str | None, advice: str) -> None:
-        at = "" if line is None else f"\n  at {line or 'a line that is not known'}"
-        super().__init__(f"{what}{at}\n  {advice}")
+        super().__init__(what, line, advice)  # what it is made of, so that it can be pickled
         self.what, self.line, self.advice = what, line, advice
+
+    def __str__(self) -> str:
+        at = "" if self.line is None else f"\n  at {self.line or 'a line that is not known'}"
+        return f"{self.what}{at}\n  {self.advice}"
 
 
 class MergeError(LoRAError, ValueError):

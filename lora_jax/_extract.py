@@ -14,12 +14,11 @@ from ._adapter import Adapter, Adapters
 from ._attach import as_jax
 from ._axes import axes_of_a, axes_of_b
 from ._errors import AdapterError, SpecError, listed
-from ._init import axes_for
 from ._matrices import SVD, cut_as, factors_from, has_factors, kernel_matrix, share_left, svd_of_delta
 from ._paths import Pattern, flatten, matcher, nearest, pattern_text
-from ._spec import Spec, resolve
+from ._spec import Choice, Problem, Spec, fit, refuse
 from ._use import Kernel
-from ._variants import Full, LowRank, Variant
+from ._variants import Full, LowRank
 
 
 def extract(
@@ -68,11 +67,10 @@ def extract(
         )
     adapter: dict[str, Adapter] = {}
     residual = {path: jnp.ones(()) for path in changed}
-    chosen = resolve(spec, before)
-    for path in changed:
-        if path in chosen:
-            pair = before[path], after[path]
-            adapter[path], residual[path] = _extracted(path, *pair, chosen[path], kernels, param_dtype)
+    chosen = fit(spec, before, kernels, only=changed)
+    refuse([Problem(path, before[path], its, _plain(its)) for path, its in chosen.items() if _plain(its)], len(chosen))
+    for path, choice in chosen.items():
+        adapter[path], residual[path] = _extracted(before[path], after[path], choice, param_dtype)
     return adapter, residual
 
 
@@ -114,23 +112,24 @@ def compress(adapter: Adapters, rank: int | Mapping[Pattern, int]) -> tuple[dict
 # One leaf
 
 
-def _extracted(
-    path: str, before: Any, after: Any, variant: Variant, kernels: Mapping[str, Kernel] | None, dtype: Any
-) -> tuple[Adapter, Array]:
-    axes = axes_for(path, before, variant, kernels)
-    try:
-        variant.check(before.shape, axes)
-    except SpecError as error:
-        raise SpecError(f"At {path!r}: {error}.") from None
-    its = dataclasses.replace(variant, axes=None) if variant.axes else variant
-    if isinstance(its, Full):
-        return Adapter(its, axes, value=jnp.asarray(after, dtype)), jnp.zeros(())
-    if not isinstance(its, LowRank) or set(its.shapes(before.shape, axes)) != {"a", "b"} or its.scale == 0:
-        raise SpecError(f"At {path!r}: expected LoRA or RSLoRA, with an alpha that is not 0, or Full; got {variant}.")
+def _plain(choice: Choice) -> str:
+    """Why a change of the kernel cannot be put into the variant's arrays; empty if it can."""
+    _, variant, axes = choice
+    if isinstance(variant, LowRank) and set(variant.layout(axes)) == {"a", "b"} and variant.scale != 0:
+        return ""
+    wanted = "expected LoRA or RSLoRA, with an alpha that is not 0, or Full"
+    return "" if isinstance(variant, Full) else f"{wanted}; got {variant}"
+
+
+def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Adapter, Array]:
+    _, variant, axes = choice
+    if isinstance(variant, Full):
+        return Adapter(variant, axes, value=jnp.asarray(after, dtype)), jnp.zeros(())
+    assert isinstance(variant, LowRank)
     first, second = (kernel_matrix(as_jax(leaf), axes) for leaf in (before, after))
     svd = SVD(*jnp.linalg.svd(second - first, full_matrices=False))
-    arrays = {name: array.astype(dtype) for name, array in factors_from(svd, its, axes, before.shape).items()}
-    return Adapter(its, axes, **arrays), share_left(svd.s, its.rank)
+    arrays = {name: array.astype(dtype) for name, array in factors_from(svd, variant, axes, before.shape).items()}
+    return Adapter(variant, axes, **arrays), share_left(svd.s, variant.rank)
 
 
 def _compressed(path: str, part: Adapter, rank: int) -> tuple[Adapter, Array]:

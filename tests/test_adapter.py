@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 
 import chex
 import flax.serialization
@@ -12,6 +13,7 @@ import pytest
 from helpers import trained
 
 import lora_jax as lj
+from lora_jax import _errors
 
 
 @pytest.fixture
@@ -48,6 +50,54 @@ def test_it_survives(through: object, adapter: dict[str, lj.Adapter]) -> None:
     again = through(adapter)
     chex.assert_trees_all_equal_structs(again, adapter)
     chex.assert_trees_all_equal(again, adapter)
+
+
+def errors() -> list[lj.LoRAError]:
+    """One of every class of error, as the library makes them."""
+    classes = [its for its in vars(_errors).values() if isinstance(its, type) and issubclass(its, lj.LoRAError)]
+    assert {lj.AdapterError, lj.CheckpointError, lj.MergeError, lj.SpecError, lj.UnsupportedError} < set(classes)
+    made = {lj.UnsupportedError: lj.UnsupportedError("what", "line", "advice")}
+    return [made[its] if its in made else its("what was expected") for its in classes]
+
+
+@pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
+@pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
+def test_an_error_survives(error: lj.LoRAError, through: Callable[[object], object]) -> None:
+    again = through(error)
+    assert type(again) is type(error)
+    assert (str(again), vars(again)) == (str(error), vars(error))
+    assert str(error)
+
+
+def test_a_refusal_survives_as_it_was_raised() -> None:
+    params = {"w": jnp.ones((4, 4))}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4)})
+    with pytest.raises(lj.UnsupportedError) as caught:
+        lj.lora(lambda p, x: x @ jnp.exp(p["w"]))(params, adapter, jnp.ones((2, 4)))
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert str(again) == str(caught.value)
+    assert (again.what, again.line, again.advice) == (caught.value.what, caught.value.line, caught.value.advice)
+
+
+def test_what_tracing_tells_survives(adapter: dict[str, lj.Adapter]) -> None:
+    params = {"query": {"kernel": jnp.ones((4, 3))}, "head": {"bias": jnp.ones(3)}}
+    call = (lambda p, x: x @ p["query"]["kernel"] + p["head"]["bias"]), params
+    for found in (lj.explain(*call, adapter, jnp.ones((2, 4))), lj.kernels(*call, jnp.ones((2, 4)))):
+        assert copy.deepcopy(found) == found
+        assert pickle.loads(pickle.dumps(found)) == found
+        assert str(pickle.loads(pickle.dumps(found))) == str(found)
+
+
+def test_a_plan_survives_without_its_program() -> None:
+    params = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
+    found = lj.plan(lambda p, x: x @ p["w"], params, {"w": lj.LoRA(rank=2, alpha=4)}, optax.sgd(0.1), mesh, x)
+    again = pickle.loads(pickle.dumps(found))
+    assert again == found
+    assert str(again) == str(found)
+    assert again.lora.compiled is None
+    assert copy.deepcopy(found).lora.compiled is copy.copy(found.lora).compiled is found.lora.compiled is not None
 
 
 def test_its_arrays_have_readable_key_paths(adapter: dict[str, lj.Adapter]) -> None:

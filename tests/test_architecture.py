@@ -70,12 +70,13 @@ DOORS = ["adaptive", "analysis", "checkpoint", "optim", "sharding", "starts", "t
 INSIDE = {
     "_adaptive": [["_leaves", "_schedule"], ["_compact", "_importance", "_orthogonality"], ["_training"]],
     "_variants": [
+        ["_numbers"],
         ["_base"],
         ["_adalora", "_alora", "_dora", "_full", "_lora", "_lora_bias", "_rows", "_rslora", "_vera"],
     ],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
-        ["_kept", "_plan", "_refusal", "_registry", "_tokens"],
+        ["_kept", "_origins", "_plan", "_refusal", "_registry", "_tokens"],
         ["_forms", "_factored"],
         ["_conv_steps", "_statistics"],
         ["_settings"],

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given
@@ -17,7 +18,7 @@ from jax import lax
 from law import Case, adapted, assert_case, assert_law, normal
 
 import lora_jax as lj
-from lora_jax import testing
+from lora_jax import starts, testing
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 
@@ -72,6 +73,38 @@ GROUPED = {
     ),
 }
 
+
+def separable(w: jax.Array, x: jax.Array) -> jax.Array:
+    """The depthwise step of Keras: a kernel (height, width, channels, multiplier), of which the model makes groups."""
+    channels = w.shape[2]
+    return grouped(channels)(w.reshape(*w.shape[:2], 1, channels * w.shape[3]), x)
+
+
+# Axes of size 1 that the model inserts, or merges with others: they have no role.
+ONES = {
+    "Keras' depthwise": Case(separable, (3, 2, 6, 1), [(2, 5, 4, 6)], "iioo"),
+    "Keras' depthwise, two outputs a channel": Case(separable, (3, 2, 3, 2), [(2, 5, 4, 3)], "iioo"),
+    "Keras' depthwise, the multiplier a batch": Case(separable, (3, 2, 6, 1), [(2, 5, 4, 6)], "iioo", "iiob"),
+    "Keras' depthwise, the multiplier an input": Case(separable, (3, 2, 6, 1), [(2, 5, 4, 6)], "iioo", "iioi"),
+    "depthwise, squeezed and expanded": Case(
+        lambda w, x: grouped(6)(w[..., 0][:, :, None], x), (3, 2, 6, 1), [(2, 5, 4, 6)], "iiob"
+    ),
+    "depthwise, one more axis merged": Case(
+        lambda w, x: grouped(6)(w.reshape(3, 2, 1, 6), x), (3, 2, 1, 6, 1), [(2, 5, 4, 6)], "iiioo", "iiboo"
+    ),
+    "two groups, of a stack of one": Case(
+        lambda w, x: grouped(2)(w.reshape(3, 2, 3, 6), x), (1, 3, 2, 3, 6), [(2, 5, 4, 6)], "biiio"
+    ),
+    "one axis as two": Case(lambda w, x: grouped(1)(w[None], x), (3, 4, 5), [(2, 5, 4, 4)], "iio"),
+    "Dense as a convolution": Case(lambda w, x: grouped(1)(w[None, None], x), (4, 5), [(2, 3, 4, 4)], "io"),
+    "Dense with an axis between": Case(
+        lambda w, x: jnp.einsum("td,dxf->txf", x, w.reshape(4, 1, 5)), (4, 5), [(3, 4)], "io"
+    ),
+    "Dense with an axis that is summed": Case(
+        lambda w, x: jnp.einsum("tdx,dxf->tf", x, w[:, None]), (4, 5), [(3, 4, 1)], "io"
+    ),
+}
+
 # The adapter may say otherwise, as long as what is convolved and what comes out are not in one factor.
 OTHERWISE = {
     f"{''.join(roles)}, {groups} groups": Case(
@@ -84,7 +117,7 @@ OTHERWISE = {
     for *roles, groups in [(*window, *channels, groups) for window in itertools.product("io", repeat=2)
                            for channels in ("io", "oi") for groups in (1, 2)]
 }  # fmt: skip
-CASES = GROUPED | OTHERWISE
+CASES = GROUPED | ONES | OTHERWISE
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -92,9 +125,9 @@ def test_a_convolution_is_that_of_the_formed_kernel(name: str) -> None:
     assert_case(CASES[name])
 
 
-@pytest.mark.parametrize("name", GROUPED)
+@pytest.mark.parametrize("name", GROUPED | ONES)
 def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
-    case = GROUPED[name]
+    case = CASES[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
@@ -294,3 +327,36 @@ def test_a_convolution_inside_a_gradient_is_that_of_the_formed_kernel() -> None:
         return jnp.sum(jnp.sin(grouped(1, strides=(2, 1))(w, x)))
 
     assert_case(Case(lambda w, x: jax.grad(energy, 1)(w, x), (3, 2, 3, 4), [(2, 5, 4, 3)], "iiio"))
+
+
+ROW = Case(lambda w, x: jnp.einsum("td,xd->tx", x, w.reshape(1, 4)), (4, 1), [(3, 4)], "io")
+
+
+@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("name", [*ONES, "one output as a row"])
+def test_axes_of_size_1_have_no_role_for_a_gain_either(name: str, variant: Any) -> None:
+    case = ONES.get(name, ROW)
+    variant = variant(rank=1, alpha=3, axes=case.axes or case.roles)
+    adapter = lj.init(jax.random.key(0), case.params, {"w": variant})
+    adapter = jax.tree.map(lambda leaf: leaf + normal(*leaf.shape, seed=7, size=0.1), adapter)
+    assert_law(case.apply, case.params, adapter, *case.arrays)
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_a_depthwise_kernel_starts_from_its_activations(multiplier: int) -> None:
+    params, x = {"w": normal(3, 2, 4, multiplier)}, normal(2, 5, 4, 4, seed=1)
+    apply = lambda p, x: separable(p["w"], x)  # noqa: E731
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4)}, kernels=lj.kernels(apply, params, x))
+    seen = starts.activations(apply, adapter, params, x)["w"]
+    windows = jnp.stack(
+        [jnp.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)))[:, i : i + 5, j : j + 4] for i in range(3) for j in range(2)]
+    )
+    flat = windows.reshape(6, -1)
+    np.testing.assert_allclose(seen.gram[0], flat @ flat.T, rtol=1e-4)
+    assert float(seen.count[0]) == flat.shape[1]
+
+
+def test_a_merge_of_inputs_and_outputs_that_hold_something_is_refused() -> None:
+    case = Case(separable, (3, 2, 3, 2), [(2, 5, 4, 3)], "iioo", "iiio")
+    with pytest.raises(lj.UnsupportedError, match="merges axes with the roles 'io'"):
+        lj.lora(case.apply)(case.params, case.adapter, *case.arrays)

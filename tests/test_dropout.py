@@ -177,8 +177,8 @@ def test_kernels_side_by_side_drop_alike_or_not_at_all() -> None:
 @pytest.mark.parametrize("rate", [-0.1, 1.0, 2])
 def test_a_rate_out_of_range_is_refused(rate: float) -> None:
     with pytest.raises(lj.SpecError) as error:
-        lj.init(KEY, {"w": X}, {"w": lj.LoRA(rank=2, alpha=3, dropout=rate)})
-    assert str(error.value) == f"At 'w': expected a dropout in [0, 1); got dropout={rate}."
+        lj.LoRA(rank=2, alpha=3, dropout=rate)
+    assert str(error.value) == f"Expected a number in [0, 1) for `dropout`; got dropout={rate}."
 
 
 def test_the_rate_shows_where_it_was_chosen() -> None:

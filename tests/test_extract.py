@@ -187,15 +187,22 @@ def test_a_tree_that_is_no_fine_tuned_base_is_an_error(name: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "text"),
     [
-        (lj.LoRA(rank=1, alpha=0), "At 'w': expected LoRA or RSLoRA, with an alpha that is not 0, or Full; got LoRA("),
-        (lj.LoRA(rank=4, alpha=1), "At 'w': expected a rank in [1, 3]"),
+        (lj.LoRA(rank=1, alpha=0), "expected LoRA or RSLoRA, with an alpha that is not 0, or Full; got LoRA("),
+        (lj.LoRA(rank=4, alpha=1), "rank=4 is too large, with axes 'io' it can be at most 3."),
     ],
 )
 def test_a_variant_that_cannot_hold_the_change_is_an_error(variant: Any, text: str) -> None:
     base = {"w": jnp.ones((4, 3))}
     with pytest.raises(lj.SpecError) as caught:
         lj.extract(base, {"w": 2 * base["w"]}, {"w": variant})
-    assert str(caught.value).startswith(text)
+    assert str(caught.value).startswith(f"Cannot adapt 'w' of shape (4, 3), by the rule 'w': {text}")
+
+
+def test_a_rank_that_is_clipped_is_that_of_the_factors() -> None:
+    base, tuned = {"w": jnp.zeros((4, 3))}, {"w": jnp.ones((4, 3))}
+    adapter, residual = lj.extract(base, tuned, {"w": lj.LoRA(rank=8, alpha=6, clip_rank=True)})
+    assert adapter["w"].variant == lj.LoRA(rank=3, alpha=6)
+    assert float(residual["w"]) < 1e-6
 
 
 # From an adapter of a higher rank

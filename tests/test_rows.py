@@ -109,19 +109,33 @@ def test_a_checkpoint_keeps_them(tmp_path: pathlib.Path) -> None:
     np.testing.assert_array_equal(restored["table"].rows, adapter["table"].rows)
 
 
-@pytest.mark.parametrize("ids", [(5, 9), (-1,), (5, 5), ()], ids=["out of range", "negative", "twice", "none"])
-def test_rows_that_a_table_has_not_are_an_error(ids: Any) -> None:
+@pytest.mark.parametrize(
+    ("ids", "text"),
+    [
+        (
+            (5, 9),
+            "Cannot adapt 'table' of shape (9, 4), by the rule 'table': there are 9 rows with axes 'io'; "
+            "got ids=(5, 9).",
+        ),
+        ((-1,), "Expected an integer of at least 0 for `ids`; got ids=-1."),
+        ((5, 5), "Expected each row once in `ids`; got ids=(5, 5)."),
+        ((), "Expected at least one integer for `ids`; got ()."),
+        (5, "Expected a list of integers for `ids`; got 5."),
+        ("56", "Expected a list of integers for `ids`; got '56'."),
+        ([5.0], "Expected an integer of at least 0 for `ids`; got 5.0."),
+    ],
+    ids=["out of range", "negative", "twice", "none", "no list", "text", "no integers"],
+)
+def test_rows_that_a_table_has_not_are_an_error(ids: Any, text: str) -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), {"table": normal(9, 4)}, {"table": lj.Rows(ids=ids)})
-    assert str(caught.value) == (
-        f"At 'table': expected ids of rows in [0, 9), at least one and each once; got ids={ids}."
-    )
+    assert str(caught.value) == text
 
 
 def test_a_kernel_that_is_no_table_is_an_error() -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), {"out": normal(2, 3, 4)}, {"out": lj.Rows(ids=(1,), axes="iio")})
     assert str(caught.value) == (
-        "At 'out': Rows needs a table with one input axis, that of the rows, and output axes; got shape (2, 3, 4) with "
-        "axes 'iio'."
+        "Cannot adapt 'out' of shape (2, 3, 4), by the rule 'out': Rows needs a table with one input axis, that of the "
+        "rows, and output axes; its axes are 'iio'."
     )

@@ -146,10 +146,14 @@ def test_a_vector_for_a_low_rank_variant_is_an_error_that_says_what_to_write(
     pattern: Any, path: str, sizes: tuple[int, ...]
 ) -> None:
     name = path.split("/")[-1]
-    text = pattern if isinstance(pattern, str) else pattern.pattern
-    assert error({pattern: LORA}) == (
-        f"Expected a kernel for LoRA(rank=2, alpha=4); got a vector, {path!r} of shape {sizes}, by the rule {text!r}.\n"
-        f"  End the pattern in `/kernel`, or put a rule for this leaf before it: '**/{name}': None to leave it alone, "
+    pattern_text = pattern if isinstance(pattern, str) else pattern.pattern
+    text = error({pattern: LORA})
+    assert (
+        f"{path!r} of shape {sizes}, by the rule {pattern_text!r}: it is a vector, and LoRA(rank=2, alpha=4) is for "
+        "kernels"
+    ) in text
+    assert text.endswith(
+        f"\n  End the pattern in `/kernel`, or put a rule before it: {{'**/{name}': None}} to leave it alone, "
         "Full() to train it whole."
     )
 
@@ -158,10 +162,8 @@ def test_a_vector_for_a_low_rank_variant_is_an_error_that_says_what_to_write(
 @pytest.mark.parametrize("sizes", [(12, 8), (2, 12, 8)], ids=str)
 def test_a_stack_of_vectors_is_vectors_still(name: str, sizes: tuple[int, ...]) -> None:
     params = {"layers": {"kernel": shape(12, 8, 8), name: shape(*sizes)}}
-    assert error({"layers/*": lj.LoRA(rank=2, alpha=4)}, params).startswith(
-        f"Expected a kernel for LoRA(rank=2, alpha=4); got a vector, 'layers/{name}' of shape {sizes}, by the rule "
-        "'layers/*'.\n"
-    )
+    text = error({"layers/*": lj.LoRA(rank=2, alpha=4)}, params)
+    assert f"'layers/{name}' of shape {sizes}, by the rule 'layers/*': it is a vector" in text
 
 
 def test_axes_in_the_rule_make_a_kernel_of_any_matrix() -> None:
@@ -169,10 +171,45 @@ def test_axes_in_the_rule_make_a_kernel_of_any_matrix() -> None:
     assert adapter["bias"].a.shape == (12, 2)
 
 
-@pytest.mark.parametrize("rank", [-1, 0, 4, 100])
-def test_a_rank_out_of_range_is_an_error_with_the_range(rank: int) -> None:
+@pytest.mark.parametrize("rank", [4, 100])
+def test_a_rank_that_is_too_large_is_an_error_with_the_rules_to_write(rank: int) -> None:
     assert error({"head/kernel": lj.LoRA(rank=rank, alpha=4)}) == (
-        f"At 'head/kernel': expected a rank in [1, 3] for shape (8, 3) with axes 'io'; got rank={rank}."
+        "Cannot adapt 'head/kernel' of shape (8, 3), by the rule 'head/kernel': "
+        f"rank={rank} is too large, with axes 'io' it can be at most 3.\n"
+        "  Let the rank be at most what a kernel allows: "
+        f"{{'head/kernel': LoRA(rank={rank}, alpha=4, clip_rank=True)}},\n"
+        "  or put narrower rules first: {'head/kernel': LoRA(rank=3, alpha=4)}."
+    )
+
+
+def test_all_leaves_that_cannot_be_adapted_come_in_one_error() -> None:
+    params = PARAMS | {
+        "step": shape(dtype=jnp.int32),
+        "text": "gpt",
+        "gate": {"kernel": shape(8, 1)},
+        "w": shape(2, 3, 4),
+    }
+    text = error({"**/norm/*": None, "**": lj.DoRA(rank=4, alpha=8)}, params)
+    assert text == (
+        "Cannot adapt 7 of the 9 leaves that the spec names:\n"
+        "  'encoder/layer_0/query/bias' of shape (6,), by the rule '**': it is a vector, and DoRA(rank=4, alpha=8) "
+        "is for kernels\n"
+        "  'encoder/layer_0/value/bias' of shape (6,), by the rule '**': it is a vector, and DoRA(rank=4, alpha=8) "
+        "is for kernels\n"
+        "  'gate/kernel' of shape (8, 1), by the rule '**': rank=4 is too large, with axes 'io' it can be at most 1\n"
+        "  'head/kernel' of shape (8, 3), by the rule '**': rank=4 is too large, with axes 'io' it can be at most 3\n"
+        "  'step' of shape (), by the rule '**': it is not floating-point, but int32\n"
+        "  'text', by the rule '**': it is no array, but 'gpt'\n"
+        "  'w' of shape (2, 3, 4), by the rule '**': which of its 3 axes are inputs, outputs or batch is not known\n"
+        "  End the pattern in `/kernel`, or put a rule before it: {'**/bias': None} to leave it alone, Full() to train "
+        "it whole.\n"
+        "  Put a rule before it that leaves it alone: {'step': None}.\n"
+        "  Put a rule before it that leaves it alone: {'text': None}.\n"
+        "  Let the model say: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
+        "  or say it in the spec: DoRA(..., axes=...), such as 'ioo' for a query kernel (d, heads, head_dim) or 'bio' "
+        "for a stack of layers.\n"
+        "  Let the rank be at most what a kernel allows: {'**': DoRA(rank=4, alpha=8, clip_rank=True)},\n"
+        "  or put narrower rules first: {'gate/kernel': DoRA(rank=1, alpha=8), 'head/kernel': DoRA(rank=3, alpha=8)}."
     )
 
 
@@ -191,8 +228,11 @@ def test_the_rank_may_be_as_large_as_the_smaller_side_of_one_layer(
 ) -> None:
     adapter = init({"k": lj.LoRA(rank=most, alpha=1, axes=axes)}, {"k": shape(*sizes)})
     assert adapter["k"].variant.rank == most
-    assert error({"k": lj.LoRA(rank=most + 1, alpha=1, axes=axes)}, {"k": shape(*sizes)}) == (
-        f"At 'k': expected a rank in [1, {most}] for shape {sizes} with axes {axes!r}; got rank={most + 1}."
+    assert error({"k": lj.LoRA(rank=most + 1, alpha=1, axes=axes)}, {"k": shape(*sizes)}).startswith(
+        f"Cannot adapt 'k' of shape {sizes}, by the rule 'k': rank={most + 1} is too large, with axes {axes!r} it can "
+        f"be at most {most}.\n"
+        f"  Let the rank be at most what a kernel allows: {{'k': LoRA(rank={most + 1}, alpha=1, clip_rank=True, "
+        f"axes={axes!r})}},\n"
     )
 
 
@@ -200,19 +240,21 @@ def test_the_rank_may_be_as_large_as_the_smaller_side_of_one_layer(
 @pytest.mark.parametrize("variant", [LORA, lj.Full()], ids=str)
 def test_a_leaf_that_is_not_floating_point_is_an_error(dtype: Any, variant: Any) -> None:
     assert error({"k": variant}, {"k": shape(4, 4, dtype=dtype)}) == (
-        f"Expected a floating-point leaf to adapt; got {jnp.dtype(dtype).name} at 'k' of shape (4, 4), by the rule 'k'."
+        f"Cannot adapt 'k' of shape (4, 4), by the rule 'k': it is not floating-point, but {jnp.dtype(dtype).name}.\n"
+        "  Put a rule before it that leaves it alone: {'k': None}."
     )
 
 
 def test_a_random_key_is_not_a_leaf_to_adapt() -> None:
     assert error({"**": lj.Full()}, {"dropout": jax.random.key(0)}).startswith(
-        "Expected a floating-point leaf to adapt; got key<fry> at 'dropout' of shape ()"
+        "Cannot adapt 'dropout' of shape (), by the rule '**': it is not floating-point, but key<fry>.\n"
     )
 
 
 def test_a_leaf_that_is_no_array_is_an_error() -> None:
     assert error({"**": lj.Full()}, {"temperature": 0.5, "kernel": jnp.ones((2, 2))}) == (
-        "Expected an array to adapt; got 0.5 at 'temperature', by the rule '**'."
+        "Cannot adapt 'temperature', by the rule '**': it is no array, but 0.5.\n"
+        "  Put a rule before it that leaves it alone: {'temperature': None}."
     )
 
 
@@ -223,8 +265,8 @@ def test_a_leaf_that_is_no_array_may_lie_beside_adapted_ones() -> None:
 
 def test_more_than_two_axes_without_roles_are_an_error_that_offers_both_ways_out() -> None:
     assert error({"**/kernel": lj.RSLoRA(rank=2, alpha=4)}, {"query": {"kernel": shape(8, 2, 4)}}) == (
-        "Expected to know which axes of 'query/kernel', shape (8, 2, 4), are inputs, outputs or batch; a kernel of 3 "
-        "axes does not say.\n"
+        "Cannot adapt 'query/kernel' of shape (8, 2, 4), by the rule '**/kernel': which of its 3 axes are inputs, "
+        "outputs or batch is not known.\n"
         "  Let the model say: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
         "  or say it in the spec: RSLoRA(..., axes=...), such as 'ioo' for a query kernel (d, heads, head_dim) or "
         "'bio' for a stack of layers."
@@ -243,24 +285,56 @@ def test_both_ways_out_lead_out() -> None:
 @pytest.mark.parametrize("axes", ["io", "iooo", "iox", "IOO", "", "i o"])
 def test_axes_that_do_not_fit_the_shape_are_an_error(axes: str) -> None:
     assert error({"k": lj.LoRA(rank=2, alpha=4, axes=axes)}, {"k": shape(8, 2, 4)}) == (
-        "Expected axes of one letter each (`b` batch, `i` input, `o` output) for the 3 axes of 'k', shape (8, 2, 4); "
-        f"got axes={axes!r}."
+        "Cannot adapt 'k' of shape (8, 2, 4), by the rule 'k': expected a letter for each of its 3 axes (`b` batch, "
+        f"`i` input, `o` output); got axes={axes!r}."
     )
 
 
 @pytest.mark.parametrize("axes", ["iii", "boo", "bii", "bbb"])
 def test_axes_without_an_input_or_an_output_are_an_error(axes: str) -> None:
     assert error({"k": lj.LoRA(rank=2, alpha=4, axes=axes)}, {"k": shape(8, 2, 4)}) == (
-        "At 'k': LoRA(rank=2, alpha=4) needs a kernel with input and output axes; got shape (8, 2, 4) with axes "
+        "Cannot adapt 'k' of shape (8, 2, 4), by the rule 'k': LoRA needs input and output axes, the kernel's are "
         f"{axes!r}."
     )
 
 
 def test_kernels_traced_with_other_parameters_are_an_error() -> None:
     kernels = lj.kernels(lambda p, x: x @ p["k"], {"k": shape(8, 4)}, shape(5, 8))
-    assert error({"k": LORA}, {"k": shape(12, 8, 4)}, kernels=kernels) == (
-        "Expected `kernels` traced with these parameters; 'k' has shape (12, 8, 4), and had (8, 4) when traced."
+    text = error({"*": LORA}, {"k": shape(12, 8, 4), "other": shape(8, 4)}, kernels=kernels)
+    assert text == (
+        "Cannot adapt 2 of the 2 leaves that the spec names:\n"
+        "  'k' of shape (12, 8, 4), by the rule '*': it had shape (8, 4) when `kernels` was traced\n"
+        "  'other' of shape (8, 4), by the rule '*': `kernels` does not have it\n"
+        "  Trace with the parameters that `init` gets, or say the axes in the spec: LoRA(..., axes=...)."
     )
+
+
+CANNOT_TELL = {
+    "never used": (lambda w, x: x, "the call that was traced does not use it", ""),
+    "read whole": (
+        lambda w, x: x @ jnp.exp(w),
+        "`exp` reads it whole first, at {line}",
+        " Then `lora` has to form the kernel where it is read: lora(apply, dense=['w']).",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANNOT_TELL)
+def test_roles_that_tracing_cannot_tell_are_an_error_that_says_why(name: str) -> None:
+    call, reason, more = CANNOT_TELL[name]
+    kernels = lj.kernels(lambda params, x: call(params["w"], x), {"w": shape(4, 4)}, shape(5, 4))
+    code = call.__code__
+    found = re.sub(
+        rf"{re.escape(__file__)}:{code.co_firstlineno}:\d+ \([^)]*\)",
+        "{line}",
+        error({"w": LORA}, {"w": shape(4, 4)}, kernels=kernels),
+    )
+    assert found == (
+        "Cannot adapt 'w' of shape (4, 4), by the rule 'w': the traced model does not say which of its axes are inputs "
+        f"and outputs: {reason}.\n"
+        f"  Leave it out of the spec ({{'w': None}}), or say the axes there: LoRA(..., axes=...).{more}"
+    )
+    assert init({"w": lj.LoRA(rank=2, alpha=4, axes="oi")}, {"w": shape(4, 4)}, kernels=kernels)["w"].axes == "oi"
 
 
 @pytest.mark.parametrize("kind", [lj.LoRAError, ValueError])

@@ -58,7 +58,7 @@ def test_every_use_is_that_of_the_formed_kernel(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_kernels_takes_the_roles_of_the_first_use(name: str) -> None:
+def test_kernels_takes_the_roles_in_which_the_kernel_meets_activations_first(name: str) -> None:
     case = TIED[name]
     assert case.roles in (None, lj.kernels(case.apply, case.params, *case.arrays)["w"].axes)
 
@@ -123,3 +123,168 @@ def test_a_layer_of_nnx_that_two_places_share() -> None:
     (path,) = [path for path in lj.kernels(apply, state, x) if path.endswith("kernel")]
     assert_law(apply, state, adapted(state, {path: "io"}), x)
     assert len(lj.kernels(apply, state, x)[path].uses) == 2
+
+
+# Uses that differ in the roles they give
+
+
+def normed(w: jax.Array) -> jax.Array:
+    """The norm of a kernel by a power iteration, which multiplies its outputs first."""
+    u = jnp.ones(w.shape[1])
+    for _ in range(2):
+        v = w @ u
+        u = (v / jnp.linalg.norm(v)) @ w
+    return jnp.linalg.norm(u)
+
+
+def mlp(params: Any, x: jax.Array) -> jax.Array:
+    return (jnp.tanh(jnp.tanh(x @ params["first"]) @ params["middle"]) @ params["last"])[0]
+
+
+def recurrent(params: Any, x: jax.Array) -> jax.Array:
+    """Applies its middle layer again and again, in a scan."""
+
+    def step(h: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jnp.tanh(h @ params["middle"]), None
+
+    return (lax.scan(step, jnp.tanh(x @ params["first"]), None, length=2)[0] @ params["last"])[0]
+
+
+def unpacked(params: Any, x: jax.Array) -> Any:
+    """The gradient and the divergence of it, by hand: of the last layer only the transpose is used."""
+    h = jnp.tanh(x @ params["first"])
+    return ((1 - h**2) * params["last"][:, 0]) @ params["first"].T
+
+
+def laplacian(model: Any) -> Any:
+    return lambda params, x: jnp.trace(jax.hessian(model, argnums=1)(params, x))
+
+
+def hutchinson(params: Any, x: jax.Array, noise: jax.Array) -> jax.Array:
+    """The trace of a Jacobian by its product with noise, as in continuous normalizing flows."""
+    y, pull = jax.vjp(lambda x: jnp.tanh(x @ params["w"]) @ params["o"], x)
+    return y.sum() + (pull(noise)[0] * noise).sum()
+
+
+MLP = {"first": (3, 5), "middle": (5, 5), "last": (5, 1)}
+IO = dict.fromkeys(MLP, "io")
+Roles = dict[str, str | None]
+DIFFERING: dict[str, tuple[Any, dict[str, tuple[int, ...]], list[tuple[int, ...]], Roles]] = {
+    "a kernel over its norm": (lambda p, x: x @ (p["w"] / normed(p["w"])), {"w": (4, 5)}, [X], {"w": "io"}),
+    "a norm, in jit, and then the product in remat": (
+        lambda p, x: jax.checkpoint(lambda w, x: x @ w)(p["w"], x) / jax.jit(normed)(p["w"]),
+        {"w": (4, 5)},
+        [X],
+        {"w": "io"},
+    ),
+    "a norm in a loop, a product in a scan": (
+        lambda p, x: (
+            lax.scan(lambda x, _: (jnp.tanh(x @ p["w"]), None), x, None, length=2)[0]
+            * lax.fori_loop(0, 2, lambda _, u: p["w"] @ u / 3, jnp.ones(4)).sum()
+        ),
+        {"w": (4, 4)},
+        [X],
+        {"w": "io"},
+    ),
+    "a gradient": (jax.grad(mlp, argnums=1), MLP, [(3,)], IO),
+    "a gradient of a jitted model": (jax.grad(jax.jit(mlp), argnums=1), MLP, [(3,)], IO),
+    "a gradient of a model in remat": (jax.grad(jax.checkpoint(mlp), argnums=1), MLP, [(3,)], IO),
+    "a gradient through a scan": (jax.grad(recurrent, argnums=1), MLP, [(3,)], IO),
+    "a Laplacian": (laplacian(mlp), MLP, [(3,)], IO),
+    "a Laplacian through a scan": (laplacian(recurrent), MLP, [(3,)], IO),
+    "a gradient of a gradient": (
+        jax.grad(lambda p, x: (jax.grad(mlp, argnums=1)(p, x) ** 2).sum(), argnums=1), MLP, [(3,)], IO
+    ),
+    "a product with a Hessian": (
+        lambda p, x, v: jax.jvp(lambda x: jax.grad(mlp, argnums=1)(p, x), (x,), (v,))[1], MLP, [(3,), (3,)], IO
+    ),
+    "a derivative by hand": (unpacked, {"first": (3, 5), "last": (5, 1)}, [(3,)], {"first": "io", "last": None}),
+    "a product with noise": (hutchinson, {"w": (4, 5), "o": (5, 4)}, [(4,), (4,)], {"w": "io", "o": "io"}),
+    "a transposed layer by a vjp": (
+        lambda p, x: jax.vjp(lambda y: y @ p["w"], jnp.zeros(4))[1](x)[0], {"w": (4, 5)}, [(5,)], {"w": "oi"}
+    ),
+    "a head on another's activations, and an embedding": (
+        lambda p, x, ids: (x @ p["w"].T, jnp.tanh(p["w"][ids.astype(int)]) @ p["w"].T), {"w": (6, 5)}, [(3, 5), (3,)],
+        {"w": None},
+    ),
+    "of constants alone": (lambda p: jnp.ones((3, 4)) @ p["w"], {"w": (4, 5)}, [], {"w": "io"}),
+    "of arrays that are closed over": (
+        lambda p: (normal(3, 4) @ p["w"]) / normed(p["w"]), {"w": (4, 5)}, [], {"w": "io"}
+    ),
+    "a column that is taken out": (lambda p, x: x @ p["w"][:, 0], {"w": (4, 1)}, [X], {"w": "io"}),
+    "a column that is summed": (lambda p, x: jnp.tensordot(x[:, :, None], p["w"], 2), {"w": (4, 1)}, [X], {"w": "io"}),
+    "two ways that differ in an axis of size 1": (
+        lambda p, x: (jnp.tensordot(x[:, :, None], p["w"], 2), x @ p["w"]), {"w": (4, 1)}, [X], {"w": "io"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_kernels_tells_forward_uses_from_others(name: str) -> None:
+    apply, shapes, args, roles = DIFFERING[name]
+    params = {path: normal(*shape) for path, shape in shapes.items()}
+    found = lj.kernels(apply, params, *[normal(*shape) for shape in args])
+    assert {path: found[path].axes for path in roles} == roles
+    assert all((kernel.axes is None) == bool(kernel.unknown) for kernel in found.values())
+
+
+@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("name", ["a kernel over its norm", "a Laplacian through a scan"])
+def test_a_model_whose_uses_differ_is_that_of_the_formed_kernels(name: str, variant: Any) -> None:
+    apply, shapes, args, _ = DIFFERING[name]
+    if "norm" in name:  # taken of the kernel that is adapted, which is formed for it
+        apply = lambda p, x: x @ p["w"] / lax.stop_gradient(normed(p["w"]))  # noqa: E731
+    params = {path: normal(*shape, size=0.5) for path, shape in shapes.items()}
+    xs = [normal(*shape, seed=3) for shape in args]
+    spec = {"**": variant(rank=1, alpha=2)}
+    adapter = lj.init(jax.random.key(0), params, spec, kernels=lj.kernels(apply, params, *xs))
+    adapter = jax.tree.map(lambda leaf: leaf + normal(*leaf.shape, size=0.1), adapter)
+    assert_law(apply, params, adapter, *xs)
+
+
+def test_uses_that_say_equally_much_and_differ_are_an_error_that_lists_them() -> None:
+    first = lambda w, x: x[:, :5] @ w.T  # noqa: E731
+    other = lambda w, x: x[:, 1:] @ w  # noqa: E731
+    params, x = {"w": normal(4, 5), "v": normal(5, 5)}, normal(3, 5)
+
+    def apply(p: Any, x: jax.Array) -> Any:
+        return first(p["w"], x), other(p["w"], x), first(p["w"], 2 * x), x @ p["v"]
+
+    found = lj.kernels(apply, params, x)  # itself no error: nobody may want to adapt it
+    assert (found["w"].axes, found["v"].axes) == (None, "io")
+    with pytest.raises(lj.SpecError) as caught:
+        lj.init(jax.random.key(0), params, {"*": lj.DoRA(rank=2, alpha=4)}, kernels=found)
+    lines = [f"{__file__}:{call.__code__.co_firstlineno}:" for call in (first, other)]
+    text = str(caught.value)
+    assert text.startswith(
+        "Cannot adapt 'w' of shape (4, 5), by the rule '*': the traced model does not say which of its axes are inputs "
+        f"and outputs: its uses disagree\n    'oi' by `dot_general` at {lines[0]}"
+    )
+    assert f"\n    'io' by `dot_general` at {lines[1]}" in text
+    assert text.count("dot_general") == 2
+    assert text.endswith("\n  Leave it out of the spec ({'w': None}), or say the axes there: DoRA(..., axes=...).")
+    told = {"w": lj.DoRA(rank=2, alpha=4, axes="io"), "v": lj.DoRA(rank=2, alpha=4)}
+    assert lj.init(jax.random.key(0), params, told, kernels=found)["w"].magnitude.shape == (5,)
+
+
+def test_a_spectral_norm_of_linen_whose_state_is_an_argument_is_not_guessed() -> None:
+    model, x = nn.SpectralNorm(nn.Dense(6)), jnp.ones((4, 8))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, update_stats=False))
+
+    def apart(params: Any, state: Any, x: jax.Array) -> Any:
+        return model.apply({"params": params, "batch_stats": state}, x, update_stats=False)
+
+    together = lj.kernels(functools.partial(model.apply, update_stats=False), variables, x)
+    assert together["params/layer_instance/kernel"].axes == "io"
+    found = lj.kernels(apart, variables["params"], variables["batch_stats"], x)["layer_instance/kernel"]
+    assert found.axes is None
+    assert "its uses disagree" in found.unknown
+
+
+def test_what_is_computed_and_dropped_tells_roles_and_is_no_use() -> None:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        _ = x @ p["w"]
+        return x
+
+    found = lj.kernels(apply, {"w": normal(4, 5)}, normal(*X))["w"]
+    assert (found.axes, found.uses) == ("io", ())

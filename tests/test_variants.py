@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import assert_close as assert_tree_close
 from helpers import bits, dense, trained
@@ -20,6 +22,7 @@ from uses import USES
 from zoo import ZOO
 
 import lora_jax as lj
+from lora_jax import _variants, starts
 
 Make = Callable[..., Any]
 
@@ -121,3 +124,124 @@ def test_a_dropout_key_drops_activations_and_without_one_nothing_is_dropped(vari
     assert bits(adapted(case.params, adapter, *case.arrays)) == bits(expected)
     dropped = adapted(case.params, adapter, *case.arrays, dropout_key=jax.random.key(0))
     assert float(jnp.abs(dropped - expected).max()) > 1e-3
+
+
+# Their numbers
+
+MADE: Mapping[str, Mapping[str, Any]] = {
+    "LoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
+    "RSLoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
+    "DoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True, "rank_stabilised": True},
+    "AdaLoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
+    "ALoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True, "invocation": (1, 2)},
+    "VeRA": {"rank": 2, "seed": 7, "start_d": 0.5, "dropout": 0.5},
+    "Rows": {"ids": (1, 2)},
+    "LoRABias": {"scale": 2},
+    "Full": {},
+}
+FIELDS = [(name, field) for name, fields in MADE.items() for field in fields]
+
+
+def test_every_field_of_every_variant_is_among_them() -> None:
+    classes = [its for its in vars(_variants).values() if isinstance(its, type) and issubclass(its, _variants.Variant)]
+    concrete = {its.__name__: its for its in classes if its not in (_variants.Variant, _variants.LowRank)}
+    assert {name: {field.name for field in dataclasses.fields(its)} - {"axes"} for name, its in concrete.items()} == {
+        name: set(fields) for name, fields in MADE.items()
+    }
+
+
+@pytest.mark.parametrize("name", MADE)
+@pytest.mark.parametrize(
+    "array", [np.asarray, jnp.asarray, lambda value: np.asarray(value)[()]], ids=["np", "jnp", "scalar"]
+)
+def test_numbers_of_numpy_and_jax_become_those_of_python(name: str, array: Any) -> None:
+    plain = getattr(lj, name)(**MADE[name])
+    made = getattr(lj, name)(**{field: array(value) for field, value in MADE[name].items()})
+    assert made == plain
+    assert (hash(made), repr(made)) == (hash(plain), repr(plain))
+    values = [value for field in MADE[name] for value in np.atleast_1d(np.asarray(getattr(made, field), object))]
+    assert {type(value) for value in values} <= {int, float, bool}
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS)
+def test_a_value_that_is_no_such_number_is_an_error(name: str, field: str) -> None:
+    make = lambda value: getattr(lj, name)(**{**MADE[name], field: value})  # noqa: E731
+    wrong = ["2", None, jnp.ones((2, 2)), float("nan"), float("inf"), 2j, lj.LoRA]
+    wrong += [2, 0.5] if isinstance(MADE[name][field], bool) else [True, np.True_, jnp.bool_(True)]
+    wrong += [0.5, 2.0, -1] if field in ("rank", "seed") else []
+    wrong += [[0.5], [True], [-1], [float("nan")], [[1]]] if field in ("ids", "invocation") else []
+    for value in wrong:
+        with pytest.raises(lj.SpecError, match=f"`{field}`"):
+            make(value)
+
+
+@pytest.mark.parametrize(("name", "field"), FIELDS)
+def test_a_traced_value_is_an_error_that_says_so(name: str, field: str) -> None:
+    def make(value: Any) -> jax.Array:
+        getattr(lj, name)(**{**MADE[name], field: value})
+        return value
+
+    with pytest.raises(lj.SpecError, match=f"Expected a Python value for `{field}`; got a traced array"):
+        jax.jit(make)(MADE[name][field] if not isinstance(MADE[name][field], tuple) else jnp.arange(2))
+
+
+def test_an_alpha_of_numpy_trains_and_is_saved_as_one_of_python_is(tmp_path: Path) -> None:
+    params, x = {"w": normal(4, 5)}, normal(3, 4)
+    adapter = drawn(params, lj.LoRA(rank=np.int64(2), alpha=np.float32(0.5)))
+    step = jax.jit(jax.grad(lambda ad, x: total(lj.lora(lambda p, x: x @ p["w"])(params, ad, x))))
+    assert jax.tree.structure(step(adapter, x)) == jax.tree.structure(drawn(params, lj.LoRA(rank=2, alpha=0.5)))
+    lj.save(tmp_path / "adapter", adapter, base=params)
+    assert lj.restore(tmp_path / "adapter", base=params)["w"].variant == lj.LoRA(rank=2, alpha=0.5)
+
+
+def test_a_tree_map_checks_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = drawn({"w": normal(4, 5)}, lj.LoRA(rank=2, alpha=3))
+    monkeypatch.setattr(lj.LoRA, "__post_init__", None)  # calling it would raise
+    assert jax.tree.map(lambda leaf: leaf, adapter)["w"].variant is adapter["w"].variant
+
+
+# At most a rank
+
+
+@pytest.mark.parametrize("name", ["LoRA", "RSLoRA", "DoRA", "AdaLoRA", "ALoRA"])
+def test_a_rank_that_is_clipped_is_that_of_the_same_variant_written_for_the_kernel(name: str, tmp_path: Path) -> None:
+    options = {"invocation": (1,)} if name == "ALoRA" else {}
+    make = functools.partial(getattr(lj, name), alpha=6, **options)
+    params = {"wide": normal(8, 9), "narrow": normal(8, 3), "stack": normal(5, 2, 8)}
+    spec = {"stack": make(rank=4, clip_rank=True, axes="bio"), "**": make(rank=4, clip_rank=True)}
+    alone = {"stack": make(rank=2, axes="bio"), "narrow": make(rank=3), "wide": make(rank=4)}
+    adapter = lj.init(jax.random.key(0), params, spec)
+    assert bits(adapter) == bits(lj.init(jax.random.key(0), params, alone))
+    assert {path: part.variant for path, part in adapter.items()} == {
+        path: dataclasses.replace(variant, axes=None) for path, variant in alone.items()
+    }
+    lj.save(tmp_path / "adapter", adapter, base=params)
+    restored = lj.restore(tmp_path / "adapter", base=params)
+    assert jax.tree.structure(restored) == jax.tree.structure(adapter)
+
+
+def test_clipped_ranks_show_in_explain_and_hold_for_starts_and_compression() -> None:
+    params = {"w": normal(8, 3)}
+    apply = lambda p, x: x @ p["w"]  # noqa: E731
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=8, alpha=6, clip_rank=True)})
+    (row,) = lj.explain(apply, params, adapter, normal(2, 8)).rows
+    assert (row.rank, row.scale) == (3, 2.0)
+    started = starts.pissa(adapter, params)
+    assert started.adapter["w"].variant == lj.LoRA(rank=3, alpha=6)
+    assert_close(lj.lora(apply)(started.params, started.adapter, normal(2, 8)), apply(params, normal(2, 8)))
+    assert lj.compress(started.adapter, 2)[0]["w"].variant == lj.LoRA(rank=2, alpha=6)
+
+
+def test_an_adapter_with_a_rank_left_open_is_an_error() -> None:
+    arrays = lj.init(jax.random.key(0), {"w": normal(8, 3)}, {"w": lj.LoRA(rank=3, alpha=6)})["w"].arrays
+    adapter = {"w": lj.Adapter(lj.LoRA(rank=8, alpha=6, clip_rank=True), "io", **arrays)}
+    with pytest.raises(
+        lj.AdapterError, match=r"which is for a spec; the adapter of this kernel has LoRA\(rank=3, alpha=6\)"
+    ):
+        lj.lora(lambda p, x: x @ p["w"])({"w": normal(8, 3)}, adapter, normal(2, 8))
+
+
+@pytest.mark.parametrize("sizes", [(0, 4), (4, 0)])
+def test_a_kernel_without_elements_has_no_rank_to_clip_to(sizes: tuple[int, int]) -> None:
+    with pytest.raises(lj.SpecError, match="it can be at most 0"):
+        lj.init(jax.random.key(0), {"w": jnp.ones(sizes)}, {"w": lj.LoRA(rank=2, alpha=3, clip_rank=True)})

@@ -13,6 +13,7 @@ from . import _shard_map as _shard_map
 from . import _sharding as _sharding
 from ._interpreter import OBSERVED as OBSERVED
 from ._lora import lora as lora
+from ._origins import origins as origins
 from ._plan import FormName as FormName
 from ._plan import form_named as form_named
 from ._program import Program as Program

@@ -36,8 +36,8 @@ def _conv_general_dilated(
         raise NoRule("the adapted kernel is what is convolved")
     if batch_group_count != 1:
         raise NoRule("a convolution in groups of the batch")
-    kernel = rhs
     w_out, w_in, *windows = dimension_numbers.rhs_spec
+    kernel = rhs if rhs.is_probe else rhs.with_roles(_fitting(rhs, w_out, w_in))
     roles = "".join("o" if axis == w_out else "i" for axis in range(kernel.w.ndim))
     its = "".join(kernel.roles)
     if not kernel.is_probe and ("b" in its or its[w_in] == its[w_out]):
@@ -76,3 +76,13 @@ def _conv_general_dilated(
         convolve, steps.low_rank, steps.thin, steps.costs(lhs.shape, y.shape), precision, *steps.labels
     )
     return site.contract(kernel, lhs, contraction, roles=roles)
+
+
+def _fitting(kernel: AdaptedKernel, w_out: int, w_in: int) -> list[str]:
+    """The roles of a kernel's axes; where one has size 1 such that the two of the channels are in different factors."""
+    shape = kernel.w.shape
+    roles = ["i" if role == "b" and shape[axis] == 1 else role for axis, role in enumerate(kernel.roles)]
+    if roles[w_out] == roles[w_in] and 1 in (shape[w_out], shape[w_in]):
+        small = w_in if shape[w_in] == 1 else w_out
+        roles[small] = "o" if roles[small] == "i" else "i"
+    return roles

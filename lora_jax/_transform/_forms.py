@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from .._adapter import AdaptedKernel, gain_of, materialise
-from .._contract import Labels, widest
+from .._contract import Labelled, Labels, widest
 from ._plan import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
 from ._tokens import of_active
 
@@ -103,7 +103,7 @@ def contract(
     """
     if kernel.gain is None:
         return _contract(kernel, x, contraction, form, again=again)
-    gain, plain = gain_of(kernel), dataclasses.replace(kernel, gain=None)
+    gain, plain = _gain(kernel), dataclasses.replace(kernel, gain=None)
     if not set(gain.labels) <= set(contraction.y):
         return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form, again=again)
     g = gain.beside(contraction.y)
@@ -121,9 +121,16 @@ def times(y: Array, gain: Array) -> Array:
     return (y.astype(dtype) * gain.astype(dtype)).astype(y.dtype)
 
 
+def _gain(kernel: AdaptedKernel) -> Labelled:
+    """The gain without axes of size 1, along which there is one number for all."""
+    gain = gain_of(kernel)
+    ones = [place for place, size in enumerate(gain.array.shape) if size == 1]
+    return Labelled(lax.squeeze(gain.array, ones), tuple(x for at, x in enumerate(gain.labels) if at not in ones))
+
+
 def takes_gain(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> bool:
     """Whether all the outputs that have a gain are kept, or all are summed, with an `x` that has them one by one."""
-    if kernel.gain is None or set(labels := gain_of(kernel).labels) <= set(contraction.y):
+    if kernel.gain is None or set(labels := _gain(kernel).labels) <= set(contraction.y):
         return True
     sizes = dict(zip(contraction.x, x.shape, strict=True))
     return all(sizes.get(label) == kernel.w.shape[label] for label in labels)

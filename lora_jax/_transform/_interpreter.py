@@ -8,7 +8,7 @@ unless the caller has allowed it to be formed there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from .._compat import (
     user_line,
     variables,
 )
-from .._use import Use
+from .._use import Evidence, Use
 from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
 from ._plan import added
 from ._refusal import Refusal, Refused
@@ -67,6 +67,16 @@ class Site:
 
     settings: Settings
     eqn: JaxprEqn
+    evidence: Mapping[str, Evidence] = dataclasses.field(default_factory=dict)  # of its uses, by path
+
+    @classmethod
+    def of(cls, settings: Settings, eqn: JaxprEqn, operands: Sequence[Value], *, live: bool) -> Site:
+        """The site of an equation with these operands."""
+        if settings.origins is None:
+            return cls(settings, eqn)
+        paths = [operand.paths if isinstance(operand, AdaptedKernel) else () for operand in operands]
+        evidence = settings.origins.evidence((*settings.within, id(eqn)), paths)
+        return cls(dataclasses.replace(settings, live=live and settings.live), eqn, evidence)
 
     def in_turn(self, length: int) -> Site:
         """The same equation in each of the turns of its loop, which keeps for each of them what the gradient needs."""
@@ -79,7 +89,14 @@ class Site:
 
     def interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         """Interprets a function inside this equation."""
-        return interpret(self.settings, jaxpr.jaxpr, jaxpr.consts, operands)
+        return interpret(self.inside, jaxpr.jaxpr, jaxpr.consts, operands)
+
+    @property
+    def inside(self) -> Settings:
+        """What holds inside of this equation."""
+        if self.settings.origins is None:
+            return self.settings
+        return dataclasses.replace(self.settings, within=(*self.settings.within, id(self.eqn)))
 
     def left(self, kernel: AdaptedKernel) -> Value:
         """What is left of a kernel that lost axes; one row or one column is a look-up's result, and no kernel."""
@@ -108,7 +125,8 @@ class Site:
     ) -> Array:
         """Evaluates the base's operation; its `x` is observed if it meets what the adapter has for inputs."""
         assert self.settings.statistic is not None
-        if any((use == "i") != (its == "i") for its, use in zip(kernel.roles, roles, strict=True)):
+        each = zip(kernel.roles, roles, kernel.w.shape, strict=True)
+        if any((use == "i") != (its == "i") for its, use, size in each if size != 1):
             return base(x, kernel.w, *others)
         self.used(kernel, OBSERVED, roles=roles)
         return observed(kernel, x, base, thin, *others, statistic=self.settings.statistic)
@@ -124,8 +142,10 @@ class Site:
         """What `used` would note."""
         axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
         times = self.settings.times
-        use = Use("", self.eqn.primitive.name, kind, axes, times, times * operations, user_line(self.eqn))
-        return of_each_leaf(use, kernel)
+        live = self.settings.live
+        use = Use("", self.eqn.primitive.name, kind, axes, times, times * operations, user_line(self.eqn), live=live)
+        each = of_each_leaf(use, kernel)
+        return tuple(dataclasses.replace(its, evidence=self.evidence.get(its.path, its.evidence)) for its in each)
 
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
@@ -167,7 +187,7 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
         formed = allowed and not value.is_probe
         cost = value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size if formed else 0
         kind = "opaque" if value.is_probe else "dense" if allowed else REFUSED
-        use = Use("", primitive, kind, None, settings.times, settings.times * cost, line)
+        use = Use("", primitive, kind, None, settings.times, settings.times * cost, line, live=settings.live)
         settings.log.extend(value.look_up or of_each_leaf(use, value))
     return materialise(value)
 
@@ -175,7 +195,9 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
 def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
     """Evaluates a jaxpr whose arguments may be adapted kernels; so may its results."""
     values: dict[Var, Value] = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *args), strict=True))
-    eqns = live_equations(jaxpr)
+    live = live_equations(jaxpr)
+    eqns = live if settings.origins is None else list(jaxpr.eqns)
+    is_live = set(map(id, live))
     last = last_uses(eqns, jaxpr.outvars)
     plain: list[JaxprEqn] = []  # equations that no kernel reaches, not yet evaluated
     makers: dict[Var, JaxprEqn] = {}  # of sums that are not added yet
@@ -214,7 +236,8 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
             continue
         if plain:
             evaluate_plain(number)
-        results = _apply_rule(Site(settings, eqn), [_in_use(read(atom), number) for atom in eqn.invars])
+        given = [_in_use(read(atom), number) for atom in eqn.invars]
+        results = _apply_rule(Site.of(settings, eqn, given, live=id(eqn) in is_live), given)
         values.update(zip(eqn.outvars, results, strict=True))
         makers.update((var, eqn) for var, its in zip(eqn.outvars, results, strict=True) if isinstance(its, Sum))
         free([eqn], number)

@@ -11,6 +11,7 @@ from .._adapter import AdaptedKernel
 from .._paths import Pattern, matches_any
 from .._use import Use
 from ._kept import Kept
+from ._origins import Origins
 from ._plan import Form
 from ._refusal import Refusal
 from ._statistics import Statistic
@@ -31,6 +32,10 @@ class Settings:
         through; None if the first of them ends it.
       kept: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
         rebuilt function, which knows its settings, does not keep all others alive.
+      origins: of the program's values, if each use is to say how much it tells of the roles of axes. What the program
+        computes and drops is then interpreted too: where only derivatives are used, the model's own uses are there.
+      within: the equations that it is inside of, as `origins` has them.
+      live: whether a result of the program depends on it.
     """
 
     dense: tuple[Pattern, ...] = ()
@@ -41,6 +46,9 @@ class Settings:
     statistic: Statistic | None = None
     refusals: list[Refusal] | None = None
     kept: weakref.ref[Kept] | None = dataclasses.field(default=None, compare=False, repr=False)
+    origins: Origins | None = None
+    within: tuple[int, ...] = ()
+    live: bool = True
 
     def may_form(self, kernel: AdaptedKernel) -> bool:
         """Whether a kernel can be formed, and the caller has listed every leaf of it."""

@@ -77,20 +77,12 @@ def _broadcast_in_dim(
 
 @rule(primitives.reshape_p, "moved")
 def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any) -> Value:
-    """Axes of one role are split or merged; a merge of inputs with outputs is refused."""
+    """Axes of one role are split or merged, those of size 1 with any; a merge of inputs with outputs is refused."""
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
     if dimensions is not None:  # the order in which the axes are read
         kernel = _transpose(site, kernel, permutation=dimensions)
-    roles = [""] * len(new_sizes)
-    for old, new in _blocks(kernel.w.shape, new_sizes):
-        # An axis of size 1 holds nothing, and agrees with any role.
-        role = join([kernel.roles[axis] for axis in old if kernel.w.shape[axis] > 1])
-        role = role or join([kernel.roles[axis] for axis in old[:1]])
-        if not kernel.is_probe and len(role) > 1:
-            raise NoRule(f"a reshape from {kernel.w.shape} to {new_sizes} merges axes with the roles {role!r}")
-        for axis in new:
-            roles[axis] = role or ("" if kernel.is_probe else "o")
+    roles = _roles_after(kernel, new_sizes)
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         rank = factor.shape[before.index(RANK)]
@@ -98,6 +90,27 @@ def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, di
         return lax.reshape(factor, its_sizes, out_sharding=_moved(sharding, after))
 
     return site.left(kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
+
+
+def _roles_after(kernel: AdaptedKernel, new_sizes: Axes) -> list[str]:
+    """The roles of a kernel's axes after a reshape. One of size 1 holds nothing, and has no role in what it joins."""
+    shape = kernel.w.shape
+    roles = [""] * len(new_sizes)
+    place = 0  # of the last axis so far
+    for old, new in _blocks(shape, new_sizes):
+        wide = [axis for axis in old if shape[axis] != 1]
+        role = join([kernel.roles[axis] for axis in wide or old[:1]])
+        if not kernel.is_probe and len(role) > 1:
+            raise NoRule(f"a reshape from {shape} to {new_sizes} merges axes with the roles {role!r}")
+        for place in new:
+            roles[place] = role if not wide or new_sizes[place] != 1 else ""
+        if kernel.is_probe and not new and roles:  # gone into what is before it
+            roles[place] = join([roles[place], role])
+    if kernel.is_probe:
+        return roles
+    # A kernel stays one if an axis is left for its inputs and one for its outputs.
+    lost = [role for role in "io" if role in kernel.roles and role not in roles]
+    return [role or (lost.pop() if lost else "o") for role in roles]
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:

@@ -4,6 +4,7 @@ from ._adalora import AdaLoRA as AdaLoRA
 from ._alora import ALoRA as ALoRA
 from ._base import LowRank as LowRank
 from ._base import Variant as Variant
+from ._base import largest_rank as largest_rank
 from ._dora import DoRA as DoRA
 from ._full import Full as Full
 from ._lora import LoRA as LoRA

@@ -32,6 +32,7 @@ class AdaLoRA(LowRank):
     Attributes:
       rank: r, that of the start, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
+      clip_rank: as in `LoRA`.
       dropout: as in `LoRA`.
       axes: as in `LoRA`.
     """

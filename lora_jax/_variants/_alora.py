@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar
 
-from .._errors import SpecError
 from ._base import LowRank
+from ._numbers import integers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -26,6 +25,7 @@ class ALoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
+      clip_rank: as in `LoRA`.
       dropout: as in `LoRA`.
       invocation: the ids of the tokens that invoke the adapter, at least one.
       axes: as in `LoRA`.
@@ -36,15 +36,10 @@ class ALoRA(LowRank):
     some_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "invocation", tuple(map(int, self.invocation)))  # a list could not be hashed
+        super().__post_init__()
+        self._set(invocation=integers("invocation", self.invocation))  # a list could not be hashed
 
     @property
     def scale(self) -> float:
         """α/r."""
         return self.alpha / self.rank
-
-    def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises as other methods do, and if there is no invocation."""
-        super().check(shape, axes)
-        if not self.invocation:
-            raise SpecError(f"expected the tokens of an invocation; got {self}")

@@ -15,6 +15,7 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
 from .._errors import SpecError
+from ._numbers import flag, integer, number, share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,16 @@ class Variant(abc.ABC):
     adds: ClassVar[bool]  # whether it adds to the kernel what does not depend on it, and can be taken out again
     some_tokens: ClassVar[bool] = False  # whether it acts on some tokens alone, and so is no kernel for all of them
 
+    def __post_init__(self) -> None:
+        """Checks what it is made with, and makes plain Python of it: what needs the kernel's shape is for `check`."""
+        if not isinstance(self.axes, str | None):
+            raise SpecError(f"Expected a string such as 'io' for `axes`; got {self.axes!r}.")
+
+    def _set(self, **values: Any) -> None:
+        """Sets fields while it is made; afterwards it is frozen."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
     def __repr__(self) -> str:
         """What was chosen; what was left as it is by default is not shown."""
         chosen = [
@@ -36,6 +47,11 @@ class Variant(abc.ABC):
     @abc.abstractmethod
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises `SpecError`, its text without the path, if a kernel of this shape and these axes cannot be adapted."""
+
+    def fitted(self, shape: Sequence[int], axes: str) -> Self:
+        """What the adapter of a kernel of this shape holds: nothing in it is open any more."""
+        del shape, axes  # they say nothing, but for a variant whose rank they limit
+        return self if self.axes is None else dataclasses.replace(self, axes=None)  # the adapter has its own
 
     @abc.abstractmethod
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
@@ -54,18 +70,15 @@ class Variant(abc.ABC):
         """What the model sees in place of the kernel."""
 
 
-def check_axes(variant: Variant, shape: Sequence[int], axes: str) -> None:
+def check_axes(variant: Variant, axes: str) -> None:
     """Raises `SpecError` if there is no input or no output axis, between which factors would stand."""
     if "i" not in axes or "o" not in axes:
-        raise SpecError(
-            f"{variant} needs a kernel with input and output axes; got shape {tuple(shape)} with axes {axes!r}"
-        )
+        raise SpecError(f"{type(variant).__name__} needs input and output axes, the kernel's are {axes!r}")
 
 
-def check_dropout(rate: float) -> None:
-    """Raises `SpecError` if a share of activations is out of range."""
-    if not 0 <= rate < 1:
-        raise SpecError(f"expected a dropout in [0, 1); got dropout={rate}")
+def largest_rank(shape: Sequence[int], axes: str) -> int:
+    """The rank that a product of factors for a kernel of this shape can have."""
+    return min(width(axes, shape, "i"), width(axes, shape, "o"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -79,8 +92,18 @@ class LowRank(Variant):
     rank: int
     alpha: float
     dropout: float = 0.0
+    clip_rank: bool = False
     needs_axes: ClassVar[bool] = True
     adds: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(
+            rank=integer("rank", self.rank, least=1),
+            alpha=number("alpha", self.alpha),
+            dropout=share("dropout", self.dropout),
+            clip_rank=flag("clip_rank", self.clip_rank),
+        )
 
     @property
     @abc.abstractmethod
@@ -95,14 +118,18 @@ class LowRank(Variant):
         return dataclasses.replace(other, alpha=other.alpha * (self.scale / other.scale)) if self.scale else other
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises if there is no input or no output axis, or if rank or dropout are out of range."""
-        check_dropout(self.dropout)
-        check_axes(self, shape, axes)
-        most = min(width(axes, shape, "i"), width(axes, shape, "o"))
-        if not 1 <= self.rank <= most:
-            raise SpecError(
-                f"expected a rank in [1, {most}] for shape {tuple(shape)} with axes {axes!r}; got rank={self.rank}"
-            )
+        """Raises if there is no input or no output axis, or if the rank is too large and is not to be clipped."""
+        check_axes(self, axes)
+        most = largest_rank(shape, axes)
+        if self.rank > most and not (self.clip_rank and most):
+            raise SpecError(f"rank={self.rank} is too large, with axes {axes!r} it can be at most {most}")
+
+    def fitted(self, shape: Sequence[int], axes: str) -> Self:
+        """At most the rank that the kernel can have, where that was asked for; α stays, and so the scale grows."""
+        its = super().fitted(shape, axes)
+        if not self.clip_rank:
+            return its
+        return dataclasses.replace(its, rank=min(self.rank, largest_rank(shape, axes)), clip_rank=False)
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`a`: (batch…, in…, rank); `b`: (batch…, rank, out…)."""

@@ -15,6 +15,7 @@ from .._axes import RANK, axes_of_b, axes_with
 from .._errors import SpecError
 from .._norms import norms
 from ._base import LowRank
+from ._numbers import flag
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -32,6 +33,7 @@ class DoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
+      clip_rank: as in `LoRA`.
       dropout: as in `LoRA`; as in DoRA's own code, what the magnitude changes of the base's result sees it, too.
       rank_stabilised: whether the scale is rsLoRA's, α/√r.
       axes: as in `LoRA`.
@@ -39,6 +41,10 @@ class DoRA(LowRank):
 
     rank_stabilised: bool = False
     adds: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(rank_stabilised=flag("rank_stabilised", self.rank_stabilised))
 
     @property
     def scale(self) -> float:
@@ -53,8 +59,8 @@ class DoRA(LowRank):
         """The factors as in `LoRA`; the magnitude is the norm of each output of the kernel."""
         if isinstance(kernel, jax.ShapeDtypeStruct):
             raise SpecError(
-                "DoRA starts from the norms of the kernel's values; got a ShapeDtypeStruct. "
-                "Give the parameters themselves, or call `init` under `jax.eval_shape` for shapes alone"
+                "DoRA starts from the norms of the kernel's values, of which there is a shape alone; "
+                "give the parameters themselves, or call `init` under `jax.eval_shape`"
             )
         factors = super().start(key, kernel, axes, dtype)
         plain = super().apply(jnp.asarray(kernel), factors, axes, "")

@@ -40,8 +40,8 @@ class Full(Variant):
         """A copy of the leaf."""
         if isinstance(kernel, jax.ShapeDtypeStruct):
             raise SpecError(
-                "Full() starts from the leaf's values; got a ShapeDtypeStruct. "
-                "Give the parameters themselves, or call `init` under `jax.eval_shape` for shapes alone"
+                "Full() starts from the leaf's values, of which there is a shape alone; "
+                "give the parameters themselves, or call `init` under `jax.eval_shape`"
             )
         return {"value": jnp.array(kernel, dtype)}
 

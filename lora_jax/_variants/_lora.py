@@ -21,6 +21,9 @@ class LoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
+      clip_rank: whether `rank` is an upper bound: a kernel with fewer inputs or outputs gets the rank that these allow.
+        `init` decides it, and the adapter's variant has the rank that it got. α stays, so that the scale is α over
+        that rank, as if it had been written for the kernel by itself.
       dropout: the share of the activations that is dropped before they meet `A`, in [0, 1), where the adapted function
         gets a `dropout_key`. Not of the base's, nor of rows that are looked up.
       axes: the role of each kernel axis (`"ioo"`: `i` input, `o` output, `b` batch), where it cannot be known

@@ -12,6 +12,7 @@ from jax import Array
 from .._contract import widest
 from .._errors import SpecError
 from ._base import Variant
+from ._numbers import number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,14 @@ class LoRABias(Variant):
     needs_axes: ClassVar[bool] = False
     adds: ClassVar[bool] = True
 
-    def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises if the scale is zero: nothing could be learnt."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(scale=number("scale", self.scale))
         if not self.scale:
-            raise SpecError(f"expected a scale that is not zero; got scale={self.scale}")
+            raise SpecError(f"Expected a scale that is not 0, with which nothing could be learnt; got {self}.")
+
+    def check(self, shape: Sequence[int], axes: str) -> None:
+        """Any shape will do."""
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`bias`: the leaf's own shape."""

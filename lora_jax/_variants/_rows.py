@@ -14,6 +14,7 @@ from .._axes import axes_of_a, axes_of_b, axes_with, sizes
 from .._errors import SpecError
 from .._placement import like_kernel
 from ._base import Variant
+from ._numbers import integers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -39,20 +40,21 @@ class Rows(Variant):
     adds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ids", tuple(map(int, self.ids)))  # a list, as JSON has, could not be hashed
+        super().__post_init__()
+        self._set(ids=integers("ids", self.ids))  # a list, as JSON has, could not be hashed
+        if len(set(self.ids)) < len(self.ids):
+            raise SpecError(f"Expected each row once in `ids`; got ids={self.ids}.")
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises if there is not one input axis that has all the rows, or if a row is named twice."""
+        """Raises if there is not one input axis that has all the rows."""
         inputs = axes_with(axes, "i")
         if len(inputs) != 1 or "o" not in axes:
             raise SpecError(
-                f"Rows needs a table with one input axis, that of the rows, and output axes; got shape {tuple(shape)} "
-                f"with axes {axes!r}"
+                f"Rows needs a table with one input axis, that of the rows, and output axes; its axes are {axes!r}"
             )
         size = shape[inputs[0]]
-        outside = [row for row in self.ids if not 0 <= row < size]
-        if outside or not self.ids or len(set(self.ids)) < len(self.ids):
-            raise SpecError(f"expected ids of rows in [0, {size}), at least one and each once; got ids={self.ids}")
+        if max(self.ids) >= size:
+            raise SpecError(f"there are {size} rows with axes {axes!r}; got ids={self.ids}")
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`rows`: (batch…, number of ids, out…)."""

@@ -20,6 +20,7 @@ class RSLoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/√r.
+      clip_rank: as in `LoRA`.
       dropout: as in `LoRA`.
       axes: as in `LoRA`.
     """

@@ -14,9 +14,9 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b, axes_with, sizes, width
 from .._contract import widest
-from .._errors import SpecError
 from .._placement import like_kernel
-from ._base import Variant, check_axes, check_dropout
+from ._base import Variant, check_axes
+from ._numbers import integer, number, share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -48,12 +48,18 @@ class VeRA(Variant):
     needs_axes: ClassVar[bool] = True
     adds: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(
+            rank=integer("rank", self.rank, least=1),
+            seed=integer("seed", self.seed, least=0, below=2**32),
+            start_d=number("start_d", self.start_d),
+            dropout=share("dropout", self.dropout),
+        )
+
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises if there is no input or no output axis, or if a number is out of range."""
-        check_dropout(self.dropout)
-        check_axes(self, shape, axes)
-        if self.rank < 1 or not 0 <= self.seed < 2**32:
-            raise SpecError(f"expected a rank of at least 1 and a seed in [0, 2**32); got {self}")
+        """Raises if there is no input or no output axis; any kernel can have any rank."""
+        check_axes(self, axes)
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`lambda_b`: (batch…, out…); `lambda_d`: (batch…, rank)."""
