@@ -29,6 +29,7 @@ LAYERS = [
     "_keys",
     "_contract",
     "_use",
+    "_sizes",
     "_table",
     "_operations",
     "_collectives",

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from .._compat import user_line
+from .._sizes import is_known
 from ._interpreter import Rule, Site, Value
 from ._settings import Settings
 
@@ -22,7 +23,9 @@ def kept(rule: Rule) -> Rule:
 
     @functools.wraps(rule)
     def run(site: Site, *operands: Value, **params: Any) -> list[Value]:
-        if site.settings.log is not None:  # a watched body has to be traced each time, or the log would miss it
+        # A watched body has to be traced each time, or the log would miss it.
+        # Symbolic lengths of two exports cannot be compared, as they would be in a cache.
+        if site.settings.log is not None or not all(map(is_known, params.values())):
             return rule(site, *operands, **params)
         key = _Key(site.settings, user_line(site.eqn), site)
         return _function(rule, key, tuple(params.items()))(*operands)

@@ -19,6 +19,7 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK, join
 from .._compat import primitives
 from .._placement import along
+from .._sizes import may_exceed
 from ._interpreter import NoRule, Site, Value, rule
 
 Axes = tuple[int, ...]
@@ -84,7 +85,7 @@ def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, di
     roles = [""] * len(new_sizes)
     for old, new in _blocks(kernel.w.shape, new_sizes):
         # An axis of size 1 holds nothing, and agrees with any role.
-        role = join([kernel.roles[axis] for axis in old if kernel.w.shape[axis] > 1])
+        role = join([kernel.roles[axis] for axis in old if may_exceed(kernel.w.shape[axis], 1)])
         role = role or join([kernel.roles[axis] for axis in old[:1]])
         if not kernel.is_probe and len(role) > 1:
             raise NoRule(f"a reshape from {kernel.w.shape} to {new_sizes} merges axes with the roles {role!r}")
@@ -107,14 +108,12 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     """
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
-        while (a := math.prod(old[k] for k in left)) != (b := math.prod(new[k] for k in right)):
-            if a < b:
-                left.append(i + len(left))
-            else:
-                right.append(j + len(right))
-        i, j = i + len(left), j + len(right)
-        blocks.append((left, right))
+        ends = itertools.product(range(min(i + 1, len(old)), len(old) + 1), range(min(j + 1, len(new)), len(new) + 1))
+        # Symbolic sizes are known to be equal, or they are not; which of two is larger is often unknown.
+        equal = [(k, m) for k, m in ends if math.prod(old[i:k]) == math.prod(new[j:m])]
+        k, m = min(equal, key=sum, default=(len(old), len(new)))
+        blocks.append(([*range(i, k)], [*range(j, m)]))
+        i, j = k, m
     return blocks
 
 
