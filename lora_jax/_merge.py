@@ -162,7 +162,8 @@ def _check_overflow(leaves: Mapping[str, Any], folded: Mapping[str, Any]) -> Non
 
 def _is_finite(array: Any) -> bool:
     with jax.ensure_compile_time_eval():  # under `jit` an array from outside still has values
-        return bool(jnp.isfinite(array).all())
+        finite = jnp.isfinite(array).all()
+    return not is_concrete(finite) or bool(finite)  # under `jet` whatever is computed is traced, and has no value
 
 
 def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:

@@ -14,7 +14,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,24 @@ def traced_again() -> Iterator[None]:
         yield
     finally:
         _traced_again.reset(token)
+
+
+def custom_jvp_works(arrays: Sequence[Any]) -> bool:
+    """Whether the transformations around a call support a `custom_jvp` of its arrays; `jax.experimental.jet` does not.
+
+    Called only where something has failed: JAX has no way to ask, so that one is tried.
+    """
+
+    def double(*arrays: Array) -> list[Array]:
+        return [x + x for x in arrays]
+
+    function = jax.custom_jvp(double)
+    function.defjvp(lambda primals, tangents: (double(*primals), double(*tangents)))
+    try:
+        function(*(x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)))
+    except Exception:
+        return False
+    return True
 
 
 class Sum(NamedTuple):
@@ -152,6 +170,8 @@ def _contract(
     if its is Form.FACTORED:
         return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))
     forms = _Forms(kernel.outline, contraction)
+    if its is Form.MERGED:
+        return forms.merged(x, kernel.w, kernel.a, kernel.b)
     rules: dict[Form, Rule] = {
         Form.FACTORED: functools.partial(_jvp, forms.factored),
         Form.MERGED: functools.partial(_jvp, forms.merged),
