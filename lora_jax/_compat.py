@@ -87,7 +87,7 @@ def is_unspecified(sharding: Any) -> bool:
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The mesh axes over which an array inside a `shard_map` may differ; none are known without `check_vma`."""
+    """The mesh axes over which an array inside a `shard_map` may differ; none, without `check_vma`."""
     names: frozenset[str] = jax.typeof(x).mat.varying
     return names
 

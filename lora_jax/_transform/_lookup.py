@@ -65,7 +65,14 @@ def _gather(
         )
         if gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP and fill_value not in (None, 0):
             raise NoRule("kernels that have a gain are looked up, and filled with a number beyond the end")
-        moved = dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
+        moved = dataclasses.replace(
+            kernel,
+            w=y,
+            a=a.in_order(order_a),
+            b=b.in_order(order_b),
+            roles=tuple(roles),
+            replicated=(),  # the indices may be others on each device
+        )
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     on_all_tokens(kernel)
     both = _cast(a, y.dtype), _cast(b, y.dtype)

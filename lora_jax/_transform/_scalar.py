@@ -80,7 +80,8 @@ def _scaled(site: Site, kernel: AdaptedKernel, c: Value, times: Callable[..., An
     taker = smallest(takers, key=lambda name: getattr(kernel, name).size)
     factor, c = getattr(kernel, taker), _along(jnp.asarray(c), axes[taker])
     dtype = widest(factor.dtype, c.dtype)
-    return dataclasses.replace(kernel, **{taker: times(factor.astype(dtype), c.astype(dtype))})
+    scaled = dataclasses.replace(kernel, **{taker: times(factor.astype(dtype), c.astype(dtype))})
+    return scaled.with_replicated({taker: ()})  # c may be another on each device
 
 
 def _along(c: Array, axes: Axes) -> Array:

@@ -205,7 +205,12 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
         sizes = [factor.shape[place] if axis == RANK else slice_sizes[axis] for place, axis in enumerate(before)]
         return cut(factor, first, sizes)
 
-    return kernel.moved(cut(kernel.w, starts, slice_sizes), kernel.roles, move)
+    # Each device may take another slice, of the factors that have the axis.
+    cuts = {axis for axis, start in enumerate(starts) if isinstance(start, Array)}
+    moving = {axis for axis in cuts if slice_sizes[axis] != kernel.w.shape[axis]}
+    differ = [name for name, (_, layout) in kernel.factors.items() if moving.intersection(layout(kernel.roles))]
+    moved = kernel.moved(cut(kernel.w, starts, slice_sizes), kernel.roles, move)
+    return moved.with_replicated(dict.fromkeys(differ, ()))
 
 
 @rule(primitives.convert_element_type_p, "moved")
