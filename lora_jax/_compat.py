@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import traceback
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -57,6 +58,15 @@ def user_line(eqn: JaxprEqn) -> str:
     frames = source_info_util.summarize(_source_of(eqn), num_frames=100).split("\n")[::-1]  # innermost first
     own = [frame for frame in frames if not frame.startswith(_LIBRARIES)]
     return (own or frames)[0]
+
+
+def raised_at(error: BaseException) -> str:
+    """Where the user's code raised an error: `model.py:31 (Block.__call__)`, not a frame of JAX or of a library."""
+    libraries = (*_LIBRARIES, os.path.join(os.path.dirname(jax.__file__), ""))
+    frames = traceback.extract_tb(error.__traceback__)[::-1]  # innermost first
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    frame = (own or frames)[0]
+    return f"{frame.filename}:{frame.lineno} ({frame.name})"
 
 
 def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:

@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["AdapterError", "CheckpointError", "LoRAError", "MergeError", "SpecError", "UnsupportedError", "listed"]
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "LoRAError",
+    "MergeError",
+    "SpecError",
+    "TracingError",
+    "UnsupportedError",
+    "listed",
+]
 
 
 class LoRAError(Exception):
@@ -34,6 +43,10 @@ class UnsupportedError(LoRAError, NotImplementedError):
     def __init__(self, what: str, line: str, advice: str) -> None:
         super().__init__(f"{what}\n  at {line or 'a line that is not known'}\n  {advice}")
         self.what, self.line, self.advice = what, line, advice
+
+
+class TracingError(LoRAError, TypeError):
+    """A function that cannot be traced: its Python code needs the value of an array, or its result hides one."""
 
 
 class MergeError(LoRAError, ValueError):

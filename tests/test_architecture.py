@@ -75,7 +75,7 @@ INSIDE = {
     ],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
-        ["_plan", "_tokens"],
+        ["_boundary", "_plan", "_tokens"],
         ["_forms", "_factored"],
         ["_conv_steps", "_statistics"],
         ["_settings"],
@@ -235,7 +235,15 @@ FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.star
 
 def test_the_face_is_what_the_design_names() -> None:
     public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
-    errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
+    errors = {
+        "LoRAError",
+        "SpecError",
+        "AdapterError",
+        "UnsupportedError",
+        "TracingError",
+        "MergeError",
+        "CheckpointError",
+    }
     functions = {
         "lora",
         "init",

@@ -59,6 +59,8 @@ def lora(
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
+      TracingError: at the call, if Python code of `apply` needs the value of an array, as in `if x.sum() > 0:`, or if
+        a result that JAX does not know holds one.
       UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank form and is not
         listed in `dense`: the primitive, the path and the line of the model.
       SpecError: if there is no such form; at the call, if the transformation around it does not support `"hybrid"`.
