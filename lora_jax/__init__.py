@@ -16,6 +16,7 @@ from ._errors import CheckpointError as CheckpointError
 from ._errors import LoRAError as LoRAError
 from ._errors import MergeError as MergeError
 from ._errors import SpecError as SpecError
+from ._errors import TracingError as TracingError
 from ._errors import UnsupportedError as UnsupportedError
 from ._explain import explain as explain
 from ._extract import compress as compress
@@ -63,6 +64,7 @@ __all__ = [
     "RSLoRA",
     "Rows",
     "SpecError",
+    "TracingError",
     "UnsupportedError",
     "VeRA",
     "active_tokens",

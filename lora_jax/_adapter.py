@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import flax.serialization
@@ -106,6 +106,7 @@ class AdaptedKernel:
       gain: `(batch…, 1, out…)`, one number for each output, in place of the rank; None for 1.
       active: `(…, tokens)`, which tokens the factors act on; None for all.
       look_up: of a probe, the look-up that it comes from, which is a use of it unless it is used as a kernel.
+      replicated: inside a `shard_map`, the axes of the mesh over which a factor is known to be the same, by name.
     """
 
     w: Array
@@ -118,6 +119,7 @@ class AdaptedKernel:
     gain: Any = None
     active: Any = None
     look_up: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
+    replicated: tuple[tuple[str, frozenset[str]], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def outline(self) -> Self:
@@ -140,6 +142,15 @@ class AdaptedKernel:
         layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b}
         arrays = {name: getattr(self, name) for name in layouts}
         return {name: (array, layouts[name]) for name, array in arrays.items() if array is not None}
+
+    def replicated_over(self, name: str) -> frozenset[str]:
+        """The axes of the mesh over which a factor is known to be the same."""
+        return dict(self.replicated).get(name, frozenset())
+
+    def with_replicated(self, axes: Mapping[str, Collection[str]]) -> Self:
+        """The kernel of which is known, for the factors named, over which axes of the mesh they are the same."""
+        known = dict(self.replicated) | {name: frozenset(its) for name, its in axes.items()}
+        return dataclasses.replace(self, replicated=tuple(known.items()))
 
     def moved(self, w: Array, roles: Sequence[str], move: Move) -> AdaptedKernel:
         """The kernel after a change of its axes: `move(factor, before, after)` makes the same change to a factor.

@@ -23,6 +23,7 @@ from ._kernels import kernels
 from ._operations import operations
 from ._paths import Pattern
 from ._shardings import follow
+from ._sizes import is_known
 from ._spec import Spec
 from ._transform import FormName, is_array, lora
 
@@ -129,6 +130,11 @@ def _placed(name: str, tree: Any, mesh: Mesh) -> Any:
         if not is_array(leaf):
             return leaf
         where = f"`{name}{jax.tree_util.keystr(keys)}`"
+        if not all(map(is_known, leaf.shape)):
+            raise SpecError(
+                f"Expected sizes that are numbers, to compile for them; {where} has the shape {tuple(leaf.shape)}.\n"
+                "  Give the sizes of one batch."
+            )
         sharding = _on(mesh, getattr(leaf, "sharding", None), where)
         try:
             sharding.shard_shape(tuple(leaf.shape))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -129,6 +130,15 @@ def is_transposed(eqn: JaxprEqn) -> bool:
     return "transpose(" in str(eqn.source_info.name_stack)
 
 
+def raised_at(error: BaseException) -> str:
+    """Where the user's code raised an error: `model.py:31 (Block.__call__)`, not a frame of JAX or of a library."""
+    libraries = (*_LIBRARIES, os.path.join(os.path.dirname(jax.__file__), ""))
+    frames = traceback.extract_tb(error.__traceback__)[::-1]  # innermost first
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    frame = (own or frames)[0]
+    return f"{frame.filename}:{frame.lineno} ({frame.name})"
+
+
 def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
     """The equations that a result needs, or that have an effect; what a model computes and drops is not among them."""
     needed = set(variables(jaxpr.outvars))
@@ -157,7 +167,7 @@ def is_unspecified(sharding: Any) -> bool:
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The mesh axes over which an array inside a `shard_map` may differ; none are known without `check_vma`."""
+    """The mesh axes over which an array inside a `shard_map` may differ; none, without `check_vma`."""
     names: frozenset[str] = jax.typeof(x).mat.varying
     return names
 

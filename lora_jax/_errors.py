@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["AdapterError", "CheckpointError", "LoRAError", "MergeError", "SpecError", "UnsupportedError", "listed"]
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "LoRAError",
+    "MergeError",
+    "SpecError",
+    "TracingError",
+    "UnsupportedError",
+    "listed",
+]
 
 
 class LoRAError(Exception):
@@ -39,6 +48,10 @@ class UnsupportedError(LoRAError, NotImplementedError):
     def __str__(self) -> str:
         at = "" if self.line is None else f"\n  at {self.line or 'a line that is not known'}"
         return f"{self.what}{at}\n  {self.advice}"
+
+
+class TracingError(LoRAError, TypeError):
+    """A function that cannot be traced: its Python code needs the value of an array, or its result hides one."""
 
 
 class MergeError(LoRAError, ValueError):

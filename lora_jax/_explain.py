@@ -16,6 +16,7 @@ from ._kernels import probe
 from ._operations import operations
 from ._paths import Pattern, flatten
 from ._shardings import placements
+from ._sizes import count_text, is_known
 from ._table import as_html, as_text, size
 from ._transform import FormName, Program, Refusal, Settings, dense_list, error, form_named, trace, watch
 from ._use import Use
@@ -110,20 +111,22 @@ class Explanation:
             row.used,
             f"{row.parameters:,}",
             f"{row.parameters / self.base_parameters:.3%}",
-            f"{row.operations:,}",
+            count_text(row.operations),
             row.placed,
         ]
 
     def _totals(self) -> list[str]:
         if self.base_operations is None:
             share = "the base's cannot be told from shapes"
+        elif not is_known(self.base_operations) or not is_known(self.operations):
+            share = f"the base's are {count_text(self.base_operations)}"
         else:
             share = f"{self.operations / max(self.base_operations, 1):.2%} of the base's {self.base_operations:,}"
         return [
             f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
             f"{self.base_parameters:,}",
             f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
-            f"forward:   {self.operations:,} operations more, {share}",
+            f"forward:   {count_text(self.operations)} operations more, {share}",
             *(f"placed:    {line}" for line in self.undivided),
             *(f"refused:   {line}" for line in self.refused),
         ]

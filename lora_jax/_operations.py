@@ -6,10 +6,12 @@ model. This one is read from the jaxpr, before the compiler has fused or dropped
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from ._compat import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -84,7 +86,8 @@ def _scan(eqn: JaxprEqn) -> int:
 
 
 def _cond(eqn: JaxprEqn) -> int:
-    return max(map(operations, eqn.params["branches"]))
+    counts: Iterator[int] = map(operations, eqn.params["branches"])
+    return functools.reduce(jax.core.max_dim, counts)  # sizes may be symbolic
 
 
 def _shard_map(eqn: JaxprEqn) -> int:

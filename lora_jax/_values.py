@@ -28,7 +28,8 @@ def is_finite(array: Any) -> bool:
     if isinstance(array, np.ndarray):
         return bool(np.isfinite(array).all())
     with jax.ensure_compile_time_eval():  # under `jit` an array from outside still has values
-        return bool(jnp.isfinite(near(array)).all())
+        finite = jnp.isfinite(near(array)).all()
+    return not is_concrete(finite) or bool(finite)  # under `jet` whatever is computed is traced, and has no value
 
 
 def equal(one: Any, other: Any) -> bool:

@@ -30,6 +30,7 @@ LAYERS = [
     "_contract",
     "_values",
     "_use",
+    "_sizes",
     "_table",
     "_operations",
     "_collectives",
@@ -76,7 +77,7 @@ INSIDE = {
     ],
     "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
     "_transform": [
-        ["_kept", "_origins", "_plan", "_refusal", "_registry", "_tokens"],
+        ["_boundary", "_kept", "_origins", "_plan", "_refusal", "_registry", "_tokens"],
         ["_forms", "_factored"],
         ["_conv_steps", "_statistics"],
         ["_settings"],
@@ -236,7 +237,15 @@ FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.star
 
 def test_the_face_is_what_the_design_names() -> None:
     public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
-    errors = {"LoRAError", "SpecError", "AdapterError", "UnsupportedError", "MergeError", "CheckpointError"}
+    errors = {
+        "LoRAError",
+        "SpecError",
+        "AdapterError",
+        "UnsupportedError",
+        "TracingError",
+        "MergeError",
+        "CheckpointError",
+    }
     functions = {
         "lora",
         "init",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +14,7 @@ from helpers import GRADIENT, dense
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
+from jax.experimental import jet
 from law import Case, adapted, assert_close, assert_law, normal, total
 
 import lora_jax as lj
@@ -335,3 +338,64 @@ def test_a_bias_is_added_before_the_low_rank_term() -> None:
     last = made[jaxpr.jaxpr.outvars[0]]
     operands = [made[var].primitive.name for var in last.invars]
     assert (last.primitive.name, operands) == ("add", ["add", "dot_general"])
+
+
+# Taylor mode, which does not support a `custom_jvp`
+
+PINN = {"w": normal(3, 16), "v": normal(16, 1, seed=1)}
+POINTS = normal(32, 3, seed=2)
+
+
+def solution(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(x @ params["w"]) @ params["v"]
+
+
+def with_inner_jit(params: Any, x: jax.Array) -> jax.Array:
+    return jnp.tanh(jax.jit(jnp.matmul)(x, params["w"])) @ params["v"]
+
+
+def taylor(function: Callable[..., Any]) -> Any:
+    return jet.jet(function, (POINTS,), ((POINTS, 0 * POINTS),))
+
+
+@pytest.mark.parametrize("apply", [solution, with_inner_jit])
+def test_under_jet_the_default_form_has_the_derivatives_of_the_merged_model(apply: Callable[..., Any]) -> None:
+    adapter = adapted(PINN, {"w": "io"}, rank=3)
+    assert lj.explain(apply, PINN, adapter, POINTS).rows[0].used != "factored dot_general ×1"  # a choice that waits
+
+    def run(function: Callable[..., Any]) -> Any:
+        call = functools.partial(function, PINN)
+        residual = lambda adapter: jnp.sum(taylor(functools.partial(call, adapter))[1][1])  # noqa: E731
+        vmapped = taylor(jax.vmap(functools.partial(call, adapter)))
+        return taylor(functools.partial(call, adapter)), vmapped, jax.jit(jax.grad(residual))(adapter)
+
+    assert_close(run(lj.lora(apply)), run(dense(apply)), GRADIENT)
+
+
+@pytest.mark.parametrize("form", ["factored", "merged"])
+def test_jet_transforms_a_jitted_function_whose_form_is_fixed(form: Any) -> None:
+    adapter = adapted(PINN, {"w": "io"}, rank=3)
+    got, expected = (
+        taylor(jax.jit(functools.partial(function, PINN, adapter)))
+        for function in (lj.lora(solution, form=form), dense(solution))
+    )
+    assert_close(got, expected, GRADIENT)
+
+
+def test_an_error_that_is_not_of_a_form_is_raised_as_it_is() -> None:
+    leaked = []
+    jax.make_jaxpr(lambda x: leaked.append(x * 2) or x)(normal(32, 3))
+    with pytest.raises(jax.errors.UnexpectedTracerError):
+        lj.lora(solution)(PINN, adapted(PINN, {"w": "io"}, rank=3), leaked[0])
+
+
+def test_under_jet_the_hybrid_form_is_refused() -> None:
+    adapter = adapted(PINN, {"w": "io"}, rank=3)
+    with pytest.raises(lj.SpecError) as error:
+        taylor(functools.partial(lj.lora(solution, form="hybrid"), PINN, adapter))
+    assert str(error.value) == (
+        "Expected a form without a `custom_jvp`, which the transformation around the call, such as "
+        "`jax.experimental.jet`, does not support; got form='hybrid'.\n"
+        "  Ask for 'factored' or 'merged', or for None, which is 'factored' there."
+    )
+    assert isinstance(error.value.__cause__, Exception)

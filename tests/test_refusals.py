@@ -58,7 +58,7 @@ rounded.defjvps(lambda g, out, w: 2 * g)
 
 
 ON_DEVICES = {"mesh": jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))}
-OTHER_FACTOR = "a kernel put together from devices, where its other factor may differ; `check_vma` would tell"
+OTHER_FACTOR = "it is gathered from devices on which its other factor differs, or may differ without `check_vma=True`"
 GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "batch_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
@@ -148,14 +148,55 @@ REFUSALS = {
         "shard_map",
         "a shard_map returns the kernel",
     ),
-    "a kernel put together, unchecked": matrix(
+    "a kernel put together from other columns on each device, unchecked": matrix(
         lambda w, x: jax.shard_map(
-            lambda w: x @ lax.all_gather(w, "x", tiled=True),
-            in_specs=P("x"),
-            out_specs=P(),
+            lambda w: x[0, 0] * lax.all_gather(w, "x", axis=0, tiled=True)[None],
+            in_specs=P(None, "x"),
+            out_specs=P("x"),
             check_vma=False,
             **ON_DEVICES,
         )(w),
+        "all_gather",
+        OTHER_FACTOR,
+    ),
+    "a kernel put together, of which each device has taken its own columns, unchecked": matrix(
+        lambda w, x: jax.shard_map(
+            lambda w: lax.all_gather(
+                lax.dynamic_slice_in_dim(w, lax.axis_index("x") * 2, 2, axis=1), "x", axis=0, tiled=True
+            )[None],
+            in_specs=P("x"),
+            out_specs=P("x"),
+            check_vma=False,
+            **ON_DEVICES,
+        )(w),
+        "all_gather",
+        OTHER_FACTOR,
+    ),
+    "a kernel put together, of which each device has scaled the columns, unchecked": matrix(
+        lambda w, x: jax.shard_map(
+            lambda w: lax.all_gather(w * (lax.axis_index("x") + jnp.arange(4.0)), "x", axis=0, tiled=True)[None],
+            in_specs=P("x"),
+            out_specs=P("x"),
+            check_vma=False,
+            **ON_DEVICES,
+        )(w),
+        "all_gather",
+        OTHER_FACTOR,
+    ),
+    "experts put together, of which each device has picked its own, unchecked": Refusal(
+        Case(
+            lambda w, x: jax.shard_map(
+                lambda w: lax.all_gather(w[lax.axis_index("x") + jnp.arange(1)], "x", axis=1, tiled=True)[None],
+                in_specs=P(),
+                out_specs=P("x"),
+                check_vma=False,
+                **ON_DEVICES,
+            )(w),
+            (4, 4, 4),
+            [X],
+            None,
+            "bio",
+        ),
         "all_gather",
         OTHER_FACTOR,
     ),

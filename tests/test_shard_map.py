@@ -137,6 +137,75 @@ SHARD_MAPS = {
 }
 
 
+def both_gathered(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Rows from the devices along one axis of the mesh, columns from those along the other, in two steps."""
+    return x @ lax.all_gather(lax.all_gather(w, "x", axis=0, tiled=True), "y", axis=1, tiled=True)
+
+
+def gathered_in_parts(w: jax.Array, x: jax.Array) -> jax.Array:
+    """An axis that is on all devices, from those along one axis of the mesh after the other."""
+    return x @ lax.all_gather(lax.all_gather(w, "y", axis=0, tiled=True), "x", axis=0, tiled=True)
+
+
+def gathered_in_a_jit(w: jax.Array, x: jax.Array) -> jax.Array:
+    return jax.checkpoint(jax.jit(gathered(0)))(w, x)
+
+
+def gathered_by_layer(w: jax.Array, x: jax.Array) -> jax.Array:
+    return lax.scan(lambda x, w: (gathered(0)(w, x), None), x, w)[0]
+
+
+def gathered_side_by_side(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x @ lax.all_gather(jnp.concatenate([w, 2 * w], axis=1), "x", axis=0, tiled=True)
+
+
+def gathered_after_moves(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Sliced, reshaped, transposed, padded and scaled on each device, then gathered."""
+    w = jnp.pad(w[:, 1:9].reshape(2, 2, 4).T / 2, ((1, 0), (0, 0), (0, 0)))
+    return jnp.einsum("td,abd->tab", x, lax.all_gather(w, "x", axis=2, tiled=True))
+
+
+def gathered_in_groups(w: jax.Array, x: jax.Array) -> jax.Array:
+    return x[:, :4] @ lax.all_gather(w, "x", axis=0, tiled=True, axis_index_groups=[[0, 1], [2, 3]])
+
+
+def unchecked(function: Callable[..., Any], *in_specs: P, out: P, kernel: Any = (8, 12), roles: str = "io") -> Case:
+    return Case(mapped(function, *in_specs, out=out, check_vma=False), kernel, [X], roles)
+
+
+UNCHECKED = {
+    "inputs": unchecked(gathered(0), P("x"), P("x"), out=P("x")),
+    "outputs": unchecked(gathered(1), P(None, "x"), P("x"), out=P("x")),
+    "outputs, beside cut inputs": unchecked(
+        lambda w, x: lax.psum(x @ lax.all_gather(w, "x", axis=1, tiled=True), "y"), P("y", "x"), P(None, "y"), out=P()
+    ),
+    "inputs and outputs": unchecked(both_gathered, P("x", "y"), P("x"), out=P("x")),
+    "inputs from all devices": unchecked(gathered(0, name=("x", "y")), P(("x", "y")), P("x"), out=P("x")),
+    "inputs from all devices, in two steps": unchecked(gathered_in_parts, P(("x", "y")), P("x"), out=P("x")),
+    "what all devices have": unchecked(
+        lambda w, x: x @ lax.all_gather(w, "x", axis=0, tiled=True)[:8], P(), P("x"), out=P("x")
+    ),
+    "beside each other": unchecked(
+        lambda w, x: jnp.einsum("td,edf->tef", x, lax.all_gather(w, "x", axis=0)), P(None, "x"), P("x"), out=P("x")
+    ),
+    "beside each other, then outputs": unchecked(
+        lambda w, x: jnp.einsum(
+            "td,edf->tef", x, lax.all_gather(lax.all_gather(w, "x", axis=0), "y", axis=2, tiled=True)
+        ),
+        P(None, ("x", "y")),
+        P("x"),
+        out=P("x"),
+        kernel=(8, 16),
+    ),
+    "in a remat of a jit": unchecked(gathered_in_a_jit, P("x"), P("x"), out=P("x")),
+    "layer by layer": unchecked(gathered_by_layer, P(None, "x"), P("x"), out=P("x"), kernel=(3, 8, 8), roles="bio"),
+    "two kernels side by side": unchecked(gathered_side_by_side, P("x"), P("x"), out=P("x")),
+    "after moves": unchecked(gathered_after_moves, P("x"), P("x"), out=P("x")),
+    "in groups of devices": unchecked(gathered_in_groups, P("x"), P(), out=P("x")),
+}
+SHARD_MAPS |= {f"unchecked, gathered {name}": case for name, case in UNCHECKED.items()}
+
+
 @pytest.mark.parametrize("name", SHARD_MAPS)
 def test_a_shard_map_gives_what_it_gives_with_the_formed_kernel(name: str) -> None:
     assert_case(SHARD_MAPS[name])
@@ -302,3 +371,12 @@ def test_a_vmap_over_devices_around_the_model_is_that_of_the_merged_model(axes: 
 
     with jax.set_mesh(mesh()):
         assert_close(run(lj.lora(case.apply)), run(dense(case.apply)))
+
+
+def test_a_gathered_kernel_keeps_its_gain() -> None:
+    """DoRA's gain is one for each output: the same on all devices where inputs are cut, and cut where outputs are."""
+    params, x = {"w": normal(8, 12)}, normal(*X, seed=1)
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, axes="io")})
+    adapter = jax.tree.map(lambda leaf: leaf + normal(*leaf.shape, seed=2, size=0.2), adapter)
+    for name in ("inputs", "outputs", "inputs and outputs"):
+        assert_law(UNCHECKED[name].apply, params, adapter, x)

@@ -107,6 +107,8 @@ def _side_by_side(site: Site, parts: Sequence[Value], axis: int) -> AdaptedKerne
         b=side_by_side("b", axes_of_b(roles)),
         scale=adapted[0].scale,
         paths=_paths(adapted),
+    ).with_replicated(
+        {name: frozenset.intersection(*(part.replicated_over(name) for part in adapted)) for name in ("a", "b", "gain")}
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import primitives
+from .._sizes import is_known
 from ._conv_steps import Move, Steps
 from ._forms import Contraction
 from ._interpreter import NoRule, Site, Value
@@ -43,13 +45,15 @@ def _conv_general_dilated(
     if not kernel.is_probe and ("b" in its or its[w_in] == its[w_out]):
         raise NoRule(f"the axes of the kernel there are {roles!r}, the adapter's are {its!r}")
     lhs = site.dense(lhs, "it is convolved")  # a probe: noted
+    sizes = [lhs.shape[axis] for axis in dimension_numbers.lhs_spec[2:]]
+    given = _as_given(padding, sizes, [kernel.w.shape[axis] for axis in windows], window_strides, rhs_dilation)
 
     def convolve(x: Array, w: Array) -> Array:
         return lax.conv_general_dilated(
             x,
             w,
             window_strides,
-            padding,
+            given,
             lhs_dilation=lhs_dilation,
             rhs_dilation=rhs_dilation,
             dimension_numbers=dimension_numbers,
@@ -71,6 +75,7 @@ def _conv_general_dilated(
         feature_group_count,
         precision,
         y,
+        given if isinstance(given, str) else None,
     )
     contraction = Contraction(
         convolve, steps.low_rank, steps.thin, steps.costs(lhs.shape, y.shape), precision, *steps.labels
@@ -86,3 +91,16 @@ def _fitting(kernel: AdaptedKernel, w_out: int, w_in: int) -> list[str]:
         small = w_in if shape[w_in] == 1 else w_out
         roles[small] = "o" if roles[small] == "i" else "i"
     return roles
+
+
+def _as_given(
+    padding: Sequence[Any], sizes: Sequence[Any], window: Sequence[int], strides: Sequence[int], dilation: Sequence[int]
+) -> Any:
+    """The padding as the public function takes it: numbers, or the name by which symbolic sizes were computed."""
+    if all(is_known(side) for sides in padding for side in sides):
+        return padding
+    spans = [step * (size - 1) + 1 for size, step in zip(window, dilation, strict=True)]
+    for name in ("SAME", "SAME_LOWER"):
+        if list(lax.padtype_to_pads(sizes, spans, strides, name)) == list(padding):
+            return name
+    raise NoRule("a padding of symbolic size")

@@ -53,6 +53,7 @@ class Steps:
       groups: how many groups the channels are divided into.
       precision: as in `conv_general_dilated`.
       like: the type of the result.
+      padding: its name, where the sizes are symbolic; it says the same of each step. None for that of `moves`.
     """
 
     kernel: AdaptedKernel
@@ -61,6 +62,7 @@ class Steps:
     groups: int
     precision: Any
     like: Any
+    padding: str | None = None
 
     @property
     def a_first(self) -> bool:
@@ -173,7 +175,7 @@ class Steps:
             x.array,
             lax.expand_dims(factor.array, range(factor.array.ndim, ndim)),
             strides,
-            padding,
+            self.padding or padding,
             lhs_dilation=input_dilation,
             rhs_dilation=dilation,
             dimension_numbers=lax.ConvDimensionNumbers(

@@ -16,6 +16,7 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._contract import Labelled, Labels, contract, widest
 from .._placement import names_of
+from .._sizes import smallest
 from ._plan import Costs, Form, Passes, added
 
 
@@ -73,7 +74,7 @@ def low_rank(
         )
 
     orders = {True: costs(labels_of_a, labels_of_b), False: costs(labels_of_b, labels_of_a)}
-    a_first = min(orders, key=lambda order: orders[order].first.forward + orders[order].second.forward)
+    a_first = smallest([*orders], key=lambda order: orders[order].first.forward + orders[order].second.forward)
 
     def multiply(array: Array, a: Array, b: Array) -> Array:
         both = factors(dataclasses.replace(kernel, a=a, b=b))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,24 @@ from ._tokens import of_active
 # While another `lora` traces this one, its program is made of plain operations, which have rules. JAX knows it: what
 # it has cached of the model's inner functions outside is not found inside.
 traced_again = jax.make_user_context(default_value=False)
+
+
+def custom_jvp_works(arrays: Sequence[Any]) -> bool:
+    """Whether the transformations around a call support a `custom_jvp` of its arrays; `jax.experimental.jet` does not.
+
+    Called only where something has failed: JAX has no way to ask, so that one is tried.
+    """
+
+    def double(*arrays: Array) -> list[Array]:
+        return [x + x for x in arrays]
+
+    function = jax.custom_jvp(double)
+    function.defjvp(lambda primals, tangents: (double(*primals), double(*tangents)))
+    try:
+        function(*(x for x in arrays if jnp.issubdtype(x.dtype, jnp.floating)))
+    except Exception:
+        return False
+    return True
 
 
 class Sum(NamedTuple):
@@ -148,6 +166,8 @@ def _contract(
     if its is Form.FACTORED:
         return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))
     forms = _Forms(kernel.outline, contraction)
+    if its is Form.MERGED:
+        return forms.merged(x, kernel.w, kernel.a, kernel.b)
     rules: dict[Form, Rule] = {
         Form.FACTORED: functools.partial(_jvp, forms.factored),
         Form.MERGED: functools.partial(_jvp, forms.merged),

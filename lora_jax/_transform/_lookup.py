@@ -18,6 +18,7 @@ from .._adapter import AdaptedKernel, gain_of
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
 from .._contract import Labelled, Labels
+from .._sizes import smallest
 from ._factored import expand
 from ._forms import times
 from ._interpreter import NoRule, Site, Value, on_all_tokens
@@ -65,10 +66,19 @@ def _gather(
         )
         if gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP and fill_value not in (None, 0):
             raise NoRule("kernels that have a gain are looked up, and filled with a number beyond the end")
-        moved = dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
+        moved = dataclasses.replace(
+            kernel,
+            w=y,
+            a=a.in_order(order_a),
+            b=b.in_order(order_b),
+            roles=tuple(roles),
+            replicated=(),  # the indices may be others on each device
+        )
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     on_all_tokens(kernel)
-    thin, other = sorted((_cast(a, y.dtype), _cast(b, y.dtype)), key=lambda factor: factor.array.size)
+    both = _cast(a, y.dtype), _cast(b, y.dtype)
+    thin = smallest(both, key=lambda factor: factor.array.size)
+    other = both[1] if thin is both[0] else both[0]
     ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
     low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, like=jax.typeof(y))
     site.used(
@@ -129,7 +139,7 @@ class _LookUp:
         picking = tuple(
             column
             for column, axis in enumerate(axes)
-            if self.mode not in _MOVES or self.slice_sizes[axis] < self.shape[axis] or axis in collapsed
+            if self.mode not in _MOVES or self.slice_sizes[axis] != self.shape[axis] or axis in collapsed
         )
         return picking or tuple(range(len(axes)))
 

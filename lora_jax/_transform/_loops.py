@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, normal_parameters, primitives
+from .._sizes import is_known
 from ._interpreter import Site, Value
 from ._kept import kept
 from ._registry import rule
@@ -86,7 +87,8 @@ def _scan(
         return carry.moving(out[:num_carry]), out[num_carry:]
 
     xs = [x for x, _ in slices], jnp.arange(length) if _drops(operands) else None
-    end, ys = lax.scan(step, carry.moving(start), xs, length, reverse=reverse, unroll=unroll)
+    known = length if is_known(length) else None  # `lax.scan` takes a symbolic length from what it slices alone
+    end, ys = lax.scan(step, carry.moving(start), xs, known, reverse=reverse, unroll=unroll)
     return [*carry.whole(end), *(_stacked(y) for y in ys)]
 
 

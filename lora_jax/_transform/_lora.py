@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+
 from .._active import check_active
 from .._adapter import Adapters
 from .._attach import attach
+from .._errors import LoRAError, SpecError
 from .._paths import Pattern, flatten
+from ._forms import custom_jvp_works
 from ._kept import Kept
-from ._plan import FormName, form_named
+from ._plan import Form, FormName, form_named
 from ._program import trace
 from ._settings import Settings
 
@@ -44,6 +49,9 @@ def lora(
         those of A and B. None takes for each contraction the form that needs the least memory among those within one
         percent of the fewest operations: factored, unless the rank is wide against the kernel or the kernel small
         against the activations. What is used in 16 bits stays factored, as a small update would be rounded away.
+        That choice, like `"hybrid"`, needs a `custom_jvp`, which `jax.experimental.jet` does not support: there None
+        is `"factored"`. What transforms a function that is traced already (`jet` of a `jit`, `sparsify`) comes too late
+        for that: ask for `"factored"`.
 
     Returns:
       `adapted(params, adapter, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of `apply`.
@@ -53,9 +61,11 @@ def lora(
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
+      TracingError: at the call, if Python code of `apply` needs the value of an array, as in `if x.sum() > 0:`, or if
+        a result that JAX does not know holds one.
       UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank form and is not
         listed in `dense`: the primitive, the path and the line of the model.
-      SpecError: if there is no such form.
+      SpecError: if there is no such form; at the call, if the transformation around it does not support `"hybrid"`.
     """
     wanted, functions = form_named(form), Kept()
 
@@ -66,7 +76,22 @@ def lora(
         kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
         check_active(adapter, active_tokens)
         settings = Settings(dense=tuple(dense), form=wanted, kept=weakref.ref(functions))
-        return trace(apply, params, args, kwargs).run(kernels, settings)
+        program = trace(apply, params, args, kwargs)
+        try:
+            return program.run(kernels, settings)
+        except LoRAError:
+            raise
+        except Exception as error:
+            # `jet` fails at a `custom_jvp`, with an error that depends on JAX's version.
+            if settings.form not in (None, Form.HYBRID) or custom_jvp_works(jax.tree.leaves((program.arrays, kernels))):
+                raise
+            if settings.form is None:
+                return program.run(kernels, dataclasses.replace(settings, form=Form.FACTORED))
+            raise SpecError(
+                "Expected a form without a `custom_jvp`, which the transformation around the call, such as "
+                "`jax.experimental.jet`, does not support; got form='hybrid'.\n"
+                "  Ask for 'factored' or 'merged', or for None, which is 'factored' there."
+            ) from error
 
     adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"
     return adapted

@@ -17,6 +17,7 @@ from .._adapter import AdaptedKernel
 from .._axes import RANK
 from .._contract import Labelled, Labels, contract, widest
 from .._placement import names_of
+from .._sizes import smallest
 from ._factored import Product, factors, multiply
 
 
@@ -53,7 +54,7 @@ def through(
         return count((*one.labels, *range(second.w.ndim))) + count((*thin_labels(one, other), *other.labels))
 
     a, b = one_and_other
-    one, other = min(((a, b), (b, a)), key=cost)
+    one, other = smallest(((a, b), (b, a)), key=cost)
     thin_dtype = widest(first.w.dtype, second.w.dtype)
     keep = thin_labels(one, other)
     base = contract(

@@ -14,7 +14,10 @@ import enum
 import functools
 from typing import Literal, NamedTuple
 
+import jax
+
 from .._errors import SpecError
+from .._sizes import is_known
 
 
 class Form(enum.Enum):
@@ -151,7 +154,12 @@ def added(form: Form, costs: Costs) -> int:
 
 
 def always_factored(costs: Costs) -> bool:
-    """Whether no call, whatever is asked of it, has a better form: then nothing need be decided later."""
+    """Whether no call, whatever is asked of it, has a better form: then nothing need be decided later.
+
+    Symbolic costs cannot be compared, and are no keys of a cache: those of two exports may not meet. They are factored.
+    """
+    if not all(map(is_known, jax.tree.leaves(costs))):
+        return True
     return all(plan(costs, asked) is Form.FACTORED for asked in _ALL_ASKED)
 
 

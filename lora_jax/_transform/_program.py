@@ -14,6 +14,7 @@ from .._attach import as_jax
 from .._compat import ClosedJaxpr
 from .._paths import flatten, unflatten
 from .._use import Use
+from ._boundary import check_statics, python_without_values
 from ._forms import traced_again
 from ._interpreter import Value, form, interpret
 from ._refusal import Refusal, Refused, error
@@ -66,7 +67,11 @@ def is_array(leaf: Any) -> bool:
 
 
 def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    """Traces a call, once, without evaluating anything. Arrays may be shapes and dtypes only."""
+    """Traces a call, once, without evaluating anything. Arrays may be shapes and dtypes only.
+
+    Raises:
+      TracingError: if Python code needs the value of an array, or if a result that is not an array holds one.
+    """
     leaves, params_def = flatten(params)
     others, others_def = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
     returned: list[tuple[list[Any], PyTreeDef]] = []
@@ -83,9 +88,10 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
 
     params_arrays = [leaf for leaf in leaves.values() if is_array(leaf)]
     other_arrays = [leaf for leaf in others if is_array(leaf)]
-    with traced_again(True):
+    with traced_again(True), python_without_values(apply):
         jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)
     statics, out_def = returned[-1]
+    check_statics(apply, statics, out_def)
 
     def rebuild(arrays: Sequence[Any]) -> Any:
         remaining = iter(arrays)

@@ -14,13 +14,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
 from .._contract import widest
-from ._interpreter import NoRule, Site, Value, array_of
+from .._sizes import may_exceed, smallest
+from ._interpreter import NoRule, Site, Value, array_of, is_adapted
 from ._registry import rule
 
 Axes = tuple[int, ...]
@@ -38,7 +39,8 @@ def _mul(site: Site, x: Value, y: Value, *, out_dtype: Any) -> AdaptedKernel:
     """A number joins the scale; an array that varies along inputs or outputs alone joins a factor."""
     if out_dtype is not None:
         raise NoRule("a product that changes the dtype")
-    kernel, c = sorted((x, y), key=_precedence, reverse=True)
+    kernel = smallest((x, y), key=_precedence)
+    c = y if kernel is x else x
     return _scaled(site, kernel, c, operator.mul)
 
 
@@ -51,15 +53,15 @@ def _div(site: Site, x: Value, y: Value) -> AdaptedKernel:
 
 
 def _precedence(x: Value) -> tuple[bool, bool, int]:
-    """Orders two operands of a product: the adapted one is the kernel; of two, the larger."""
-    return isinstance(x, AdaptedKernel) and not x.is_probe, isinstance(x, AdaptedKernel), np.size(array_of(x))
+    """Orders two operands of a product: the adapted one is the kernel and comes first; of two, the larger."""
+    return not is_adapted(x), not isinstance(x, AdaptedKernel), -np.size(array_of(x))
 
 
 def _scaled(site: Site, kernel: AdaptedKernel, c: Value, times: Callable[..., Any]) -> AdaptedKernel:
     """`times` is the product or the quotient."""
     sizes = np.shape(array_of(c)) or (1,) * kernel.w.ndim
-    varying = {axis for axis, size in enumerate(sizes) if size > 1}
-    shape = np.broadcast_shapes(kernel.w.shape, sizes)
+    varying = {axis for axis, size in enumerate(sizes) if may_exceed(size, 1)}
+    shape = lax.broadcast_shapes(kernel.w.shape, sizes)
     if kernel.is_probe:
         _check_probe(kernel, shape, varying)
         return dataclasses.replace(kernel, w=times(kernel.w, site.dense(c, "")))
@@ -76,10 +78,11 @@ def _scaled(site: Site, kernel: AdaptedKernel, c: Value, times: Callable[..., An
         return jnp.broadcast_to(factor, [rank if axis == RANK else shape[axis] for axis in after])
 
     kernel = kernel.moved(times(kernel.w, c), kernel.roles, repeat)  # where c is longer than an axis of size 1
-    taker = min(takers, key=lambda name: getattr(kernel, name).size)
+    taker = smallest(takers, key=lambda name: getattr(kernel, name).size)
     factor, c = getattr(kernel, taker), _along(jnp.asarray(c), axes[taker])
     dtype = widest(factor.dtype, c.dtype)
-    return dataclasses.replace(kernel, **{taker: times(factor.astype(dtype), c.astype(dtype))})
+    scaled = dataclasses.replace(kernel, **{taker: times(factor.astype(dtype), c.astype(dtype))})
+    return scaled.with_replicated({taker: ()})  # c may be another on each device
 
 
 def _along(c: Array, axes: Axes) -> Array:
@@ -93,7 +96,7 @@ def _along(c: Array, axes: Axes) -> Array:
 
 def _check_probe(kernel: AdaptedKernel, shape: Axes, varying: set[int]) -> None:
     """Tells by the shapes whether a leaf is a kernel that is scaled; if not, it is read, as the scale of a norm is."""
-    own = {axis for axis, label in enumerate(kernel.roles) if label and kernel.w.shape[axis] > 1}
+    own = {axis for axis, label in enumerate(kernel.roles) if label and may_exceed(kernel.w.shape[axis], 1)}
     repeated = {axis for axis, size in enumerate(shape) if len(shape) == kernel.w.ndim and size != kernel.w.shape[axis]}
     if len(shape) != kernel.w.ndim or own <= varying or any(kernel.roles[axis] for axis in repeated):
         raise NoRule("it is multiplied element by element")

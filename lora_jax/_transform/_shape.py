@@ -121,14 +121,12 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     """
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
-        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
-        while (a := math.prod(old[k] for k in left)) != (b := math.prod(new[k] for k in right)):
-            if a < b:
-                left.append(i + len(left))
-            else:
-                right.append(j + len(right))
-        i, j = i + len(left), j + len(right)
-        blocks.append((left, right))
+        ends = itertools.product(range(min(i + 1, len(old)), len(old) + 1), range(min(j + 1, len(new)), len(new) + 1))
+        # Symbolic sizes are known to be equal, or they are not; which of two is larger is often unknown.
+        equal = [(k, m) for k, m in ends if math.prod(old[i:k]) == math.prod(new[j:m])]
+        k, m = min(equal, key=sum, default=(len(old), len(new)))
+        blocks.append(([*range(i, k)], [*range(j, m)]))
+        i, j = k, m
     return blocks
 
 
@@ -234,7 +232,12 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
         sizes = [factor.shape[place] if axis == RANK else slice_sizes[axis] for place, axis in enumerate(before)]
         return cut(factor, first, sizes)
 
-    return kernel.moved(cut(kernel.w, starts, slice_sizes), kernel.roles, move)
+    # Each device may take another slice, of the factors that have the axis.
+    cuts = {axis for axis, start in enumerate(starts) if isinstance(start, Array)}
+    moving = {axis for axis in cuts if slice_sizes[axis] != kernel.w.shape[axis]}
+    differ = [name for name, (_, layout) in kernel.factors.items() if moving.intersection(layout(kernel.roles))]
+    moved = kernel.moved(cut(kernel.w, starts, slice_sizes), kernel.roles, move)
+    return moved.with_replicated(dict.fromkeys(differ, ()))
 
 
 @rule(primitives.convert_element_type_p, "moved")

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 
 from .._adapter import AdaptedKernel
 from .._compat import ClosedJaxpr, primitives, varying
+from .._placement import mesh_axes
 from ._interpreter import NoRule, Site, Value
 from ._placement import specs
 from ._registry import rule
@@ -30,6 +31,7 @@ def _shard_map(
     """`jax.shard_map`: the factors are cut as the kernel is, the rank is not."""
 
     def run(*operands: Value) -> tuple[Array, ...]:
+        operands = tuple(_inside(x, place, newly_manual_axes) for x, place in zip(operands, places, strict=True))
         out = site.interpret(jaxpr, operands)
         return tuple(site.dense(result, "a shard_map returns the kernel") for result in out)
 
@@ -47,6 +49,14 @@ def _shard_map(
         # There an array has to come as it will be cut, and the user has seen to the kernel alone.
         operands = jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), operands, places)
     return list(mapped(*operands))
+
+
+def _inside(x: Value, place: Any, manual_axes: Collection[str]) -> Value:
+    """An operand inside; a factor is the same over the axes of the mesh along which it is not cut."""
+    if not isinstance(x, AdaptedKernel):
+        return x
+    cut = {name: {axis for names in spec for axis in mesh_axes(names)} for name, (spec, _) in place.factors.items()}
+    return x.with_replicated({name: x.replicated_over(name) | ({*manual_axes} - cut[name]) for name in x.factors})
 
 
 @rule(primitives.all_gather_p, "moved")
@@ -67,20 +77,23 @@ def _all_gather(
     def gather(x: Array, axis: int) -> Array:
         return lax.all_gather(x, names, axis=axis, tiled=tiled, axis_index_groups=axis_index_groups)
 
+    gathered = [name for name, (_, layout) in kernel.factors.items() if not tiled or at in layout(kernel.roles)]
+    known = {name: kernel.replicated_over(name).union(() if axis_index_groups else names) for name in gathered}
     if not tiled:
         # The devices' kernels side by side: a batch of them, whatever was cut.
         roles = [*kernel.roles[:at], "" if kernel.is_probe else "b", *kernel.roles[at:]]
-        return kernel.moved(gather(kernel.w, at), roles, lambda factor, _, after: gather(factor, after.index(at)))
+        stack = kernel.moved(gather(kernel.w, at), roles, lambda factor, _, after: gather(factor, after.index(at)))
+        return stack.with_replicated(known)
+    # Put together from pieces, the kernel is a product only if the other factor is the same for all of them.
+    for name, (factor, _) in kernel.factors.items():
+        same = kernel.replicated_over(name) | (varying(kernel.w) - varying(factor))
+        if name not in gathered and not set(names) <= same:
+            raise NoRule(
+                "it is gathered from devices on which its other factor differs, or may differ without `check_vma=True`"
+            )
 
     def move(factor: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Array:
         del after
-        if at in before:
-            return gather(factor, before.index(at))
-        # Put together from pieces, the kernel is a product only if the other factor is the same for all of them.
-        if not set(names) <= varying(kernel.w) - varying(factor):
-            raise NoRule(
-                "a kernel put together from devices, where its other factor may differ; `check_vma` would tell"
-            )
-        return factor
+        return gather(factor, before.index(at)) if at in before else factor
 
-    return kernel.moved(gather(kernel.w, at), kernel.roles, move)
+    return kernel.moved(gather(kernel.w, at), kernel.roles, move).with_replicated(known)

@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._contract import Labels
+from .._sizes import may_exceed
 
 NO_TOKENS = "it acts on some tokens alone, and here it is not multiplied with activations of each token"
 
@@ -24,7 +25,7 @@ def misfit(kernel: AdaptedKernel, labels: Labels, shape: Sequence[int]) -> str |
     expected, got = tuple(kernel.active.shape), tuple(shape[at] for at in _token_axes(kernel, labels))
     if got != expected:
         return f"it acts on some tokens alone, `active_tokens` have the shape {expected}, and here is {got}"
-    wide = [size for size in expected if size > 1]
+    wide = [size for size in expected if may_exceed(size, 1)]
     if len(set(wide)) < len(wide):
         return (
             f"it acts on some tokens alone, and `active_tokens` of the shape {expected} would fit either way round; "
