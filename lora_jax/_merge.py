@@ -13,7 +13,7 @@ import numpy as np
 from ._adapter import Adapter, Adapters
 from ._attach import check
 from ._errors import MergeError, listed
-from ._fold import Rounding, drift_bound, fold, is_concrete, rounding, unfold
+from ._fold import Rounding, drift_bound, fold, is_concrete, is_finite, rounding, too_large, unfold
 from ._paths import flatten, unflatten
 from ._variants import Variant
 
@@ -61,7 +61,7 @@ def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool =
     if not untie:
         _check_tied(leaves, adapter)
     folded = {path: fold(leaves[path], part) for path, part in adapter.items()}
-    _check_overflow(leaves, folded)
+    _check_fits(leaves, adapter, folded)
     for path, part in adapter.items():
         _mark(folded[path], leaves[path], part)
     merged = unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
@@ -116,6 +116,7 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
         drift = dict.fromkeys(adapter, 0.0)
     else:
         restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
+        _check_fits(leaves, adapter, restored, taken=True)
         drift = {path: drift_bound(leaves[path], restored[path]) for path in adapter}
     tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})
     return (tree, drift) if report else tree
@@ -138,7 +139,7 @@ def _check_finite(adapter: Adapters) -> None:
         f"{path!r}: {name}"
         for path, part in adapter.items()
         for name, array in part.arrays.items()
-        if is_concrete(array) and not _is_finite(array)
+        if is_concrete(array) and not is_finite(array)
     ]
     if bad:
         raise MergeError(
@@ -147,22 +148,14 @@ def _check_finite(adapter: Adapters) -> None:
         )
 
 
-def _check_overflow(leaves: Mapping[str, Any], folded: Mapping[str, Any]) -> None:
-    bad = [
-        f"{path!r} ({leaf.dtype})"
-        for path, leaf in folded.items()
-        if is_concrete(leaf) and not _is_finite(leaf) and _is_finite(leaves[path])
-    ]
-    if bad:
+def _check_fits(
+    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, taken: bool = False
+) -> None:
+    if bad := too_large(leaves, adapter, results, taken=taken):
         raise MergeError(
-            f"Expected merged leaves to fit their dtype; {len(bad)} overflow.\n{listed(bad)}\n"
-            "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
+            f"Expected {'the leaves' if taken else 'merged leaves'} to fit their dtype; {len(bad)} overflow.\n"
+            f"{listed(bad)}\n  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
         )
-
-
-def _is_finite(array: Any) -> bool:
-    with jax.ensure_compile_time_eval():  # under `jit` an array from outside still has values
-        return bool(jnp.isfinite(array).all())
 
 
 def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:

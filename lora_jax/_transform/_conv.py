@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import primitives
+from .._contract import is_narrow
 from ._conv_steps import Move, Steps
 from ._forms import Contraction
 from ._interpreter import NoRule, Site, Value, rule
@@ -71,7 +72,7 @@ def _conv_general_dilated(
         precision,
         y,
     )
-    contraction = Contraction(
-        convolve, steps.low_rank, steps.thin, steps.costs(lhs.shape, y.shape), precision, *steps.labels
-    )
+    narrow = is_narrow(kernel.w.dtype) or is_narrow(y.dtype)
+    costs = steps.costs(lhs.shape, y.shape)
+    contraction = Contraction(convolve, steps.low_rank, steps.thin, costs, precision, *steps.labels, narrow)
     return site.contract(kernel, lhs, contraction, roles=roles)

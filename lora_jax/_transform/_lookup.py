@@ -17,9 +17,9 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel, gain_of
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
-from .._contract import Labelled, Labels
+from .._contract import Labelled, Labels, computable, is_narrow
 from ._factored import expand
-from ._forms import times
+from ._forms import Sum, times
 from ._interpreter import NoRule, Site, Value, on_all_tokens, rule
 
 # Out of range, these modes move a slice to the nearest place: where a whole axis is taken, there is only one.
@@ -67,7 +67,8 @@ def _gather(
         moved = dataclasses.replace(kernel, w=y, a=a.in_order(order_a), b=b.in_order(order_b), roles=tuple(roles))
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     on_all_tokens(kernel)
-    thin, other = sorted((_cast(a, y.dtype), _cast(b, y.dtype)), key=lambda factor: factor.array.size)
+    dtype = computable(y.dtype)
+    thin, other = sorted((_cast(a, dtype), _cast(b, dtype)), key=lambda factor: factor.array.size)
     ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
     low_rank = expand(kernel, thin, other, labels, kernel_first=not ahead, precision=None, like=jax.typeof(y))
     site.used(
@@ -77,12 +78,12 @@ def _gather(
         operations=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
     )
     if gain is None:
-        return y + low_rank
+        return Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank
     if mode != lax.GatherScatterMode.FILL_OR_DROP:
-        return times(y + low_rank, gain.beside(labels))
+        return times(Sum(y, low_rank), gain.beside(labels))
     # What the base is filled with beyond the end is no output, and has no gain.
     rows = lax.gather(kernel.w, indices, dimension_numbers, slice_sizes, mode=mode, fill_value=0, **hints)
-    return times(rows + low_rank, gain.beside(labels)) + lax.stop_gradient(y - rows)
+    return times(Sum(rows, low_rank), gain.beside(labels)) + lax.stop_gradient(y - rows)
 
 
 def _as_b(gain: Labelled, order: Labels) -> Array:
