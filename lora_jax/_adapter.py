@@ -184,7 +184,7 @@ def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> A
 
     The precision is the highest unless another is asked for: accelerators would multiply float32 in bfloat16.
     """
-    dtype = widest(kernel.w.dtype, kernel.a.dtype, jnp.float32)
+    dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
     order = tuple(range(kernel.w.ndim))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
@@ -199,7 +199,9 @@ def materialise(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST
     change = delta(kernel, precision=precision)
     total = kernel.w.astype(change.dtype) + change
     if kernel.gain is not None:
-        total *= gain_of(kernel).beside(tuple(range(kernel.w.ndim)))
+        gain = gain_of(kernel).beside(tuple(range(kernel.w.ndim)))
+        dtype = widest(total.dtype, gain.dtype)
+        total = total.astype(dtype) * gain.astype(dtype)
     return total.astype(kernel.w.dtype)
 
 

@@ -76,6 +76,8 @@ def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], *, hint: b
         near = nearest(path, list(leaves)) if hint else ()
         return [f"{path!r} is not in `params`; the nearest are {', '.join(map(repr, near))}"]
     shape = tuple(leaves[path].shape)
+    if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
+        return [f"{path!r} holds {leaves[path].dtype}; an adapter is of a floating-point leaf"]
     if part.axes and len(part.axes) != len(shape):
         return [f"{path!r} has shape {shape}; the adapter was made for axes {part.axes!r}"]
     if getattr(part.variant, "clip_rank", False):  # its scale would be that of another rank

@@ -42,10 +42,25 @@ class Labelled(NamedTuple):
         return lax.expand_dims(self.in_order(shared), [at for at, label in enumerate(labels) if label not in shared])
 
 
+def is_narrow(dtype: Any) -> bool:
+    """Whether a dtype has too few bits to compute in: floats of fewer than 16 bits, integers of fewer than 8.
+
+    JAX does not promote them. Kernels are stored in them, or cast to them for a product by special hardware.
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.finfo(dtype).bits < 16
+    return jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 8
+
+
+def computable(dtype: Any) -> Any:
+    """The dtype that an array of a dtype is computed with: its own, or bfloat16 where it is narrow, which holds it."""
+    return jnp.dtype(jnp.bfloat16) if is_narrow(dtype) else jnp.dtype(dtype)
+
+
 def widest(*dtypes: Any) -> Any:
-    """The dtype that holds all of them, also where the user has forbidden JAX to promote by itself."""
+    """The dtype, of 16 bits at least, that holds all of them; also where JAX does not promote them by itself."""
     with jax.numpy_dtype_promotion("standard"):
-        return functools.reduce(jnp.promote_types, dtypes)
+        return functools.reduce(jnp.promote_types, map(computable, dtypes))
 
 
 def contract(

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from ._contract import computable
 from ._placement import typed
 
 
@@ -30,7 +31,8 @@ class Dropout:
         return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
 
     def of(self, x: Array) -> Array:
-        """Zeroes elements of `x` and scales the others, so that the expectation stays."""
+        """Zeroes elements of `x` and scales the others, so that the expectation stays; in 16 bits at least."""
+        x = x.astype(computable(x.dtype))
         where = typed(jax.typeof(x))
         kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape, out_sharding=where)
         return lax.select(kept, x / (1 - self.rate), jnp.zeros(x.shape, x.dtype, out_sharding=where))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ._adapter import AdaptedKernel, Adapter, delta, materialise
+from ._adapter import AdaptedKernel, Adapter, Adapters, delta, materialise
 from ._contract import widest
-from ._values import is_concrete, near
+from ._values import is_concrete, is_finite, near
 
 
 class Rounding(NamedTuple):
@@ -48,8 +48,7 @@ def unfold(w: Any, part: Adapter) -> Any:
 
 def rounding(w: Any, part: Adapter, folded: Any) -> Rounding:
     """What was lost between `w` and its adapter, and `fold` of them."""
-    with precision_of(w):
-        return Rounding(*map(float, _jitted(_measure, None)(near(w), part, near(folded))))
+    return Rounding(*map(float, _on_near(_measure, w, part, folded)))
 
 
 def drift_bound(merged: Any, restored: Any) -> float:
@@ -65,24 +64,63 @@ def precision_of(w: Any) -> Any:
     return jax.enable_x64(True) if w.dtype == np.float64 else contextlib.nullcontext()
 
 
+def too_large(
+    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, taken: bool = False
+) -> list[str]:
+    """A line for each leaf that `fold`, or `unfold` if it is `taken`, has made too large for its dtype."""
+    found = {path: _excess(leaves[path], adapter[path], leaf, taken=taken) for path, leaf in results.items()}
+    return [
+        f"{path!r}: {largest:.6g} in {leaves[path].dtype}, whose largest number is {jnp.finfo(leaves[path].dtype).max}"
+        for path, largest in found.items()
+        if largest is not None
+    ]
+
+
+def _excess(w: Any, part: Adapter, result: Any, *, taken: bool) -> float | None:
+    """The largest magnitude of a sum that its dtype does not hold; None if it does, or if the leaf was not finite."""
+    info = jnp.finfo(w.dtype)
+    saturates = info.bits < 8  # these have neither infinity nor NaN: what is too large becomes their largest number
+    if not is_concrete(result) or (is_finite(result) and not saturates) or not is_finite(w):
+        return None
+    largest = float(_on_near(_largest_taken if taken else _largest, w, part))
+    half_a_place = float(info.eps) * 2.0 ** (int(info.maxexp) - 2)
+    return None if saturates and largest <= float(info.max) + half_a_place else largest
+
+
 def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
     """What the model would see, were all of the leaf in float32, or in what is wider among its dtypes."""
     wide = widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values()))
     return part.variant.apply(w.astype(wide), part.arrays, part.axes, "")
 
 
-def _fold(w: Array, part: Adapter) -> Array:
+def _sum(w: Array, part: Adapter) -> Array:
     kernel = _in_wide(w, part)
-    return (materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel).astype(w.dtype)
+    return materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel
+
+
+def _difference(w: Array, part: Adapter) -> Array:
+    kernel = _in_wide(w, part)
+    if isinstance(kernel, AdaptedKernel):
+        return materialise(dataclasses.replace(kernel, scale=-kernel.scale, gain=None))
+    added = _in_wide(jnp.zeros_like(w), part)
+    assert not isinstance(added, AdaptedKernel)
+    return w.astype(added.dtype) - added
+
+
+def _fold(w: Array, part: Adapter) -> Array:
+    return _sum(w, part).astype(w.dtype)
 
 
 def _unfold(w: Array, part: Adapter) -> Array:
-    kernel = _in_wide(w, part)
-    if isinstance(kernel, AdaptedKernel):
-        return materialise(dataclasses.replace(kernel, scale=-kernel.scale, gain=None)).astype(w.dtype)
-    added = _in_wide(jnp.zeros_like(w), part)
-    assert not isinstance(added, AdaptedKernel)
-    return (w - added).astype(w.dtype)
+    return _difference(w, part).astype(w.dtype)
+
+
+def _largest(w: Array, part: Adapter) -> Array:
+    return jnp.max(jnp.abs(_sum(w, part)))
+
+
+def _largest_taken(w: Array, part: Adapter) -> Array:
+    return jnp.max(jnp.abs(_difference(w, part)))
 
 
 def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:
@@ -94,8 +132,8 @@ def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Arra
         rest = (kernel.w - (total - taken)) + (change - taken)  # what rounding took from `total` itself (Knuth's sum)
     else:
         total = materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel
-        change, rest = total - w, jnp.zeros_like(total)
-    error = jnp.abs((total - folded) + rest)
+        change, rest = total - w.astype(total.dtype), jnp.zeros_like(total)
+    error = jnp.abs((total - folded.astype(total.dtype)) + rest)
     changed = change != 0
     lost = jnp.sum(changed & (folded == w)) / jnp.maximum(jnp.sum(changed), 1)
     return jnp.max(error), jnp.mean(error), lost
@@ -111,6 +149,12 @@ def _on_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
                 return np.array(_jitted(function, None)(w, part))
         leaf = near(w)
         return jax.device_put(_jitted(function, leaf.sharding)(leaf, part), w.sharding)
+
+
+def _on_near(function: Callable[..., Any], w: Any, part: Adapter, *others: Any) -> Any:
+    """What is measured of one leaf, in its devices' own memory."""
+    with jax.ensure_compile_time_eval(), precision_of(w):
+        return _jitted(function, None)(near(w), part, *map(near, others))
 
 
 @functools.cache

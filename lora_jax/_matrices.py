@@ -37,6 +37,11 @@ def product(x: Array, y: Array) -> Array:
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
+def identity_like(x: Array) -> Array:
+    """The identity for a stack of square matrices, as it broadcasts against it."""
+    return lax.expand_dims(jnp.eye(x.shape[-1], dtype=x.dtype), range(x.ndim - 2))
+
+
 def frobenius(x: Array) -> Array:
     """The Frobenius norm of each matrix of a stack."""
     return jnp.linalg.norm(x, axis=(-2, -1))

@@ -67,7 +67,8 @@ def similarity(one: Array, other: Array) -> Array:
     """φ(i, j) = ‖U_iᵀ·U'_j‖² / min(i, j) of two stacks of orthonormal columns."""
     overlap = jnp.cumsum(jnp.cumsum(product(one.mT, other) ** 2, axis=-1), axis=-2)
     i, j = (jnp.arange(1, size + 1) for size in overlap.shape[-2:])
-    return overlap / jnp.minimum(i[:, None], j)
+    smaller = jnp.minimum(i[:, None], j[None]).astype(overlap.dtype)
+    return overlap / lax.expand_dims(smaller, range(overlap.ndim - 2))
 
 
 @jax.jit

@@ -11,7 +11,7 @@ import jax
 from ._adapter import Adapter, Adapters
 from ._attach import check
 from ._errors import MergeError, listed
-from ._fold import Rounding, drift_bound, fold, rounding, unfold
+from ._fold import Rounding, drift_bound, fold, rounding, too_large, unfold
 from ._paths import flatten, unflatten
 from ._values import equal, is_concrete, is_finite
 from ._variants import Variant
@@ -60,7 +60,7 @@ def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool =
     if not untie:
         _check_tied(leaves, adapter)
     folded = {path: fold(leaves[path], part) for path, part in adapter.items()}
-    _check_overflow(leaves, folded)
+    _check_fits(leaves, adapter, folded)
     for path, part in adapter.items():
         _mark(folded[path], leaves[path], part)
     merged = unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
@@ -115,6 +115,7 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
         drift = dict.fromkeys(adapter, 0.0)
     else:
         restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
+        _check_fits(leaves, adapter, restored, taken=True)
         drift = {path: drift_bound(leaves[path], restored[path]) for path in adapter}
     tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})
     return (tree, drift) if report else tree
@@ -146,16 +147,13 @@ def _check_finite(adapter: Adapters) -> None:
         )
 
 
-def _check_overflow(leaves: Mapping[str, Any], folded: Mapping[str, Any]) -> None:
-    bad = [
-        f"{path!r} ({leaf.dtype})"
-        for path, leaf in folded.items()
-        if is_concrete(leaf) and not is_finite(leaf) and is_finite(leaves[path])
-    ]
-    if bad:
+def _check_fits(
+    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, taken: bool = False
+) -> None:
+    if bad := too_large(leaves, adapter, results, taken=taken):
         raise MergeError(
-            f"Expected merged leaves to fit their dtype; {len(bad)} overflow.\n{listed(bad)}\n"
-            "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
+            f"Expected {'the leaves' if taken else 'merged leaves'} to fit their dtype; {len(bad)} overflow.\n"
+            f"{listed(bad)}\n  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
         )
 
 

@@ -21,7 +21,7 @@ def norms(kernel: AdaptedKernel) -> Array:
       kernel: any adapted kernel; its own gain does not count.
     """
     roles = kernel.roles
-    dtype = widest(kernel.w.dtype, kernel.a.dtype, jnp.float32)
+    dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
     w = Labelled(kernel.w.astype(dtype), tuple(range(kernel.w.ndim)))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(roles))

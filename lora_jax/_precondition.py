@@ -12,7 +12,7 @@ from jax import Array
 
 from ._adapter import Adapter
 from ._errors import AdapterError
-from ._matrices import cut_as, diagonal_of, factor_matrices, has_factors, product, scale_of
+from ._matrices import cut_as, diagonal_of, factor_matrices, has_factors, identity_like, product, scale_of
 from ._parts import Patterns, check_adapter, labelled, only
 
 
@@ -153,4 +153,4 @@ def _as(gradient: Array, matrix: Array) -> Array:
 
 def _inverse(gram: Array, damping: float) -> Array:
     """The inverse of a stack of symmetric matrices with `damping` on the diagonal; the pseudo-inverse, if singular."""
-    return jnp.linalg.pinv(gram + damping * jnp.eye(gram.shape[-1], dtype=gram.dtype), hermitian=True)
+    return jnp.linalg.pinv(gram + damping * identity_like(gram), hermitian=True)

@@ -428,7 +428,8 @@ def test_a_merge_that_overflows_its_dtype_is_an_error(container: Any) -> None:
     params = {"kernel": container(np.full((4, 4), 6e4, np.float16))}
     adapter = adapter_of(a=jnp.full((4, 1), 1e4), b=jnp.ones((1, 4)))
     assert error(lj.merge, params, adapter) == (
-        "Expected merged leaves to fit their dtype; 1 overflow.\n  'kernel' (float16)\n"
+        "Expected merged leaves to fit their dtype; 1 overflow.\n"
+        "  'kernel': 70000 in float16, whose largest number is 65504.0\n"
         "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
     )
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._adapter import Adapters
-from .._matrices import factor_matrices, product
+from .._matrices import factor_matrices, identity_like, product
 from ._leaves import adaptive
 
 
@@ -35,5 +35,5 @@ def orthogonality(adapter: Adapters) -> Array:
     """
     pairs = [factor_matrices(part) for part in adaptive(adapter).values()]
     grams = [gram for a, b in pairs for gram in (product(a.mT, a), product(b, b.mT))]
-    each = [jnp.sum(jnp.square(gram - jnp.eye(gram.shape[-1], dtype=gram.dtype))) for gram in grams]
+    each = [jnp.sum(jnp.square(gram - identity_like(gram))) for gram in grams]
     return jnp.sum(jnp.stack(each))

@@ -13,8 +13,8 @@ from jax import Array
 from .._adapter import Adapter, Adapters
 from .._attach import check
 from .._axes import axes_of_a, axes_of_b, sizes, width
-from .._errors import AdapterError, SpecError
-from .._fold import unfold
+from .._errors import AdapterError, SpecError, listed
+from .._fold import too_large, unfold
 from .._matrices import kernel_matrix
 from .._paths import flatten, unflatten
 from .._variants import LowRank
@@ -106,6 +106,11 @@ def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False
             raise leaf.error(f"expected a variant for every token, as the base is moved for all; got {leaf.variant}")
     # By the factors as they are kept: what rounding took from them stays in the base.
     moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
+    if bad := too_large(leaves, new, moved, taken=True):
+        raise AdapterError(
+            f"Expected what is left of each kernel to fit its dtype; {len(bad)} overflow.\n{listed(bad)}\n"
+            "  Cast the base to a wider dtype before, such as bfloat16 or float32."
+        )
     return Start(new, unflatten(treedef, leaves | moved))
 
 

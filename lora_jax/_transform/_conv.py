@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import primitives
+from .._contract import is_narrow
 from .._sizes import is_known
 from ._conv_steps import Move, Steps
 from ._forms import Contraction
@@ -77,9 +78,9 @@ def _conv_general_dilated(
         y,
         given if isinstance(given, str) else None,
     )
-    contraction = Contraction(
-        convolve, steps.low_rank, steps.thin, steps.costs(lhs.shape, y.shape), precision, *steps.labels
-    )
+    narrow = is_narrow(kernel.w.dtype) or is_narrow(y.dtype)
+    costs = steps.costs(lhs.shape, y.shape)
+    contraction = Contraction(convolve, steps.low_rank, steps.thin, costs, precision, *steps.labels, narrow)
     return site.contract(kernel, lhs, contraction, roles=roles)
 
 

@@ -16,9 +16,9 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
-from .._contract import Labelled, Labels, contract, sharding_of_product
+from .._contract import Labelled, Labels, computable, contract, sharding_of_product
 from .._placement import names_of
-from ._factored import factors
+from ._factored import factors, thin_dtype
 from ._plan import Costs, Passes
 
 _GROUP = RANK - 1  # stands for the axis of the groups among the labels
@@ -79,11 +79,16 @@ class Steps:
         """The convolution of `x` with `scale·a·b`, which is not formed."""
         w_out, w_in, *_ = self.numbers.rhs_spec
         into, out = self.labels
-        both = factors(dataclasses.replace(self.kernel, a=a, b=b))
+        # A convolution has operands of one dtype.
+        dtype = thin_dtype(x.dtype, self.kernel.w.dtype, self.like.dtype)
+        both = [
+            factor._replace(array=factor.array.astype(dtype))
+            for factor in factors(dataclasses.replace(self.kernel, a=a, b=b))
+        ]
         first, second = both if self.a_first else both[::-1]
-        thin = self._step(Labelled(x, into), first, w_in, RANK)
+        thin = self._step(Labelled(x.astype(dtype), into), first, w_in, RANK)
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
-        return y.in_order(out).astype(self.like.dtype)
+        return y.in_order(out).astype(computable(self.like.dtype))
 
     def thin(self, x: Array, a: Array) -> Array:
         """The convolution of `x` with `a` alone, where `a` is what it meets first."""
@@ -141,7 +146,9 @@ class Steps:
         """By each group's part of a factor."""
         if self._has_no_window(factor):
             parts = self._apart(factor, made, (_GROUP, made))
-            y = contract(x, parts, keep={_GROUP}, precision=self.precision, dtype=self.like.dtype, names=self._names)
+            y = contract(
+                x, parts, keep={_GROUP}, precision=self.precision, dtype=computable(self.like.dtype), names=self._names
+            )
             return self._together(y, (_GROUP, made), made)
         together = self._together(x, (_GROUP, met), met)
         return self._convolve(together, factor, met, made, groups=self.groups, names=self._names)

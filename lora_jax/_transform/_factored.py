@@ -10,11 +10,12 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_a, axes_of_b
-from .._contract import Labelled, Labels, contract, widest
+from .._contract import Labelled, Labels, computable, contract, is_narrow, widest
 from .._placement import names_of
 from .._sizes import smallest
 from ._plan import Costs, Form, Passes, added
@@ -28,12 +29,36 @@ class Product(NamedTuple):
 
 
 def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
-    """`a` and `b`, labelled, in the dtype in which the model uses the kernel."""
-    dtype = kernel.w.dtype
+    """`a` and `b`, labelled, in the dtype in which the model uses the kernel, of 16 bits at least."""
+    dtype = computable(kernel.w.dtype)
     return (
         Labelled(kernel.a.astype(dtype), axes_of_a(kernel.roles)),
         Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles)),
     )
+
+
+def thin_dtype(x: Any, w: Any, y: Any) -> Any:
+    """The dtype of a product of rank r, by those of `x`, the kernel and the result: of the result's range at least."""
+    dtype = widest(x, w)
+    return dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(y).maxexp else widest(dtype, y)
+
+
+def precision_of_factors(precision: Any, x: Any, w: Any, y: Any) -> Any:
+    """The precision of the products with factors, by that of the product `x·w` with the result `y` and their dtypes.
+
+    It is the same, but for an algorithm that is made for operands which are narrow, or of a narrower range than `y`.
+    """
+    if isinstance(precision, lax.DotAlgorithm):
+        types: tuple[Any, ...] = (precision.lhs_precision_type, precision.rhs_precision_type)
+    elif isinstance(precision, lax.DotAlgorithmPreset):
+        if precision == lax.DotAlgorithmPreset.DEFAULT:
+            return precision
+        # Those that say nothing of the operands' types take any in 8 bits.
+        types = (*(precision.supported_lhs_types or [x]), *(precision.supported_rhs_types or [w]))
+    else:
+        return precision
+    fits = all(not is_narrow(its) and jnp.finfo(its).maxexp >= jnp.finfo(y).maxexp for its in types)
+    return precision if fits and not is_narrow(x) and not is_narrow(w) else None
 
 
 def low_rank(
@@ -47,7 +72,7 @@ def low_rank(
       out: the labels of the result, in order.
       kernel_first: whether the kernel is the left operand; its factors are then, too.
       precision: as in `dot_general`.
-      like: the type of the result.
+      like: the type of the result; where that is narrow, the product is in bfloat16.
 
     Returns:
       `multiply(x, a, b)`, which holds no array, and the operations of the contraction that it is a part of.
@@ -79,10 +104,10 @@ def low_rank(
     def multiply(array: Array, a: Array, b: Array) -> Array:
         both = factors(dataclasses.replace(kernel, a=a, b=b))
         one, other = both if a_first else both[::-1]
-        given = Labelled(array, x_labels)
+        given = Labelled(array.astype(computable(array.dtype)), x_labels)
         left, right = (one, given) if kernel_first else (given, one)
-        thin_dtype = widest(array.dtype, kernel.w.dtype)
-        thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=thin_dtype)
+        dtype = thin_dtype(array.dtype, kernel.w.dtype, like.dtype)
+        thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=dtype)
         return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, like=like)
 
     return multiply, orders[a_first]
@@ -118,11 +143,12 @@ def expand(
 ) -> Array:
     """Scales the product of rank r and multiplies it with the second factor.
 
-    The axes of the result are `out`, its type is `like`.
+    The axes of the result are `out`, its type is `like`, but bfloat16 where that is narrow.
 
     The scale goes here, on the smallest array there is, and not on the output.
     """
     scaled = thin._replace(array=thin.array * kernel.scale)
     left, right = (factor, scaled) if kernel_first else (scaled, factor)
     names = names_of(out, like)
-    return contract(left, right, keep=out, precision=precision, dtype=like.dtype, names=names).in_order(out)
+    dtype = computable(like.dtype)
+    return contract(left, right, keep=out, precision=precision, dtype=dtype, names=names).in_order(out)

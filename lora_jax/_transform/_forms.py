@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from .._adapter import AdaptedKernel, gain_of, materialise
-from .._contract import Labelled, Labels, widest
+from .._contract import Labelled, Labels, is_narrow, widest
 from ._plan import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
 from ._tokens import of_active
 
@@ -52,20 +52,36 @@ class Sum(NamedTuple):
     """What the base gives and the low-rank term, not added yet.
 
     A bias that the model adds next is added to the base's part first. The compiler can then let each of the two
-    products accumulate onto what is there, and needs no array for the low-rank term by itself.
+    products accumulate onto what is there, and needs no array for the low-rank term by itself. Where the base's is
+    narrow, the low-rank term is in bfloat16, and so is the sum, before it is cast or the model casts it.
     """
 
     base: Array
     low_rank: Array
 
+    @property
+    def total(self) -> Array:
+        """The sum, in the dtype of the low-rank term."""
+        return self.base.astype(self.low_rank.dtype) + self.low_rank
+
     def plus(self, x: Any) -> Array:
         """The sum, and what the model adds to it."""
-        return (self.base + x) + self.low_rank
+        if not is_narrow(self.base.dtype):
+            return (self.base + x) + self.low_rank
+        return (self.total + jnp.asarray(x).astype(self.low_rank.dtype)).astype(self.base.dtype)
+
+    def cast(self, dtype: Any) -> Sum:
+        """The same in another dtype."""
+        return Sum(self.base.astype(dtype), self.low_rank.astype(dtype))
+
+    def waits_for(self, primitive: str) -> bool:
+        """Whether an operation takes it before it is added."""
+        return primitive == "add" or (primitive == "convert_element_type" and is_narrow(self.base.dtype))
 
 
 def settled(value: Any) -> Any:
     """What is not added yet, added; any other value as it is."""
-    return value.base + value.low_rank if isinstance(value, Sum) else value
+    return value.total.astype(value.base.dtype) if isinstance(value, Sum) else value
 
 
 class Contraction(NamedTuple):
@@ -79,6 +95,7 @@ class Contraction(NamedTuple):
       precision: of its products.
       x: the labels of the axes of `x`: one that meets an axis of the kernel has its number.
       y: likewise of the result.
+      narrow: whether `x`, the kernel or the result has fewer than 16 bits.
     """
 
     base: Callable[[Array, Array], Array]
@@ -88,27 +105,30 @@ class Contraction(NamedTuple):
     precision: Any
     x: Labels
     y: Labels
+    narrow: bool
 
 
-def wanted(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form | None:
+def wanted(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form | None:
     """The form that a contraction takes whatever is asked of it; None where that depends.
 
     Args:
       kernel: the adapted kernel.
-      costs: of the contraction.
+      contraction: with it.
       form: what the caller wants for all of them; None for the cheapest.
     """
+    if contraction.narrow:  # the other forms would compute the factors' gradients in fewer than 16 bits
+        return Form.FACTORED
     if form is not None:
         return form
     # In 16 bits the sum of W0 and a small update is W0 again: what has been learnt would be rounded away.
-    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(costs) or traced_again.value:
+    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(contraction.costs) or traced_again.value:
         return Form.FACTORED
     return None
 
 
-def in_training(kernel: AdaptedKernel, costs: Costs, form: Form | None) -> Form:
+def in_training(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form:
     """The form in a training step that asks for the gradients of `x`, `a` and `b`."""
-    return wanted(kernel, costs, form) or plan(costs, TRAINING)
+    return wanted(kernel, contraction, form) or plan(contraction.costs, TRAINING)
 
 
 def contract(
@@ -126,17 +146,18 @@ def contract(
         return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form, again=again)
     g = gain.beside(contraction.y)
     if kernel.dropout is None:
-        return times(settled(_contract(plain, x, contraction, form, again=again)), g)
+        return times(_contract(plain, x, contraction, form, again=again), g)
     # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
     base, dropped = contraction.base(x, kernel.w), kernel.dropout.of(x)
     seen = contraction.base(dropped, kernel.w)
     return base + (times(seen + contraction.low_rank(dropped, kernel.a, kernel.b), g) - seen)
 
 
-def times(y: Array, gain: Array) -> Array:
+def times(y: Array | Sum, gain: Array) -> Array:
     """The product, in the wider of the two dtypes, as what `y` is."""
-    dtype = widest(y.dtype, gain.dtype)
-    return (y.astype(dtype) * gain.astype(dtype)).astype(y.dtype)
+    total, like = (y.total, y.base) if isinstance(y, Sum) else (y, y)
+    dtype = widest(total.dtype, gain.dtype)
+    return (total.astype(dtype) * gain.astype(dtype)).astype(like.dtype)
 
 
 def _gain(kernel: AdaptedKernel) -> Labelled:
@@ -146,12 +167,24 @@ def _gain(kernel: AdaptedKernel) -> Labelled:
     return Labelled(lax.squeeze(gain.array, ones), tuple(x for at, x in enumerate(gain.labels) if at not in ones))
 
 
-def takes_gain(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> bool:
-    """Whether all the outputs that have a gain are kept, or all are summed, with an `x` that has them one by one."""
-    if kernel.gain is None or set(labels := _gain(kernel).labels) <= set(contraction.y):
-        return True
+def gain_misfit(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> str | None:
+    """Why a contraction cannot take the gain of a kernel, or None.
+
+    The outputs that have one are all kept, or all summed, with an `x` that has them one by one. A narrow `x` is not
+    multiplied with anything: its dtype may not hold the result.
+    """
+    if kernel.gain is None:
+        return None
+    if kernel.dropout is not None and contraction.narrow:
+        return "a product in fewer than 16 bits in which something is dropped, of a kernel that has a gain"
+    if set(labels := _gain(kernel).labels) <= set(contraction.y):
+        return None
+    if is_narrow(x.dtype):
+        return "a product in fewer than 16 bits over the outputs that have a gain"
     sizes = dict(zip(contraction.x, x.shape, strict=True))
-    return all(sizes.get(label) == kernel.w.shape[label] for label in labels)
+    if all(sizes.get(label) == kernel.w.shape[label] for label in labels):
+        return None
+    return "of the outputs that have a gain, some are summed"
 
 
 def _contract(
@@ -162,7 +195,7 @@ def _contract(
         seen = x if kernel.dropout is None else kernel.dropout.of(x)
         term = low_rank(seen, kernel.a, kernel.b)
         return Sum(base(x, kernel.w), term if kernel.active is None else of_active(kernel, term, contraction.y))
-    its = wanted(kernel, costs, form)
+    its = wanted(kernel, contraction, form)
     if its is Form.FACTORED:
         return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))
     forms = _Forms(kernel.outline, contraction)

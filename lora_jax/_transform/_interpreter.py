@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax import Array
 
-from .._adapter import AdaptedKernel, materialise
+from .._adapter import AdaptedKernel, delta, materialise
 from .._compat import (
     ClosedJaxpr,
     Jaxpr,
@@ -30,8 +30,9 @@ from .._compat import (
     user_line,
     variables,
 )
+from .._contract import computable, is_narrow
 from .._use import Evidence, Use
-from ._forms import Contraction, Sum, contract, in_training, settled, takes_gain
+from ._forms import Contraction, Sum, contract, gain_misfit, in_training, settled
 from ._plan import added
 from ._refusal import Refusal, Refused
 from ._registry import named_by, rule_of
@@ -106,18 +107,20 @@ class Site:
             return kernel
         on_all_tokens(kernel)
         self.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
+        if is_narrow(kernel.w.dtype) and kernel.gain is None:
+            return Sum(kernel.w, delta(kernel).astype(computable(kernel.w.dtype)))
         return materialise(kernel)
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
         if self.settings.statistic is not None:
             return self.observe(kernel, x, contraction.base, contraction.thin, roles=roles)
-        if not takes_gain(kernel, contraction, x):
-            raise NoRule("of the outputs that have a gain, some are summed")
+        if reason := gain_misfit(kernel, contraction, x):
+            raise NoRule(reason)
         y: Any = self.eqn.outvars[0].aval
         if kernel.active is not None and (reason := misfit(kernel, contraction.y, y.shape)):
             raise NoRule(reason)
-        form = in_training(kernel, contraction.costs, self.settings.form)
+        form = in_training(kernel, contraction, self.settings.form)
         gain = 0 if kernel.gain is None else contraction.costs.y
         self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs) + gain)
         return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
@@ -231,7 +234,8 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
     for number, eqn in enumerate(eqns):
         operands = variables(eqn.invars)
         for var in operands:
-            if not (eqn.primitive.name == "add" and last[var] == number):
+            value = values.get(var)
+            if not (isinstance(value, Sum) and value.waits_for(eqn.primitive.name) and last[var] == number):
                 settle(var)
         if not any(isinstance(values.get(var), (AdaptedKernel, Sum)) for var in operands):
             plain.append(eqn)

@@ -16,8 +16,8 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._compat import primitives
-from .._contract import Labelled, Labels
-from ._factored import low_rank, product_with_a
+from .._contract import Labelled, Labels, is_narrow
+from ._factored import low_rank, precision_of_factors, product_with_a
 from ._forms import Contraction, Sum, settled
 from ._interpreter import NO_RULE, NoRule, Site, Value, is_adapted, on_all_tokens
 from ._pair import through
@@ -45,7 +45,8 @@ def _dot_general(
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
         base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
         labels = _labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim)
-        array, operations = through(lhs, rhs, *labels, precision=precision, like=jax.typeof(base))
+        own = precision_of_factors(precision, lhs.w.dtype, rhs.w.dtype, base.dtype)
+        array, operations = through(lhs, rhs, *labels, precision=own, like=jax.typeof(base))
         its = _roles(lhs, *(axes[0] for axes in dimension_numbers))
         site.used(lhs, "factored", roles=its, operations=operations)
         return Sum(base, array)
@@ -71,17 +72,19 @@ def _dot_general(
     kernel, x = (lhs, right) if side == 0 else (rhs, left)
     y: Any = site.eqn.outvars[0].aval
     x_labels, out = _labels(dimension_numbers, side, kernel.w.ndim, x.ndim)
+    own = precision_of_factors(precision, left.dtype, right.dtype, y.dtype)
     multiply, costs = low_rank(
         kernel,
         Labelled(x, x_labels),
         out,
         kernel_first=side == 0,
-        precision=precision,
+        precision=own,
         like=y,
     )
     its_base = (lambda x, w: product(w, x)) if side == 0 else product
     thin = product_with_a(kernel, x_labels, out)
-    contraction = Contraction(its_base, multiply, thin, costs, precision, x_labels, out)
+    narrow = any(map(is_narrow, (left.dtype, right.dtype, y.dtype)))
+    contraction = Contraction(its_base, multiply, thin, costs, own, x_labels, out, narrow)
     return site.contract(kernel, x, contraction, roles=roles[side])
 
 

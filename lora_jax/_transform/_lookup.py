@@ -17,10 +17,10 @@ from jax import Array, lax
 from .._adapter import AdaptedKernel, gain_of
 from .._axes import RANK, axes_of_a, axes_of_b
 from .._compat import primitives
-from .._contract import Labelled, Labels
+from .._contract import Labelled, Labels, computable, is_narrow
 from .._sizes import smallest
 from ._factored import expand
-from ._forms import times
+from ._forms import Sum, times
 from ._interpreter import NoRule, Site, Value, on_all_tokens
 from ._registry import rule
 
@@ -76,7 +76,8 @@ def _gather(
         )
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     on_all_tokens(kernel)
-    both = _cast(a, y.dtype), _cast(b, y.dtype)
+    dtype = computable(y.dtype)
+    both = _cast(a, dtype), _cast(b, dtype)
     thin = smallest(both, key=lambda factor: factor.array.size)
     other = both[1] if thin is both[0] else both[0]
     ahead = set(labels[:1]) <= set(thin.labels)  # on the left, so that the result needs no transpose
@@ -88,12 +89,12 @@ def _gather(
         operations=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
     )
     if gain is None:
-        return y + low_rank
+        return Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank
     if mode != lax.GatherScatterMode.FILL_OR_DROP:
-        return times(y + low_rank, gain.beside(labels))
+        return times(Sum(y, low_rank), gain.beside(labels))
     # What the base is filled with beyond the end is no output, and has no gain.
     rows = lax.gather(kernel.w, indices, dimension_numbers, slice_sizes, mode=mode, fill_value=0, **hints)
-    return times(rows + low_rank, gain.beside(labels)) + lax.stop_gradient(y - rows)
+    return times(Sum(rows, low_rank), gain.beside(labels)) + lax.stop_gradient(y - rows)
 
 
 def _as_b(gain: Labelled, order: Labels) -> Array:

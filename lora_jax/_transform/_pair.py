@@ -15,10 +15,10 @@ import jax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK
-from .._contract import Labelled, Labels, contract, widest
+from .._contract import Labelled, Labels, computable, contract
 from .._placement import names_of
 from .._sizes import smallest
-from ._factored import Product, factors, multiply
+from ._factored import Product, factors, multiply, thin_dtype
 
 
 def through(
@@ -55,15 +55,15 @@ def through(
 
     a, b = one_and_other
     one, other = smallest(((a, b), (b, a)), key=cost)
-    thin_dtype = widest(first.w.dtype, second.w.dtype)
+    dtype = thin_dtype(first.w.dtype, second.w.dtype, like.dtype)
     keep = thin_labels(one, other)
-    base = contract(
-        one, Labelled(second.w, tuple(range(second.w.ndim))), keep=keep, precision=precision, dtype=thin_dtype
-    )
+    plain_second = Labelled(second.w.astype(computable(second.w.dtype)), tuple(range(second.w.ndim)))
+    base = contract(one, plain_second, keep=keep, precision=precision, dtype=dtype)
     plain = base.in_order(keep)
     low_rank = multiply(second, one, keep, kernel_first=False, precision=precision, like=jax.typeof(plain))
     thin = Labelled((plain + low_rank.array) * first.scale, keep)
     names = names_of(out, like)
-    array = contract(other, thin, keep=out, precision=precision, dtype=like.dtype, names=names).in_order(out)
+    product = contract(other, thin, keep=out, precision=precision, dtype=computable(like.dtype), names=names)
+    array = product.in_order(out)
     operations = cost((one, other)) + low_rank.operations + 2 * thin.array.size + array.size
     return Product(array, operations)

@@ -19,9 +19,9 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel, gain_of
 from .._axes import RANK, axes_of_a, axes_of_b
-from .._contract import Labelled, Labels, contract, sharding_of_product
+from .._contract import Labelled, Labels, computable, contract, sharding_of_product
 from .._placement import names_of
-from ._factored import factors
+from ._factored import factors, precision_of_factors, thin_dtype
 from ._forms import Sum, times
 from ._interpreter import NoRule, Site, Value, on_all_tokens
 from ._registry import rule
@@ -74,7 +74,10 @@ def _ragged_dot_general(
     on_all_tokens(kernel)
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
-    x = Labelled(dropped, tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)))
+    x = Labelled(
+        dropped.astype(computable(dropped.dtype)),
+        tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)),
+    )
     x_rest = [label for label in x.labels if label >= kernel.w.ndim]
     w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
     out = (*batch, *x_rest, *w_rest)
@@ -83,23 +86,26 @@ def _ragged_dot_general(
         raise NoRule("of the outputs that have a gain, some are summed")
     if gain is not None and kernel.dropout is not None:
         raise NoRule("a product by group in which something is dropped, of a kernel that has a gain")
-    groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, precision)
+    like: Any = site.eqn.outvars[0].aval
+    own = precision_of_factors(precision, lhs.dtype, kernel.w.dtype, like.dtype)
+    groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, own)
     if site.settings.statistic is not None:
-        thin = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
-        return site.observe(kernel, lhs, product, thin, group_sizes, roles=roles)
+        with_a = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
+        return site.observe(kernel, lhs, product, with_a, group_sizes, roles=roles)
     y = product(lhs, kernel.w, group_sizes)
     a, b = factors(kernel)
     first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
-    narrow = groups.contract(x, first, keep={*second.labels, *out})
-    scaled = narrow._replace(array=narrow.array * kernel.scale)
+    dtype = thin_dtype(x.array.dtype, kernel.w.dtype, y.dtype)
+    thin = groups.contract(x, first, keep={*second.labels, *out}, dtype=dtype)
+    scaled = thin._replace(array=thin.array * kernel.scale)
     names = names_of(out, jax.typeof(y))
-    low_rank = groups.contract(scaled, second, keep=out, dtype=y.dtype, names=names).in_order(out)
+    low_rank = groups.contract(scaled, second, keep=out, dtype=computable(y.dtype), names=names).in_order(out)
     # Beside the two products: the scale on the thin one, and the sum with the base's.
-    operations = groups.operations(x, first) + groups.operations(narrow, second) + narrow.array.size + y.size
+    operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
     site.used(kernel, "factored", roles=roles, operations=operations)
     if gain is None:
         return Sum(y, low_rank)
-    return times(y + low_rank, groups.of_each_row(gain, lhs.shape[lhs_ragged]).beside(out))
+    return times(Sum(y, low_rank), groups.of_each_row(gain, lhs.shape[lhs_ragged]).beside(out))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,9 @@ from jax.ad_checkpoint import checkpoint_name
 from .._adapter import AdaptedKernel
 from .._axes import RANK, join
 from .._compat import primitives
+from .._contract import is_narrow
 from .._placement import along
+from ._forms import Sum
 from ._interpreter import NoRule, Site, Value
 from ._registry import rule
 
@@ -242,10 +244,14 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
 
 @rule(primitives.convert_element_type_p, "moved")
 def _convert_element_type(
-    site: Site, kernel: AdaptedKernel, *, new_dtype: Any, weak_type: bool, sharding: Any
-) -> AdaptedKernel:
+    site: Site, kernel: AdaptedKernel | Sum, *, new_dtype: Any, weak_type: bool, sharding: Any
+) -> AdaptedKernel | Sum:
     """The factors keep their own dtype until they are used; a cast to whole numbers is refused."""
     del site, weak_type  # what the model makes of the kernel next has a strong type either way
+    if isinstance(kernel, Sum):
+        if sharding is not None or is_narrow(new_dtype) or not jnp.issubdtype(new_dtype, jnp.floating):
+            raise NoRule("a cast of a sum")  # which is added first
+        return kernel.cast(new_dtype)
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise NoRule(f"a cast to {jnp.dtype(new_dtype).name}")
     if sharding is not None:

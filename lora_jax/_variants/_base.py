@@ -14,6 +14,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import axes_of_a, axes_of_b, axes_with, sizes, width
+from .._contract import widest
 from .._errors import SpecError
 from ._numbers import flag, integer, number, share
 
@@ -159,7 +160,8 @@ class LowRank(Variant):
         if diagonal is None:
             return arrays["a"], arrays["b"]
         inputs = [at for at, axis in enumerate(axes_of_a(axes)) if axis in axes_with(axes, "i")]
-        return arrays["a"] * lax.expand_dims(diagonal, inputs), arrays["b"]
+        dtype = widest(arrays["a"].dtype, diagonal.dtype)
+        return arrays["a"].astype(dtype) * lax.expand_dims(diagonal.astype(dtype), inputs), arrays["b"]
 
     def diagonal(self, arrays: dict[str, Array]) -> Array | None:
         """What stands between the factors, a number for each direction, (batch…, rank); None for nothing."""

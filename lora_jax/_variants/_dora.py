@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from .._adapter import AdaptedKernel
 from .._axes import RANK, axes_of_b, axes_with
+from .._contract import widest
 from .._errors import SpecError
 from .._norms import norms
 from ._base import LowRank
@@ -69,5 +70,6 @@ class DoRA(LowRank):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """The kernel with its factors, and the gain of each output."""
         plain = super().apply(kernel, arrays, axes, path)
-        gain = arrays["magnitude"] / lax.stop_gradient(norms(plain))
+        magnitude, norm = arrays["magnitude"], lax.stop_gradient(norms(plain))
+        gain = magnitude.astype(widest(magnitude.dtype, norm.dtype)) / norm
         return dataclasses.replace(plain, gain=lax.expand_dims(gain, [axes_of_b(axes).index(RANK)]))

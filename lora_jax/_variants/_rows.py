@@ -72,6 +72,6 @@ class Rows(Variant):
         """The table with its rows as a factor, and the other factor, which says where they are."""
         rows = arrays["rows"]
         shape = sizes(axes_of_a(axes), kernel.shape, len(self.ids))
-        where = jnp.arange(shape[-2])[:, None] == jnp.array(self.ids)
+        where = jnp.arange(shape[-2])[:, None] == jnp.array(self.ids)[None]
         a = like_kernel(jnp.broadcast_to(where.astype(rows.dtype), shape), axes_of_a(axes), kernel)
         return AdaptedKernel(kernel, a, rows, scale=1.0, roles=tuple(axes), paths=(path,))

@@ -1,0 +1,292 @@
+"""Where a model computes in fewer than 16 bits, or in float16 with a result in float32, the low-rank term does not."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import dense
+from jax import lax
+from law import adapted, normal
+
+import lora_jax as lj
+from lora_jax._contract import is_narrow, widest
+
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+IO, OUT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))
+GROUPS = jnp.array([2, 0, 3], jnp.int32)
+IMAGES = ("NHWC", "HWIO", "NHWC")
+
+
+class Use(NamedTuple):
+    """`call(w, x, dtype, y)`, which casts both to a dtype for a product whose result is of another."""
+
+    call: Callable[..., jax.Array]
+    kernel: tuple[int, ...]
+    x: tuple[int, ...]
+    axes: str
+
+
+def dot(numbers: Any) -> Callable[..., jax.Array]:
+    return lambda w, x, dtype, y: lax.dot_general(x.astype(dtype), w.astype(dtype), numbers, preferred_element_type=y)
+
+
+def on_the_left(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    return lax.dot_general(w.astype(dtype), x.astype(dtype), (((0,), (1,)), ((), ())), preferred_element_type=y)
+
+
+def attention(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    return jnp.einsum("td,dhk->htk", x.astype(dtype), w.astype(dtype), preferred_element_type=y)
+
+
+def experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    return lax.ragged_dot(x.astype(dtype), w.astype(dtype), GROUPS, preferred_element_type=y)
+
+
+def picked_experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    picked = w.astype(dtype)[jnp.array([2, 0])]
+    return jnp.einsum("td,tdf->tf", x.astype(dtype), picked, preferred_element_type=y)
+
+
+def convolution(**options: Any) -> Callable[..., jax.Array]:
+    return lambda w, x, dtype, y: lax.conv_general_dilated(
+        x.astype(dtype), w.astype(dtype), (1, 1), "SAME", dimension_numbers=IMAGES, preferred_element_type=y, **options
+    )
+
+
+def layers(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    def layer(total: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+        return total + dot(IO)(w, x, dtype, y), None
+
+    return lax.scan(layer, jnp.zeros((x.shape[0], w.shape[-1]), y), w)[0]
+
+
+def narrow_result(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    return lax.dot_general(x.astype(dtype), w.astype(dtype), IO).astype(y)
+
+
+def scaled(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    scales = jnp.full((w.shape[1],), 0.5, dtype)
+    return lax.dot_general(x.astype(dtype), w.astype(dtype) * scales, IO, preferred_element_type=y)
+
+
+def rows(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    return w.astype(dtype)[jnp.array([0, 3, 3])].astype(y) + x[:, :1].astype(dtype).astype(y)
+
+
+def one_row(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+    return w.astype(dtype)[2].astype(y) + x[:, :1].astype(dtype).astype(y)
+
+
+USES = {
+    "Dense": Use(dot(IO), (6, 5), (3, 6), "io"),
+    "a tied head": Use(dot(OUT), (6, 5), (3, 5), "io"),
+    "on the left": Use(on_the_left, (6, 5), (3, 6), "io"),
+    "the query of attention": Use(attention, (6, 2, 3), (3, 6), "ioo"),
+    "a stack of layers": Use(layers, (2, 6, 5), (3, 6), "bio"),
+    "experts by group": Use(experts, (3, 6, 5), (5, 6), "bio"),
+    "one expert for each token": Use(picked_experts, (3, 6, 5), (2, 6), "bio"),
+    "a convolution": Use(convolution(), (2, 2, 6, 4), (1, 3, 3, 6), "iiio"),
+    "a convolution in groups": Use(convolution(feature_group_count=2), (2, 2, 3, 4), (1, 3, 3, 6), "iiio"),
+    "a narrow result": Use(narrow_result, (6, 5), (3, 6), "io"),
+    "scaled by an array": Use(scaled, (6, 5), (3, 6), "io"),
+    "rows looked up": Use(rows, (6, 5), (3, 6), "io"),
+    "one row": Use(one_row, (6, 5), (3, 6), "io"),
+}
+LOOKED_UP = ("rows looked up", "one row")
+
+
+def wide(use: Use) -> Callable[..., jax.Array]:
+    """The oracle: the same in float32, of an `x` that has been rounded as the model rounds it."""
+    return lambda w, x, dtype, y: use.call(w, x.astype(dtype).astype(jnp.float32), jnp.float32, jnp.float32)
+
+
+def assert_near(got: Any, expected: Any, tolerance: float) -> None:
+    got, expected = (np.asarray(x, np.float64) for x in (got, expected))
+    assert np.isfinite(got).all()
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+OTHER_DTYPES = [
+    (name, dtype, y)
+    for name in ("Dense", "experts by group", "a convolution", "rows looked up")
+    for dtype, y in [(E5M2, jnp.float32), (E4M3, jnp.float16)]
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "y"), [*((name, E4M3, jnp.bfloat16) for name in USES), *OTHER_DTYPES])
+def test_a_low_rank_term_has_sixteen_bits_where_the_base_has_eight(name: str, dtype: Any, y: Any) -> None:
+    use = USES[name]
+    params, x = {"w": jnp.zeros(use.kernel)}, normal(*use.x, seed=1, size=60)
+    # x·A is beyond 448, which is the largest number in float8_e4m3fn, and the update beyond its 3 bits.
+    adapter = jax.tree.map(lambda array: 3 * array, adapted(params, {"w": use.axes}))
+
+    def run(call: Callable[..., jax.Array], lora: Any) -> Any:
+        function = lora(lambda params, x: call(params["w"], x, dtype, y))
+        total = lambda adapter: jnp.sum(jnp.tanh(function(params, adapter, x).astype(jnp.float32) / 1000))  # noqa: E731
+        return function(params, adapter, x), jax.grad(total)(adapter)["w"]
+
+    got, gradient = jax.jit(lambda: run(use.call, lj.lora))()
+    expected, expected_gradient = jax.jit(lambda: run(wide(use), dense))()
+    assert got.dtype == y
+    assert_near(got, expected, 2e-2)
+    # What goes back through a result in 8 bits is in 8 bits, as the model's own gradient is.
+    back = 2e-1 if name in ("a narrow result", *LOOKED_UP) else 3e-2
+    for name_of_factor in "ab":
+        assert_near(gradient.arrays[name_of_factor], expected_gradient.arrays[name_of_factor], back)
+
+
+def products(jaxpr: Any) -> list[Any]:
+    """The operands' dtypes of every product in a jaxpr and those inside it."""
+    found = []
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
+            found.append([var.aval.dtype for var in eqn.invars[:2]])
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
+                found += products(getattr(inner, "jaxpr", inner))
+    return found
+
+
+@pytest.mark.parametrize("form", [None, "factored", "hybrid", "merged"])
+@pytest.mark.parametrize("name", [name for name in USES if name not in LOOKED_UP])
+def test_only_the_base_product_is_in_eight_bits_in_every_form(name: str, form: Any) -> None:
+    use = USES[name]
+    params, x = {"w": jnp.zeros(use.kernel)}, normal(*use.x, seed=1)
+    adapter = adapted(params, {"w": use.axes})
+
+    def narrow(function: Any, *args: Any) -> int:
+        total = lambda *args: jnp.sum(function(*args).astype(jnp.float32))  # noqa: E731
+        jaxpr = jax.make_jaxpr(jax.grad(total, argnums=len(args) - 1))(*args)
+        return sum(any(map(is_narrow, dtypes)) for dtypes in products(jaxpr.jaxpr))
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return use.call(params["w"], x, E4M3, jnp.bfloat16)
+
+    assert narrow(lj.lora(apply, form=form), params, adapter, x) == narrow(apply, params, x)
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_low_rank_term_in_float16_has_the_range_of_a_result_in_float32(name: str) -> None:
+    use = USES[name]
+    if name in ("a narrow result", *LOOKED_UP):
+        pytest.skip("its result is in float16")
+    params, x = {"w": jnp.zeros(use.kernel)}, jnp.full(use.x, 30000.0)
+    adapter = jax.tree.map(lambda array: abs(array) + 1, adapted(params, {"w": use.axes}))  # x·A is beyond 65504
+    args = params, adapter, x
+    got = lj.lora(lambda params, x: use.call(params["w"], x, jnp.float16, jnp.float32))(*args)
+    expected = dense(lambda params, x: wide(use)(params["w"], x, jnp.float16, jnp.float32))(*args)
+    assert_near(got, expected, 2e-3)
+
+
+def test_a_pair_of_kernels_in_eight_bits_has_a_low_rank_term_in_sixteen() -> None:
+    params = {"q": normal(6, 5, size=0.5), "k": normal(5, 4, seed=1, size=0.5)}
+    params = jax.tree.map(lambda w: w.astype(E4M3).astype(jnp.float32), params)
+    adapter = adapted(params, {"q": "io", "k": "io"})
+
+    def apply(dtype: Any) -> Any:
+        return lambda params: lax.dot_general(
+            params["q"].astype(dtype), params["k"].astype(dtype), IO, preferred_element_type=jnp.float32
+        )
+
+    adapter = jax.tree.map(lambda array: 20 * array, adapter)  # products of factors are beyond 448
+    assert_near(lj.lora(apply(E4M3))(params, adapter), dense(apply(jnp.float32))(params, adapter), 2e-2)
+
+
+@pytest.mark.parametrize("name", ["Dense", "rows looked up", "experts by group"])
+def test_a_gain_is_taken_in_sixteen_bits(name: str) -> None:
+    use = USES[name]
+    params = {"w": normal(*use.kernel, size=0.5).astype(E4M3).astype(jnp.float32)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, axes=use.axes)})
+    adapter = jax.tree.map(lambda array: array + 0.3 * normal(*array.shape, seed=5), adapter)
+    x = normal(*use.x, seed=1)
+    got = lj.lora(lambda params, x: use.call(params["w"], x, E4M3, jnp.bfloat16))(params, adapter, x)
+    expected = dense(lambda params, x: wide(use)(params["w"], x, E4M3, jnp.bfloat16))(params, adapter, x)
+    assert_near(got, expected, 7e-2 if name in LOOKED_UP else 2e-2)
+
+
+def test_what_would_have_to_be_multiplied_in_eight_bits_is_refused() -> None:
+    params = {"w": normal(6, 5)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, dropout=0.5)})
+    for use, dropout_key in [("a tied head", None), ("Dense", jax.random.key(1))]:
+        call = lj.lora(lambda params, x, use=use: USES[use].call(params["w"], x, E4M3, jnp.bfloat16))
+        with pytest.raises(lj.UnsupportedError, match="a product in fewer than 16 bits"):
+            call(params, adapter, jnp.ones(USES[use].x), dropout_key=dropout_key)
+
+
+def test_what_dropout_leaves_of_an_activation_in_eight_bits_is_scaled_in_sixteen() -> None:
+    params, x = {"w": jnp.zeros((6, 5))}, jnp.full((3, 6), 448.0)
+    variant = lj.LoRA(rank=2, alpha=2, dropout=0.5)
+    adapter = {"w": lj.Adapter(variant, "io", a=jnp.ones((6, 2)), b=jnp.ones((2, 5)))}
+    call = lj.lora(lambda params, x: USES["Dense"].call(params["w"], x, E4M3, jnp.float32))
+    got = call(params, adapter, x, dropout_key=jax.random.key(0))
+    kept = got / (448 * 2 * 2)  # of six inputs, each doubled, for each of two ranks
+    assert_near(kept, jnp.round(kept), 1e-2)
+    assert 0 < kept.max() <= 6
+
+
+@pytest.mark.parametrize("fast", ["ANY_F8_ANY_F8_F32", "ANY_F8_ANY_F8_F32_FAST_ACCUM"])
+def test_an_algorithm_for_eight_bits_is_not_asked_for_the_factors(fast: str) -> None:
+    preset = lax.DotAlgorithmPreset[fast]
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        narrow = x.astype(E4M3), params["w"].astype(E4M3)
+        return lax.dot_general(*narrow, IO, precision=preset, preferred_element_type=jnp.float32)
+
+    params = {"w": jnp.zeros((6, 5))}
+    jaxpr = jax.make_jaxpr(lj.lora(apply))(params, adapted(params, {"w": "io"}), jnp.ones((3, 6)))
+    asked = [eqn.params["precision"] for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert asked.count(preset) == 1 and len(asked) == 3
+
+
+@pytest.mark.parametrize(
+    ("precision", "x", "y", "kept"),
+    [
+        (lax.DotAlgorithmPreset.BF16_BF16_F32, jnp.bfloat16, jnp.float32, True),
+        (lax.DotAlgorithmPreset.TF32_TF32_F32, jnp.float32, jnp.float32, True),
+        (lax.DotAlgorithmPreset.DEFAULT, jnp.bfloat16, jnp.bfloat16, True),
+        (lax.DotAlgorithmPreset.F16_F16_F16, jnp.float16, jnp.float16, True),
+        (lax.DotAlgorithmPreset.F16_F16_F32, jnp.float16, jnp.float32, False),
+        (lax.DotAlgorithm(E4M3, E4M3, jnp.float32), jnp.bfloat16, jnp.float32, False),
+        (lax.DotAlgorithm(jnp.bfloat16, jnp.bfloat16, jnp.float32), jnp.bfloat16, jnp.float32, True),
+    ],
+)
+def test_an_algorithm_stays_where_it_has_the_bits_and_the_range_of_the_result(
+    precision: Any, x: Any, y: Any, kept: bool
+) -> None:
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return lax.dot_general(x, params["w"], IO, precision=precision, preferred_element_type=y)
+
+    params = {"w": jnp.zeros((6, 5), x)}
+    adapter = adapted(params, {"w": "io"})
+    jaxpr = jax.make_jaxpr(lj.lora(apply, form="factored"))(params, adapter, jnp.ones((3, 6), x))
+    asked = [eqn.params["precision"] for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+    assert asked.count(precision) == (3 if kept else 1)
+
+
+def test_statistics_of_activations_in_eight_bits_are_summed_in_float32() -> None:
+    params, x = {"w": normal(6, 5)}, normal(300, 6, seed=1)
+    adapter = adapted(params, {"w": "io"})
+    apply = lambda params, x: USES["Dense"].call(params["w"], x, E4M3, jnp.bfloat16)  # noqa: E731
+    seen = lj.starts.activations(apply, adapter, params, x)["w"]
+    rounded = np.asarray(x.astype(E4M3), np.float64)
+    assert_near(seen.gram[0], rounded.T @ rounded, 1e-5)
+    assert seen.count[0] == 300
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [
+        ((E4M3,), jnp.bfloat16),
+        ((E4M3, E5M2), jnp.bfloat16),
+        ((E4M3, jnp.float32), jnp.float32),
+        ((E5M2, jnp.float16), jnp.float32),
+        ((jnp.int4, jnp.bfloat16), jnp.bfloat16),
+        ((jnp.int8, jnp.float16), jnp.float16),
+        ((jnp.bfloat16, jnp.float16), jnp.float32),
+    ],
+)
+def test_the_widest_dtype_has_sixteen_bits_and_holds_all(dtypes: Any, expected: Any) -> None:
+    assert widest(*dtypes) == expected

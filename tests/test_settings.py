@@ -1,0 +1,178 @@
+"""All that takes an adapter, on bases of every dtype. `make settings` runs it, and the laws, under JAX's strict settings.
+
+Nothing here promotes a dtype or a rank by itself, so that what does is the package.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from law import normal
+
+import lora_jax as lj
+from lora_jax import adaptive, analysis, optim, starts
+
+DTYPES = [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+# What rounding may take, relative to the largest element.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 7e-2, "float8_e5m2": 0.13}
+
+VARIANTS: dict[str, Callable[..., Any]] = {
+    "LoRA": functools.partial(lj.LoRA, rank=2, alpha=3),
+    "RSLoRA": functools.partial(lj.RSLoRA, rank=2, alpha=3),
+    "DoRA": functools.partial(lj.DoRA, rank=2, alpha=3),
+    "AdaLoRA": functools.partial(lj.AdaLoRA, rank=2, alpha=3),
+    "VeRA": functools.partial(lj.VeRA, rank=6, seed=1),
+    "Rows": functools.partial(lj.Rows, ids=[0, 3]),
+    "Full": lambda axes: lj.Full(),
+    "LoRABias": lambda axes: lj.LoRABias(scale=2),
+}
+
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+
+
+def model(dtype: Any) -> tuple[dict[str, jax.Array], Callable[..., jax.Array], jax.Array]:
+    """A stack of two layers, a function that runs through it, and what it is called with."""
+    params = {"stack": normal(2, 6, 6, size=0.5, dtype=dtype)}
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w.astype(x.dtype)), None), x, params["stack"])[0]
+
+    return params, apply, normal(4, 6, seed=1)
+
+
+def adapter_of(params: Any, variant: str = "LoRA", *, dtype: Any = jnp.float32) -> Any:
+    """An adapter that does something: each array away from its start."""
+    rule = VARIANTS[variant](axes="bio")
+    adapter = lj.init(jax.random.key(0), params, {"stack": rule}, param_dtype=dtype)
+    leaves, treedef = jax.tree.flatten(adapter)
+    moved = [leaf + normal(*leaf.shape, seed=9 + at, size=0.2, dtype=dtype) for at, leaf in enumerate(leaves)]
+    return treedef.unflatten(moved)
+
+
+def assert_near(got: Any, expected: Any, tolerance: float) -> None:
+    got, expected = (np.asarray(x).astype(np.float64) for x in (got, expected))
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-3))
+
+
+@every_dtype
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtype: Any) -> None:
+    params, apply, x = model(dtype)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    adapter = adapter_of(params, variant)
+    if variant == "DoRA":  # its magnitude is about the norm of each column
+        assert_near(lj.init(jax.random.key(0), params, {"stack": lj.DoRA(rank=2, alpha=3, axes="bio")})["stack"]
+                    .magnitude, jnp.linalg.norm(wide["stack"], axis=1), 1e-5)  # fmt: skip
+    exact = lj.merge(wide, adapter)
+    merged, report = lj.merge(params, adapter, report=True)
+    assert merged["stack"].dtype == dtype
+    assert_near(merged["stack"], exact["stack"], TOLERANCE[jnp.dtype(dtype).name])
+    assert report["stack"].max_error <= TOLERANCE[jnp.dtype(dtype).name] * float(jnp.abs(exact["stack"]).max())
+    assert lj.unmerge(merged, adapter, base=params)["stack"] is params["stack"]
+    if VARIANTS[variant](axes="bio").adds:
+        restored, drift = lj.unmerge(merged, adapter, report=True)
+        there = jnp.abs(restored["stack"].astype(jnp.float32) - wide["stack"])
+        assert float(there.max()) <= drift["stack"]
+
+    def total(adapter: Any) -> tuple[jax.Array, jax.Array]:
+        out = lj.lora(apply)(params, adapter, x)
+        return jnp.sum(jnp.sin(out)), out
+
+    gradient, out = jax.jit(jax.grad(total, has_aux=True))(adapter)
+    if variant not in ("Full", "LoRABias"):  # the model sees these in the dtype of the base
+        assert_near(out, apply(exact, x), 1e-4)
+    assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
+    lj.explain(apply, params, adapter, x, strict=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_in_sixteen_bits_is_merged_and_trained(variant: str) -> None:
+    params, apply, x = model(jnp.float32)
+    adapter = adapter_of(params, variant, dtype=jnp.bfloat16)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapter)
+    assert_near(lj.merge(params, adapter)["stack"], lj.merge(params, wide)["stack"], 2e-2)
+    gradient = jax.jit(jax.grad(lambda adapter: jnp.sum(lj.lora(apply)(params, adapter, x))))(adapter)
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@every_dtype
+def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
+    params, apply, x = model(dtype)
+    adapter, key = adapter_of(params), jax.random.key(1)
+    loss = lambda params, x: jnp.sum(apply(params, x))  # noqa: E731
+    seen = starts.activations(apply, adapter, params, x)
+    started = {
+        "gaussian": starts.gaussian(adapter, params, key),
+        "kaiming": starts.kaiming(adapter, params, key),
+        "orthogonal": starts.orthogonal(adapter, params, key),
+        "eva": starts.eva(adapter, params, seen),
+        "pissa": starts.pissa(adapter, params),
+        "pissa, randomised": starts.pissa(adapter, params, niter=2, key=key),
+        "olora": starts.olora(adapter, params),
+        "lora_ga": starts.lora_ga(adapter, params, starts.gradients(loss, adapter, params, x)),
+    }
+    for name, start in started.items():
+        assert start.params["stack"].dtype == dtype, name
+        # The base as it was, up to a rounding of the residue and one of the sum.
+        whole = lj.merge(start.params, start.adapter)["stack"]
+        assert_near(whole, params["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
+    plain = starts.as_plain(started["pissa"].adapter, params, *started["pissa"])
+    assert_near(lj.merge(params, plain)["stack"], params["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
+
+
+@every_dtype
+def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: Any) -> None:
+    params, apply, x = model(dtype)
+    wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    adapter = adapter_of(params)
+    for measure in (analysis.relative_norms, analysis.amplification, functools.partial(analysis.intruders, top=3)):
+        for one, other in zip(*(jax.tree.leaves(measure(base, adapter)) for base in (params, wide)), strict=True):
+            assert_near(one, other, 1e-5)
+    assert analysis.singular_values(adapter)["stack"].shape == (2, 2)
+    assert analysis.subspace_similarity(adapter, adapter)["stack"].shape == (2, 2, 2)
+    merged = lj.merge(params, adapter)
+    extracted, left = lj.extract(params, merged, {"stack": lj.LoRA(rank=4, alpha=3, axes="bio")})
+    assert_near(lj.merge(params, extracted)["stack"], merged["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
+    smaller, _ = lj.compress(extracted, 1)
+    assert smaller["stack"].a.shape == (2, 6, 1) and left["stack"].shape == (2,)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: jnp.dtype(dtype).name)
+@pytest.mark.parametrize("variant", ["LoRA", "AdaLoRA", "DoRA"])
+def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
+    params, apply, x = model(jnp.float32)
+    adapter = adapter_of(params, variant, dtype=dtype)
+    gradient = jax.grad(lambda adapter: jnp.sum(lj.lora(apply)(params, adapter, x)))(adapter)
+    whole, its = {"base": params, "adapter": adapter}, {"base": params, "adapter": gradient}
+    for tx, trained, back in (
+        (optax.chain(optax.sgd(0.1), optim.lora_plus(16)), adapter, gradient),
+        (optim.lora_fa(optax.sgd(0.1)), adapter, gradient),
+        (optax.chain(optim.riemannian(), optax.sgd(0.1)), adapter, gradient),
+        (optim.freeze_base(optax.sgd(0.1)), whole, its),
+    ):
+        updates, _ = jax.jit(tx.update)(back, tx.init(trained), trained)
+        assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(updates))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: jnp.dtype(dtype).name)
+def test_a_rank_is_adapted(dtype: Any) -> None:
+    params, apply, x = model(jnp.float32)
+    adapter = adapter_of(params, "AdaLoRA", dtype=dtype)
+    tx = adaptive.ada_lora(optax.sgd(0.1), end=2, warmup=0, settle=0, total=1)
+
+    def loss(adapter: Any) -> jax.Array:
+        return jnp.sum(lj.lora(apply)(params, adapter, x)) + 0.1 * adaptive.orthogonality(adapter)
+
+    updates, _ = jax.jit(tx.update)(jax.grad(loss)(adapter), tx.init(adapter), adapter)
+    after = optax.apply_updates(adapter, updates)
+    assert int(jnp.count_nonzero(after["stack"].e)) == 2
+    small = adaptive.compact(after)
+    got, expected = (lj.merge(params, its)["stack"] for its in (small, after))
+    assert_near(got, expected, TOLERANCE[jnp.dtype(dtype).name])
