@@ -24,8 +24,10 @@ test: $(VENV)/installed
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
 
+KILLS = $(addprefix tests/test_,checkpoint.py damage.py distributed.py resume.py)
+
 kills: $(VENV)/installed
-	$(VENV)/bin/python -m pytest tests/test_checkpoint.py tests/test_distributed.py -m slow -n 0 -s -p no:cacheprovider
+	$(VENV)/bin/python -m pytest $(KILLS) -m slow -n 0 -s -p no:cacheprovider
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

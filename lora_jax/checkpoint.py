@@ -56,8 +56,8 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
       path: a directory, on any file system that Orbax can write; made if it is missing. An adapter that is saved there
         already is replaced.
       adapter: from `init`, `restore` or training.
-      base: the tree that the adapter was made from. A few dozen values of each leaf are looked up; of
-        `ShapeDtypeStruct`s, only paths, shapes and dtypes are recorded.
+      base: the tree that the adapter was made from. A few dozen values of each weight are looked up, once for each
+        array; of `ShapeDtypeStruct`s, only paths, shapes and dtypes are recorded.
 
     Raises:
       CheckpointError: if it is no adapter, or not one of `base`; if something else is saved at `path`; if it cannot
@@ -106,7 +106,8 @@ def restore(
       path: the path that `save` was given, or the directory of a `CheckpointManager` that keeps an `AdapterSave` as its
         item `adapter`; its newest step counts.
       base: the tree that the adapter will be used with, to be checked against the one that it was saved with: paths,
-        shapes, dtypes and sampled values. None checks nothing.
+        shapes, dtypes in JAX and sampled values of adapted leaves and of all floating-point leaves. None checks
+        nothing.
       shardings: one `Sharding` for all arrays, or a tree of them that is a prefix of the adapter, such as
         `{path: sharding, …}` or `jax.tree.map(lambda x: x.sharding, adapter)`. None, in it or instead of it, puts an
         array where `init` does: on the default device, committed to none.

@@ -9,7 +9,8 @@
 many times, at any moment after it has gone on from its newest checkpoint; KIND is `async`, `sync`, or `single` for
 `save` alone. Prints a line of JSON for each kill.
 
-JAX is imported once, and each save runs in a fork, made before JAX has started anything.
+Commands with `--` between them run one after another. JAX is imported once, and each save runs in a fork, made before
+JAX has started anything; `many` and `room` start it, and come last.
 """
 
 import itertools
@@ -67,6 +68,7 @@ def killed(pid: int) -> bool:
 
 
 def kill_at_every_write(root: Path) -> None:
+    root.mkdir()
     killed(forked_save(root / "first", 1))
     for moment in itertools.count():
         shutil.copytree(root / "first", root / str(moment))
@@ -153,7 +155,7 @@ def kill_run(kind: str, root: Path, kills: int, seed: int) -> None:
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
             assert killed(pid)
-        print(json.dumps({"newest": newest, "restored": restored, "half written": half}), flush=True)
+        print(json.dumps({"kind": kind, "newest": newest, "restored": restored, "half written": half}), flush=True)
 
 
 def save_on_full_disk(root: Path, limits: list[int]) -> None:
@@ -191,8 +193,7 @@ def wait_for_quiet(root: Path) -> None:
         time.sleep(1)
 
 
-if __name__ == "__main__":
-    command, root, *rest = sys.argv[1:]
+def obey(command: str, root: str, *rest: str) -> None:
     if command == "events":
         kill_at_every_write(Path(root))
     elif command == "timed":
@@ -206,3 +207,11 @@ if __name__ == "__main__":
     else:
         for number in range(int(rest[0])):
             save(root, adapter(number), base=BASE)
+
+
+if __name__ == "__main__":
+    words = sys.argv[1:]
+    while words:
+        end = words.index("--") if "--" in words else len(words)
+        obey(*words[:end])
+        words = words[end + 1 :]

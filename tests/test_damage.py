@@ -1,10 +1,12 @@
 """A checkpoint with a file lost, cut, changed or exchanged gives an error that names it, and never other numbers."""
 
+import contextlib
 import random
 import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
 from helpers import bits, environment
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -70,6 +73,17 @@ def flipped(content: bytes, bit: int) -> bytes:
     return bytes(changed)
 
 
+@contextlib.contextmanager
+def damaged(file: Path, changed: bytes | None) -> Iterator[None]:
+    """A file with other bytes, or, for None, no file; it is as it was afterwards."""
+    content = file.read_bytes()
+    file.unlink() if changed is None else file.write_bytes(changed)
+    try:
+        yield
+    finally:
+        file.write_bytes(content)
+
+
 def damages(file: Path, twin: Path) -> dict[str, bytes | None]:
     """What may have become of a file: other bytes, or None where it is lost."""
     content, draw = file.read_bytes(), random.Random(file.name)
@@ -87,25 +101,62 @@ def damages(file: Path, twin: Path) -> dict[str, bytes | None]:
     }
 
 
+def test_every_damage_to_any_file_is_found_by_its_checksum(twins: tuple[Path, Path]) -> None:
+    """Every file an item has; what Orbax keeps of a step besides its items, no checksum tells."""
+    one, other = twins
+    count = 0
+    for item in (one / "5" / "adapter", one / "5" / "state"):
+        for file in files(item):
+            name, content = file.relative_to(item).as_posix(), file.read_bytes()
+            for damage, changed in damages(file, other).items() if file.name not in _checksums.LATER else ():
+                with damaged(file, changed), pytest.raises(lj.CheckpointError) as error:
+                    _checksums.verify(epath.Path(item))
+                assert f"{name!r}" in str(error.value), (damage, str(error.value))
+                assert f"in {item}." in str(error.value)
+                count += 1
+            assert file.read_bytes() == content
+        _checksums.verify(epath.Path(item))
+    assert count > 300
+
+
+def test_no_damage_of_any_kind_gives_other_numbers(twins: tuple[Path, Path]) -> None:
+    """Each kind of damage to one file of each item, which a restore names, and to all files without a checksum."""
+    one, other = twins
+    expected = got(one)
+    assert bits(expected) == bits(training(1))
+    for item in ("adapter", "state"):
+        own = [file for file in files(one / "5" / item) if file.name not in _checksums.LATER]
+        for number, kind in enumerate(damages(own[0], other)):
+            file = own[number % len(own)]
+            changed = [*damages(file, other).values()][number % len(damages(file, other))]
+            with damaged(file, changed), pytest.raises(lj.CheckpointError) as error:
+                got(one)
+            assert f"{file.relative_to(one / '5' / item).as_posix()!r}" in str(error.value), (kind, str(error.value))
+    for file in (file for file in files(one) if file.name in _checksums.LATER):
+        for changed in dict.fromkeys(damages(file, other).values()):
+            with damaged(file, changed):
+                assert bits(got(one)) == bits(expected)
+
+
+@pytest.mark.slow
 def test_no_damage_to_any_file_gives_other_numbers(twins: tuple[Path, Path]) -> None:
+    """All damages to all files, each restored by Orbax."""
     one, other = twins
     expected, counts = got(one), Counter[str]()
-    assert bits(expected) == bits(training(1))
     for file in files(one):
-        name, content = file.relative_to(one), file.read_bytes()
+        name = file.relative_to(one)
         for damage, changed in damages(file, other).items():
-            file.unlink() if changed is None else file.write_bytes(changed)
-            try:
-                assert bits(got(one)) == bits(expected)
-                counts["the same numbers"] += 1
-                # What Orbax keeps of a step besides its items.
-                assert name.name in _checksums.LATER, f"{name}, {damage}: nobody noticed"
-            except lj.CheckpointError as error:
-                inside = name.relative_to("5", name.parts[1]).as_posix()
-                assert f"{inside!r}" in str(error), (damage, str(error))
-                assert f"{one}/5/{name.parts[1]}." in str(error)
-                counts["named"] += 1
-            file.write_bytes(content)
+            with damaged(file, changed):
+                try:
+                    assert bits(got(one)) == bits(expected)
+                    counts["the same numbers"] += 1
+                    # What Orbax keeps of a step besides its items.
+                    assert name.name in _checksums.LATER, f"{name}, {damage}: nobody noticed"
+                except lj.CheckpointError as error:
+                    inside = name.relative_to("5", name.parts[1]).as_posix()
+                    assert f"{inside!r}" in str(error), (damage, str(error))
+                    assert f"{one}/5/{name.parts[1]}." in str(error)
+                    counts["named"] += 1
     assert bits(got(one)) == bits(expected)
     print(f"{len(files(one))} files, {counts.total()} damages: {dict(counts)}")
     assert counts["named"] > 300
@@ -151,28 +202,40 @@ def test_the_checksums_are_those_of_sha256sum(twins: tuple[Path, Path]) -> None:
 # A disk that is full
 
 
-def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(tmp_path: Path) -> None:
-    """No file can grow beyond a limit, which stops the save at one file or another."""
-    limits = [50, 200, 400, 600, 700, 1000]  # the last stops none but the checksums
-    program = [sys.executable, checkpoint_killed.__file__, "full", str(tmp_path), *map(str, limits)]
+LIMITS = [50, 200, 400, 600, 700, 1000]  # of which the last stops no file but the checksums
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Where saves, and a run that saves in the background, found no room, and what they said.
+
+    No file can grow beyond a limit, which stops a save at one file or another.
+    """
+    root = tmp_path_factory.mktemp("full")
+    words = ["full", root / "saves", *LIMITS, "--", "room", root / "run"]
+    program = [sys.executable, checkpoint_killed.__file__, *map(str, words)]
     ran = subprocess.run(program, env=environment(), check=True, timeout=100, capture_output=True, text=True)
-    errors = ran.stdout.split("\n\n")[:-1]
-    assert len(errors) == len(limits)
+    return root, ran.stdout
+
+
+def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(full: tuple[Path, str]) -> None:
+    root = full[0] / "saves"
+    errors = full[1].split("\n\n")[:-1]
+    assert len(errors) == len(LIMITS)
     for error in errors:
-        assert f"Expected to write a checkpoint; it could not be written, to {tmp_path}.\n" in error
+        assert f"Expected to write a checkpoint; it could not be written, to {root}.\n" in error
         assert "File too large" in error
-    assert bits(restore(tmp_path)) == bits(checkpoint_killed.adapter(1))
-    save(tmp_path, checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
-    assert bits(restore(tmp_path)) == bits(checkpoint_killed.adapter(3))
-    assert [entry.name for entry in tmp_path.iterdir()] == ["1"]  # nothing is left of those that failed
+    assert bits(restore(root)) == bits(checkpoint_killed.adapter(1))
+    save(root, checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
+    assert bits(restore(root)) == bits(checkpoint_killed.adapter(3))
+    assert [entry.name for entry in root.iterdir()] == ["1"]  # nothing is left of those that failed
 
 
-def test_a_run_that_finds_no_room_in_the_background_says_so_and_can_go_on(tmp_path: Path) -> None:
-    program = [sys.executable, checkpoint_killed.__file__, "room", str(tmp_path)]
-    ran = subprocess.run(program, env=environment(), check=True, timeout=100, capture_output=True, text=True)
-    assert f'Failed writing: "{tmp_path}/1.orbax-checkpoint-tmp/' in ran.stdout
-    assert "File too large" in ran.stdout
-    run = checkpoint_killed.Run("async", tmp_path)
+def test_a_run_that_finds_no_room_in_the_background_says_so_and_can_go_on(full: tuple[Path, str]) -> None:
+    root, said = full[0] / "run", full[1].split("\n\n")[-1]
+    assert f'Failed writing: "{root}/1.orbax-checkpoint-tmp/' in said
+    assert "File too large" in said
+    run = checkpoint_killed.Run("async", root)
     assert run.restored() == 1
     assert list(run.manager.all_steps()) == [0, 1]
     run.manager.close()

@@ -86,7 +86,13 @@ def items(adapter: Any, state: Any) -> ocp.args.Composite:
     return ocp.args.Composite(adapter=adapter, state=state)
 
 
-CASES = [(ONE, "threefry2x32", True), (ONE, "rbg", False), (EIGHT, "threefry2x32", True), (EIGHT, "rbg", False)]
+# Each of them in one place or the other; all in both is for `make kills`.
+CASES = [
+    (ONE, "rbg", False),
+    (EIGHT, "threefry2x32", True),
+    pytest.param(ONE, "threefry2x32", True, marks=pytest.mark.slow),
+    pytest.param(EIGHT, "rbg", False, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize(("place", "impl", "asynchronous"), CASES, ids=str)
