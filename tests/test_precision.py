@@ -290,3 +290,58 @@ def test_statistics_of_activations_in_eight_bits_are_summed_in_float32() -> None
 )
 def test_the_widest_dtype_has_sixteen_bits_and_holds_all(dtypes: Any, expected: Any) -> None:
     assert widest(*dtypes) == expected
+
+
+# Bases that are stored in few bits
+
+
+def merge_error(params: Any, adapter: Any) -> str:
+    with pytest.raises(lj.MergeError) as caught:
+        lj.merge(params, adapter)
+    return str(caught.value)
+
+
+def rank_one(size: float) -> Any:
+    """Adds `size` to every element of a kernel of 4 × 4."""
+    return {"w": lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=jnp.full((4, 1), size), b=jnp.ones((1, 4)))}
+
+
+@pytest.mark.parametrize("container", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize(
+    ("dtype", "largest"),
+    [(E4M3, 448), (E5M2, 57344), (jnp.float8_e4m3b11fnuz, 30), (jnp.float4_e2m1fn, 6), (jnp.float16, 65504)],
+)
+def test_a_merge_is_rounded_where_it_fits_its_dtype_and_refused_where_it_does_not(
+    dtype: Any, largest: float, container: Any
+) -> None:
+    params = {"w": container(np.full((4, 4), largest).astype(dtype))}
+    eps = float(jnp.finfo(dtype).eps)
+    merged = lj.merge(params, rank_one(-0.9 * largest))["w"]
+    assert merged.dtype == dtype and type(merged) is type(params["w"])
+    assert_near(merged, jnp.full((4, 4), 0.1 * largest), 2 * max(eps, 0.1))
+    near = lj.merge(params, rank_one(largest * eps / 8))["w"]  # rounded to the largest number
+    np.testing.assert_array_equal(np.asarray(near, np.float64), np.full((4, 4), largest))
+    assert merge_error(params, rank_one(largest)) == (
+        f"Expected merged leaves to fit their dtype; 1 overflow.\n"
+        f"  'w': {2 * largest:.6g} in {jnp.dtype(dtype).name}, whose largest number is {jnp.finfo(dtype).max}\n"
+        "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
+    )
+
+
+def test_a_start_that_moves_the_base_beyond_its_dtype_is_refused() -> None:
+    # Of two equal singular values PiSSA takes one: what is left of an element may be larger than it was.
+    w = 440 * jnp.array([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, 1.0]])
+    params = {"w": w.astype(E4M3)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
+    with pytest.raises(lj.AdapterError, match="what is left of each kernel to fit its dtype; 1 overflow"):
+        lj.starts.olora({"w": lj.Adapter(lj.LoRA(rank=1, alpha=-3), "io", **adapter["w"].arrays)}, params)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int4, jnp.int8])
+def test_a_kernel_of_integers_is_refused(dtype: Any) -> None:
+    params = {"w": jnp.ones((4, 4), dtype)}
+    with pytest.raises(lj.SpecError, match="Expected a floating-point leaf to adapt"):
+        lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
+    for call in (lj.merge, lambda params, adapter: lj.lora(lambda p: p["w"])(params, adapter)):
+        with pytest.raises(lj.AdapterError, match=f"'w' holds {jnp.dtype(dtype).name}; an adapter is of"):
+            call(params, rank_one(1.0))

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from law import normal
+from helpers import trained
+from law import assert_law, normal
+from zoo import ZOO
 
 import lora_jax as lj
 from lora_jax import adaptive, analysis, optim, starts
 
-DTYPES = [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.float8_e5m2]
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # What rounding may take, relative to the largest element.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 7e-2, "float8_e5m2": 0.13}
 
@@ -34,7 +36,9 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     "LoRABias": lambda axes: lj.LoRABias(scale=2),
 }
 
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: jnp.dtype(dtype).name)
+
+def in_dtypes(*dtypes: Any) -> Any:
+    return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: jnp.dtype(dtype).name)
 
 
 def model(dtype: Any) -> tuple[dict[str, jax.Array], Callable[..., jax.Array], jax.Array]:
@@ -61,15 +65,18 @@ def assert_near(got: Any, expected: Any, tolerance: float) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-3))
 
 
-@every_dtype
-@pytest.mark.parametrize("variant", VARIANTS)
+CASES = [(name, E4M3) for name in VARIANTS]
+CASES += [("LoRA", jnp.float32), ("LoRA", jnp.bfloat16), ("LoRA", E5M2), ("DoRA", jnp.bfloat16), ("VeRA", jnp.float32)]
+
+
+@pytest.mark.parametrize(("variant", "dtype"), CASES, ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name)
 def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtype: Any) -> None:
     params, apply, x = model(dtype)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     adapter = adapter_of(params, variant)
-    if variant == "DoRA":  # its magnitude is about the norm of each column
-        assert_near(lj.init(jax.random.key(0), params, {"stack": lj.DoRA(rank=2, alpha=3, axes="bio")})["stack"]
-                    .magnitude, jnp.linalg.norm(wide["stack"], axis=1), 1e-5)  # fmt: skip
+    if variant == "DoRA":  # its magnitude starts as the norm of each column
+        start = lj.init(jax.random.key(0), params, {"stack": VARIANTS[variant](axes="bio")})["stack"]
+        assert_near(start.magnitude, jnp.linalg.norm(wide["stack"], axis=1), 1e-5)
     exact = lj.merge(wide, adapter)
     merged, report = lj.merge(params, adapter, report=True)
     assert merged["stack"].dtype == dtype
@@ -102,7 +109,7 @@ def test_an_adapter_in_sixteen_bits_is_merged_and_trained(variant: str) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@every_dtype
+@in_dtypes(E4M3, jnp.bfloat16)
 def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
     params, apply, x = model(dtype)
     adapter, key = adapter_of(params), jax.random.key(1)
@@ -127,7 +134,7 @@ def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
     assert_near(lj.merge(params, plain)["stack"], params["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
 
 
-@every_dtype
+@in_dtypes(E4M3)
 def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: Any) -> None:
     params, apply, x = model(dtype)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
@@ -144,7 +151,7 @@ def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: 
     assert smaller["stack"].a.shape == (2, 6, 1) and left["stack"].shape == (2,)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: jnp.dtype(dtype).name)
+@in_dtypes(jnp.bfloat16)
 @pytest.mark.parametrize("variant", ["LoRA", "AdaLoRA", "DoRA"])
 def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
     params, apply, x = model(jnp.float32)
@@ -161,7 +168,7 @@ def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
         assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda dtype: jnp.dtype(dtype).name)
+@in_dtypes(jnp.float32, jnp.bfloat16)
 def test_a_rank_is_adapted(dtype: Any) -> None:
     params, apply, x = model(jnp.float32)
     adapter = adapter_of(params, "AdaLoRA", dtype=dtype)
@@ -176,3 +183,12 @@ def test_a_rank_is_adapted(dtype: Any) -> None:
     small = adaptive.compact(after)
     got, expected = (lj.merge(params, its)["stack"] for its in (small, after))
     assert_near(got, expected, TOLERANCE[jnp.dtype(dtype).name])
+
+
+@pytest.mark.slow  # without a setting it is a law of test_laws.py
+@pytest.mark.parametrize("name", ["mlp", "scanned_transformer", "conv_net", "equinox_net"])
+def test_models_obey_the_law(name: str) -> None:
+    zoo_model = ZOO[name](jax.random.key(0), jnp.float32)
+    kernels = lj.kernels(zoo_model.apply, zoo_model.params, *zoo_model.args)
+    adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), zoo_model.params, zoo_model.spec, kernels=kernels))
+    assert_law(zoo_model.apply, zoo_model.params, adapter, *zoo_model.args)

@@ -48,8 +48,10 @@ def lora(
         `"merged"` is x·(W0 + s·A·B); `"hybrid"` is merged in the forward pass and for the gradient of x, factored for
         those of A and B. None takes for each contraction the form that needs the least memory among those within one
         percent of the fewest operations: factored, unless the rank is wide against the kernel or the kernel small
-        against the activations. What is used in 16 bits stays factored, as a small update would be rounded away.
-        That choice, like `"hybrid"`, needs a `custom_jvp`, which `jax.experimental.jet` does not support: there None
+        against the activations. What is used in 16 bits stays factored, as a small update would be rounded away. What
+        is used in fewer, as a kernel cast to fp8 for its product, is factored whatever is asked for: the low-rank term
+        is computed in bfloat16 or wider, and never in a narrower range than that of the base's result.
+        The choice, like `"hybrid"`, needs a `custom_jvp`, which `jax.experimental.jet` does not support: there None
         is `"factored"`. What transforms a function that is traced already (`jet` of a `jit`, `sparsify`) comes too late
         for that: ask for `"factored"`.
 

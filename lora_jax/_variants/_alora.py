@@ -15,8 +15,8 @@ class ALoRA(LowRank):
 
         y = x·W0 + [the token is active]·s·(x·A)·B
 
-    What a cache keeps of the tokens before the invocation is what the base itself would keep there, bit for bit, so one
-    cache serves the base and every such adapter. The adapted function is told which tokens those are:
+    To the tokens before the invocation exactly zero is added: what a cache keeps of them is what the base itself would
+    keep there, so one cache serves the base and every such adapter. The adapted function is told which tokens those are:
     `adapted(params, adapter, ids, active_tokens=lora_jax.active_tokens(adapter, ids))`. It cannot be merged.
 
     >>> ALoRA(rank=32, alpha=32, invocation=[529, 29989])
