@@ -1,13 +1,18 @@
 """Set up once, before JAX starts: eight devices on the CPU; bounded, repeatable property tests; one key."""
 
 import os
+from importlib.metadata import version
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",  # the programs are small and run once: compiling them is what takes time
+        # The programs are small and run once: compiling them is what takes time.
+        "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_parallel_codegen_split_count=1",
+        # Later versions always use these emitters, which take three times as long to compile, and do not know the flag.
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"

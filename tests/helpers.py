@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import chex
@@ -16,26 +17,21 @@ FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
 GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
 
 
-def assert_close(got: Any, expected: Any, table: dict[str, float] = FORWARD, *, dtype: str | None = None) -> None:
+def assert_close(got: Any, expected: Any, table: Mapping[str, float] = FORWARD, *, dtype: str | None = None) -> None:
     """Compares two trees leaf by leaf; integers must be equal.
 
-    The tolerance is the table's for `dtype`, that of the computation; without it, for the leaf's own dtype.
+    The tolerance is the table's for `dtype`, that of the computation; without it, for the leaf's own dtype. On the
+    host, as JAX would compile a comparison for each shape.
     """
     chex.assert_trees_all_equal_structs(got, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
-
-    def compare(one: Any, other: Any) -> None:
-        if not jnp.issubdtype(one.dtype, jnp.floating):
-            return chex.assert_trees_all_equal(one, other)
-        scale = float(jnp.max(jnp.abs(other.astype(jnp.float32)), initial=0.0))
-        chex.assert_trees_all_close(
-            one.astype(jnp.float64 if one.dtype == jnp.float64 else jnp.float32),
-            other.astype(jnp.float64 if one.dtype == jnp.float64 else jnp.float32),
-            rtol=0,
-            atol=table[dtype or one.dtype.name] * max(scale, 1e-6),
-        )
-
-    jax.tree.map(compare, got, expected)
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(one.dtype, jnp.floating):
+            one_wide, other_wide = np.asarray(one, np.float64), np.asarray(other, np.float64)
+            scale = max(np.max(np.abs(other_wide), initial=0.0), 1e-6)
+            np.testing.assert_allclose(one_wide, other_wide, rtol=0, atol=scale * table[dtype or one.dtype.name])
+        else:
+            np.testing.assert_array_equal(one, other)
 
 
 def assert_few_ulp(got: Any, expected: Any, ulp: int = 8) -> None:
@@ -60,7 +56,9 @@ def assert_few_ulp(got: Any, expected: Any, ulp: int = 8) -> None:
 def trained(key: jax.Array, adapter: Any, size: float = 0.3) -> Any:
     """An adapter as training might leave it: every array random, none zero."""
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # NumPy's: nothing to compile
-    return jax.tree.map(lambda leaf: jnp.asarray(size * random.standard_normal(leaf.shape), leaf.dtype), adapter)
+    return jax.tree.map(
+        lambda leaf: jax.device_put((size * random.standard_normal(leaf.shape)).astype(leaf.dtype)), adapter
+    )
 
 
 def dense(apply: Any) -> Any:

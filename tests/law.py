@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import FORWARD, GRADIENT, dense
+from helpers import FORWARD, GRADIENT, assert_close, dense
 
 import lora_jax as lj
 
@@ -105,19 +104,6 @@ def assert_law(
     (gradient, out), (expected_gradient, expected) = both(adapter, params, args)
     assert_close(out, expected, FORWARD, dtype=dtype)
     assert_close(gradient, expected_gradient, GRADIENT, dtype=dtype)
-
-
-def assert_close(got: Any, expected: Any, table: Mapping[str, float] = FORWARD, *, dtype: str | None = None) -> None:
-    """As `helpers.assert_close`, but on the host: for a comparison of every shape there is JAX would compile one."""
-    chex.assert_trees_all_equal_structs(got, expected)
-    chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
-    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        if jnp.issubdtype(one.dtype, jnp.floating):
-            one_wide, other_wide = np.asarray(one, np.float64), np.asarray(other, np.float64)
-            scale = max(np.max(np.abs(other_wide), initial=0.0), 1e-6)
-            np.testing.assert_allclose(one_wide, other_wide, rtol=0, atol=scale * table[dtype or one.dtype.name])
-        else:
-            np.testing.assert_array_equal(one, other)
 
 
 def assert_case(case: Case, **options: Any) -> None:

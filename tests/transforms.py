@@ -3,10 +3,14 @@
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-from helpers import FORWARD, GRADIENT
-from zoo import Model
+from helpers import FORWARD, GRADIENT, dense
+from law import total
+from zoo.model import Model
+
+import lora_jax as lj
 
 Call = Callable[[Any, jax.Array], Any]  # (adapter, batch) -> arrays
 
@@ -28,8 +32,29 @@ def as_numbers(array: jax.Array) -> jax.Array:
     return jax.random.key_data(array) if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array
 
 
-def loss(run: Call) -> Callable[[Any, jax.Array], jax.Array]:
-    return lambda adapter, batch: sum(jnp.sum(jnp.sin(leaf.astype(jnp.float32))) for leaf in run(adapter, batch))
+def loss(run: Call) -> Call:
+    """A number to differentiate, and the result."""
+
+    def of(adapter: Any, batch: jax.Array) -> Any:
+        out = run(adapter, batch)
+        return total(out), out
+
+    return of
+
+
+def gradient(run: Call) -> Call:
+    """The adapter's gradient, and the result."""
+    return jax.grad(loss(run), has_aux=True)
+
+
+def law(model: Model, *adapters: Any) -> tuple[Any, Any]:
+    """Gradient and result with adapted kernels, and with merged ones, of the last adapter; all run one program."""
+    chex.clear_trace_counter()
+    adapted = chex.assert_max_traces(call(lj.lora(model.apply), model), n=1)
+    merged = call(dense(model.apply), model)
+    # Both in one, as compiling is what takes the time.
+    both = jax.jit(lambda adapter, batch: (gradient(adapted)(adapter, batch), gradient(merged)(adapter, batch)))
+    return [both(adapter, model.args[0]) for adapter in adapters][-1]
 
 
 def two(adapter: Any) -> Any:
@@ -51,11 +76,10 @@ def pmap(run: Call, adapter: Any, batch: jax.Array) -> Any:
 
 TRANSFORMS: dict[str, tuple[Callable[..., Any], dict[str, float]]] = {
     "eager": (lambda run, adapter, batch: run(adapter, batch), FORWARD),
-    "jit": (lambda run, adapter, batch: jax.jit(run)(adapter, batch), FORWARD),
-    "grad": (lambda run, adapter, batch: jax.jit(jax.grad(loss(run)))(adapter, batch), GRADIENT),
+    "grad": (lambda run, adapter, batch: jax.jit(gradient(run))(adapter, batch), GRADIENT),
     "vmap": (lambda run, adapter, batch: jax.jit(jax.vmap(run, (0, None)))(two(adapter), batch), FORWARD),
     "scan": (lambda run, adapter, batch: jax.jit(lambda ad, x: scan(run, ad, x))(adapter, batch), FORWARD),
-    "remat": (lambda run, adapter, batch: jax.jit(jax.grad(loss(jax.checkpoint(run))))(adapter, batch), GRADIENT),
+    "remat": (lambda run, adapter, batch: jax.jit(gradient(jax.checkpoint(run)))(adapter, batch), GRADIENT),
     "jvp": (lambda run, adapter, batch: jax.jit(lambda ad, x: jvp(run, ad, x))(adapter, batch), GRADIENT),
     "pmap": (pmap, FORWARD),
 }

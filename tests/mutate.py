@@ -1,0 +1,167 @@
+"""Breaks one rule or formula at a time, in a copy of the repository, and says which test finds it.
+
+`make mutate` runs it. What is not found is a gap in the tests. The texts below have to occur exactly once in their
+files: where one moved or changed, the script says so and stops, and the list is to be brought up to date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Mutation(NamedTuple):
+    """One text of one file of the package replaced by another, and the tests that should find it, by name or path."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+    @property
+    def paths(self) -> list[str]:
+        return [name if "/" in name else f"tests/test_{name}.py" for name in self.tests.split()]
+
+
+MUTATIONS = [
+    # Variants: scale, missing term, wrong gradient, wrong size.
+    Mutation("_variants/_lora.py", "self.alpha / self.rank", "self.alpha * self.rank", "lora_jax/_variants/_lora.py"),
+    Mutation("_variants/_rslora.py", "math.sqrt(self.rank)", "self.rank", "lora_jax/_variants/_rslora.py"),
+    Mutation("_variants/_base.py", '1 / math.sqrt(width(axes, kernel.shape, "i"))', "1.0", "init"),
+    Mutation("_variants/_dora.py", "lax.stop_gradient(norms(plain))", "norms(plain)", "dora"),
+    Mutation("_norms.py", "(2 * met + ", "(met + ", "dora"),
+    Mutation("_variants/_adalora.py", 'return arrays["e"]', 'return jnp.abs(arrays["e"])', "adalora"),
+    Mutation("_variants/_vera.py", "math.sqrt(6 / fan_in)", "math.sqrt(3 / fan_in)", "vera"),
+    Mutation("_variants/_lora_bias.py", "self.scale * arrays", "arrays", "lora_bias"),
+    Mutation("_variants/_rows.py", "len(set(self.ids)) < len(self.ids)", "False", "rows"),
+    Mutation("_transform/_tokens.py", "term, jnp.zeros_like(term))", "term, term)", "alora"),
+    # Rules: sign, axis, order, cast, missing term.
+    Mutation("_transform/_scalar.py", "scale=-kernel.scale", "scale=kernel.scale", "fuzz"),
+    Mutation("_transform/_shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),
+    Mutation("_transform/_lookup.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
+    Mutation(
+        "_transform/_lookup.py",
+        "factor._replace(array=factor.array.astype(dtype))",
+        "factor",
+        "lookups laws",
+    ),
+    Mutation(
+        "_transform/_concatenate.py",
+        "(start, total - start - rank)",
+        "(total - start - rank, start) if len(axes) > 2 else (0, total - rank)",
+        "laws",
+    ),
+    Mutation(
+        "_transform/_conv_steps.py",
+        "thin._replace(array=thin.array * self.kernel.scale)",
+        "thin",
+        "laws",
+    ),
+    Mutation("_transform/_conv_steps.py", "* rank * self.groups", "* rank", "conv"),
+    Mutation("_transform/_ragged.py", "narrow.array * kernel.scale", "narrow.array", "ragged"),
+    Mutation("_transform/_pair.py", "(plain + low_rank.array) *", "plain *", "pairs"),
+    # Forms and their choice: missing term, wrong tangent, wrong cost.
+    Mutation("_transform/_forms.py", "(self.base + x) + self.low_rank", "self.base + x", "laws"),
+    Mutation("_transform/_forms.py", "lambda: base(dx, kernel)", "lambda: base(dx, primals[1])", "plan"),
+    Mutation("_transform/_forms.py", "times(x, gain.beside(contraction.x))", "x", "variants"),
+    Mutation("_transform/_plan.py", "(asked.a + asked.b) * costs.formed", "costs.formed", "plan"),
+    Mutation("_transform/_factored.py", "x=x_size,", "x=0,", "plan explain"),
+    # Control flow, `jit` and caches.
+    Mutation("_transform/_loops.py", "[x.in_use(turn) if", "[x if", "dropout"),
+    Mutation("_transform/_loops.py", "reverse=reverse", "reverse=False", "control_flow"),
+    Mutation("_transform/_interpreter.py", "_in_use(read(atom), number)", "read(atom)", "dropout"),
+    Mutation("_transform/_control.py", "if donated and not isinstance(x, AdaptedKernel)", "if donated", "control_flow"),
+    Mutation(
+        "_transform/_kept.py",
+        "    settings: Settings\n",
+        "    settings: Settings = dataclasses.field(compare=False)\n",
+        "control_flow",
+    ),
+    Mutation("_dropout.py", "x / (1 - self.rate)", "x", "dropout"),
+    # Merging, and what it refuses.
+    Mutation("_fold.py", "scale=-kernel.scale, gain=None", "scale=-kernel.scale", "merge"),
+    Mutation("_merge.py", "    if not untie:\n", "    if untie:\n", "merge"),
+    Mutation("_attach.py", "    if got == expected:\n", "    if True:\n", "attach"),
+    Mutation("_init.py", "key_for(key, path)", "key", "init"),
+    # Starts, optimisers, ranks that adapt.
+    Mutation("_starts/_pissa.py", "jnp.sqrt(s[:, :rank] / scale)", "jnp.sqrt(s[:, :rank])", "starts"),
+    Mutation("_starts/_activations.py", "(mean * mean.mT if centred else 0)", "0", "starts"),
+    Mutation("_precondition.py", "scale_of(part) ** 2", "scale_of(part)", "optim_factors"),
+    Mutation("_adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),
+    Mutation("_adaptive/_schedule.py", "height * remaining**3", "height * remaining**2 * length", "adaptive"),
+    # Checkpoints, shardings, what is told.
+    Mutation("_fingerprint.py", 'was["content"] != got["content"]', "False", "checkpoint"),
+    Mutation("_checksums.py", "if _digest_of(directory / name) != digest", "if not digest", "checkpoint damage"),
+    Mutation("_shardings.py", "None if axis in undivided else its", "its", "sharding"),
+    Mutation(
+        "_transform/_sharding.py",
+        "PartitionSpec.UNCONSTRAINED if axis in unconstrained_dims else names",
+        "names",
+        "sharding",
+    ),
+    Mutation("_operations.py", "return length * operations(", "return operations(", "operations"),
+    Mutation("_transform/_lookup.py", "operations=y.size * (2 *", "operations=y.size * (", "explain lookups"),
+]
+
+
+def check(root: pathlib.Path) -> None:
+    """Raises if a text does not occur exactly once, or a test file is missing."""
+    wrong = []
+    for mutation in MUTATIONS:
+        count = (root / "lora_jax" / mutation.file).read_text().count(mutation.old)
+        if count != 1:
+            wrong.append(f"{mutation.file}: {mutation.old!r} occurs {count} times")
+        wrong += [f"{name} is missing" for name in mutation.paths if not (root / name).exists()]
+    if wrong:
+        sys.exit("Expected each text exactly once; bring the list up to date:\n  " + "\n  ".join(wrong))
+
+
+def run(copy: pathlib.Path, tests: list[str]) -> tuple[str, float]:
+    """The first test that fails, or why there is none; and the seconds of CPU time."""
+    before = os.times()
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
+    environment = os.environ | {"PYTHONPATH": str(copy)}
+    ran = subprocess.run([*command, *tests], cwd=copy, env=environment, capture_output=True, text=True)
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    failed = re.search(r"^FAILED (\S.*?)(?: - .*)?$", ran.stdout, re.MULTILINE)
+    if ran.returncode == 1 and failed:
+        return failed[1], seconds
+    return "NOT FOUND" if ran.returncode == 0 else f"NO RESULT: {(ran.stdout + ran.stderr)[-300:]}", seconds
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the repository of which a copy is broken")
+    parser.add_argument("--only", default="", help="those whose file or tests contain this text")
+    options = parser.parse_args()
+    check(options.root)
+    chosen = [each for each in MUTATIONS if options.only in f"{each.file} {each.tests}"]
+    missed = 0
+    with tempfile.TemporaryDirectory() as directory:
+        copy = pathlib.Path(directory) / "copy"
+        shutil.copytree(options.root, copy, ignore=shutil.ignore_patterns(".git", ".venv*", ".*_cache", "__pycache__"))
+        for number, mutation in enumerate(chosen, start=1):
+            file = copy / "lora_jax" / mutation.file
+            text = file.read_text()
+            file.write_text(text.replace(mutation.old, mutation.new))
+            found, seconds = run(copy, mutation.paths)
+            file.write_text(text)
+            missed += not found.startswith("tests/") and not found.startswith("lora_jax/")
+            what = f"{mutation.file}: {mutation.old.strip()}  →  {mutation.new.strip()}"
+            print(f"{number:2}  {what}\n    {found}  ({seconds:.0f} s)", flush=True)
+    print(f"\n{len(chosen) - missed} of {len(chosen)} found")
+    return bool(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
