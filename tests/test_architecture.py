@@ -95,6 +95,7 @@ INSIDE = {
             "_shape",
             "_shard_map",
             "_sharding",
+            "_slices",
         ],
         ["_program"],
         ["_lora"],

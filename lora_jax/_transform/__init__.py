@@ -11,6 +11,7 @@ from . import _scalar as _scalar
 from . import _shape as _shape
 from . import _shard_map as _shard_map
 from . import _sharding as _sharding
+from . import _slices as _slices
 from ._interpreter import OBSERVED as OBSERVED
 from ._lora import lora as lora
 from ._origins import origins as origins
