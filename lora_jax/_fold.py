@@ -19,7 +19,7 @@ from jax import Array
 
 from ._adapter import AdaptedKernel, Adapter, Adapters, delta, materialise
 from ._contract import widest
-from ._values import is_concrete, is_finite, near
+from ._values import is_concrete, is_finite, near, together
 
 
 class Rounding(NamedTuple):
@@ -44,6 +44,20 @@ def fold(w: Any, part: Adapter) -> Any:
 def unfold(w: Any, part: Adapter) -> Any:
     """The leaf without the low-rank term of its adapter, `W - s·A·B`; a gain is not taken out."""
     return _on_leaf(_unfold, w, part)
+
+
+def is_fold(merged: Any, w: Any, part: Adapter) -> bool:
+    """Whether a leaf is `fold` of another and its adapter, as any program and any processor may round it.
+
+    True of a trace, which has no values.
+    """
+    if not all(map(is_concrete, (merged, w, *part.arrays.values()))):
+        return True
+    if merged.shape != w.shape:
+        return False
+    with jax.ensure_compile_time_eval(), precision_of(w):
+        w, merged = together(w, merged)
+        return bool(_jitted(_is_fold, None)(w, part, merged))
 
 
 def rounding(w: Any, part: Adapter, folded: Any) -> Rounding:
@@ -109,6 +123,15 @@ def _difference(w: Array, part: Adapter) -> Array:
 
 def _fold(w: Array, part: Adapter) -> Array:
     return _sum(w, part).astype(w.dtype)
+
+
+def _is_fold(w: Array, part: Adapter, merged: Array) -> Array:
+    total, dtype = _sum(w, part), merged.dtype
+    finite = jnp.where(jnp.isfinite(total), jnp.abs(total), 0)
+    # By so much may two sums differ before they are cast: in their order, and where a product is added at once.
+    slack = 4 * float(jnp.finfo(widest(dtype, jnp.float32)).eps) * jnp.max(finite, initial=0)
+    low, high, got = (x.astype(dtype).astype(total.dtype) for x in (total - slack, total + slack, merged))
+    return jnp.all(((low <= got) & (got <= high)) | (jnp.isnan(total) & jnp.isnan(got)))
 
 
 def _unfold(w: Array, part: Adapter) -> Array:

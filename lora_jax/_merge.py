@@ -11,9 +11,9 @@ import jax
 from ._adapter import Adapter, Adapters
 from ._attach import check
 from ._errors import MergeError, listed
-from ._fold import Rounding, drift_bound, fold, rounding, too_large, unfold
+from ._fold import Rounding, drift_bound, fold, is_fold, rounding, too_large, unfold
 from ._paths import flatten, unflatten
-from ._values import equal, is_concrete, is_finite
+from ._values import is_concrete, is_finite
 from ._variants import Variant
 
 
@@ -99,8 +99,8 @@ def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = 
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
-      MergeError: without `base` and `report`; if `params` is not the merge of `base` and `adapter`; if a leaf was
-        replaced whole, or scaled, and only the base can bring it back.
+      MergeError: without `base` and `report`; if `params` is not the merge of `base` and `adapter`, as any program
+        or processor may have rounded it; if a leaf was replaced whole, or scaled, and only the base can bring it back.
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
@@ -205,17 +205,13 @@ def _check_merged(leaves: Mapping[str, Any], adapter: Adapters) -> None:
 def _kept(leaves: Mapping[str, Any], adapter: Adapters, base: Mapping[str, Any]) -> dict[str, Any]:
     """The base's own leaves, once it is sure that they are the ones that were merged."""
     check(base, adapter)
-    wrong = [repr(path) for path, part in adapter.items() if _differ(leaves[path], fold(base[path], part))]
+    wrong = [repr(path) for path, part in adapter.items() if not is_fold(leaves[path], base[path], part)]
     if wrong:
         raise MergeError(
             f"Expected `params` to be the merge of `base` and the adapter; {len(wrong)} of {len(adapter)} leaves are "
             f"not.\n{listed(wrong)}\n  Was it trained further, or merged with another adapter or base?"
         )
     return {path: base[path] for path in adapter}
-
-
-def _differ(one: Any, other: Any) -> bool:
-    return is_concrete(one) and is_concrete(other) and not equal(one, other)
 
 
 def _without(path: str, leaf: Any, part: Adapter) -> Any:

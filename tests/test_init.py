@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
+from helpers import assert_few_ulp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import lora_jax as lj
@@ -156,7 +157,7 @@ def test_init_under_jit_gives_what_it_gives_outside(key: jax.Array) -> None:
     outside = lj.init(key, models(), SPEC)
     inside = jax.jit(lambda key, params: lj.init(key, params, SPEC))(key, models())
     assert jax.tree.structure(inside) == jax.tree.structure(outside)
-    assert all(map(np.array_equal, jax.tree.leaves(inside), jax.tree.leaves(outside)))
+    assert_few_ulp(inside, outside, 2)
 
 
 def test_init_under_eval_shape_gives_its_shapes(key: jax.Array) -> None:
@@ -178,7 +179,7 @@ def test_init_under_vmap_makes_a_population() -> None:
     stacked = jax.vmap(lambda key: lj.init(key, models(), {"**/kernel": LORA}))(keys)
     alone = lj.init(keys[1], models(), {"**/kernel": LORA})
     assert stacked["a/kernel"].a.shape == (3, 8, 2)
-    np.testing.assert_array_equal(stacked["a/kernel"].a[1], alone["a/kernel"].a)
+    assert_few_ulp(stacked["a/kernel"].a[1], alone["a/kernel"].a, 2)
 
 
 def test_full_of_a_shape_is_an_error_that_says_what_to_give(key: jax.Array) -> None:

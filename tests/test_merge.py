@@ -258,19 +258,19 @@ def test_merge_keeps_the_memory_kind() -> None:
     params, adapter = jax.device_put(local, host), trained(local)
     merged, _ = lj.merge(params, adapter, report=True)
     assert merged["kernel"].sharding == host
-    assert bits(merged) == bits(lj.merge(local, adapter))
+    helpers.assert_few_ulp(jax.device_get(merged), jax.device_get(lj.merge(local, adapter)), 2)
     assert lj.unmerge(merged, adapter, report=True)[0]["kernel"].sharding == host
 
 
 # Under transforms
 
 
-def test_merge_under_jit_gives_the_same_bits() -> None:
+def test_merge_under_jit_gives_the_same() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         params = model(dtype)
         for spec in ({"**/kernel": lj.LoRA(rank=1, alpha=3)}, {"**/kernel": lj.RSLoRA(rank=6, alpha=3)}):
             adapter = trained(params, spec)
-            assert bits(jax.jit(lj.merge)(params, adapter)) == bits(lj.merge(params, adapter))
+            helpers.assert_few_ulp(jax.jit(lj.merge)(params, adapter), lj.merge(params, adapter), 2)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -278,11 +278,11 @@ def test_merge_with_donation_reuses_the_base_s_memory(dtype: Any) -> None:
     params = {"kernel": jnp.ones((256, 256), dtype), "bias": jnp.ones(256, dtype)}
     adapter = trained(params, {"kernel": LORA})
     places = {name: leaf.unsafe_buffer_pointer() for name, leaf in params.items()}
-    expected = bits(lj.merge(params, adapter))
+    expected = lj.merge(jax.tree.map(jnp.copy, params), adapter)
     merged = jax.jit(lj.merge, donate_argnums=0)(params, adapter)
     assert {name: leaf.unsafe_buffer_pointer() for name, leaf in merged.items()} == places
     assert all(leaf.is_deleted() for leaf in params.values())
-    assert bits(merged) == expected
+    helpers.assert_few_ulp(merged, expected, 2)
 
 
 def test_merge_with_donation_keeps_the_sharding() -> None:
@@ -633,6 +633,18 @@ def test_a_base_that_was_not_merged_is_an_error(wrong: str) -> None:
         "Expected `params` to be the merge of `base` and the adapter; 1 of 2 leaves are not.\n  'b/kernel'\n"
         "  Was it trained further, or merged with another adapter or base?"
     )
+
+
+@pytest.mark.parametrize("under_jit", [False, True])
+def test_what_another_processor_may_have_rounded_is_a_merge_of_the_base(under_jit: bool) -> None:
+    params = model()
+    adapter = trained(params)
+    merged = (jax.jit(lj.merge) if under_jit else lj.merge)(params, adapter)
+    kernel, base = merged["b"]["kernel"], params["b"]["kernel"]
+    merged["b"]["kernel"] = jnp.nextafter(kernel, jnp.float32(jnp.inf))
+    assert lj.unmerge(merged, adapter, base=params)["b"]["kernel"] is base
+    merged["b"]["kernel"] = kernel.at[0, 0].add(1e-5 * jnp.abs(kernel).max())
+    assert "1 of 2 leaves are not" in error(lj.unmerge, merged, adapter, base=params)
 
 
 def test_a_base_without_an_adapted_path_is_an_error() -> None:

@@ -1,4 +1,4 @@
-"""All that takes an adapter, on bases of every dtype. `make settings` runs it, and the laws, under JAX's strict settings.
+"""All that takes an adapter, on bases of every dtype. `make settings` runs it under each of JAX's strict settings.
 
 Nothing here promotes a dtype or a rank by itself, so that what does is the package.
 """
@@ -136,7 +136,7 @@ def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
 
 @in_dtypes(E4M3)
 def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: Any) -> None:
-    params, apply, x = model(dtype)
+    params, _, _ = model(dtype)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     adapter = adapter_of(params)
     for measure in (analysis.relative_norms, analysis.amplification, functools.partial(analysis.intruders, top=3)):
@@ -158,13 +158,13 @@ def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
     adapter = adapter_of(params, variant, dtype=dtype)
     gradient = jax.grad(lambda adapter: jnp.sum(lj.lora(apply)(params, adapter, x)))(adapter)
     whole, its = {"base": params, "adapter": adapter}, {"base": params, "adapter": gradient}
-    for tx, trained, back in (
+    for tx, before, back in (
         (optax.chain(optax.sgd(0.1), optim.lora_plus(16)), adapter, gradient),
         (optim.lora_fa(optax.sgd(0.1)), adapter, gradient),
         (optax.chain(optim.riemannian(), optax.sgd(0.1)), adapter, gradient),
         (optim.freeze_base(optax.sgd(0.1)), whole, its),
     ):
-        updates, _ = jax.jit(tx.update)(back, tx.init(trained), trained)
+        updates, _ = jax.jit(tx.update)(back, tx.init(before), before)
         assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(updates))
 
 

@@ -16,7 +16,7 @@ class ALoRA(LowRank):
         y = x·W0 + [the token is active]·s·(x·A)·B
 
     To the tokens before the invocation exactly zero is added: what a cache keeps of them is what the base itself would
-    keep there, so one cache serves the base and every such adapter. The adapted function is told which tokens those are:
+    keep there, so one cache serves the base and every such adapter. The adapted function is told which are active:
     `adapted(params, adapter, ids, active_tokens=lora_jax.active_tokens(adapter, ids))`. It cannot be merged.
 
     >>> ALoRA(rank=32, alpha=32, invocation=[529, 29989])
