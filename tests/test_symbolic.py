@@ -138,7 +138,7 @@ SIZES = [{"b": 2, "t": 3, "h": 5, "w": 6}, {"b": 1, "t": 4, "h": 8, "w": 4}]
 
 
 def symbolic(net: Net) -> list[jax.ShapeDtypeStruct]:
-    """The arguments, in a scope of their own: of two exports in one process no sizes may be compared."""
+    """The arguments, in a scope of their own, as each export has them."""
     scope = jax.export.SymbolicScope()
     return [
         jax.ShapeDtypeStruct(

@@ -81,9 +81,7 @@ class Site:
 
     def in_turn(self, length: int) -> Site:
         """The same equation in each of the turns of its loop, which keeps for each of them what the gradient needs."""
-        # Only what is noted is counted: a length may be symbolic, and those of two exports may not meet in a cache.
-        times = 1 if self.settings.log is None else length * self.settings.times
-        settings = dataclasses.replace(self.settings, times=times, remat=False)
+        settings = dataclasses.replace(self.settings, times=length * self.settings.times, remat=False)
         return dataclasses.replace(self, settings=settings)
 
     def in_remat(self, remat: bool) -> Site:

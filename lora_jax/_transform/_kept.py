@@ -10,7 +10,6 @@ from typing import Any
 import jax
 
 from .._compat import user_line
-from .._sizes import is_known
 
 Function = Callable[..., Any]
 
@@ -47,9 +46,6 @@ def kept(rule: Function) -> Function:
             # Inlined: where the call is traced, nothing shows of it.
             return jax.jit(lambda *operands: rule(site, *operands, **params), inline=True)
 
-        # Symbolic lengths of two exports cannot be compared, as they would be in a cache.
-        if not all(map(is_known, params.values())):
-            return rule(site, *operands, **params)
         # What the rule reads of its site: equations that agree in it are rebuilt as the first of them was.
         key = (rule, user_line(site.eqn), *params.items())
         function = site.settings.rebuilt(key, build)

@@ -156,7 +156,7 @@ def added(form: Form, costs: Costs) -> int:
 def always_factored(costs: Costs) -> bool:
     """Whether no call, whatever is asked of it, has a better form: then nothing need be decided later.
 
-    Symbolic costs cannot be compared, and are no keys of a cache: those of two exports may not meet. They are factored.
+    Symbolic costs cannot be compared; they are factored.
     """
     if not all(map(is_known, jax.tree.leaves(costs))):
         return True
