@@ -237,7 +237,7 @@ def _damaged(where: object, what: str) -> CheckpointError:
 def _indented(value: Any, indent: str) -> str:
     """JSON with a line for each innermost dict."""
     if not isinstance(value, Mapping) or not any(isinstance(item, Mapping) for item in value.values()):
-        return json.dumps(value, default=lambda scalar: scalar.item())  # rank or alpha may be a NumPy scalar
+        return json.dumps(value)
     inner = indent + "  "
     lines = (f"{inner}{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items())
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
