@@ -18,6 +18,7 @@ from ._matrices import SVD, cut_as, factors_from, has_factors, kernel_matrix, sh
 from ._paths import Pattern, flatten, matcher, nearest, pattern_text
 from ._spec import Choice, Problem, Spec, fit, refuse
 from ._use import Kernel
+from ._values import equal
 from ._variants import Full, LowRank
 
 
@@ -157,8 +158,10 @@ def _compressed(path: str, part: Adapter, rank: int) -> tuple[Adapter, Array]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    arrays = isinstance(one, Array) and isinstance(other, Array)  # which may be cut over several processes
-    return bool(jnp.array_equal(one, other)) if arrays else np.array_equal(one, other)
+    if isinstance(one, Array) and isinstance(other, Array):
+        return bool(jnp.array_equal(one, other))  # of random keys, too
+    arrays = isinstance(one, Array | np.ndarray) and isinstance(other, Array | np.ndarray)
+    return equal(one, other) if arrays else np.array_equal(one, other)
 
 
 def _check_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:

@@ -208,6 +208,14 @@ def test_a_rank_that_is_clipped_is_that_of_the_factors() -> None:
 # From an adapter of a higher rank
 
 
+def test_a_base_in_numpy_s_float64_is_compared_at_the_precision_of_the_tuned_tree() -> None:
+    wide = np.random.default_rng(0).normal(size=(8, 4))
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    tuned = jax.device_put({"same": wide, "tuned": wide + 1}, NamedSharding(mesh, PartitionSpec("x")))
+    adapter, _ = lj.extract({"same": wide, "tuned": wide}, tuned, {"*": lj.LoRA(rank=2, alpha=4, axes="io")})
+    assert [*adapter] == ["tuned"]
+
+
 @each_kernel
 def test_the_smaller_adapter_is_the_truncated_product_at_its_own_scale(axes: str, variant: Any) -> None:
     zeros, adapter = made(axes, variant(rank=4, alpha=5, axes=axes))
