@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import transformers
 from helpers import GRADIENT, assert_close, assert_few_ulp, dense, trained
 from law import adapted, normal
 from transforms import TRANSFORMS, call, law
