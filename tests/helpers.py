@@ -37,7 +37,9 @@ def assert_close(got: Any, expected: Any, table: Mapping[str, float] = FORWARD, 
 def trained(key: jax.Array, adapter: Any, size: float = 0.3) -> Any:
     """An adapter as training might leave it: every array random, none zero."""
     random = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # NumPy's: nothing to compile
-    return jax.tree.map(lambda leaf: jax.device_put((size * random.standard_normal(leaf.shape)).astype(leaf.dtype)), adapter)
+    return jax.tree.map(
+        lambda leaf: jax.device_put((size * random.standard_normal(leaf.shape)).astype(leaf.dtype)), adapter
+    )
 
 
 def dense(apply: Any) -> Any:
