@@ -55,7 +55,7 @@ class Scale(NamedTuple):
 
 
 WHOLE = Scale(steps=125, seeds=(0, 1, 2), tokens=18, test_questions=500, layers=6)
-SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=2)
+SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=1)
 
 
 class Data(NamedTuple):
