@@ -653,7 +653,8 @@ def run(*commands: tuple[object, ...]) -> str:
     """What `checkpoint_killed.py` prints, of several commands in one process."""
     words = [str(word) for command in commands for word in (*command, "--")]
     program = [sys.executable, checkpoint_killed.__file__, *words]
-    return subprocess.run(program, env=environment(), check=True, timeout=600, stdout=subprocess.PIPE, text=True).stdout
+    ran = subprocess.run(program, env=environment(), check=True, timeout=1800, stdout=subprocess.PIPE, text=True)
+    return ran.stdout
 
 
 def killed_runs(root: Path, kills: int) -> list[tuple[object, ...]]:
