@@ -164,12 +164,19 @@ def make_step(
     return tx, step
 
 
-def start(configuration: Configuration, seed: int, layers: int, batch: trec.Batch) -> tuple[Any, Any]:
+@functools.cache
+def kernels(layers: int) -> Any:
+    """The roles of the kernels' axes, which are the same for every seed and batch."""
+    ids = jax.ShapeDtypeStruct((BATCH, trec.LENGTHS[0]), jnp.int32)
+    mask = jax.ShapeDtypeStruct(ids.shape, jnp.bool_)
+    return lj.kernels(model(layers).apply, base(0, layers), ids, mask)
+
+
+def start(configuration: Configuration, seed: int, layers: int) -> tuple[Any, Any]:
     """The adapter that is trained, and the base that it is trained on."""
     params = base(seed, layers)
-    kernels = lj.kernels(model(layers).apply, params, batch.ids, batch.mask)
     key = jax.random.key(seed)
-    adapter = lj.init(key, params, configuration.spec, kernels=kernels)
+    adapter = lj.init(key, params, configuration.spec, kernels=kernels(layers))
     if configuration.principal:
         adapter, params = lj.starts.pissa(adapter, params, niter=4, key=key)  # an exact one takes a minute
     # A `Full` leaf starts as the base's own array, which a step that is given it to write in would take away.
@@ -199,7 +206,7 @@ def train(
     """
     began = time.perf_counter()
     batches = list(itertools.islice(epochs(data.train, seed), scale.steps))
-    adapter, params = start(configuration, seed, scale.layers, batches[0])
+    adapter, params = start(configuration, seed, scale.layers)
     head_size, rest_size = (
         sum(leaf.size for path, its in adapter.items() if is_head(path) is whether for leaf in jax.tree.leaves(its))
         for whether in (True, False)
@@ -290,7 +297,8 @@ def over_layers(found: Mapping[str, Any]) -> dict[str, Any]:
         kinds.setdefault(path.split("/")[-2], []).append(value)
 
     def mean(*values: Array) -> Any:
-        return np.round(np.mean(np.array(values, np.float64), axis=0), 4).tolist()
+        # Each as NumPy's first: NumPy would read a list of JAX arrays element by element.
+        return np.round(np.mean([np.asarray(value, np.float64) for value in values], axis=0), 4).tolist()
 
     return {kind: jax.tree.map(mean, *values) for kind, values in kinds.items()}
 
