@@ -340,7 +340,7 @@ def test_a_start_that_moves_the_base_beyond_its_dtype_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [jnp.int4, jnp.int8])
 def test_a_kernel_of_integers_is_refused(dtype: Any) -> None:
     params = {"w": jnp.ones((4, 4), dtype)}
-    with pytest.raises(lj.SpecError, match="Expected a floating-point leaf to adapt"):
+    with pytest.raises(lj.SpecError, match="not floating-point"):
         lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
     for call in (lj.merge, lambda params, adapter: lj.lora(lambda p: p["w"])(params, adapter)):
         with pytest.raises(lj.AdapterError, match=f"'w' holds {jnp.dtype(dtype).name}; an adapter is of"):
