@@ -152,6 +152,15 @@ def _scatter(eqn: JaxprEqn) -> int:
     return _elements(eqn.invars[2])  # operand, indices, updates
 
 
+def _one_minus_square(eqn: JaxprEqn) -> int:
+    return 2 * _elements(eqn.outvars[0])
+
+
+def _polynomial(eqn: JaxprEqn) -> int:
+    # A product and a sum for each coefficient but the first.
+    return 2 * _elements(eqn.outvars[0]) * (len(eqn.invars) - 2)
+
+
 _REDUCTIONS = ("reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "argmax", "argmin")
 _WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
 _SCATTERS = ("scatter-add", "scatter-sub", "scatter-mul", "scatter-max", "scatter-min")
@@ -161,6 +170,8 @@ _COUNTS: dict[str, Count] = {
     "cond": _cond,
     "shard_map": _shard_map,
     "custom_linear_solve": _linear_solve,
+    "one_minus_square": _one_minus_square,
+    "polynomial": _polynomial,
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot_general,
     "conv_general_dilated": _convolution,

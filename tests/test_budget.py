@@ -347,9 +347,10 @@ def test_a_sharding_that_does_not_divide_is_refused():
 def test_what_init_and_lora_refuse_is_refused():
     with pytest.raises(lj.SpecError, match="nothing/here"):
         linear_plan(spec={"nothing/here": lj.LoRA(rank=2, alpha=4)})
+    spec = {"kernel": lj.LoRA(rank=2, alpha=4, axes="io")}
     with pytest.raises(lj.UnsupportedError, match="sin"):
-        linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]))
-    linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), dense=["kernel"])
+        linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), spec=spec)
+    linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), spec=spec, dense=["kernel"])
 
 
 # What is printed

@@ -160,7 +160,7 @@ def test_the_manifest_is_made_to_be_read(saved: Path) -> None:
     manifest = json.loads(text)
     assert (manifest["format"], manifest["version"]) == ("lora_jax.adapter", 1)
     part = manifest["adapter"]["layers/1/kernel"]
-    fields = {"rank": 3, "alpha": 0.1, "dropout": 0.0, "axes": None, "clip_rank": False}
+    fields = {"rank": 3, "alpha": 0.1, "dropout": 0.0, "axes": None}
     assert part["variant"] == {"name": "RSLoRA", **fields}
     assert (part["scale"], part["axes"]) == (lj.RSLoRA(rank=3, alpha=0.1).scale, "io")
     assert part["arrays"]["a"] == {"shape": [16, 3], "dtype": "float32"}

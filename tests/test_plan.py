@@ -120,7 +120,7 @@ def test_the_counts_of_a_convolution_are_those_of_the_program(
     spec = {"w": lj.LoRA(rank=4, alpha=3, axes="iiio")}
     adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
     seen: list[Costs] = []
-    monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form: seen.append(costs) or form)
+    monkeypatch.setattr(_forms, "wanted", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
     for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)):
         expected = counted(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
         assert _plan.operations(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
