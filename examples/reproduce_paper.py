@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
@@ -36,7 +35,7 @@ import lora_jax as lj
 import minilm
 import paper_report
 import trec
-from finetune_trec import MODEL, SMOOTHING, WARM_UP, console, evaluate
+from finetune_trec import MODEL, SMOOTHING, WARM_UP, compile_quickly, console, evaluate, init_head
 from paper_configurations import CONFIGURATIONS, GRID, Configuration
 
 BATCH = 16
@@ -50,13 +49,13 @@ class Scale(NamedTuple):
 
     steps: int
     seeds: tuple[int, ...]
-    tokens: int  # at which questions are cut: one of `trec.LENGTHS`, so that few steps are compiled
+    tokens: int  # longer questions are truncated; one of `trec.LENGTHS`, so that few steps are compiled
     test_questions: int
     layers: int  # of the encoder, the first ones
 
 
 WHOLE = Scale(steps=125, seeds=(0, 1, 2), tokens=18, test_questions=500, layers=6)
-SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=2)
+SHORT = Scale(steps=2, seeds=(0, 1), tokens=12, test_questions=32, layers=1)
 
 
 class Data(NamedTuple):
@@ -114,16 +113,9 @@ def encoder(layers: int) -> dict[str, Any]:
     return {name: weights for name, weights in minilm.load_encoder().items() if name in kept}
 
 
-@jax.jit
-def head(key: Array) -> Any:
-    """Seeded random numbers for the head; compiled, what `init` draws for the encoder is left out."""
-    ids, mask = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), bool)
-    return MODEL.init(key, ids, mask)["params"]["classifier"]
-
-
 def base(seed: int, layers: int) -> dict[str, Any]:
     """The frozen base: the published encoder, and a head that the seed draws."""
-    return {"params": {"encoder": encoder(layers), "classifier": head(jax.random.key(seed))}}
+    return {"params": {"encoder": encoder(layers), "classifier": init_head(jax.random.key(seed))}}
 
 
 def is_head(path: str) -> bool:
@@ -179,8 +171,7 @@ def start(configuration: Configuration, seed: int, layers: int) -> tuple[Any, An
     adapter = lj.init(key, params, configuration.spec, kernels=kernels(layers))
     if configuration.principal:
         adapter, params = lj.starts.pissa(adapter, params, niter=4, key=key)  # an exact one takes a minute
-    # A `Full` leaf starts as the base's own array, which a step that is given it to write in would take away.
-    return jax.tree.map(functools.partial(jnp.array, copy=True), adapter), params
+    return adapter, params
 
 
 def epochs(tokens: trec.Tokens, seed: int) -> Iterator[trec.Batch]:
@@ -308,15 +299,9 @@ def adapter_path(out: Path, name: str, seed: int) -> Path:
     return out / "adapters" / f"{name}-{seed}"
 
 
-def cut(questions: trec.Questions, tokens: int) -> trec.Tokens:
-    """Tokenises questions, the ends of the longer ones left out."""
-    whole = trec.tokenise(questions)
-    return trec.Tokens([[*ids[: tokens - 1], ids[-1]] if len(ids) > tokens else ids for ids in whole.ids], whole.labels)
-
-
 def tune(out: Path, scale: Scale) -> None:
     """Tries the rates of `GRID` on held-out training questions, and prints what each comes to."""
-    data = Data(*(cut(questions, scale.tokens) for questions in trec.split(trec.read().train, HELD_OUT)))
+    data = Data(*(trec.tokenise(questions, scale.tokens) for questions in trec.split(trec.read().train, HELD_OUT)))
     wanted = []
     likeliest_first = itertools.zip_longest(*([(name, rate) for rate in rates] for name, rates in GRID.items()))
     for name, rate in filter(None, itertools.chain(*likeliest_first)):
@@ -332,7 +317,7 @@ def reproduce(out: Path, scale: Scale) -> dict[str, Any]:
     """Runs every configuration with every seed, then analyses; all that the report needs."""
     data, few = trec.read(), scale.test_questions
     test = trec.Questions(data.test.texts[:few], data.test.labels[:few])
-    tokens = Data(cut(data.train, scale.tokens), cut(test, scale.tokens))
+    tokens = Data(trec.tokenise(data.train, scale.tokens), trec.tokenise(test, scale.tokens))
     wanted = [
         (out / "runs" / f"{its.name}-{seed}.json", its, seed) for seed in scale.seeds for its in CONFIGURATIONS.values()
     ]
@@ -356,9 +341,8 @@ def main() -> None:
     if given.short and given.write_docs:
         parser.error("--short trains next to nothing: it is not for the docs")
     scale = SHORT if given.short else WHOLE
-    if given.short:  # compiling is what takes the time; read when JAX starts
-        quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}"
+    if given.short:
+        compile_quickly()
     if given.tune:
         tune(given.out, scale)
         return

@@ -111,11 +111,11 @@ def split(questions: Questions, test_size: int) -> tuple[Questions, Questions]:
     return _select(questions, ~is_test), _select(questions, is_test)
 
 
-def tokenise(questions: Questions) -> Tokens:
-    """Turns questions into MiniLM's token ids, `[CLS] … [SEP]`, at most `LENGTHS[-1]` of them and without padding."""
+def tokenise(questions: Questions, max_tokens: int = LENGTHS[-1]) -> Tokens:
+    """Turns questions into MiniLM's token ids, `[CLS] … [SEP]`, at most `max_tokens` of them and without padding."""
     tokenizer = Tokenizer.from_file(str(installed_file(DISTRIBUTION, TOKENIZER)))
     tokenizer.no_padding()  # the file says: pad to 128
-    tokenizer.enable_truncation(LENGTHS[-1])
+    tokenizer.enable_truncation(max_tokens)
     return Tokens([encoding.ids for encoding in tokenizer.encode_batch(list(questions.texts))], questions.labels)
 
 

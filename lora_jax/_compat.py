@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr  # type: ignore[attr-defined]
 from jax.extend.core import DebugInfo
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn

@@ -180,6 +180,8 @@ def check_values(array: Any, name: str) -> None:
 
 def _describe_part(part: Adapter) -> dict[str, Any]:
     fields = {field.name: getattr(part.variant, field.name) for field in dataclasses.fields(part.variant) if field.init}
+    if not fields.get("clip_rank", True):  # only a spec leaves it open, and so version 1 of the format does not have it
+        del fields["clip_rank"]
     arrays = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in part.arrays.items()}
     scale = {"scale": part.variant.scale} if isinstance(part.variant, LowRank) else {}
     return {"variant": {"name": type(part.variant).__name__, **fields}, **scale, "axes": part.axes, "arrays": arrays}
@@ -235,7 +237,7 @@ def _damaged(where: object, what: str) -> CheckpointError:
 def _indented(value: Any, indent: str) -> str:
     """JSON with a line for each innermost dict."""
     if not isinstance(value, Mapping) or not any(isinstance(item, Mapping) for item in value.values()):
-        return json.dumps(value, default=lambda scalar: scalar.item())  # rank or alpha may be a NumPy scalar
+        return json.dumps(value)
     inner = indent + "  "
     lines = (f"{inner}{json.dumps(key)}: {_indented(item, inner)}" for key, item in value.items())
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"

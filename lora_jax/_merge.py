@@ -29,6 +29,10 @@ def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool =
     Each leaf is computed by itself, in float32 or wider, and cast once; its sharding and container stay. Nothing is
     changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory.
 
+    Leaves count as tied if they are the same Python object. Equal copies, views of one buffer and leaves that became
+    tracers of their own as arguments of `jit` are not found: there the leaf that has an adapter is merged, and the
+    other keeps the base's values.
+
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((4, 3), jnp.bfloat16)}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})

@@ -166,7 +166,7 @@ LOOPS = {
     "cond, taken": Case(lambda w, x: lax.cond(x[0, 0] < 99, lambda: x @ w, lambda: x), (4, 4), [X], "io"),
     "cond, not taken": Case(lambda w, x: lax.cond(x[0, 0] > 99, lambda: x @ w, lambda: x), (4, 4), [X], "io"),
     "cond with operands": Case(
-        lambda w, x: lax.cond(x[0, 0] < 99, lambda w: x @ w, lambda w: x @ w.T, w), (4, 4), [X], "oi", "io"
+        lambda w, x: lax.cond(x[0, 0] < 99, lambda w: x @ w, lambda w: x @ w.T, w), (4, 4), [X], None, "io"
     ),
     "switch": Case(
         lambda w, x, i: lax.switch(
@@ -175,6 +175,7 @@ LOOPS = {
         ),
         (4, 4),
         [X, 2],
+        None,  # as the branches disagree
         "io",
     ),
     "switch, kernel in one branch": Case(
@@ -186,19 +187,21 @@ LOOPS = {
         ),
         (4, 4),
         [X],
-        "oi",  # of the branch that comes first, which is that of False
+        None,
         "io",
     ),
     "platform": Case(
         lambda w, x: lax.platform_dependent(w, x, cpu=lambda w, x: x @ w, default=lambda w, x: x @ w.T),
         (4, 4),
         [X],
+        None,
         "io",
     ),
     "platform, another": Case(
         lambda w, x: lax.platform_dependent(w, x, tpu=lambda w, x: x @ w.T, default=lambda w, x: x @ w),
         (4, 4),
         [X],
+        None,
         "oi",
     ),
     "platform, in a scan": Case(

@@ -5,6 +5,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from zoo.model import framework
 
 from lora_jax._transform import _registry
 
@@ -14,6 +15,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("haiku", "equinox", "zoo.hugging_face") if page.name == "models.md" else ():
+        framework(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_registry, "RULES", dict(_registry.RULES))  # what a page registers goes with it
     text = page.read_text()

@@ -1,6 +1,7 @@
 """The sharded example's own parts: where its base goes, and that a step says where in the data a run is."""
 
 import itertools
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,11 +27,15 @@ def test_a_run_that_goes_on_sees_the_batches_that_it_had_not_seen(tokens: trec.T
         assert all(map(np.array_equal, one, other))
 
 
-@pytest.mark.parametrize("fsdp", [False, True])
-def test_every_cut_of_the_base_divides_it(fsdp: bool) -> None:
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+@pytest.fixture(scope="module")
+def shapes() -> Any:
     ids = np.zeros((1, 1), np.int32)
-    shapes = jax.eval_shape(finetune_sharded.MODEL.init, jax.random.key(0), ids, ids > 0)["params"]
+    return jax.eval_shape(finetune_sharded.MODEL.init, jax.random.key(0), ids, ids > 0)["params"]
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_every_cut_of_the_base_divides_it(fsdp: bool, shapes: Any) -> None:
+    mesh = jax.make_mesh((2, 4), ("data", "model"))
     shardings = finetune_sharded.shardings_of(shapes, mesh, fsdp=fsdp)
     jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), shapes, shardings)
     layer = shardings["encoder"]["layer_0"]

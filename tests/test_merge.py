@@ -471,6 +471,29 @@ def test_untie_changes_the_one_leaf_and_not_the_other() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda params: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params),
+        lambda params: jax.tree.map(lambda leaf: np.asarray(leaf)[:], params),
+    ],
+    ids=["copied", "viewed"],
+)
+def test_equal_leaves_that_are_not_the_same_object_are_not_known_as_tied(hide: Any) -> None:
+    params = tied()
+    adapter = trained(params, {"embed/kernel": LORA})
+    expected = lj.merge(params, adapter, untie=True)
+    chex.assert_trees_all_equal(lj.merge(hide(params), adapter), expected)
+
+
+def test_tied_leaves_that_are_arguments_of_jit_are_not_known_as_tied() -> None:
+    params = tied()
+    adapter = trained(params, {"embed/kernel": LORA})
+    expected = lj.merge(params, adapter, untie=True)
+    chex.assert_trees_all_close(jax.jit(lj.merge)(params, adapter), expected)
+    assert "(tied weights)" in error(jax.jit(lambda adapter: lj.merge(params, adapter)), adapter)
+
+
 def test_tied_leaves_that_are_not_adapted_stay_tied() -> None:
     params = tied() | {"extra": {"kernel": jnp.ones((8, 6))}}
     merged = lj.merge(params, trained(params, {"extra/kernel": LORA}))

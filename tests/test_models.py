@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import transformers
 from helpers import GRADIENT, assert_close, assert_few_ulp, dense, trained
 from law import adapted, normal
 from transforms import TRANSFORMS, call, law
-from zoo.hugging_face import MODELS, WORDS, sentences
+from zoo.hugging_face import MODELS, WORDS, hf, sentences
 from zoo.model import Model
 
 import lora_jax as lj
@@ -68,8 +67,8 @@ def test_under_a_transform_of_jax_it_is_still_the_merged_model(name: str, transf
 
 
 def test_what_is_generated_with_an_adapter_is_what_the_merged_model_writes(key: jax.Array) -> None:
-    config = transformers.GPT2Config(n_positions=8, n_embd=12, n_layer=1, n_head=2, **WORDS)
-    model = transformers.FlaxGPT2LMHeadModel(config, _do_init=False)
+    config = hf.GPT2Config(n_positions=8, n_embd=12, n_layer=1, n_head=2, **WORDS)
+    model = hf.FlaxGPT2LMHeadModel(config, _do_init=False)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), model.params_shape_tree)
     adapter = adapted(params, {"transformer/wte/embedding": "io", "transformer/h/0/attn/c_attn/kernel": "oi"})
 

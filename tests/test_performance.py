@@ -31,6 +31,22 @@ def case(scanned, dtype="float32", *, tied=True):
     return models.case(SIZE, scanned=scanned, tied=tied, dtype=jnp.dtype(dtype))
 
 
+def test_an_eager_call_traces_the_model_each_time_and_a_jitted_one_once():
+    traced = []
+
+    def model(params, x):
+        traced.append(x.shape)
+        return x @ params["kernel"]
+
+    params, x = {"kernel": jnp.ones((5, 7))}, jnp.ones((3, 5))
+    adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    for apply, times in ((lj.lora(model), 3), (jax.jit(lj.lora(model)), 1)):
+        traced.clear()
+        for _ in range(3):
+            apply(params, adapter, x)
+        assert len(traced) == times
+
+
 def ours_and_by_hand(case):
     # Factored, as by hand; at these sizes there are cheaper forms.
     return models.through_lora(case, form="factored"), models.by_hand(case)

@@ -150,8 +150,13 @@ def products(jaxpr: Any) -> list[Any]:
     return found
 
 
-@pytest.mark.parametrize("form", [None, "factored", "hybrid", "merged"])
-@pytest.mark.parametrize("name", [name for name in USES if name not in LOOKED_UP])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, None) for name in USES if name not in LOOKED_UP),
+        *((name, form) for name in ("Dense", "a convolution") for form in ("hybrid", "merged")),
+    ],
+)
 def test_only_the_base_product_is_in_eight_bits_in_every_form(name: str, form: Any) -> None:
     use = USES[name]
     params, x = {"w": jnp.zeros(use.kernel)}, normal(*use.x, seed=1)

@@ -7,9 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import flax.linen as nn
-import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +17,7 @@ from jax import lax
 from jax.sharding import AxisType, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from law import Case, adapted, assert_law, normal
+from zoo.model import framework
 
 import lora_jax as lj
 from lora_jax._transform import _registry
@@ -326,6 +325,8 @@ def test_a_refusal_in_a_layer_of_linen_names_the_model_s_line_and_the_kernel_s_p
 
 
 def haiku_layer() -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    hk = framework("haiku")
+
     def model(x: jax.Array) -> jax.Array:
         return hk.Conv1D(4, 3, mask=np.ones((3, 4, 4)))(x)
 
@@ -334,6 +335,7 @@ def haiku_layer() -> tuple[Callable[..., Any], Callable[..., Any], Any]:
 
 
 def equinox_layer() -> tuple[Callable[..., Any], Callable[..., Any], Any]:
+    eqx = framework("equinox")
     layer = eqx.filter_eval_shape(lambda key: eqx.nn.WeightNorm(eqx.nn.Linear(4, 4, key=key)), jax.random.key(0))
     params, static = eqx.partition(layer, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
 

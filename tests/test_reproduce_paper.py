@@ -100,16 +100,6 @@ def test_the_head_and_the_rest_have_rates_of_their_own() -> None:
     assert float(scaled["params/classifier/bias"].value[0]) == -2.0
 
 
-def test_cut_questions_keep_their_first_and_last_token() -> None:
-    questions = trec.Questions(
-        ("What is the capital of the country that lies to the south of France ?", "Why ?"), np.zeros(2)
-    )
-    long, short = reproduce_paper.cut(questions, 12).ids
-    assert (len(long), long[0], long[-1]) == (12, 101, 102)
-    assert long[1:-1] == trec.tokenise(questions).ids[0][1:11]
-    assert short == trec.tokenise(questions).ids[1]
-
-
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Has nothing trained, and says what would have been."""

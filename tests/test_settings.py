@@ -37,6 +37,10 @@ VARIANTS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Without a setting, other tests hold the same.
+settings_only = pytest.mark.slow
+
+
 def in_dtypes(*dtypes: Any) -> Any:
     return pytest.mark.parametrize("dtype", dtypes, ids=lambda dtype: jnp.dtype(dtype).name)
 
@@ -65,11 +69,14 @@ def assert_near(got: Any, expected: Any, tolerance: float) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-3))
 
 
-CASES = [(name, E4M3) for name in VARIANTS]
-CASES += [("LoRA", jnp.float32), ("LoRA", jnp.bfloat16), ("LoRA", E5M2), ("DoRA", jnp.bfloat16), ("VeRA", jnp.float32)]
+OTHERS = [("LoRA", jnp.float32), ("LoRA", jnp.bfloat16), ("LoRA", E5M2), ("DoRA", jnp.bfloat16), ("VeRA", jnp.float32)]
 
 
-@pytest.mark.parametrize(("variant", "dtype"), CASES, ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [*((name, E4M3) for name in VARIANTS), *(pytest.param(*case, marks=settings_only) for case in OTHERS)],
+    ids=lambda x: x if isinstance(x, str) else jnp.dtype(x).name,
+)
 def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtype: Any) -> None:
     params, apply, x = model(dtype)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
@@ -99,6 +106,7 @@ def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtyp
     lj.explain(apply, params, adapter, x, strict=True)
 
 
+@settings_only
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_adapter_in_sixteen_bits_is_merged_and_trained(variant: str) -> None:
     params, apply, x = model(jnp.float32)
@@ -109,7 +117,7 @@ def test_an_adapter_in_sixteen_bits_is_merged_and_trained(variant: str) -> None:
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.bfloat16)}
 
 
-@in_dtypes(E4M3, jnp.bfloat16)
+@in_dtypes(E4M3)
 def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
     params, apply, x = model(dtype)
     adapter, key = adapter_of(params), jax.random.key(1)
@@ -151,6 +159,7 @@ def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: 
     assert smaller["stack"].a.shape == (2, 6, 1) and left["stack"].shape == (2,)
 
 
+@settings_only
 @in_dtypes(jnp.bfloat16)
 @pytest.mark.parametrize("variant", ["LoRA", "AdaLoRA", "DoRA"])
 def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
@@ -168,7 +177,8 @@ def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
         assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(updates))
 
 
-@in_dtypes(jnp.float32, jnp.bfloat16)
+@settings_only
+@in_dtypes(jnp.bfloat16)
 def test_a_rank_is_adapted(dtype: Any) -> None:
     params, apply, x = model(jnp.float32)
     adapter = adapter_of(params, "AdaLoRA", dtype=dtype)
@@ -185,7 +195,7 @@ def test_a_rank_is_adapted(dtype: Any) -> None:
     assert_near(got, expected, TOLERANCE[jnp.dtype(dtype).name])
 
 
-@pytest.mark.slow  # without a setting it is a law of test_laws.py
+@settings_only
 @pytest.mark.parametrize("name", ["mlp", "scanned_transformer", "conv_net", "equinox_net"])
 def test_models_obey_the_law(name: str) -> None:
     zoo_model = ZOO[name](jax.random.key(0), jnp.float32)

@@ -65,6 +65,15 @@ def test_tokens_are_not_padded(tokens):
     assert max(len(ids) for ids in tokens.ids) <= trec.LENGTHS[-1]
 
 
+def test_truncated_questions_keep_their_first_and_last_token():
+    texts = ("What is the capital of the country that lies to the south of France ?", "Why ?")
+    questions = trec.Questions(texts, np.zeros(2, np.int32))
+    long, short = trec.tokenise(questions, 12).ids
+    assert (len(long), long[0], long[-1]) == (12, 101, 102)
+    assert long[1:-1] == trec.tokenise(questions).ids[0][1:11]
+    assert short == trec.tokenise(questions).ids[1]
+
+
 def test_ordered_batches_hold_every_question_once(tokens):
     batches = list(trec.ordered_batches(tokens, batch_size=32))
     rows = np.concatenate([batch.rows for batch in batches])

@@ -72,7 +72,7 @@ def _compacted(part: Adapter, rank: int) -> Adapter:
     there = np.take_along_axis(left, first, -1)
 
     def chosen(factor: Array, axis: int) -> Array:
-        others = [at for at in range(batch, factor.ndim) if at != axis]
+        others = tuple(at for at in range(batch, factor.ndim) if at != axis)
         places, its = np.expand_dims(first, others), np.expand_dims(there, others)
         small = jnp.take_along_axis(whole(factor), places, axis)
         return cut_as(jnp.where(its, small, jnp.zeros_like(small)), factor)

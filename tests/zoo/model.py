@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import pytest
 
 from lora_jax import LoRA
 
@@ -32,3 +33,8 @@ class Model:
 
 
 Make = Callable[[jax.Array, Any], Model]
+
+
+def framework(name: str) -> Any:
+    """A module of the extra `models`; without it, the test is skipped."""
+    return pytest.importorskip(name, reason=f"needs {name}, of the extra `models`")

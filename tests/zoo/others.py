@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import equinox as eqx
-import haiku as hk
 import jax
 import jax.numpy as jnp
 
 from lora_jax import LoRA
 
-from .model import LORA, Model, Spec
+from .model import LORA, Model, Spec, framework
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -20,6 +18,8 @@ def cast(tree: Any, dtype: Any) -> Any:
 
 
 def haiku_net(key: jax.Array, dtype: Any) -> Model:
+    hk = framework("haiku")
+
     @hk.transform_with_state
     def net(x: jax.Array) -> jax.Array:
         x = hk.Conv2D(5, 3, stride=2, name="conv")(x)
@@ -37,6 +37,8 @@ def haiku_net(key: jax.Array, dtype: Any) -> Model:
 
 
 def haiku_stack(key: jax.Array, dtype: Any) -> Model:
+    hk = framework("haiku")
+
     def layer(x: jax.Array) -> jax.Array:
         start = hk.initializers.VarianceScaling()
         attention = hk.MultiHeadAttention(num_heads=2, key_size=3, model_size=6, w_init=start, name="attention")
@@ -53,13 +55,16 @@ def haiku_stack(key: jax.Array, dtype: Any) -> Model:
     return Model(net.apply, params, (tokens,), {"embed/embeddings": LORA, "**/{query,value,linear_0}/w": LORA})
 
 
-def equinox(model: eqx.Module, args: Any, dtype: Any, spec: Spec) -> Model:
+def equinox(model: Any, args: Any, dtype: Any, spec: Spec) -> Model:
     """An Equinox model of one example: its arrays are the tree, the rest is put back in the call."""
+    eqx = framework("equinox")
     params, static = eqx.partition(model, eqx.is_inexact_array)
     return Model(lambda params, x: jax.vmap(eqx.combine(params, static))(x), cast(params, dtype), args, spec)
 
 
 def equinox_net(key: jax.Array, dtype: Any) -> Model:
+    eqx = framework("equinox")
+
     class Net(eqx.Module):
         embedding: eqx.nn.Embedding
         cell: eqx.nn.GRUCell
@@ -79,6 +84,8 @@ def equinox_net(key: jax.Array, dtype: Any) -> Model:
 
 
 def equinox_stack(key: jax.Array, dtype: Any) -> Model:
+    eqx = framework("equinox")
+
     class Layer(eqx.Module):
         norm: eqx.nn.LayerNorm
         attention: eqx.nn.MultiheadAttention
