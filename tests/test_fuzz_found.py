@@ -66,7 +66,7 @@ def test_a_row_that_a_scan_takes_of_a_kernel_is_a_look_up() -> None:
 
 
 @limit(
-    "before JAX 0.12 the gradient of a `cond` has each branch return what it needs, the kernel too; these return arrays",
+    "before JAX 0.12 the gradient of a `cond` has each branch return the kernel, and branches return arrays only",
     condition=jax.__version_info__ < (0, 12),
 )
 def test_a_branch_in_a_gradient_that_the_model_takes_keeps_the_kernel() -> None:
