@@ -67,7 +67,7 @@ MUTATIONS = [
         "laws",
     ),
     Mutation("_transform/_conv_steps.py", "* rank * self.groups", "* rank", "conv"),
-    Mutation("_transform/_ragged.py", "narrow.array * kernel.scale", "narrow.array", "ragged"),
+    Mutation("_transform/_ragged.py", "thin.array * kernel.scale", "thin.array", "ragged"),
     Mutation("_transform/_pair.py", "(plain + low_rank.array) *", "plain *", "pairs"),
     # Forms and their choice: missing term, wrong tangent, wrong cost.
     Mutation("_transform/_forms.py", "(self.base + x) + self.low_rank", "self.base + x", "laws"),
@@ -80,12 +80,7 @@ MUTATIONS = [
     Mutation("_transform/_loops.py", "reverse=reverse", "reverse=False", "control_flow"),
     Mutation("_transform/_interpreter.py", "_in_use(read(atom), number)", "read(atom)", "dropout"),
     Mutation("_transform/_control.py", "if donated and not isinstance(x, AdaptedKernel)", "if donated", "control_flow"),
-    Mutation(
-        "_transform/_kept.py",
-        "    settings: Settings\n",
-        "    settings: Settings = dataclasses.field(compare=False)\n",
-        "control_flow",
-    ),
+    Mutation("_transform/_kept.py", ", *params.items())", ")", "control_flow"),
     Mutation("_dropout.py", "x / (1 - self.rate)", "x", "dropout"),
     # Merging, and what it refuses.
     Mutation("_fold.py", "scale=-kernel.scale, gain=None", "scale=-kernel.scale", "merge"),
@@ -99,7 +94,7 @@ MUTATIONS = [
     Mutation("_adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),
     Mutation("_adaptive/_schedule.py", "height * remaining**3", "height * remaining**2 * length", "adaptive"),
     # Checkpoints, shardings, what is told.
-    Mutation("_fingerprint.py", 'was["content"] != got["content"]', "False", "checkpoint"),
+    Mutation("_fingerprint.py", '_digest(samples[path], was) != saved[path]["content"]', "False", "checkpoint"),
     Mutation("_checksums.py", "if _digest_of(directory / name) != digest", "if not digest", "checkpoint damage"),
     Mutation("_shardings.py", "None if axis in undivided else its", "its", "sharding"),
     Mutation(

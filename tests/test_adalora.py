@@ -78,7 +78,7 @@ def test_at_the_start_the_model_is_what_it_was(name: str, dtype: str) -> None:
 def test_every_array_gets_the_gradient_that_it_has_of_the_merged_kernels(name: str, key: jax.Array) -> None:
     model, adapter = make(name, "float32")
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
-    (gradient, out), (expected_gradient, expected) = law(model, trained(key, adapter))
+    (((gradient, out), (expected_gradient, expected)),) = law(model, trained(key, adapter))
     assert_close(out, expected)
     assert_close(gradient, expected_gradient, GRADIENT)
     for path, part in gradient.items():

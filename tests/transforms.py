@@ -47,14 +47,14 @@ def gradient(run: Call) -> Call:
     return jax.grad(loss(run), has_aux=True)
 
 
-def law(model: Model, *adapters: Any) -> tuple[Any, Any]:
-    """Gradient and result with adapted kernels, and with merged ones, of the last adapter; all run one program."""
+def law(model: Model, *adapters: Any) -> list[tuple[Any, Any]]:
+    """For each adapter gradient and result with adapted kernels, and with merged ones; all run one program."""
     chex.clear_trace_counter()
     adapted = chex.assert_max_traces(call(lj.lora(model.apply), model), n=1)
     merged = call(dense(model.apply), model)
     # Both in one, as compiling is what takes the time.
     both = jax.jit(lambda adapter, batch: (gradient(adapted)(adapter, batch), gradient(merged)(adapter, batch)))
-    return [both(adapter, model.args[0]) for adapter in adapters][-1]
+    return [both(adapter, model.args[0]) for adapter in adapters]
 
 
 def two(adapter: Any) -> Any:
