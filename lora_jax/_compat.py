@@ -26,12 +26,7 @@ from jax.extend.core import primitives as primitives
 
 from ._errors import UnsupportedError
 
-try:
-    from jax.errors import InconclusiveDimensionOperation as InconclusiveDimensionOperation
-except ImportError:  # JAX 0.10.0
-    from jax.extend.core import InconclusiveDimensionOperation as InconclusiveDimensionOperation
-
-SUPPORTED = "0.10 to 0.12"  # the versions of JAX that the tests run on
+SUPPORTED = "0.10.2 to 0.12"  # the versions of JAX that the tests run on
 
 # Whose frames are not the user's. NumPy is among them because its functions pass JAX arrays on to JAX.
 _LIBRARIES = tuple(

@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from jax.errors import InconclusiveDimensionOperation
 from jax.export import is_symbolic_dim
-
-from ._compat import InconclusiveDimensionOperation
 
 T = TypeVar("T")
 

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.experimental import compute_on as compute_on_module
 from law import adapted, assert_law, normal
 
 import lora_jax as lj
@@ -65,10 +64,6 @@ def test_lora_raises_it_where_a_rule_meets_such_an_equation(monkeypatch: pytest.
         lj.lora(stack)(PARAMS, adapted(PARAMS, {"w": "bio"}), normal(2, 4))
 
 
-@pytest.mark.skipif(
-    jax.__version_info__ < (0, 11) and not hasattr(compute_on_module, "compute_on2"),
-    reason="JAX 0.10.0 has it as a context only, which needs no rule",
-)
 def test_a_part_that_computes_on_the_host_does_so_with_its_factors() -> None:
     where = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Device}
 
