@@ -49,12 +49,6 @@ MUTATIONS = [
     Mutation("_transform/_shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),
     Mutation("_transform/_lookup.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
     Mutation(
-        "_transform/_lookup.py",
-        "factor._replace(array=factor.array.astype(dtype))",
-        "factor",
-        "lookups laws",
-    ),
-    Mutation(
         "_transform/_concatenate.py",
         "(start, total - start - rank)",
         "(total - start - rank, start) if len(axes) > 2 else (0, total - rank)",
@@ -83,7 +77,7 @@ MUTATIONS = [
     Mutation("_transform/_kept.py", ", *params.items())", ")", "control_flow"),
     Mutation("_dropout.py", "x / (1 - self.rate)", "x", "dropout"),
     # Merging, and what it refuses.
-    Mutation("_fold.py", "scale=-kernel.scale, gain=None", "scale=-kernel.scale", "merge"),
+    Mutation("_fold.py", "scale=-kernel.scale, gain=None", "scale=-kernel.scale", "dora"),
     Mutation("_merge.py", "    if not untie:\n", "    if untie:\n", "merge"),
     Mutation("_attach.py", "    if got == expected:\n", "    if True:\n", "attach"),
     Mutation("_init.py", "key_for(key, path)", "key", "init"),
@@ -97,12 +91,6 @@ MUTATIONS = [
     Mutation("_fingerprint.py", '_digest(samples[path], was) != saved[path]["content"]', "False", "checkpoint"),
     Mutation("_checksums.py", "if _digest_of(directory / name) != digest", "if not digest", "checkpoint damage"),
     Mutation("_shardings.py", "None if axis in undivided else its", "its", "sharding"),
-    Mutation(
-        "_transform/_sharding.py",
-        "PartitionSpec.UNCONSTRAINED if axis in unconstrained_dims else names",
-        "names",
-        "sharding",
-    ),
     Mutation("_operations.py", "return length * operations(", "return operations(", "operations"),
     Mutation("_transform/_lookup.py", "operations=y.size * (2 *", "operations=y.size * (", "explain lookups"),
 ]
