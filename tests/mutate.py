@@ -68,7 +68,7 @@ MUTATIONS = [
     Mutation("_transform/_forms.py", "lambda: base(dx, kernel)", "lambda: base(dx, primals[1])", "plan"),
     Mutation("_transform/_forms.py", "times(x, gain.beside(contraction.x))", "x", "variants"),
     Mutation("_transform/_plan.py", "(asked.a + asked.b) * costs.formed", "costs.formed", "plan"),
-    Mutation("_transform/_factored.py", "x=x_size,", "x=0,", "plan explain"),
+    Mutation("_transform/_factored.py", "formed=2 * size(", "formed=size(", "plan"),
     # Control flow, `jit` and caches.
     Mutation("_transform/_loops.py", "[x.in_use(turn) if", "[x if", "dropout"),
     Mutation("_transform/_loops.py", "reverse=reverse", "reverse=False", "control_flow"),
