@@ -25,7 +25,7 @@ from step import about
 from timing import jitted, start_of, timed
 
 from lora_jax import testing
-from lora_jax._transform import _plan
+from lora_jax._transform.contraction import costs as _plan
 
 Make = Callable[[Any], Method]
 

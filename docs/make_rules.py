@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lora_jax._compat import primitives
-from lora_jax._transform._registry import rules
+from lora_jax._transform.registry import rules
 
 PAGE = Path(__file__).parent / "rules.md"
 HEAD = """\

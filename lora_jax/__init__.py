@@ -9,8 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from ._active import active_tokens as active_tokens
-from ._adapter import Adapter as Adapter
+from ._core.adapter import Adapter as Adapter
+from ._core.init import init as init
 from ._errors import AdapterError as AdapterError
 from ._errors import CheckpointError as CheckpointError
 from ._errors import LoRAError as LoRAError
@@ -18,14 +18,13 @@ from ._errors import MergeError as MergeError
 from ._errors import SpecError as SpecError
 from ._errors import TracingError as TracingError
 from ._errors import UnsupportedError as UnsupportedError
-from ._explain import explain as explain
-from ._extract import compress as compress
-from ._extract import extract as extract
-from ._init import init as init
-from ._kernels import kernels as kernels
-from ._merge import merge as merge
-from ._merge import unmerge as unmerge
-from ._transform import lora as lora
+from ._merge.extract import compress as compress
+from ._merge.extract import extract as extract
+from ._merge.merge import merge as merge
+from ._merge.merge import unmerge as unmerge
+from ._report.explain import explain as explain
+from ._transform.kernels import kernels as kernels
+from ._transform.lora import lora as lora
 from ._variants import AdaLoRA as AdaLoRA
 from ._variants import ALoRA as ALoRA
 from ._variants import DoRA as DoRA
@@ -35,6 +34,7 @@ from ._variants import LoRABias as LoRABias
 from ._variants import Rows as Rows
 from ._variants import RSLoRA as RSLoRA
 from ._variants import VeRA as VeRA
+from ._variants.alora import active_tokens as active_tokens
 from ._version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from . import sharding as sharding
     from . import starts as starts
     from . import testing as testing
-    from ._ahead import plan as plan
+    from ._report.plan import plan as plan
     from .checkpoint import restore as restore
     from .checkpoint import save as save
 
@@ -97,7 +97,7 @@ _DOORS = {
     "sharding": "sharding",
     "starts": "starts",
     "testing": "testing",
-    "plan": "_ahead",
+    "plan": "_report.plan",
     "restore": "checkpoint",
     "save": "checkpoint",
 }

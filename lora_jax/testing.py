@@ -18,11 +18,11 @@ from typing import Any
 
 import jax
 
-from ._collectives import Collective as Collective
-from ._collectives import collectives as collectives_of_text
 from ._compat import ClosedJaxpr, Jaxpr, JaxprEqn
-from ._operations import bodies
-from ._operations import operations as operations_of_jaxpr
+from ._report.collectives import Collective as Collective
+from ._report.collectives import collectives as collectives_of_text
+from ._report.flops import bodies
+from ._report.flops import operations as operations_of_jaxpr
 
 __all__ = ["collectives", "compiled_operations", "operations", "shapes_made", "temporary_bytes", "wire_bytes"]
 

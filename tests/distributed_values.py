@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import lora_jax as lj
 from lora_jax import starts
-from lora_jax._fingerprint import fingerprint
+from lora_jax.checkpoint._fingerprint import fingerprint
 
 SPEC = {"kernel": lj.LoRA(rank=2, alpha=4, axes="io"), "layers": lj.AdaLoRA(rank=2, alpha=4, axes="bio")}
 SHARDED = {"kernel": P(None, "x"), "layers": P("x")}

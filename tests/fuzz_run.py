@@ -20,7 +20,7 @@ from helpers import FORWARD, GRADIENT, dense
 from law import total
 
 import lora_jax as lj
-from lora_jax._transform import _registry as registry
+from lora_jax._transform import registry as registry
 
 VARIANTS = {"LoRA": lj.LoRA, "RSLoRA": lj.RSLoRA}
 Function = Callable[..., Any]

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
 import lora_jax as lj
-from lora_jax import _matrices, analysis
+from lora_jax import analysis
+from lora_jax._core import linalg as _matrices
 
 KERNELS = {"io": (6, 5), "ioo": (6, 2, 3), "iio": (2, 3, 7), "iiio": (2, 2, 3, 8), "bio": (3, 6, 5), "ibo": (6, 3, 5)}
 TOLERANCE = {"rtol": 1e-10, "atol": 1e-12}

@@ -1,8 +1,8 @@
-"""The house: who may import whom, what an import loads, and what every public name and file must have."""
+"""The package layout: what imports what, what an import loads, and what every public name and file must have."""
 
 import ast
+import graphlib
 import inspect
-import itertools
 import pathlib
 import re
 import subprocess
@@ -18,162 +18,88 @@ import lora_jax
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# From the ground up: a module imports only what stands before it.
-LAYERS = [
+# What imports what: a folder or file imports only those before it, and itself.
+ORDER = [
     "_version",
     "_errors",
     "_compat",
-    "_paths",
-    "_axes",
-    "_placement",
-    "_keys",
-    "_contract",
-    "_values",
-    "_use",
-    "_sizes",
-    "_table",
-    "_operations",
-    "_collectives",
-    "_budget",
-    "_dropout",
-    "_adapter",
-    "_norms",
+    "_core",
     "_variants",
-    "_matrices",
-    "_parts",
-    "_precondition",
-    "_spec",
-    "_init",
-    "_active",
-    "_attach",
-    "_shardings",
-    "_extract",
-    "_measures",
-    "_plots",
     "_transform",
-    "_kernels",
-    "_explain",
-    "_fold",
-    "_starts",
+    "sharding",
     "_merge",
-    "_adaptive",
-    "_fingerprint",
-    "_manifest",
-    "_checksums",
-    "_item",
-    "_state",
-    "_ahead",
+    "_report",
+    "optim",
+    "adaptive",
+    "analysis",
+    "starts",
+    "checkpoint",
+    "testing",
 ]
-# Each imports any layer, and no door.
-DOORS = ["adaptive", "analysis", "checkpoint", "optim", "sharding", "starts", "testing"]
-
-# Inside a package likewise; those in one row are siblings and do not know each other.
-INSIDE = {
-    "_adaptive": [["_leaves", "_schedule"], ["_compact", "_importance", "_orthogonality"], ["_training"]],
-    "_variants": [
-        ["_numbers"],
-        ["_base"],
-        ["_adalora", "_alora", "_dora", "_full", "_lora", "_lora_bias", "_rows", "_rslora", "_vera"],
-    ],
-    "_starts": [["_leaf"], ["_activations", "_as_plain", "_lora_ga", "_olora", "_pissa", "_random"], ["_eva"]],
-    "_transform": [
-        ["_boundary", "_kept", "_origins", "_plan", "_refusal", "_registry", "_tokens"],
-        ["_forms", "_factored"],
-        ["_conv_steps", "_statistics"],
-        ["_settings"],
-        ["_interpreter"],
-        ["_pair", "_placement"],
-        [
-            "_concatenate",
-            "_control",
-            "_conv",
-            "_linear",
-            "_lookup",
-            "_loops",
-            "_ragged",
-            "_scalar",
-            "_shape",
-            "_shard_map",
-            "_sharding",
-            "_slices",
-        ],
-        ["_program"],
-        ["_lora"],
-    ],
-}
+PUBLIC = [name for name in ORDER if not name.startswith("_")]
 
 
 def name_of(file: pathlib.Path) -> str:
     return file.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
-def each_file(*, but: tuple[str, ...] = ()) -> pytest.MarkDecorator:
-    files = [file for file in FILES if name_of(file) not in but]
-    return pytest.mark.parametrize("file", files, ids=name_of)
+def module_of(file: pathlib.Path) -> str:
+    """Its name inside the package: `_core.paths`; of an `__init__.py`, that of the folder."""
+    parts = file.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def nodes(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker sees."""
-    for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
-            yield child
-            yield from nodes(child)
+MODULES = {module_of(file): file for file in FILES}
 
 
 def imported(file: pathlib.Path) -> Iterator[str]:
-    """The modules that a file imports, in full: `lora_jax._paths`."""
+    """The modules that a file imports, for type checkers too, in full: `lora_jax._core.paths`."""
     package = ["lora_jax", *file.relative_to(PACKAGE).parts[:-1]]
-    for node in nodes(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) + 1 - node.level] if node.level else []
             module = ".".join([*start, *([node.module] if node.module else [])])
-            if module in ("lora_jax", *(f"lora_jax.{inside}" for inside in INSIDE)):  # its names may be modules
-                yield from (f"{module}.{alias.name}" for alias in node.names)
-            else:
-                yield module
+            for alias in node.names:
+                inner = f"{module}.{alias.name}".removeprefix("lora_jax.")
+                yield f"{module}.{alias.name}" if inner in MODULES else module
 
 
-def own_imports(file: pathlib.Path) -> list[list[str]]:
-    return [module.split(".")[1:] for module in imported(file) if module.split(".")[0] == "lora_jax"]
+def own_imports(file: pathlib.Path) -> set[str]:
+    names = {module.removeprefix("lora_jax.") for module in imported(file) if module.startswith("lora_jax.")}
+    return names - {module_of(file)}
 
 
-def test_every_module_has_its_place_in_the_list() -> None:
-    stems = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
-    assert stems == {"__init__", *LAYERS, *DOORS}
-    for package, rows in INSIDE.items():
-        assert {path.stem for path in (PACKAGE / package).glob("*.py")} == {"__init__", *itertools.chain(*rows)}
+def test_every_entry_of_the_package_has_its_place_in_the_order() -> None:
+    entries = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert entries == {"__init__", *ORDER}
 
 
-@each_file(but=("__init__",))
-def test_imports_point_down_the_list(file: pathlib.Path) -> None:
-    layer = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    below = LAYERS if layer in DOORS else LAYERS[: LAYERS.index(layer)]
-    others = {module[0] for module in own_imports(file) if module[0] != layer}
-    assert others <= set(below)
+def test_imports_follow_the_order() -> None:
+    for module in filter(None, MODULES):
+        own = module.split(".")[0]
+        imports = {other.split(".")[0] for other in own_imports(MODULES[module])}
+        assert imports <= set(ORDER[: ORDER.index(own) + 1]), module
 
 
-@pytest.mark.parametrize("package", INSIDE)
-def test_variants_and_rules_do_not_know_each_other(package: str) -> None:
-    rows = INSIDE[package]
-    for number, row in enumerate(rows):
-        below = set(itertools.chain(*rows[:number]))
-        for name in row:
-            inside = {module[1] for module in own_imports(PACKAGE / package / f"{name}.py") if module[0] == package}
-            assert inside <= below, name
+def test_no_import_is_circular() -> None:
+    graph = {module: own_imports(file) for module, file in MODULES.items() if module}
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError, which names the modules
 
 
-def test_the_face_imports_no_door() -> None:
-    assert not {module[0] for module in own_imports(PACKAGE / "__init__.py")} & set(DOORS)
+@pytest.mark.parametrize("folder", ["_variants", "_transform/rules"])
+def test_variants_and_rules_do_not_know_each_other(folder: str) -> None:
+    for file in (PACKAGE / folder).glob("[!_]*.py"):
+        assert not {module for module in own_imports(file) if module.startswith(folder.replace("/", "."))}, file
 
 
-@each_file()
-def test_jax_s_inner_parts_are_left_alone(file: pathlib.Path) -> None:
-    text = file.read_text()
-    assert "jax._src" not in text
-    assert "jax.extend" not in text or name_of(file) == "_compat"
-    assert not [module for module in imported(file) if module.startswith(("jax.interpreters", "jaxlib"))]
+def test_only_public_jax_is_imported_and_its_extensions_in_one_file() -> None:
+    for file in FILES:
+        text = file.read_text()
+        assert "jax._src" not in text, file
+        assert "jax.extend" not in text or name_of(file) == "_compat", file
+        assert not [module for module in imported(file) if module.startswith(("jax.interpreters", "jaxlib"))], file
 
 
 # What an import loads
@@ -220,7 +146,7 @@ OPENED = ["adaptive", "analysis", "checkpoint", "optim", "plan", "restore", "sav
 
 
 @pytest.mark.parametrize("name", OPENED)
-def test_a_door_opens_when_it_is_asked_for(name: str) -> None:
+def test_a_submodule_loads_when_it_is_first_used(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
     assert name in dir(lora_jax)
@@ -233,11 +159,11 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
 
 # What is public
 
-FACE = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.startswith("_")}
+TOP = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.startswith("_")}
 
 
-def test_the_face_is_what_the_design_names() -> None:
-    public = {name for name, value in FACE.items() if not isinstance(value, types.ModuleType)}
+def test_the_public_names_are_those_of_the_design() -> None:
+    public = {name for name, value in TOP.items() if not isinstance(value, types.ModuleType)}
     errors = {
         "LoRAError",
         "SpecError",
@@ -279,10 +205,10 @@ def test_the_face_is_what_the_design_names() -> None:
 
 
 def functions() -> dict[str, types.FunctionType]:
-    doors = {door: getattr(lora_jax, door) for door in DOORS}
-    found = {name: value for name, value in FACE.items() if inspect.isfunction(value)}
-    for door, module in doors.items():
-        found |= {f"{door}.{name}": getattr(module, name) for name in module.__all__}
+    modules = {module: getattr(lora_jax, module) for module in PUBLIC}
+    found = {name: value for name, value in TOP.items() if inspect.isfunction(value)}
+    for prefix, module in modules.items():
+        found |= {f"{prefix}.{name}": getattr(module, name) for name in module.__all__}
     return {name: value for name, value in found.items() if inspect.isfunction(value)}
 
 
@@ -302,9 +228,9 @@ def test_a_public_function_says_what_it_takes_and_gives_and_shows_it(name: str) 
     assert [parameter for parameter in signature.parameters if parameter not in described] == []
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_a_door_names_what_it_shows(door: str) -> None:
-    module = getattr(lora_jax, door)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_module_lists_its_names(name: str) -> None:
+    module = getattr(lora_jax, name)
     assert sorted(module.__all__) == list(module.__all__)
     assert module.__doc__
 
@@ -316,23 +242,21 @@ def test_the_package_is_typed() -> None:
 # Files and names
 
 
-@each_file()
-def test_no_file_is_long(file: pathlib.Path) -> None:
-    assert len(file.read_text().splitlines()) <= 300
+def test_no_file_is_long() -> None:
+    assert not [file for file in FILES if len(file.read_text().splitlines()) > 300]
 
 
-@each_file()
-def test_a_file_opens_with_what_it_holds(file: pathlib.Path) -> None:
-    assert ast.get_docstring(ast.parse(file.read_text()))
+def test_a_file_opens_with_what_it_holds() -> None:
+    assert not [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text()))]
 
 
 VAGUE = {"util", "utils", "helper", "helpers", "misc", "manager"}
 
 
-@each_file()
-def test_no_name_says_nothing(file: pathlib.Path) -> None:
+def test_no_name_says_nothing() -> None:
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    names = [node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, defined)]
-    words = {word for name in (file.stem, *names) for word in name.lower().split("_")}
-    assert not words & VAGUE
-    assert not [name for name in names if name.lower().endswith(tuple(VAGUE))]
+    for file in FILES:
+        names = [node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, defined)]
+        words = {word for name in (file.stem, *names) for word in name.lower().split("_")}
+        assert not words & VAGUE, file
+        assert not [name for name in names if name.lower().endswith(tuple(VAGUE))], file

@@ -11,7 +11,7 @@ import pytest
 from flax.core import FrozenDict
 
 import lora_jax as lj
-from lora_jax import _attach
+from lora_jax._core import attach as _attach
 
 LORA = lj.LoRA(rank=2, alpha=4)
 X = jnp.ones((3, 8))

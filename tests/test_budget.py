@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import lora_jax as lj
 from benchmarks import llama
 from lora_jax import testing
-from lora_jax._collectives import collectives
+from lora_jax._report.collectives import collectives
 
 TINY = llama.Llama(layers=3, width=48, heads=8, hidden=80, kv_heads=4, vocabulary=160)
 SPEC = {"blocks/{query,key,value,out,gate,up,down}": lj.LoRA(rank=4, alpha=8), "norm": lj.Full()}

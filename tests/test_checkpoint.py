@@ -27,9 +27,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSha
 from zoo import ZOO
 
 import lora_jax as lj
-from lora_jax import _checksums, _fingerprint
-from lora_jax._manifest import _VARIANTS
-from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, restore, save
+from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, _checksums, _fingerprint, restore, save
+from lora_jax.checkpoint._manifest import _VARIANTS
 
 P = PartitionSpec
 

@@ -8,7 +8,7 @@ from law import adapted, assert_law, normal
 
 import lora_jax as lj
 from lora_jax._compat import SUPPORTED, Jaxpr, JaxprEqn, compute_on, normal_parameters, parameters
-from lora_jax._transform import _interpreter
+from lora_jax._transform import interpreter as _interpreter
 
 PARAMS = {"w": normal(3, 4, 4)}
 

@@ -21,8 +21,7 @@ from helpers import bits, environment
 from jax.sharding import NamedSharding, PartitionSpec
 
 import lora_jax as lj
-from lora_jax import _checksums
-from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, StateSave, restore, save
+from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, StateSave, _checksums, restore, save
 
 BASE = {"kernel": np.ones((64, 32), np.float32)}
 

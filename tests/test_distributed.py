@@ -22,7 +22,7 @@ import pytest
 from distributed_process import mesh
 from helpers import environment
 
-from lora_jax._fingerprint import fingerprint
+from lora_jax.checkpoint._fingerprint import fingerprint
 
 SECONDS = 200  # after which a run hangs
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from zoo.model import framework
 
-from lora_jax._transform import _registry
+from lora_jax._transform import registry as _registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

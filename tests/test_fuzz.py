@@ -14,7 +14,7 @@ from fuzz_run import Count, ProgramError, assert_program, fuzzed
 from jax import lax
 from tqdm import tqdm
 
-from lora_jax._transform import _registry as registry
+from lora_jax._transform import registry as registry
 
 FAST, SLOW = 80, 500  # programs of a run
 RUNS = 44

@@ -21,7 +21,7 @@ from flax.core import FrozenDict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import lora_jax as lj
-from lora_jax import _merge
+from lora_jax._merge import merge as _merge
 
 LORA = lj.LoRA(rank=2, alpha=4)
 

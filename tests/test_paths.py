@@ -15,7 +15,7 @@ from flax.core import FrozenDict
 from hypothesis import given
 
 import lora_jax as lj
-from lora_jax._paths import flatten, matcher, matches_any, nearest, pattern_text, unflatten
+from lora_jax._core.paths import flatten, matcher, matches_any, nearest, pattern_text, unflatten
 
 W = np.ones((2, 3), np.float32)
 

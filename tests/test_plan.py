@@ -19,8 +19,9 @@ from law import Case, adapted, assert_close, assert_law, normal, total
 
 import lora_jax as lj
 from lora_jax import testing
-from lora_jax._transform import _forms, _plan
-from lora_jax._transform._plan import Asked, Costs, Form, Passes, plan
+from lora_jax._transform.contraction import costs as _plan
+from lora_jax._transform.contraction import forms as _forms
+from lora_jax._transform.contraction.costs import Asked, Costs, Form, Passes, plan
 
 FORMS = ["factored", "hybrid", "merged"]
 ALL_ASKED = [Asked(*some) for some in itertools.product([False, True], repeat=3)]

@@ -12,7 +12,7 @@ from jax import lax
 from law import adapted, normal
 
 import lora_jax as lj
-from lora_jax._contract import is_narrow, widest
+from lora_jax._core.contract import is_narrow, widest
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 IO, OUT = (((1,), (0,)), ((), ())), (((1,), (1,)), ((), ()))

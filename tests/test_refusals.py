@@ -20,7 +20,7 @@ from law import Case, adapted, assert_law, normal
 from zoo.model import framework
 
 import lora_jax as lj
-from lora_jax._transform import _registry
+from lora_jax._transform import registry as _registry
 from lora_jax.testing import shapes_made
 
 X = (3, 4)

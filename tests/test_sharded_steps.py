@@ -24,7 +24,7 @@ from law import adapted, assert_close, normal
 import lora_jax as lj
 from benchmarks import models
 from lora_jax import testing
-from lora_jax._collectives import Collective
+from lora_jax._report.collectives import Collective
 
 SIZE = models.Size(layers=2, width=32, heads=8, hidden=64, vocabulary=48, batch=8, length=8, rank=4)
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1, momentum=0.9))

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lora_jax import testing
-from lora_jax._collectives import collectives
+from lora_jax._report.collectives import collectives
 
 
 @functools.cache

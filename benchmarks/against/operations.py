@@ -17,7 +17,7 @@ if jax.__version_info__ < (0, 10):
     compat.ClosedJaxpr, compat.Jaxpr, compat.JaxprEqn = jax.core.ClosedJaxpr, jax.core.Jaxpr, jax.core.JaxprEqn
     sys.modules |= {"lora_jax": package, "lora_jax._compat": compat}
 
-count = importlib.import_module("lora_jax._operations").operations
+count = importlib.import_module("lora_jax._report.flops").operations
 
 
 def operations(fn: Any, *args: Any) -> int:

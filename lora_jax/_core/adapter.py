@@ -1,0 +1,76 @@
+"""What is trained: the arrays of one kernel's adapter, with its variant and the roles of the kernel's axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import flax.serialization
+import jax
+from jax.tree_util import GetAttrKey
+
+from .variant import Variant
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class Adapter:
+    """The trainable arrays of one kernel, and, static, all there is to know about them.
+
+    A pytree: optimisers, checkpoints, `jit`, `vmap` and shardings see the arrays alone, under their names.
+
+    >>> import jax.numpy as jnp
+    >>> from lora_jax import LoRA
+    >>> adapter = Adapter(LoRA(rank=2, alpha=4), "io", a=jnp.zeros((3, 2)), b=jnp.zeros((2, 5)))
+    >>> adapter.a.shape, adapter.variant.scale
+    ((3, 2), 2.0)
+
+    Attributes:
+      variant: the method and its choices, such as `LoRA(rank=8, alpha=16)`.
+      axes: the role of each of the kernel's axes, such as `"bio"`.
+      arrays: the arrays by name; each is also an attribute. For `LoRA`: `a`, `(batch…, in…, rank)`, and `b`,
+        `(batch…, rank, out…)`.
+    """
+
+    __slots__ = ("arrays", "axes", "variant")
+
+    def __init__(self, variant: Variant, axes: str, **arrays: Any) -> None:
+        self.variant = variant
+        self.axes = axes
+        self.arrays = dict(sorted(arrays.items()))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in Adapter.__slots__ or name not in self.arrays:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self.arrays[name]
+
+    def __repr__(self) -> str:
+        arrays = "".join(f", {name}={_summary(array)}" for name, array in self.arrays.items())
+        return f"Adapter({self.variant}, {self.axes!r}{arrays})"
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], Any]:
+        """Gives the arrays under their names, and the static rest."""
+        children = [(GetAttrKey(name), array) for name, array in self.arrays.items()]
+        return children, (self.variant, self.axes, tuple(self.arrays))
+
+    @classmethod
+    def tree_unflatten(cls, static: Any, children: Sequence[Any]) -> Self:
+        """Takes back whatever a tree map made of the arrays, unchecked."""
+        variant, axes, names = static
+        return cls(variant, axes, **dict(zip(names, children, strict=True)))
+
+
+# For `flax.serialization.to_bytes` and what builds on it: the arrays by name; variant and axes come from the target.
+flax.serialization.register_serialization_state(
+    Adapter,
+    lambda adapter: flax.serialization.to_state_dict(adapter.arrays),
+    lambda adapter, state: Adapter(
+        adapter.variant, adapter.axes, **flax.serialization.from_state_dict(adapter.arrays, state)
+    ),
+)
+
+Adapters = Mapping[str, Adapter]
+
+
+def _summary(array: Any) -> str:
+    shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
+    return repr(array) if shape is None or dtype is None else f"{dtype}{list(shape)}"

@@ -1,0 +1,1 @@
+"""Adapters and parameter trees turned into each other: merge, unmerge, extract, compress."""

@@ -1,0 +1,203 @@
+"""Counts the floating-point operations of a traced function, the bodies of loops times their length.
+
+The compiler's own count takes the body of a loop once, whatever its length, so that it says little about a scanned
+model. This one is read from the jaxpr, before the compiler has fused or dropped anything.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn
+
+Count = Callable[[JaxprEqn], int]
+
+
+def operations(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+    """Counts the floating-point operations that one evaluation of a jaxpr takes.
+
+    A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups (the zeros of padding and dilation included),
+    a reduction one for each input element, other arithmetic, `exp` and `tanh` too, one for each output element. What
+    moves, picks or casts values counts nothing, nor does arithmetic on integers other than a contraction.
+
+    The body of a `scan` counts `length` times, that of a `while` once, as its number of turns is not known; of a
+    `cond` the most expensive branch counts; a `shard_map` counts on all its devices. `jit`, `remat`, `custom_jvp`,
+    `custom_vjp` and whatever else holds a jaxpr counts as what it holds.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x, w = jnp.ones((2, 8)), jnp.ones((8, 8))
+    >>> operations(jax.make_jaxpr(lambda x: jnp.tanh(x @ w))(x))
+    272
+    >>> operations(jax.make_jaxpr(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=10))(x))
+    2560
+
+    Args:
+      jaxpr: from `jax.make_jaxpr`; closed or not.
+
+    Raises:
+      NotImplementedError: for a primitive whose operations its shapes do not tell: matrix decompositions, Fourier
+        transforms, hand-written kernels, callbacks.
+    """
+    return sum(_equation(eqn) for eqn in jaxpr.eqns)
+
+
+def bodies(eqn: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
+    """The jaxprs among the parameters of an equation: the body of a loop, the branches of a `cond`."""
+    for value in eqn.params.values():
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if isinstance(part, (Jaxpr, ClosedJaxpr)):
+                yield part
+
+
+def _equation(eqn: JaxprEqn) -> int:
+    name = eqn.primitive.name
+    if name in _UNKNOWN:
+        raise NotImplementedError(
+            f"Expected primitives whose operations can be told from their shapes; got `{name}`.\n"
+            "  Count the function without it."
+        )
+    if name in _MOVES:
+        return 0
+    if name in _COUNTS:
+        return _COUNTS[name](eqn)
+    inside = list(bodies(eqn))
+    return sum(map(operations, inside)) if inside else sum(_elements(var) for var in eqn.outvars)
+
+
+def _elements(var: Any) -> int:
+    """The number of elements of a variable or literal; none, if they are not floating-point numbers."""
+    dtype = getattr(var.aval, "dtype", None)  # a token has none
+    return math.prod(var.aval.shape) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else 0
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return tuple(var.aval.shape)
+
+
+def _scan(eqn: JaxprEqn) -> int:
+    length: int = eqn.params["length"]
+    return length * operations(eqn.params["jaxpr"])
+
+
+def _cond(eqn: JaxprEqn) -> int:
+    counts: Iterator[int] = map(operations, eqn.params["branches"])
+    return functools.reduce(jax.core.max_dim, counts)  # sizes may be symbolic
+
+
+def _shard_map(eqn: JaxprEqn) -> int:
+    axes = eqn.params["mesh"].shape
+    devices = math.prod(axes[name] for name in eqn.params["newly_manual_axes"])
+    return devices * operations(eqn.params["jaxpr"])
+
+
+def _linear_solve(eqn: JaxprEqn) -> int:
+    return operations(eqn.params["jaxprs"].solve)
+
+
+def _dot_general(eqn: JaxprEqn) -> int:
+    return _contraction(eqn, eqn.params["dimension_numbers"])
+
+
+def _ragged_dot_general(eqn: JaxprEqn) -> int:
+    # A row meets the kernel of its own group, so the axis of groups adds nothing.
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    return _contraction(eqn, numbers.dot_dimension_numbers, groups=numbers.rhs_group_dimensions)
+
+
+def _contraction(eqn: JaxprEqn, numbers: Any, groups: tuple[int, ...] = ()) -> int:
+    (_, rhs_summed), (_, rhs_batch) = numbers
+    lhs, rhs = map(_shape, eqn.invars[:2])
+    shared = {*rhs_summed, *rhs_batch, *groups}
+    return 2 * math.prod(lhs) * math.prod(size for axis, size in enumerate(rhs) if axis not in shared)
+
+
+def _convolution(eqn: JaxprEqn) -> int:
+    kernel = _shape(eqn.invars[1])
+    # The kernel's own shape has in/groups; of its axes only the output's is not summed.
+    axis = eqn.params["dimension_numbers"].rhs_spec[0]
+    return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // kernel[axis]
+
+
+def _reduction(eqn: JaxprEqn) -> int:
+    return sum(map(_elements, eqn.invars))
+
+
+def _general_reduction(eqn: JaxprEqn) -> int:
+    # The second half of the operands are the values to start from.
+    elements = math.prod(_shape(eqn.invars[0]))
+    return elements * operations(eqn.params["jaxpr"])
+
+
+def _window_reduction(eqn: JaxprEqn) -> int:
+    return _elements(eqn.outvars[0]) * math.prod(eqn.params["window_dimensions"])
+
+
+def _general_window_reduction(eqn: JaxprEqn) -> int:
+    positions = math.prod(_shape(eqn.outvars[0]))
+    return positions * math.prod(eqn.params["window_dimensions"]) * operations(eqn.params["jaxpr"])
+
+
+def _select_and_scatter_add(eqn: JaxprEqn) -> int:
+    # For each element of the cotangent: the search of its window, and the sum.
+    return _elements(eqn.invars[0]) * (math.prod(eqn.params["window_dimensions"]) + 1)
+
+
+def _scatter(eqn: JaxprEqn) -> int:
+    return _elements(eqn.invars[2])  # operand, indices, updates
+
+
+def _one_minus_square(eqn: JaxprEqn) -> int:
+    return 2 * _elements(eqn.outvars[0])
+
+
+def _polynomial(eqn: JaxprEqn) -> int:
+    # A product and a sum for each coefficient but the first.
+    return 2 * _elements(eqn.outvars[0]) * (len(eqn.invars) - 2)
+
+
+_REDUCTIONS = ("reduce_sum", "reduce_prod", "reduce_max", "reduce_min", "argmax", "argmin")
+_WINDOWS = ("reduce_window_sum", "reduce_window_max", "reduce_window_min")
+_SCATTERS = ("scatter-add", "scatter-sub", "scatter-mul", "scatter-max", "scatter-min")
+
+_COUNTS: dict[str, Count] = {
+    "scan": _scan,
+    "cond": _cond,
+    "shard_map": _shard_map,
+    "custom_linear_solve": _linear_solve,
+    "one_minus_square": _one_minus_square,
+    "polynomial": _polynomial,
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
+    "conv_general_dilated": _convolution,
+    "reduce": _general_reduction,
+    "reduce_window": _general_window_reduction,
+    "select_and_scatter_add": _select_and_scatter_add,
+    **dict.fromkeys(_REDUCTIONS, _reduction),
+    **dict.fromkeys(_WINDOWS, _window_reduction),
+    **dict.fromkeys(_SCATTERS, _scatter),
+}
+
+_MOVES = frozenset(
+    """
+    all_gather all_gather_invariant all_to_all bitcast_convert_type broadcast_in_dim broadcast_to complex
+    concatenate conj convert_element_type copy device_put dynamic_slice dynamic_update_slice empty empty2 freeze
+    gather get imag iota layout_constraint name new_ref optimization_barrier pad pbroadcast ppermute pvary
+    ragged_all_to_all real reduce_precision reshape reshard rev scatter select_and_gather_add select_n
+    sharding_constraint slice sort split squeeze stack stop_gradient swap tie tile top_k transpose unstack
+    with_memory_space_constraint zeros_like
+    """.split()
+)
+
+_UNKNOWN = frozenset(
+    """
+    approx_top_k cholesky cholesky_update eig eigh ffi_call fft geqp3 geqrf hessenberg householder_product
+    io_callback lu ormqr pallas_call pure_callback qr random_gamma scaled_dot schur svd symmetric_product
+    triangular_solve tridiagonal tridiagonal_solve
+    """.split()
+)

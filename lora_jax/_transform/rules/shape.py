@@ -1,0 +1,217 @@
+"""Operations that change a kernel's axes or type, and move the factors along: nothing is consumed, nothing formed.
+
+Each rule says what happens to one factor, given which of the kernel's axes the factor's axes are before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.ad_checkpoint import checkpoint_name
+
+from ..._compat import primitives
+from ..._core.axes import RANK, join
+from ..._core.contract import is_narrow
+from ..._core.kernel import AdaptedKernel
+from ..._core.placement import along
+from ..contraction.forms import Sum
+from ..interpreter import NoRule, Site, Value
+from ..registry import rule
+
+Axes = tuple[int, ...]
+
+
+@rule(primitives.transpose_p, "moved")
+def _transpose(site: Site, kernel: AdaptedKernel, *, permutation: Axes) -> AdaptedKernel:
+    """The factors are transposed."""
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        return lax.transpose(factor, [before.index(axis if axis == RANK else permutation[axis]) for axis in after])
+
+    return kernel.moved(lax.transpose(kernel.w, permutation), [kernel.roles[axis] for axis in permutation], move)
+
+
+def _moved(sharding: Any, axes: Axes) -> Any:
+    """The sharding of a factor that has some of the axes of a kernel, if one is asked for."""
+    return None if sharding is None else sharding.update(spec=along(axes, sharding.spec))
+
+
+@rule(primitives.broadcast_in_dim_p, "moved")
+def _broadcast_in_dim(
+    site: Site, kernel: Value, *dynamic_shape: Any, shape: Axes, broadcast_dimensions: Axes, sharding: Any
+) -> AdaptedKernel:
+    """A new axis is one more output, along which `b` repeats."""
+    if dynamic_shape:
+        raise NoRule("a shape known only at run time")
+    del site
+    # A new axis is one more output, along which b repeats; in a probe it comes from no axis of the leaf.
+    roles = ["" if kernel.is_probe else "o"] * len(shape)
+    for axis, role in zip(broadcast_dimensions, kernel.roles, strict=True):
+        roles[axis] = role
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        rank = factor.shape[before.index(RANK)]
+        sizes = [rank if axis == RANK else shape[axis] for axis in after]
+        places = [after.index(axis if axis == RANK else broadcast_dimensions[axis]) for axis in before]
+        return lax.broadcast_in_dim(factor, sizes, places, out_sharding=_moved(sharding, after))
+
+    return kernel.moved(lax.broadcast_in_dim(kernel.w, shape, broadcast_dimensions, out_sharding=sharding), roles, move)
+
+
+@rule(primitives.reshape_p, "moved")
+def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any) -> Value:
+    """Axes of one role are split or merged, those of size 1 with any; a merge of inputs with outputs is refused."""
+    if dynamic_shape:
+        raise NoRule("a shape known only at run time")
+    if dimensions is not None:  # the order in which the axes are read
+        kernel = _transpose(site, kernel, permutation=dimensions)
+    roles = _roles_after(kernel, new_sizes)
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        rank = factor.shape[before.index(RANK)]
+        its_sizes = [rank if axis == RANK else new_sizes[axis] for axis in after]
+        return lax.reshape(factor, its_sizes, out_sharding=_moved(sharding, after))
+
+    return site.left(kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
+
+
+def _roles_after(kernel: AdaptedKernel, new_sizes: Axes) -> list[str]:
+    """The roles of a kernel's axes after a reshape. One of size 1 holds nothing, and has no role in what it joins."""
+    shape = kernel.w.shape
+    roles = [""] * len(new_sizes)
+    place = 0  # of the last axis so far
+    for old, new in _blocks(shape, new_sizes):
+        wide = [axis for axis in old if shape[axis] != 1]
+        role = join([kernel.roles[axis] for axis in wide or old[:1]])
+        if not kernel.is_probe and len(role) > 1:
+            raise NoRule(f"a reshape from {shape} to {new_sizes} merges axes with the roles {role!r}")
+        for place in new:
+            roles[place] = role if not wide or new_sizes[place] != 1 else ""
+        if kernel.is_probe and not new and roles:  # gone into what is before it
+            roles[place] = join([roles[place], role])
+    if kernel.is_probe:
+        return roles
+    # A kernel stays one if an axis is left for its inputs and one for its outputs.
+    lost = [role for role in "io" if role in kernel.roles and role not in roles]
+    return [role or (lost.pop() if lost else "o") for role in roles]
+
+
+def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Pairs the smallest runs of axes of two shapes of one size that span the same elements.
+
+    >>> _blocks((8, 4, 16), (8, 64)), _blocks((6, 4), (2, 3, 4))
+    ([([0], [0]), ([1, 2], [1])], [([0], [0, 1]), ([1], [2])])
+    """
+    blocks, i, j = [], 0, 0
+    while i < len(old) or j < len(new):
+        ends = itertools.product(range(min(i + 1, len(old)), len(old) + 1), range(min(j + 1, len(new)), len(new) + 1))
+        # Symbolic sizes are known to be equal, or they are not; which of two is larger is often unknown.
+        equal = [(k, m) for k, m in ends if math.prod(old[i:k]) == math.prod(new[j:m])]
+        k, m = min(equal, key=sum, default=(len(old), len(new)))
+        blocks.append(([*range(i, k)], [*range(j, m)]))
+        i, j = k, m
+    return blocks
+
+
+@rule(primitives.rev_p, "moved")
+def _rev(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKernel:
+    """The factors are reversed."""
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        return lax.rev(factor, [before.index(axis) for axis in dimensions if axis in before])
+
+    return kernel.moved(lax.rev(kernel.w, dimensions), kernel.roles, move)
+
+
+@rule(primitives.pad_p, "moved")
+def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tuple[int, int, int]]) -> AdaptedKernel:
+    """The factors are padded with zeros; any other padding is refused."""
+    if not isinstance(kernel, AdaptedKernel):
+        raise NoRule("the kernel is what is padded with")
+    if kernel.gain is not None and (isinstance(value, Array) or value != 0):
+        raise NoRule("a kernel that has a gain is padded with something else than 0")
+    value = site.dense(value, "the kernel is what is padded with")
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del after
+        config = [(0, 0, 0) if axis == RANK else padding_config[axis] for axis in before]
+        return lax.pad(
+            factor, jnp.zeros((), factor.dtype), config
+        )  # whatever the base is padded with, nothing is added
+
+    return kernel.moved(lax.pad(kernel.w, value, padding_config), kernel.roles, move)
+
+
+@rule(primitives.convert_element_type_p, "moved")
+def _convert_element_type(
+    site: Site, kernel: AdaptedKernel | Sum, *, new_dtype: Any, weak_type: bool, sharding: Any
+) -> AdaptedKernel | Sum:
+    """The factors keep their own dtype until they are used; a cast to whole numbers is refused."""
+    del site, weak_type  # what the model makes of the kernel next has a strong type either way
+    if isinstance(kernel, Sum):
+        if sharding is not None or is_narrow(new_dtype) or not jnp.issubdtype(new_dtype, jnp.floating):
+            raise NoRule("a cast of a sum")  # which is added first
+        return kernel.cast(new_dtype)
+    if not jnp.issubdtype(new_dtype, jnp.floating):
+        raise NoRule(f"a cast to {jnp.dtype(new_dtype).name}")
+    if sharding is not None:
+        raise NoRule("a cast that also changes the sharding")
+    # The factors keep their own dtype until they are consumed: a base in bfloat16 takes nothing from them.
+    return dataclasses.replace(kernel, w=kernel.w.astype(new_dtype))
+
+
+@rule(primitives.reduce_precision_p, "moved")
+def _reduce_precision(site: Site, kernel: AdaptedKernel, *, exponent_bits: int, mantissa_bits: int) -> AdaptedKernel:
+    """The factors keep their precision."""
+    del site  # like a cast: the factors keep their precision
+    return dataclasses.replace(kernel, w=lax.reduce_precision(kernel.w, exponent_bits, mantissa_bits))
+
+
+@rule("optimization_barrier", "moved")
+def _optimization_barrier(site: Site, *operands: Value) -> list[Value]:
+    """All arrays pass the barrier together."""
+    del site
+    return list(lax.optimization_barrier(operands))
+
+
+@rule(primitives.copy_p, "moved")
+def _copy(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    """The base is copied."""
+    del site
+    return dataclasses.replace(kernel, w=jnp.copy(kernel.w))
+
+
+@rule(primitives.name_p, "moved")
+def _name(site: Site, kernel: AdaptedKernel, *, name: str) -> AdaptedKernel:
+    """The name goes to the base, for `remat` policies."""
+    del site
+    return dataclasses.replace(kernel, w=checkpoint_name(kernel.w, name))
+
+
+@rule(primitives.stop_gradient_p, "moved")
+def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+    """The factors get no gradient either."""
+    del site
+
+    def move(factor: Array, before: Axes, after: Axes) -> Array:
+        del before, after
+        return lax.stop_gradient(factor)
+
+    return kernel.moved(lax.stop_gradient(kernel.w), kernel.roles, move)
+
+
+@rule("pvary", "moved")
+def _pvary(site: Site, kernel: AdaptedKernel, *, axes: Sequence[str]) -> AdaptedKernel:
+    """The base varies over the mesh; the factors follow where they meet what varies."""
+    del site
+    # What shard_map puts before a replicated kernel. The factors follow by themselves, where they meet what varies.
+    return dataclasses.replace(kernel, w=lax.pcast(kernel.w, tuple(axes), to="varying"))

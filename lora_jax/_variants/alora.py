@@ -1,0 +1,88 @@
+"""aLoRA: Activated LoRA (Greenewald et al. 2025, arXiv:2504.12397)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+from .._core.adapter import Adapters
+from .._core.numbers import integers
+from .._core.variant import LowRank
+from .._errors import AdapterError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class ALoRA(LowRank):
+    """LoRA that acts from an invocation on: tokens before it are the base's (Greenewald et al. 2025, arXiv:2504.12397).
+
+        y = x·W0 + [the token is active]·s·(x·A)·B
+
+    To the tokens before the invocation exactly zero is added: what a cache keeps of them is what the base itself would
+    keep there, so one cache serves the base and every such adapter. The adapted function is told which are active:
+    `adapted(params, adapter, ids, active_tokens=lora_jax.active_tokens(adapter, ids))`. It cannot be merged.
+
+    >>> ALoRA(rank=32, alpha=32, invocation=[529, 29989])
+    ALoRA(rank=32, alpha=32, invocation=(529, 29989))
+
+    Attributes:
+      rank: r, in [1, min(in, out)].
+      alpha: α; the update is multiplied by α/r.
+      clip_rank: as in `LoRA`.
+      dropout: as in `LoRA`.
+      invocation: the ids of the tokens that invoke the adapter, at least one.
+      axes: as in `LoRA`.
+    """
+
+    invocation: tuple[int, ...]
+    adds: ClassVar[bool] = False
+    some_tokens: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set(invocation=integers("invocation", self.invocation))  # a list could not be hashed
+
+    @property
+    def scale(self) -> float:
+        """α/r."""
+        return self.alpha / self.rank
+
+
+def active_tokens(adapter: Adapters, ids: Array) -> Array:
+    """Which tokens stand at or behind the last occurrence of the adapter's invocation.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jnp.ones((4, 3))}
+    >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.ALoRA(rank=2, alpha=4, invocation=(7, 8))})
+    >>> lj.active_tokens(adapter, jnp.array([[1, 7, 8, 5], [7, 8, 7, 8], [7, 1, 8, 7]])).astype(int)
+    Array([[0, 1, 1, 1],
+           [0, 0, 1, 1],
+           [0, 0, 0, 0]], dtype=int32)
+
+    Args:
+      adapter: with leaves of `ALoRA`, which have one invocation in common.
+      ids: `(…, tokens)`. Works under `jit`.
+
+    Returns:
+      Booleans of the shape of `ids`. The invocation's own tokens are active; where it does not occur, none is.
+
+    Raises:
+      AdapterError: if there is no leaf of `ALoRA`, or if they have different invocations.
+    """
+    found = sorted({part.variant.invocation for part in adapter.values() if isinstance(part.variant, ALoRA)})
+    if len(found) != 1:
+        raise AdapterError(
+            f"Expected an adapter with leaves of ALoRA and one invocation; got {found or 'none'}.\n"
+            "  Where there are several, say by hand which tokens are active: a boolean for each token."
+        )
+    (invocation,) = found
+    length, tokens = len(invocation), ids.shape[-1]
+    if length > tokens:
+        return jnp.zeros(ids.shape, bool)
+    starts = jnp.arange(tokens - length + 1)
+    windows = ids[..., starts[:, None] + jnp.arange(length)]
+    occurs = (windows == jnp.array(invocation)).all(-1)
+    last = jnp.max(jnp.where(occurs, starts, -1), axis=-1)
+    return (jnp.arange(tokens) >= last[..., None]) & occurs.any(-1)[..., None]

@@ -1,0 +1,119 @@
+"""AdaLoRA's training as one optax transformation, of static shapes throughout."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from .._core.adapter import Adapter
+from .._core.linalg import cut_as
+from .._errors import AdapterError, SpecError
+from ._importance import Importance, keep, measure, scores, unmeasured, with_e
+from ._leaves import adaptive
+from ._schedule import budget, check_schedule
+
+
+class AdaLoRAState(NamedTuple):
+    """The state of `ada_lora`.
+
+    Attributes:
+      step: how many updates there were.
+      importance: of AdaLoRA's leaves.
+      kept: `{path: (batch…, rank)}`, the directions that the last allocation has left.
+      inner: the state of the optimiser.
+    """
+
+    step: Array
+    importance: Importance
+    kept: dict[str, Array]
+    inner: optax.OptState
+
+
+def ada_lora(
+    tx: optax.GradientTransformation,
+    *,
+    end: int,
+    warmup: int,
+    settle: int,
+    total: int,
+    interval: int = 1,
+    beta1: float = 0.85,
+    beta2: float = 0.85,
+) -> optax.GradientTransformationExtraArgs:
+    """Trains AdaLoRA's leaves and takes directions away as the budget falls (Zhang et al. 2023, arXiv:2303.10512).
+
+    Every update takes its gradient into the importance. After `warmup` updates, at each that `interval` divides, and at
+    the last before settling, the directions of the highest scores are kept, as many as the budget says, and `e` is
+    exactly zero in the others after the update; until the next allocation they may come back. From then on those that
+    are left are trained, and the others stay at zero. All other leaves are trained by `tx` as they are.
+
+    Stands around all else that changes updates, rates included: what comes behind it would bring back what is gone.
+    Shapes and structure never change, so that a step is compiled once, and may be the body of a scan.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> adapter = lj.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, {"kernel": lj.AdaLoRA(rank=3, alpha=3)})
+    >>> tx = ada_lora(optax.adam(0.1), end=1, warmup=0, settle=0, total=1)
+    >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, adapter), tx.init(adapter), adapter)
+    >>> int(jnp.count_nonzero(optax.apply_updates(adapter, updates)["kernel"].e)), int(state.step)
+    (1, 1)
+
+    Args:
+      tx: any optax optimiser, such as `optax.adamw(1e-3)`.
+      end: how many directions are left at the end, over all kernels and layers; at the start there are their ranks.
+      warmup: t_i, for how many updates all are trained.
+      settle: t_f, for how many updates at the end those that are left are trained on.
+      total: T, how many updates there are.
+      interval: ΔT, updates between two allocations.
+      beta1: β₁, which smooths the sensitivity.
+      beta2: β₂, which smooths the uncertainty.
+
+    Returns:
+      A transformation of an adapter's gradients; `update` needs the adapter as `params`. Its state is an
+      `AdaLoRAState`.
+
+    Raises:
+      SpecError: for an interval below 1 or betas not in [0, 1); from `init`, for what `budget` refuses.
+      AdapterError: from `init` and `update`, if no leaf is AdaLoRA's; from `update`, if `params` are missing.
+    """
+    if interval < 1 or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise SpecError(
+            f"Expected an interval of at least 1, and betas in [0, 1); got interval={interval}, beta1={beta1}, "
+            f"beta2={beta2}."
+        )
+    inner, last = optax.with_extra_args_support(tx), total - settle
+    schedule = {"end": end, "warmup": warmup, "settle": settle, "total": total}
+
+    def init(adapter: Any) -> AdaLoRAState:
+        parts = adaptive(adapter)
+        check_schedule(start=_directions(parts), **schedule)
+        kept = {path: jnp.ones(part.e.shape, bool) for path, part in parts.items()}
+        return AdaLoRAState(jnp.zeros((), jnp.int32), unmeasured(adapter), kept, inner.init(adapter))
+
+    def update(gradient: Any, state: AdaLoRAState, params: Any = None, **extra_args: Any) -> tuple[Any, AdaLoRAState]:
+        if params is None:
+            raise AdapterError("Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter).")
+        parts, step = adaptive(params), state.step + 1
+        importance = measure(state.importance, gradient, params, beta1=beta1, beta2=beta2)
+        chosen = keep(scores(importance), budget(step, start=_directions(parts), **schedule))
+        allocates = (step <= last) & ((step % interval == 0) | (step == last))  # until `warmup` there is room for all
+        kept = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), chosen, state.kept)
+        updates, inner_state = inner.update(gradient, state.inner, params, **extra_args)
+        free = ~(allocates | (step > last))
+        pruned = {path: _pruned(updates[path], part, kept[path] | free) for path, part in parts.items()}
+        return dict(updates) | pruned, AdaLoRAState(step, importance, kept, inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _directions(parts: dict[str, Adapter]) -> int:
+    return sum(part.e.size for part in parts.values())
+
+
+def _pruned(update: Adapter, part: Adapter, kept: Array) -> Adapter:
+    """The update after which `e` is zero in the directions that are not kept."""
+    e = part.e
+    return with_e(update, jnp.where(cut_as(kept, e), update.e.astype(e.dtype), -e))

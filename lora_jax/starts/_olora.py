@@ -1,0 +1,48 @@
+"""OLoRA: Orthonormal Low-Rank Adaptation of Large Language Models (Büyükakyüz 2024, arXiv:2406.01775)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from .._core.adapter import Adapters
+from ._leaf import Leaf, Start, start
+
+
+def olora(adapter: Adapters, params: Any) -> Start:
+    """Takes the factors from a QR decomposition of the kernel, and leaves the rest in the base.
+
+        W0ᵀ = Q·R,   B = Q_rᵀ,   A = R_rᵀ,   W = W0 - s·A·B
+
+    (Büyükakyüz 2024, arXiv:2406.01775; the transposes of the paper's, as Flax computes `x @ W`). The rows of `B` are
+    orthonormal. Nothing is divided by s, as in the paper and in PEFT. The model computes what it did.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> from lora_jax import starts
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (4, 3))}
+    >>> adapter = lj.init(jax.random.key(1), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> adapter, residual = starts.olora(adapter, params)
+    >>> jnp.abs(jnp.round(adapter["kernel"].b @ adapter["kernel"].b.T, 4))
+    Array([[1., 0.],
+           [0., 1.]], dtype=float32)
+
+    Args:
+      adapter: from `init`; its factors are replaced.
+      params: the parameter tree that it was made for. Not changed.
+
+    Returns:
+      The adapter, and the base without it, rounded as `pissa` says.
+
+    Raises:
+      AdapterError: if the adapter does not fit `params`.
+    """
+
+    def method(leaf: Leaf) -> tuple[Array, Array]:
+        w = leaf.matrices
+        # The first r columns of Q are those of the first r columns of W0ᵀ, and A = W0·Q_r.
+        q = jnp.linalg.qr(w[:, : leaf.variant.rank].mT)[0]
+        return w @ q, q.mT
+
+    return start(adapter, params, method, moves=True)
