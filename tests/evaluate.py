@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.lax import GatherScatterMode
 
@@ -20,6 +21,40 @@ Arrays = list[Any]
 def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> Arrays:
     """The results of a jaxpr for NumPy arrays."""
     return _run(closed.jaxpr, [np.asarray(const) for const in closed.consts], args)
+
+
+def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, evaluated on NumPy arrays where NumPy has all that it takes, and else compiled as a whole."""
+
+    def run(*args: Any) -> Any:
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
+        if not _is_numpys(closed.jaxpr):
+            return jax.jit(function)(*args)
+        results = evaluate(closed, [np.asarray(leaf) for leaf in jax.tree.leaves(args)])
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    return run
+
+
+def _is_numpys(jaxpr: Jaxpr) -> bool:
+    """Whether every array is of a dtype that NumPy computes in as JAX does, and every inner jaxpr in a known call."""
+    for eqn in jaxpr.eqns:
+        inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+        if inner and eqn.primitive.name not in _CALLS:
+            return False
+        atoms = (*eqn.invars, *eqn.outvars)
+        if not all(getattr(atom.aval, "dtype", None) in _DTYPES for atom in atoms):
+            return False
+        if not all(_is_numpys(getattr(x, "jaxpr", x)) for x in inner):
+            return False
+    return True
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return isinstance(x, ClosedJaxpr | Jaxpr)
+
+
+_DTYPES = {np.dtype(name) for name in ("float32", "float64", "int32", "int64", "uint32", "uint8", "int8", "bool")}
 
 
 def _run(jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> Arrays:

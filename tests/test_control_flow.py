@@ -1056,8 +1056,10 @@ def test_a_loop_that_is_kept_still_refuses_at_its_own_line() -> None:
         assert_law(one.apply, one.params, one.adapter, *one.arrays, formed=["w"])
 
 
-@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-@pytest.mark.parametrize("name", ["stack", "jit", "loop", "cond", "grad"])
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [("stack", False), ("stack", True), ("jit", False), ("loop", False), ("cond", True), ("grad", True)],
+)
 def test_no_tracer_leaks(name: str, jit: bool) -> None:
     case = {
         "stack": STACK,

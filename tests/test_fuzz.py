@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from lora_jax._transform import registry as registry
 
-FAST, SLOW = 80, 500  # programs of a run
+FAST, SLOW = 50, 500  # programs of a run
 RUNS = 44
 WANTED = 20_000
 # The rules that no program reaches; other tests do.

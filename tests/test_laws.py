@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits, dense, trained
-from transforms import TRANSFORMS, call, law
+from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits, trained
+from transforms import call, law, under
 from zoo import ZOO, Model
 
 import lora_jax as lj
@@ -26,8 +26,8 @@ def make(name: str, dtype: str) -> tuple[Model, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ZOO)
-def test_at_the_start_the_model_is_what_it_was(name: str, dtype: str) -> None:
+@pytest.mark.parametrize("name", ["transformer", "lstm", "conv_net", "tied_embedding", "experts", "plain_function"])
+def test_at_the_start_the_model_is_what_it_was_in_a_program_of_its_own(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     # Without this option XLA may round a bfloat16 sum later in one program than in the other.
     jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
@@ -46,30 +46,19 @@ def test_evaluated_operation_by_operation_it_is_what_it_was_bit_for_bit(name: st
     assert bits(got) == bits(base)
 
 
-@functools.cache
-def both(name: str, dtype: str) -> tuple[Any, Any]:
-    """Gradient and result, adapted and merged, from the program that has run with the adapter's start before."""
-    model, adapter = make(name, dtype)
-    return law(model, adapter, trained(jax.random.key(0), adapter, size=0.1 if dtype == "bfloat16" else 0.3))[1]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ZOO)
 def test_the_adapted_model_and_its_gradients_are_those_of_merged_kernels(name: str, dtype: str) -> None:
-    (gradient, out), (expected_gradient, expected) = both(name, dtype)
+    model, adapter = make(name, dtype)
+    lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
+    drawn = trained(jax.random.key(0), adapter, size=0.1 if dtype == "bfloat16" else 0.3)
+    start, ((gradient, out), (expected_gradient, expected)) = law(model, adapter, drawn)
+    assert_close(start[0][1], start[1][1], FORWARD, dtype=dtype)  # the merged kernels are those of the base
     assert_close(out, expected, FORWARD, dtype=dtype)
     assert_close(gradient, expected_gradient, GRADIENT, dtype=dtype)
-    model, adapter = make(name, dtype)
-    chex.assert_trees_all_equal_dtypes(lj.merge(model.params, adapter), model.params)
-
-
-@pytest.mark.parametrize("name", ZOO)
-def test_every_leaf_of_the_adapter_is_used_and_gets_a_gradient(name: str) -> None:
-    model, adapter = make(name, "float32")
-    lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
-    (gradient, _), _ = both(name, "float32")
     for path, part in gradient.items():
         assert all(float(np.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(part)), path
+    chex.assert_trees_all_equal_dtypes(jax.eval_shape(lj.merge, model.params, adapter), model.params)
 
 
 # What a transform sees is what `lora` makes of a model, so a few models that make different things do.
@@ -83,10 +72,7 @@ UNDER = {
 }
 
 
-@pytest.mark.parametrize(("transform", "name"), [(under, name) for under, names in UNDER.items() for name in names])
+@pytest.mark.parametrize(("transform", "name"), [(its, name) for its, names in UNDER.items() for name in names])
 def test_under_a_transform_of_jax_it_is_still_the_merged_model(transform: str, name: str, key: jax.Array) -> None:
     model, adapter = make(name, "float32")
-    under, table = TRANSFORMS[transform]
-    adapter, batch = trained(key, adapter), model.args[0]
-    got = under(call(lj.lora(model.apply), model), adapter, batch)
-    assert_close(got, under(call(dense(model.apply), model), adapter, batch), table)
+    assert_close(*under(transform, model, trained(key, adapter)))

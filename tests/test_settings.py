@@ -201,4 +201,4 @@ def test_models_obey_the_law(name: str) -> None:
     zoo_model = ZOO[name](jax.random.key(0), jnp.float32)
     kernels = lj.kernels(zoo_model.apply, zoo_model.params, *zoo_model.args)
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), zoo_model.params, zoo_model.spec, kernels=kernels))
-    assert_law(zoo_model.apply, zoo_model.params, adapter, *zoo_model.args)
+    assert_law(zoo_model.apply, zoo_model.params, adapter, *zoo_model.args, compiled=True)

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_close as assert_tree_close
-from helpers import bits, dense, trained
+from helpers import bits, trained
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import assert_close, assert_law, normal, total
-from transforms import TRANSFORMS, call
+from transforms import under
 from uses import USES
 from zoo import ZOO
 
@@ -77,9 +77,7 @@ def test_a_model_in_a_scan_is_that_of_merged_kernels(variant: str, transform: st
     adapter = lj.init(key, model.params, {"**/kernel": VARIANTS[variant]()}, kernels=kernels)
     # Where they started, moved a little: a magnitude that is noise alone would be divided by.
     adapter = jax.tree.map(lambda leaf, noise: leaf + noise, adapter, trained(key, adapter, size=0.2))
-    under, table = TRANSFORMS[transform]
-    got = under(call(lj.lora(model.apply), model), adapter, model.args[0])
-    assert_tree_close(got, under(call(dense(model.apply), model), adapter, model.args[0]), table)
+    assert_tree_close(*under(transform, model, adapter))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -143,9 +141,8 @@ FIELDS = [(name, field) for name, fields in MADE.items() for field in fields]
 
 
 def test_every_field_of_every_variant_is_among_them() -> None:
-    classes = [its for its in vars(_variants).values() if isinstance(its, type) and issubclass(its, _variants.Variant)]
-    concrete = {its.__name__: its for its in classes if its not in (_variants.Variant, _variants.LowRank)}
-    assert {name: {field.name for field in dataclasses.fields(its)} - {"axes"} for name, its in concrete.items()} == {
+    classes = {name: its for name, its in vars(_variants).items() if isinstance(its, type)}
+    assert {name: {field.name for field in dataclasses.fields(its)} - {"axes"} for name, its in classes.items()} == {
         name: set(fields) for name, fields in MADE.items()
     }
 

@@ -6,6 +6,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+from evaluate import without_compiling
 from helpers import FORWARD, GRADIENT, dense
 from law import total
 from zoo.model import Model
@@ -47,14 +48,33 @@ def gradient(run: Call) -> Call:
     return jax.grad(loss(run), has_aux=True)
 
 
-def law(model: Model, *adapters: Any) -> list[tuple[Any, Any]]:
+def law(model: Model, *adapters: Any, compiled: bool = True) -> list[tuple[Any, Any]]:
     """For each adapter gradient and result with adapted kernels, and with merged ones; all run one program."""
-    chex.clear_trace_counter()
-    adapted = chex.assert_max_traces(call(lj.lora(model.apply), model), n=1)
+    adapted = call(lj.lora(model.apply), model)
+    if compiled:
+        chex.clear_trace_counter()
+        adapted = chex.assert_max_traces(adapted, n=1)
     merged = call(dense(model.apply), model)
+
     # Both in one, as compiling is what takes the time.
-    both = jax.jit(lambda adapter, batch: (gradient(adapted)(adapter, batch), gradient(merged)(adapter, batch)))
-    return [both(adapter, model.args[0]) for adapter in adapters]
+    def both(adapter: Any, batch: jax.Array) -> Any:
+        return gradient(adapted)(adapter, batch), gradient(merged)(adapter, batch)
+
+    run = jax.jit(both) if compiled else without_compiling(both)
+    return [run(adapter, model.args[0]) for adapter in adapters]
+
+
+def under(transform: str, model: Model, adapter: Any) -> tuple[Any, Any, dict[str, float]]:
+    """Results of a transformed model with adapted kernels and with merged ones, and their tolerances."""
+    function, table = TRANSFORMS[transform]
+    runs = call(lj.lora(model.apply), model), call(dense(model.apply), model)
+
+    def both(adapter: Any, batch: jax.Array) -> Any:
+        return [function(run, adapter, batch) for run in runs]
+
+    eager = transform in ("eager", "pmap")
+    got, expected = (both if eager else without_compiling(both))(adapter, model.args[0])
+    return got, expected, table
 
 
 def two(adapter: Any) -> Any:
