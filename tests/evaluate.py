@@ -40,7 +40,9 @@ def _is_numpys(jaxpr: Jaxpr) -> bool:
     """Whether every array is of a dtype that NumPy computes in as JAX does, and every inner jaxpr in a known call."""
     for eqn in jaxpr.eqns:
         inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)]
-        if inner and eqn.primitive.name not in _CALLS:
+        if eqn.primitive.name in _NUMPY:
+            inner = []  # of a scatter, how it adds
+        elif inner and eqn.primitive.name not in _CALLS:
             return False
         atoms = (*eqn.invars, *eqn.outvars)
         if not all(getattr(atom.aval, "dtype", None) in _DTYPES for atom in atoms):
