@@ -18,7 +18,7 @@ from .axes import RANK
 def along(axes: Iterable[int], spec: Iterable[Any]) -> PartitionSpec:
     """The spec of a factor whose axes are those of a kernel, by number.
 
-    >>> from lora_jax._axes import axes_of_a, axes_of_b
+    >>> from lora_jax._core.axes import axes_of_a, axes_of_b
     >>> kernel = PartitionSpec("layers", "fsdp", ("model", "data"))
     >>> along(axes_of_a("bio"), kernel), along(axes_of_b("bio"), kernel)
     (P('layers', 'fsdp', None), P('layers', None, ('model', 'data')))

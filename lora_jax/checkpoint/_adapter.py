@@ -148,6 +148,7 @@ class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     """Saves an adapter as one item of a `CheckpointManager`, beside optimiser state, step and key.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj, optax, orbax.checkpoint as ocp
+    >>> from lora_jax.checkpoint import StateRestore, StateSave
     >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
     >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
     >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": 7, "key": jax.random.key(1)}
