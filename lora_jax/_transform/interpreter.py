@@ -80,13 +80,9 @@ class Site:
         return cls(dataclasses.replace(settings, live=live and settings.live), eqn, evidence)
 
     def in_turn(self, length: int) -> Site:
-        """The same equation in each of the turns of its loop, which keeps for each of them what the gradient needs."""
-        settings = dataclasses.replace(self.settings, times=length * self.settings.times, remat=False)
+        """The same equation in each iteration of its loop."""
+        settings = dataclasses.replace(self.settings, times=length * self.settings.times)
         return dataclasses.replace(self, settings=settings)
-
-    def in_remat(self, remat: bool) -> Site:
-        """The same equation, where all that is made inside is made again in the backward pass, or not all."""
-        return dataclasses.replace(self, settings=dataclasses.replace(self.settings, remat=remat))
 
     def interpret(self, jaxpr: ClosedJaxpr, operands: Sequence[Value]) -> list[Value]:
         """Interprets a function inside this equation."""
@@ -120,8 +116,8 @@ class Site:
             raise NoRule(reason)
         form = in_training(kernel, contraction, self.settings.form)
         gain = 0 if kernel.gain is None else contraction.costs.y
-        self.used(kernel, form.kind, roles=roles, operations=added(form, contraction.costs) + gain)
-        return contract(kernel, x, contraction, self.settings.form, again=not self.settings.remat)
+        self.used(kernel, form.value, roles=roles, operations=added(form, contraction.costs) + gain)
+        return contract(kernel, x, contraction, self.settings.form)
 
     def observe(
         self, kernel: AdaptedKernel, x: Array, base: Operation, thin: Operation, *others: Array, roles: Sequence[str]

@@ -26,7 +26,6 @@ class Settings:
       form: of all contractions; None for the cheapest of each.
       log: of uses, if one is kept.
       times: how often it runs in one call.
-      remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
       statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
       refusals: a list, if kernels that have no low-rank form are to be noted there and the rest of the program gone
         through; None if the first of them ends it.
@@ -42,7 +41,6 @@ class Settings:
     form: Form | None = None
     log: list[Use] | None = None
     times: int = 1
-    remat: bool = False
     statistic: Statistic | None = None
     refusals: list[Refusal] | None = None
     kept: weakref.ref[Kept] | None = dataclasses.field(default=None, compare=False, repr=False)

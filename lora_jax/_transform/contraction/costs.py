@@ -1,10 +1,9 @@
-"""Which form a contraction takes, by the operations of each: a pure function of counts.
+"""Which form a contraction takes, by the FLOPs of each: a pure function of counts.
 
-Three forms give one result. *Factored* is `x·W0 + ((x·A)·s)·B`, and forms nothing of a kernel's size. *Merged* is
-`x·(W0 + s·A·B)`. *Hybrid* is merged in the forward pass and for the gradient of x, factored for those of A and B. What
-merged and hybrid form is kept for the backward pass, or formed again there.
+Three forms give one result. *Factored* is `x·W0 + ((x·A)·s)·B`, and materializes nothing of a kernel's size. *Merged* is
+`x·(W0 + s·A·B)`. *Hybrid* is merged in the forward pass and for the gradient of x, factored for those of A and B.
 
-The factored form is the cheapest for a transformer at the usual ranks; the others are for a rank that is wide against
+The factored form is the cheapest for a transformer at the usual ranks; the others are for a rank that is large against
 the kernel, or for a kernel that is small against the activations, as in a convolution.
 """
 
@@ -24,15 +23,8 @@ class Form(enum.Enum):
     """How a contraction with an adapted kernel is evaluated, in the order of the memory that it takes."""
 
     FACTORED = "factored"
-    HYBRID_AGAIN = "hybrid, formed again"
-    MERGED_AGAIN = "merged, formed again"
     HYBRID = "hybrid"
     MERGED = "merged"
-
-    @property
-    def kind(self) -> str:
-        """Its name, whatever is done in the backward pass."""
-        return self.value.split(",")[0]
 
 
 FormName = Literal["factored", "hybrid", "merged"]
@@ -40,7 +32,7 @@ FormName = Literal["factored", "hybrid", "merged"]
 
 def form_named(name: str | None) -> Form | None:
     """The form that a caller asks for by its name."""
-    names = [form.value for form in (Form.FACTORED, Form.HYBRID, Form.MERGED)]
+    names = [form.value for form in Form]
     if name is not None and name not in names:
         raise SpecError(f"Expected a form among {names}, or None for the cheapest; got form={name!r}.")
     return None if name is None else Form(name)
@@ -104,22 +96,14 @@ class Asked(NamedTuple):
 INFERENCE = Asked()
 TRAINING = Asked(x=True, a=True, b=True)
 
-_AGAIN = (Form.HYBRID_AGAIN, Form.MERGED_AGAIN)
-
 # A form that takes less memory is preferred to the cheapest one as long as it costs at most this much more.
 TOLERANCE = 1.01
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(costs: Costs, asked: Asked, *, again: bool = True) -> Form:
-    """The form that takes the least memory among those within one percent of the fewest operations.
-
-    Args:
-      costs: of the contraction.
-      asked: the gradients that are asked for.
-      again: whether it makes a difference that a kernel is formed again; not under a remat, which does so by itself.
-    """
-    forms = [form for form in Form if again or form not in _AGAIN] if any(asked) else [Form.FACTORED, Form.MERGED]
+def cheapest(costs: Costs, asked: Asked) -> Form:
+    """The form that takes the least memory among those within one percent of the fewest FLOPs."""
+    forms = [*Form] if any(asked) else [Form.FACTORED, Form.MERGED]
     totals = {form: operations(form, costs, asked) for form in forms}
     enough = TOLERANCE * min(totals.values())
     return next(form for form in forms if totals[form] <= enough)
@@ -131,9 +115,7 @@ def operations(form: Form, costs: Costs, asked: Asked) -> int:
         return _factored(costs, asked)
     forming = costs.formed + costs.sums
     total = costs.base.forward + forming + asked.x * costs.base.to_x
-    if form in _AGAIN and asked.x:
-        total += forming
-    if form in (Form.MERGED_AGAIN, Form.MERGED):
+    if form is Form.MERGED:
         return total + (asked.a or asked.b) * costs.base.to_w + (asked.a + asked.b) * costs.formed
     # Neither x·A nor its cotangent is there from anything else.
     total += asked.a * (costs.second.to_x + costs.thin + costs.first.to_w)
@@ -160,7 +142,7 @@ def always_factored(costs: Costs) -> bool:
     """
     if not all(map(is_known, jax.tree.leaves(costs))):
         return True
-    return all(plan(costs, asked) is Form.FACTORED for asked in _ALL_ASKED)
+    return all(cheapest(costs, asked) is Form.FACTORED for asked in _ALL_ASKED)
 
 
 _ALL_ASKED = [Asked(x, a, b) for x in (False, True) for a in (False, True) for b in (False, True)]

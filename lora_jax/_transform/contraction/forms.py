@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from ..._core.contract import Labelled, Labels, is_narrow, widest
 from ..._core.kernel import AdaptedKernel, gain_of, materialise
-from .costs import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, plan
+from .costs import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, cheapest
 from .tokens import of_active
 
 # While another `lora` traces this one, its program is made of plain operations, which have rules. JAX knows it: what
@@ -128,25 +128,25 @@ def wanted(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -
 
 def in_training(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form:
     """The form in a training step that asks for the gradients of `x`, `a` and `b`."""
-    return wanted(kernel, contraction, form) or plan(contraction.costs, TRAINING)
+    return wanted(kernel, contraction, form) or cheapest(contraction.costs, TRAINING)
 
 
 def contract(
-    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
+    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None
 ) -> Array | Sum:
-    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`plan`).
+    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`cheapest`).
 
     A gain is that of the outputs: `x·(K ⊙ g) = (x·K) ⊙ g`. Where they are summed, as by a tied head, they are those of
     `x`: `y·(K ⊙ g)ᵀ = (y ⊙ g)·Kᵀ`.
     """
     if kernel.gain is None:
-        return _contract(kernel, x, contraction, form, again=again)
+        return _contract(kernel, x, contraction, form)
     gain, plain = _gain(kernel), dataclasses.replace(kernel, gain=None)
     if not set(gain.labels) <= set(contraction.y):
-        return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form, again=again)
+        return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form)
     g = gain.beside(contraction.y)
     if kernel.dropout is None:
-        return times(_contract(plain, x, contraction, form, again=again), g)
+        return times(_contract(plain, x, contraction, form), g)
     # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
     base, dropped = contraction.base(x, kernel.w), kernel.dropout.of(x)
     seen = contraction.base(dropped, kernel.w)
@@ -188,7 +188,7 @@ def gain_misfit(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> st
 
 
 def _contract(
-    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None, *, again: bool
+    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None
 ) -> Array | Sum:
     base, low_rank, _, costs, *_ = contraction
     if kernel.dropout is not None or kernel.active is not None:  # what the base sees is not what the factors see
@@ -204,16 +204,14 @@ def _contract(
     rules: dict[Form, Rule] = {
         Form.FACTORED: functools.partial(_jvp, forms.factored),
         Form.MERGED: functools.partial(_jvp, forms.merged),
-        Form.MERGED_AGAIN: functools.partial(_jvp, jax.checkpoint(forms.merged)),
         Form.HYBRID: forms.hybrid,
-        Form.HYBRID_AGAIN: forms.hybrid_again,
     }
-    merges = (its or plan(costs, INFERENCE)) is not Form.FACTORED
+    merges = (its or cheapest(costs, INFERENCE)) is not Form.FACTORED
     function = jax.custom_jvp(forms.merged if merges else forms.factored)
 
     def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
         x, _, a, b = (not isinstance(tangent, SymbolicZero) for tangent in tangents)
-        return rules[its or plan(costs, Asked(x, a, b), again=again)](primals, tangents)
+        return rules[its or plan(costs, Asked(x, a, b))](primals, tangents)
 
     function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)
@@ -248,17 +246,6 @@ class _Forms(NamedTuple):
         x, w, a, b = primals
         kernel = self.formed(w, a, b)
         return self.contraction.base(x, kernel), self._tangent(kernel, primals, tangents)
-
-    def hybrid_again(self, primals: Operands, tangents: Operands) -> tuple[Array, Array]:
-        zeros = [isinstance(tangent, SymbolicZero) for tangent in tangents]
-
-        def tangent(primals: Operands, moving: list[Array]) -> Array:
-            its = iter(moving)
-            given: Any = tuple(tangent if zero else next(its) for zero, tangent in zip(zeros, tangents, strict=True))
-            return self._tangent(self.formed(*primals[1:]), primals, given)
-
-        moving = [tangent for zero, tangent in zip(zeros, tangents, strict=True) if not zero]
-        return self.merged(*primals), jax.checkpoint(tangent)(primals, moving)
 
     def _tangent(self, kernel: Array, primals: Operands, tangents: Operands) -> Array:
         base, low_rank, *_ = self.contraction

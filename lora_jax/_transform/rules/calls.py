@@ -87,13 +87,11 @@ def _remat(
 ) -> list[Value]:
     """`jax.checkpoint` with its policy."""
 
-    inside = site.in_remat(policy is None)
-
     def run(*operands: Value) -> list[Value]:
         if differentiated and prevent_cse:
             # A gradient taken inside the model: this is the second evaluation, which must not merge with the first.
             operands = lax.optimization_barrier(operands)
-        return inside.interpret(jaxpr, operands)
+        return site.interpret(jaxpr, operands)
 
     return jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)(*operands)
 
