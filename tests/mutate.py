@@ -74,7 +74,7 @@ MUTATIONS = [
     Mutation("_transform/rules/loops.py", "reverse=reverse", "reverse=False", "control_flow"),
     Mutation("_transform/interpreter.py", "_in_use(read(atom), number)", "read(atom)", "dropout"),
     Mutation(
-        "_transform/rules/calls.py", "if donated and not isinstance(x, AdaptedKernel)", "if donated", "control_flow"
+        "_transform/rules/calls.py", "if donated and not isinstance(x, TrackedKernel)", "if donated", "control_flow"
     ),
     Mutation("_transform/cache.py", ", *params.items())", ")", "control_flow"),
     Mutation("_core/dropout.py", "x / (1 - self.rate)", "x", "dropout"),

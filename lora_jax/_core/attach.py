@@ -11,6 +11,7 @@ import numpy as np
 
 from .._errors import SHOWN, AdapterError, listed
 from .adapter import Adapter, Adapters
+from .base import base_of
 from .dropout import Dropout
 from .kernel import AdaptedKernel
 from .keys import key_for
@@ -36,7 +37,7 @@ def attach(
 
 
 def _attached(leaf: Any, part: Adapter, path: str, dropout_key: Any, active: Any) -> Any:
-    seen: Any = part.variant.apply(leaf, part.arrays, part.axes, path)
+    seen: Any = part.variant.apply(base_of(leaf), part.arrays, part.axes, path)
     if part.variant.some_tokens:
         seen = dataclasses.replace(seen, active=active)
     if dropout_key is not None and (rate := getattr(part.variant, "dropout", 0.0)):

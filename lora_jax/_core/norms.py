@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b, axes_with
+from .base import as_array
 from .contract import Labelled, contract, widest
 from .kernel import AdaptedKernel
 
@@ -22,7 +23,7 @@ def norms(kernel: AdaptedKernel) -> Array:
     """
     roles = kernel.roles
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
-    w = Labelled(kernel.w.astype(dtype), tuple(range(kernel.w.ndim)))
+    w = Labelled(as_array(kernel.w).astype(dtype), tuple(range(kernel.w.ndim)))
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(roles))
     outputs = (*axes_with(roles, "b"), *axes_with(roles, "o"))

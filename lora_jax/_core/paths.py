@@ -19,6 +19,7 @@ from flax.core import meta
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, PyTreeDef, SequenceKey
 
 from .._errors import AdapterError, SpecError
+from .base import StoredLeaf
 
 Pattern = str | re.Pattern[str]
 
@@ -44,12 +45,12 @@ def flatten(tree: Any) -> tuple[dict[str, Any], PyTreeDef]:
                 "  Rename one of the keys."
             )
         leaves[path] = leaf
-    return leaves, jax.tree_util.tree_structure(tree)
+    return leaves, jax.tree_util.tree_structure(tree, is_leaf=_is_stored)
 
 
 def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every leaf and the steps to it, those of boxes left out; a box may hold a tree, or another box."""
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_box)[0]:
+    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         if not _is_box(node):
             yield keys, node
             continue
@@ -62,6 +63,14 @@ def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 def unflatten(treedef: PyTreeDef, leaves: dict[str, Any]) -> Any:
     """Rebuilds the tree that `flatten` took apart, boxes included."""
     return jax.tree_util.tree_unflatten(treedef, list(leaves.values()))
+
+
+def _is_stored(node: Any) -> bool:
+    return isinstance(node, StoredLeaf)
+
+
+def _is_leaf(node: Any) -> bool:
+    return _is_box(node) or _is_stored(node)
 
 
 def _is_box(node: Any) -> bool:

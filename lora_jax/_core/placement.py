@@ -13,6 +13,7 @@ from jax import Array
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .axes import RANK
+from .base import Base, type_of
 
 
 def along(axes: Iterable[int], spec: Iterable[Any]) -> PartitionSpec:
@@ -38,9 +39,9 @@ def typed(its_type: Any) -> NamedSharding | None:
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
-def like_kernel(factor: Array, axes: Iterable[int], kernel: Array) -> Array:
+def like_kernel(factor: Array, axes: Iterable[int], kernel: Base) -> Array:
     """A factor that was made of nothing, put along its kernel where shardings are types."""
-    sharding = typed(jax.typeof(kernel))
+    sharding = typed(type_of(kernel))
     return factor if sharding is None else jax.reshard(factor, sharding.update(spec=along(axes, sharding.spec)))
 
 

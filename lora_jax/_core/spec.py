@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import SpecError, listed
+from .base import StoredLeaf
 from .paths import Pattern, matcher, nearest, pattern_text
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank
@@ -159,7 +160,7 @@ def _unfit(path: str, leaf: Any, choice: Choice) -> Problem | None:
     """What is wrong with a leaf whatever the roles of its axes are."""
     variant, name = choice.variant, path.split("/")[-1]
     alone = f"Put a rule before it that leaves it alone: {{{path!r}: None}}."
-    if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+    if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct, StoredLeaf)):
         return Problem(path, leaf, choice, f"it is no array, but {leaf!r}", alone)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return Problem(path, leaf, choice, f"it is not floating-point, but {leaf.dtype}", alone)

@@ -30,10 +30,10 @@ class Use:
     Attributes:
       path: the leaf.
       primitive: the equation's primitive.
-      kind: the form of a contraction, `"factored"`, `"hybrid"` or `"merged"`; `"dense"` (formed on request), or
-        `"opaque"` (read whole, by an operation without a rule).
-      axes: for each axis of the kernel as it stood there, its label in `AdaptedKernel.roles` and its role in this use;
-        None where the use gives no roles.
+      kind: the form of a contraction, `"factored"`, `"hybrid"` or `"merged"`; `"materialized"` (on request), or
+        `"opaque"` (read as a whole, by an operation without a rule).
+      axes: for each axis of the kernel as it stood there, what is known of it (`TrackedKernel.roles`) and its role in
+        this use; None where the use gives no roles.
       times: how often it runs in one call; a `while` body counts once.
       operations: floating-point operations that the factors add, all times together.
       line: the user's line.
@@ -44,7 +44,7 @@ class Use:
     path: str
     primitive: str
     kind: str
-    axes: tuple[tuple[str, str], ...] | None
+    axes: tuple[tuple[Any, str], ...] | None
     times: int
     operations: int
     line: str

@@ -19,7 +19,7 @@ from jax import Array
 
 from .._core.adapter import Adapter, Adapters
 from .._core.contract import widest
-from .._core.kernel import AdaptedKernel, delta, materialise
+from .._core.kernel import AdaptedKernel, delta, materialize
 from .._core.values import is_concrete, is_finite, near, together
 
 
@@ -110,13 +110,13 @@ def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
 
 def _sum(w: Array, part: Adapter) -> Array:
     kernel = _in_wide(w, part)
-    return materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel
+    return materialize(kernel) if isinstance(kernel, AdaptedKernel) else kernel
 
 
 def _difference(w: Array, part: Adapter) -> Array:
     kernel = _in_wide(w, part)
     if isinstance(kernel, AdaptedKernel):
-        return materialise(dataclasses.replace(kernel, scale=-kernel.scale, gain=None))
+        return materialize(dataclasses.replace(kernel, scale=-kernel.scale, gain=None))
     added = _in_wide(jnp.zeros_like(w), part)
     assert not isinstance(added, AdaptedKernel)
     return w.astype(added.dtype) - added
@@ -155,7 +155,7 @@ def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Arra
         taken = total - kernel.w
         rest = (kernel.w - (total - taken)) + (change - taken)  # what rounding took from `total` itself (Knuth's sum)
     else:
-        total = materialise(kernel) if isinstance(kernel, AdaptedKernel) else kernel
+        total = materialize(kernel) if isinstance(kernel, AdaptedKernel) else kernel
         change, rest = total - w.astype(total.dtype), jnp.zeros_like(total)
     error = jnp.abs((total - folded.astype(total.dtype)) + rest)
     changed = change != 0

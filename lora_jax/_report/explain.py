@@ -11,13 +11,14 @@ import jax
 
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import attach, check
+from .._core.base import base_of
+from .._core.kernel import PlainKernel
 from .._core.paths import Pattern, flatten
 from .._core.sizes import count_text, is_known
 from .._core.uses import Use
 from .._core.variant import LowRank
 from .._errors import AdapterError, listed
 from .._transform.contraction.costs import FormName, form_named
-from .._transform.kernels import probe
 from .._transform.program import Program, trace, watch
 from .._transform.refusal import Refusal, dense_list, error
 from .._transform.settings import Settings
@@ -191,8 +192,8 @@ def explain(
     program = trace(apply, params, args, kwargs)
     leaves = program.arrays_of_params
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
-    # A leaf that is trained whole is no kernel; a probe in its place tells whether and where it is used.
-    whole = {path: probe(path, leaves[path]) for path in adapter if path not in kernels}
+    # A leaf that is trained as a whole has no factors; what stands for it tells whether and where it is used.
+    whole = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
     settings = Settings(dense=tuple(dense), form=form_named(form), refusals=refusals)
     uses = watch(program, kernels | whole, settings)

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax import Array
 
 from .._compat import (
@@ -29,8 +28,9 @@ from .._compat import (
     user_line,
     variables,
 )
+from .._core.base import as_array, type_of, use
 from .._core.contract import computable, is_narrow
-from .._core.kernel import AdaptedKernel, delta, materialise
+from .._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel, delta, materialize
 from .._core.uses import Evidence, Use
 from .contraction.costs import added
 from .contraction.forms import Contraction, Sum, contract, gain_misfit, in_training, settled
@@ -40,17 +40,12 @@ from .registry import named_by, rule_of
 from .settings import Settings
 from .statistics import Operation, observed
 
-Value = Any  # an Array or an AdaptedKernel; what a rule returns may also be a Sum
+Value = Any  # an Array or a TrackedKernel; what a rule returns may also be a Sum
 
 
-def is_adapted(value: Value) -> bool:
-    """Whether a value has factors; a probe is an array whose use is noted."""
-    return isinstance(value, AdaptedKernel) and not value.is_probe
-
-
-def array_of(value: Value) -> Any:
-    """An array of the type that the model sees."""
-    return value.w if isinstance(value, AdaptedKernel) else value.base if isinstance(value, Sum) else value
+def base_of(value: Value) -> Any:
+    """What has the type that the model sees: the base of a kernel, or an array."""
+    return value.w if isinstance(value, TrackedKernel) else value.base if isinstance(value, Sum) else value
 
 
 NO_RULE = "this operation has no low-rank rule"
@@ -75,7 +70,7 @@ class Site:
         """The site of an equation with these operands."""
         if settings.origins is None:
             return cls(settings, eqn)
-        paths = [operand.paths if isinstance(operand, AdaptedKernel) else () for operand in operands]
+        paths = [operand.paths if isinstance(operand, TrackedKernel) else () for operand in operands]
         evidence = settings.origins.evidence((*settings.within, id(eqn)), paths)
         return cls(dataclasses.replace(settings, live=live and settings.live), eqn, evidence)
 
@@ -95,15 +90,15 @@ class Site:
             return self.settings
         return dataclasses.replace(self.settings, within=(*self.settings.within, id(self.eqn)))
 
-    def left(self, kernel: AdaptedKernel) -> Value:
-        """What is left of a kernel that lost axes; one row or one column is a look-up's result, and no kernel."""
-        if kernel.is_probe or {"i", "o"} <= set(kernel.roles):
+    def left(self, kernel: TrackedKernel) -> Value:
+        """What is left of a kernel that lost axes; one row or one column is a lookup's result, and no kernel."""
+        if not isinstance(kernel, AdaptedKernel) or {"i", "o"} <= set(kernel.roles):
             return kernel
         on_all_tokens(kernel)
         self.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
         if is_narrow(kernel.w.dtype) and kernel.gain is None:
             return Sum(kernel.w, delta(kernel).astype(computable(kernel.w.dtype)))
-        return materialise(kernel)
+        return materialize(kernel)
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
@@ -126,17 +121,17 @@ class Site:
         assert self.settings.statistic is not None
         each = zip(kernel.roles, roles, kernel.w.shape, strict=True)
         if any((use == "i") != (its == "i") for its, use, size in each if size != 1):
-            return base(x, kernel.w, *others)
+            return use(lambda w, x, *others: base(x, w, *others), kernel.w, x, *others)
         self.used(kernel, OBSERVED, roles=roles)
-        return observed(kernel, x, base, thin, *others, statistic=self.settings.statistic)
+        return observed(kernel.with_array(), x, base, thin, *others, statistic=self.settings.statistic)
 
-    def used(self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
+    def used(self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
             self.settings.log.extend(self.uses(kernel, kind, roles=roles, operations=operations))
 
     def uses(
-        self, kernel: AdaptedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
+        self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
     ) -> tuple[Use, ...]:
         """What `used` would note."""
         axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
@@ -146,9 +141,15 @@ class Site:
         each = of_each_leaf(use, kernel)
         return tuple(dataclasses.replace(its, evidence=self.evidence.get(its.path, its.evidence)) for its in each)
 
+    def plain(self, value: Value, roles: Sequence[str]) -> Array:
+        """An operand beside a kernel with factors; of a leaf without, the use is noted."""
+        if isinstance(value, PlainKernel):
+            self.used(value, "factored", roles=roles)
+        return as_array(base_of(value))
+
     def dense(self, value: Value, reason: str) -> Array:
         """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
-        if not isinstance(value, AdaptedKernel):
+        if not isinstance(value, TrackedKernel):
             return settled(value)
         return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
 
@@ -159,7 +160,7 @@ def on_all_tokens(kernel: AdaptedKernel) -> None:
         raise NoRule(NO_TOKENS)
 
 
-def of_each_leaf(use: Use, kernel: AdaptedKernel) -> tuple[Use, ...]:
+def of_each_leaf(use: Use, kernel: TrackedKernel) -> tuple[Use, ...]:
     """A use of a kernel, for each leaf that it is, the operations in equal parts."""
     count, total = len(kernel.paths), use.operations
     shares = [total * (number + 1) // count - total * number // count for number in range(count)]
@@ -174,21 +175,21 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     Raises:
       Refused: if it is not listed, and refusals are not collected.
     """
-    if not isinstance(value, AdaptedKernel):
+    if not isinstance(value, TrackedKernel):
         return settled(value)
-    allowed = settings.may_form(value)
-    if not allowed:
-        if settings.refusals is None:
-            raise Refused
-        settings.refusals.append(Refusal(value.paths, primitive, reason, line, value.active is None))
+    kind, cost = "opaque", 0
+    if isinstance(value, AdaptedKernel):
+        kind, cost = "materialized", value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size  # product, scale, sum
+        if not settings.may_materialize(value):
+            if settings.refusals is None:
+                raise Refused
+            settings.refusals.append(Refusal(value.paths, primitive, reason, line, value.active is None))
+            kind, cost = REFUSED, 0
     if settings.log is not None:
-        # Formed: the product, its scale, the sum with the base.
-        formed = allowed and not value.is_probe
-        cost = value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size if formed else 0
-        kind = "opaque" if value.is_probe else "dense" if allowed else REFUSED
         use = Use("", primitive, kind, None, settings.times, settings.times * cost, line, live=settings.live)
-        settings.log.extend(value.look_up or of_each_leaf(use, value))
-    return materialise(value)
+        lookup = value.lookup if isinstance(value, PlainKernel) else ()
+        settings.log.extend(lookup or of_each_leaf(use, value))
+    return materialize(value)
 
 
 def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
@@ -231,7 +232,7 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
             value = values.get(var)
             if not (isinstance(value, Sum) and value.waits_for(eqn.primitive.name) and last[var] == number):
                 settle(var)
-        if not any(isinstance(values.get(var), (AdaptedKernel, Sum)) for var in operands):
+        if not any(isinstance(values.get(var), (TrackedKernel, Sum)) for var in operands):
             plain.append(eqn)
             continue
         if plain:
@@ -249,7 +250,7 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
 
 
 def _in_use(value: Value, number: int) -> Value:
-    return value.in_use(number) if isinstance(value, AdaptedKernel) else value
+    return value.in_use(number) if isinstance(value, TrackedKernel) else value
 
 
 def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
@@ -266,7 +267,7 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
-        got: Any = jax.typeof(array_of(result))
+        got: Any = type_of(base_of(result))
         expected: Any = var.aval
         assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
     return results

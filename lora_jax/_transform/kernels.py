@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .._core.kernel import AdaptedKernel
+from .._core.base import base_of
+from .._core.kernel import Label, PlainKernel
 from .._core.uses import Evidence, Kernel, Use
 from .origins import origins
 from .program import trace, watch
@@ -43,29 +43,16 @@ def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     """
     program = trace(apply, params, args, kwargs)
     leaves = program.arrays_of_params
-    ends = itertools.accumulate(leaf.ndim for leaf in leaves.values())
-    probes = {
-        path: probe(path, leaf, first=end - leaf.ndim) for (path, leaf), end in zip(leaves.items(), ends, strict=True)
-    }
-    uses = watch(program, probes, Settings(origins=origins(program.jaxpr, list(leaves))))
-    return {
-        path: _kernel(leaf, [use for use in uses if use.path == path], probes[path]) for path, leaf in leaves.items()
-    }
+    watched = {path: PlainKernel.of(path, base_of(leaf)) for path, leaf in leaves.items()}
+    uses = watch(program, watched, Settings(origins=origins(program.jaxpr, list(leaves))))
+    return {path: _kernel(path, leaf, [use for use in uses if use.path == path]) for path, leaf in leaves.items()}
 
 
-def probe(path: str, leaf: Any, *, first: int = 0) -> AdaptedKernel:
-    """Stands for a leaf that is not adapted; its axes go by labels of their own wherever the program moves them.
-
-    Leaves that the program may put side by side are told apart by the `first` of their labels.
-    """
-    labels = tuple(chr(ord("0") + first + axis) for axis in range(leaf.ndim))
-    return AdaptedKernel(leaf, None, None, scale=1.0, roles=labels, paths=(path,))
-
-
-def _kernel(leaf: Any, uses: Sequence[Use], leaf_probe: AdaptedKernel) -> Kernel:
+def _kernel(path: str, leaf: Any, uses: Sequence[Use]) -> Kernel:
     """A leaf with the roles in which the uses that say most agree, or the reason why there are none."""
     live = tuple(use for use in uses if use.live)
-    said = [(use, roles) for use in uses if (roles := _leaf_roles(use, leaf_probe.roles)) is not None]
+    labels = [(path, axis) for axis in range(leaf.ndim)]
+    said = [(use, roles) for use in uses if (roles := _leaf_roles(use, labels)) is not None]
     most = max((use.evidence for use, _ in said), default=_NONE)
     deciding = [(use, roles) for use, roles in said if use.evidence == most]
     axes, unknown = None, ""
@@ -111,7 +98,7 @@ def _why_unknown(uses: Sequence[Use], deciding: Sequence[tuple[Use, str]]) -> st
     return f"`{use.primitive}` gives none, or gives one axis two roles, at {use.line}"
 
 
-def _leaf_roles(use: Use, labels: Sequence[str]) -> str | None:
+def _leaf_roles(use: Use, labels: Sequence[Label]) -> str | None:
     """The role of each of a leaf's axes in one use; None if the use gives none, or gives one axis two."""
     if use.axes is None:
         return None

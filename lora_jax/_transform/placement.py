@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.kernel import AdaptedKernel
+from .._core.base import Recorded
+from .._core.kernel import TrackedKernel
 from .._core.placement import along
 from .interpreter import NoRule, Value
 
 
-def specs(kernel: AdaptedKernel, spec: Any) -> AdaptedKernel:
-    """The kernel with a `PartitionSpec` in place of each of its arrays, where `spec` is that of `w`."""
+def check_reduced(spec: PartitionSpec) -> None:
+    """Raises `NoRule` for a kernel that is still to be summed over devices."""
     if spec.unreduced or spec.reduced:
         raise NoRule("a kernel that is still to be summed over devices")
 
-    def move(factor: Any, before: tuple[int, ...], after: tuple[int, ...]) -> Any:
-        del factor, after
-        return along(before, spec)
 
+def specs(kernel: TrackedKernel, spec: Any) -> Any:
+    """The kernel with a `PartitionSpec` in place of each of its arrays, where `spec` is that of `w`.
+
+    A base that is no array has None, and may be anywhere.
+    """
+    check_reduced(spec)
+    factors: dict[str, Any] = {name: along(layout(kernel.roles), spec) for name, (_, layout) in kernel.factors.items()}
+    placed = dataclasses.replace(kernel, w=None if isinstance(kernel.w, Recorded) else spec, **factors)  # type: ignore
     # What is no factor is the same on every device.
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, PartitionSpec) else PartitionSpec(),
-        kernel.moved(spec, kernel.roles, move),
+        placed,
         is_leaf=lambda leaf: isinstance(leaf, PartitionSpec),
     )
 
 
 def shardings(value: Value, sharding: Any) -> Any:
     """The shardings of a value's arrays, where `sharding` is that of `w`, or of the array."""
-    if not isinstance(value, AdaptedKernel) or sharding is None:
+    if not isinstance(value, TrackedKernel) or sharding is None:
         return sharding
     if not isinstance(sharding, NamedSharding):
         raise NoRule("a sharding of the kernel that does not name its axes")

@@ -12,6 +12,8 @@ from jax.tree_util import PyTreeDef
 
 from .._compat import ClosedJaxpr
 from .._core.attach import as_jax
+from .._core.base import StoredLeaf, base_of
+from .._core.kernel import PlainKernel
 from .._core.paths import flatten, unflatten
 from .._core.uses import Use
 from .boundary import check_statics, python_without_values
@@ -48,7 +50,7 @@ class Program:
         Raises:
           UnsupportedError: with all kernels that reach an operation without a low-rank form and are not listed.
         """
-        leaves = [kernels.get(path, leaf) for path, leaf in self.arrays_of_params.items()]
+        leaves = [kernels.get(path, _plain(path, leaf)) for path, leaf in self.arrays_of_params.items()]
         try:
             results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
             returns = "return", "the function returns the kernel itself", "the result of `apply`"
@@ -63,7 +65,17 @@ def is_array(leaf: Any) -> bool:
     """Whether a leaf is traced; Python numbers, strings and callables stay what they are, and arrays of text."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSUMm"
-    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct))
+    return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, StoredLeaf))
+
+
+def _plain(path: str, leaf: Any) -> Any:
+    """A leaf without factors: itself, or what stands for an array."""
+    return PlainKernel.of(path, base_of(leaf)) if isinstance(leaf, StoredLeaf) else leaf
+
+
+def _as_traced(leaf: Any) -> Any:
+    """What the model is traced with in place of a leaf."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, StoredLeaf) else leaf
 
 
 def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
@@ -86,7 +98,7 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
         returned.append(([None if isinstance(leaf, jax.Array) else leaf for leaf in out], out_def))
         return [leaf for leaf in out if isinstance(leaf, jax.Array)]
 
-    params_arrays = [leaf for leaf in leaves.values() if is_array(leaf)]
+    params_arrays = [_as_traced(leaf) for leaf in leaves.values() if is_array(leaf)]
     other_arrays = [leaf for leaf in others if is_array(leaf)]
     with traced_again(True), python_without_values(apply):
         jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)

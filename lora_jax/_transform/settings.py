@@ -48,11 +48,11 @@ class Settings:
     within: tuple[int, ...] = ()
     live: bool = True
 
-    def may_form(self, kernel: AdaptedKernel) -> bool:
-        """Whether a kernel can be formed, and the caller has listed every leaf of it."""
+    def may_materialize(self, kernel: AdaptedKernel) -> bool:
+        """Whether a kernel can be materialized, and the caller has listed every leaf of it."""
         if kernel.active is not None:
             return False  # there is no one kernel for all tokens
-        return kernel.is_probe or all(matches_any(path, self.dense) for path in kernel.paths)
+        return all(matches_any(path, self.dense) for path in kernel.paths)
 
     def rebuilt(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
         """The function that was rebuilt for an equal key under equal settings, or a new one.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._core.axes import RANK, axes_of_b, axes_with
+from .._core.base import StoredLeaf, base_of
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel
 from .._core.norms import norms
@@ -64,7 +65,8 @@ class DoRA(LowRank):
                 "give the parameters themselves, or call `init` under `jax.eval_shape`"
             )
         factors = super().start(key, kernel, axes, dtype)
-        plain = super().apply(jnp.asarray(kernel), factors, axes, "")
+        base = base_of(kernel) if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel)
+        plain = super().apply(base, factors, axes, "")
         return factors | {"magnitude": norms(plain).astype(dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from .._core.base import as_array, base_of
 from .._core.variant import Variant
 from .._errors import SpecError
 
@@ -43,7 +44,7 @@ class Full(Variant):
                 "Full() starts from the leaf's values, of which there is a shape alone; "
                 "give the parameters themselves, or call `init` under `jax.eval_shape`"
             )
-        return {"value": jnp.array(kernel, dtype)}
+        return {"value": jnp.array(as_array(base_of(kernel)), dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> Array:
         """The copy, in the dtype that the model expects."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from .._core.base import as_array
 from .._core.contract import widest
 from .._core.numbers import number
 from .._core.variant import Variant
@@ -61,4 +62,4 @@ class LoRABias(Variant):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> Array:
         """The sum, in the dtype that the model expects."""
         dtype = widest(kernel.dtype, arrays["bias"].dtype)
-        return (kernel.astype(dtype) + self.scale * arrays["bias"].astype(dtype)).astype(kernel.dtype)
+        return (as_array(kernel).astype(dtype) + self.scale * arrays["bias"].astype(dtype)).astype(kernel.dtype)

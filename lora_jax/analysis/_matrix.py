@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from .._core.adapter import Adapter
 from .._core.contract import widest
-from .._core.kernel import materialise
+from .._core.kernel import materialize
 from .._core.linalg import delta_matrices, frobenius, kernel_matrix, product, svd_of_delta
 
 
@@ -102,7 +102,7 @@ def intruders(w: Array, part: Adapter, top: int, threshold: float) -> Intruders:
     """The output side's singular vectors of the adapted kernel against those of `w`."""
     wide = w.astype(widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values())))
     adapted: Any = part.variant.apply(wide, part.arrays, part.axes, "")
-    pair = [kernel_matrix(kernel, part.axes) for kernel in (wide, materialise(adapted))]
+    pair = [kernel_matrix(kernel, part.axes) for kernel in (wide, materialize(adapted))]
     stack = pair[0].shape[:-2]
 
     def of_layer(layer: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -1,7 +1,7 @@
 """Which form a contraction takes, by the FLOPs of each: a pure function of counts.
 
-Three forms give one result. *Factored* is `x·W0 + ((x·A)·s)·B`, and materializes nothing of a kernel's size. *Merged* is
-`x·(W0 + s·A·B)`. *Hybrid* is merged in the forward pass and for the gradient of x, factored for those of A and B.
+Three forms give one result. *Factored* is `x·W0 + ((x·A)·s)·B`, and materializes nothing of a kernel's size. *Merged*
+is `x·(W0 + s·A·B)`. *Hybrid* is merged in the forward pass and for the gradient of x, factored for those of A and B.
 
 The factored form is the cheapest for a transformer at the usual ranks; the others are for a rank that is large against
 the kernel, or for a kernel that is small against the activations, as in a convolution.

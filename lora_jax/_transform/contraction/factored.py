@@ -77,7 +77,7 @@ def low_rank(
     Returns:
       `multiply(x, a, b)`, which holds no array, and the operations of the contraction that it is a part of.
     """
-    kernel, x_labels, x_size = kernel.outline, x.labels, x.array.size
+    kernel, x_labels, x_size = kernel.abstract, x.labels, x.array.size
     sizes = dict(zip(x_labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape))
     sizes[RANK] = kernel.a.shape[-1]
     axes, labels_of_a, labels_of_b = set(range(kernel.w.ndim)), axes_of_a(kernel.roles), axes_of_b(kernel.roles)

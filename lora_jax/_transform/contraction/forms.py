@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
+from ..._core.base import Recorded, use
 from ..._core.contract import Labelled, Labels, is_narrow, widest
-from ..._core.kernel import AdaptedKernel, gain_of, materialise
+from ..._core.kernel import AdaptedKernel, gain_of, materialize
 from .costs import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, cheapest
 from .tokens import of_active
 
@@ -120,6 +121,8 @@ def wanted(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -
         return Form.FACTORED
     if form is not None:
         return form
+    if isinstance(kernel.w, Recorded):  # a merged kernel would be dense, and kept
+        return Form.FACTORED
     # In 16 bits the sum of W0 and a small update is W0 again: what has been learnt would be rounded away.
     if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(contraction.costs) or traced_again.value:
         return Form.FACTORED
@@ -131,9 +134,7 @@ def in_training(kernel: AdaptedKernel, contraction: Contraction, form: Form | No
     return wanted(kernel, contraction, form) or cheapest(contraction.costs, TRAINING)
 
 
-def contract(
-    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None
-) -> Array | Sum:
+def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
     """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`cheapest`).
 
     A gain is that of the outputs: `x·(K ⊙ g) = (x·K) ⊙ g`. Where they are summed, as by a tied head, they are those of
@@ -148,8 +149,8 @@ def contract(
     if kernel.dropout is None:
         return times(_contract(plain, x, contraction, form), g)
     # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
-    base, dropped = contraction.base(x, kernel.w), kernel.dropout.of(x)
-    seen = contraction.base(dropped, kernel.w)
+    base, dropped = _base(kernel, x, contraction), kernel.dropout.of(x)
+    seen = _base(kernel, dropped, contraction)
     return base + (times(seen + contraction.low_rank(dropped, kernel.a, kernel.b), g) - seen)
 
 
@@ -187,18 +188,17 @@ def gain_misfit(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> st
     return "of the outputs that have a gain, some are summed"
 
 
-def _contract(
-    kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None
-) -> Array | Sum:
-    base, low_rank, _, costs, *_ = contraction
+def _contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
+    low_rank, costs = contraction.low_rank, contraction.costs
     if kernel.dropout is not None or kernel.active is not None:  # what the base sees is not what the factors see
         seen = x if kernel.dropout is None else kernel.dropout.of(x)
         term = low_rank(seen, kernel.a, kernel.b)
-        return Sum(base(x, kernel.w), term if kernel.active is None else of_active(kernel, term, contraction.y))
+        term = term if kernel.active is None else of_active(kernel, term, contraction.y)
+        return Sum(_base(kernel, x, contraction), term)
     its = wanted(kernel, contraction, form)
     if its is Form.FACTORED:
-        return Sum(base(x, kernel.w), low_rank(x, kernel.a, kernel.b))
-    forms = _Forms(kernel.outline, contraction)
+        return Sum(_base(kernel, x, contraction), low_rank(x, kernel.a, kernel.b))
+    kernel, forms = kernel.with_array(), _Forms(kernel.abstract, contraction)
     if its is Form.MERGED:
         return forms.merged(x, kernel.w, kernel.a, kernel.b)
     rules: dict[Form, Rule] = {
@@ -211,10 +211,15 @@ def _contract(
 
     def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
         x, _, a, b = (not isinstance(tangent, SymbolicZero) for tangent in tangents)
-        return rules[its or plan(costs, Asked(x, a, b))](primals, tangents)
+        return rules[its or cheapest(costs, Asked(x, a, b))](primals, tangents)
 
     function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)
+
+
+def _base(kernel: AdaptedKernel, x: Array, contraction: Contraction) -> Array:
+    product: Array = use(lambda w, x: contraction.base(x, w), kernel.w, x)
+    return product
 
 
 Operands = tuple[Any, Any, Any, Any]  # x, w, a, b; or their tangents, which may be symbolic zeros
@@ -234,7 +239,7 @@ class _Forms(NamedTuple):
 
     def formed(self, w: Array, a: Array, b: Array) -> Array:
         kernel = dataclasses.replace(self.kernel, w=w, a=a, b=b)
-        return materialise(kernel, precision=self.contraction.precision)
+        return materialize(kernel, precision=self.contraction.precision)
 
     def factored(self, x: Array, w: Array, a: Array, b: Array) -> Array:
         return self.contraction.base(x, w) + self.contraction.low_rank(x, a, b)

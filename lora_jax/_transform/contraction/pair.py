@@ -14,6 +14,7 @@ from typing import Any
 import jax
 
 from ..._core.axes import RANK
+from ..._core.base import as_array
 from ..._core.contract import Labelled, Labels, computable, contract
 from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
@@ -57,7 +58,7 @@ def through(
     one, other = smallest(((a, b), (b, a)), key=cost)
     dtype = thin_dtype(first.w.dtype, second.w.dtype, like.dtype)
     keep = thin_labels(one, other)
-    plain_second = Labelled(second.w.astype(computable(second.w.dtype)), tuple(range(second.w.ndim)))
+    plain_second = Labelled(as_array(second.w).astype(computable(second.w.dtype)), tuple(range(second.w.ndim)))
     base = contract(one, plain_second, keep=keep, precision=precision, dtype=dtype)
     plain = base.in_order(keep)
     low_rank = multiply(second, one, keep, kernel_first=False, precision=precision, like=jax.typeof(plain))

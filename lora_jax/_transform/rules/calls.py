@@ -16,7 +16,7 @@ import jax
 from jax import Array, lax
 
 from ..._compat import ClosedJaxpr, compute_on, is_unspecified, primitives
-from ..._core.kernel import AdaptedKernel
+from ..._core.kernel import TrackedKernel
 from ..cache import kept
 from ..interpreter import NoRule, Site, Value, interpret
 from ..placement import shardings
@@ -57,7 +57,7 @@ def _jit(
         donate_argnums=tuple(
             number
             for number, (x, donated) in enumerate(zip(operands, donated_invars, strict=True))
-            if donated and not isinstance(x, AdaptedKernel)
+            if donated and not isinstance(x, TrackedKernel)
         ),
         keep_unused=keep_unused,
         inline=inline,

@@ -8,8 +8,9 @@ from typing import Any
 from jax import Array, lax
 
 from ..._compat import primitives
+from ..._core.base import use
 from ..._core.contract import is_narrow
-from ..._core.kernel import AdaptedKernel
+from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.sizes import is_known
 from ..contraction.conv import Move, Steps
 from ..contraction.forms import Contraction
@@ -35,19 +36,15 @@ def _conv_general_dilated(
     out_sharding: Any,
 ) -> Value:
     """The window with one factor, each position with the other; any layout, stride, dilation and feature groups."""
-    if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
+    if not isinstance(rhs, TrackedKernel) or isinstance(lhs, AdaptedKernel):
         raise NoRule("the adapted kernel is what is convolved")
     if batch_group_count != 1:
         raise NoRule("a convolution in groups of the batch")
     w_out, w_in, *windows = dimension_numbers.rhs_spec
-    kernel = rhs if rhs.is_probe else rhs.with_roles(_fitting(rhs, w_out, w_in))
-    roles = "".join("o" if axis == w_out else "i" for axis in range(kernel.w.ndim))
-    its = "".join(kernel.roles)
-    if not kernel.is_probe and ("b" in its or its[w_in] == its[w_out]):
-        raise NoRule(f"the axes of the kernel there are {roles!r}, the adapter's are {its!r}")
-    lhs = site.dense(lhs, "it is convolved")  # a probe: noted
+    roles = "".join("o" if axis == w_out else "i" for axis in range(rhs.w.ndim))
+    lhs = site.dense(lhs, "it is convolved")  # a leaf without factors: noted
     sizes = [lhs.shape[axis] for axis in dimension_numbers.lhs_spec[2:]]
-    given = _as_given(padding, sizes, [kernel.w.shape[axis] for axis in windows], window_strides, rhs_dilation)
+    given = _as_given(padding, sizes, [rhs.w.shape[axis] for axis in windows], window_strides, rhs_dilation)
 
     def convolve(x: Array, w: Array) -> Array:
         return lax.conv_general_dilated(
@@ -64,13 +61,17 @@ def _conv_general_dilated(
             out_sharding=out_sharding,
         )
 
-    if kernel.is_probe:
-        site.used(kernel, "factored", roles=roles)
-        return convolve(lhs, kernel.w)
+    if not isinstance(rhs, AdaptedKernel):
+        site.used(rhs, "factored", roles=roles)
+        return use(lambda w, x: convolve(x, w), rhs.w, lhs)
+    kernel = rhs.with_roles(_fitting(rhs, w_out, w_in))
+    its = "".join(kernel.roles)
+    if "b" in its or its[w_in] == its[w_out]:
+        raise NoRule(f"the axes of the kernel there are {roles!r}, the adapter's are {its!r}")
     y: Any = site.eqn.outvars[0].aval
     moves = map(Move, window_strides, padding, lhs_dilation, rhs_dilation)
     steps = Steps(
-        kernel.outline,
+        kernel.abstract,
         dict(zip(windows, moves, strict=True)),
         dimension_numbers,
         feature_group_count,

@@ -15,12 +15,13 @@ import jax
 from jax import Array, lax
 
 from ..._compat import primitives
+from ..._core.base import as_array, use
 from ..._core.contract import Labelled, Labels, is_narrow
-from ..._core.kernel import AdaptedKernel
+from ..._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel
 from ..contraction.factored import low_rank, precision_of_factors, product_with_a
 from ..contraction.forms import Contraction, Sum, settled
 from ..contraction.pair import through
-from ..interpreter import NO_RULE, NoRule, Site, Value, is_adapted, on_all_tokens
+from ..interpreter import NO_RULE, NoRule, Site, Value, base_of, on_all_tokens
 from ..registry import rule
 
 
@@ -36,14 +37,16 @@ def _dot_general(
     out_sharding: Any,
 ) -> Value:
     """`x·W0 + ((x·A)·s)·B`, any dimension numbers, the kernel on either side; of two kernels neither is formed."""
-    if is_adapted(lhs) and is_adapted(rhs):
+    if isinstance(lhs, AdaptedKernel) and isinstance(rhs, AdaptedKernel):
         if lhs.gain is not None or rhs.gain is not None:
             raise NoRule("a product of two kernels, of which one has a gain")
         on_all_tokens(lhs)
         on_all_tokens(rhs)
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
-        base = settled(_dot_general(site, lhs.w, rhs, preferred_element_type=preferred_element_type, **params))
+        base = settled(
+            _dot_general(site, as_array(lhs.w), rhs, preferred_element_type=preferred_element_type, **params)
+        )
         labels = _labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim)
         own = precision_of_factors(precision, lhs.w.dtype, rhs.w.dtype, base.dtype)
         array, operations = through(lhs, rhs, *labels, precision=own, like=jax.typeof(base))
@@ -51,10 +54,6 @@ def _dot_general(
         site.used(lhs, "factored", roles=its, operations=operations)
         return Sum(base, array)
     roles = [_roles(x, summed, batch) for x, summed, batch in zip((lhs, rhs), *dimension_numbers, strict=True)]
-    for x, its in zip((lhs, rhs), roles, strict=True):
-        if isinstance(x, AdaptedKernel) and x.is_probe:
-            site.used(x, "factored", roles=its)
-    left, right = (x.w if isinstance(x, AdaptedKernel) else x for x in (lhs, rhs))
 
     def product(left: Array, right: Array) -> Array:
         return lax.dot_general(
@@ -66,13 +65,19 @@ def _dot_general(
             out_sharding=out_sharding,
         )
 
-    if not is_adapted(lhs) and not is_adapted(rhs):
-        return product(left, right)
-    side = 0 if is_adapted(lhs) else 1
-    kernel, x = (lhs, right) if side == 0 else (rhs, left)
+    if not isinstance(lhs, AdaptedKernel) and not isinstance(rhs, AdaptedKernel):
+        for x, its in zip((lhs, rhs), roles, strict=True):
+            if isinstance(x, PlainKernel):
+                site.used(x, "factored", roles=its)
+        if isinstance(lhs, PlainKernel):
+            return use(product, lhs.w, as_array(base_of(rhs)))
+        return use(lambda right, left: product(left, right), base_of(rhs), lhs)
+    side = 0 if isinstance(lhs, AdaptedKernel) else 1
+    kernel, x = (lhs, site.plain(rhs, roles[1])) if side == 0 else (rhs, site.plain(lhs, roles[0]))
     y: Any = site.eqn.outvars[0].aval
     x_labels, out = _labels(dimension_numbers, side, kernel.w.ndim, x.ndim)
-    own = precision_of_factors(precision, left.dtype, right.dtype, y.dtype)
+    dtypes = base_of(lhs).dtype, base_of(rhs).dtype, y.dtype
+    own = precision_of_factors(precision, *dtypes)
     multiply, costs = low_rank(
         kernel,
         Labelled(x, x_labels),
@@ -83,7 +88,7 @@ def _dot_general(
     )
     its_base = (lambda x, w: product(w, x)) if side == 0 else product
     thin = product_with_a(kernel, x_labels, out)
-    narrow = any(map(is_narrow, (left.dtype, right.dtype, y.dtype)))
+    narrow = any(map(is_narrow, dtypes))
     contraction = Contraction(its_base, multiply, thin, costs, own, x_labels, out, narrow)
     return site.contract(kernel, x, contraction, roles=roles[side])
 
@@ -92,7 +97,7 @@ def _dot_general(
 def _add(site: Site, x: Value, y: Value) -> Array:
     """A bias is added to the base's result before the low-rank term; a kernel itself is refused."""
     del site
-    if isinstance(x, AdaptedKernel) or isinstance(y, AdaptedKernel):
+    if isinstance(x, TrackedKernel) or isinstance(y, TrackedKernel):
         raise NoRule(NO_RULE)
     if not isinstance(x, Sum):
         x, y = y, x
@@ -101,7 +106,7 @@ def _add(site: Site, x: Value, y: Value) -> Array:
 
 def _roles(x: Value, summed: Sequence[int], batch: Sequence[int]) -> str:
     """The role that the product gives to each axis of an operand."""
-    ndim = x.w.ndim if isinstance(x, AdaptedKernel) else x.ndim
+    ndim = base_of(x).ndim
     return "".join("i" if axis in summed else "b" if axis in batch else "o" for axis in range(ndim))
 
 

@@ -1,4 +1,4 @@
-"""Look-ups in an adapted kernel: what is picked of `w` is picked of each factor that has the axis.
+"""Lookups in an adapted kernel: what is picked of `w` is picked of each factor that has the axis.
 
 An embedding's rows are an activation, so they are formed: `w[ids] + s·a[ids]·b`. Where an input and an output axis are
 left, as of experts or layers picked from a stack, the result is a kernel again.
@@ -16,8 +16,9 @@ from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
+from ..._core.base import Change, changed, use
 from ..._core.contract import Labelled, Labels, computable, is_narrow
-from ..._core.kernel import AdaptedKernel, gain_of
+from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel, gain_of
 from ..._core.sizes import smallest
 from ..contraction.factored import expand
 from ..contraction.forms import Sum, times
@@ -42,21 +43,24 @@ def _gather(
     fill_value: Any,
 ) -> Value:
     """Rows are formed from the rows of a factor; layers, experts and columns that are picked stay a kernel."""
-    if not isinstance(operand, AdaptedKernel):
+    if not isinstance(operand, TrackedKernel):
         raise NoRule("the adapted kernel is the index")
     kernel = operand
-    look_up = _LookUp(kernel.w.shape, dimension_numbers, slice_sizes, mode)
-    look_up.check()
+    lookup = _Lookup(kernel.w.shape, dimension_numbers, slice_sizes, mode)
+    lookup.check()
     indices = site.dense(indices, "the adapted kernel is the index")
     hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
-    y = lax.gather(kernel.w, indices, dimension_numbers, slice_sizes, mode=mode, fill_value=fill_value, **hints)
-    labels = look_up.labels(y.ndim)
-    if kernel.is_probe:
-        return _probe(site, kernel, look_up, y, labels)
-    a = look_up.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
-    b = look_up.take(Labelled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
-    gain = None if kernel.gain is None else look_up.take(gain_of(kernel), indices, hints)
-    if {"i", "o"} <= {kernel.roles[axis] for axis in look_up.left}:
+
+    def pick(fill_value: Any) -> Change:
+        return Change(_pick, (dimension_numbers, slice_sizes, mode, fill_value, *hints.values()))
+
+    labels = lookup.labels(len(site.eqn.outvars[0].aval.shape))
+    if not isinstance(kernel, AdaptedKernel):
+        return _plain(site, kernel, lookup, pick(fill_value), indices, labels)
+    a = lookup.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
+    b = lookup.take(Labelled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
+    gain = None if kernel.gain is None else lookup.take(gain_of(kernel), indices, hints)
+    if {"i", "o"} <= {kernel.roles[axis] for axis in lookup.left}:
         roles = [
             "b" if label in a.labels and label in b.labels else "i" if label in a.labels else "o" for label in labels
         ]
@@ -68,7 +72,7 @@ def _gather(
             raise NoRule("kernels that have a gain are looked up, and filled with a number beyond the end")
         moved = dataclasses.replace(
             kernel,
-            w=y,
+            w=changed(kernel.w, pick(fill_value), indices),
             a=a.in_order(order_a),
             b=b.in_order(order_b),
             roles=tuple(roles),
@@ -76,6 +80,7 @@ def _gather(
         )
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     on_all_tokens(kernel)
+    y = use(pick(fill_value), kernel.w, indices)
     dtype = computable(y.dtype)
     both = _cast(a, dtype), _cast(b, dtype)
     thin = smallest(both, key=lambda factor: factor.array.size)
@@ -85,7 +90,7 @@ def _gather(
     site.used(
         kernel,
         "factored",
-        roles=look_up.roles,
+        roles=lookup.roles,
         operations=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
     )
     if gain is None:
@@ -93,7 +98,7 @@ def _gather(
     if mode != lax.GatherScatterMode.FILL_OR_DROP:
         return times(Sum(y, low_rank), gain.beside(labels))
     # What the base is filled with beyond the end is no output, and has no gain.
-    rows = lax.gather(kernel.w, indices, dimension_numbers, slice_sizes, mode=mode, fill_value=0, **hints)
+    rows = use(pick(0), kernel.w, indices)
     return times(Sum(rows, low_rank), gain.beside(labels)) + lax.stop_gradient(y - rows)
 
 
@@ -107,22 +112,37 @@ def _cast(factor: Labelled, dtype: Any) -> Labelled:
     return factor._replace(array=factor.array.astype(dtype))
 
 
-def _probe(site: Site, kernel: AdaptedKernel, look_up: _LookUp, y: Array, labels: Labels) -> Value:
-    """Notes a look-up of rows; what may be a kernel again goes on, and is one if it is contracted."""
-    roles = look_up.roles if "o" in look_up.roles else ""
-    if sum(kernel.roles[axis] != "" for axis in look_up.left) < 2:
+def _plain(site: Site, kernel: PlainKernel, lookup: _Lookup, pick: Change, indices: Array, labels: Labels) -> Value:
+    """Notes a lookup of rows; what may be a kernel again goes on, and is one if it is contracted."""
+    roles = lookup.roles if "o" in lookup.roles else ""
+    if sum(bool(kernel.roles[axis]) for axis in lookup.left) < 2:
         site.used(kernel, "factored", roles=roles)
-        return y
-    kept = tuple(kernel.roles[label] if label < kernel.w.ndim else "" for label in labels)
-    return dataclasses.replace(kernel, w=y, roles=kept, look_up=site.uses(kernel, "factored", roles=roles))
+        return use(pick, kernel.w, indices)
+    kept = tuple(kernel.roles[label] if label < kernel.w.ndim else frozenset[Label]() for label in labels)
+    w = changed(kernel.w, pick, indices)
+    return dataclasses.replace(kernel, w=w, roles=kept, lookup=site.uses(kernel, "factored", roles=roles))
+
+
+def _pick(w: Array, indices: Array, numbers: Any, sizes: Any, mode: Any, fill_value: Any, *hints: bool) -> Array:
+    unique, in_order = hints
+    return lax.gather(
+        w,
+        indices,
+        numbers,
+        sizes,
+        mode=mode,
+        fill_value=fill_value,
+        unique_indices=unique,
+        indices_are_sorted=in_order,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class _LookUp:
+class _Lookup:
     """What a `gather` picks of an array of `shape`, and of a factor of it.
 
     The axes of the result go by labels: an axis of the array by its number, one of the indices by a number beyond
-    these, or by that of the array's axis along which it runs (the `vmap` of a look-up).
+    these, or by that of the array's axis along which it runs (the `vmap` of a lookup).
     """
 
     shape: tuple[int, ...]
@@ -171,7 +191,7 @@ class _LookUp:
         known = {*self.picked, *self.numbers.operand_batching_dims}
         whole = all(self.slice_sizes[axis] == size for axis, size in enumerate(self.shape) if axis not in known)
         if not self.picked or not whole or not set(self.numbers.collapsed_slice_dims) <= known:
-            raise NoRule("a look-up that takes from the start of an axis, or takes everything")
+            raise NoRule("a lookup that takes from the start of an axis, or takes everything")
 
     def labels(self, ndim: int) -> Labels:
         """The labels of the result."""

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..._compat import ClosedJaxpr, Jaxpr, JaxprEqn, normal_parameters, primitives
-from ..._core.kernel import AdaptedKernel
+from ..._core.base import Recorded
+from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.sizes import is_known
 from ..cache import kept
 from ..interpreter import Site, Value
@@ -84,7 +85,7 @@ def _scan(
         pieces, turn = xs
         layer = [rebuild(turns, x) for (_, rebuild), x in zip(slices, pieces, strict=True)]
         out = turns.interpret(jaxpr, _in_turn([*consts, *carry.whole(moving), *layer], turn))
-        return carry.moving(out[:num_carry]), out[num_carry:]
+        return carry.moving(out[:num_carry]), list(map(_sliceable, out[num_carry:]))
 
     xs = [x for x, _ in slices], jnp.arange(length) if _drops(operands) else None
     known = length if is_known(length) else None  # `lax.scan` takes a symbolic length from what it slices alone
@@ -98,7 +99,7 @@ def _drops(operands: Sequence[Value]) -> bool:
 
 def _in_turn(operands: Sequence[Value], turn: Any) -> list[Value]:
     """The operands of one turn of a loop: kernels drop anew in each."""
-    return [x.in_use(turn) if isinstance(x, AdaptedKernel) else x for x in operands]
+    return [x.in_use(turn) if isinstance(x, TrackedKernel) else x for x in operands]
 
 
 def _split(operands: Sequence[Value], *counts: int) -> tuple[list[Value], ...]:
@@ -121,7 +122,7 @@ class _Carry:
     """
 
     site: Site
-    fixed: tuple[AdaptedKernel | None, ...]
+    fixed: tuple[TrackedKernel | None, ...]
 
     @classmethod
     def of(cls, site: Site, body: ClosedJaxpr, num_consts: int, start: Sequence[Value]) -> _Carry:
@@ -130,7 +131,7 @@ class _Carry:
         return cls(
             site,
             tuple(
-                x if isinstance(x, AdaptedKernel) and _origin(body.jaxpr, out) is var else None for x, var, out in parts
+                x if isinstance(x, TrackedKernel) and _origin(body.jaxpr, out) is var else None for x, var, out in parts
             ),
         )
 
@@ -178,8 +179,9 @@ def _slices(x: Value) -> tuple[Any, Callable[[Site, Any], Value]]:
 
     Of a kernel it slices `w`, and each factor that has the stacked axis: both, if it is a batch of layers.
     """
-    if not isinstance(x, AdaptedKernel):
+    if not isinstance(x, TrackedKernel):
         return x, lambda turn, piece: piece
+    x = _sliceable(x)
     placed = {name: (factor, layout(x.roles)) for name, (factor, layout) in x.factors.items()}
     sliced = {name: _in_front(factor, axes.index(0)) for name, (factor, axes) in placed.items() if 0 in axes}
 
@@ -195,8 +197,16 @@ def _in_front(x: Array, axis: int) -> Array:
 
 def _stacked(y: Value) -> Value:
     """What `scan` stacked: layers of a kernel are a kernel with one more batch axis, in front."""
+    if not isinstance(y, TrackedKernel):
+        return y
+    y = dataclasses.replace(y, roles=(y.role("b"), *y.roles))  # type: ignore[type-var]
     if not isinstance(y, AdaptedKernel):
         return y
-    # Of what is the same in every turn one was stacked for each.
+    # Of what is the same in every iteration one was stacked for each.
     dropout, active = jax.tree.map(lambda x: x[0], (y.dropout, y.active))
-    return dataclasses.replace(y, dropout=dropout, active=active, roles=("" if y.is_probe else "b", *y.roles))
+    return dataclasses.replace(y, dropout=dropout, active=active)
+
+
+def _sliceable(x: Value) -> Value:
+    """A kernel that a loop may slice or stack; a stored leaf that was reshaped before is dense there."""
+    return x.with_array() if isinstance(x, TrackedKernel) and isinstance(x.w, Recorded) and not x.w.is_sliceable else x

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..._core.axes import RANK, axes_of_a, axes_of_b
+from ..._core.base import use
 from ..._core.contract import Labelled, Labels, computable, contract, sharding_of_product
-from ..._core.kernel import AdaptedKernel, gain_of
+from ..._core.kernel import AdaptedKernel, TrackedKernel, gain_of
 from ..._core.placement import names_of
 from ..contraction.factored import factors, precision_of_factors, thin_dtype
 from ..contraction.forms import Sum, times
@@ -42,7 +43,7 @@ def _ragged_dot_general(
 ) -> Value:
     """As `dot_general`, each row with the factors of its own group; refused where the kernel is what is divided."""
     numbers = ragged_dot_dimension_numbers
-    if not isinstance(rhs, AdaptedKernel) or (isinstance(lhs, AdaptedKernel) and not lhs.is_probe):
+    if not isinstance(rhs, TrackedKernel) or isinstance(lhs, AdaptedKernel):
         raise NoRule("the adapted kernel is what is divided into groups")
     if not numbers.rhs_group_dimensions:
         raise NoRule("what is summed, or a batch, is divided into groups")
@@ -50,11 +51,7 @@ def _ragged_dot_general(
     (group,), (lhs_ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
     (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
     roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
-    its = "".join(kernel.roles)
-    misfit = any((kernel.roles[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
-    if not kernel.is_probe and group_sizes.ndim > 1 and misfit:
-        raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
-    lhs = site.dense(lhs, "it is divided into groups")  # a probe: noted
+    lhs = site.dense(lhs, "it is divided into groups")  # a leaf without factors: noted
 
     def product(x: Array, w: Array, sizes: Array) -> Array:
         return lax.ragged_dot_general(
@@ -68,9 +65,16 @@ def _ragged_dot_general(
             out_sharding=out_sharding,
         )
 
-    if kernel.is_probe:
+    def of_base() -> Array:
+        return use(lambda w, x, sizes: product(x, w, sizes), kernel.w, lhs, group_sizes)
+
+    if not isinstance(kernel, AdaptedKernel):
         site.used(kernel, "factored", roles=roles)
-        return product(lhs, kernel.w, group_sizes)
+        return of_base()
+    its = "".join(kernel.roles)
+    misfit = any((kernel.roles[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
+    if group_sizes.ndim > 1 and misfit:
+        raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
     on_all_tokens(kernel)
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
@@ -92,7 +96,7 @@ def _ragged_dot_general(
     if site.settings.statistic is not None:
         with_a = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
         return site.observe(kernel, lhs, product, with_a, group_sizes, roles=roles)
-    y = product(lhs, kernel.w, group_sizes)
+    y = of_base()
     a, b = factors(kernel)
     first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
     dtype = thin_dtype(x.array.dtype, kernel.w.dtype, y.dtype)

@@ -5,7 +5,6 @@ Each rule says what happens to one factor, given which of the kernel's axes the 
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..._compat import primitives
 from ..._core.axes import RANK, join
+from ..._core.base import Change
 from ..._core.contract import is_narrow
-from ..._core.kernel import AdaptedKernel
+from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
 from ..._core.placement import along
 from ..contraction.forms import Sum
 from ..interpreter import NoRule, Site, Value
@@ -28,14 +28,15 @@ Axes = tuple[int, ...]
 
 
 @rule(primitives.transpose_p, "moved")
-def _transpose(site: Site, kernel: AdaptedKernel, *, permutation: Axes) -> AdaptedKernel:
+def _transpose(site: Site, kernel: TrackedKernel, *, permutation: Axes) -> TrackedKernel:
     """The factors are transposed."""
     del site
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         return lax.transpose(factor, [before.index(axis if axis == RANK else permutation[axis]) for axis in after])
 
-    return kernel.moved(lax.transpose(kernel.w, permutation), [kernel.roles[axis] for axis in permutation], move)
+    roles = [kernel.roles[axis] for axis in permutation]
+    return kernel.moved(Change(lax.transpose, (tuple(permutation),)), roles, move)
 
 
 def _moved(sharding: Any, axes: Axes) -> Any:
@@ -46,13 +47,12 @@ def _moved(sharding: Any, axes: Axes) -> Any:
 @rule(primitives.broadcast_in_dim_p, "moved")
 def _broadcast_in_dim(
     site: Site, kernel: Value, *dynamic_shape: Any, shape: Axes, broadcast_dimensions: Axes, sharding: Any
-) -> AdaptedKernel:
+) -> TrackedKernel:
     """A new axis is one more output, along which `b` repeats."""
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
     del site
-    # A new axis is one more output, along which b repeats; in a probe it comes from no axis of the leaf.
-    roles = ["" if kernel.is_probe else "o"] * len(shape)
+    roles = [kernel.role("o")] * len(shape)
     for axis, role in zip(broadcast_dimensions, kernel.roles, strict=True):
         roles[axis] = role
 
@@ -62,7 +62,11 @@ def _broadcast_in_dim(
         places = [after.index(axis if axis == RANK else broadcast_dimensions[axis]) for axis in before]
         return lax.broadcast_in_dim(factor, sizes, places, out_sharding=_moved(sharding, after))
 
-    return kernel.moved(lax.broadcast_in_dim(kernel.w, shape, broadcast_dimensions, out_sharding=sharding), roles, move)
+    return kernel.moved(Change(_broadcast, (tuple(shape), tuple(broadcast_dimensions), sharding)), roles, move)
+
+
+def _broadcast(w: Array, shape: Axes, dimensions: Axes, sharding: Any) -> Array:
+    return lax.broadcast_in_dim(w, shape, dimensions, out_sharding=sharding)
 
 
 @rule(primitives.reshape_p, "moved")
@@ -72,35 +76,49 @@ def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, di
         raise NoRule("a shape known only at run time")
     if dimensions is not None:  # the order in which the axes are read
         kernel = _transpose(site, kernel, permutation=dimensions)
-    roles = _roles_after(kernel, new_sizes)
+    after_reshape = _roles_after if isinstance(kernel, AdaptedKernel) else _labels_after
+    roles = after_reshape(kernel, new_sizes)
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         rank = factor.shape[before.index(RANK)]
         its_sizes = [rank if axis == RANK else new_sizes[axis] for axis in after]
         return lax.reshape(factor, its_sizes, out_sharding=_moved(sharding, after))
 
-    return site.left(kernel.moved(lax.reshape(kernel.w, new_sizes, out_sharding=sharding), roles, move))
+    return site.left(kernel.moved(Change(_reshaped, (tuple(new_sizes), sharding)), roles, move))
+
+
+def _reshaped(w: Array, sizes: Axes, sharding: Any) -> Array:
+    return lax.reshape(w, sizes, out_sharding=sharding)
 
 
 def _roles_after(kernel: AdaptedKernel, new_sizes: Axes) -> list[str]:
     """The roles of a kernel's axes after a reshape. One of size 1 holds nothing, and has no role in what it joins."""
     shape = kernel.w.shape
     roles = [""] * len(new_sizes)
-    place = 0  # of the last axis so far
     for old, new in _blocks(shape, new_sizes):
         wide = [axis for axis in old if shape[axis] != 1]
         role = join([kernel.roles[axis] for axis in wide or old[:1]])
-        if not kernel.is_probe and len(role) > 1:
+        if len(role) > 1:
             raise NoRule(f"a reshape from {shape} to {new_sizes} merges axes with the roles {role!r}")
         for place in new:
             roles[place] = role if not wide or new_sizes[place] != 1 else ""
-        if kernel.is_probe and not new and roles:  # gone into what is before it
-            roles[place] = join([roles[place], role])
-    if kernel.is_probe:
-        return roles
     # A kernel stays one if an axis is left for its inputs and one for its outputs.
     lost = [role for role in "io" if role in kernel.roles and role not in roles]
     return [role or (lost.pop() if lost else "o") for role in roles]
+
+
+def _labels_after(kernel: PlainKernel, new_sizes: Axes) -> list[frozenset[Label]]:
+    """Which axes of leaves each axis comes from after a reshape."""
+    shape, labels = kernel.w.shape, [frozenset[Label]()] * len(new_sizes)
+    place = 0  # of the last axis so far
+    for old, new in _blocks(shape, new_sizes):
+        wide = [axis for axis in old if shape[axis] != 1]
+        joined = frozenset[Label]().union(*(kernel.roles[axis] for axis in wide or old[:1]))
+        for place in new:
+            labels[place] = joined if not wide or new_sizes[place] != 1 else frozenset()
+        if not new and labels:  # gone into what is before it
+            labels[place] |= joined
+    return labels
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
@@ -121,7 +139,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
 
 
 @rule(primitives.rev_p, "moved")
-def _rev(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKernel:
+def _rev(site: Site, kernel: TrackedKernel, *, dimensions: Axes) -> TrackedKernel:
     """The factors are reversed."""
     del site
 
@@ -129,15 +147,15 @@ def _rev(site: Site, kernel: AdaptedKernel, *, dimensions: Axes) -> AdaptedKerne
         del after
         return lax.rev(factor, [before.index(axis) for axis in dimensions if axis in before])
 
-    return kernel.moved(lax.rev(kernel.w, dimensions), kernel.roles, move)
+    return kernel.moved(Change(lax.rev, (tuple(dimensions),)), kernel.roles, move)
 
 
 @rule(primitives.pad_p, "moved")
-def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tuple[int, int, int]]) -> AdaptedKernel:
+def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tuple[int, int, int]]) -> TrackedKernel:
     """The factors are padded with zeros; any other padding is refused."""
-    if not isinstance(kernel, AdaptedKernel):
+    if not isinstance(kernel, TrackedKernel):
         raise NoRule("the kernel is what is padded with")
-    if kernel.gain is not None and (isinstance(value, Array) or value != 0):
+    if "gain" in kernel.factors and (isinstance(value, Array) or value != 0):
         raise NoRule("a kernel that has a gain is padded with something else than 0")
     value = site.dense(value, "the kernel is what is padded with")
 
@@ -148,13 +166,13 @@ def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tu
             factor, jnp.zeros((), factor.dtype), config
         )  # whatever the base is padded with, nothing is added
 
-    return kernel.moved(lax.pad(kernel.w, value, padding_config), kernel.roles, move)
+    return kernel.moved(Change(lax.pad, (tuple(padding_config),)), kernel.roles, move, value)
 
 
 @rule(primitives.convert_element_type_p, "moved")
 def _convert_element_type(
-    site: Site, kernel: AdaptedKernel | Sum, *, new_dtype: Any, weak_type: bool, sharding: Any
-) -> AdaptedKernel | Sum:
+    site: Site, kernel: TrackedKernel | Sum, *, new_dtype: Any, weak_type: bool, sharding: Any
+) -> TrackedKernel | Sum:
     """The factors keep their own dtype until they are used; a cast to whole numbers is refused."""
     del site, weak_type  # what the model makes of the kernel next has a strong type either way
     if isinstance(kernel, Sum):
@@ -166,14 +184,14 @@ def _convert_element_type(
     if sharding is not None:
         raise NoRule("a cast that also changes the sharding")
     # The factors keep their own dtype until they are consumed: a base in bfloat16 takes nothing from them.
-    return dataclasses.replace(kernel, w=kernel.w.astype(new_dtype))
+    return kernel.with_base(Change(lax.convert_element_type, (jnp.dtype(new_dtype),), elementwise=True))
 
 
 @rule(primitives.reduce_precision_p, "moved")
-def _reduce_precision(site: Site, kernel: AdaptedKernel, *, exponent_bits: int, mantissa_bits: int) -> AdaptedKernel:
+def _reduce_precision(site: Site, kernel: TrackedKernel, *, exponent_bits: int, mantissa_bits: int) -> TrackedKernel:
     """The factors keep their precision."""
     del site  # like a cast: the factors keep their precision
-    return dataclasses.replace(kernel, w=lax.reduce_precision(kernel.w, exponent_bits, mantissa_bits))
+    return kernel.with_base(Change(lax.reduce_precision, (exponent_bits, mantissa_bits), elementwise=True))
 
 
 @rule("optimization_barrier", "moved")
@@ -184,21 +202,21 @@ def _optimization_barrier(site: Site, *operands: Value) -> list[Value]:
 
 
 @rule(primitives.copy_p, "moved")
-def _copy(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+def _copy(site: Site, kernel: TrackedKernel) -> TrackedKernel:
     """The base is copied."""
     del site
-    return dataclasses.replace(kernel, w=jnp.copy(kernel.w))
+    return kernel.with_base(Change(jnp.copy, elementwise=True))
 
 
 @rule(primitives.name_p, "moved")
-def _name(site: Site, kernel: AdaptedKernel, *, name: str) -> AdaptedKernel:
+def _name(site: Site, kernel: TrackedKernel, *, name: str) -> TrackedKernel:
     """The name goes to the base, for `remat` policies."""
     del site
-    return dataclasses.replace(kernel, w=checkpoint_name(kernel.w, name))
+    return kernel.with_base(Change(checkpoint_name, (name,), elementwise=True))
 
 
 @rule(primitives.stop_gradient_p, "moved")
-def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
+def _stop_gradient(site: Site, kernel: TrackedKernel) -> TrackedKernel:
     """The factors get no gradient either."""
     del site
 
@@ -206,12 +224,16 @@ def _stop_gradient(site: Site, kernel: AdaptedKernel) -> AdaptedKernel:
         del before, after
         return lax.stop_gradient(factor)
 
-    return kernel.moved(lax.stop_gradient(kernel.w), kernel.roles, move)
+    return kernel.moved(Change(lax.stop_gradient, elementwise=True), kernel.roles, move)
 
 
 @rule("pvary", "moved")
-def _pvary(site: Site, kernel: AdaptedKernel, *, axes: Sequence[str]) -> AdaptedKernel:
+def _pvary(site: Site, kernel: TrackedKernel, *, axes: Sequence[str]) -> TrackedKernel:
     """The base varies over the mesh; the factors follow where they meet what varies."""
     del site
     # What shard_map puts before a replicated kernel. The factors follow by themselves, where they meet what varies.
-    return dataclasses.replace(kernel, w=lax.pcast(kernel.w, tuple(axes), to="varying"))
+    return kernel.with_base(Change(_vary, (tuple(axes),), elementwise=True))
+
+
+def _vary(w: Array, axes: tuple[str, ...]) -> Array:
+    return lax.pcast(w, axes, to="varying")

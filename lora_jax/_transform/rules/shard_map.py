@@ -10,7 +10,8 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 
 from ..._compat import ClosedJaxpr, primitives, varying
-from ..._core.kernel import AdaptedKernel
+from ..._core.base import Change
+from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.placement import mesh_axes
 from ..interpreter import NoRule, Site, Value
 from ..placement import specs
@@ -30,13 +31,16 @@ def _shard_map(
 ) -> list[Value]:
     """`jax.shard_map`: the factors are cut as the kernel is, the rank is not."""
 
+    # What stands for an array has no axes to shard: it is one before.
+    operands = tuple(x.with_array() if isinstance(x, TrackedKernel) else x for x in operands)
+
     def run(*operands: Value) -> tuple[Array, ...]:
         operands = tuple(_inside(x, place, newly_manual_axes) for x, place in zip(operands, places, strict=True))
         out = site.interpret(jaxpr, operands)
         return tuple(site.dense(result, "a shard_map returns the kernel") for result in out)
 
     each = zip(operands, in_specs, strict=True)
-    places = tuple(specs(x, spec) if isinstance(x, AdaptedKernel) else spec for x, spec in each)
+    places = tuple(specs(x, spec) if isinstance(x, TrackedKernel) else spec for x, spec in each)
     mapped = jax.shard_map(
         run,
         mesh=mesh,
@@ -62,14 +66,14 @@ def _inside(x: Value, place: Any, manual_axes: Collection[str]) -> Value:
 @rule(primitives.all_gather_p, "moved")
 def _all_gather(
     site: Site,
-    kernel: AdaptedKernel,
+    kernel: TrackedKernel,
     *,
     all_gather_dimension: int,
     axis_name: Sequence[str],
     axis_index_groups: Any,
     axis_size: int,
     tiled: bool,
-) -> AdaptedKernel:
+) -> TrackedKernel:
     """The factors that have the axis are gathered."""
     del site, axis_size
     at, names = all_gather_dimension, tuple(axis_name)
@@ -77,12 +81,16 @@ def _all_gather(
     def gather(x: Array, axis: int) -> Array:
         return lax.all_gather(x, names, axis=axis, tiled=tiled, axis_index_groups=axis_index_groups)
 
+    change = Change(gather, (at,))
+    if not isinstance(kernel, AdaptedKernel):
+        roles = kernel.roles if tiled else [*kernel.roles[:at], kernel.role("b"), *kernel.roles[at:]]
+        return kernel.moved(change, roles, lambda factor, before, after: factor)
     gathered = [name for name, (_, layout) in kernel.factors.items() if not tiled or at in layout(kernel.roles)]
     known = {name: kernel.replicated_over(name).union(() if axis_index_groups else names) for name in gathered}
     if not tiled:
         # The devices' kernels side by side: a batch of them, whatever was cut.
-        roles = [*kernel.roles[:at], "" if kernel.is_probe else "b", *kernel.roles[at:]]
-        stack = kernel.moved(gather(kernel.w, at), roles, lambda factor, _, after: gather(factor, after.index(at)))
+        roles = [*kernel.roles[:at], "b", *kernel.roles[at:]]
+        stack = kernel.moved(change, roles, lambda factor, _, after: gather(factor, after.index(at)))
         return stack.with_replicated(known)
     # Put together from pieces, the kernel is a product only if the other factor is the same for all of them.
     for name, (factor, _) in kernel.factors.items():
@@ -96,4 +104,4 @@ def _all_gather(
         del after
         return gather(factor, before.index(at)) if at in before else factor
 
-    return kernel.moved(gather(kernel.w, at), kernel.roles, move).with_replicated(known)
+    return kernel.moved(change, kernel.roles, move).with_replicated(known)

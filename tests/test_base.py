@@ -1,0 +1,218 @@
+"""Kernels whose base is no array: a leaf that is stored in another form is dequantized in each use, and never kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FORWARD, GRADIENT, assert_close, bits
+from law import normal, total
+from uses import USES
+
+import lora_jax as lj
+from lora_jax._core.base import StoredLeaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Split(StoredLeaf):
+    """A float32 array stored as two in bfloat16, whose sum it is up to rounding."""
+
+    high: Any
+    low: Any
+
+    @classmethod
+    def of(cls, w: Any) -> Split:
+        high = w.astype(jnp.bfloat16)
+        return cls(high, (w - high.astype(w.dtype)).astype(jnp.bfloat16))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.high.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(jnp.float32)
+
+    def dequantize(self) -> jax.Array:
+        return self.high.astype(jnp.float32) + self.low.astype(jnp.float32)
+
+
+def stored(tree: Any, *paths: str) -> Any:
+    """A tree with some of its leaves stored; all, if none is named."""
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: Split.of(leaf) if not paths or keys[-1].key in paths else leaf, tree
+    )
+
+
+def dense(tree: Any) -> Any:
+    """The tree that a tree of stored leaves stands for."""
+    is_stored = lambda leaf: isinstance(leaf, Split)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.dequantize() if is_stored(leaf) else leaf, tree, is_leaf=is_stored)
+
+
+def drawn(params: Any, spec: Any, kernels: Any = None) -> Any:
+    adapter = lj.init(jax.random.key(0), params, spec, kernels=kernels)
+    leaves, treedef = jax.tree.flatten(adapter)
+    return treedef.unflatten([normal(*leaf.shape, seed=100 + at, size=0.4) for at, leaf in enumerate(leaves)])
+
+
+def assert_stored_law(apply: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> None:
+    """Result and adapter gradient on a stored base are those of the merged kernels of the base that it stands for."""
+
+    def gradient(run: Callable[[Any], Any]) -> Any:
+        def loss(adapter: Any) -> Any:
+            out = run(adapter)
+            return total(out), out
+
+        return jax.jit(jax.grad(loss, has_aux=True))(adapter)
+
+    got, out = gradient(lambda adapter: lj.lora(apply)(params, adapter, *args))
+    base = dense(params)
+    expected_gradient, expected = gradient(lambda adapter: apply(lj.merge(base, adapter), *args))
+    assert_close(out, expected, FORWARD)
+    assert_close(got, expected_gradient, GRADIENT)
+
+
+def residuals(apply: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> list[Any]:
+    """The arrays that the forward pass keeps for the gradient of the adapter."""
+    _, backward = jax.vjp(lambda adapter: total(lj.lora(apply)(params, adapter, *args)), adapter)
+    return jax.tree.leaves(backward)
+
+
+def is_dense(array: Any, shape: tuple[int, ...]) -> bool:
+    return array.dtype == jnp.float32 and sorted(s for s in array.shape if s > 1) == sorted(s for s in shape if s > 1)
+
+
+@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("use", USES)
+def test_a_use_of_a_stored_kernel_is_that_of_the_array_it_stands_for(use: str, variant: Any) -> None:
+    case = USES[use]
+    params = stored(case.params)
+    adapter = drawn(params, {"w": variant(rank=2, alpha=3, axes=case.axes or case.roles)})
+    assert_stored_law(case.apply, params, adapter, *case.arrays)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_the_roles_of_a_stored_kernel_are_those_of_the_array_it_stands_for(use: str) -> None:
+    case = USES[use]
+    each = (lj.kernels(case.apply, params, *case.arrays)["w"] for params in (stored(case.params), case.params))
+    found, expected = each
+        lj.kernels(case.apply, params, *case.arrays)["w"] for params in (stored(case.params), case.params)
+    )
+    assert (found.axes, found.shape, found.dtype) == (expected.axes, expected.shape, expected.dtype)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_stored_leaf_that_is_not_adapted_is_the_array_it_stands_for(use: str) -> None:
+    case = USES[use]
+    params = {"w": Split.of(case.params["w"]), "other": jnp.ones(())}
+    adapter = {"other": lj.Adapter(lj.Full(), "", value=jnp.float32(2))}
+    run = lambda params, *args: (case.call(params["w"], *args), params["other"])  # noqa: E731
+    got = jax.jit(lj.lora(run))(params, adapter, *case.arrays)
+    expected = jax.jit(run)(dense(params) | {"other": jnp.float32(2)}, *case.arrays)
+    assert_close(got, expected)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(nn.LayerNorm(name="norm")(x))
+        return x + nn.Dense(12, name="down")(nn.gelu(nn.Dense(20, name="up")(x))), None
+
+
+class Model(nn.Module):
+    """A decoder with a tied head; its layers in a scan with remat, or unrolled."""
+
+    scanned: bool
+
+    @nn.compact
+    def __call__(self, tokens: Any) -> Any:
+        table = nn.Embed(17, 12, name="embed")
+        x = table(tokens)
+        if self.scanned:
+            axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": 3}
+            x = nn.scan(nn.remat(Block), **axes)(name="layers")(x, None)[0]
+        else:
+            for layer in range(2):
+                x = Block(name=f"layer_{layer}")(x, None)[0]
+        return table.attend(x)
+
+
+def model(*, scanned: bool) -> tuple[Callable[..., Any], Any, jax.Array]:
+    tokens = jnp.arange(10).reshape(2, 5)
+    net = Model(scanned)
+    params = jax.jit(net.init)(jax.random.key(0), tokens)["params"]
+    return lambda params, tokens: net.apply({"params": params}, tokens), params, tokens
+
+
+@pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", "**/query/kernel"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_a_model_on_stored_kernels_is_that_of_merged_ones(scanned: bool, adapted: str) -> None:
+    apply, plain, tokens = model(scanned=scanned)
+    params = stored(plain, "kernel", "embedding")
+    kernels = lj.kernels(apply, params, tokens)
+    adapter = drawn(params, {adapted: lj.LoRA(rank=2, alpha=3)}, kernels)
+    assert_stored_law(apply, params, adapter, tokens)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_nothing_dense_is_kept_for_the_backward_pass(scanned: bool) -> None:
+    apply, plain, tokens = model(scanned=scanned)
+    params = stored(plain, "kernel", "embedding")
+    adapter = drawn(params, {"**/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, params, tokens))
+    shapes = {leaf.shape for leaf in jax.tree.leaves(plain) if leaf.ndim > 1}
+    kept = residuals(apply, params, adapter, tokens)
+    assert not [array.shape for array in kept if any(is_dense(array, shape) for shape in shapes)]
+    of_arrays = residuals(apply, dense(params), adapter, tokens)
+    assert [array.shape for array in of_arrays if any(is_dense(array, shape) for shape in shapes)]
+
+
+def test_a_second_call_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    apply, plain, tokens = model(scanned=True)
+    params = stored(plain, "kernel", "embedding")
+    adapter = drawn(params, {"**/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, params, tokens))
+    run = lj.lora(apply)
+    first = run(params, adapter, tokens)
+    with jax.log_compiles():
+        again = run(params, adapter, tokens)
+    assert bits(again) == bits(first)
+    assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+def test_explain_shows_a_stored_kernel_as_the_array_it_stands_for() -> None:
+    apply, plain, tokens = model(scanned=False)
+    params = stored(plain, "kernel")
+    adapter = drawn(plain, {"**/query/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, plain, tokens))
+    assert str(lj.explain(apply, params, adapter, tokens)) == str(lj.explain(apply, plain, adapter, tokens))
+
+
+def test_kernels_beside_each_other_stay_stored() -> None:
+    params = {name: normal(6, 4, seed=at) for at, name in enumerate("qkv")}
+    apply = lambda p, x: jnp.tanh(x @ jnp.concatenate([p["q"], p["k"], p["v"]], 1))  # noqa: E731
+    x = normal(3, 6, seed=9)
+    packed = stored(params, "q", "v")
+    adapter = drawn(packed, {"{q,v}": lj.LoRA(rank=2, alpha=3)})
+    assert_stored_law(apply, packed, adapter, x)
+    assert not [array for array in residuals(apply, packed, adapter, x) if is_dense(array, (6, 12))]
+
+
+def test_a_product_of_two_stored_kernels() -> None:
+    params = {"one": normal(6, 5), "other": normal(5, 4, seed=1)}
+    apply = lambda p, x: x @ (p["one"] @ p["other"])  # noqa: E731
+    packed = stored(params)
+    adapter = drawn(packed, {"*": lj.LoRA(rank=2, alpha=3)})
+    assert_stored_law(apply, packed, adapter, normal(3, 6, seed=2))
+
+
+def test_a_stored_leaf_is_one_leaf_of_the_tree() -> None:
+    params = {"dense": {"kernel": Split.of(normal(6, 4)), "bias": jnp.ones(4)}}
+    adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=3), "**/bias": lj.Full()})
+    assert list(adapter) == ["dense/bias", "dense/kernel"]
+    assert np.all(adapter["dense/kernel"].a.shape == np.array((6, 2)))
