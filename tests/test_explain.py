@@ -195,7 +195,7 @@ def test_uses_of_several_kinds_are_listed() -> None:
         return x @ params["kernel"], jnp.tanh(params["kernel"]), params["kernel"][jnp.array([1, 2])]
 
     assert only_row(apply, jnp.ones((5, 8)), dense=["*"]).used == (
-        "factored dot_general ×1, dense tanh ×1, factored gather ×1"
+        "factored dot_general ×1, materialized tanh ×1, factored gather ×1"
     )
 
 
@@ -210,7 +210,7 @@ def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
     )
     with pytest.raises(lj.UnsupportedError, match="it reaches `tanh`"):
         factored(apply, KERNEL, PART, jnp.ones((5, 8)), strict=True)
-    assert only_row(apply, jnp.ones((5, 8)), dense=["kernel"]).used == "dense tanh ×1"
+    assert only_row(apply, jnp.ones((5, 8)), dense=["kernel"]).used == "materialized tanh ×1"
 
 
 def test_forming_a_kernel_counts_as_operations() -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 from jax import Array
@@ -50,7 +50,8 @@ class StoredLeaf(abc.ABC):
         return math.prod(self.shape)
 
 
-class Change(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Change:
     """What a program does to an array: `function(w, *arrays, *static)`.
 
     Attributes:

@@ -18,7 +18,7 @@ from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
 from ..._core.base import Change, changed, use
 from ..._core.contract import Labelled, Labels, computable, is_narrow
-from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel, gain_of
+from ..._core.kernel import AdaptedKernel, Label, PlainKernel, gain_of
 from ..._core.sizes import smallest
 from ..contraction.factored import expand
 from ..contraction.forms import Sum, times
@@ -43,7 +43,7 @@ def _gather(
     fill_value: Any,
 ) -> Value:
     """Rows are formed from the rows of a factor; layers, experts and columns that are picked stay a kernel."""
-    if not isinstance(operand, TrackedKernel):
+    if not isinstance(operand, AdaptedKernel | PlainKernel):
         raise NoRule("the adapted kernel is the index")
     kernel = operand
     lookup = _Lookup(kernel.w.shape, dimension_numbers, slice_sizes, mode)
@@ -54,7 +54,8 @@ def _gather(
     def pick(fill_value: Any) -> Change:
         return Change(_pick, (dimension_numbers, slice_sizes, mode, fill_value, *hints.values()))
 
-    labels = lookup.labels(len(site.eqn.outvars[0].aval.shape))
+    result: Any = site.eqn.outvars[0].aval
+    labels = lookup.labels(result.ndim)
     if not isinstance(kernel, AdaptedKernel):
         return _plain(site, kernel, lookup, pick(fill_value), indices, labels)
     a = lookup.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
