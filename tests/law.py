@@ -101,7 +101,7 @@ def assert_law(
         return jax.grad(run, has_aux=True)(adapter)
 
     def both(*call: Any) -> Any:
-        return gradients(lj.lora(apply, dense=formed, form="factored"), *call), gradients(dense(apply), *call)
+        return gradients(lj.lora(apply, materialize=formed, form="factored"), *call), gradients(dense(apply), *call)
 
     run = jax.jit(both) if compiled else without_compiling(both)
     (gradient, out), (expected_gradient, expected) = run(adapter, params, args)

@@ -237,7 +237,7 @@ def test_compacted_it_is_the_same_function_of_a_smaller_rank(axes: str) -> None:
     assert part.variant.scale == adapter["w"].variant.scale
     x = normal(7, *KERNELS[axes], seed=5)
     run = lambda params, x: jnp.einsum("n...,...->n", x, params["w"])  # noqa: E731
-    apply = lj.lora(run, dense=["w"])
+    apply = lj.lora(run, materialize=["w"])
     assert_close(apply(params, small, x), apply(params, adapter, x), {"float32": 1e-6})
     assert_close(lj.merge(params, small), lj.merge(params, adapter), {"float32": 1e-6})
     assert bits(part.a[..., 0]) == bits(adapter["w"].a[..., 1] * jnp.float32(-2.0))  # nothing is lost on the way

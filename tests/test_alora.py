@@ -145,7 +145,7 @@ def test_where_it_is_not_known_which_tokens_there_are_it_is_refused_and_never_fo
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
     for dense in ([], ["w"]):
         with pytest.raises(lj.UnsupportedError, match=reason) as error:
-            lj.lora(call, dense=dense)(params, adapter, x, active_tokens=ACTIVE)
+            lj.lora(call, materialize=dense)(params, adapter, x, active_tokens=ACTIVE)
         assert "dense=" not in str(error.value)
 
 

@@ -843,7 +843,7 @@ def test_strict_promotion_is_satisfied(name: str) -> None:
     call, dtype = STRICT[name]
     case = Case(call, (4, 5), [X], "io")
     params = {"w": case.params["w"].astype(dtype)}
-    adapted = lj.lora(case.apply, dense=["w"])
+    adapted = lj.lora(case.apply, materialize=["w"])
     with jax.numpy_dtype_promotion("strict"):
         got = adapted(params, case.adapter, *case.arrays)
     assert_close(got, adapted(params, case.adapter, *case.arrays))

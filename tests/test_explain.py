@@ -206,9 +206,9 @@ def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
     refused = factored(apply, KERNEL, PART, jnp.ones((5, 8)))
     assert refused.rows[0].used == "refused tanh ×1"
     assert str(refused).endswith(
-        "refused:   `lora` raises an error for 1 leaves; to have them formed there: dense=['kernel']"
+        "refused:   `lora` raises an error for 1 leaves; to materialize them there: materialize=['kernel']"
     )
-    with pytest.raises(lj.UnsupportedError, match="it reaches `tanh`"):
+    with pytest.raises(lj.UnsupportedError, match="passes it to `tanh`"):
         factored(apply, KERNEL, PART, jnp.ones((5, 8)), strict=True)
     assert only_row(apply, jnp.ones((5, 8)), dense=["kernel"]).used == "materialized tanh ×1"
 

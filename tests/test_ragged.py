@@ -121,7 +121,7 @@ def test_groups_of_what_is_summed_are_refused() -> None:
     reason = "reaches `ragged_dot_general`: what is summed, or a batch, is divided into groups"
     with pytest.raises(lj.UnsupportedError, match=reason):
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
-    formed = lj.lora(case.apply, dense=["w"])(case.params, case.adapter, *case.arrays)
+    formed = lj.lora(case.apply, materialize=["w"])(case.params, case.adapter, *case.arrays)
     assert_close(formed, case.apply(lj.merge(case.params, case.adapter), *case.arrays))
 
 

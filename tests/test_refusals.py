@@ -24,8 +24,8 @@ from lora_jax._transform import registry as _registry
 from lora_jax.testing import shapes_made
 
 X = (3, 4)
-NO_RULE = "this operation has no low-rank rule"
-OWN_DERIVATIVE = "the model's own derivative there is defined for a dense kernel"
+NO_RULE = "it has no low-rank rule"
+OWN_DERIVATIVE = "the model defines it for an array"
 
 
 class Refusal(NamedTuple):
@@ -219,12 +219,15 @@ REFUSALS = {
 }
 
 
+ALL_DERIVATIVES = ".\n  For all custom derivatives: lora(apply, custom_derivatives='materialize')"
+
+
 def message(refusal: Refusal, line: str) -> str:
     return (
-        "Expected the adapted kernel 'w' to be used in ways that have a low-rank form; it reaches "
-        f"`{refusal.primitive}`: {refusal.reason}.\n"
+        f"Cannot apply LoRA to 'w': the model passes it to `{refusal.primitive}`: {refusal.reason}.\n"
         f"  at {line}\n"
-        "  Leave it out of the spec, or let it be formed there: lora(apply, dense=['w'])."
+        "  Leave it out of the spec, or materialize it there: lora(apply, materialize=['w'])"
+        f"{ALL_DERIVATIVES if refusal.primitive.startswith('custom_') else ''}."
     )
 
 
@@ -381,14 +384,15 @@ def test_all_refused_kernels_come_in_one_error_with_one_list(jit: bool) -> None:
         (jax.jit(function) if jit else function)(MANY, MANY_ADAPTED, normal(3, 4))
     text = str(error.value)
     assert text.startswith(
-        "Expected the adapted kernels to be used in ways that have a low-rank form; 3 are not.\n"
-        "  'a' reaches `custom_vjp_call`: the model's own derivative there is defined for a dense kernel.\n"
+        "Cannot apply LoRA to 3 kernels:\n"
+        "  'a', passed to `custom_vjp_call`: the model defines it for an array.\n"
         f"    at {__file__}:"
     )
-    assert "\n  'stack' reaches `custom_vjp_call`: " in text
-    assert f"\n  'b' reaches `sin`: {NO_RULE}.\n    at {__file__}:" in text
+    assert "\n  'stack', passed to `custom_vjp_call`: " in text
+    assert f"\n  'b', passed to `sin`: {NO_RULE}.\n    at {__file__}:" in text
     assert text.endswith(
-        "\n  Leave them out of the spec, or let them be formed there: lora(apply, dense=['a', 'stack', 'b'])."
+        "\n  Leave them out of the spec, or materialize them there: lora(apply, materialize=['a', 'stack', 'b'])"
+        f"{ALL_DERIVATIVES}."
     )
     assert_law(many_refused, MANY, MANY_ADAPTED, normal(3, 4), formed=["a", "stack", "b"])
 
@@ -401,8 +405,10 @@ def test_explain_shows_refused_kernels_as_rows() -> None:
         "fine": "factored dot_general ×1",
         "stack": "refused custom_vjp_call ×2",
     }
-    assert "`lora` raises an error for 3 leaves; to have them formed there: dense=['a', 'stack', 'b']" in str(table)
-    with pytest.raises(lj.UnsupportedError, match="3 are not"):
+    assert "`lora` raises an error for 3 leaves; to materialize them there: materialize=['a', 'stack', 'b']" in str(
+        table
+    )
+    with pytest.raises(lj.UnsupportedError, match="to 3 kernels:"):
         lj.explain(many_refused, MANY, MANY_ADAPTED, normal(3, 4), strict=True)
 
 
@@ -415,7 +421,7 @@ def test_nothing_is_evaluated_for_the_list_of_refusals() -> None:
         return product(x, params["b"])
 
     params = {path: MANY[path] for path in ("a", "b")}
-    with pytest.raises(lj.UnsupportedError, match="2 are not"):
+    with pytest.raises(lj.UnsupportedError, match="to 2 kernels:"):
         lj.lora(model)(params, adapted(params, {"a": "io", "b": "io"}), normal(3, 4))
     jax.effects_barrier()
     assert ran == []
@@ -462,13 +468,13 @@ def test_dense_takes_patterns(formed: Any) -> None:
 
 def test_only_what_is_listed_is_formed() -> None:
     adapter = adapted(PARAMS, {"block/one": "io", "block/two": "io"})
-    with pytest.raises(lj.UnsupportedError, match="the adapted kernel 'block/two'"):
-        lj.lora(two_kernels, dense=["block/one"])(PARAMS, adapter, normal(*X, seed=2))
+    with pytest.raises(lj.UnsupportedError, match="to 'block/two'"):
+        lj.lora(two_kernels, materialize=["block/one"])(PARAMS, adapter, normal(*X, seed=2))
 
 
 def test_a_listed_kernel_stays_factored_where_it_can() -> None:
     case = Case(lambda w, x: x @ w, (7, 5), [(3, 7)], "io")
-    adapted = lj.lora(case.apply, dense=["w"], form="factored")
+    adapted = lj.lora(case.apply, materialize=["w"], form="factored")
     assert (7, 5) not in shapes_made(adapted, case.params, case.adapter, *case.arrays)
 
 
@@ -545,3 +551,35 @@ def test_a_rule_names_every_parameter_so_that_a_new_one_is_an_error(name: str) -
     _, rule = _registry.RULES[name]
     kinds = {parameter.kind for parameter in inspect.signature(rule).parameters.values()}
     assert inspect.Parameter.VAR_KEYWORD not in kinds
+
+
+def test_all_custom_derivatives_are_allowed_at_once(key: jax.Array) -> None:
+    apply = lambda params, x: product(product(x, params["a"]), params["fine"]) @ params["b"]  # noqa: E731
+    with pytest.raises(lj.UnsupportedError, match="custom_derivatives='materialize'"):
+        lj.lora(apply)(MANY, MANY_ADAPTED, normal(3, 4))
+    run = lj.lora(apply, custom_derivatives="materialize", form="factored")
+    expected = apply(lj.merge(MANY, MANY_ADAPTED), normal(3, 4))
+    np.testing.assert_allclose(run(MANY, MANY_ADAPTED, normal(3, 4)), expected, rtol=1e-4)
+
+
+def test_allowing_custom_derivatives_allows_nothing_else() -> None:
+    with pytest.raises(lj.UnsupportedError, match=r"'b'.*`sin`") as error:
+        lj.lora(many_refused, custom_derivatives="materialize")(MANY, MANY_ADAPTED, normal(3, 4))
+    assert "'a'" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"custom_derivatives": True}, "Expected `custom_derivatives` to be 'refuse' or 'materialize'; got True."),
+        ({"materialize": "**"}, "Expected a list of patterns for `materialize`; got '\\*\\*'."),
+    ],
+)
+def test_options_that_are_none_are_refused_when_the_function_is_made(options: Any, text: str) -> None:
+    with pytest.raises(lj.SpecError, match=text):
+        lj.lora(many_refused, **options)
+
+
+def test_a_model_with_a_parameter_named_as_a_keyword_of_the_adapted_function_is_refused() -> None:
+    with pytest.raises(lj.SpecError, match="to have no parameter named 'dropout_key'"):
+        lj.lora(lambda params, x, dropout_key=None: x @ params["w"])

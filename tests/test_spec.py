@@ -314,7 +314,7 @@ CANNOT_TELL = {
     "read whole": (
         lambda w, x: x @ jnp.exp(w),
         "`exp` reads it whole first, at {line}",
-        " Then `lora` has to form the kernel where it is read: lora(apply, dense=['w']).",
+        " Then `lora` has to materialize the kernel there: lora(apply, materialize=['w']).",
     ),
 }
 

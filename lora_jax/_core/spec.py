@@ -207,7 +207,7 @@ def _axes_for(path: str, leaf: Any, choice: Choice, kernels: Mapping[str, Kernel
         reason = f"the traced model does not say which of its axes are inputs and outputs: {traced.unknown}"
         advice = f"Leave it out of the spec ({{{path!r}: None}}), or say the axes there: {write}."
         if any(use.kind == "opaque" for use in traced.uses):
-            advice += f" Then `lora` has to form the kernel where it is read: lora(apply, dense=[{path!r}])."
+            advice += f" Then `lora` has to materialize the kernel there: lora(apply, materialize=[{path!r}])."
         return Problem(path, leaf, choice, reason, advice)
     return traced.axes
 

@@ -18,10 +18,10 @@ from .._core.sizes import count_text, is_known
 from .._core.uses import Use
 from .._core.variant import LowRank
 from .._errors import AdapterError, listed
-from .._transform.contraction.costs import FormName, form_named
+from .._transform.contraction.costs import FormName
 from .._transform.program import Program, trace, watch
-from .._transform.refusal import Refusal, dense_list, error
-from .._transform.settings import Settings
+from .._transform.refusal import Refusal, error, to_list
+from .._transform.settings import settings_of
 from ..sharding import placements
 from .flops import operations
 from .table import as_html, as_text, size
@@ -195,7 +195,7 @@ def explain(
     # A leaf that is trained as a whole has no factors; what stands for it tells whether and where it is used.
     whole = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
-    settings = Settings(dense=tuple(dense), form=form_named(form), refusals=refusals)
+    settings = settings_of(materialize=dense, custom_derivatives="refuse", form=form, refusals=refusals)
     uses = watch(program, kernels | whole, settings)
     if strict and refusals:
         raise error(refusals)
@@ -271,10 +271,10 @@ def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
 
 def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
     """Such as `lora` raises for 2 kernels; to have them formed: dense=['a', 'b']."""
-    formable = dense_list(refusals)
-    strict = [path for refusal in refusals if not refusal.formable for path in refusal.paths]
-    if formable:
-        yield f"`lora` raises an error for {len(formable)} leaves; to have them formed there: dense={formable}"
+    listed = to_list(refusals)
+    strict = [path for refusal in refusals if not refusal.allowable for path in refusal.paths]
+    if listed:
+        yield f"`lora` raises an error for {len(listed)} leaves; to materialize them there: materialize={listed}"
     if strict:
         yield f"`lora` raises an error for {list(dict.fromkeys(strict))}: leave them out of the spec"
 

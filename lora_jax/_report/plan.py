@@ -104,7 +104,7 @@ def plan(
     )
     arrays, statics = _parted(given, is_array)
     scalar = functools.partial(_scalar, loss or _mean)
-    adapted = lora(apply, dense, form=form)
+    adapted = lora(apply, materialize=dense, form=form)
 
     def of_adapter(adapter: Any, arrays: Any) -> Array:
         params, args, kwargs = _joined(arrays, statics)

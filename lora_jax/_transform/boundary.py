@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.core import Tracer
 from jax.tree_util import PyTreeDef
 
 from .._compat import raised_at
-from .._errors import TracingError
+from .._errors import SpecError, TracingError
 
 _NEEDS_VALUES = (
     jax.errors.ConcretizationTypeError,
@@ -39,6 +40,20 @@ def python_without_values(apply: Callable[..., Any]) -> Iterator[None]:
             "`merge(params, adapter)`.\n"
             "  Python code may depend on shapes and on arguments that are not arrays, such as numbers and strings."
         ) from error
+
+
+def check_names(apply: Callable[..., Any], names: Sequence[str], function: str) -> None:
+    """Raises `SpecError` if `apply` has a parameter of its own that has the name of one of the library's keywords."""
+    try:
+        parameters = inspect.signature(apply).parameters
+    except (TypeError, ValueError):  # some callables have no signature
+        return
+    if taken := [name for name in names if name in parameters]:
+        raise SpecError(
+            f"Expected {_name(apply)} to have no parameter named {taken[0]!r}, which is a keyword of what "
+            f"`{function}` returns.\n"
+            f"  Wrap it: lora(lambda params, *args, mine=None: apply(params, *args, {taken[0]}=mine))."
+        )
 
 
 def check_statics(apply: Callable[..., Any], statics: Sequence[Any], out_def: PyTreeDef) -> None:

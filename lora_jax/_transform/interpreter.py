@@ -2,7 +2,7 @@
 
 An equation that no adapted kernel reaches goes to JAX's own evaluator, together with its neighbours. One that a kernel
 reaches goes to the rule of its primitive. Where there is no rule, or the rule does not apply, the kernel is refused,
-unless the caller has allowed it to be formed there.
+unless the caller has allowed it to be materialized there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .._core.uses import Evidence, Use
 from .contraction.costs import added
 from .contraction.forms import Contraction, Sum, contract, gain_misfit, in_training, settled
 from .contraction.tokens import NO_TOKENS, misfit
-from .refusal import Refusal, Refused
+from .refusal import Refusal, Refused, is_custom
 from .registry import named_by, rule_of
 from .settings import Settings
 from .statistics import Operation, observed
@@ -48,7 +48,8 @@ def base_of(value: Value) -> Any:
     return value.w if isinstance(value, TrackedKernel) else value.base if isinstance(value, Sum) else value
 
 
-NO_RULE = "this operation has no low-rank rule"
+NO_RULE = "it has no low-rank rule"
+OWN_DERIVATIVE = "the model defines it for an array"
 OBSERVED = "observed"  # the kind of a use whose activations go into a statistic
 REFUSED = "refused"  # of one that has no low-rank form
 
@@ -147,11 +148,9 @@ class Site:
             self.used(value, "factored", roles=roles)
         return as_array(base_of(value))
 
-    def dense(self, value: Value, reason: str) -> Array:
-        """Forms a kernel that the caller listed in `dense`, refuses any other; an array is returned as it is."""
-        if not isinstance(value, TrackedKernel):
-            return settled(value)
-        return form(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
+    def array(self, value: Value, reason: str) -> Array:
+        """Materializes a kernel that the caller has listed, refuses any other; an array is returned as it is."""
+        return materialized(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
 
 
 def on_all_tokens(kernel: AdaptedKernel) -> None:
@@ -169,8 +168,8 @@ def of_each_leaf(use: Use, kernel: TrackedKernel) -> tuple[Use, ...]:
     )
 
 
-def form(settings: Settings, value: Value, primitive: str, reason: str, line: str) -> Array:
-    """Forms an adapted kernel where it cannot stay one, if its path is listed in `dense`.
+def materialized(settings: Settings, value: Value, primitive: str, reason: str, line: str) -> Array:
+    """Materializes an adapted kernel where it cannot stay one, if the caller allows that.
 
     Raises:
       Refused: if it is not listed, and refusals are not collected.
@@ -180,7 +179,7 @@ def form(settings: Settings, value: Value, primitive: str, reason: str, line: st
     kind, cost = "opaque", 0
     if isinstance(value, AdaptedKernel):
         kind, cost = "materialized", value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size  # product, scale, sum
-        if not settings.may_materialize(value):
+        if not settings.may_materialize(value, primitive):
             if settings.refusals is None:
                 raise Refused
             settings.refusals.append(Refusal(value.paths, primitive, reason, line, value.active is None))
@@ -263,8 +262,8 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             out = function(site, *operands, **parameters(eqn, *named_by(function)))
             results = list(out) if eqn.primitive.multiple_results else [out]
         except NoRule as reason:
-            dense = [site.dense(operand, str(reason)) for operand in operands]
-            given = {var: x for var, x in zip(eqn.invars, dense, strict=True) if not isinstance(var, Literal)}
+            arrays = [site.array(operand, str(reason)) for operand in operands]
+            given = {var: x for var, x in zip(eqn.invars, arrays, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(given), eqn.outvars, list(given.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
         got: Any = type_of(base_of(result))
@@ -274,6 +273,4 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
 
 
 def _no_rule(primitive: Primitive) -> str:
-    if primitive.name.startswith(("custom_jvp", "custom_vjp")):
-        return "the model's own derivative there is defined for a dense kernel"
-    return NO_RULE
+    return OWN_DERIVATIVE if is_custom(primitive.name) else NO_RULE

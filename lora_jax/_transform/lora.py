@@ -13,15 +13,20 @@ from .._core.adapter import Adapters
 from .._core.attach import attach, check_active
 from .._core.paths import Pattern, flatten
 from .._errors import LoRAError, SpecError
+from .boundary import check_names
 from .cache import Kept
-from .contraction.costs import Form, FormName, form_named
+from .contraction.costs import Form, FormName
 from .contraction.forms import custom_jvp_works
 from .program import trace
-from .settings import Settings
+from .settings import CustomDerivatives, settings_of
 
 
 def lora(
-    apply: Callable[..., Any], dense: Sequence[Pattern] = (), *, form: FormName | None = None
+    apply: Callable[..., Any],
+    *,
+    materialize: Sequence[Pattern] = (),
+    custom_derivatives: CustomDerivatives = "refuse",
+    form: FormName | None = None,
 ) -> Callable[..., Any]:
     """Turns `apply(params, *args)` into `adapted(params, adapter, *args)`, in which kernels act as `W0 + s·A·B`.
 
@@ -41,8 +46,10 @@ def lora(
     Args:
       apply: any JAX function of a parameter tree and other arguments: `model.apply`, a plain function, one around
         `nnx.merge`. Arguments and results that are no arrays (flags, strings, callables, None) stay Python values.
-      dense: patterns of paths whose kernels may be formed, as `W0 + s·A·B`, where they reach an operation that has no
-        low-rank form. `explain` says where that happens.
+      materialize: patterns of paths whose kernels may be materialized, as `W0 + s·A·B`, where the model passes them to
+        an operation that has no low-rank rule. `explain` says where that happens.
+      custom_derivatives: `"materialize"` allows that for every kernel that the model passes to a function with a
+        derivative of its own (`custom_vjp`, `custom_jvp`), or to a Pallas kernel.
       form: how contractions are evaluated. `"factored"` is the equation above, which forms nothing of a kernel's size;
         `"merged"` is x·(W0 + s·A·B); `"hybrid"` is merged in the forward pass and for the gradient of x, factored for
         those of A and B. None takes for each contraction the form that needs the least memory among those within one
@@ -65,10 +72,12 @@ def lora(
       TracingError: at the call, if Python code of `apply` needs the value of an array, as in `if x.sum() > 0:`, or if
         a result that JAX does not know holds one.
       UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank form and is not
-        listed in `dense`: the primitive, the path and the line of the model.
+        listed in `materialize`: the primitive, the path and the line of the model.
       SpecError: if there is no such form; at the call, if the transformation around it does not support `"hybrid"`.
     """
-    wanted, functions = form_named(form), Kept()
+    check_names(apply, ("dropout_key", "active_tokens"), "lora")
+    asked = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form)
+    functions = Kept()
 
     def adapted(
         params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, active_tokens: Any = None, **kwargs: Any
@@ -76,7 +85,7 @@ def lora(
         # First: what is wrong with the adapter is not the model's fault.
         kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
         check_active(adapter, active_tokens)
-        settings = Settings(dense=tuple(dense), form=wanted, kept=weakref.ref(functions))
+        settings = dataclasses.replace(asked, kept=weakref.ref(functions))
         program = trace(apply, params, args, kwargs)
         try:
             return program.run(kernels, settings)

@@ -18,7 +18,7 @@ from .._core.paths import flatten, unflatten
 from .._core.uses import Use
 from .boundary import check_statics, python_without_values
 from .contraction.forms import traced_again
-from .interpreter import Value, form, interpret
+from .interpreter import Value, interpret, materialized
 from .refusal import Refusal, Refused, error
 from .settings import Settings
 
@@ -54,7 +54,7 @@ class Program:
         try:
             results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
             returns = "return", "the function returns the kernel itself", "the result of `apply`"
-            return self.rebuild([form(settings, result, *returns) for result in results])
+            return self.rebuild([materialized(settings, result, *returns) for result in results])
         except Refused:
             refusals: list[Refusal] = []
             watch(self, kernels, dataclasses.replace(settings, refusals=refusals))

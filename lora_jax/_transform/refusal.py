@@ -9,21 +9,21 @@ from .._errors import SHOWN, UnsupportedError
 
 
 class Refusal(NamedTuple):
-    """A use of an adapted kernel that has no low-rank form.
+    """A use of an adapted kernel for which there is no low-rank rule.
 
     Attributes:
       paths: the leaves that the kernel is.
       primitive: the operation that it reaches.
-      reason: why there is no low-rank form.
+      reason: why there is no low-rank rule.
       line: the user's line.
-      formable: whether `dense=` would allow it.
+      allowable: whether `materialize=` would allow it.
     """
 
     paths: tuple[str, ...]
     primitive: str
     reason: str
     line: str
-    formable: bool
+    allowable: bool
 
 
 class Refused(Exception):  # noqa: N818  (not an error: it sends the caller to collect all that would be refused)
@@ -38,30 +38,30 @@ def error(refusals: Sequence[Refusal]) -> UnsupportedError:
     """
     paths = [refusal.paths for refusal in refusals]
     first = [refusal for number, refusal in enumerate(refusals) if refusal.paths not in paths[:number]]
-    formable = dense_list(first)
-    advice = "" if not formable else f", or let {{}} be formed there: lora(apply, dense={formable})"
+    them = "it" if len(first) == 1 else "them"
+    advice = f"Leave {them} out of the spec"
+    if listed := to_list(first):
+        advice += f", or materialize {them} there: lora(apply, materialize={listed})"
+    if any(is_custom(refusal.primitive) for refusal in first):
+        advice += ".\n  For all custom derivatives: lora(apply, custom_derivatives='materialize')"
     if len(first) == 1:
         (only,) = first
-        return UnsupportedError(
-            f"Expected the adapted kernel {_names(only.paths)} to be used in ways that have a low-rank form; it "
-            f"reaches `{only.primitive}`: {only.reason}.",
-            only.line,
-            f"Leave it out of the spec{advice.format('it')}.",
-        )
-    lines = [f"\n  {_names(r.paths)} reaches `{r.primitive}`: {r.reason}.\n    at {r.line}" for r in first[:SHOWN]]
+        what = f"the model passes it to `{only.primitive}`: {only.reason}."
+        return UnsupportedError(f"Cannot apply LoRA to {_names(only.paths)}: {what}", only.line, f"{advice}.")
+    lines = [f"\n  {_names(r.paths)}, passed to `{r.primitive}`: {r.reason}.\n    at {r.line}" for r in first[:SHOWN]]
     more = f"\n  … and {len(first) - SHOWN} more" if len(first) > SHOWN else ""
-    return UnsupportedError(
-        f"Expected the adapted kernels to be used in ways that have a low-rank form; {len(first)} are not."
-        f"{''.join(lines)}{more}",
-        None,
-        f"Leave them out of the spec{advice.format('them')}.",
-    )
+    return UnsupportedError(f"Cannot apply LoRA to {len(first)} kernels:{''.join(lines)}{more}", None, f"{advice}.")
 
 
-def dense_list(refusals: Sequence[Refusal]) -> list[str]:
-    """The paths to list in `dense=`, so that all kernels that can be formed are."""
-    return list(dict.fromkeys(path for refusal in refusals if refusal.formable for path in refusal.paths))
+def is_custom(primitive: str) -> bool:
+    """Whether the model defines what the primitive does: a derivative of its own, or a kernel for an accelerator."""
+    return primitive.startswith(("custom_jvp", "custom_vjp", "pallas"))
+
+
+def to_list(refusals: Sequence[Refusal]) -> list[str]:
+    """The paths to list in `materialize=`, so that all kernels that can be materialized are."""
+    return list(dict.fromkeys(path for refusal in refusals if refusal.allowable for path in refusal.paths))
 
 
 def _names(paths: Sequence[str]) -> str:
-    return " beside ".join(map(repr, paths))
+    return " and ".join(map(repr, paths))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import weakref
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, get_args
 
 from .._core.kernel import AdaptedKernel
 from .._core.paths import Pattern, matches_any
 from .._core.uses import Use
+from .._errors import SpecError
 from .cache import Kept
-from .contraction.costs import Form
+from .contraction.costs import Form, FormName, form_named
 from .origins import Origins
-from .refusal import Refusal
+from .refusal import Refusal, is_custom
 from .statistics import Statistic
 
 
@@ -22,7 +24,8 @@ class Settings:
     """What holds for one whole interpretation.
 
     Attributes:
-      dense: the paths that may be formed where there is no low-rank form.
+      materialize: the paths that may be materialized where there is no low-rank rule.
+      custom_derivatives: whether all may be, where the model defines a derivative of its own, or a kernel of its own.
       form: of all contractions; None for the cheapest of each.
       log: of uses, if one is kept.
       times: how often it runs in one call.
@@ -37,7 +40,8 @@ class Settings:
       live: whether a result of the program depends on it.
     """
 
-    dense: tuple[Pattern, ...] = ()
+    materialize: tuple[Pattern, ...] = ()
+    custom_derivatives: bool = False
     form: Form | None = None
     log: list[Use] | None = None
     times: int = 1
@@ -48,11 +52,13 @@ class Settings:
     within: tuple[int, ...] = ()
     live: bool = True
 
-    def may_materialize(self, kernel: AdaptedKernel) -> bool:
-        """Whether a kernel can be materialized, and the caller has listed every leaf of it."""
+    def may_materialize(self, kernel: AdaptedKernel, primitive: str) -> bool:
+        """Whether a kernel can be materialized, and the caller has listed every leaf of it or such a primitive."""
         if kernel.active is not None:
             return False  # there is no one kernel for all tokens
-        return all(matches_any(path, self.dense) for path in kernel.paths)
+        if self.custom_derivatives and is_custom(primitive):
+            return True
+        return all(matches_any(path, self.materialize) for path in kernel.paths)
 
     def rebuilt(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
         """The function that was rebuilt for an equal key under equal settings, or a new one.
@@ -61,3 +67,27 @@ class Settings:
         """
         functions = self.kept() if self.kept is not None and self.log is None else None
         return None if functions is None else functions.get((self, key), build)
+
+
+CustomDerivatives = Literal["refuse", "materialize"]
+
+
+def settings_of(
+    *, materialize: Sequence[Pattern], custom_derivatives: CustomDerivatives, form: FormName | None, **others: Any
+) -> Settings:
+    """The settings that a caller asks for.
+
+    Raises:
+      SpecError: if one of them is none of its values.
+    """
+    if custom_derivatives not in get_args(CustomDerivatives):
+        raise SpecError(
+            f"Expected `custom_derivatives` to be 'refuse' or 'materialize'; got {custom_derivatives!r}.\n"
+            "  Single kernels are listed by path: materialize=['…']."
+        )
+    if isinstance(materialize, str | re.Pattern):
+        raise SpecError(
+            f"Expected a list of patterns for `materialize`; got {materialize!r}.\n  Write [{materialize!r}]."
+        )
+    allowed = custom_derivatives == "materialize"
+    return Settings(materialize=tuple(materialize), custom_derivatives=allowed, form=form_named(form), **others)

@@ -100,7 +100,7 @@ def _measured(program: Program, leaves: Mapping[str, Leaf], statistic: Statistic
     kernels = {path: _tap(leaf, statistic) for path, leaf in leaves.items()}
     log: list[Use] = []
     # Where a kernel is read whole, as by a penalty on its norm, it is formed: with its tap it is what it was.
-    settings = Settings(dense=("**",), statistic=statistic, log=log)
+    settings = Settings(materialize=("**",), statistic=statistic, log=log)
 
     def run(columns: Mapping[str, Array]) -> list[Array]:
         taps = {path: dataclasses.replace(kernel, a=columns[path]) for path, kernel in kernels.items()}

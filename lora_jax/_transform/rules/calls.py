@@ -114,7 +114,7 @@ def _compute_on(
     """`compute_on`: the factors' products are computed there too; a kernel that it returns is refused."""
 
     def run(*operands: Value) -> tuple[Array, ...]:
-        return tuple(site.dense(out, "`compute_on` returns the kernel") for out in site.interpret(jaxpr, operands))
+        return tuple(site.array(out, "`compute_on` returns the kernel") for out in site.interpret(jaxpr, operands))
 
     options = None if compiler_options_json is None else json.loads(compiler_options_json)
     where = compute_on(
@@ -132,11 +132,11 @@ def _cond(
 
     def run(branch: ClosedJaxpr, *operands: Value) -> list[Array]:
         # Branches agree on what they return; only one of them may have an adapted kernel there.
-        return [site.dense(out, "a branch returns the kernel itself") for out in site.interpret(branch, operands)]
+        return [site.array(out, "a branch returns the kernel itself") for out in site.interpret(branch, operands)]
 
     calls = [functools.partial(run, branch) for branch in branches]
     if branches_platforms is None:
-        return lax.switch(site.dense(index, "the kernel chooses the branch"), calls, *operands)
+        return lax.switch(site.array(index, "the kernel chooses the branch"), calls, *operands)
     # `lax.platform_dependent`: the platform chooses, when the program is compiled for it.
     default = [call for call, platforms in zip(calls, branches_platforms, strict=True) if platforms is None]
     named = {

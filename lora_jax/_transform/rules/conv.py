@@ -42,7 +42,7 @@ def _conv_general_dilated(
         raise NoRule("a convolution in groups of the batch")
     w_out, w_in, *windows = dimension_numbers.rhs_spec
     roles = "".join("o" if axis == w_out else "i" for axis in range(rhs.w.ndim))
-    lhs = site.dense(lhs, "it is convolved")  # a leaf without factors: noted
+    lhs = site.array(lhs, "it is convolved")  # a leaf without factors: noted
     sizes = [lhs.shape[axis] for axis in dimension_numbers.lhs_spec[2:]]
     given = _as_given(padding, sizes, [rhs.w.shape[axis] for axis in windows], window_strides, rhs_dilation)
 

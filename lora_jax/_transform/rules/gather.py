@@ -48,7 +48,7 @@ def _gather(
     kernel = operand
     lookup = _Lookup(kernel.w.shape, dimension_numbers, slice_sizes, mode)
     lookup.check()
-    indices = site.dense(indices, "the adapted kernel is the index")
+    indices = site.array(indices, "the adapted kernel is the index")
     hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
 
     def pick(fill_value: Any) -> Change:

@@ -40,7 +40,7 @@ def _while(
     carry = _Carry.of(site, body_jaxpr, body_nconsts, start)
 
     def going(state: tuple[list[Any], Any]) -> Array:
-        return site.dense(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(state[0])])[0], _ENDS)
+        return site.array(site.interpret(cond_jaxpr, [*cond_consts, *carry.whole(state[0])])[0], _ENDS)
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         moving, turn = state
@@ -139,7 +139,7 @@ class _Carry:
         """The part that turns: arrays, and None where a kernel stays."""
         reason = "a loop carries it and changes it"
         return [
-            self.site.dense(x, reason) if kernel is None else None for kernel, x in zip(self.fixed, carry, strict=True)
+            self.site.array(x, reason) if kernel is None else None for kernel, x in zip(self.fixed, carry, strict=True)
         ]
 
     def whole(self, moving: Sequence[Any]) -> list[Value]:

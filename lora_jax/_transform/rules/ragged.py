@@ -47,11 +47,11 @@ def _ragged_dot_general(
         raise NoRule("the adapted kernel is what is divided into groups")
     if not numbers.rhs_group_dimensions:
         raise NoRule("what is summed, or a batch, is divided into groups")
-    kernel, group_sizes = rhs, site.dense(group_sizes, "it divides into groups")
+    kernel, group_sizes = rhs, site.array(group_sizes, "it divides into groups")
     (group,), (lhs_ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
     (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
     roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
-    lhs = site.dense(lhs, "it is divided into groups")  # a leaf without factors: noted
+    lhs = site.array(lhs, "it is divided into groups")  # a leaf without factors: noted
 
     def product(x: Array, w: Array, sizes: Array) -> Array:
         return lax.ragged_dot_general(

@@ -67,12 +67,12 @@ def _scaled(site: Site, kernel: Any, c: Value, times: Callable[..., Any]) -> Tra
     shape = lax.broadcast_shapes(kernel.w.shape, sizes)
     if not isinstance(kernel, AdaptedKernel):
         _check_plain(kernel, shape, varying)
-        return kernel.with_base(Change(times), site.dense(c, ""))
+        return kernel.with_base(Change(times), site.array(c, ""))
     axes = {"a": axes_of_a(kernel.roles), "b": axes_of_b(kernel.roles)}
     takers = [name for name, its in axes.items() if varying <= set(its)]
     if not takers:
         raise NoRule("a product with an array that varies along inputs and outputs")
-    c = site.dense(c, "another kernel is multiplied with it")
+    c = site.array(c, "another kernel is multiplied with it")
     if np.ndim(c) == 0 and not isinstance(c, Array) and c:
         scaled = kernel.with_base(Change(times, (c,), elementwise=True))
         return dataclasses.replace(scaled, scale=times(kernel.scale, float(c)))

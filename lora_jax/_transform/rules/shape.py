@@ -157,7 +157,7 @@ def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tu
         raise NoRule("the kernel is what is padded with")
     if "gain" in kernel.factors and (isinstance(value, Array) or value != 0):
         raise NoRule("a kernel that has a gain is padded with something else than 0")
-    value = site.dense(value, "the kernel is what is padded with")
+    value = site.array(value, "the kernel is what is padded with")
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after

@@ -37,7 +37,7 @@ def _shard_map(
     def run(*operands: Value) -> tuple[Array, ...]:
         operands = tuple(_inside(x, place, newly_manual_axes) for x, place in zip(operands, places, strict=True))
         out = site.interpret(jaxpr, operands)
-        return tuple(site.dense(result, "a shard_map returns the kernel") for result in out)
+        return tuple(site.array(result, "a shard_map returns the kernel") for result in out)
 
     each = zip(operands, in_specs, strict=True)
     places = tuple(specs(x, spec) if isinstance(x, TrackedKernel) else spec for x, spec in each)
