@@ -14,6 +14,7 @@ from fuzz_run import Count, ProgramError, assert_program, fuzzed
 from jax import lax
 from tqdm import tqdm
 
+from lora_jax._core.base import Change
 from lora_jax._transform import registry as registry
 
 FAST, SLOW = 50, 500  # programs of a run
@@ -80,7 +81,7 @@ def test_a_rule_that_leaves_the_factors_as_they_were_is_found(monkeypatch: pytes
     assert_program(REVERSED)
 
     def of_the_base_alone(site: object, kernel: object, *, dimensions: tuple[int, ...]) -> object:
-        return kernel.moved(lax.rev(kernel.w, dimensions), kernel.roles, lambda factor, before, after: factor)
+        return kernel.moved(Change(lax.rev, (dimensions,)), kernel.roles, lambda factor, before, after: factor)
 
     monkeypatch.setitem(registry.RULES, "rev", ("moved", of_the_base_alone))
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
