@@ -1,4 +1,4 @@
-"""Writes `rules.md` from the registry: for each primitive, what becomes of an adapted kernel there.
+"""Writes `rules.md` from the registry: for each primitive, what happens to an adapted kernel.
 
 Usage:
     python docs/make_rules.py
@@ -15,33 +15,35 @@ PAGE = Path(__file__).parent / "rules.md"
 HEAD = """\
 # Rules
 
-Made from the registry by `python docs/make_rules.py`; a test holds it to that.
+Generated from the registry by `python docs/make_rules.py`; a test checks that it is up to date.
 
-What becomes of an adapted kernel, primitive by primitive. Whatever is not in these tables, and the cases that they
-name, is refused, with the primitive, the path and the line of the model, or formed where the path is listed in
-`dense=`.
+For each primitive, this page says what happens to an adapted kernel. Any other primitive, and the cases that the tables
+exclude, raise an error that names the primitive, the path and the line of the model. If the path is listed in
+`materialize=`, the kernel is materialized there.
 """
 KINDS = {
-    "low-rank": "Low-rank: the kernel is consumed, and its result has a low-rank term",
-    "moved": "Moved along: the result is a kernel again, of the same ranks",
-    "rebuilt": "Rebuilt: the function inside is interpreted, and the public function is called again",
+    "low-rank": "Consumed: the result is the base's result plus a low-rank term",
+    "moved": "Moved: the result is again an adapted kernel",
+    "rebuilt": "Rebuilt: the inner function is interpreted, and the public function is called again",
 }
 TAIL = """\
 ## Refused
 
-`custom_jvp_call` and `custom_vjp_call`, as a derivative of the model's own is defined for a dense kernel; `pallas_call`
-and other kernels written by hand; elementwise functions of a kernel, sums over it, comparisons, decompositions; and
-every primitive that is not in the tables above.
+`custom_jvp_call` and `custom_vjp_call`, because a custom derivative is defined for a dense kernel
+(`custom_derivatives="materialize"` materializes kernels there); `pallas_call` and other hand-written kernels;
+elementwise functions of a kernel, sums over it, comparisons, decompositions; and every primitive that is not in the
+tables above.
 """
 
 
 def page() -> str:
     """The page's text."""
-    # JAX 0.12 has another name for `closed_call`.
-    known = {"closed_call" if name == primitives.closed_call_p.name else name: its for name, its in rules().items()}
+    # JAX 0.12 renamed `closed_call`.
+    renamed = {primitives.closed_call_p.name: "closed_call"}
+    known = {renamed.get(name, name): entry for name, entry in rules().items()}
     text = HEAD
     for kind, title in KINDS.items():
-        rows = [f"| `{name}` | {how} |" for name, (its, how) in sorted(known.items()) if its == kind]
+        rows = [f"| `{name}` | {how} |" for name, (rule_kind, how) in sorted(known.items()) if rule_kind == kind]
         text += f"\n## {title}\n\n| primitive | how |\n|---|---|\n" + "\n".join(rows) + "\n"
     return text + "\n" + TAIL
 
