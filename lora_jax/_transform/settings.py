@@ -14,7 +14,6 @@ from .cache import Kept
 from .contraction.costs import Form
 from .origins import Origins
 from .refusal import Refusal
-from .statistics import Statistic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Settings:
       log: of uses, if one is kept.
       times: how often it runs in one call.
       remat: whether all that it makes is made again in the backward pass, and nothing kept for it.
-      statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
+      observe: whether the gradient of each kernel's factor `a` is to be sums over the activations that meet it.
       refusals: a list, if kernels that have no low-rank form are to be noted there and the rest of the program gone
         through; None if the first of them ends it.
       kept: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
@@ -43,7 +42,7 @@ class Settings:
     log: list[Use] | None = None
     times: int = 1
     remat: bool = False
-    statistic: Statistic | None = None
+    observe: bool = False
     refusals: list[Refusal] | None = None
     kept: weakref.ref[Kept] | None = dataclasses.field(default=None, compare=False, repr=False)
     origins: Origins | None = None
