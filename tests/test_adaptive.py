@@ -496,7 +496,7 @@ def test_it_needs_the_adapter_and_one_with_a_rank_to_adapt() -> None:
     assert str(caught.value) == "Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter)."
     with pytest.raises(lj.AdapterError, match="with leaves of AdaLoRA, whose rank can be adapted; got one of Full"):
         tx.init({"bias": adapter["bias"]})
-    with pytest.raises(lj.AdapterError, match="Expected an adapter, or its gradient"):
+    with pytest.raises(lj.AdapterError, match="Expected an adapter: a dict from paths"):
         tx.init(PARAMS)
 
 

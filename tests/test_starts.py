@@ -399,6 +399,7 @@ def one_kernel(apply: Callable[..., Any], w: Any, *args: Any, axes: str | None =
 X, W = normal(5, 4, seed=1) + 1.0, normal(4, 4, seed=2)
 XX = np.asarray(X).T @ np.asarray(X)
 Y = np.tanh(np.asarray(X) @ np.asarray(W))
+MASK = jnp.array([1.0, 0.0, 0.0, 1.0])
 
 
 def test_without_the_mean_the_directions_are_those_of_the_activations() -> None:
@@ -416,6 +417,7 @@ USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {
     "from both sides": (lambda w, x: (x @ w) @ w.T, XX, 5),
     "scaled": (lambda w, x: x @ (3.0 * w), 9 * XX, 5),
     "scaled by an array": (lambda w, x: x @ (w * x[0][:, None]), XX * np.outer(X[0], X[0]), 5),
+    "masked": (lambda w, x: x @ (w * MASK[:, None] * MASK), XX * np.outer(MASK, MASK), 5),
     "beside another": (lambda w, x: x @ jnp.concatenate([w, 2 * jnp.ones((4, 3))], 1), XX, 5),
     "under another": (lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([jnp.ones((4, 4)), w]), XX, 5),
     "reshaped": (lambda w, x: jnp.einsum("tij,ijo->to", x.reshape(5, 2, 2), w.reshape(2, 2, 4)), XX, 5),
@@ -437,6 +439,34 @@ def test_activations_are_seen_however_the_kernel_is_used(use: str) -> None:
     assert its.count[0] == pytest.approx(count)
 
 
+# How two kernels are put together, the shape of the second, what meets either, and how often.
+TOGETHER: dict[str, tuple[Callable[..., Any], tuple[int, ...], Any, Any, int]] = {
+    "along outputs": (lambda v, w, x: x @ jnp.concatenate([v, w], 1), (4, 2), X, X, 1),
+    "along inputs": (
+        lambda v, w, x: jnp.concatenate([x, x[:, :2]], 1) @ jnp.concatenate([v, w]),
+        (2, 3),
+        X,
+        X[:, :2],
+        1,
+    ),
+    "in a stack": (lambda v, w, x: jnp.einsum("td,edf->etf", x, jnp.stack([v, w])), (4, 3), X, X, 1),
+    "one of them twice": (lambda v, w, x: x @ jnp.concatenate([v, w, 2 * v, w], 1), (4, 2), X, X, 2),
+}
+
+
+@pytest.mark.parametrize("how", TOGETHER)
+def test_kernels_that_are_put_together_have_activations_of_their_own(how: str) -> None:
+    apply, shape, x_v, x_w, times = TOGETHER[how]
+    params = {"v": normal(4, 3, seed=3), "w": normal(*shape, seed=4)}
+    adapter = lj.init(jax.random.key(0), params, {"*": lj.LoRA(rank=1, alpha=1)})
+    run = jax.jit(lambda params, x: starts.activations(lambda p, x: apply(p["v"], p["w"], x), params, adapter, x))
+    found = run(params, X)
+    for its, x in ((found["v"], np.asarray(x_v)), (found["w"], np.asarray(x_w))):
+        assert_near(its.gram[0], times * x.T @ x)
+        assert_near(its.total[0], times * x.sum(0))
+        assert_near(its.count[0], times * 5)
+
+
 def test_activations_of_a_batch_on_eight_devices_are_those_of_the_batch() -> None:
     x = normal(16, 4, seed=1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -444,6 +474,15 @@ def test_activations_of_a_batch_on_eight_devices_are_those_of_the_batch() -> Non
     its = one_kernel(lambda w, x: jnp.tanh(x @ w), W, jax.device_put(x, sharding))
     assert_near(its.gram[0], np.asarray(x).T @ np.asarray(x))
     assert its.count[0] == 16
+
+
+def test_activations_in_a_shard_map_are_in_the_proportions_of_the_batch() -> None:
+    x, w, out = normal(16, 4, seed=1) + 1, normal(4, 6, seed=2), PartitionSpec("data", "model")
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = (PartitionSpec(None, "model"), PartitionSpec("data"))
+    its = one_kernel(jax.shard_map(lambda w, x: jnp.tanh(x @ w), mesh=mesh, in_specs=specs, out_specs=out), w, x)
+    assert_near(its.gram[0] / its.count[0], np.asarray(x).T @ np.asarray(x) / 16)
+    assert_near(its.total[0] / its.count[0], np.asarray(x).mean(0))
 
 
 @st.composite

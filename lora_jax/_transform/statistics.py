@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._compat import varying
 from .._core.axes import axes_of_a, axes_of_b, axes_with, sizes, width
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel
@@ -48,6 +49,8 @@ def observed(kernel: AdaptedKernel, x: Array, base: Operation, thin: Operation, 
     """
     wide, scale, batch = widest(x.dtype, kernel.w.dtype, jnp.float32), kernel.scale, kernel.roles.count("b")
     of_total = jnp.any(kernel.b != 0, range(batch + 1, kernel.b.ndim))  # (batch…, rank)
+    if axes := varying(of_total) - varying(kernel.a):  # in a `shard_map`, over those along which `b` is sharded
+        of_total = lax.pmax(of_total.astype(jnp.int8), tuple(axes)) > 0
     of_total = lax.expand_dims(of_total, range(batch, kernel.a.ndim - 1))
 
     def forward(x: Array, w: Array, a: Array, of_total: Array, *others: Array) -> tuple[Array, tuple[Array, ...]]:
