@@ -138,7 +138,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
         return adapter, tx.init(adapter)
 
     key = jax.random.key(SEED + 1)
-    where = lj.sharding.of(jax.eval_shape(start, key), cuts)  # the moments of Adam go where their factors do
+    where = lj.sharding.like_base(jax.eval_shape(start, key), cuts)  # the moments of Adam go where their factors do
     adapter, opt_state = jax.jit(start, out_shardings=where)(key)  # each shard is made where it lives
     if given.plan:
         batch = NamedSharding(mesh, P("data"))

@@ -171,7 +171,7 @@ def start(configuration: Configuration, seed: int, layers: int) -> tuple[Any, An
     key = jax.random.key(seed)
     adapter = lj.init(key, params, configuration.spec, kernels=kernels(layers))
     if configuration.principal:
-        adapter, params = lj.starts.pissa(adapter, params, niter=4, key=key)  # an exact one takes a minute
+        params, adapter = lj.starts.pissa(params, adapter, niter=4, key=key)  # an exact one takes a minute
     return adapter, params
 
 

@@ -18,10 +18,12 @@ from ._errors import MergeError as MergeError
 from ._errors import SpecError as SpecError
 from ._errors import TracingError as TracingError
 from ._errors import UnsupportedError as UnsupportedError
-from ._merge.extract import compress as compress
+from ._merge.compress import compress as compress
 from ._merge.extract import extract as extract
 from ._merge.merge import merge as merge
-from ._merge.merge import unmerge as unmerge
+from ._merge.merge import merge_report as merge_report
+from ._merge.unmerge import unmerge as unmerge
+from ._merge.unmerge import unmerge_approximately as unmerge_approximately
 from ._report.explain import explain as explain
 from ._transform.kernels import kernels as kernels
 from ._transform.lora import lora as lora
@@ -78,6 +80,7 @@ __all__ = [
     "kernels",
     "lora",
     "merge",
+    "merge_report",
     "optim",
     "plan",
     "restore",
@@ -86,6 +89,7 @@ __all__ = [
     "starts",
     "testing",
     "unmerge",
+    "unmerge_approximately",
 ]
 
 # Loaded when first asked for: they bring optax, orbax and plots with them.

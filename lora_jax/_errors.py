@@ -55,7 +55,7 @@ class TracingError(LoRAError, TypeError):
 
 
 class MergeError(LoRAError, ValueError):
-    """A merge that would lose something: tied leaves, non-finite factors, a tree that is merged already."""
+    """A merge that would lose something: tied leaves, non-finite factors, a tree that is not the merge of a base."""
 
 
 class CheckpointError(LoRAError, ValueError):

@@ -14,10 +14,10 @@ from ._core.paths import flatten, nearest
 from ._core.placement import along, mesh_axes
 from ._errors import AdapterError
 
-__all__ = ["of"]
+__all__ = ["like_base"]
 
 
-def of(adapter: Any, params_shardings: Any) -> Any:
+def like_base(adapter: Any, params_shardings: Any) -> Any:
     """Gives each array of an adapter the sharding that goes with its base's.
 
     A factor is cut along the kernel's axes that it has: along input axes `a`, along output axes `b`, along batch axes
@@ -30,11 +30,11 @@ def of(adapter: Any, params_shardings: Any) -> Any:
     >>> params = {"kernel": jax.ShapeDtypeStruct((64, 32), jnp.bfloat16)}
     >>> init = lambda key: lj.init(key, params, {"kernel": lj.LoRA(rank=2, alpha=4)})
     >>> shapes = jax.eval_shape(init, jax.random.key(0))
-    >>> lj.sharding.of(shapes, {"kernel": P("fsdp", "model")})
+    >>> lj.sharding.like_base(shapes, {"kernel": P("fsdp", "model")})
     {'kernel': Adapter(LoRA(rank=2, alpha=4), 'io', a=P('fsdp', None), b=P(None, 'model'))}
 
-    With shardings on a mesh, `jax.jit(init, out_shardings=lj.sharding.of(shapes, params_shardings))` makes each shard
-    where it lives.
+    With shardings on a mesh, `jax.jit(init, out_shardings=lj.sharding.like_base(shapes, params_shardings))` makes each
+    shard where it lives.
 
     Args:
       adapter: from `init`, or its shapes; or any tree that holds adapters under their paths, such as the state of an
@@ -59,9 +59,9 @@ def of(adapter: Any, params_shardings: Any) -> Any:
     if not placed:
         raise AdapterError(
             f"Expected an adapter, or a tree that holds one, as optimizer state does; got {type(adapter).__name__}.\n"
-            "  The arguments come in this order: sharding.of(adapter, params_shardings)."
+            "  The arguments come in this order: sharding.like_base(adapter, params_shardings)."
         )
-    elsewhere = next(_whole(its) for part in placed.values() for its in jax.tree.leaves(part))
+    elsewhere = next(_replicated(its) for part in placed.values() for its in jax.tree.leaves(part))
     return jax.tree.unflatten(treedef, [placed.get(number, elsewhere) for number in range(len(parts))])
 
 
@@ -102,7 +102,7 @@ def placements(path: str, part: Adapter, given: Mapping[str, Any]) -> Adapter:
 def _placement(base: Sharding | PartitionSpec, axes: tuple[int, ...], shape: tuple[int, ...]) -> Placement:
     # An optimiser may keep an array of fewer axes, and on a single device there is nothing to cut.
     if len(axes) != len(shape) or not isinstance(base, (NamedSharding, PartitionSpec)):
-        return Placement(_whole(base), ((),) * len(shape), {})
+        return Placement(_replicated(base), ((),) * len(shape), {})
     spec = along(axes, base if isinstance(base, PartitionSpec) else base.spec)
     names = tuple(map(mesh_axes, spec))
     if isinstance(base, PartitionSpec):  # of a mesh whose sizes are not known
@@ -141,7 +141,7 @@ def _of_leaf(path: str, part: Adapter, given: Mapping[str, Any]) -> Sharding | P
     return sharding
 
 
-def _whole(sharding: Any) -> Any:
+def _replicated(sharding: Any) -> Any:
     """The same devices, with everything on each of them."""
     match sharding:
         case NamedSharding(mesh=mesh):

@@ -44,15 +44,15 @@ def compare(shardings: Any, local: Any, adapter: Any) -> dict[str, Any]:
     merged = lj.merge(base, adapter)
     # The residue after a start that takes its factors out of the base.
     kernel, start = {"kernel": base["kernel"]}, {"kernel": adapter["kernel"]}
-    residue, drift = lj.unmerge(kernel, start, report=True)
+    residue, drift = lj.unmerge_approximately(kernel, start)
     restored = lj.unmerge(merged, adapter, base=base)
     return {
         "fingerprint": fingerprint(base),
         "drift": drift["kernel"],
         "restored": all(restored[name] is base[name] for name in base),
         "another base": said(lambda: lj.unmerge(merged, adapter, base=other)),
-        "rank as plain": starts.as_plain(start, kernel, start, residue)["kernel"].variant.rank,
-        "another start": said(lambda: starts.as_plain(start, {"kernel": other["kernel"]}, start, residue)),
+        "rank as plain": starts.as_plain(kernel, start, residue, start)["kernel"].variant.rank,
+        "another start": said(lambda: starts.as_plain({"kernel": other["kernel"]}, start, residue, start)),
         "rank compact": lj.adaptive.compact({"layers": adapter["layers"]})["layers"].variant.rank,
     }
 

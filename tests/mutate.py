@@ -84,7 +84,8 @@ MUTATIONS = [
     Mutation("_core/attach.py", "    if got == expected:\n", "    if True:\n", "attach"),
     Mutation("_core/init.py", "key_for(key, path)", "key", "init"),
     # Starts, optimisers, ranks that adapt.
-    Mutation("starts/_pissa.py", "jnp.sqrt(s[:, :rank] / scale)", "jnp.sqrt(s[:, :rank])", "starts"),
+    Mutation("_core/linalg.py", "jnp.sqrt(svd.s[..., :rank] / abs(scale))", "jnp.sqrt(svd.s[..., :rank])", "starts"),
+    Mutation("_transform/statistics.py", "count = total(jnp.ones_like(x))", "count = total(x)", "starts"),
     Mutation("starts/_activations.py", "(mean * mean.mT if centred else 0)", "0", "starts"),
     Mutation("optim/_precondition.py", "scale_of(part) ** 2", "scale_of(part)", "optim_factors"),
     Mutation("adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),

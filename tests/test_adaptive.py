@@ -304,7 +304,7 @@ def test_it_works_on_arrays_that_are_cut() -> None:
     expected = adaptive.compact(adapter)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("layers", "x"), axis_types=(kind, kind))
-        where = lj.sharding.of(adapter, NamedSharding(mesh, P("layers", "x")))
+        where = lj.sharding.like_base(adapter, NamedSharding(mesh, P("layers", "x")))
         with jax.set_mesh(mesh):
             cut = adaptive.compact(jax.device_put(adapter, where))
         assert bits(jax.device_get(cut)) == bits(jax.device_get(expected))
@@ -461,9 +461,9 @@ def test_steps_are_the_same_on_arrays_that_are_cut(kind: AxisType) -> None:
     mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("layers", "x"), axis_types=(kind, kind))
     with jax.set_mesh(mesh):
         base = NamedSharding(mesh, P("layers", "x"))
-        where = lj.sharding.of(adapter, base)
+        where = lj.sharding.like_base(adapter, base)
         cut, *slopes = (jax.device_put(tree, where) for tree in (adapter, *gradients))
-        state = jax.device_put(tx.init(cut), lj.sharding.of(tx.init(cut), base))
+        state = jax.device_put(tx.init(cut), lj.sharding.like_base(tx.init(cut), base))
         got = run(tx, cut, slopes, state)[-1]
     assert_close(jax.device_get(got), jax.device_get(expected))
     assert got[1].importance.sensitivity["w"].a.sharding.spec == P("layers", "x", None)
@@ -496,7 +496,7 @@ def test_it_needs_the_adapter_and_one_with_a_rank_to_adapt() -> None:
     assert str(caught.value) == "Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter)."
     with pytest.raises(lj.AdapterError, match="with leaves of AdaLoRA, whose rank can be adapted; got one of Full"):
         tx.init({"bias": adapter["bias"]})
-    with pytest.raises(lj.AdapterError, match="Expected an adapter, or its gradient"):
+    with pytest.raises(lj.AdapterError, match="Expected an adapter: a dict from paths"):
         tx.init(PARAMS)
 
 

@@ -159,7 +159,7 @@ def test_as_many_tokens_as_examples_could_be_either() -> None:
 def test_it_cannot_be_merged() -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
-    with pytest.raises(lj.MergeError, match="1 act on some alone, and no one kernel does that"):
+    with pytest.raises(lj.MergeError, match="1 act on some only, and no one kernel does that"):
         lj.merge(params, adapter)
     with pytest.raises(lj.LoRAError):
         lj.unmerge(params, adapter, base=params)
@@ -169,7 +169,7 @@ def test_no_start_takes_its_factors_out_of_the_base_for_all_tokens() -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
     with pytest.raises(lj.SpecError, match="At 'w': expected a variant for every token"):
-        lj.starts.pissa(adapter, params)
+        lj.starts.pissa(params, adapter)
 
 
 def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:

@@ -15,7 +15,7 @@ from lora_jax._core import attach as _attach
 
 LORA = lj.LoRA(rank=2, alpha=4)
 X = jnp.ones((3, 8))
-ORDER = "  The arguments come in this order: adapted(params, adapter, *args)."
+ORDER = "  The arguments come in this order: first `params`, then the adapter."
 GIVE = "  Give the tree that the adapter was made from (`variables` is not `variables['params']`)."
 
 
@@ -48,7 +48,7 @@ DOORS: dict[str, Callable[[Any, Any], Any]] = {
     "jit of lora": lambda params, adapter: jax.jit(lj.lora(apply))(params, adapter, X),
     "explain": lambda params, adapter: lj.explain(apply, params, adapter, X),
     "merge": lj.merge,
-    "unmerge": lambda params, adapter: lj.unmerge(params, adapter, base=params),
+    "merge_report": lambda params, adapter: lj.merge_report(params, adapter, params),
 }
 
 

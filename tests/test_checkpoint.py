@@ -92,7 +92,7 @@ def edit(path: Path, change: Callable[[Any], Any]) -> None:
 
 def error(path: Path, **options: Any) -> str:
     with pytest.raises(lj.CheckpointError) as caught:
-        restore(path, **options)
+        restore(path, **{"base": None, **options})
     return str(caught.value)
 
 
@@ -105,7 +105,7 @@ def test_restore_after_save_is_the_identity(dtype: Any, tmp_path: Path) -> None:
     adapter = make_adapter(dtype)
     save(tmp_path, adapter, base=make_base())
     assert_same(restore(tmp_path, base=make_base()), adapter)
-    assert list(restore(tmp_path)) == list(adapter)
+    assert list(restore(tmp_path, base=None)) == list(adapter)
 
 
 @pytest.mark.parametrize("name", ["scanned_transformer", "nnx_transformer"])
@@ -123,7 +123,7 @@ def test_restore_after_save_is_the_identity_for_models_of_every_tree(name: str, 
 def test_any_text_can_be_a_path(names: tuple[str, ...], tmp_path: Path) -> None:
     adapter = {name: lj.Adapter(lj.Full(), "", value=normal((3,), seed=seed)) for seed, name in enumerate(names)}
     save(tmp_path, adapter, base=dict.fromkeys(names, jnp.ones(3)))
-    assert_same(restore(tmp_path), adapter)
+    assert_same(restore(tmp_path, base=None), adapter)
 
 
 def test_a_base_that_is_one_array_has_the_empty_path(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_numpy_arrays_and_numpy_numbers_are_saved_as_what_they_stand_for(tmp_pat
     variant = lj.LoRA(rank=np.int64(2), alpha=np.float32(0.1))
     adapter = {"k": lj.Adapter(variant, "io", a=np.ones((4, 2), np.float32), b=np.zeros((2, 3), np.float32))}
     save(tmp_path, adapter, base={"k": np.ones((4, 3))})
-    assert_same(restore(tmp_path), jax.tree.map(jnp.asarray, adapter))
+    assert_same(restore(tmp_path, base=None), jax.tree.map(jnp.asarray, adapter))
 
 
 def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
@@ -144,14 +144,14 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
         save(tmp_path, make_adapter(seed=seed), base=make_base())
     other = {"query/kernel": make_adapter()["query/kernel"]}
     save(str(tmp_path), other, base=make_base())
-    assert_same(restore(str(tmp_path)), other)
+    assert_same(restore(str(tmp_path), base=None), other)
     assert [entry.name for entry in tmp_path.iterdir()] == ["3"]
 
 
 def test_a_relative_path_is_one_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save("run/adapter", make_adapter(), base=make_base())
-    assert_same(restore(tmp_path / "run" / "adapter"), make_adapter())
+    assert_same(restore(tmp_path / "run" / "adapter", base=None), make_adapter())
 
 
 def test_the_manifest_is_made_to_be_read(saved: Path) -> None:
@@ -195,8 +195,8 @@ class Mine(lj.LoRA):
 KERNEL = make_adapter()["query/kernel"]
 SHAPE = jax.eval_shape(lambda: KERNEL)
 UNSAVABLE: dict[str, tuple[Any, str]] = {
-    "params": (make_base(), "Expected an adapter to save: a dict from paths to `Adapter`"),
-    "empty": ({}, "as `init` returns; got {}"),
+    "params": (make_base(), "Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got list at"),
+    "empty": ({}, "with at least one leaf; got an empty one"),
     "shapes": ({"query/kernel": SHAPE}, "Expected arrays to save; got ShapeDtypeStruct as 'a' at 'query/kernel'"),
     "variant": (
         {"query/kernel": lj.Adapter(Mine(rank=2, alpha=4), "ioo", **KERNEL.arrays)},
@@ -241,7 +241,7 @@ def test_a_save_deletes_no_checkpoints_of_others(tmp_path: Path) -> None:
         manager.save(5, args=ocp.args.Composite(adapter=saving(), opt_state=ocp.args.StandardSave({"mu": jnp.ones(3)})))
     with pytest.raises(lj.CheckpointError, match=r"directories with 'opt_state', which this save would delete"):
         save(tmp_path, make_adapter(), base=make_base())
-    assert_same(restore(tmp_path), make_adapter())
+    assert_same(restore(tmp_path, base=None), make_adapter())
     (tmp_path / "runs" / "7").mkdir(parents=True)
     (tmp_path / "runs" / "7" / "model.bin").write_bytes(b"years of work")
     with pytest.raises(lj.CheckpointError, match=r"directories with 'model.bin', which this save would delete"):
@@ -520,7 +520,7 @@ def devices(array: jax.Array) -> set[int]:
 
 
 def test_without_shardings_arrays_are_placed_as_by_init(saved: Path) -> None:
-    adapter = restore(saved)
+    adapter = restore(saved, base=None)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     kernel = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("x")))
     # An array that is committed to one device could not meet one that lies on eight.
@@ -529,7 +529,7 @@ def test_without_shardings_arrays_are_placed_as_by_init(saved: Path) -> None:
 
 def test_one_sharding_serves_all_arrays(saved: Path) -> None:
     mesh = jax.make_mesh((8,), ("x",))
-    adapter = restore(saved, shardings=NamedSharding(mesh, P()))
+    adapter = restore(saved, base=None, shardings=NamedSharding(mesh, P()))
     assert_same(adapter, make_adapter())
     assert all(leaf.sharding == NamedSharding(mesh, P()) for leaf in jax.tree.leaves(adapter))
 
@@ -543,15 +543,15 @@ def test_shardings_may_be_a_tree_like_the_adapter(kind: str, tmp_path: Path) -> 
 
     adapter = jax.device_put(make_adapter(), jax.tree.map(sharding, make_adapter()))
     save(tmp_path, adapter, base=make_base())
-    got = restore(tmp_path, shardings=jax.tree.map(lambda leaf: leaf.sharding, adapter))
+    got = restore(tmp_path, base=None, shardings=jax.tree.map(lambda leaf: leaf.sharding, adapter))
     assert_same(jax.device_get(got), jax.device_get(make_adapter()))
     assert [leaf.sharding for leaf in jax.tree.leaves(got)] == [leaf.sharding for leaf in jax.tree.leaves(adapter)]
-    assert_same(restore(tmp_path), make_adapter())  # onto one device, from eight
+    assert_same(restore(tmp_path, base=None), make_adapter())  # onto one device, from eight
 
 
 def test_shardings_may_be_a_prefix_with_some_left_open(saved: Path) -> None:
     place = SingleDeviceSharding(jax.devices()[5])
-    adapter = restore(saved, shardings=dict.fromkeys(make_adapter()) | {"query/kernel": place})
+    adapter = restore(saved, base=None, shardings=dict.fromkeys(make_adapter()) | {"query/kernel": place})
     assert {path: devices(jax.tree.leaves(part)[0]) for path, part in adapter.items()} == {
         path: {5} if path == "query/kernel" else {0} for path in adapter
     }
@@ -755,7 +755,8 @@ def test_an_asynchronous_save_writes_what_the_adapter_was(tmp_path: Path) -> Non
                 adapter = spoil(adapter)
             jax.block_until_ready(adapter)
             manager.wait_until_finished()
-            assert np.all(np.asarray(manager.restore(step).adapter["k"].value) == 1.0 + step)
+            restored = manager.restore(step, args=ocp.args.Composite(adapter=AdapterRestore(base=None)))
+            assert np.all(np.asarray(restored.adapter["k"].value) == 1.0 + step)
 
 
 def test_the_newest_adapter_of_a_training_run_can_be_restored_alone(tmp_path: Path) -> None:
@@ -768,11 +769,14 @@ def test_the_newest_adapter_of_a_training_run_can_be_restored_alone(tmp_path: Pa
     assert_same(restore(tmp_path, base=make_base()), make_adapter(seed=100))
 
 
-def test_a_manager_checks_the_base_and_needs_no_arguments_to_restore(tmp_path: Path) -> None:
+def test_a_manager_checks_the_base_and_not_to_check_it_must_be_asked_for(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.Composite(adapter=saving()))
         manager.wait_until_finished()
-        assert_same(manager.restore(0).adapter, make_adapter())
+        with pytest.raises(ValueError, match="missing 1 required keyword-only argument: 'base'"):
+            manager.restore(0)
+        unchecked = manager.restore(0, args=ocp.args.Composite(adapter=AdapterRestore(base=None)))
+        assert_same(unchecked.adapter, make_adapter())
         assert manager.item_metadata(0).adapter["version"] == 1
         wrong = AdapterRestore(base=make_base(depth=3))
         with pytest.raises(lj.CheckpointError, match="'layers/2/bias' is in `base`"):
@@ -792,4 +796,4 @@ def test_a_step_that_the_manager_skips_costs_no_fingerprint(tmp_path: Path) -> N
 def test_an_adapter_may_be_all_that_a_checkpointer_holds(tmp_path: Path) -> None:
     with ocp.Checkpointer(lj.checkpoint.AdapterHandler()) as checkpointer:
         checkpointer.save(tmp_path / "one", args=saving())
-        assert_same(checkpointer.restore(tmp_path / "one", args=AdapterRestore()), make_adapter())
+        assert_same(checkpointer.restore(tmp_path / "one", args=AdapterRestore(base=None)), make_adapter())

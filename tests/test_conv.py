@@ -347,7 +347,7 @@ def test_a_depthwise_kernel_starts_from_its_activations(multiplier: int) -> None
     params, x = {"w": normal(3, 2, 4, multiplier)}, normal(2, 5, 4, 4, seed=1)
     apply = lambda p, x: separable(p["w"], x)  # noqa: E731
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4)}, kernels=lj.kernels(apply, params, x))
-    seen = starts.activations(apply, adapter, params, x)["w"]
+    seen = starts.activations(apply, params, adapter, x)["w"]
     windows = jnp.stack(
         [jnp.pad(x, ((0, 0), (1, 1), (0, 1), (0, 0)))[:, i : i + 5, j : j + 4] for i in range(3) for j in range(2)]
     )

@@ -105,7 +105,7 @@ def test_lora_plus_has_no_state() -> None:
 
 def test_lora_plus_may_leave_leaves_out() -> None:
     _, adapter, gradient = mixed()
-    tx = optim.lora_plus(4, but="**/embedding")
+    tx = optim.lora_plus(4, exclude="**/embedding")
     updates = first_step(tx, gradient, adapter)
     factors = {name: 4.0 if name == "dense/kernel.b" else 1.0 for name in arrays(gradient)}
     for name, array in arrays(updates).items():
@@ -305,18 +305,18 @@ def picked(mask: Any, adapter: Any) -> set[str]:
 def test_arrays_are_picked_by_name_and_by_path() -> None:
     _, adapter, _ = mixed()
     everything = set(arrays(adapter))
-    assert picked(optim.only(), adapter) == everything
-    assert picked(optim.only("a", "b"), adapter) == {name for name in everything if name[-1] in "ab"}
-    assert picked(optim.only("b", paths="dense/*"), adapter) == {"dense/kernel.b"}
-    assert picked(optim.only(but="**/bias"), adapter) == {name for name in everything if "bias" not in name}
-    wanted = optim.only("value", paths=["dense/*", "head/*"], but=["**/kernel"])
+    assert picked(optim.select(), adapter) == everything
+    assert picked(optim.select("a", "b"), adapter) == {name for name in everything if name[-1] in "ab"}
+    assert picked(optim.select("b", paths="dense/*"), adapter) == {"dense/kernel.b"}
+    assert picked(optim.select(exclude="**/bias"), adapter) == {name for name in everything if "bias" not in name}
+    wanted = optim.select("value", paths=["dense/*", "head/*"], exclude=["**/kernel"])
     assert picked(wanted, adapter) == {"dense/bias.value", "head/bias.value"}
 
 
 def test_weight_decay_is_for_what_the_mask_picks() -> None:
     _, adapter, gradient = mixed()
     updates = []
-    for mask in (None, optim.only("b")):
+    for mask in (None, optim.select("b")):
         tx = optax.adamw(0.01, weight_decay=0.1 if mask else 0.0, mask=mask)
         updates.append(arrays(first_step(tx, gradient, adapter)))
     for name, array in updates[1].items():
@@ -326,18 +326,18 @@ def test_weight_decay_is_for_what_the_mask_picks() -> None:
 
 def test_a_mask_works_where_another_has_masked() -> None:
     _, adapter, gradient = mixed()
-    tx = optim.lora_fa(optax.adamw(0.01, weight_decay=0.1, mask=optim.only("a", "b")))
+    tx = optim.lora_fa(optax.adamw(0.01, weight_decay=0.1, mask=optim.select("a", "b")))
     updates = first_step(tx, gradient, adapter)
     assert jax.tree.structure(updates) == jax.tree.structure(adapter)
 
 
 ERRORS = {
     "a name": (
-        lambda: optim.only("magnitude"),
+        lambda: optim.select("magnitude"),
         "Expected names of the adapter's arrays, which are ['a', 'b', 'value']; got 'magnitude'.",
     ),
     "a pattern": (
-        lambda: optim.only(but="**/biases"),
+        lambda: optim.select(exclude="**/biases"),
         "Expected every pattern to match a path of the adapter; '**/biases' matches none of 5.\n  The nearest paths:\n"
         "  dense/bias\n  head/bias\n",
     ),
@@ -355,10 +355,10 @@ def test_a_mask_that_cannot_be_meant_is_an_error(name: str) -> None:
 @pytest.mark.parametrize(("tree", "got"), [({"w": jnp.ones(2)}, "ArrayImpl at 'w'"), (jnp.ones(2), "ArrayImpl")])
 def test_what_is_no_adapter_is_an_error(tree: Any, got: str) -> None:
     text = (
-        f"Expected an adapter, or its gradient: a dict from paths to `Adapter`; got {got}.\n"
-        "  Give the optimiser the adapter alone; in one tree with the base, wrap it: freeze_base(tx)."
+        f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {got}.\n"
+        "  Give the optimizer the adapter only; in one tree with the base, wrap it: freeze_base(tx)."
     )
-    for use in (lambda: optim.only("a")(tree), lambda: optim.riemannian().update(tree, optax.EmptyState(), tree)):
+    for use in (lambda: optim.select("a")(tree), lambda: optim.riemannian().update(tree, optax.EmptyState(), tree)):
         with pytest.raises(lj.AdapterError) as caught:
             use()
         assert str(caught.value) == text

@@ -275,7 +275,7 @@ def test_statistics_of_activations_in_eight_bits_are_summed_in_float32() -> None
     params, x = {"w": normal(6, 5)}, normal(300, 6, seed=1)
     adapter = adapted(params, {"w": "io"})
     apply = lambda params, x: USES["Dense"].call(params["w"], x, E4M3, jnp.bfloat16)  # noqa: E731
-    seen = lj.starts.activations(apply, adapter, params, x)["w"]
+    seen = lj.starts.activations(apply, params, adapter, x)["w"]
     rounded = np.asarray(x.astype(E4M3), np.float64)
     assert_near(seen.gram[0], rounded.T @ rounded, 1e-5)
     assert seen.count[0] == 300
@@ -339,7 +339,7 @@ def test_a_start_that_moves_the_base_beyond_its_dtype_is_refused() -> None:
     params = {"w": w.astype(E4M3)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
     with pytest.raises(lj.AdapterError, match="what is left of each kernel to fit its dtype; 1 overflow"):
-        lj.starts.olora({"w": lj.Adapter(lj.LoRA(rank=1, alpha=-3), "io", **adapter["w"].arrays)}, params)
+        lj.starts.olora(params, {"w": lj.Adapter(lj.LoRA(rank=1, alpha=-3), "io", **adapter["w"].arrays)})
 
 
 @pytest.mark.parametrize("dtype", [jnp.int4, jnp.int8])

@@ -275,7 +275,7 @@ def test_a_state_of_another_structure_is_refused(name: str, tmp_path: Path) -> N
         there_and_back({"opt_state": TX.init({"w": jnp.ones(3)}), "step": 7}, tmp_path, like)
     assert text in str(caught.value)
     assert f"Expected `like` to be a state as the one in {tmp_path}/0/state; got one of " in str(caught.value)
-    assert "the same optimiser, for the same adapter" in str(caught.value)
+    assert "the same optimizer, for the same adapter" in str(caught.value)
 
 
 UNSAVABLE: dict[str, tuple[Any, str]] = {

@@ -172,7 +172,7 @@ def sharded(layout: str, method: str, rank: int = SIZE.rank) -> Step:
     shardings = its.shardings(one.params)
     on_mesh = one._replace(
         params=jax.device_put(one.params, shardings),
-        adapter=jax.device_put(one.adapter, lj.sharding.of(one.adapter, shardings)),
+        adapter=jax.device_put(one.adapter, lj.sharding.like_base(one.adapter, shardings)),
         tokens=jax.device_put(one.tokens, NamedSharding(its.mesh, P(its.batch))),
     )
     loss, trained, frozen = METHODS[method](on_mesh)
@@ -317,7 +317,7 @@ def test_a_pipelined_step_is_that_of_the_layers_in_order_and_hands_on_nothing_mo
         return jnp.sum(jnp.sin(pipeline(params, x)))
 
     expected = jax.jit(jax.value_and_grad(functools.partial(loss, in_order)))(adapter, params)
-    params, adapter = jax.device_put((params, adapter), (at, lj.sharding.of(adapter, at)))
+    params, adapter = jax.device_put((params, adapter), (at, lj.sharding.like_base(adapter, at)))
     step = jax.jit(jax.value_and_grad(functools.partial(loss, pipeline)))
     assert_close(step(adapter, params), expected, CLOSE)
     assert testing.wire_bytes(step, adapter, params) == testing.wire_bytes(jax.jit(jax.value_and_grad(dense)), params)
@@ -362,7 +362,7 @@ def step_of_types(*devices: int) -> Step:
     with jax.set_mesh(mesh):
         params = {name: jax.device_put(w, NamedSharding(mesh, at[name])) for name, w in params.items()}
         adapter = adapted(params, ROLES | {"embedding": "io"})
-        adapter = jax.device_put(adapter, lj.sharding.of(adapter, params))
+        adapter = jax.device_put(adapter, lj.sharding.like_base(adapter, params))
         tokens = jax.device_put(jnp.arange(24).reshape(4, 6) % 12, NamedSharding(mesh, P("data")))
 
         def loss(adapter: Any, params: Any, tokens: jax.Array) -> jax.Array:

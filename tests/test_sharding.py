@@ -77,7 +77,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("name", GIVEN)
 def test_a_factor_is_cut_along_the_axes_that_it_has_of_its_kernel(name: str) -> None:
-    found = lj.sharding.of(shapes(), GIVEN[name]())
+    found = lj.sharding.like_base(shapes(), GIVEN[name]())
     assert {path: specs(part.arrays) for path, part in found.items()} == {
         "query/kernel": {"a": P("data", None), "b": P(None, "model", None)},
         "layers/kernel": {"a": P("data", None, None), "b": P("data", None, "model")},
@@ -90,29 +90,29 @@ def test_a_factor_is_cut_along_the_axes_that_it_has_of_its_kernel(name: str) -> 
 
 
 def test_one_sharding_may_be_that_of_all_parameters() -> None:
-    found = lj.sharding.of({"head/kernel": shapes()["head/kernel"]}, on_mesh("model"))
+    found = lj.sharding.like_base({"head/kernel": shapes()["head/kernel"]}, on_mesh("model"))
     assert specs(found["head/kernel"].arrays) == {"a": P("model", None), "b": P(None, None)}
 
 
 def test_arrays_on_one_device_leave_the_adapter_there() -> None:
-    found = lj.sharding.of(shapes(), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), PARAMS))
+    found = lj.sharding.like_base(shapes(), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), PARAMS))
     assert {its.device_set == {jax.devices()[0]} for its in jax.tree.leaves(found)} == {True}
 
 
 def test_the_state_of_an_optimiser_goes_with_its_adapter() -> None:
     for tx in (optax.adamw(1e-3), optax.chain(optax.clip_by_global_norm(1.0), optax.adafactor(1e-3))):
         state = jax.eval_shape(tx.init, shapes())
-        found = lj.sharding.of(state, NAMED)
+        found = lj.sharding.like_base(state, NAMED)
         assert jax.tree.structure(found) == jax.tree.structure(state)
         jax.tree.map(lambda x, its: its.shard_shape(x.shape), state, found)  # raises where one does not fit
-    found = lj.sharding.of(jax.eval_shape(optax.adamw(1e-3).init, shapes()), NAMED)
-    assert jax.tree.leaves(found[0].mu) == jax.tree.leaves(lj.sharding.of(shapes(), NAMED))
+    found = lj.sharding.like_base(jax.eval_shape(optax.adamw(1e-3).init, shapes()), NAMED)
+    assert jax.tree.leaves(found[0].mu) == jax.tree.leaves(lj.sharding.like_base(shapes(), NAMED))
     assert found[0].count == on_mesh()
 
 
 def test_only_part_of_an_adapter_may_have_a_state() -> None:
     tx = optax.masked(optax.trace(0.9), lambda ad: jax.tree_util.tree_map_with_path(lambda k, _: k[-1].name == "b", ad))
-    found = lj.sharding.of(jax.eval_shape(tx.init, shapes()), SPECS)
+    found = lj.sharding.like_base(jax.eval_shape(tx.init, shapes()), SPECS)
     trace = found.inner_state.trace["query/kernel"]
     assert (trace.a, trace.b) == (optax.MaskedNode(), P(None, "model", None))
 
@@ -187,7 +187,10 @@ BOXES = {
 def test_what_boxes_say_of_the_kernel_holds_for_its_factors(name: str) -> None:
     _, params, kernel, given = BOXES[name]()
     adapter = lj.init(jax.random.key(1), params, {kernel: lj.LoRA(rank=2, alpha=4)})
-    assert specs(lj.sharding.of(adapter, given(params))[kernel].arrays) == {"a": P(None, None), "b": P(None, "model")}
+    assert specs(lj.sharding.like_base(adapter, given(params))[kernel].arrays) == {
+        "a": P(None, None),
+        "b": P(None, "model"),
+    }
 
 
 @pytest.mark.parametrize("name", ["nn.get_sharding", "nn.logical_to_mesh_sharding", "a state on the mesh"])
@@ -201,7 +204,7 @@ def test_a_model_with_boxed_parameters_is_adapted_as_it_is(name: str) -> None:
 def test_logical_names_may_be_translated_afterwards() -> None:
     _, params, kernel, _ = BOXES["nn.logical_to_mesh_sharding"]()
     adapter = lj.init(jax.random.key(1), params, {kernel: lj.LoRA(rank=2, alpha=4)})
-    found = lj.sharding.of(adapter, nn.get_partition_spec(params))
+    found = lj.sharding.like_base(adapter, nn.get_partition_spec(params))
     assert specs(found[kernel].arrays) == {"a": P("embed", None), "b": P(None, "mlp")}
     assert nn.logical_to_mesh_sharding(found, mesh(), RULES)[kernel].b == on_mesh(None, "model")
 
@@ -213,7 +216,7 @@ def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so(
     params = {"kernel": jnp.ones((6, 32)), "bias": jnp.ones(32)}
     adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4), "bias": lj.Full()})
     shardings = {"kernel": on_mesh("model", "data"), "bias": on_mesh(("data", "model"))}
-    found = lj.sharding.of(adapter, shardings)
+    found = lj.sharding.like_base(adapter, shardings)
     assert specs(found["kernel"].arrays) == {"a": P(None, None), "b": P(None, "data")}
     jax.device_put(adapter, found)
 
@@ -245,7 +248,11 @@ WRONG = {
     ),
     "of more axes": (KERNEL, P("data", None, "model"), r"a leaf with the axes 'io' for 'kernel'; got P\('data', None"),
     "of a stack": (KERNEL, {"kernel": jnp.zeros((3, 8, 4))}, r"axes 'io' for 'kernel'; got \(\), of \(3, 8, 4\)"),
-    "swapped": (P("data"), KERNEL, r"a tree that holds one.*; got P.*\n  .*: sharding.of\(adapter, params_shardings\)"),
+    "swapped": (
+        P("data"),
+        KERNEL,
+        r"a tree that holds one.*; got P.*\n  .*: sharding.like_base\(adapter, params_shardings\)",
+    ),
 }
 
 
@@ -253,7 +260,7 @@ WRONG = {
 def test_a_sharding_that_cannot_be_the_base_s_is_an_error(name: str) -> None:
     adapter, given, message = WRONG[name]
     with pytest.raises(lj.AdapterError, match=message):
-        lj.sharding.of(adapter, given)
+        lj.sharding.like_base(adapter, given)
 
 
 # The start
@@ -267,7 +274,9 @@ def test_init_makes_each_shard_where_it_lives(kind: AxisType) -> None:
         return lj.init(key, PARAMS, spec)
 
     key = jax.random.key(3)
-    shardings = lj.sharding.of(jax.eval_shape(init, key), jax.tree.map(lambda spec: on_mesh(*spec, kind=kind), SPECS))
+    shardings = lj.sharding.like_base(
+        jax.eval_shape(init, key), jax.tree.map(lambda spec: on_mesh(*spec, kind=kind), SPECS)
+    )
     make = jax.jit(init, out_shardings=shardings)
     program = make.lower(key).compile()
     assert testing.wire_bytes(make, key).total() == 0
@@ -414,7 +423,7 @@ def typed(name: str) -> tuple[Callable[..., Any], Any, Any, jax.Array]:
     x = normal(*case.x, seed=1) if isinstance(case.x, tuple) else jnp.asarray(case.x)
     params = {"w": place(normal(*case.kernel, size=0.5), case.at)}
     adapter = adapted(params, {"w": case.roles})
-    adapter = jax.device_put(adapter, lj.sharding.of(adapter, params))
+    adapter = jax.device_put(adapter, lj.sharding.like_base(adapter, params))
     return lambda params, x: case.call(params["w"], x), params, adapter, place(x, case.x_at)
 
 
@@ -463,7 +472,7 @@ def test_a_product_by_group_is_where_the_base_s_is() -> None:
             normal(8, 8),
         )
         adapter = adapted(params, {"w": "bio"})
-        adapter = jax.device_put(adapter, lj.sharding.of(adapter, params))
+        adapter = jax.device_put(adapter, lj.sharding.like_base(adapter, params))
 
         def apply(params: Any, x: jax.Array) -> jax.Array:
             return lax.ragged_dot(x, params["w"], jnp.array([3, 5]), out_sharding=P(None, "model"))
@@ -490,7 +499,7 @@ def test_a_model_of_nnx_that_names_its_shardings_is_adapted_as_it_is() -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         graph, state = nnx.split(Megatron(nnx.Rngs(0)))
         adapter = trained(jax.random.key(2), lj.init(jax.random.key(1), state, {"**/kernel": lj.LoRA(rank=2, alpha=4)}))
-        adapter = jax.device_put(adapter, lj.sharding.of(adapter, state))
+        adapter = jax.device_put(adapter, lj.sharding.like_base(adapter, state))
         assert str(jax.typeof(adapter["down/kernel"].a)) == "float32[16@model,2]"
         x = jax.device_put(normal(8, 8), on_mesh("data", kind=AxisType.Explicit))
         assert_law(lambda state, x: nnx.merge(graph, state)(x), state, adapter, x)

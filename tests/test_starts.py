@@ -88,33 +88,33 @@ def adapter_of() -> Any:
     return jax.jit(lambda key: lj.init(key, PARAMS, SPEC))(jax.random.key(0))
 
 
-def seen_by(adapter: Any, params: Any, batch: Any) -> Any:
-    return starts.activations(model, {path: adapter[path] for path in adapter if path != "embedding"}, params, batch)
+def seen_by(params: Any, adapter: Any, batch: Any) -> Any:
+    return starts.activations(model, params, {path: adapter[path] for path in adapter if path != "embedding"}, batch)
 
 
-def by_eva(adapter: Any, params: Any) -> Any:
+def by_eva(params: Any, adapter: Any) -> Any:
     """A look-up meets no activations, so an embedding keeps its start."""
-    seen = seen_by(adapter, params, BATCH)
-    new, params = starts.eva({path: part for path, part in adapter.items() if path != "embedding"}, params, seen)
-    return adapter | new, params
+    seen = seen_by(params, adapter, BATCH)
+    params, new = starts.eva(params, {path: part for path, part in adapter.items() if path != "embedding"}, seen)
+    return params, adapter | new
 
 
 STARTS: dict[str, Callable[[Any, Any], Any]] = {
-    "gaussian": lambda adapter, params: starts.gaussian(adapter, params, jax.random.key(1)),
-    "kaiming": lambda adapter, params: starts.kaiming(adapter, params, jax.random.key(1)),
-    "orthogonal": lambda adapter, params: starts.orthogonal(adapter, params, jax.random.key(1)),
+    "gaussian": lambda params, adapter: starts.gaussian(jax.random.key(1), params, adapter),
+    "kaiming": lambda params, adapter: starts.kaiming(jax.random.key(1), params, adapter),
+    "orthogonal": lambda params, adapter: starts.orthogonal(jax.random.key(1), params, adapter),
     "eva": by_eva,
     "pissa": starts.pissa,
-    "randomised pissa": lambda ad, params: starts.pissa(ad, params, niter=4, key=jax.random.key(1)),
+    "randomized pissa": lambda params, ad: starts.pissa(params, ad, niter=4, key=jax.random.key(1)),
     "olora": starts.olora,
-    "lora_ga": lambda ad, params: starts.lora_ga(ad, params, starts.gradients(loss, ad, params, BATCH)),
+    "lora_ga": lambda params, ad: starts.lora_ga(params, ad, starts.gradients(loss, params, ad, BATCH)),
 }
-MOVING = ["pissa", "randomised pissa", "olora", "lora_ga"]
+MOVING = ["pissa", "randomized pissa", "olora", "lora_ga"]
 
 
 @functools.cache
 def started(name: str) -> Any:
-    return jax.jit(STARTS[name])(adapter_of(), PARAMS)
+    return jax.jit(STARTS[name])(PARAMS, adapter_of())
 
 
 def matrices(array: Any, layout: str) -> np.ndarray:
@@ -152,7 +152,7 @@ def base() -> Any:
 
 @functools.cache
 def outputs(name: str) -> tuple[Any, Any]:
-    adapter, params = started(name)
+    params, adapter = started(name)
     return adapted()(params, adapter, BATCH), base()(PARAMS, BATCH)
 
 
@@ -165,7 +165,7 @@ def test_after_a_start_the_model_is_what_it_was(start: str, layout: str) -> None
 
 @pytest.mark.parametrize("start", STARTS)
 def test_a_start_moves_the_adapted_kernels_of_the_base_or_nothing(start: str) -> None:
-    adapter, params = started(start)
+    params, adapter = started(start)
     for path, leaf in PARAMS.items():
         moves = start in MOVING and path in KERNELS
         assert np.array_equal(leaf, params[path]) != moves, path
@@ -186,7 +186,7 @@ def test_a_base_in_bfloat16_is_off_by_one_rounding_of_the_residue(start: str, la
     if start == "lora_ga":
         gradient = {layout: normal(*params[layout].shape, seed=3, dtype=jnp.bfloat16)}
         function = functools.partial(starts.lora_ga, gradient=gradient)
-    adapter, moved = function(adapter, params)
+    moved, adapter = function(params, adapter)
     residue = moved[layout]
     assert residue.dtype == jnp.bfloat16 and adapter[layout].a.dtype == jnp.float32
     a, b = factors(adapter[layout])
@@ -199,7 +199,7 @@ def test_a_start_keeps_what_it_is_given() -> None:
     params = {"dense": np.asarray(PARAMS["dense"]), "bias": [np.ones(5)]}
     adapter = lj.init(jax.random.key(0), params, {"dense": LORA}, param_dtype=jnp.bfloat16)
     before = jax.tree.map(np.array, (adapter, params))
-    new, moved = starts.pissa(adapter, params)
+    moved, new = starts.pissa(params, adapter)
     assert isinstance(moved["dense"], np.ndarray) and moved["bias"][0] is params["bias"][0]
     assert new["dense"].a.dtype == new["dense"].b.dtype == jnp.bfloat16
     assert_near(lj.merge(moved, new)["dense"], params["dense"])  # the residue is that of the factors as they are kept
@@ -207,17 +207,17 @@ def test_a_start_keeps_what_it_is_given() -> None:
 
 
 def test_a_start_under_jit_is_the_start() -> None:
-    eager = starts.pissa({"dense": adapter_of()["dense"]}, PARAMS)
+    eager = starts.pissa(PARAMS, {"dense": adapter_of()["dense"]})
     assert_near(eager.params["dense"], started("pissa").params["dense"])
-    _, same = starts.gaussian(adapter_of(), PARAMS, jax.random.key(1))
+    same, _ = starts.gaussian(jax.random.key(1), PARAMS, adapter_of())
     assert same is PARAMS
 
 
 def test_each_path_draws_its_own_numbers_whatever_else_is_adapted() -> None:
-    for name in ("gaussian", "kaiming", "orthogonal", "randomised pissa"):
-        alone, _ = STARTS[name]({"dense": adapter_of()["dense"]}, PARAMS)
-        assert_near(alone["dense"].a, started(name)[0]["dense"].a)
-    adapter = started("gaussian")[0]
+    for name in ("gaussian", "kaiming", "orthogonal", "randomized pissa"):
+        _, alone = STARTS[name](PARAMS, {"dense": adapter_of()["dense"]})
+        assert_near(alone["dense"].a, started(name).adapter["dense"].a)
+    adapter = started("gaussian").adapter
     assert not np.array_equal(adapter["stack"].a[0], adapter["stack"].a[1])
     assert not np.array_equal(adapter["stack"].a, adapter["experts"].a)
 
@@ -228,13 +228,13 @@ def test_each_path_draws_its_own_numbers_whatever_else_is_adapted() -> None:
 def test_gaussian_and_kaiming_draw_what_they_say() -> None:
     params = {"w": jnp.zeros((3, 400, 60))}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=8, alpha=16, axes="bio")})
-    gaussian = starts.gaussian(adapter, params, jax.random.key(5)).adapter["w"]
+    gaussian = starts.gaussian(jax.random.key(5), params, adapter).adapter["w"]
     assert float(gaussian.a.std()) == pytest.approx(1 / 8, rel=0.05)
     assert float(gaussian.a.mean()) == pytest.approx(0, abs=0.01)
     assert float(jnp.abs(gaussian.a).max()) > 3 / 8  # no uniform has this
-    kaiming = starts.kaiming(adapter, params, jax.random.key(0)).adapter["w"]
+    kaiming = starts.kaiming(jax.random.key(0), params, adapter).adapter["w"]
     assert np.array_equal(kaiming.a, adapter["w"].a)
-    again = starts.kaiming(adapter, params, jax.random.key(1)).adapter["w"]
+    again = starts.kaiming(jax.random.key(1), params, adapter).adapter["w"]
     assert not np.array_equal(kaiming.a, again.a)
     assert float(jnp.abs(again.a).max()) == pytest.approx(1 / 20, rel=0.01)
     assert not gaussian.b.any() and not again.b.any()
@@ -242,7 +242,7 @@ def test_gaussian_and_kaiming_draw_what_they_say() -> None:
 
 @pytest.mark.parametrize("layout", KERNELS)
 def test_orthogonal_factors_have_no_product_and_both_get_a_gradient(layout: str) -> None:
-    part = started("orthogonal")[0][layout]
+    part = started("orthogonal").adapter[layout]
     a, b = factors(part)
     assert np.abs(a @ b).max() <= 1e-7 and np.abs(a).max() > 0.01 and np.abs(b).max() > 0.01
 
@@ -252,22 +252,22 @@ def test_pissa_takes_the_best_approximation_of_its_rank(layout: str) -> None:
     w = matrices(PARAMS[layout], layout)
     u, s, vt = np.linalg.svd(w, full_matrices=False)
     best = u[:, :, :2] * s[:, None, :2] @ vt[:, :2]
-    for name, tolerance in (("pissa", 1e-5), ("randomised pissa", 1e-3)):
-        adapter, params = started(name)
+    for name, tolerance in (("pissa", 1e-5), ("randomized pissa", 1e-3)):
+        params, adapter = started(name)
         a, b = factors(adapter[layout])
         assert_near(adapter[layout].variant.scale * a @ b, best, tolerance)
         assert_near(matrices(params[layout], layout), w - best, tolerance)
         assert_near(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=2))  # the root of S/s for each
 
 
-def test_randomised_pissa_comes_as_near_as_it_is_iterated() -> None:
+def test_randomized_pissa_comes_as_near_as_it_is_iterated() -> None:
     spectrum = jnp.arange(1, 61) ** -0.5
     q1, q2 = (jnp.linalg.qr(normal(60, 60, seed=seed))[0] for seed in (1, 2))
     params = {"w": q1 * spectrum @ q2}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=4, alpha=4)})
     best = float(jnp.linalg.norm(spectrum[4:]))
     residues = [
-        float(jnp.linalg.norm(starts.pissa(adapter, params, niter=niter, key=jax.random.key(0)).params["w"]))
+        float(jnp.linalg.norm(starts.pissa(params, adapter, niter=niter, key=jax.random.key(0)).params["w"]))
         for niter in (0, 8)
     ]
     assert best * 1.001 < residues[0] and residues[1] < best * 1.001
@@ -275,7 +275,7 @@ def test_randomised_pissa_comes_as_near_as_it_is_iterated() -> None:
 
 @pytest.mark.parametrize("layout", KERNELS)
 def test_olora_has_orthonormal_rows_and_takes_the_first_columns_whole(layout: str) -> None:
-    a, b = factors(started("olora")[0][layout])
+    a, b = factors(started("olora").adapter[layout])
     assert_near(b @ b.transpose(0, 2, 1), np.broadcast_to(np.eye(2), (len(b), 2, 2)))
     w = matrices(PARAMS[layout], layout)
     q = np.linalg.qr(w.transpose(0, 2, 1))[0][:, :, :2]  # of the whole kernel
@@ -285,7 +285,7 @@ def test_olora_has_orthonormal_rows_and_takes_the_first_columns_whole(layout: st
 
 @functools.cache
 def gradient_of() -> Any:
-    return jax.jit(lambda ad, params: starts.gradients(loss, ad, params, BATCH))(adapter_of(), PARAMS)
+    return jax.jit(lambda params, ad: starts.gradients(loss, params, ad, BATCH))(PARAMS, adapter_of())
 
 
 def test_gradients_are_those_of_the_adapted_kernels() -> None:
@@ -295,7 +295,7 @@ def test_gradients_are_those_of_the_adapted_kernels() -> None:
 
 @pytest.mark.parametrize("layout", KERNELS)
 def test_the_first_step_after_lora_ga_goes_where_the_gradient_does(layout: str) -> None:
-    adapter, _ = started("lora_ga")
+    _, adapter = started("lora_ga")
     part = adapter[layout]
     a, b = factors(part)
     g, s, rate = matrices(gradient_of()[layout], layout), part.variant.scale, 1e-4
@@ -310,17 +310,17 @@ def test_the_first_step_after_lora_ga_goes_where_the_gradient_does(layout: str) 
 
 def test_lora_ga_does_not_depend_on_the_size_of_the_gradient() -> None:
     part, gradient = {"dense": adapter_of()["dense"]}, gradient_of()["dense"]
-    one, other = (starts.lora_ga(part, PARAMS, {"dense": c * gradient}).adapter["dense"] for c in (1, 1000))
+    one, other = (starts.lora_ga(PARAMS, part, {"dense": c * gradient}).adapter["dense"] for c in (1, 1000))
     for x, y in zip(factors(one), factors(other), strict=True):
         assert_near(np.abs(x), np.abs(y), 1e-4)
-    wider = starts.lora_ga(part, PARAMS, {"dense": gradient}, gamma=4).adapter["dense"]
+    wider = starts.lora_ga(PARAMS, part, {"dense": gradient}, gamma=4).adapter["dense"]
     assert_near(np.abs(wider.a), 2 * np.abs(one.a), 1e-4)
 
 
 def test_gradients_in_bfloat16_are_added_in_float32() -> None:
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
-    found = starts.gradients(lambda p, x: jnp.sum(x @ p["w"]), adapter, params, jnp.ones((1, 2), jnp.bfloat16))
+    found = starts.gradients(lambda p, x: jnp.sum(x @ p["w"]), params, adapter, jnp.ones((1, 2), jnp.bfloat16))
     assert found["w"].dtype == jnp.float32
 
 
@@ -363,7 +363,7 @@ def inputs() -> dict[str, np.ndarray]:
 
 @functools.cache
 def seen() -> Any:
-    return jax.jit(seen_by)(adapter_of(), PARAMS, BATCH)
+    return jax.jit(seen_by)(PARAMS, adapter_of(), BATCH)
 
 
 MET = [layout for layout in KERNELS if layout != "embedding"]
@@ -379,7 +379,7 @@ def test_activations_are_what_meets_the_kernel(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", MET)
 def test_eva_starts_with_the_directions_that_explain_most(layout: str) -> None:
-    x, (a, b) = inputs()[layout], factors(started("eva")[0][layout])
+    x, (a, b) = inputs()[layout], factors(started("eva")[1][layout])
     _, s, vt = np.linalg.svd(x - x.mean(1, keepdims=True), full_matrices=False)
     assert_near(a @ a.transpose(0, 2, 1), vt[:, :2].transpose(0, 2, 1) @ vt[:, :2], 1e-3)  # the same span
     captured = np.square((x - x.mean(1, keepdims=True)) @ a).sum(1)
@@ -391,14 +391,15 @@ def one_kernel(apply: Callable[..., Any], w: Any, *args: Any, axes: str | None =
     """Activations of a function of one kernel; the span of `eva` without the mean where options say so."""
     params = {"w": w}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1, axes=axes)})
-    run = jax.jit(lambda params, *args: starts.activations(lambda p, *xs: apply(p["w"], *xs), adapter, params, *args))
+    run = jax.jit(lambda params, *args: starts.activations(lambda p, *xs: apply(p["w"], *xs), params, adapter, *args))
     its = run(params, *args)
-    return starts.eva(adapter, params, its, **options).adapter["w"].a if options else its["w"]
+    return starts.eva(params, adapter, its, **options).adapter["w"].a if options else its["w"]
 
 
 X, W = normal(5, 4, seed=1) + 1.0, normal(4, 4, seed=2)
 XX = np.asarray(X).T @ np.asarray(X)
 Y = np.tanh(np.asarray(X) @ np.asarray(W))
+MASK = jnp.array([1.0, 0.0, 0.0, 1.0])
 
 
 def test_without_the_mean_the_directions_are_those_of_the_activations() -> None:
@@ -416,6 +417,7 @@ USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {
     "from both sides": (lambda w, x: (x @ w) @ w.T, XX, 5),
     "scaled": (lambda w, x: x @ (3.0 * w), 9 * XX, 5),
     "scaled by an array": (lambda w, x: x @ (w * x[0][:, None]), XX * np.outer(X[0], X[0]), 5),
+    "masked": (lambda w, x: x @ (w * MASK[:, None] * MASK), XX * np.outer(MASK, MASK), 5),
     "beside another": (lambda w, x: x @ jnp.concatenate([w, 2 * jnp.ones((4, 3))], 1), XX, 5),
     "under another": (lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([jnp.ones((4, 4)), w]), XX, 5),
     "reshaped": (lambda w, x: jnp.einsum("tij,ijo->to", x.reshape(5, 2, 2), w.reshape(2, 2, 4)), XX, 5),
@@ -437,6 +439,34 @@ def test_activations_are_seen_however_the_kernel_is_used(use: str) -> None:
     assert its.count[0] == pytest.approx(count)
 
 
+# How two kernels are put together, the shape of the second, what meets either, and how often.
+TOGETHER: dict[str, tuple[Callable[..., Any], tuple[int, ...], Any, Any, int]] = {
+    "along outputs": (lambda v, w, x: x @ jnp.concatenate([v, w], 1), (4, 2), X, X, 1),
+    "along inputs": (
+        lambda v, w, x: jnp.concatenate([x, x[:, :2]], 1) @ jnp.concatenate([v, w]),
+        (2, 3),
+        X,
+        X[:, :2],
+        1,
+    ),
+    "in a stack": (lambda v, w, x: jnp.einsum("td,edf->etf", x, jnp.stack([v, w])), (4, 3), X, X, 1),
+    "one of them twice": (lambda v, w, x: x @ jnp.concatenate([v, w, 2 * v, w], 1), (4, 2), X, X, 2),
+}
+
+
+@pytest.mark.parametrize("how", TOGETHER)
+def test_kernels_that_are_put_together_have_activations_of_their_own(how: str) -> None:
+    apply, shape, x_v, x_w, times = TOGETHER[how]
+    params = {"v": normal(4, 3, seed=3), "w": normal(*shape, seed=4)}
+    adapter = lj.init(jax.random.key(0), params, {"*": lj.LoRA(rank=1, alpha=1)})
+    run = jax.jit(lambda params, x: starts.activations(lambda p, x: apply(p["v"], p["w"], x), params, adapter, x))
+    found = run(params, X)
+    for its, x in ((found["v"], np.asarray(x_v)), (found["w"], np.asarray(x_w))):
+        assert_near(its.gram[0], times * x.T @ x)
+        assert_near(its.total[0], times * x.sum(0))
+        assert_near(its.count[0], times * 5)
+
+
 def test_activations_of_a_batch_on_eight_devices_are_those_of_the_batch() -> None:
     x = normal(16, 4, seed=1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -444,6 +474,15 @@ def test_activations_of_a_batch_on_eight_devices_are_those_of_the_batch() -> Non
     its = one_kernel(lambda w, x: jnp.tanh(x @ w), W, jax.device_put(x, sharding))
     assert_near(its.gram[0], np.asarray(x).T @ np.asarray(x))
     assert its.count[0] == 16
+
+
+def test_activations_in_a_shard_map_are_in_the_proportions_of_the_batch() -> None:
+    x, w, out = normal(16, 4, seed=1) + 1, normal(4, 6, seed=2), PartitionSpec("data", "model")
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    specs = (PartitionSpec(None, "model"), PartitionSpec("data"))
+    its = one_kernel(jax.shard_map(lambda w, x: jnp.tanh(x @ w), mesh=mesh, in_specs=specs, out_specs=out), w, x)
+    assert_near(its.gram[0] / its.count[0], np.asarray(x).T @ np.asarray(x) / 16)
+    assert_near(its.total[0] / its.count[0], np.asarray(x).mean(0))
 
 
 @st.composite
@@ -487,10 +526,10 @@ def test_under_jit_the_backward_pass_is_nothing_but_the_sums() -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return jnp.tanh(x @ params["up"]) @ params["down"]
 
-    run = jax.jit(lambda params, x: starts.activations(apply, adapter, params, x))
+    run = jax.jit(lambda params, x: starts.activations(apply, params, adapter, x))
     compiled = run.lower(params, jnp.ones((tokens, d))).compile()
-    forward, gram = 2 * tokens * 2 * d * d_mlp, 2 * tokens * (d**2 + d_mlp**2)
-    # x·1 and xᵀ·(x·1); the rest is elementwise, and the two sums of rank 1.
+    forward, gram = 2 * tokens * 2 * d * d_mlp, 2 * tokens * (d * (d + 2) + d_mlp * (d_mlp + 2))
+    # x·a and xᵀ·(x·a); the rest is elementwise, and the two sums of rank 1.
     assert compiled.cost_analysis()["flops"] < 1.05 * (forward + 2 * gram)
 
 
@@ -532,9 +571,9 @@ def test_batches_are_added_and_neither_their_order_nor_their_size_matters() -> N
 
 def test_a_model_whose_result_is_cut_off_from_the_kernel_is_not_taken_for_one_without_activations() -> None:
     params, adapter = {"w": W}, lj.init(jax.random.key(0), {"w": W}, {"w": lj.LoRA(rank=1, alpha=1)})
-    cut = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), adapter, params, X)
+    cut = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), params, adapter, X)
     with pytest.raises(lj.AdapterError, match=r"(?s)met none.*'w': 1 of 1.*cannot be followed by reverse mode"):
-        starts.eva(adapter, params, cut)
+        starts.eva(params, adapter, cut)
 
 
 # Ranks dealt out
@@ -548,7 +587,7 @@ def explained(layout: str) -> np.ndarray:
 
 def test_eva_deals_the_ranks_out_by_the_variance_that_they_explain() -> None:
     adapter = {path: adapter_of()[path] for path in ("dense", "conv", "grouped", "transposed", "bias")}
-    new, params = starts.eva(adapter, PARAMS, seen(), rho=2)
+    params, new = starts.eva(PARAMS, adapter, seen(), rho=2)
     # Of 16 directions the 8 that explain the largest share of their own kernel's variance.
     bids = [(share, path) for path in adapter if path != "bias" for share in explained(path)[:4]]
     won = [path for _, path in sorted(bids, reverse=True)[:8]]
@@ -572,13 +611,13 @@ def test_a_stack_takes_a_rank_for_each_layer_and_what_gets_none_is_left_out() ->
     def activations(gram: jax.Array, layers: int) -> Any:
         return starts.Activations(jnp.stack([gram] * layers), jnp.zeros((layers, 6)), jnp.ones(layers))
 
-    won, _ = starts.eva(adapter, params, {"stack": activations(steep, 3), "dense": activations(flat, 1)}, rho=4)
+    _, won = starts.eva(params, adapter, {"stack": activations(steep, 3), "dense": activations(flat, 1)}, rho=4)
     assert {path: part.a.shape for path, part in won.items()} == {"stack": (3, 6, 1), "dense": (6, 1)}
     # Each of the four that explain 1/6 is before the second of the steep ones: they take what the stack would.
-    won, _ = starts.eva(adapter, params, {"stack": activations(flat, 3), "dense": activations(steep, 1)}, rho=4)
+    _, won = starts.eva(params, adapter, {"stack": activations(flat, 3), "dense": activations(steep, 1)}, rho=4)
     assert {path: part.a.shape for path, part in won.items()} == {"stack": (3, 6, 1), "dense": (6, 1)}
     both = {"stack": activations(jnp.eye(6) / 7, 3), "dense": activations(jnp.diag(jnp.array([1.0, 1, 1, 1, 0, 0])), 1)}
-    won, _ = starts.eva(adapter, params, both, rho=4)
+    _, won = starts.eva(params, adapter, both, rho=4)
     assert {path: part.variant.rank for path, part in won.items()} == {"dense": 4}
 
 
@@ -590,7 +629,7 @@ def test_a_trained_adapter_becomes_one_for_the_base_as_it_was(start: str) -> Non
     began = started(start)
     steps = trained(jax.random.key(7), began.adapter)
     after = jax.tree.map(lambda x, step: np.asarray(x) + 0.1 * np.asarray(step), began.adapter, steps)
-    plain = starts.as_plain(after, PARAMS, began.adapter, began.params)
+    plain = starts.as_plain(PARAMS, after, *began)
     for path, part in plain.items():
         if path != "bias":
             assert part.variant.rank == 4 == part.a.shape[-1]
@@ -602,30 +641,30 @@ def test_a_trained_adapter_becomes_one_for_the_base_as_it_was(start: str) -> Non
 
 
 def test_an_adapter_whose_base_did_not_move_stays_as_it_is() -> None:
-    began = starts.orthogonal({"dense": adapter_of()["dense"]}, PARAMS, jax.random.key(0))
+    began = starts.orthogonal(jax.random.key(0), PARAMS, {"dense": adapter_of()["dense"]})
     after = trained(jax.random.key(0), began.adapter)
-    assert starts.as_plain(after, PARAMS, *began)["dense"] is after["dense"]
+    assert starts.as_plain(PARAMS, after, *began)["dense"] is after["dense"]
 
 
 def test_the_start_of_another_base_is_not_taken_back() -> None:
     part = {"dense": adapter_of()["dense"]}
-    began = starts.pissa(part, PARAMS)
+    began = starts.pissa(PARAMS, part)
     other = PARAMS | {"dense": PARAMS["dense"] + 0.01}
     with pytest.raises(lj.AdapterError, match=r"(?s)1 kernels differ.*'dense': the start and its base are not"):
-        starts.as_plain(began.adapter, other, *began)
+        starts.as_plain(other, began.adapter, *began)
     with pytest.raises(lj.AdapterError, match="'dense': not in the start"):
-        starts.as_plain(began.adapter, PARAMS, {}, began.params)
+        starts.as_plain(PARAMS, began.adapter, began.params, {})
     wider = {"dense": lj.Adapter(lj.LoRA(rank=2, alpha=5), "io", **began.adapter["dense"].arrays)}
     with pytest.raises(lj.AdapterError, match=r"alpha=5\) after training, LoRA\(rank=2, alpha=3\) at the start"):
-        starts.as_plain(wider, PARAMS, *began)
+        starts.as_plain(PARAMS, wider, *began)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_start_of_a_base_is_known_again_in_its_precision(dtype: str) -> None:
     params = {"dense": PARAMS["dense"].astype(dtype)}
-    began = starts.pissa({"dense": adapter_of()["dense"]}, params)
-    starts.as_plain(began.adapter, params, *began)
-    traced = jax.jit(starts.as_plain)(began.adapter, params, *began)
+    began = starts.pissa(params, {"dense": adapter_of()["dense"]})
+    starts.as_plain(params, began.adapter, *began)
+    traced = jax.jit(starts.as_plain)(params, began.adapter, *began)
     assert traced["dense"].variant == lj.LoRA(rank=4, alpha=6)
 
 
@@ -644,24 +683,43 @@ def test_what_cannot_be_meant_is_said() -> None:
         return lj.init(key, params, {"w": lj.LoRA(**options)})
 
     odd, wide, negative = adapter(rank=3, alpha=1), adapter(rank=4, alpha=1), adapter(rank=2, alpha=-1)
-    expect(lj.SpecError, "At 'w': expected an even rank", lambda: starts.orthogonal(odd, params, key))
-    expect(lj.SpecError, "both `niter` and `key`", lambda: starts.pissa(odd, params, niter=4))
-    expect(lj.SpecError, "got niter=None and a key", lambda: starts.pissa(odd, params, key=key))
-    expect(lj.SpecError, "At 'w': expected a positive scale", lambda: starts.pissa(negative, params))
-    expect(lj.SpecError, "rank of at most 3", lambda: starts.lora_ga(wide, params, params))
-    expect(lj.AdapterError, "1 are not in `gradient`", lambda: starts.lora_ga(odd, params, {}))
-    expect(lj.SpecError, "Expected rho to be 1", lambda: starts.eva(odd, params, {}, rho=0.5))
-    expect(lj.AdapterError, "Expected the activations of every", lambda: starts.eva(odd, params, {}))
-    expect(lj.AdapterError, "is not in `params`", lambda: starts.pissa(odd, {"v": params["w"]}))
-    order = "The arguments come in this order: start(adapter, params, …)"
-    for call in (starts.pissa, starts.olora, functools.partial(starts.lora_ga, gradient={})):
-        expect(lj.AdapterError, order, functools.partial(call, params, odd))
-    expect(lj.AdapterError, order, lambda: starts.activations(lambda p, x: x, params, odd, params["w"]))
+    expect(lj.SpecError, "At 'w': expected an even rank", lambda: starts.orthogonal(key, params, odd))
+    expect(lj.SpecError, "both `niter` and `key`", lambda: starts.pissa(params, odd, niter=4))
+    expect(lj.SpecError, "got niter=None and a key", lambda: starts.pissa(params, odd, key=key))
+    expect(lj.SpecError, "At 'w': expected a positive scale", lambda: starts.pissa(params, negative))
+    expect(lj.SpecError, "rank of at most 3", lambda: starts.lora_ga(params, wide, params))
+    expect(lj.AdapterError, "1 are not in `gradient`", lambda: starts.lora_ga(params, odd, {}))
+    expect(lj.SpecError, "Expected rho to be 1", lambda: starts.eva(params, odd, {}, rho=0.5))
+    expect(lj.AdapterError, "Expected the activations of every", lambda: starts.eva(params, odd, {}))
+    expect(lj.AdapterError, "is not in `params`", lambda: starts.pissa({"v": params["w"]}, odd))
+    expect(lj.AdapterError, "'w' is not in `started_params`", lambda: starts.as_plain(params, odd, {}, odd))
     its = {"w": starts.Activations(jnp.eye(6)[None], jnp.zeros((1, 6)), jnp.ones(1))}
-    traced = jax.jit(lambda its: starts.eva(odd, params, its, rho=2))
+    traced = jax.jit(lambda its: starts.eva(params, odd, its, rho=2))
     expect(lj.AdapterError, "got a trace, which has none", lambda: traced(its))
+
+
+SWAPPED: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "pissa": lambda key, params, adapter: starts.pissa(adapter, params),
+    "olora": lambda key, params, adapter: starts.olora(adapter, params),
+    "lora_ga": lambda key, params, adapter: starts.lora_ga(adapter, params, {}),
+    "eva": lambda key, params, adapter: starts.eva(adapter, params, {}),
+    "activations": lambda key, params, adapter: starts.activations(lambda p, x: x, adapter, params, X),
+    "gradients": lambda key, params, adapter: starts.gradients(lambda p, x: x.sum(), adapter, params, X),
+    "as_plain": lambda key, params, adapter: starts.as_plain(adapter, params, params, adapter),
+    "as_plain, the start": lambda key, params, adapter: starts.as_plain(params, adapter, adapter, params),
+    "gaussian": lambda key, params, adapter: starts.gaussian(key, adapter, params),
+    "kaiming, the key last": lambda key, params, adapter: starts.kaiming(params, adapter, key),
+    "orthogonal, the key last": lambda key, params, adapter: starts.orthogonal(adapter, params, key),
+}
+
+
+@pytest.mark.parametrize("name", SWAPPED)
+def test_arguments_in_another_order_are_an_error_that_says_the_order(name: str) -> None:
+    params, key = {"w": jnp.eye(6)}, jax.random.key(0)
+    adapter = lj.init(key, params, {"w": LORA})
+    expect(lj.AdapterError, "The arguments come in this order: first `", lambda: SWAPPED[name](key, params, adapter))
 
 
 def test_a_kernel_that_meets_no_activation_is_named() -> None:
     with pytest.raises(lj.AdapterError, match=r"(?s)1 are not in this call.*'embedding', axes 'io'.*start otherwise"):
-        starts.activations(model, adapter_of(), PARAMS, BATCH)
+        starts.activations(model, PARAMS, adapter_of(), BATCH)

@@ -107,7 +107,7 @@ def test_where_shardings_are_types_it_is_the_same_function(variant: str, spec: P
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, NamedSharding(mesh, spec))
-        cut = jax.device_put(adapter, lj.sharding.of(adapter, NamedSharding(mesh, spec)))
+        cut = jax.device_put(adapter, lj.sharding.like_base(adapter, NamedSharding(mesh, spec)))
         gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, x))))(cut)
     assert_close(jax.device_get(gradient), jax.device_get(expected), {"float32": 1e-4})
 
@@ -223,7 +223,7 @@ def test_clipped_ranks_show_in_explain_and_hold_for_starts_and_compression() -> 
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=8, alpha=6, clip_rank=True)})
     (row,) = lj.explain(apply, params, adapter, normal(2, 8)).rows
     assert (row.rank, row.scale) == (3, 2.0)
-    started = starts.pissa(adapter, params)
+    started = starts.pissa(params, adapter)
     assert started.adapter["w"].variant == lj.LoRA(rank=3, alpha=6)
     assert_close(lj.lora(apply)(started.params, started.adapter, normal(2, 8)), apply(params, normal(2, 8)))
     assert lj.compress(started.adapter, 2)[0]["w"].variant == lj.LoRA(rank=2, alpha=6)

@@ -9,6 +9,7 @@ import flax.serialization
 import jax
 from jax.tree_util import GetAttrKey
 
+from .._errors import AdapterError, LoRAError
 from .variant import Variant
 
 
@@ -69,6 +70,18 @@ flax.serialization.register_serialization_state(
 )
 
 Adapters = Mapping[str, Adapter]
+
+
+def check_adapter(adapter: Any, advice: str, error: type[LoRAError] = AdapterError) -> None:
+    """Raises an error if something is not an adapter, nor a tree like one, such as its gradient."""
+    if isinstance(adapter, Mapping):
+        others = [f"{type(x).__name__} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
+    else:
+        others = [type(adapter).__name__]
+    if others:
+        raise error(
+            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {others[0]}.\n  {advice}"
+        )
 
 
 def _summary(array: Any) -> str:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import SHOWN, AdapterError, listed
-from .adapter import Adapter, Adapters
+from .adapter import Adapter, Adapters, check_adapter
 from .base import base_of
 from .dropout import Dropout
 from .kernel import AdaptedKernel
@@ -50,33 +50,31 @@ def as_jax(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, np.ndarray) else leaf
 
 
-def check(leaves: Mapping[str, Any], adapter: Any) -> None:
-    """Raises what `attach` would, for parameters and arrays that may be shapes only."""
-    if not isinstance(adapter, Mapping):
-        strangers = [type(adapter).__name__]
-    else:
-        strangers = [f"{type(x).__name__} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
-    if strangers:
-        raise AdapterError(
-            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {strangers[0]}.\n"
-            "  The arguments come in this order: adapted(params, adapter, *args)."
-        )
+def check(leaves: Mapping[str, Any], adapter: Any, *, tree: str = "params") -> None:
+    """Raises what `attach` would, for parameters and arrays that may be shapes only.
+
+    Args:
+      leaves: the parameters, by path.
+      adapter: what should be one.
+      tree: what the caller calls the parameters.
+    """
+    check_adapter(adapter, f"The arguments come in this order: first `{tree}`, then the adapter.")
     differences: list[str] = []
     for path, part in adapter.items():
         # To compare names takes long in a large model, and only the first differences are shown.
-        differences += _differences(path, part, leaves, hint=len(differences) < SHOWN)
+        differences += _differences(path, part, leaves, tree, hint=len(differences) < SHOWN)
     if differences:
         raise AdapterError(
-            f"Expected the adapter to belong to `params`: each path one of its leaves, each array of a shape that "
+            f"Expected the adapter to belong to `{tree}`: each path one of its leaves, each array of a shape that "
             f"fits; got {len(differences)} differences.\n{listed(differences)}\n"
             "  Give the tree that the adapter was made from (`variables` is not `variables['params']`)."
         )
 
 
-def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], *, hint: bool) -> list[str]:
+def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], tree: str, *, hint: bool) -> list[str]:
     if path not in leaves:
         near = nearest(path, list(leaves)) if hint else ()
-        return [f"{path!r} is not in `params`; the nearest are {', '.join(map(repr, near))}"]
+        return [f"{path!r} is not in `{tree}`; the nearest are {', '.join(map(repr, near))}"]
     shape = tuple(leaves[path].shape)
     if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
         return [f"{path!r} holds {leaves[path].dtype}; an adapter is of a floating-point leaf"]

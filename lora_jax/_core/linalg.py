@@ -6,14 +6,13 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .adapter import Adapter
 from .axes import axes_of_a, axes_of_b, axes_with, sizes
 from .contract import widest
+from .placement import replicated
 from .values import near
 from .variant import LowRank
 
@@ -47,21 +46,6 @@ def frobenius(x: Array) -> Array:
     return jnp.linalg.norm(x, axis=(-2, -1))
 
 
-def whole(x: Array) -> Array:
-    """The array whole on every device, where shardings are types: there, matrices that are cut cannot be decomposed.
-
-    Elsewhere the compiler sees to that.
-    """
-    mesh = jax.typeof(x).sharding.mesh
-    return jax.reshard(x, NamedSharding(mesh, PartitionSpec())) if AxisType.Explicit in mesh.axis_types else x
-
-
-def cut_as(x: Array, other: Array) -> Array:
-    """The array cut as another of as many axes is, where shardings are types."""
-    sharding = jax.typeof(other).sharding
-    return jax.reshard(x, sharding) if AxisType.Explicit in sharding.mesh.axis_types else x
-
-
 def has_factors(part: Adapter) -> bool:
     """Whether the part holds factors `a` and `b`, whose scaled product is added to the kernel."""
     return isinstance(part.variant, LowRank) and {"a", "b"} <= set(part.arrays)
@@ -75,7 +59,7 @@ def scale_of(part: Adapter) -> float:
 
 def kernel_matrix(w: Any, axes: str) -> Array:
     """A kernel in float32 at least, flattened: (batch…, in, out)."""
-    wide = whole(jnp.asarray(near(w), widest(w.dtype, jnp.float32)))
+    wide = replicated(jnp.asarray(near(w), widest(w.dtype, jnp.float32)))
     by_role = [axes_with(axes, role) for role in "bio"]
     batch, d_in, d_out = ([wide.shape[axis] for axis in its] for its in by_role)
     ordered = jnp.transpose(wide, [axis for its in by_role for axis in its])
@@ -97,14 +81,14 @@ def diagonal_of(part: Adapter) -> Array | None:
     """What stands between the factors, (batch…, rank), in float32 at least; None for nothing."""
     assert isinstance(part.variant, LowRank)
     diagonal = part.variant.diagonal(part.arrays)
-    return None if diagonal is None else whole(diagonal.astype(widest(diagonal.dtype, jnp.float32)))
+    return None if diagonal is None else replicated(diagonal.astype(widest(diagonal.dtype, jnp.float32)))
 
 
 def _flattened(a: Array, b: Array, axes: str) -> tuple[Array, Array]:
     dtype = widest(a.dtype, b.dtype, jnp.float32)
     batch = a.shape[: len(axes_with(axes, "b"))]
     rank = a.shape[-1]
-    a, b = (whole(factor.astype(dtype)) for factor in (a, b))
+    a, b = (replicated(factor.astype(dtype)) for factor in (a, b))
     return a.reshape(*batch, -1, rank), b.reshape(*batch, rank, -1)
 
 
@@ -120,19 +104,22 @@ def svd_of_delta(part: Adapter) -> SVD:
     return SVD(product(q_a, u), s, product(vt, q_b.mT))
 
 
-def factors_from(svd: SVD, variant: LowRank, axes: str, shape: Sequence[int]) -> dict[str, Array]:
-    """Factors for a kernel of a shape: the best of the variant's rank, each with the root of the singular values.
+def split(svd: SVD, rank: int, scale: float) -> tuple[Array, Array]:
+    """Factors of a rank, (batch…, in, rank) and (batch…, rank, out), each with the root of the singular values.
 
-    Eckart and Young (1936): no `s·a·b` of this rank is nearer in the Frobenius norm.
+    Eckart and Young (1936): no `scale·a·b` of this rank is nearer in the Frobenius norm.
     """
-    rank, scale = variant.rank, variant.scale
     root = jnp.sqrt(svd.s[..., :rank] / abs(scale))
-    a = math.copysign(1, scale) * svd.u[..., :rank] * root[..., None, :]
-    b = root[..., :, None] * svd.vt[..., :rank, :]
+    return math.copysign(1, scale) * svd.u[..., :rank] * root[..., None, :], root[..., None] * svd.vt[..., :rank, :]
+
+
+def as_factors(a: Array, b: Array, axes: str, shape: Sequence[int]) -> dict[str, Array]:
+    """Factors as an adapter keeps them for a kernel of a shape, of (batch…, in, rank) and (batch…, rank, out)."""
+    rank = a.shape[-1]
     return {"a": a.reshape(sizes(axes_of_a(axes), shape, rank)), "b": b.reshape(sizes(axes_of_b(axes), shape, rank))}
 
 
 def share_left(s: Array, rank: int) -> Array:
     """How much of a stack of matrices its best approximation of a rank leaves, as a share of the Frobenius norm."""
-    whole = jnp.linalg.norm(s, axis=-1)
-    return jnp.linalg.norm(s[..., rank:], axis=-1) / jnp.where(whole == 0, 1, whole)
+    norm = jnp.linalg.norm(s, axis=-1)
+    return jnp.linalg.norm(s[..., rank:], axis=-1) / jnp.where(norm == 0, 1, norm)

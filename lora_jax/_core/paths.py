@@ -11,14 +11,14 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax.core import meta
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, PyTreeDef, SequenceKey
 
-from .._errors import AdapterError, SpecError
+from .._errors import AdapterError, LoRAError, SpecError, listed
 from .base import StoredLeaf
 
 Pattern = str | re.Pattern[str]
@@ -134,6 +134,43 @@ def pattern_text(pattern: Pattern) -> str:
 def matches_any(path: str, patterns: Iterable[Pattern]) -> bool:
     """Whether one of the patterns matches the whole path."""
     return any(matcher(pattern).fullmatch(path) for pattern in patterns)
+
+
+def matched(
+    pattern: Pattern,
+    paths: Collection[str],
+    expected: str = "every pattern to match a path of the adapter",
+    *,
+    error: type[LoRAError] = SpecError,
+    advice: str = "",
+) -> list[str]:
+    """The paths that a pattern matches.
+
+    Raises:
+      SpecError: or `error`, if there is none: names the nearest paths.
+    """
+    found = [path for path in paths if matcher(pattern).fullmatch(path)]
+    if not found:
+        raise error(
+            f"Expected {expected}; {pattern_text(pattern)!r} matches none of {len(paths)}.\n"
+            f"  The nearest paths:\n{listed(nearest(pattern, list(paths)))}\n  {advice}".rstrip()
+        )
+    return found
+
+
+def differences(
+    one: Mapping[str, Any], other: Mapping[str, Any], *, only_one: str, only_other: str, unlike: str
+) -> list[str]:
+    """How two mappings differ, a line for each key.
+
+    >>> same = {"only_one": "is gone", "only_other": "is new", "unlike": "was {one} and is {other}"}
+    >>> differences({"x": 1, "y": 2}, {"y": 3, "z": 4}, **same)
+    ['x is gone', 'z is new', 'y was 2 and is 3']
+    """
+    gone = [f"{key} {only_one}" for key in one if key not in other]
+    new = [f"{key} {only_other}" for key in other if key not in one]
+    changed = [key for key, value in one.items() if other.get(key, value) != value]
+    return [*gone, *new, *(f"{key} {unlike.format(one=one[key], other=other[key])}" for key in changed)]
 
 
 def nearest(pattern: Pattern, paths: Sequence[str], most: int = 3) -> list[str]:

@@ -1,6 +1,6 @@
-"""Where the factors of a kernel go on a mesh, given where the kernel does: each axis as the kernel's, the rank whole.
+"""Where the factors of a kernel go on a mesh: each axis is sharded as the kernel's, the rank is replicated.
 
-A spec names for each axis of an array the axes of the mesh along which it is cut; None, if it is whole everywhere.
+A spec names for each axis of an array the axes of the mesh along which it is sharded; None, if it is replicated.
 """
 
 from __future__ import annotations
@@ -43,6 +43,21 @@ def like_kernel(factor: Array, axes: Iterable[int], kernel: Base) -> Array:
     """A factor that was made of nothing, put along its kernel where shardings are types."""
     sharding = typed(type_of(kernel))
     return factor if sharding is None else jax.reshard(factor, sharding.update(spec=along(axes, sharding.spec)))
+
+
+def replicated(x: Array) -> Array:
+    """The array on every device, where shardings are types: there, sharded matrices cannot be decomposed.
+
+    Elsewhere the compiler sees to that.
+    """
+    sharding = typed(jax.typeof(x))
+    return x if sharding is None else jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+def sharded_as(x: Array, other: Array) -> Array:
+    """The array sharded as another of as many axes is, where shardings are types."""
+    sharding = typed(jax.typeof(other))
+    return x if sharding is None else jax.reshard(x, sharding)
 
 
 def names_of(labels: Iterable[int], its_type: Any) -> dict[int, Any]:

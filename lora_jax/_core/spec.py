@@ -12,7 +12,7 @@ import numpy as np
 
 from .._errors import SpecError, listed
 from .base import StoredLeaf
-from .paths import Pattern, matcher, nearest, pattern_text
+from .paths import Pattern, matched, pattern_text
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank
 
@@ -123,20 +123,14 @@ def resolve(spec: Spec, leaves: Mapping[str, Any]) -> dict[str, Choice]:
     decided: dict[str, Pattern] = {}
     for pattern, variant in spec.items():
         _check_rule(pattern, variant)
-        matched = [path for path in leaves if matcher(pattern).fullmatch(path)]
-        fresh = [path for path in matched if path not in decided]
-        if not matched:
-            near = nearest(pattern, list(leaves))
-            raise SpecError(
-                f"Expected every rule to match a leaf; {pattern_text(pattern)!r} matches none of {len(leaves)}.\n"
-                f"  The nearest paths:\n{listed(near)}\n"
-                "  `lora_jax.kernels(apply, params, *args)` lists all, with their use."
-            )
+        advice = "`lora_jax.kernels(apply, params, *args)` lists all, with their use."
+        found = matched(pattern, leaves, "every rule to match a leaf", advice=advice)
+        fresh = [path for path in found if path not in decided]
         if not fresh:
-            first = dict.fromkeys(pattern_text(decided[path]) for path in matched)
+            first = dict.fromkeys(pattern_text(decided[path]) for path in found)
             raise SpecError(
                 f"Expected every rule to decide something; {pattern_text(pattern)!r} can never act: earlier rules "
-                f"decide all {len(matched)} leaves that it matches.\n"
+                f"decide all {len(found)} leaves that it matches.\n"
                 f"  The earlier rules: {', '.join(map(repr, first))}.\n"
                 "  The first match counts: put the narrower rule first, or delete this one."
             )

@@ -1,33 +1,26 @@
-"""Folds an adapter into its base and takes it out again, and tells what rounding took."""
+"""Folds an adapter into its base, and tells what rounding took."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any
 
 import jax
 
-from .._core.adapter import Adapter, Adapters
+from .._core.adapter import Adapters
 from .._core.attach import check
 from .._core.paths import flatten, unflatten
 from .._core.values import is_concrete, is_finite
-from .._core.variant import Variant
 from .._errors import MergeError, listed
-from .fold import Rounding, drift_bound, fold, is_fold, rounding, too_large, unfold
+from .fold import Rounding, fold, is_fold, rounding, too_large
 
 
-@overload
-def merge(params: Any, adapter: Adapters, *, report: Literal[False] = ..., untie: bool = ...) -> Any: ...
-@overload
-def merge(
-    params: Any, adapter: Adapters, *, report: Literal[True], untie: bool = ...
-) -> tuple[Any, dict[str, Rounding]]: ...
-def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool = False) -> Any:
+def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     """Folds an adapter into its base, such as `W = W0 + s·A·B`, for the unmodified model to serve.
 
     Each leaf is computed by itself, in float32 or wider, and cast once; its sharding and container stay. Nothing is
-    changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory.
+    changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory. `merge_report` says what the cast
+    took. Merging an adapter twice adds it twice: nothing tells a merged tree from a base.
 
     Leaves count as tied if they are the same Python object. Equal copies, views of one buffer and leaves that became
     tracers of their own as arguments of `jit` are not found: there the leaf that has an adapter is merged, and the
@@ -36,104 +29,87 @@ def merge(params: Any, adapter: Adapters, *, report: bool = False, untie: bool =
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((4, 3), jnp.bfloat16)}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> merged, report = lj.merge(params, adapter, report=True)
-    >>> merged["kernel"].dtype.name, report["kernel"].max_error
-    ('bfloat16', 0.0)
+    >>> lj.merge(params, adapter)["kernel"].dtype.name
+    'bfloat16'
 
     Args:
       params: the base that the adapter was made for.
       adapter: from `init`, training or `restore`.
-      report: also return what rounding took from each leaf.
       untie: merge into a leaf although another path holds the same array; the two are separate afterwards.
 
     Returns:
-      A tree like `params`; with `report`, the tree and a `Rounding` for each path.
+      A tree like `params`.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
-      MergeError: if a factor is not finite or a merged leaf would overflow its dtype; if leaves are tied; if this very
-        adapter is in the leaves already. Under `jit` there are no values: none is checked, and `report` raises.
+      MergeError: if a factor is not finite or a merged leaf would overflow its dtype; if leaves are tied; for a variant
+        that acts on some tokens only. Under `jit` there are no values, and these are not checked.
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
-    if report and not all(map(is_concrete, jax.tree.leaves((params, adapter)))):
-        raise MergeError("Expected values to report on; got a trace, which has none.\n  Call merge outside `jit`.")
-    _check_mergeable(adapter)
+    check_mergeable(adapter)
     _check_finite(adapter)
-    _check_merged(leaves, adapter)
     if not untie:
         _check_tied(leaves, adapter)
     folded = {path: fold(leaves[path], part) for path, part in adapter.items()}
-    _check_fits(leaves, adapter, folded)
-    for path, part in adapter.items():
-        _mark(folded[path], leaves[path], part)
-    merged = unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
-    if not report:
-        return merged
-    return merged, {path: rounding(leaves[path], part, folded[path]) for path, part in adapter.items()}
+    check_fits(leaves, adapter, folded)
+    return unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
 
 
-@overload
-def unmerge(params: Any, adapter: Adapters, *, base: Any, report: Literal[False] = ...) -> Any: ...
-@overload
-def unmerge(
-    params: Any, adapter: Adapters, *, base: Any = ..., report: Literal[True]
-) -> tuple[Any, dict[str, float]]: ...
-def unmerge(params: Any, adapter: Adapters, *, base: Any = None, report: bool = False) -> Any:
-    """Takes a merged adapter out again.
-
-    What rounding took in `merge` cannot be had back from the merged tree. With the kept `base` the result is exact;
-    without it, `report=True` is required, and says how far each leaf may have drifted.
+def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Rounding]:
+    """Says what rounding to the base's dtype took from each leaf in `merge`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
-    >>> params = {"kernel": jnp.ones((4, 3))}
-    >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> restored = lj.unmerge(lj.merge(params, adapter), adapter, base=params)
-    >>> restored["kernel"] is params["kernel"]
-    True
+    >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
+    >>> part = lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=jnp.full((2, 1), 2.0**-10), b=jnp.ones((1, 2)))
+    >>> adapter = {"kernel": part}
+    >>> lj.merge_report(params, adapter, lj.merge(params, adapter))["kernel"]
+    Rounding(max_error=0.0009765625, mean_error=0.0009765625, lost=1.0)
 
     Args:
-      params: what `merge` returned.
+      params: the base that was merged into.
       adapter: the adapter that was merged.
-      base: the base as it was before, or at least its adapted leaves' tree.
-      report: also return, for each path, a bound on the distance of any element from the base's.
+      merged: what `merge` returned for them.
 
     Returns:
-      A tree like `params`; with `report`, the tree and the bounds (0 with `base`).
+      `{path: Rounding}`: the largest and the mean error, and the share of the changed elements that rounded back.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`.
-      MergeError: without `base` and `report`; if `params` is not the merge of `base` and `adapter`, as any program
-        or processor may have rounded it; if a leaf was replaced whole, or scaled, and only the base can bring it back.
+      AdapterError: if the adapter does not fit `params` or `merged`.
+      MergeError: if `merged` is not the merge of `params` and the adapter; under `jit`, where there are no values.
     """
-    leaves, treedef = flatten(params)
+    leaves, results = flatten(params)[0], flatten(merged)[0]
     check(leaves, adapter)
-    _check_mergeable(adapter)
-    if base is None and not report:
+    check(results, adapter, tree="merged")
+    check_mergeable(adapter)
+    if not all(map(is_concrete, jax.tree.leaves((params, adapter, merged)))):
         raise MergeError(
-            "Expected the kept base, or a wish to know the drift: what rounding took when merging is not in `params`.\n"
-            "  Call unmerge(params, adapter, base=base), or unmerge(params, adapter, report=True)."
+            "Expected values to report on; got a trace, which has none.\n  Call merge_report outside `jit`."
         )
-    if base is not None:
-        restored = _kept(leaves, adapter, flatten(base)[0])
-        drift = dict.fromkeys(adapter, 0.0)
-    else:
-        restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
-        _check_fits(leaves, adapter, restored, taken=True)
-        drift = {path: drift_bound(leaves[path], restored[path]) for path in adapter}
-    tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})
-    return (tree, drift) if report else tree
+    check_merge(leaves, adapter, results, base="params")
+    return {path: rounding(leaves[path], part, results[path]) for path, part in adapter.items()}
 
 
 # Checks
 
 
-def _check_mergeable(adapter: Adapters) -> None:
+def check_mergeable(adapter: Adapters) -> None:
+    """Raises `MergeError` for variants that act on some tokens only."""
     bad = [f"{path!r}: {part.variant}" for path, part in adapter.items() if part.variant.some_tokens]
     if bad:
         raise MergeError(
-            f"Expected variants that act on every token; {len(bad)} act on some alone, and no one kernel does that.\n"
+            f"Expected variants that act on every token; {len(bad)} act on some only, and no one kernel does that.\n"
             f"{listed(bad)}\n  Serve the adapted function: lora(apply)(params, adapter, …, active_tokens=…)."
+        )
+
+
+def check_merge(leaves: Mapping[str, Any], adapter: Adapters, merged: Mapping[str, Any], *, base: str) -> None:
+    """Raises `MergeError` if leaves are not the merge of others and the adapter; `base` is what those are called."""
+    wrong = [repr(path) for path, part in adapter.items() if not is_fold(merged[path], leaves[path], part)]
+    if wrong:
+        raise MergeError(
+            f"Expected `merged` to be the merge of `{base}` and the adapter; {len(wrong)} of {len(adapter)} leaves are "
+            f"not.\n{listed(wrong)}\n  Was it trained further, or merged with another adapter or base?"
         )
 
 
@@ -151,9 +127,10 @@ def _check_finite(adapter: Adapters) -> None:
         )
 
 
-def _check_fits(
+def check_fits(
     leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, taken: bool = False
 ) -> None:
+    """Raises `MergeError` if `fold`, or `unfold` if it is `taken`, has made a leaf too large for its dtype."""
     if bad := too_large(leaves, adapter, results, taken=taken):
         raise MergeError(
             f"Expected {'the leaves' if taken else 'merged leaves'} to fit their dtype; {len(bad)} overflow.\n"
@@ -172,56 +149,3 @@ def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
                 f"Expected {path!r} to hold an array of its own; {others[0]!r} holds the same array (tied weights).\n"
                 f"  merge(..., untie=True) changes {path!r} alone; or adapt the array under one path of an untied tree."
             )
-
-
-# What was merged into which array: by the id of the array, a reference to it, and the adapters in it, each its variant
-# and references to its arrays. They keep nothing alive.
-_Mark = tuple[Variant, tuple[weakref.ref[Any], ...]]
-_merged: dict[int, tuple[weakref.ref[Any], tuple[_Mark, ...]]] = {}
-
-
-def _marks(leaf: Any) -> tuple[_Mark, ...]:
-    reference, marks = _merged.get(id(leaf), (None, ()))
-    return marks if reference is not None and reference() is leaf else ()
-
-
-def _mark(folded: Any, leaf: Any, part: Adapter) -> None:
-    arrays = tuple(part.arrays.values())
-    if all(map(is_concrete, (folded, *arrays))):
-        key = id(folded)
-        earlier = _marks(leaf) if part.variant.needs_axes else ()  # of a leaf that was replaced nothing is left
-        mark = (part.variant, tuple(map(weakref.ref, arrays)))
-        _merged[key] = (weakref.ref(folded, lambda _: _merged.pop(key, None)), (*earlier, mark))
-
-
-def _check_merged(leaves: Mapping[str, Any], adapter: Adapters) -> None:
-    for path, part in adapter.items():
-        arrays = list(part.arrays.values())
-        for variant, references in _marks(leaves[path]):
-            merged = [reference() for reference in references]
-            if variant == part.variant and all(a is b for a, b in zip(arrays, merged, strict=True)):
-                raise MergeError(
-                    f"Expected the base; the adapter is merged already in {path!r}.\n"
-                    "  Merge into the tree from before, or take it out first: unmerge(params, adapter, base=base)."
-                )
-
-
-def _kept(leaves: Mapping[str, Any], adapter: Adapters, base: Mapping[str, Any]) -> dict[str, Any]:
-    """The base's own leaves, once it is sure that they are the ones that were merged."""
-    check(base, adapter)
-    wrong = [repr(path) for path, part in adapter.items() if not is_fold(leaves[path], base[path], part)]
-    if wrong:
-        raise MergeError(
-            f"Expected `params` to be the merge of `base` and the adapter; {len(wrong)} of {len(adapter)} leaves are "
-            f"not.\n{listed(wrong)}\n  Was it trained further, or merged with another adapter or base?"
-        )
-    return {path: base[path] for path in adapter}
-
-
-def _without(path: str, leaf: Any, part: Adapter) -> Any:
-    if not part.variant.adds:
-        raise MergeError(
-            f"Expected the kept base: {path!r} was replaced or scaled by {part.variant}; what it was is not in "
-            "`params`.\n  Call unmerge(params, adapter, base=base)."
-        )
-    return unfold(leaf, part)

@@ -176,7 +176,7 @@ def explain(
       dense: as given to `lora`.
       form: as given to `lora`.
       tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
-      shardings: of `params`, as `sharding.of` takes them: then it also says where each array goes.
+      shardings: of `params`, as `sharding.like_base` takes them: then it also says where each array goes.
       **kwargs: as the model takes them.
 
     Returns:

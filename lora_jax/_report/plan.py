@@ -24,7 +24,7 @@ from .._transform.contraction.costs import FormName
 from .._transform.kernels import kernels
 from .._transform.lora import lora
 from .._transform.program import is_array
-from ..sharding import of as shardings_of
+from ..sharding import like_base as shardings_of
 from .collectives import collectives
 from .flops import operations
 from .step import Plan, Step

@@ -50,7 +50,7 @@ def base_of(value: Value) -> Any:
 
 NO_RULE = "it has no low-rank rule"
 OWN_DERIVATIVE = "the model defines it for an array"
-OBSERVED = "observed"  # the kind of a use whose activations go into a statistic
+OBSERVED = "observed"  # the kind of a use whose activations are summed up
 REFUSED = "refused"  # of one that has no low-rank form
 
 
@@ -103,7 +103,7 @@ class Site:
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form that is wanted, and notes the use."""
-        if self.settings.statistic is not None:
+        if self.settings.observe:
             return self.observe(kernel, x, contraction.base, contraction.thin, roles=roles)
         if reason := gain_misfit(kernel, contraction, x):
             raise NoRule(reason)
@@ -119,12 +119,11 @@ class Site:
         self, kernel: AdaptedKernel, x: Array, base: Operation, thin: Operation, *others: Array, roles: Sequence[str]
     ) -> Array:
         """Evaluates the base's operation; its `x` is observed if it meets what the adapter has for inputs."""
-        assert self.settings.statistic is not None
         each = zip(kernel.roles, roles, kernel.w.shape, strict=True)
         if any((use == "i") != (its == "i") for its, use, size in each if size != 1):
             return use(lambda w, x, *others: base(x, w, *others), kernel.w, x, *others)
         self.used(kernel, OBSERVED, roles=roles)
-        return observed(kernel.with_array(), x, base, thin, *others, statistic=self.settings.statistic)
+        return observed(kernel.with_array(), x, base, thin, *others)
 
     def used(self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""

@@ -16,7 +16,6 @@ from .cache import Kept
 from .contraction.costs import Form, FormName, form_named
 from .origins import Origins
 from .refusal import Refusal, is_custom
-from .statistics import Statistic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Settings:
       form: of all contractions; None for the cheapest of each.
       log: of uses, if one is kept.
       times: how often it runs in one call.
-      statistic: of the activations that meet each kernel, to be had in place of the gradient of its factor `a`.
+      observe: whether the gradient of each kernel's factor `a` is to be sums over the activations that meet it.
       refusals: a list, if kernels that have no low-rank form are to be noted there and the rest of the program gone
         through; None if the first of them ends it.
       kept: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
@@ -45,7 +44,7 @@ class Settings:
     form: Form | None = None
     log: list[Use] | None = None
     times: int = 1
-    statistic: Statistic | None = None
+    observe: bool = False
     refusals: list[Refusal] | None = None
     kept: weakref.ref[Kept] | None = dataclasses.field(default=None, compare=False, repr=False)
     origins: Origins | None = None

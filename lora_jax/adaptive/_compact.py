@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 
 from .._core.adapter import Adapter, Adapters
-from .._core.linalg import cut_as, whole
+from .._core.placement import replicated, sharded_as
 from .._core.values import is_concrete, on_host
 from .._errors import AdapterError
 from .._variants import AdaLoRA, LoRA
@@ -74,8 +74,8 @@ def _compacted(part: Adapter, rank: int) -> Adapter:
     def chosen(factor: Array, axis: int) -> Array:
         others = tuple(at for at in range(batch, factor.ndim) if at != axis)
         places, its = np.expand_dims(first, others), np.expand_dims(there, others)
-        small = jnp.take_along_axis(whole(factor), places, axis)
-        return cut_as(jnp.where(its, small, jnp.zeros_like(small)), factor)
+        small = jnp.take_along_axis(replicated(factor), places, axis)
+        return sharded_as(jnp.where(its, small, jnp.zeros_like(small)), factor)
 
     a, b = variant.factors(part.arrays, part.axes)
     plain = LoRA(rank=variant.rank, alpha=variant.alpha, dropout=variant.dropout).at_rank(rank)

@@ -12,7 +12,7 @@ from jax import Array
 
 from .._core.adapter import Adapter, Adapters
 from .._core.contract import widest
-from .._core.linalg import cut_as, whole
+from .._core.placement import replicated, sharded_as
 from ._leaves import adaptive
 
 
@@ -135,7 +135,7 @@ def keep(scores: Mapping[str, Array], budget: Any) -> dict[str, Array]:
     Returns:
       `{path: (batch…, rank)}`, True for those that are kept.
     """
-    each = {path: whole(scores[path]) for path in sorted(scores)}
+    each = {path: replicated(scores[path]) for path in sorted(scores)}
     order = jnp.argsort(jnp.concatenate([its.ravel() for its in each.values()]), descending=True)
     kept = jnp.argsort(order) < budget
     ends = itertools.accumulate(its.size for its in each.values())
@@ -159,7 +159,7 @@ def prune(adapter: Adapters, kept: Mapping[str, Array]) -> dict[str, Adapter]:
     Returns:
       The adapter, of the same shapes; `compact` makes them smaller.
     """
-    pruned = {path: jnp.where(cut_as(its, adapter[path].e), adapter[path].e, 0) for path, its in kept.items()}
+    pruned = {path: jnp.where(sharded_as(its, adapter[path].e), adapter[path].e, 0) for path, its in kept.items()}
     return dict(adapter) | {path: with_e(adapter[path], e) for path, e in pruned.items()}
 
 

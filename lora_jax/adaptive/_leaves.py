@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from .._core.adapter import Adapter, Adapters
+from .._core.adapter import Adapter, Adapters, check_adapter
 from .._errors import AdapterError
 from .._variants import AdaLoRA
-from ..optim._masks import check_adapter
 
 
 def adaptive(adapter: Adapters) -> dict[str, Adapter]:
@@ -16,7 +15,7 @@ def adaptive(adapter: Adapters) -> dict[str, Adapter]:
     Raises:
       AdapterError: if there is none, or if it is no adapter.
     """
-    check_adapter(adapter)
+    check_adapter(adapter, "In one tree with the base, give `ada_lora` the adapter only: freeze_base(ada_lora(tx, …)).")
     parts = {path: adapter[path] for path in sorted(adapter) if isinstance(adapter[path].variant, AdaLoRA)}
     if not parts:
         there = ", ".join(sorted({type(part.variant).__name__ for part in adapter.values()})) or "nothing"

@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from .._core.adapter import Adapter
-from .._core.linalg import cut_as
+from .._core.placement import sharded_as
 from .._errors import AdapterError, SpecError
 from ._importance import Importance, keep, measure, scores, unmeasured, with_e
 from ._leaves import adaptive
@@ -116,4 +116,4 @@ def _directions(parts: dict[str, Adapter]) -> int:
 def _pruned(update: Adapter, part: Adapter, kept: Array) -> Adapter:
     """The update after which `e` is zero in the directions that are not kept."""
     e = part.e
-    return with_e(update, jnp.where(cut_as(kept, e), update.e.astype(e.dtype), -e))
+    return with_e(update, jnp.where(sharded_as(kept, e), update.e.astype(e.dtype), -e))

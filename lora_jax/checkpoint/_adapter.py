@@ -13,8 +13,9 @@ from etils import epath
 
 from .._core.adapter import Adapter, Adapters
 from .._errors import CheckpointError
+from ._arrays import settled
 from ._checksums import LATER
-from ._item import ItemHandler, nothing_there, settled
+from ._item import ItemHandler, nothing_there
 from ._manifest import Manifest, check_base, check_savable, describe, dumps, loads, placed, skeleton
 
 Path = str | os.PathLike[str]
@@ -68,9 +69,7 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
         ) from error
 
 
-def restore(
-    path: Path, *, base: Any = None, shardings: Any = None, allow_base_mismatch: bool = False
-) -> dict[str, Adapter]:
+def restore(path: Path, *, base: Any, shardings: Any = None, allow_base_mismatch: bool = False) -> dict[str, Adapter]:
     """Restores an adapter that `save` wrote, bit for bit.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
@@ -89,8 +88,8 @@ def restore(
       path: the path that `save` was given, or the directory of a `CheckpointManager` that keeps an `AdapterSave` as its
         item `adapter`; its newest step counts.
       base: the tree that the adapter will be used with, to be checked against the one that it was saved with: paths,
-        shapes, dtypes in JAX and sampled values of adapted leaves and of all floating-point leaves. None checks
-        nothing.
+        shapes, dtypes in JAX and sampled values of adapted leaves and of all floating-point leaves. None: it is not
+        checked.
       shardings: one `Sharding` for all arrays, or a tree of them that is a prefix of the adapter, such as
         `{path: sharding, …}` or `jax.tree.map(lambda x: x.sharding, adapter)`. None, in it or instead of it, puts an
         array where `init` does: on the default device, committed to none.
@@ -127,9 +126,8 @@ class AdapterHandler(ItemHandler):
         """The adapter and its manifest."""
         return dict(args.adapter), dumps(args.manifest)
 
-    def restore(self, directory: epath.Path, args: AdapterRestore | None = None) -> dict[str, Adapter]:
+    def restore(self, directory: epath.Path, args: AdapterRestore) -> dict[str, Adapter]:
         """Checks the files, then the base, and reads the arrays to where they shall be."""
-        args = args or AdapterRestore()
         manifest = loads(self.verified(directory), directory)
         if args.base is not None:
             check_base(manifest, args.base, allow_base_mismatch=args.allow_base_mismatch, where=directory)
@@ -148,7 +146,7 @@ class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     """Saves an adapter as one item of a `CheckpointManager`, beside optimiser state, step and key.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj, optax, orbax.checkpoint as ocp
-    >>> from lora_jax.checkpoint import StateRestore, StateSave
+    >>> from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, StateSave
     >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
     >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
     >>> state = {"opt_state": optax.adam(1e-3).init(adapter), "step": 7, "key": jax.random.key(1)}
@@ -173,7 +171,7 @@ class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     base: Any = dataclasses.field(kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises what there is to raise: later, in the middle of Orbax's save, it would leave threads behind."""
+        """Checks the adapter here: an error in the middle of Orbax's save would leave threads behind."""
         check_savable(self.adapter, self.base)
 
     @functools.cached_property
@@ -193,7 +191,7 @@ class AdapterRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
       allow_base_mismatch: as in `restore`.
     """
 
-    base: Any = dataclasses.field(default=None, repr=False)
+    base: Any = dataclasses.field(repr=False)
     shardings: Any = None
     allow_base_mismatch: bool = False
 

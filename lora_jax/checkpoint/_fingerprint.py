@@ -18,9 +18,9 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.paths import flatten
+from .._core.paths import differences, flatten
 from .._core.values import near
-from .._errors import CheckpointError
+from ._arrays import check_there, described
 
 # path -> {"shape": […], "dtype": "…", "content": "…"}; without content if it is no weight, or only its shape is known
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -36,12 +36,12 @@ def fingerprint(base: Any, adapted: Collection[str] = ()) -> dict[str, dict[str,
       base: the tree.
       adapted: paths of leaves that are weights whatever their dtype is.
     """
-    described: dict[str, dict[str, Any]] = {
-        path: {"shape": list(_shape(leaf)), "dtype": _in_jax(_dtype(leaf))} for path, leaf in flatten(base)[0].items()
+    found: dict[str, dict[str, Any]] = {
+        path: {**described(leaf), "dtype": _in_jax(_dtype(leaf))} for path, leaf in flatten(base)[0].items()
     }
     for path, values in _samples(weights_of(base, adapted)).items():
-        described[path]["content"] = _digest(values, described[path]["dtype"])
-    return described
+        found[path]["content"] = _digest(values, found[path]["dtype"])
+    return found
 
 
 def weights_of(base: Any, adapted: Collection[str]) -> dict[str, Any]:
@@ -60,10 +60,13 @@ def saved_weights(saved: Fingerprint, adapted: Collection[str]) -> Fingerprint:
 
 def structural_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[str]:
     """What differs in paths and shapes between the weights that were saved and those that are given, a line each."""
-    gone = [f"{path!r} is not in `base`" for path in saved if path not in given]
-    new = [f"{path!r} is in `base` and was not when the adapter was saved" for path in given if path not in saved]
-    shapes = [(path, tuple(saved[path]["shape"]), _shape(given[path])) for path in saved if path in given]
-    return [*gone, *new, *(f"{path!r} has shape {got}; it had {was}" for path, was, got in shapes if got != was)]
+    return differences(
+        {repr(path): tuple(leaf["shape"]) for path, leaf in saved.items()},
+        {repr(path): tuple(described(leaf)["shape"]) for path, leaf in given.items()},
+        only_one="is not in `base`",
+        only_other="is in `base` and was not when the adapter was saved",
+        unlike="has shape {other}; it had {one}",
+    )
 
 
 def content_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[str]:
@@ -80,15 +83,12 @@ def content_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[st
     return lines
 
 
-# Shapes, and dtypes by name
-
-
-def _shape(leaf: Any) -> tuple[int, ...]:
-    return tuple(getattr(leaf, "shape", ()))
+# Dtypes by name
 
 
 def _dtype(leaf: Any) -> str:
-    return str(getattr(leaf, "dtype", type(leaf).__name__))
+    dtype: str = described(leaf)["dtype"]
+    return dtype
 
 
 def _number(dtype: str) -> np.dtype[Any] | None:
@@ -132,11 +132,7 @@ def _sample(path: str, leaf: Any) -> tuple[Any, Any] | None:
         return values[_places(values.shape)], values.dtype
     if not isinstance(leaf, Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return None
-    if leaf.is_deleted():
-        raise CheckpointError(
-            f"Expected the values of `base`; {path!r} is gone: it was donated to a jitted function.\n"
-            "  Give the tree that this function returned, or save before the call."
-        )
+    check_there(leaf, "the values of `base`", repr(path))
     reference, found = _found.get(id(leaf), (None, None))
     if reference is None or reference() is not leaf:
         key, found = id(leaf), _sample_array(leaf)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.future import CommitFutureAwaitingContractedSignals, Future
@@ -91,11 +89,6 @@ def _as_promised(target: Any, array: Any) -> Any:
     if (array.shape, array.dtype) != (target.shape, target.dtype):
         raise ValueError(f"{array.dtype}{list(array.shape)} where the manifest says {target.dtype}{list(target.shape)}")
     return array
-
-
-def settled(array: Any) -> jax.Array:
-    """An array that was read; from NumPy it goes to the default device, committed to none."""
-    return jnp.array(array) if isinstance(array, np.ndarray) else array
 
 
 def nothing_there(where: epath.Path) -> CheckpointError:

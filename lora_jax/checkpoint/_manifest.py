@@ -11,15 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Sharding
 
-from .._core.adapter import Adapter, Adapters
+from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.paths import flatten, nearest
 from .._core.variant import LowRank, Variant
 from .._errors import CheckpointError, listed
 from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
 from .._version import __version__
+from ._arrays import check_values, check_width, described, place
 from ._fingerprint import content_differences, fingerprint, saved_weights, structural_differences, weights_of
 
 Manifest = Mapping[str, Any]
@@ -34,13 +34,10 @@ _VARIANTS: dict[str, type[Variant]] = {
 
 def check_savable(adapter: Adapters, base: Any) -> None:
     """Raises `CheckpointError` if it is no adapter of `base`, or holds what cannot be saved; looks at no values."""
-    parts = list(adapter.items()) if isinstance(adapter, Mapping) else []
-    if not parts or not all(isinstance(part, Adapter) for _, part in parts):
-        got = {path: type(part).__name__ for path, part in parts[:3]} if parts else repr(adapter)
-        raise CheckpointError(
-            f"Expected an adapter to save: a dict from paths to `Adapter`, as `init` returns; got {got}."
-        )
-    for path, part in parts:
+    check_adapter(adapter, "Save it on its own, and other trees with StateSave.", CheckpointError)
+    if not adapter:
+        raise CheckpointError("Expected an adapter to save, with at least one leaf; got an empty one.")
+    for path, part in adapter.items():
         _check_part(path, part)
     leaves = list(flatten(base)[0])
     strangers = [path for path in adapter if path not in leaves]
@@ -55,13 +52,15 @@ def check_savable(adapter: Adapters, base: Any) -> None:
 
 def describe(adapter: Adapters, base: Any) -> dict[str, Any]:
     """Makes the manifest of an adapter and of the base that it belongs to."""
-    return {
-        "format": FORMAT,
-        "version": VERSION,
-        "lora_jax": __version__,
+    return header(FORMAT) | {
         "adapter": {path: _describe_part(part) for path, part in adapter.items()},
         "base": fingerprint(base, adapter),
     }
+
+
+def header(form: str) -> dict[str, Any]:
+    """What every manifest begins with: its format, and what wrote it."""
+    return {"format": form, "version": VERSION, "lora_jax": __version__}
 
 
 def dumps(manifest: Manifest) -> str:
@@ -119,21 +118,6 @@ def placed(adapter: dict[str, Adapter], shardings: Any, where: object) -> Any:
         ) from error
 
 
-def place(array: Any, sharding: Sharding | None) -> Any:
-    """What an array shall be read as.
-
-    Raises:
-      ValueError: if the sharding is none, is on no devices, or does not divide the array.
-    """
-    if sharding is None:
-        return np.empty(array.shape, array.dtype)
-    if not isinstance(sharding, Sharding):
-        raise ValueError(f"{sharding!r} is no Sharding")
-    _ = sharding.device_set  # raises if its mesh is abstract
-    sharding.shard_shape(array.shape)  # raises if it does not divide the array
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
 def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, where: object) -> None:
     """Raises `CheckpointError` with the first differences if `base` is not the one that the adapter was saved with."""
     with _reading(where):
@@ -165,25 +149,11 @@ def _check_part(path: str, part: Adapter) -> None:
         check_values(array, f"{name!r} at {path!r}")
 
 
-def check_values(array: Any, name: str) -> None:
-    """Raises `CheckpointError` if it is no array, or one without values."""
-    if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
-        raise CheckpointError(
-            f"Expected arrays to save; got {type(array).__name__} as {name}.\n"
-            "  Save outside `jit` and `eval_shape`, where there are values."
-        )
-    if isinstance(array, jax.Array) and array.is_deleted():
-        raise CheckpointError(
-            f"Expected arrays to save; {name} is gone: it was donated to a jitted function.\n"
-            "  Save what that function returned, or save before the call."
-        )
-
-
 def _describe_part(part: Adapter) -> dict[str, Any]:
     fields = {field.name: getattr(part.variant, field.name) for field in dataclasses.fields(part.variant) if field.init}
     if not fields.get("clip_rank", True):  # only a spec leaves it open, and so version 1 of the format does not have it
         del fields["clip_rank"]
-    arrays = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in part.arrays.items()}
+    arrays = {name: described(array) for name, array in part.arrays.items()}
     scale = {"scale": part.variant.scale} if isinstance(part.variant, LowRank) else {}
     return {"variant": {"name": type(part.variant).__name__, **fields}, **scale, "axes": part.axes, "arrays": arrays}
 
@@ -209,15 +179,6 @@ def _struct(path: str, array: Mapping[str, Any], where: object) -> jax.ShapeDtyp
     dtype = jnp.dtype(array["dtype"])
     check_width(dtype, repr(path), where)
     return jax.ShapeDtypeStruct(array["shape"], dtype)
-
-
-def check_width(dtype: Any, path: str, where: object) -> None:
-    """Raises `CheckpointError` if JAX would make fewer bits of each number."""
-    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
-        raise CheckpointError(
-            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path}, in {where}.\n"
-            "  Enable 64 bits: jax.config.update('jax_enable_x64', True)."
-        )
 
 
 @contextlib.contextmanager

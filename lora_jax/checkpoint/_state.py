@@ -12,10 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
+from .._core.paths import differences
 from .._errors import CheckpointError, listed
-from .._version import __version__
-from ._item import ItemHandler, settled
-from ._manifest import VERSION, check_values, check_width, dumps, loads, place
+from ._arrays import check_values, check_width, described, place, settled
+from ._item import ItemHandler
+from ._manifest import dumps, header, loads
 
 _FORMAT = "lora_jax.state"
 _PLAIN = (bool, int, float, str)  # kept in the description: JSON gives them back as they were
@@ -32,8 +33,7 @@ class StateHandler(ItemHandler):
     def parts(self, args: StateSave) -> tuple[dict[str, Any], str]:
         """The arrays by path, keys as their data, and what each leaf is."""
         leaves = _leaves(args.state)
-        described = {path: _describe(leaf) | _value(leaf) for path, leaf in leaves.items()}
-        manifest = {"format": _FORMAT, "version": VERSION, "lora_jax": __version__, "state": described}
+        manifest = header(_FORMAT) | {"state": {path: _describe(leaf) | _value(leaf) for path, leaf in leaves.items()}}
         return {path: _data(leaf) for path, leaf in leaves.items() if not isinstance(leaf, _PLAIN)}, dumps(manifest)
 
     def restore(self, directory: epath.Path, args: StateRestore) -> Any:
@@ -67,7 +67,7 @@ class StateSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     state: Any = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
-        """Raises what there is to raise: later, in the middle of Orbax's save, it would leave threads behind."""
+        """Checks the state here: an error in the middle of Orbax's save would leave threads behind."""
         arrays = {path: leaf for path, leaf in _leaves(self.state).items() if not isinstance(leaf, _PLAIN)}
         for path, leaf in arrays.items():
             check_values(leaf, path)
@@ -109,7 +109,7 @@ def _is_key(leaf: Any) -> bool:
 def _describe(leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, _PLAIN):
         return {"type": type(leaf).__name__}
-    return {"shape": list(leaf.shape), "dtype": str(leaf.dtype)}
+    return described(leaf)
 
 
 def _value(leaf: Any) -> dict[str, Any]:
@@ -151,14 +151,15 @@ def _check(saved: Mapping[str, Mapping[str, Any]], like: Mapping[str, Any], wher
     """Raises `CheckpointError` with the first differences between what was saved and what it shall be like."""
     given = {path: _describe(leaf) for path, leaf in like.items()}
     was = {path: {name: its[name] for name in its if name not in ("value", "impl")} for path, its in saved.items()}
-    gone = [f"{path} is not in `like`" for path in was if path not in given]
-    new = [f"{path} is in `like` and was not saved" for path in given if path not in was]
-    other = [
-        f"{path} was {was[path]}; in `like` it is {its}" for path, its in given.items() if was.get(path, its) != its
-    ]
-    if found := [*gone, *new, *other]:
+    if found := differences(
+        was,
+        given,
+        only_one="is not in `like`",
+        only_other="is in `like` and was not saved",
+        unlike="was {one}; in `like` it is {other}",
+    ):
         raise CheckpointError(
             f"Expected `like` to be a state as the one in {where}; got one of {len(given)} leaves (it was {len(was)}), "
             f"differences: {len(found)}.\n{listed(found)}\n"
-            "  Make it as it was made for the run that was saved: the same optimiser, for the same adapter."
+            "  Make it as it was made for the run that was saved: the same optimizer, for the same adapter."
         )

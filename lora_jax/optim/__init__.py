@@ -1,9 +1,9 @@
 """Optax for adapters: any optimiser works on one as it is; here is what needs to know the factors, or the base."""
 
 from ._freeze_base import freeze_base as freeze_base
-from ._masks import only as only
+from ._masks import select as select
 from ._precondition import lora_fa as lora_fa
 from ._precondition import lora_plus as lora_plus
 from ._precondition import riemannian as riemannian
 
-__all__ = ["freeze_base", "lora_fa", "lora_plus", "only", "riemannian"]
+__all__ = ["freeze_base", "lora_fa", "lora_plus", "riemannian", "select"]

@@ -1,4 +1,4 @@
-"""The arrays of an adapter by their names and paths: masks for optimisers."""
+"""The arrays of an adapter by their names and paths: masks for optimizers."""
 
 from __future__ import annotations
 
@@ -7,51 +7,54 @@ from typing import Any
 
 import jax
 
-from .._core.adapter import Adapter
-from .._core.paths import Pattern, matcher, matches_any, nearest, pattern_text
-from .._errors import AdapterError, listed
+from .._core.adapter import Adapter, check_adapter
+from .._core.paths import Pattern, matched, matches_any
+from .._errors import AdapterError
 
 Mask = Callable[[Any], Any]
 Patterns = Pattern | Sequence[Pattern]
 
+ONLY_ADAPTER = "Give the optimizer the adapter only; in one tree with the base, wrap it: freeze_base(tx)."
 
-def only(*names: str, paths: Patterns = "**", but: Patterns = ()) -> Mask:
-    """Picks some of an adapter's arrays, by name and by path, for whatever in optax takes a mask.
 
-    Weight decay of the factors alone: `optax.adamw(1e-3, weight_decay=0.1, mask=only("a", "b"))`. Some leaves at a
-    tenth of the learning rate: `optax.chain(tx, optax.masked(optax.scale(0.1), only(paths="**/embedding")))`.
+def select(*names: str, paths: Patterns = "**", exclude: Patterns = ()) -> Mask:
+    """Selects some of an adapter's arrays, by name and by path, for whatever in optax takes a mask.
+
+    Weight decay of the factors only: `optax.adamw(1e-3, weight_decay=0.1, mask=select("a", "b"))`. Some leaves at a
+    tenth of the learning rate: `optax.chain(tx, optax.masked(optax.scale(0.1), select(paths="**/embedding")))`.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
     >>> spec = {"**/kernel": lj.LoRA(rank=1, alpha=1), "**/bias": lj.Full()}
     >>> adapter = lj.init(jax.random.key(0), params, spec)
-    >>> mask = lj.optim.only("a", "b")(adapter)
+    >>> mask = lj.optim.select("a", "b")(adapter)
     >>> mask["dense/kernel"].a, mask["dense/bias"].value
     (True, False)
 
     Args:
       *names: of arrays: `"a"`, `"b"`, `"value"` of a `Full` leaf; any, if none is given.
-      paths: one or more patterns of the paths to pick from.
-      but: patterns of paths that are not picked.
+      paths: one or more patterns of the paths to select from.
+      exclude: patterns of paths that are not selected.
 
     Returns:
       A function of an adapter, or of a tree like it, such as its gradient; it returns a tree of the same structure with
-      True at each picked array.
+      True at each selected array.
 
     Raises:
       AdapterError: from that function, if a name or a pattern fits nothing in the adapter, or if it is no adapter.
     """
-    wanted, unwanted = _listed(paths), _listed(but)
+    wanted, unwanted = _listed(paths), _listed(exclude)
 
     def mask(adapter: Any) -> Any:
-        check_adapter(adapter)
+        check_adapter(adapter, ONLY_ADAPTER)
         _check_names(names, adapter)
-        _check_patterns((*wanted, *unwanted), adapter)
+        for pattern in (*wanted, *unwanted):
+            matched(pattern, adapter, error=AdapterError)
 
-        def picked(path: str, name: str) -> bool:
+        def selected(path: str, name: str) -> bool:
             return (not names or name in names) and matches_any(path, wanted) and not matches_any(path, unwanted)
 
-        return labelled(adapter, picked)
+        return labelled(adapter, selected)
 
     return mask
 
@@ -66,19 +69,6 @@ def labelled(adapter: Any, label: Callable[[str, str], Any]) -> Any:
     return jax.tree_util.tree_map_with_path(of_part, adapter, is_leaf=lambda node: isinstance(node, Adapter))
 
 
-def check_adapter(adapter: Any) -> None:
-    """Raises if something is not an adapter, nor a tree like one."""
-    if isinstance(adapter, Mapping):
-        strangers = [f"{type(x).__name__} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
-    else:
-        strangers = [type(adapter).__name__]
-    if strangers:
-        raise AdapterError(
-            f"Expected an adapter, or its gradient: a dict from paths to `Adapter`; got {strangers[0]}.\n"
-            "  Give the optimiser the adapter alone; in one tree with the base, wrap it: freeze_base(tx)."
-        )
-
-
 def _listed(patterns: Patterns) -> tuple[Pattern, ...]:
     return tuple(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else (patterns,)
 
@@ -88,12 +78,3 @@ def _check_names(names: Sequence[str], adapter: Mapping[str, Adapter]) -> None:
     strange = [name for name in names if name not in there]
     if strange:
         raise AdapterError(f"Expected names of the adapter's arrays, which are {there}; got {strange[0]!r}.")
-
-
-def _check_patterns(patterns: Sequence[Pattern], adapter: Mapping[str, Adapter]) -> None:
-    for pattern in patterns:
-        if not any(matcher(pattern).fullmatch(path) for path in adapter):
-            raise AdapterError(
-                f"Expected every pattern to match a path of the adapter; {pattern_text(pattern)!r} matches none of "
-                f"{len(adapter)}.\n  The nearest paths:\n{listed(nearest(pattern, list(adapter)))}"
-            )

@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from .._core.adapter import Adapter
-from .._core.linalg import cut_as, diagonal_of, factor_matrices, has_factors, identity_like, product, scale_of
+from .._core.adapter import Adapter, check_adapter
+from .._core.linalg import diagonal_of, factor_matrices, has_factors, identity_like, product, scale_of
+from .._core.placement import sharded_as
 from .._errors import AdapterError
-from ._masks import Patterns, check_adapter, labelled, only
+from ._masks import ONLY_ADAPTER, Patterns, labelled, select
 
 
-def lora_plus(ratio: float, *, paths: Patterns = "**", but: Patterns = ()) -> optax.GradientTransformationExtraArgs:
+def lora_plus(ratio: float, *, paths: Patterns = "**", exclude: Patterns = ()) -> optax.GradientTransformationExtraArgs:
     """Gives every `b` a learning rate `ratio` times that of all else (LoRA+, Hayou et al. 2024, arXiv:2402.12354).
 
     Stands last in a chain, behind the learning rate: it multiplies the updates of `b`, and the weight decay in them,
     which is what a parameter group with a learning rate of its own does. Only factors are told apart: `Full` leaves,
     biases among them, keep the rate of `a`, as the paper says nothing of them; so do all other arrays of a variant.
     (PEFT gives the ratio to every vector too, and to factors of embeddings a fixed rate of 1e-6.) An embedding's
-    factors are treated as any kernel's, as they start in the same way; `but="**/embedding"` leaves them out.
+    factors are treated as any kernel's, as they start in the same way; `exclude="**/embedding"` leaves them out.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> adapter = {"kernel": lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=jnp.ones((2, 1)), b=jnp.zeros((1, 2)))}
@@ -35,7 +36,7 @@ def lora_plus(ratio: float, *, paths: Patterns = "**", but: Patterns = ()) -> op
     Args:
       ratio: λ, at least 1 in the paper, which recommends about 16.
       paths: patterns of the leaves whose `b` it is for.
-      but: patterns of leaves that it is not for.
+      exclude: patterns of leaves that it is not for.
 
     Returns:
       A transformation of an adapter's updates, without a state of its own.
@@ -43,7 +44,7 @@ def lora_plus(ratio: float, *, paths: Patterns = "**", but: Patterns = ()) -> op
     Raises:
       AdapterError: from `init` and `update`, if a pattern matches nothing or no leaf has a `b`.
     """
-    return optax.masked(optax.scale(ratio), only("b", paths=paths, but=but))
+    return optax.masked(optax.scale(ratio), select("b", paths=paths, exclude=exclude))
 
 
 def lora_fa(tx: optax.GradientTransformation, *, damping: float = 1e-8) -> optax.GradientTransformationExtraArgs:
@@ -131,7 +132,7 @@ def _preconditioned(precondition: Precondition) -> optax.GradientTransformation:
     def update(gradients: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         if params is None:
             raise AdapterError("Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter).")
-        check_adapter(params)
+        check_adapter(params, ONLY_ADAPTER)
         return jax.tree.map(of_part, gradients, params, is_leaf=lambda node: isinstance(node, Adapter)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -148,7 +149,7 @@ def _grams(part: Adapter) -> tuple[Array, Array]:
 
 
 def _as(gradient: Array, matrix: Array) -> Array:
-    return cut_as(matrix.reshape(gradient.shape).astype(gradient.dtype), gradient)
+    return sharded_as(matrix.reshape(gradient.shape).astype(gradient.dtype), gradient)
 
 
 def _inverse(gram: Array, damping: float) -> Array:

@@ -1,6 +1,6 @@
 """Starts other than `init`'s: pure functions from an adapter and its base to an adapter, and a base to train it on.
 
-    adapter, params = starts.pissa(adapter, params)
+    params, adapter = starts.pissa(params, adapter)
 
 Each acts on all low-rank adapters that it is given, whatever the axes of their kernels, each layer and expert of a
 stack by itself; the rest of an adapter is passed on. To start kernels in several ways, give each function a part:

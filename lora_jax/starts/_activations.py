@@ -12,16 +12,13 @@ from jax import Array
 
 from .._core.adapter import Adapters
 from .._core.attach import as_jax
-from .._core.axes import axes_of_a, axes_of_b, sizes
-from .._core.contract import widest
-from .._core.kernel import AdaptedKernel
 from .._core.paths import flatten
 from .._core.uses import Use
 from .._errors import AdapterError, listed
 from .._transform.interpreter import OBSERVED
-from .._transform.program import Program, trace
+from .._transform.program import trace
 from .._transform.settings import Settings
-from .._transform.statistics import Statistic
+from .._transform.statistics import tap
 from ._leaf import Leaf, low_rank_leaves
 
 
@@ -51,13 +48,14 @@ class Activations:
 
 
 def activations(
-    apply: Callable[..., Any], adapter: Adapters, params: Any, *args: Any, **kwargs: Any
+    apply: Callable[..., Any], params: Any, adapter: Adapters, *args: Any, **kwargs: Any
 ) -> dict[str, Activations]:
     """Sums up what one call of a model multiplies each adapted kernel with, for `eva`; the base alone computes.
 
     The model is traced as `lora` does, and need not know. In place of the gradient of each factor `A` the call's
-    transpose returns the sums: reverse mode adds them up over layers, uses, turns of a scan and devices. The backward
-    pass computes nothing else, and under `jit` nothing of it is left but the sums. Streams of batches are added:
+    transpose returns the sums: reverse mode adds them up over layers, uses, iterations of a scan and devices. The
+    backward pass computes nothing else, and under `jit` nothing of it is left but the sums. Streams of batches are
+    added:
 
         seen = jax.tree.map(jnp.add, seen, measure(params, batch))
 
@@ -66,7 +64,7 @@ def activations(
     >>> params = {"kernel": jnp.ones((2, 3))}
     >>> apply = lambda params, x: jnp.tanh(x @ params["kernel"])
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=1, alpha=1)})
-    >>> seen = starts.activations(apply, adapter, params, jnp.array([[1.0, 2.0], [3.0, 0.0]]))["kernel"]
+    >>> seen = starts.activations(apply, params, adapter, jnp.array([[1.0, 2.0], [3.0, 0.0]]))["kernel"]
     >>> seen.gram[0], seen.total[0], seen.count
     (Array([[10.,  2.],
            [ 2.,  4.]], dtype=float32), Array([4., 2.], dtype=float32), Array([2.], dtype=float32))
@@ -74,8 +72,8 @@ def activations(
     Args:
       apply: the model, `apply(params, *args, **kwargs)`. Some result must be floating-point, and depend on the kernels
         in a way that reverse mode follows: not through `stop_gradient`, `argmax`, or a `while_loop`.
+      params: the parameter tree that the adapter was made for.
       adapter: says which kernels, and which of their axes are inputs.
-      params: the parameter tree that it was made for.
       *args: as the model takes them, such as a batch; padding counts as what it is.
       **kwargs: likewise.
 
@@ -88,42 +86,25 @@ def activations(
         which rows are looked up, or which is multiplied from its output side alone.
     """
     leaves = {leaf.path: leaf for leaf in low_rank_leaves(adapter, flatten(params)[0])}
-    program = trace(apply, params, args, kwargs)
-    gram, total, count = (_measured(program, leaves, statistic) for statistic in Statistic)
-    return {
-        path: Activations(gram[path], total[path][..., 0], count[path][..., 0].max(-1, initial=0)) for path in leaves
-    }
-
-
-def _measured(program: Program, leaves: Mapping[str, Leaf], statistic: Statistic) -> dict[str, Array]:
-    """One of the sums, `(layers, d, columns)`, by path."""
-    kernels = {path: _tap(leaf, statistic) for path, leaf in leaves.items()}
-    log: list[Use] = []
+    taps = {path: tap(as_jax(leaf.w), leaf.part.axes, path) for path, leaf in leaves.items()}
+    program, log = trace(apply, params, args, kwargs), list[Use]()
     # Where a kernel is read whole, as by a penalty on its norm, it is formed: with its tap it is what it was.
-    settings = Settings(materialize=("**",), statistic=statistic, log=log)
+    settings = Settings(materialize=("**",), observe=True, log=log)
 
     def run(columns: Mapping[str, Array]) -> list[Array]:
-        taps = {path: dataclasses.replace(kernel, a=columns[path]) for path, kernel in kernels.items()}
-        results = jax.tree.leaves(program.run(taps, settings))
+        kernels = {path: dataclasses.replace(kernel, a=columns[path]) for path, kernel in taps.items()}
+        results = jax.tree.leaves(program.run(kernels, settings))
         return [its for its in results if isinstance(its, jax.Array) and jnp.issubdtype(its.dtype, jnp.inexact)]
 
-    results, transposed = jax.vjp(run, {path: kernel.a for path, kernel in kernels.items()})
+    results, transposed = jax.vjp(run, {path: kernel.a for path, kernel in taps.items()})
     _check(leaves, log)
-    (found,) = transposed([jnp.zeros_like(its) for its in results])
-    return {path: its.reshape(*leaves[path].shape[:2], -1) for path, its in found.items()}
+    (sums,) = transposed([jnp.zeros_like(its) for its in results])
+    return {path: _activations(found.reshape(*leaves[path].shape[:2], -1)) for path, found in sums.items()}
 
 
-def _tap(leaf: Leaf, statistic: Statistic) -> AdaptedKernel:
-    """A kernel whose factor `a` has the columns that a statistic is asked for, and whose `b` is zero."""
-    w, axes, (_, d_in, _) = as_jax(leaf.w), leaf.part.axes, leaf.shape
-    dtype = widest(w.dtype, jnp.float32)
-    rank = d_in if statistic is Statistic.GRAM else 1
-    shape = sizes(axes_of_a(axes), w.shape, rank)
-    columns = jnp.eye(d_in, dtype=dtype) if statistic is Statistic.GRAM else jnp.ones((d_in, 1), dtype)
-    inputs = shape[len(shape) - 1 - axes.count("i") :]
-    a = jnp.broadcast_to(columns.reshape(inputs), shape)
-    b = jnp.zeros(sizes(axes_of_b(axes), w.shape, rank), dtype)
-    return AdaptedKernel(w, a, b, scale=1.0, roles=tuple(axes), paths=(leaf.path,))
+def _activations(sums: Array) -> Activations:
+    """The sums that the columns of a tap are for, `(layers, d, d + 2)`."""
+    return Activations(sums[..., :-2], sums[..., -2], sums[..., -1].max(-1, initial=0))
 
 
 def _check(leaves: Mapping[str, Leaf], log: list[Use]) -> None:

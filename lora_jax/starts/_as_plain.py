@@ -19,7 +19,7 @@ from .._merge.fold import fold, precision_of
 from ._leaf import Leaf, low_rank_leaves
 
 
-def as_plain(adapter: Adapters, params: Any, started_adapter: Adapters, started_params: Any) -> dict[str, Adapter]:
+def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapter: Adapters) -> dict[str, Adapter]:
     """Turns an adapter on a moved base into one of twice the rank on the base as it was, which it can share.
 
         W + s·A·B = (W0 - s·A₀·B₀) + s·A·B = W0 + s·[A, A₀]·[B; -B₀]
@@ -32,16 +32,16 @@ def as_plain(adapter: Adapters, params: Any, started_adapter: Adapters, started_
     >>> from lora_jax import starts
     >>> params = {"kernel": jnp.eye(4)}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=1, alpha=4)})
-    >>> started = starts.pissa(adapter, params)
+    >>> started = starts.pissa(params, adapter)
     >>> trained = jax.tree.map(lambda x: x + 0.1, started.adapter)
-    >>> starts.as_plain(trained, params, started.adapter, started.params)
+    >>> starts.as_plain(params, trained, *started)
     {'kernel': Adapter(LoRA(rank=2, alpha=8.0), 'io', a=float32[4, 2], b=float32[2, 4])}
 
     Args:
-      adapter: after training.
       params: the base as it was before the start.
-      started_adapter: what the start returned, before training.
-      started_params: the base that it returned.
+      adapter: after training.
+      started_params: the base that the start returned.
+      started_adapter: the adapter that it returned, before training.
 
     Returns:
       The adapter for `params`. Where rounding moved a base in 16 bits, the sum is that of the exact residue.
@@ -51,8 +51,8 @@ def as_plain(adapter: Adapters, params: Any, started_adapter: Adapters, started_
         not `params`: the start was that of another base. Under `jit` there are no values, and this is not checked.
     """
     leaves, moved = flatten(params)[0], flatten(started_params)[0]
-    low_rank_leaves(adapter, moved)  # raises, if it does not fit
-    check(moved, started_adapter)
+    check(moved, started_adapter, tree="started_params")
+    check(moved, adapter, tree="started_params")
     starts = {leaf.path: leaf for leaf in low_rank_leaves(started_adapter, leaves)}
     _check(adapter, starts, moved)
     plain = dict(adapter)
@@ -89,7 +89,7 @@ def _check(adapter: Adapters, starts: dict[str, Leaf], moved: dict[str, Any]) ->
         raise AdapterError(
             f"Expected an adapter that was trained from this start of this base; {len(wrong)} kernels differ.\n"
             f"{listed(wrong)}\n  Give what the start was given, and what it returned: "
-            "started = pissa(adapter, params); as_plain(trained, params, started.adapter, started.params)."
+            "started = pissa(params, adapter); as_plain(params, trained, *started)."
         )
 
 

@@ -18,8 +18,8 @@ from ._leaf import Leaf, Start, low_rank_leaves, start
 
 
 def eva(
-    adapter: Adapters,
     params: Any,
+    adapter: Adapters,
     activations: Mapping[str, Activations],
     *,
     rho: float = 1.0,
@@ -42,20 +42,20 @@ def eva(
     >>> params = {"kernel": jnp.ones((2, 3))}
     >>> apply = lambda params, x: x @ params["kernel"]
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=1, alpha=1)})
-    >>> seen = starts.activations(apply, adapter, params, jnp.array([[0.0, 5.0], [1.0, -5.0], [-1.0, 0.0]]))
-    >>> adapter, params = starts.eva(adapter, params, seen)
+    >>> seen = starts.activations(apply, params, adapter, jnp.array([[0.0, 5.0], [1.0, -5.0], [-1.0, 0.0]]))
+    >>> params, adapter = starts.eva(params, adapter, seen)
     >>> jnp.abs(jnp.round(adapter["kernel"].a[:, 0], 1))
     Array([0.1, 1. ], dtype=float32)
 
     Args:
+      params: the parameter tree that the adapter was made for.
       adapter: from `init`; its factors are replaced.
-      params: the parameter tree that it was made for.
       activations: by path, of one batch or summed over several.
       rho: ρ, how many times its rank an adapter may get. 1 keeps the ranks and works under `jit`; PEFT's default is 2.
       centred: whether the mean is taken away; without, the directions are those of the activations themselves.
 
     Returns:
-      The adapter, without those that get rank 0, and `params` as they were.
+      `params` as they were, and the adapter, without the leaves that get rank 0.
 
     Raises:
       SpecError: if `rho` is below 1.
@@ -76,7 +76,7 @@ def eva(
         return found[leaf.path].directions[:, :, :rank], jnp.zeros((layers, rank, d_out))
 
     left = {path: part for path, part in adapter.items() if ranks.get(path) != 0}
-    return start(left, params, method)
+    return start(params, left, method)
 
 
 class _Principal(NamedTuple):
@@ -118,7 +118,7 @@ def _check(leaves: Mapping[str, Leaf], activations: Mapping[str, Activations]) -
     if missing:
         raise AdapterError(
             f"Expected the activations of every adapted kernel; {len(missing)} are not there.\n{listed(missing)}\n"
-            "  activations(apply, adapter, params, *args) returns them."
+            "  activations(apply, params, adapter, *args) returns them."
         )
     unseen = [
         f"{path!r}: {int((count == 0).sum())} of {count.size}"

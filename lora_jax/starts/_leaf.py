@@ -12,8 +12,8 @@ from jax import Array
 
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
-from .._core.axes import axes_of_a, axes_of_b, sizes, width
-from .._core.linalg import kernel_matrix
+from .._core.axes import width
+from .._core.linalg import as_factors, kernel_matrix
 from .._core.paths import flatten, unflatten
 from .._core.variant import LowRank
 from .._errors import AdapterError, SpecError, listed
@@ -24,13 +24,13 @@ class Start(NamedTuple):
     """What a start returns.
 
     Attributes:
+      params: the parameters that belong to the adapter: those that were given, or, where the start takes its factors
+        out of the base, a tree in which the adapted kernels are what is left, `W0 - s·A·B`.
       adapter: with new factors; leaves that are trained whole keep their copy.
-      params: the parameters that belong to it: those that were given, or, where the start takes its factors out of
-        the base, a tree in which the adapted kernels are what is left, `W0 - s·A·B`.
     """
 
-    adapter: dict[str, Adapter]
     params: Any
+    adapter: dict[str, Adapter]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +70,9 @@ class Leaf:
 
     def adapter(self, a: Array, b: Array) -> Adapter:
         """The adapter with factors `(layers, in, rank)` and `(layers, rank, out)`, whose rank may be another."""
-        rank, axes, shape = a.shape[-1], self.part.axes, self.w.shape
-        a = a.reshape(sizes(axes_of_a(axes), shape, rank)).astype(self.part.a.dtype)
-        b = b.reshape(sizes(axes_of_b(axes), shape, rank)).astype(self.part.b.dtype)
-        return Adapter(self.variant.at_rank(rank), axes, **{**self.part.arrays, "a": a, "b": b})
+        part = self.part
+        new = {name: x.astype(part.arrays[name].dtype) for name, x in as_factors(a, b, part.axes, self.w.shape).items()}
+        return Adapter(self.variant.at_rank(a.shape[-1]), part.axes, **{**part.arrays, **new})
 
     def error(self, text: str) -> SpecError:
         """What is wrong with this leaf's variant for a start."""
@@ -83,12 +82,12 @@ class Leaf:
 Method = Callable[[Leaf], tuple[Array, Array]]
 
 
-def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False) -> Start:
+def start(params: Any, adapter: Adapters, method: Method, *, moves: bool = False) -> Start:
     """Gives each low-rank adapter the factors of a method, which a base that moves loses.
 
     Args:
-      adapter: from `init`.
       params: the base.
+      adapter: from `init`.
       method: the factors of a leaf, `(layers, in, rank)` and `(layers, rank, out)`.
       moves: whether the factors are taken out of the base.
     """
@@ -100,8 +99,8 @@ def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False
     with jax.default_matmul_precision("highest"):  # accelerators would multiply float32 in bfloat16
         new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in adapted}
     if not moves:
-        return Start(new, params)
-    for leaf in low_rank_leaves(adapter, leaves):
+        return Start(params, new)
+    for leaf in adapted:
         if leaf.variant.some_tokens:
             raise leaf.error(f"expected a variant for every token, as the base is moved for all; got {leaf.variant}")
     # By the factors as they are kept: what rounding took from them stays in the base.
@@ -111,16 +110,11 @@ def start(adapter: Adapters, params: Any, method: Method, *, moves: bool = False
             f"Expected what is left of each kernel to fit its dtype; {len(bad)} overflow.\n{listed(bad)}\n"
             "  Cast the base to a wider dtype before, such as bfloat16 or float32."
         )
-    return Start(new, unflatten(treedef, leaves | moved))
+    return Start(unflatten(treedef, leaves | moved), new)
 
 
 def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
     """The leaves that have factors."""
-    if not isinstance(adapter, Mapping) or not all(isinstance(part, Adapter) for part in adapter.values()):
-        raise AdapterError(
-            "Expected an adapter, a dict from paths to `Adapter` as `init` returns, and then its parameters; got "
-            f"{type(adapter).__name__} first.\n  The arguments come in this order: start(adapter, params, …)."
-        )
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
 

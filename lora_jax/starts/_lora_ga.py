@@ -17,7 +17,7 @@ from .._errors import AdapterError, listed
 from ._leaf import Leaf, Start, low_rank_leaves, start
 
 
-def lora_ga(adapter: Adapters, params: Any, gradient: Mapping[str, Array], *, gamma: float = 16.0) -> Start:
+def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, gamma: float = 16.0) -> Start:
     """Takes the factors from the gradient of the kernel, so that the first step goes where full fine-tuning's would.
 
         G = U·S·Vᵀ,   A = c·U[:, 1…r],   B = c·V[:, r+1…2r]ᵀ,   c = out^¼/√γ,   W = W0 - s·A·B
@@ -32,20 +32,20 @@ def lora_ga(adapter: Adapters, params: Any, gradient: Mapping[str, Array], *, ga
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (6, 5))}
     >>> loss = lambda params, x: jnp.sum((x @ params["kernel"]) ** 2)
     >>> adapter = lj.init(jax.random.key(1), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> gradient = starts.gradients(loss, adapter, params, jnp.ones((3, 6)))
-    >>> adapter, moved = starts.lora_ga(adapter, params, gradient)
+    >>> gradient = starts.gradients(loss, params, adapter, jnp.ones((3, 6)))
+    >>> moved, adapter = starts.lora_ga(params, adapter, gradient)
     >>> adapter["kernel"].a.shape, adapter["kernel"].b.shape
     ((6, 2), (2, 5))
 
     Args:
+      params: the parameter tree that the adapter was made for. Not changed.
       adapter: from `init`; its factors are replaced.
-      params: the parameter tree that it was made for. Not changed.
       gradient: that of each adapted kernel, by path, as `gradients` returns it; its size does not matter, so a sum
         over a few batches is as good as their mean.
       gamma: γ, the smaller the larger the factors.
 
     Returns:
-      The adapter, and the base without it, rounded as `pissa` says.
+      The base without the adapter, rounded as `pissa` says, and the adapter.
 
     Raises:
       SpecError: if 2r is more than the kernel's inputs or outputs.
@@ -55,7 +55,7 @@ def lora_ga(adapter: Adapters, params: Any, gradient: Mapping[str, Array], *, ga
     if missing := [repr(leaf.path) for leaf in leaves if leaf.path not in gradient]:
         raise AdapterError(
             f"Expected the gradient of every adapted kernel; {len(missing)} are not in `gradient`.\n{listed(missing)}\n"
-            "  gradients(loss, adapter, params, *args) returns them."
+            "  gradients(loss, params, adapter, *args) returns them."
         )
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
@@ -68,11 +68,11 @@ def lora_ga(adapter: Adapters, params: Any, gradient: Mapping[str, Array], *, ga
         c = d_out**0.25 / math.sqrt(gamma)
         return c * u[:, :, :rank], c * vt[:, rank : 2 * rank]
 
-    return start(adapter, params, method, moves=True)
+    return start(params, adapter, method, moves=True)
 
 
 def gradients(
-    loss: Callable[..., Array], adapter: Adapters, params: Any, *args: Any, **kwargs: Any
+    loss: Callable[..., Array], params: Any, adapter: Adapters, *args: Any, **kwargs: Any
 ) -> dict[str, Array]:
     """The gradient of the adapted kernels alone, for `lora_ga`; the rest of the tree gets none.
 
@@ -83,14 +83,14 @@ def gradients(
     >>> from lora_jax import starts
     >>> params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=1, alpha=4)})
-    >>> starts.gradients(lambda p, x: jnp.sum(x @ p["kernel"] + p["bias"]), adapter, params, jnp.ones((3, 2)))
+    >>> starts.gradients(lambda p, x: jnp.sum(x @ p["kernel"] + p["bias"]), params, adapter, jnp.ones((3, 2)))
     {'kernel': Array([[3., 3.],
            [3., 3.]], dtype=float32)}
 
     Args:
       loss: `loss(params, *args, **kwargs)`, a number: the loss of the unmodified model.
+      params: the parameter tree that the adapter was made for.
       adapter: says which kernels.
-      params: the parameter tree that it was made for.
       *args: as the loss takes them, such as a batch.
       **kwargs: likewise.
 

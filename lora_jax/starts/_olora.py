@@ -11,7 +11,7 @@ from .._core.adapter import Adapters
 from ._leaf import Leaf, Start, start
 
 
-def olora(adapter: Adapters, params: Any) -> Start:
+def olora(params: Any, adapter: Adapters) -> Start:
     """Takes the factors from a QR decomposition of the kernel, and leaves the rest in the base.
 
         W0ᵀ = Q·R,   B = Q_rᵀ,   A = R_rᵀ,   W = W0 - s·A·B
@@ -23,17 +23,17 @@ def olora(adapter: Adapters, params: Any) -> Start:
     >>> from lora_jax import starts
     >>> params = {"kernel": jax.random.normal(jax.random.key(0), (4, 3))}
     >>> adapter = lj.init(jax.random.key(1), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> adapter, residual = starts.olora(adapter, params)
+    >>> residual, adapter = starts.olora(params, adapter)
     >>> jnp.abs(jnp.round(adapter["kernel"].b @ adapter["kernel"].b.T, 4))
     Array([[1., 0.],
            [0., 1.]], dtype=float32)
 
     Args:
+      params: the parameter tree that the adapter was made for. Not changed.
       adapter: from `init`; its factors are replaced.
-      params: the parameter tree that it was made for. Not changed.
 
     Returns:
-      The adapter, and the base without it, rounded as `pissa` says.
+      The base without the adapter, rounded as `pissa` says, and the adapter.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -45,4 +45,4 @@ def olora(adapter: Adapters, params: Any) -> Start:
         q = jnp.linalg.qr(w[:, : leaf.variant.rank].mT)[0]
         return w @ q, q.mT
 
-    return start(adapter, params, method, moves=True)
+    return start(params, adapter, method, moves=True)

@@ -1,4 +1,4 @@
-"""Starts that look at shapes alone: drawn factors whose product is zero. The base stays as it is."""
+"""Starts that look at shapes only: drawn factors whose product is zero. The base stays as it is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .._core.keys import key_for
 from ._leaf import Leaf, Start, start
 
 
-def gaussian(adapter: Adapters, params: Any, key: Array) -> Start:
+def gaussian(key: Array, params: Any, adapter: Adapters) -> Start:
     """Draws `A` from N(0, 1/r²), as the paper does from a normal distribution (Hu et al. 2021, arXiv:2106.09685).
 
     `B` is zero. The paper leaves the deviation open; 1/r is Hugging Face PEFT's `"gaussian"`.
@@ -22,17 +22,17 @@ def gaussian(adapter: Adapters, params: Any, key: Array) -> Start:
     >>> from lora_jax import starts
     >>> params = {"kernel": jnp.ones((4, 3))}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> adapter, params = starts.gaussian(adapter, params, jax.random.key(1))
+    >>> params, adapter = starts.gaussian(jax.random.key(1), params, adapter)
     >>> adapter["kernel"].b.any()
     Array(False, dtype=bool)
 
     Args:
-      adapter: from `init`; its factors are replaced.
-      params: the parameter tree that it was made for.
       key: PRNG key; consumed. Each path folds its name into it.
+      params: the parameter tree that the adapter was made for.
+      adapter: from `init`; its factors are replaced.
 
     Returns:
-      The adapter, and `params` as they were.
+      `params` as they were, and the adapter.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -44,10 +44,10 @@ def gaussian(adapter: Adapters, params: Any, key: Array) -> Start:
         drawn = jax.random.normal(key_for(key, leaf.path), (layers, d_in, rank))
         return drawn / rank, jnp.zeros((layers, rank, d_out))
 
-    return start(adapter, params, method)
+    return start(params, adapter, method)
 
 
-def kaiming(adapter: Adapters, params: Any, key: Array) -> Start:
+def kaiming(key: Array, params: Any, adapter: Adapters) -> Start:
     """Draws `A` uniform in ±1/√fan_in, as `init` does already: a fresh start of an adapter by another key.
 
     `B` is zero. The bound is that of Microsoft's loralib and of PEFT, `kaiming_uniform_(a=√5)`; He's own would be √6
@@ -57,17 +57,17 @@ def kaiming(adapter: Adapters, params: Any, key: Array) -> Start:
     >>> from lora_jax import starts
     >>> params = {"kernel": jnp.ones((4, 3))}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> again, _ = starts.kaiming(adapter, params, jax.random.key(0))
+    >>> _, again = starts.kaiming(jax.random.key(0), params, adapter)
     >>> jnp.array_equal(again["kernel"].a, adapter["kernel"].a)
     Array(True, dtype=bool)
 
     Args:
-      adapter: from `init`; its factors are replaced.
-      params: the parameter tree that it was made for.
       key: PRNG key; consumed. Each path folds its name into it.
+      params: the parameter tree that the adapter was made for.
+      adapter: from `init`; its factors are replaced.
 
     Returns:
-      The adapter, and `params` as they were.
+      `params` as they were, and the adapter.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -79,10 +79,10 @@ def kaiming(adapter: Adapters, params: Any, key: Array) -> Start:
         rank = leaf.variant.rank
         return arrays["a"].reshape(layers, d_in, rank), arrays["b"].reshape(layers, rank, d_out)
 
-    return start(adapter, params, method)
+    return start(params, adapter, method)
 
 
-def orthogonal(adapter: Adapters, params: Any, key: Array) -> Start:
+def orthogonal(key: Array, params: Any, adapter: Adapters) -> Start:
     """Draws `A` and `B`, neither zero, in two halves of the rank that are orthogonal to each other, so that A·B = 0.
 
         A = N₁·Q₁/10,   B = Q₂ᵀ·N₂/10,   [Q₁; Q₂] an orthogonal (r, r),   N₁, N₂ normal
@@ -94,17 +94,17 @@ def orthogonal(adapter: Adapters, params: Any, key: Array) -> Start:
     >>> from lora_jax import starts
     >>> params = {"kernel": jnp.ones((4, 3))}
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    >>> adapter, params = starts.orthogonal(adapter, params, jax.random.key(1))
+    >>> params, adapter = starts.orthogonal(jax.random.key(1), params, adapter)
     >>> bool(abs(adapter["kernel"].a @ adapter["kernel"].b).max() < 1e-7)
     True
 
     Args:
-      adapter: from `init`; its factors are replaced.
-      params: the parameter tree that it was made for.
       key: PRNG key; consumed. Each path folds its name into it.
+      params: the parameter tree that the adapter was made for.
+      adapter: from `init`; its factors are replaced.
 
     Returns:
-      The adapter, and `params` as they were. In 16 bits, which `param_dtype` may ask for, A·B is zero but for what
+      `params` as they were, and the adapter. In 16 bits, which `param_dtype` may ask for, A·B is zero but for what
       rounding makes of it.
 
     Raises:
@@ -124,4 +124,4 @@ def orthogonal(adapter: Adapters, params: Any, key: Array) -> Start:
         b = q[:, half:].mT @ jax.random.normal(for_b, (layers, half, d_out))
         return a / 10, b / 10
 
-    return start(adapter, params, method)
+    return start(params, adapter, method)

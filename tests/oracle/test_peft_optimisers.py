@@ -134,10 +134,10 @@ def test_what_peft_does_otherwise_is_a_matter_of_masks():
     adapter, gradients = made(FACTORS | WHOLE)
     found = loraplus(adapter, gradients)
     tx = optax.chain(
-        adamw(mask=optim.only(but="*/bias")),
-        optim.lora_plus(RATIO, but="embed/*"),
-        optax.masked(optax.scale(RATIO), optim.only(paths="*/bias")),
-        optax.masked(optax.scale(EMBEDDING_RATE / RATE), optim.only(paths="embed/*")),
+        adamw(mask=optim.select(exclude="*/bias")),
+        optim.lora_plus(RATIO, exclude="embed/*"),
+        optax.masked(optax.scale(RATIO), optim.select(paths="*/bias")),
+        optax.masked(optax.scale(EMBEDDING_RATE / RATE), optim.select(paths="embed/*")),
     )
     assert differing(after(tx, adapter, gradients), found) == set()
 

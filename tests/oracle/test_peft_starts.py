@@ -73,7 +73,7 @@ def assert_near(got, expected, tolerance=1e-5):
 def test_the_factors_and_the_residue_are_peft_s(start, rslora):
     base = params()
     model = peft.get_peft_model(Net(), config(start, rslora))
-    new, moved = getattr(starts, start)(adapter(base, rslora), base)
+    moved, new = getattr(starts, start)(base, adapter(base, rslora))
     for name in NAMES:
         a, b, residue = theirs(model, name)
         part = new[f"{name}/kernel"]
@@ -92,7 +92,7 @@ def test_a_trained_start_becomes_the_plain_adapter_that_peft_saves(start, rslora
     model = peft.get_peft_model(Net(), config(start, rslora))
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "start")
-    began = getattr(starts, start)(adapter(base, rslora), base)
+    began = getattr(starts, start)(base, adapter(base, rslora))
     after = {}
     for number, name in enumerate(NAMES):  # the same training of both, which are equal up to signs: those of PEFT
         rng = np.random.default_rng(number)
@@ -106,7 +106,7 @@ def test_a_trained_start_becomes_the_plain_adapter_that_peft_saves(start, rslora
     model.peft_config["default"].init_lora_weights = start
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     saved = load_file(tmp_path / "plain" / "adapter_model.safetensors")
-    plain = starts.as_plain(after, base, *began)
+    plain = starts.as_plain(base, after, *began)
     its = peft.PeftConfig.from_pretrained(tmp_path / "plain")
     for name in NAMES:
         a, b = (saved[f"base_model.model.{name}.lora_{factor}.weight"].T for factor in "AB")
@@ -132,8 +132,8 @@ def test_eva_finds_the_directions_and_the_ranks_that_peft_does():
     loader = [{"x": torch.from_numpy(batch())}]
     peft.initialize_lora_eva_weights(model, loader, show_progress_bar=False, **options)
     ours = adapter(base)
-    seen = starts.activations(apply, ours, base, jnp.asarray(batch()))
-    new, _ = starts.eva(ours, base, seen, rho=2)
+    seen = starts.activations(apply, base, ours, jnp.asarray(batch()))
+    _, new = starts.eva(base, ours, seen, rho=2)
     for name in NAMES:
         a, b, _ = theirs(model, name)
         part = new[f"{name}/kernel"]
@@ -157,8 +157,8 @@ def test_lora_ga_has_peft_s_directions_and_not_its_lengths():
     lora_config = config("lora_ga", lora_ga_config=peft.LoraGAConfig())
     peft.tuners.lora.preprocess_loraga(net, lora_config, train_step)
     model = peft.get_peft_model(net, lora_config)
-    gradient = starts.gradients(lambda params, x: (apply(params, x) ** 2).sum(), adapter(base), base, jnp.asarray(x))
-    new, _ = starts.lora_ga(adapter(base), base, gradient)
+    gradient = starts.gradients(lambda params, x: (apply(params, x) ** 2).sum(), base, adapter(base), jnp.asarray(x))
+    _, new = starts.lora_ga(base, adapter(base), gradient)
     for name, (_, d_out) in NAMES.items():
         a, b, _ = theirs(model, name)
         part = new[f"{name}/kernel"]

@@ -93,7 +93,7 @@ def _ragged_dot_general(
     like: Any = site.eqn.outvars[0].aval
     own = precision_of_factors(precision, lhs.dtype, kernel.w.dtype, like.dtype)
     groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, own)
-    if site.settings.statistic is not None:
+    if site.settings.observe:
         with_a = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
         return site.observe(kernel, lhs, product, with_a, group_sizes, roles=roles)
     y = of_base()
