@@ -12,6 +12,7 @@ from jax import Array
 
 from .._core.adapter import Adapters
 from .._core.attach import as_jax
+from .._core.base import base_of
 from .._core.paths import flatten
 from .._core.uses import Use
 from .._errors import AdapterError, listed
@@ -86,7 +87,7 @@ def activations(
         which rows are looked up, or which is multiplied from its output side alone.
     """
     leaves = {leaf.path: leaf for leaf in low_rank_leaves(adapter, flatten(params)[0])}
-    taps = {path: tap(as_jax(leaf.w), leaf.part.axes, path) for path, leaf in leaves.items()}
+    taps = {path: tap(base_of(as_jax(leaf.w)), leaf.part.axes, path) for path, leaf in leaves.items()}
     program, log = trace(apply, params, args, kwargs), list[Use]()
     # Where a kernel is read whole, as by a penalty on its norm, it is formed: with its tap it is what it was.
     settings = Settings(materialize=("**",), observe=True, log=log)
