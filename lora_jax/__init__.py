@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import targets as targets
 from ._core.adapter import Adapter as Adapter
 from ._core.init import init as init
+from ._core.spec import spec as spec
 from ._errors import AdapterError as AdapterError
 from ._errors import CheckpointError as CheckpointError
 from ._errors import LoRAError as LoRAError
@@ -23,6 +25,7 @@ from ._merge.extract import extract as extract
 from ._merge.merge import merge as merge
 from ._merge.merge import unmerge as unmerge
 from ._report.explain import explain as explain
+from ._transform.adapt import adapt as adapt
 from ._transform.kernels import kernels as kernels
 from ._transform.lora import lora as lora
 from ._variants import AdaLoRA as AdaLoRA
@@ -68,6 +71,7 @@ __all__ = [
     "UnsupportedError",
     "VeRA",
     "active_tokens",
+    "adapt",
     "adaptive",
     "analysis",
     "checkpoint",
@@ -83,7 +87,9 @@ __all__ = [
     "restore",
     "save",
     "sharding",
+    "spec",
     "starts",
+    "targets",
     "testing",
     "unmerge",
 ]

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .._core.kernel import AdaptedKernel
 from .._core.uses import Evidence, Kernel, Use
+from .._errors import refuse_keywords
+from .kinds import kinds
 from .origins import origins
 from .program import trace, watch
 from .settings import Settings
 
 
-def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Kernel]:
+def kernels(
+    apply: Callable[..., Any],
+    params: Any,
+    /,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    **unexpected: Any,
+) -> dict[str, Kernel]:
     """Finds by tracing how `apply` uses each leaf of `params`; nothing is evaluated.
 
     An axis that is summed with the activation, or from which rows are looked up, is an input (`i`); one that both share
@@ -35,22 +46,37 @@ def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     Args:
       apply: the model, `apply(params, *args, **kwargs)`.
       params: the parameter tree, or its shapes and dtypes.
-      *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
-      **kwargs: likewise.
+      *args: the model's positional arguments; arrays may be `ShapeDtypeStruct`s.
+      kwargs: the model's keyword arguments, likewise.
+      **unexpected: none; the model's keyword arguments are in `kwargs`.
 
     Returns:
       A `Kernel` for every leaf that is an array, by path; leaves that the call does not use have no uses.
+
+    Raises:
+      TypeError: for a keyword argument that is not in `kwargs`.
+      TracingError: if Python code of the model needs the value of an array.
     """
-    program = trace(apply, params, args, kwargs)
+    refuse_keywords("kernels", unexpected)
+    program = trace(apply, params, args, kwargs or {})
     leaves = program.arrays_of_params
     ends = itertools.accumulate(leaf.ndim for leaf in leaves.values())
     probes = {
         path: probe(path, leaf, first=end - leaf.ndim) for (path, leaf), end in zip(leaves.items(), ends, strict=True)
     }
     uses = watch(program, probes, Settings(origins=origins(program.jaxpr, list(leaves))))
-    return {
-        path: _kernel(leaf, [use for use in uses if use.path == path], probes[path]) for path, leaf in leaves.items()
-    }
+    of_each = by_path(uses)
+    found = {path: _kernel(leaf, of_each.get(path, []), probes[path]) for path, leaf in leaves.items()}
+    each = kinds(program.jaxpr, found)
+    return {path: dataclasses.replace(kernel, kind=each[path]) for path, kernel in found.items()}
+
+
+def by_path(uses: Sequence[Use]) -> dict[str, list[Use]]:
+    """The uses of each leaf."""
+    of_each: dict[str, list[Use]] = collections.defaultdict(list)
+    for use in uses:
+        of_each[use.path].append(use)
+    return of_each
 
 
 def probe(path: str, leaf: Any, *, first: int = 0) -> AdaptedKernel:
