@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -65,10 +64,8 @@ def kernels(
         path: probe(path, leaf, first=end - leaf.ndim) for (path, leaf), end in zip(leaves.items(), ends, strict=True)
     }
     uses = watch(program, probes, Settings(origins=origins(program.jaxpr, list(leaves))))
-    of_each = by_path(uses)
-    found = {path: _kernel(leaf, of_each.get(path, []), probes[path]) for path, leaf in leaves.items()}
-    each = kinds(program.jaxpr, found)
-    return {path: dataclasses.replace(kernel, kind=each[path]) for path, kernel in found.items()}
+    of_each, kind = by_path(uses), kinds(program.jaxpr, list(leaves))
+    return {path: _kernel(leaf, of_each.get(path, []), probes[path], kind[path]) for path, leaf in leaves.items()}
 
 
 def by_path(uses: Sequence[Use]) -> dict[str, list[Use]]:
@@ -88,7 +85,7 @@ def probe(path: str, leaf: Any, *, first: int = 0) -> AdaptedKernel:
     return AdaptedKernel(leaf, None, None, scale=1.0, roles=labels, paths=(path,))
 
 
-def _kernel(leaf: Any, uses: Sequence[Use], leaf_probe: AdaptedKernel) -> Kernel:
+def _kernel(leaf: Any, uses: Sequence[Use], leaf_probe: AdaptedKernel, kind: str | None) -> Kernel:
     """A leaf with the roles in which the uses that say most agree, or the reason why there are none."""
     live = tuple(use for use in uses if use.live)
     said = [(use, roles) for use in uses if (roles := _leaf_roles(use, leaf_probe.roles)) is not None]
@@ -99,7 +96,7 @@ def _kernel(leaf: Any, uses: Sequence[Use], leaf_probe: AdaptedKernel) -> Kernel
         axes = _completed(deciding[0][1], leaf.shape)
     else:
         unknown = _why_unknown(live, deciding)
-    return Kernel(tuple(leaf.shape), leaf.dtype, axes, live, unknown)
+    return Kernel(tuple(leaf.shape), leaf.dtype, axes, live, unknown, kind)
 
 
 _NONE = Evidence(0, forward=False)  # a derivative for a constant, which may be that of any use

@@ -13,63 +13,42 @@ Names decide what the program does not tell; they are listed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from .._compat import ClosedJaxpr, JaxprEqn
-from .._core.uses import Kernel, Use
+from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, live_equations
 from .walk import Marks, Walk
+
+Shape = tuple[int, ...]
 
 ATTENTION_NAMES = frozenset("attention attn cross_attention cross_attn self_attention self_attn".split())
 HEAD_NAMES = frozenset("classifier embed_out head lm_head logits logits_dense output_head score".split())
 
 
-def kinds(jaxpr: ClosedJaxpr, found: Mapping[str, Kernel]) -> dict[str, str | None]:
-    """The kind of each parameter; the first arguments of the program are the parameters, in this order."""
-    tables = {path for path, kernel in found.items() if any(map(_is_lookup, kernel.uses))}
-    walk = _Kinds(list(found), tables)
-    others = jaxpr.jaxpr.invars[len(found) :]
+def kinds(jaxpr: ClosedJaxpr, paths: Sequence[str]) -> dict[str, str | None]:
+    """The kind of each parameter; the first arguments of the program are the parameters, with these paths."""
+    others = jaxpr.jaxpr.invars[len(paths) :]
+    walk = _Kinds(paths, constants=0 if others else _INPUT | _RAW)
     given = [_INPUT | (_RAW if _is_float(var) else 0) for var in others]
-    walk.constants = 0 if others else _INPUT | _RAW
     results = walk.through(jaxpr.jaxpr, [*walk.parameters, *given])
     walk.results = [mark for mark, var in zip(results, jaxpr.jaxpr.outvars, strict=True) if _is_float(var)]
-    kernels = {path for path, kernel in found.items() if any(map(_is_product, kernel.uses))}
-    convolved = {path for path, kernel in found.items() if any(map(_is_convolution, kernel.uses))}
-    tables |= walk.paths(walk.looked_up)
-    linear = kernels - tables - convolved
+    tables, convolved = walk.paths(walk.tables | walk.picked & ~walk.multiplied), walk.paths(walk.convolved)
+    linear = walk.paths(walk.multiplied) - tables - convolved
     attention = linear & walk.paths(walk.attention)
     head = _head(walk, linear - attention, tables)
     attention |= {path for path in linear - head if not ATTENTION_NAMES.isdisjoint(path.split("/"))}
-    norms = walk.paths(walk.norms)
-    biases = walk.paths(walk.biases) | set(_shaped_biases(walk, found))
     of_kind = {
         "embedding": tables,
         "convolution": convolved,
         "attention": attention,
         "head": head,
         "mlp": linear,
-        "norm": norms,
-        "bias": biases,
+        "norm": walk.paths(walk.norms),
+        "bias": walk.paths(walk.biases),
     }
-    return {path: next((kind for kind, paths in of_kind.items() if path in paths), None) for path in found}
-
-
-def _is_lookup(use: Use) -> bool:
-    return use.primitive == "gather" and {"i", "o"} <= _roles(use)
-
-
-def _is_convolution(use: Use) -> bool:
-    return use.primitive == "conv_general_dilated" and use.axes is not None
-
-
-def _is_product(use: Use) -> bool:
-    return use.primitive in ("dot_general", "ragged_dot_general") and {"i", "o"} <= _roles(use)
-
-
-def _roles(use: Use) -> set[str]:
-    return {role for _, role in use.axes or ()}
+    return {path: next((kind for kind, its in of_kind.items() if path in its), None) for path in paths}
 
 
 def _head(walk: _Kinds, linear: set[str], tables: set[str]) -> set[str]:
@@ -83,16 +62,6 @@ def _head(walk: _Kinds, linear: set[str], tables: set[str]) -> set[str]:
     if len(last) == 1:
         return last & single & linear
     return {path for path in linear if not HEAD_NAMES.isdisjoint(path.split("/"))}
-
-
-def _shaped_biases(walk: _Kinds, found: Mapping[str, Kernel]) -> Iterator[str]:
-    """Biases of several axes, as attention has: they have the shape of the outputs of the product they are added to."""
-    for path, products in walk.added.items():
-        shape = [size for size in found[path].shape if size != 1]
-        for kernel in (found[other] for other in walk.paths(products)):
-            each = zip(kernel.axes or "", kernel.shape, strict=bool(kernel.axes))
-            if shape == [size for role, size in each if role != "i" and size != 1]:
-                yield path
 
 
 # The bits of a mark. Beyond them are three for each parameter: whether the value is made of it alone, whether it
@@ -123,17 +92,22 @@ _FUNCTIONS = set(  # after which a parameter is another one
 class _Kinds(Walk):
     """The pass over the program, and what it finds: sets of parameters as bits, the first parameter's the lowest."""
 
-    def __init__(self, paths: Sequence[str], tables: set[str]) -> None:
-        super().__init__(0)
+    def __init__(self, paths: Sequence[str], constants: int) -> None:
+        super().__init__(constants)
         self.names = paths
         count = len(paths)
         self.own, self.products, self.scores = _FLAGS, _FLAGS + count, _FLAGS + 2 * count  # where the bits start
         self.all = (1 << count) - 1
         self.parameters = [1 << self.own + number for number in range(count)]
-        self.tables = sum(1 << number for number, path in enumerate(paths) if path in tables)
-        self.attention = self.consumed = self.looked_up = self.norms = self.biases = 0
-        self.added: dict[str, int] = {}  # parameters of several axes, and the products that they are added to
+        self.multiplied = self.convolved = self.tables = self.picked = 0  # how a parameter is used
+        self.attention = self.consumed = self.norms = self.biases = 0
+        self.outputs: dict[str, Shape] = {}  # of a kernel, the sizes of its outputs as it is multiplied
+        self.stood: dict[int, Shape] = {}  # of a parameter, its shape before it was repeated
         self.results: list[int] = []
+
+    def equations(self, jaxpr: Jaxpr) -> list[JaxprEqn]:
+        """Those that a result needs."""
+        return live_equations(jaxpr)
 
     def paths(self, bits: int) -> set[str]:
         """The parameters of the lowest bits."""
@@ -169,9 +143,16 @@ class _Kinds(Walk):
     def _of_floats(self, eqn: JaxprEqn, floats: Sequence[tuple[Any, int]], operands: Marks) -> int:
         name = eqn.primitive.name
         if name in _CONTRACTIONS:
-            return self._contraction(operands[0], operands[1])
-        if name == "gather" and (rows := self._own(operands[0]) & self.tables):
-            return _INPUT | rows << self.products
+            return self._contraction(eqn, operands[0], operands[1])
+        if name == "gather" and (own := self._own(operands[0])):
+            numbers = eqn.params["dimension_numbers"]
+            gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+            if len(eqn.invars[0].aval.shape) - len(gone) == 1:  # rows; what has more axes may be a kernel again
+                self.tables |= own
+                return _INPUT | own << self.products
+            self.picked |= own
+        if name == "broadcast_in_dim" and (own := self._own(operands[0])):
+            self.stood[own] = _without_ones(eqn.invars[0].aval.shape)
         if name == "pallas_call" or "attention" in name:
             products = [self._products(mark) for _, mark in floats if mark & _INPUT]
             if sum(map(bool, products)) >= 3:  # query, key and value
@@ -213,20 +194,23 @@ class _Kinds(Walk):
                 self.norms |= own
             elif name != "mul" and vector:
                 self.biases |= own
-            elif name != "mul":
-                for path in self.paths(own):
-                    self.added[path] = self.added.get(path, 0) | self._products(_either(active))
+            elif name != "mul":  # one of several axes, as attention has: it has the shape of the product's outputs
+                shape = self.stood.get(own, _without_ones(var.aval.shape))
+                products = self.paths(self._products(_either(active)))
+                self.biases |= own if any(self.outputs.get(path) == shape for path in products) else 0
         return scaled
 
-    def _contraction(self, lhs: int, rhs: int) -> int:
-        kernels, depends = self._own(lhs) | self._own(rhs), (lhs | rhs) & _INPUT
+    def _contraction(self, eqn: JaxprEqn, lhs: int, rhs: int) -> int:
+        own, depends = (self._own(lhs), self._own(rhs)), (lhs | rhs) & _INPUT
+        kernels = own[0] | own[1]
         if kernels:
             x = lhs | rhs if depends else 0
             self.consumed |= self._products(x)
             if x & _ATTENDED:
                 self.attention |= kernels
             if (lhs | rhs) & _ONE_HOT:
-                self.looked_up |= kernels
+                self.tables |= kernels
+            self._multiplied(eqn, own)
             return depends | kernels << self.products | (0 if depends else kernels << self.own)
         scores = self._scores(lhs) | self._scores(rhs)
         products = self._products(lhs), self._products(rhs)
@@ -236,6 +220,28 @@ class _Kinds(Walk):
             self.consumed |= products[0] | products[1]
             return depends | (products[0] | products[1]) << self.scores
         return (lhs | rhs) & ~(_RAW | _ROOT | _SCALED | _VECTOR | _ONE_HOT) | lhs & rhs & _RAW
+
+    def _multiplied(self, eqn: JaxprEqn, own: tuple[int, int]) -> None:
+        """Notes that parameters are kernels of a contraction, and their outputs."""
+        if eqn.primitive.name == "conv_general_dilated":
+            self.convolved |= own[1]
+            outputs = eqn.params["dimension_numbers"].rhs_spec[:1]
+            self._of_shape(own[1], eqn.invars[1].aval.shape, outputs)
+            return
+        numbers, groups = eqn.params.get("dimension_numbers"), ()
+        if numbers is None:
+            numbers = eqn.params["ragged_dot_dimension_numbers"]
+            numbers, groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
+        for bits, var, summed, batch in zip(own, eqn.invars, *numbers, strict=False):
+            shape = var.aval.shape
+            free = [axis for axis in range(len(shape)) if axis not in summed and axis not in (*batch, *groups)]
+            if bits and summed and free:
+                self.multiplied |= bits
+                self._of_shape(bits, shape, (*batch, *free))
+
+    def _of_shape(self, kernels: int, shape: Shape, outputs: Sequence[int]) -> None:
+        for path in self.paths(kernels):
+            self.outputs[path] = _without_ones([shape[axis] for axis in outputs])
 
     def _attend(self, *kernels: int) -> int:
         for bits in kernels:
@@ -265,5 +271,8 @@ def _is_float(var: Any) -> bool:
 
 def _is_vector(var: Any) -> bool:
     """Whether an array has one axis, and others of size 1 at most."""
-    shape = var.aval.shape
-    return len(shape) > 0 and sum(size != 1 for size in shape) <= 1
+    return len(var.aval.shape) > 0 and len(_without_ones(var.aval.shape)) <= 1
+
+
+def _without_ones(shape: Sequence[int]) -> Shape:
+    return tuple(size for size in shape if size != 1)

@@ -30,6 +30,10 @@ class Walk:
         """The marks of the results of an equation that holds no function."""
         raise NotImplementedError
 
+    def equations(self, jaxpr: Jaxpr) -> Sequence[JaxprEqn]:
+        """Those that are gone through: all, unless a subclass leaves some out."""
+        return jaxpr.eqns
+
     def visit(self, place: Place, operands: Marks, *, transposed: bool) -> None:
         """Notes that an equation is come to: in a loop once for its first iteration, then for the later ones."""
 
@@ -43,7 +47,7 @@ class Walk:
                 return marked[atom]
             return self.constants if getattr(atom.val, "ndim", 0) else 0
 
-        for eqn in jaxpr.eqns:
+        for eqn in self.equations(jaxpr):
             place, operands = (*within, id(eqn)), tuple(map(read, eqn.invars))
             backwards = transposed or is_transposed(eqn)
             self.visit(place, operands, transposed=backwards)
