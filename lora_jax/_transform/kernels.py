@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .._core.kernel import AdaptedKernel
@@ -12,7 +12,7 @@ from .._core.uses import Evidence, Kernel, Use
 from .._errors import refuse_keywords
 from .kinds import kinds
 from .origins import origins
-from .program import trace, watch
+from .program import Program, trace, watch
 from .settings import Settings
 
 
@@ -58,13 +58,19 @@ def kernels(
     """
     refuse_keywords("kernels", unexpected)
     program = trace(apply, params, args, kwargs or {})
-    leaves = program.arrays_of_params
+    return found_in(program, list(program.arrays_of_params))
+
+
+def found_in(program: Program, paths: Collection[str]) -> dict[str, Kernel]:
+    """What `kernels` finds of some leaves."""
+    every = program.arrays_of_params
+    leaves = {path: leaf for path, leaf in every.items() if path in paths}
     ends = itertools.accumulate(leaf.ndim for leaf in leaves.values())
     probes = {
         path: probe(path, leaf, first=end - leaf.ndim) for (path, leaf), end in zip(leaves.items(), ends, strict=True)
     }
-    uses = watch(program, probes, Settings(origins=origins(program.jaxpr, list(leaves))))
-    of_each, kind = by_path(uses), kinds(program.jaxpr, list(leaves))
+    uses = watch(program, probes, Settings(origins=origins(program.jaxpr, list(every))))
+    of_each, kind = by_path(uses), kinds(program.jaxpr, list(every))
     return {path: _kernel(leaf, of_each.get(path, []), probes[path], kind[path]) for path, leaf in leaves.items()}
 
 
@@ -92,7 +98,7 @@ def _kernel(leaf: Any, uses: Sequence[Use], leaf_probe: AdaptedKernel, kind: str
     most = max((use.evidence for use, _ in said), default=_NONE)
     deciding = [(use, roles) for use, roles in said if use.evidence == most]
     axes, unknown = None, ""
-    if most > _NONE and all(_agree(roles, deciding[0][1], leaf.shape) for _, roles in deciding):
+    if most > _NONE and all(agree(roles, deciding[0][1], leaf.shape) for _, roles in deciding):
         axes = _completed(deciding[0][1], leaf.shape)
     else:
         unknown = _why_unknown(live, deciding)
@@ -102,7 +108,7 @@ def _kernel(leaf: Any, uses: Sequence[Use], leaf_probe: AdaptedKernel, kind: str
 _NONE = Evidence(0, forward=False)  # a derivative for a constant, which may be that of any use
 
 
-def _agree(one: str, other: str, shape: Sequence[int]) -> bool:
+def agree(one: str, other: str, shape: Sequence[int]) -> bool:
     """Whether two uses give the same roles to all axes but those of size 1, which hold nothing."""
     return all(a == b or size == 1 for a, b, size in zip(one, other, shape, strict=True))
 

@@ -147,12 +147,12 @@ class _Kinds(Walk):
         if name == "gather" and (own := self._own(operands[0])):
             numbers = eqn.params["dimension_numbers"]
             gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-            if len(eqn.invars[0].aval.shape) - len(gone) == 1:  # rows; what has more axes may be a kernel again
+            if len(_shape(eqn.invars[0])) - len(gone) == 1:  # rows; what has more axes may be a kernel again
                 self.tables |= own
                 return _INPUT | own << self.products
             self.picked |= own
         if name == "broadcast_in_dim" and (own := self._own(operands[0])):
-            self.stood[own] = _without_ones(eqn.invars[0].aval.shape)
+            self.stood[own] = _without_ones(_shape(eqn.invars[0]))
         if name == "pallas_call" or "attention" in name:
             products = [self._products(mark) for _, mark in floats if mark & _INPUT]
             if sum(map(bool, products)) >= 3:  # query, key and value
@@ -195,7 +195,7 @@ class _Kinds(Walk):
             elif name != "mul" and vector:
                 self.biases |= own
             elif name != "mul":  # one of several axes, as attention has: it has the shape of the product's outputs
-                shape = self.stood.get(own, _without_ones(var.aval.shape))
+                shape = self.stood.get(own, _without_ones(_shape(var)))
                 products = self.paths(self._products(_either(active)))
                 self.biases |= own if any(self.outputs.get(path) == shape for path in products) else 0
         return scaled
@@ -226,14 +226,14 @@ class _Kinds(Walk):
         if eqn.primitive.name == "conv_general_dilated":
             self.convolved |= own[1]
             outputs = eqn.params["dimension_numbers"].rhs_spec[:1]
-            self._of_shape(own[1], eqn.invars[1].aval.shape, outputs)
+            self._of_shape(own[1], _shape(eqn.invars[1]), outputs)
             return
         numbers, groups = eqn.params.get("dimension_numbers"), ()
         if numbers is None:
             numbers = eqn.params["ragged_dot_dimension_numbers"]
             numbers, groups = numbers.dot_dimension_numbers, tuple(numbers.rhs_group_dimensions)
         for bits, var, summed, batch in zip(own, eqn.invars, *numbers, strict=False):
-            shape = var.aval.shape
+            shape = _shape(var)
             free = [axis for axis in range(len(shape)) if axis not in summed and axis not in (*batch, *groups)]
             if bits and summed and free:
                 self.multiplied |= bits
@@ -271,7 +271,11 @@ def _is_float(var: Any) -> bool:
 
 def _is_vector(var: Any) -> bool:
     """Whether an array has one axis, and others of size 1 at most."""
-    return len(var.aval.shape) > 0 and len(_without_ones(var.aval.shape)) <= 1
+    return len(_shape(var)) > 0 and len(_without_ones(_shape(var))) <= 1
+
+
+def _shape(var: Any) -> Shape:
+    return tuple(var.aval.shape)
 
 
 def _without_ones(shape: Sequence[int]) -> Shape:
