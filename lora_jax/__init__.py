@@ -9,8 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import targets as targets
 from ._core.adapter import Adapter as Adapter
 from ._core.init import init as init
+from ._core.spec import spec as spec
 from ._errors import AdapterError as AdapterError
 from ._errors import CheckpointError as CheckpointError
 from ._errors import LoRAError as LoRAError
@@ -25,6 +27,7 @@ from ._merge.merge import merge_report as merge_report
 from ._merge.unmerge import unmerge as unmerge
 from ._merge.unmerge import unmerge_approximately as unmerge_approximately
 from ._report.explain import explain as explain
+from ._transform.adapt import adapt as adapt
 from ._transform.kernels import kernels as kernels
 from ._transform.lora import lora as lora
 from ._variants import AdaLoRA as AdaLoRA
@@ -70,6 +73,7 @@ __all__ = [
     "UnsupportedError",
     "VeRA",
     "active_tokens",
+    "adapt",
     "adaptive",
     "analysis",
     "checkpoint",
@@ -86,7 +90,9 @@ __all__ = [
     "restore",
     "save",
     "sharding",
+    "spec",
     "starts",
+    "targets",
     "testing",
     "unmerge",
     "unmerge_approximately",

@@ -5,7 +5,8 @@ Every text says what was expected, what was got, where, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 __all__ = [
     "AdapterError",
@@ -16,6 +17,7 @@ __all__ = [
     "TracingError",
     "UnsupportedError",
     "listed",
+    "refuse_keywords",
 ]
 
 
@@ -71,3 +73,14 @@ def listed(lines: Sequence[str], most: int = SHOWN) -> str:
     if len(lines) > most:
         shown.append(f"  … and {len(lines) - most} more")
     return "\n".join(shown)
+
+
+def refuse_keywords(function: str, unexpected: Mapping[str, Any]) -> None:
+    """Raises `TypeError`, as Python does, for keyword arguments that a function does not have; says where they go."""
+    if unexpected:
+        names = ", ".join(map(repr, unexpected))
+        given = ", ".join(f"{name!r}: ..." for name in unexpected)
+        raise TypeError(
+            f"{function}() got unexpected keyword arguments: {names}.\n"
+            f"  Those of the model go into one mapping: {function}(..., kwargs={{{given}}})."
+        )

@@ -24,6 +24,7 @@ ORDER = [
     "_errors",
     "_compat",
     "_core",
+    "targets",
     "_variants",
     "_transform",
     "sharding",
@@ -176,6 +177,8 @@ def test_the_public_names_are_those_of_the_design() -> None:
     functions = {
         "lora",
         "init",
+        "adapt",
+        "spec",
         "kernels",
         "active_tokens",
         "explain",

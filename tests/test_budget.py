@@ -205,7 +205,7 @@ def test_an_argument_that_is_no_array_stays_what_it_is():
         assert (mode, scale) == ("train", 3)
         return linear(params, x)
 
-    assert linear_plan(apply=apply, mode="train", scale=3).lora.inputs == 4 * 2 * 64
+    assert linear_plan(apply=apply, kwargs={"mode": "train", "scale": 3}).lora.inputs == 4 * 2 * 64
 
 
 def test_only_floating_point_parameters_are_fine_tuned():
@@ -292,7 +292,7 @@ def test_a_loss_sees_what_the_model_returns_and_its_arguments():
         seen.append((out.shape, x.shape, mode))
         return jnp.mean(out)
 
-    linear_plan(apply=lambda params, x, mode: x @ params["kernel"], loss=loss, mode="train")
+    linear_plan(apply=lambda params, x, mode: x @ params["kernel"], loss=loss, kwargs={"mode": "train"})
     assert set(seen) == {((16, 32), (16, 64), "train")}
 
 
@@ -350,7 +350,7 @@ def test_what_init_and_lora_refuse_is_refused():
     spec = {"kernel": lj.LoRA(rank=2, alpha=4, axes="io")}
     with pytest.raises(lj.UnsupportedError, match="sin"):
         linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), spec=spec)
-    linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), spec=spec, dense=["kernel"])
+    linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), spec=spec, materialize=["kernel"])
 
 
 # What is printed

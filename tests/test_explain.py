@@ -62,18 +62,18 @@ def explain(**kwargs: Any) -> Any:
 
 
 TABLE = """\
-path                    shape  axes  variant  rank  scale  used                     trainable  of base  operations
-──────────────────────  ─────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
-params/down/kernel      16×8   io    RSLoRA      4      2  factored dot_general ×1         96  15.789%       1,224
-params/embed/embedding  32×8   io    LoRA        2    1.5  factored gather ×1              80  13.158%         252
-params/head/bias        4      -     Full        -      -  whole add ×1                     4   0.658%           0
-params/head/kernel      8×4    -     Full        -      -  whole dot_general ×1            32   5.263%           0
-params/spare/kernel     8×4    io    LoRA        2      2  never used                      24   3.947%           0
-params/up/kernel        8×16   io    LoRA        2      2  factored dot_general ×1         48   7.895%         684
+path                    shape  axes  kind       variant  rank  scale  used                     trainable  of base  operations
+──────────────────────  ─────  ────  ─────────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
+params/down/kernel      16×8   io    mlp        RSLoRA      4      2  factored dot_general ×1         96  15.789%       1,224
+params/embed/embedding  32×8   io    embedding  LoRA        2    1.5  factored gather ×1              80  13.158%         252
+params/head/bias        4      -     bias       Full        -      -  whole add ×1                     4   0.658%           0
+params/head/kernel      8×4    -     head       Full        -      -  whole dot_general ×1            32   5.263%           0
+params/spare/kernel     8×4    io    -          LoRA        2      2  never used                      24   3.947%           0
+params/up/kernel        8×16   io    mlp        LoRA        2      2  factored dot_general ×1         48   7.895%         684
 
 trainable: 284 numbers, 46.711% of the base's 608
 memory:    adapter 1.1 kB, optimiser 2.3 kB (two moments, as Adam keeps)
-forward:   2,160 operations more, 58.06% of the base's 3,720"""
+forward:   2,160 operations more, 58.06% of the base's 3,720"""  # noqa: E501
 
 
 def test_what_a_variant_computes_before_any_use_counts() -> None:
@@ -131,7 +131,7 @@ def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
     assert html.startswith("<table><tr><th>path</th><th>shape</th><th>axes</th>")
     assert html.count("<tr>") == 7
     assert (
-        "<tr><td>params/up/kernel</td><td>8×16</td><td>io</td><td>LoRA</td><td>2</td><td>2</td>"
+        "<tr><td>params/up/kernel</td><td>8×16</td><td>io</td><td>mlp</td><td>LoRA</td><td>2</td><td>2</td>"
         "<td>factored dot_general ×1</td><td>48</td><td>7.895%</td><td>684</td></tr>" in html
     )
     assert html.endswith("<p>forward:   2,160 operations more, 58.06% of the base&#x27;s 3,720</p>")
@@ -167,7 +167,7 @@ def test_a_leaf_that_is_trained_whole_and_never_used_is_an_error_too() -> None:
 
 
 def test_the_arguments_of_the_model_reach_it() -> None:
-    found = explain(strict=True, method="everything")
+    found = explain(strict=True, kwargs={"method": "everything"})
     assert {row.path: row.used for row in found.rows}["params/spare/kernel"] == "factored dot_general ×1"
 
 
@@ -194,7 +194,7 @@ def test_uses_of_several_kinds_are_listed() -> None:
     def apply(params: Any, x: jax.Array) -> Any:
         return x @ params["kernel"], jnp.tanh(params["kernel"]), params["kernel"][jnp.array([1, 2])]
 
-    assert only_row(apply, jnp.ones((5, 8)), dense=["*"]).used == (
+    assert only_row(apply, jnp.ones((5, 8)), materialize=["*"]).used == (
         "factored dot_general ×1, materialized tanh ×1, factored gather ×1"
     )
 
@@ -210,11 +210,11 @@ def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
     )
     with pytest.raises(lj.UnsupportedError, match="passes it to `tanh`"):
         factored(apply, KERNEL, PART, jnp.ones((5, 8)), strict=True)
-    assert only_row(apply, jnp.ones((5, 8)), dense=["kernel"]).used == "materialized tanh ×1"
+    assert only_row(apply, jnp.ones((5, 8)), materialize=["kernel"]).used == "materialized tanh ×1"
 
 
 def test_forming_a_kernel_counts_as_operations() -> None:
-    row = only_row(lambda params, x: x @ jnp.tanh(params["kernel"]), jnp.ones((5, 8)), dense=["kernel"])
+    row = only_row(lambda params, x: x @ jnp.tanh(params["kernel"]), jnp.ones((5, 8)), materialize=["kernel"])
     assert row.operations >= 2 * 8 * 6 * 2 + 8 * 6  # A·B, and the sum with W0
 
 
@@ -230,7 +230,7 @@ def loop(params: Any, x: jax.Array, *, length: int, turns: int = 1) -> jax.Array
 
 @pytest.mark.parametrize(("length", "turns"), [(1, 1), (7, 1), (7, 3)])
 def test_a_loop_multiplies_uses_and_operations(length: int, turns: int) -> None:
-    row = only_row(loop, jnp.ones((5, 8)), length=length, turns=turns)
+    row = only_row(loop, jnp.ones((5, 8)), kwargs={"length": length, "turns": turns})
     assert row.used == f"factored dot_general ×{2 * length * turns}"
     assert row.operations == length * turns * (dense(5, 8, 6, 2) + dense(5, 6, 8, 2))
 
@@ -384,3 +384,110 @@ def test_an_image_that_is_trained_whole_may_meet_an_adapted_convolution() -> Non
     used = {row.path: row.used for row in factored(apply, params, adapter).rows}
     name = "conv_general_dilated ×1"
     assert used == {"kernel": f"factored {name}", "image": f"whole {name}"}
+
+
+# The kind of a leaf, and axes that the model uses otherwise
+
+
+def test_a_row_has_the_kind_that_kernels_finds() -> None:
+    found = lj.kernels(Small().apply, VARIABLES, TOKENS)
+    assert {row.path: row.kind for row in explain().rows} == {path: found[path].kind for path in ADAPTER}
+
+
+TURNED = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.LoRA(rank=2, alpha=4, axes="oi")})
+
+
+def test_axes_that_the_model_uses_otherwise_are_noted_in_the_row() -> None:
+    found = factored(lambda p, x: x @ p["kernel"], KERNEL, TURNED, jnp.ones((5, 8)))
+    assert (found.rows[0].axes, found.rows[0].traced) == ("oi", "io")
+    assert " oi, traced io " in str(found)
+
+
+def test_axes_that_the_model_uses_otherwise_are_an_error_if_strict() -> None:
+    with pytest.raises(lj.AdapterError) as caught:
+        factored(lambda p, x: x @ p["kernel"], KERNEL, TURNED, jnp.ones((5, 8)), strict=True)
+    assert str(caught.value) == (
+        "Expected the roles of the adapter's axes to be those of the traced model; 1 of 1 leaves differ.\n"
+        "  'kernel' has 'oi', the model uses it as 'io'\n"
+        "  Make the adapter with init(..., kernels=lora_jax.kernels(apply, params, *args)), without `axes=`."
+    )
+
+
+def test_layers_that_an_adapter_takes_for_inputs_are_noted() -> None:
+    params = {"w": jnp.ones((3, 4, 4))}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4, axes="iio")})
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["w"])[0]
+
+    assert factored(apply, params, adapter, jnp.ones((2, 4))).rows[0].traced == "bio"
+
+
+def test_a_tied_head_uses_the_table_otherwise_and_is_no_mismatch() -> None:
+    def apply(params: Any, ids: jax.Array) -> jax.Array:
+        return jnp.tanh(params["kernel"][ids]) @ params["kernel"].T
+
+    (row,) = factored(apply, KERNEL, PART, jnp.zeros(3, jnp.int32), strict=True).rows
+    assert (row.axes, row.traced, row.kind) == ("io", "", "embedding")
+
+
+def test_an_axis_of_size_one_is_no_mismatch() -> None:
+    params = {"w": jnp.ones((1, 1, 6))}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1, axes="oio")})
+    (row,) = factored(lambda p, x: jnp.einsum("ti,bio->to", x, p["w"]), params, adapter, jnp.ones((3, 1))).rows
+    assert row.traced == ""
+
+
+def test_equal_leaves_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = {f"layer_{number}": jnp.ones((4, 4)) for number in range(6)} | {"last": jnp.ones((4, 3))}
+    adapter = lj.init(jax.random.key(0), params, {"*": lj.DoRA(rank=2, alpha=4)})
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        for number in range(6):
+            x = jnp.tanh(x @ params[f"layer_{number}"])
+        return x @ params["last"]
+
+    traced, make_jaxpr = [], jax.make_jaxpr
+    monkeypatch.setattr(jax, "make_jaxpr", lambda *args: traced.append(1) or make_jaxpr(*args))
+    rows = factored(apply, params, adapter, jnp.ones((2, 4))).rows
+    assert len(traced) == 1 + 2  # the model, and a leaf of each shape
+    assert len({row.operations for row in rows}) == 2
+
+
+# The model's own arguments
+
+
+@pytest.mark.parametrize("name", ["kernels", "explain", "plan", "adapt"])
+def test_a_keyword_of_the_model_that_is_not_in_kwargs_is_an_error_that_says_so(name: str) -> None:
+    mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    function, args, options = {
+        "kernels": (lj.kernels, (KERNEL,), {}),
+        "explain": (lj.explain, (KERNEL, PART), {}),
+        "plan": (lj.plan, (KERNEL, {"kernel": LORA}, optax.sgd(0.1), mesh), {}),
+        "adapt": (lj.adapt, (KERNEL, {"kernel": LORA}), {"key": jax.random.key(0)}),
+    }[name]
+    with pytest.raises(TypeError) as caught:
+        function(lambda p, x, train, size: x @ p["kernel"], *args, jnp.ones((5, 8)), train=True, size=3, **options)
+    assert str(caught.value) == (
+        f"{name}() got unexpected keyword arguments: 'train', 'size'.\n"
+        f"  Those of the model go into one mapping: {name}(..., kwargs={{'train': ..., 'size': ...}})."
+    )
+
+
+def test_a_model_may_have_arguments_of_any_name() -> None:
+    seen = []
+
+    def apply(variables: Any, x: jax.Array, **given: Any) -> jax.Array:
+        seen.append(given)
+        return x @ variables["kernel"]
+
+    names = ("apply", "params", "adapter", "abstract_params", "spec", "tx", "mesh", "loss", "form", "strict", "key")
+    given = {name: "its own" for name in (*names, "dense", "kwargs", "shardings", "full", "param_dtype")}
+    x, spec, mesh = jnp.ones((5, 8)), {"kernel": LORA}, jax.sharding.Mesh(jax.devices()[:1], ("data",))
+    lj.kernels(apply, KERNEL, x, kwargs=given)
+    lj.explain(apply, KERNEL, PART, x, kwargs=given)
+    lj.adapt(apply, KERNEL, spec, x, key=jax.random.key(0), kwargs=given)
+    count = len(seen)
+    assert seen == [given] * count and count == 3
+    lj.plan(apply, KERNEL, spec, optax.sgd(0.1), mesh, x, kwargs=given, full=False, loss=lambda y, *_, **__: y.sum())
+    assert seen[3:] == [given] * (len(seen) - 3) and len(seen) > 3

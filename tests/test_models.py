@@ -15,6 +15,7 @@ from zoo.hugging_face import MODELS, WORDS, hf, sentences
 from zoo.model import Model
 
 import lora_jax as lj
+import lora_jax._transform.kinds
 
 
 @functools.cache
@@ -68,3 +69,68 @@ def test_what_is_generated_with_an_adapter_is_what_the_merged_model_writes(key: 
     written = jax.jit(lj.lora(generate))(params, adapter, start)
     chex.assert_trees_all_equal(written, jax.jit(dense(generate))(params, adapter, start))
     assert not jnp.array_equal(written, jax.jit(generate)(params, start))
+
+
+KINDS = {
+    "gpt2": {
+        "attention": ["transformer/h/0/attn/c_attn/kernel", "transformer/h/0/attn/c_proj/kernel"],
+        "mlp": ["transformer/h/0/mlp/c_fc/kernel", "transformer/h/0/mlp/c_proj/kernel"],
+        "embedding": ["transformer/wpe/embedding", "transformer/wte/embedding"],
+        "norm": [f"transformer/{at}/{name}" for at in ("h/0/ln_1", "h/0/ln_2", "ln_f") for name in ("bias", "scale")],
+        "bias": [f"transformer/h/0/{at}/bias" for at in ("attn/c_attn", "attn/c_proj", "mlp/c_fc", "mlp/c_proj")],
+    },
+    "vit": {
+        "attention": [
+            f"vit/encoder/layer/0/attention/{at}/kernel"
+            for at in ("attention/key", "attention/query", "attention/value", "output/dense")
+        ],
+        "mlp": ["vit/encoder/layer/0/intermediate/dense/kernel", "vit/encoder/layer/0/output/dense/kernel"],
+        "head": ["classifier/kernel"],
+        "convolution": ["vit/embeddings/patch_embeddings/projection/kernel"],
+        "norm": [
+            f"vit/{norm}/{name}"
+            for norm in ("encoder/layer/0/layernorm_after", "encoder/layer/0/layernorm_before", "layernorm")
+            for name in ("bias", "scale")
+        ],
+        "bias": [
+            "classifier/bias",
+            "vit/embeddings/patch_embeddings/projection/bias",
+            *(
+                f"vit/encoder/layer/0/{at}/bias"
+                for at in (
+                    "attention/attention/key",
+                    "attention/attention/query",
+                    "attention/attention/value",
+                    "attention/output/dense",
+                    "intermediate/dense",
+                    "output/dense",
+                )
+            ),
+        ],
+        None: ["vit/embeddings/cls_token", "vit/embeddings/position_embeddings"],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_kind_of_each_leaf_is_told_without_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in ("ATTENTION_NAMES", "HEAD_NAMES"):
+        monkeypatch.setattr(lora_jax._transform.kinds, names, frozenset())
+    model, _ = make(name)
+    found: dict[str | None, list[str]] = {}
+    for path, kernel in lj.kernels(model.apply, model.params, *model.args).items():
+        found.setdefault(kernel.kind, []).append(path)
+    assert found == KINDS[name]
+
+
+@pytest.mark.parametrize("name", ["llama", "bert", "roberta", "whisper", "clip"])
+def test_attention_is_what_its_names_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = make(name)
+    named = {
+        path
+        for path in lj.kernels(model.apply, model.params, *model.args)
+        if path.endswith("/kernel") and {"attention", "self_attn", "encoder_attn"} & set(path.split("/"))
+    }
+    monkeypatch.setattr(lora_jax._transform.kinds, "ATTENTION_NAMES", frozenset())
+    found = lj.kernels(model.apply, model.params, *model.args)
+    assert {path for path, kernel in found.items() if kernel.kind == "attention"} == named

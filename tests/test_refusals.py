@@ -253,7 +253,7 @@ def test_a_kernel_listed_in_dense_gives_what_the_formed_kernel_gives(name: str) 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_explain_says_where_a_kernel_is_formed(name: str) -> None:
     case, primitive, _ = REFUSALS[name]
-    used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0].used
+    used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"]).rows[0].used
     assert f"materialized {primitive} ×" in used
 
 
@@ -480,13 +480,13 @@ def test_a_listed_kernel_stays_factored_where_it_can() -> None:
 
 def test_explain_lists_every_way_in_which_a_kernel_is_used() -> None:
     case = Case(lambda w, x: (x @ w, w.sum()), (7, 5), [(3, 7)], "io")
-    used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0].used
+    used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"]).rows[0].used
     assert used == "factored dot_general ×1, materialized reduce_sum ×1"
 
 
 def test_a_kernel_formed_in_a_scan_is_counted_for_every_turn() -> None:
     case = REFUSALS["in a scan"].case
-    row = lj.explain(case.apply, case.params, case.adapter, *case.arrays, dense=["w"]).rows[0]
+    row = lj.explain(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"]).rows[0]
     assert row.used == "materialized add ×2"
 
 

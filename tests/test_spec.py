@@ -341,3 +341,61 @@ def test_roles_that_tracing_cannot_tell_are_an_error_that_says_why(name: str) ->
 def test_a_spec_error_is_also_a_built_in_error(kind: type[Exception]) -> None:
     with pytest.raises(kind):
         init({})
+
+
+# A spec made from kernels
+
+
+def stacked(params: Any, x: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
+        y = jnp.einsum("td,dhk->thk", x * p["scale"], p["query"]) + p["bias"]
+        return x + jnp.einsum("thk,hkd->td", jnp.tanh(y), p["out"]), None
+
+    return jax.lax.scan(layer, x, params["layers"])[0] @ params["head"]
+
+
+STACKED = {
+    "layers": {"query": shape(3, 8, 2, 4), "bias": shape(3, 2, 4), "scale": shape(3, 8), "out": shape(3, 2, 4, 8)},
+    "head": shape(8, 5),
+}
+FOUND = lj.kernels(stacked, STACKED, shape(6, 8))
+RULES = {
+    "**/out": lj.DoRA(rank=16, alpha=1, clip_rank=True),
+    lj.targets.all_linear: LORA,
+    lj.targets.norms: lj.Full(),
+    "head": None,
+}
+
+
+def test_a_spec_made_from_kernels_has_exact_paths_and_axes() -> None:
+    made = lj.spec(FOUND, RULES)
+    assert made == {
+        "layers/out": lj.DoRA(rank=8, alpha=1, axes="biio"),
+        "layers/query": lj.LoRA(rank=2, alpha=4, axes="bioo"),
+        "layers/scale": lj.Full(),
+    }
+    assert repr(made) == (
+        "{'layers/out': DoRA(rank=8, alpha=1, axes='biio'), 'layers/query': LoRA(rank=2, alpha=4, axes='bioo'), "
+        "'layers/scale': Full()}"
+    )
+
+
+def test_what_is_printed_of_a_spec_is_the_spec() -> None:
+    made = lj.spec(FOUND, RULES)
+    assert eval(repr(made), vars(lj)) == made
+
+
+def test_a_spec_made_from_kernels_makes_the_adapter_that_its_rules_make() -> None:
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), STACKED)
+    one, other = init(lj.spec(FOUND, RULES), params), init(RULES, params, kernels=FOUND)
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+
+
+def test_axes_of_a_variant_outrank_those_of_kernels_in_a_spec_too() -> None:
+    assert lj.spec(FOUND, {"head": lj.LoRA(rank=2, alpha=4, axes="oi")})["head"].axes == "oi"
+
+
+def test_a_spec_made_from_kernels_raises_what_init_would() -> None:
+    with pytest.raises(lj.SpecError, match=r"^Cannot adapt 'layers/scale' of shape \(3, 8\), by the rule '\*\*/scale'"):
+        lj.spec(FOUND, {"**/scale": LORA})

@@ -32,11 +32,12 @@ def init(
     Args:
       key: PRNG key, typed or raw; consumed. Each path folds its name into it: one more layer changes no other's start.
       params: the parameter tree, or its `ShapeDtypeStruct`s. Not changed.
-      spec: ordered mapping of patterns on `/`-joined paths (`*` one segment, `**` any number, `{a,b}` either, or a
-        compiled regular expression) to a variant, or to None for "leave alone". The first that matches a path decides.
+      spec: ordered mapping to a variant, or to None for "leave alone". Its keys are patterns on `/`-joined paths (`*`
+        one segment, `**` any number, `{a,b}` either, or a compiled regular expression), and targets, such as
+        `targets.all_linear`. The first that matches a path decides.
       kernels: from `kernels(apply, params, *args)`: the roles of the axes; a leaf whose roles the model does not tell
-        is then an error. Without it a matrix is `(in, out)`, and a kernel of more axes needs `axes=` in its variant.
-        `axes=` outranks it.
+        is then an error. Without it a matrix is `(in, out)`, a kernel of more axes needs `axes=` in its variant, and
+        no target can be a key. `axes=` outranks it.
       param_dtype: dtype of all the adapter's arrays, whatever the base's is.
 
     Returns:

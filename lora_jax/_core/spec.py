@@ -12,11 +12,11 @@ import numpy as np
 
 from .._errors import SpecError, listed
 from .base import StoredLeaf
-from .paths import Pattern, matched, pattern_text
+from .targets import Key, key_text, matched_by
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank
 
-Spec = Mapping[Pattern, Variant | None]
+Spec = Mapping[Key, Variant | None]
 
 _VECTORS = {"bias", "scale", "mean", "var"}  # what Flax calls its vectors, which a scan stacks into matrices
 
@@ -25,12 +25,12 @@ class Choice(NamedTuple):
     """What a spec says of one leaf.
 
     Attributes:
-      pattern: the rule that decides.
+      pattern: the key of the rule that decides, a pattern or a target.
       variant: its variant; from `fit`, as it fits the leaf.
       axes: the roles of the leaf's axes; empty where they do not matter, or are not known yet.
     """
 
-    pattern: Pattern
+    pattern: Key
     variant: Variant
     axes: str = ""
 
@@ -53,6 +53,33 @@ class Problem(NamedTuple):
     advice: str = ""
 
 
+def spec(kernels: Mapping[str, Kernel], rules: Spec) -> dict[str, Variant]:
+    """Makes a spec of exact paths, with the roles of axes filled in: to be printed, edited and stored.
+
+    >>> import jax.numpy as jnp, lora_jax as lj
+    >>> params = {"query": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}
+    >>> apply = lambda p, x: jnp.einsum("td,dhk->thk", x, p["query"]) + p["bias"]
+    >>> kernels = lj.kernels(apply, params, jnp.ones((5, 8)))
+    >>> lj.spec(kernels, {"query": lj.LoRA(rank=2, alpha=4), lj.targets.biases: lj.Full()})
+    {'bias': Full(), 'query': LoRA(rank=2, alpha=4, axes='ioo')}
+
+    Args:
+      kernels: from `kernels(apply, params, *args)`.
+      rules: a spec, as `init` takes it.
+
+    Returns:
+      `{path: variant}`, which `init` takes as it takes `rules`, without `kernels=`.
+
+    Raises:
+      SpecError: where `init` would raise it.
+    """
+    leaves = {path: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype) for path, kernel in kernels.items()}
+    return {
+        path: dataclasses.replace(variant, axes=axes) if variant.needs_axes else variant
+        for path, (_, variant, axes) in fit(rules, leaves, kernels).items()
+    }
+
+
 def fit(
     spec: Spec,
     leaves: Mapping[str, Any],
@@ -62,15 +89,15 @@ def fit(
     """Gives each leaf that the spec names its variant, as it fits the leaf, and the roles of its axes.
 
     Args:
-      spec: ordered: pattern to variant, or to None for "leave alone".
+      spec: ordered: pattern or target to variant, or to None for "leave alone".
       leaves: arrays, or their shapes and dtypes, by path.
-      kernels: from `lora_jax.kernels`, for the roles of axes; or None.
+      kernels: from `lora_jax.kernels`, for the roles of axes, and for targets; or None.
       only: the paths that matter; None for all.
 
     Raises:
       SpecError: what `resolve` raises; or one for all the leaves that cannot be adapted as the spec says.
     """
-    chosen = {path: choice for path, choice in resolve(spec, leaves).items() if only is None or path in only}
+    chosen = {path: choice for path, choice in resolve(spec, leaves, kernels).items() if only is None or path in only}
     problems, fitted = [], {}
     for path, choice in chosen.items():
         leaf, variant = leaves[path], choice.variant
@@ -108,30 +135,30 @@ def refuse(problems: Sequence[Problem], total: int) -> None:
     )
 
 
-def resolve(spec: Spec, leaves: Mapping[str, Any]) -> dict[str, Choice]:
-    """Gives each leaf the variant of the first pattern that matches its path; leaves with None or no match get none.
+def resolve(spec: Spec, leaves: Mapping[str, Any], kernels: Mapping[str, Kernel] | None = None) -> dict[str, Choice]:
+    """Gives each leaf the variant of the first key that matches it; leaves with None or no match get none.
 
     Args:
-      spec: ordered: pattern to variant, or to None for "leave alone".
+      spec: ordered: pattern or target to variant, or to None for "leave alone".
       leaves: arrays, or their shapes and dtypes, by path.
+      kernels: from `lora_jax.kernels`, for targets; or None.
 
     Raises:
       SpecError: if a rule matches nothing, if earlier rules decide all that it matches, or if nothing is adapted.
     """
     if not isinstance(spec, Mapping):
         raise SpecError(f"Expected a spec, a mapping such as {{'**/kernel': LoRA(rank=8, alpha=16)}}; got {spec!r}.")
-    decided: dict[str, Pattern] = {}
+    decided: dict[str, Key] = {}
     for pattern, variant in spec.items():
         _check_rule(pattern, variant)
-        advice = "`lora_jax.kernels(apply, params, *args)` lists all, with their use."
-        found = matched(pattern, leaves, "every rule to match a leaf", advice=advice)
+        found = matched_by(pattern, leaves, kernels)
         fresh = [path for path in found if path not in decided]
         if not fresh:
-            first = dict.fromkeys(pattern_text(decided[path]) for path in found)
+            first = dict.fromkeys(key_text(decided[path]) for path in found)
             raise SpecError(
-                f"Expected every rule to decide something; {pattern_text(pattern)!r} can never act: earlier rules "
+                f"Expected every rule to decide something; {key_text(pattern)} can never act: earlier rules "
                 f"decide all {len(found)} leaves that it matches.\n"
-                f"  The earlier rules: {', '.join(map(repr, first))}.\n"
+                f"  The earlier rules: {', '.join(first)}.\n"
                 "  The first match counts: put the narrower rule first, or delete this one."
             )
         decided |= dict.fromkeys(fresh, pattern)
@@ -142,11 +169,10 @@ def resolve(spec: Spec, leaves: Mapping[str, Any]) -> dict[str, Choice]:
     return adapted
 
 
-def _check_rule(pattern: Pattern, variant: Any) -> None:
+def _check_rule(pattern: Key, variant: Any) -> None:
     if variant is not None and not isinstance(variant, Variant):
         raise SpecError(
-            f"Expected a variant such as LoRA(rank=8, alpha=16), or None, for {pattern_text(pattern)!r}; "
-            f"got {variant!r}."
+            f"Expected a variant such as LoRA(rank=8, alpha=16), or None, for {key_text(pattern)}; got {variant!r}."
         )
 
 
@@ -209,7 +235,7 @@ def _axes_for(path: str, leaf: Any, choice: Choice, kernels: Mapping[str, Kernel
 def _leaf(problem: Problem) -> str:
     shape = getattr(problem.leaf, "shape", None)
     of_shape = "" if shape is None else f" of shape {tuple(shape)}"
-    return f"{problem.path!r}{of_shape}, by the rule {pattern_text(problem.choice.pattern)!r}"
+    return f"{problem.path!r}{of_shape}, by the rule {key_text(problem.choice.pattern)}"
 
 
 def _ranks_to_write(problems: Sequence[Problem]) -> str | None:
@@ -219,16 +245,11 @@ def _ranks_to_write(problems: Sequence[Problem]) -> str | None:
         if not isinstance(variant, LowRank) or not {"i", "o"} <= set(axes):
             continue
         if 0 < (most := largest_rank(leaf.shape, axes)) < variant.rank:
-            clipped[pattern_text(pattern)] = _written(dataclasses.replace(variant, clip_rank=True))
-            each[path] = _written(dataclasses.replace(variant, rank=most))
+            clipped[key_text(pattern)] = dataclasses.replace(variant, clip_rank=True)
+            each[repr(path)] = dataclasses.replace(variant, rank=most)
     if not each:
         return None
-    always, narrower = (", ".join(f"{at!r}: {rule}" for at, rule in rules.items()) for rules in (clipped, each))
+    always, narrower = (", ".join(f"{at}: {rule}" for at, rule in rules.items()) for rules in (clipped, each))
     return (
         f"Let the rank be at most what a kernel allows: {{{always}}},\n  or put narrower rules first: {{{narrower}}}."
     )
-
-
-def _written(variant: Variant) -> str:
-    """A variant as it stands in a spec."""
-    return repr(variant) if variant.axes is None else f"{repr(variant)[:-1]}, axes={variant.axes!r})"

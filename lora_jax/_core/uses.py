@@ -62,6 +62,8 @@ class Kernel:
       axes: the role of each axis (`b` batch, `i` input, `o` output); None if the uses do not tell.
       uses: every use, in the order of the program.
       unknown: why there are no axes.
+      kind: `"attention"`, `"mlp"`, `"head"`, `"embedding"`, `"convolution"`, `"bias"` or `"norm"`, as
+        `lora_jax.targets` describes them; None for none of these.
     """
 
     shape: tuple[int, ...]
@@ -69,3 +71,4 @@ class Kernel:
     axes: str | None
     uses: tuple[Use, ...]
     unknown: str = ""
+    kind: str | None = None

@@ -23,7 +23,7 @@ from .numbers import flag, integer, number, share
 class Variant(abc.ABC):
     """A way to adapt one kernel: a frozen value that says everything about it and holds no array."""
 
-    axes: str | None = dataclasses.field(default=None, repr=False)
+    axes: str | None = None
     needs_axes: ClassVar[bool]  # whether the roles of the kernel's axes matter to it
     adds: ClassVar[bool]  # whether it adds to the kernel what does not depend on it, and can be taken out again
     some_tokens: ClassVar[bool] = False  # whether it acts on some tokens alone, and so is no kernel for all of them
@@ -39,10 +39,9 @@ class Variant(abc.ABC):
             object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
-        """What was chosen; what was left as it is by default is not shown."""
-        chosen = [
-            field for field in dataclasses.fields(self) if field.repr and getattr(self, field.name) != field.default
-        ]
+        """What was chosen, the axes last; what was left as it is by default is not shown."""
+        fields = sorted(dataclasses.fields(self), key=lambda field: field.name == "axes")
+        chosen = [field for field in fields if field.repr and getattr(self, field.name) != field.default]
         return f"{type(self).__name__}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in chosen)})"
 
     @abc.abstractmethod

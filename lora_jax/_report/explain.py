@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -14,143 +14,34 @@ from .._core.attach import attach, check
 from .._core.base import base_of
 from .._core.kernel import PlainKernel
 from .._core.paths import Pattern, flatten
-from .._core.sizes import count_text, is_known
 from .._core.uses import Use
 from .._core.variant import LowRank
-from .._errors import AdapterError, listed
+from .._errors import AdapterError, listed, refuse_keywords
 from .._transform.contraction.costs import FormName
+from .._transform.kernels import agree, by_path, found_in
+from .._transform.kinds import kinds
 from .._transform.program import Program, trace, watch
 from .._transform.refusal import Refusal, error, to_list
-from .._transform.settings import settings_of
+from .._transform.settings import CustomDerivatives, settings_of
 from ..sharding import placements
+from .explanation import Explanation, Row
 from .flops import operations
-from .table import as_html, as_text, size
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One adapted leaf.
-
-    Attributes:
-      path: of the leaf.
-      shape: of the leaf.
-      axes: the role of each of its axes; empty where they play no part.
-      variant: such as `LoRA`.
-      rank: None where there is none.
-      scale: what `A·B` is multiplied with; None where there is none.
-      used: how the model consumes it, such as `"factored dot_general ×2"`, or `"never used"`.
-      parameters: how many numbers are trained for it.
-      operations: floating-point operations that it adds to one forward call.
-      placed: how its arrays are cut, such as `"a 64@fsdp×8, b 8×32@model"`; empty without shardings.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    axes: str
-    variant: str
-    rank: int | None
-    scale: float | None
-    used: str
-    parameters: int
-    operations: int
-    placed: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What `explain` found; prints as a table, and shows as one in a notebook.
-
-    Attributes:
-      rows: one for each adapted leaf.
-      base_parameters: how many numbers `params` holds.
-      base_operations: floating-point operations of one forward call without the adapter; None if the model has some
-        that shapes do not tell, such as a Fourier transform.
-      adapter_bytes: of all the adapter's arrays.
-      optimiser_bytes: of the optimiser's state for them.
-      optimiser: whose state that is.
-      undivided: what is on every device although its base is cut there, in words.
-      refused: which kernels `lora` would refuse, and what would allow them, in words.
-    """
-
-    rows: tuple[Row, ...]
-    base_parameters: int
-    base_operations: int | None
-    adapter_bytes: int
-    optimiser_bytes: int
-    optimiser: str
-    undivided: tuple[str, ...] = ()
-    refused: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> int:
-        """How many numbers are trained."""
-        return sum(row.parameters for row in self.rows)
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations that the adapter adds to one forward call."""
-        return sum(row.operations for row in self.rows)
-
-    def __str__(self) -> str:
-        head, *rows = self._table()
-        return "\n".join([as_text(head, rows, numbers=_NUMBERS), "", *self._totals()])
-
-    def _repr_html_(self) -> str:
-        head, *rows = self._table()
-        return as_html(head, rows, self._totals())
-
-    def _table(self) -> list[list[str]]:
-        """The cells by row, the header first; without shardings there is no last column."""
-        cells = [_HEADER, *map(self._cells, self.rows)]
-        return cells if any(row.placed for row in self.rows) else [row[:-1] for row in cells]
-
-    def _cells(self, row: Row) -> list[str]:
-        return [
-            row.path,
-            "×".join(map(str, row.shape)),
-            row.axes or "-",
-            row.variant,
-            "-" if row.rank is None else str(row.rank),
-            "-" if row.scale is None else f"{row.scale:g}",
-            row.used,
-            f"{row.parameters:,}",
-            f"{row.parameters / self.base_parameters:.3%}",
-            count_text(row.operations),
-            row.placed,
-        ]
-
-    def _totals(self) -> list[str]:
-        if self.base_operations is None:
-            share = "the base's cannot be told from shapes"
-        elif not is_known(self.base_operations) or not is_known(self.operations):
-            share = f"the base's are {count_text(self.base_operations)}"
-        else:
-            share = f"{self.operations / max(self.base_operations, 1):.2%} of the base's {self.base_operations:,}"
-        return [
-            f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
-            f"{self.base_parameters:,}",
-            f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
-            f"forward:   {count_text(self.operations)} operations more, {share}",
-            *(f"placed:    {line}" for line in self.undivided),
-            *(f"refused:   {line}" for line in self.refused),
-        ]
-
-
-_HEADER = ["path", "shape", "axes", "variant", "rank", "scale", "used", "trainable", "of base", "operations", "placed"]
-_NUMBERS = {"rank", "scale", "trainable", "of base", "operations"}
 
 
 def explain(
     apply: Callable[..., Any],
     params: Any,
     adapter: Adapters,
+    /,
     *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     strict: bool = False,
-    dense: Sequence[Pattern] = (),
+    materialize: Sequence[Pattern] = (),
+    custom_derivatives: CustomDerivatives = "refuse",
     form: FormName | None = None,
     tx: Any = None,
     shardings: Any = None,
-    **kwargs: Any,
+    **unexpected: Any,
 ) -> Explanation:
     """Says for each adapted leaf how the model consumes it, and what it costs; nothing is evaluated.
 
@@ -159,9 +50,9 @@ def explain(
     >>> apply = lambda params, x: x @ params["kernel"]
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
     >>> print(lj.explain(apply, params, adapter, jnp.ones((8, 64))))
-    path    shape  axes  variant  rank  scale  used                     trainable  of base  operations
-    ──────  ─────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
-    kernel  64×32  io    LoRA        2      2  factored dot_general ×1        192   9.375%       3,344
+    path    shape  axes  kind  variant  rank  scale  used                     trainable  of base  operations
+    ──────  ─────  ────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
+    kernel  64×32  io    head  LoRA        2      2  factored dot_general ×1        192   9.375%       3,344
     <BLANKLINE>
     trainable: 192 numbers, 9.375% of the base's 2,048
     memory:    adapter 768 B, optimiser 1.5 kB (two moments, as Adam keeps)
@@ -171,42 +62,59 @@ def explain(
       apply: the model, `apply(params, *args, **kwargs)`.
       params: the parameter tree, or its shapes and dtypes.
       adapter: from `init`.
-      *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
-      strict: raise if a leaf of the adapter is never used, or if `lora` would refuse one.
-      dense: as given to `lora`.
+      *args: the model's positional arguments; arrays may be `ShapeDtypeStruct`s.
+      kwargs: the model's keyword arguments, likewise.
+      strict: raise if a leaf of the adapter is never used, if its axes are not those of the traced model, or if `lora`
+        would refuse it.
+      materialize: as given to `lora`.
+      custom_derivatives: as given to `lora`.
       form: as given to `lora`.
       tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
       shardings: of `params`, as `sharding.like_base` takes them: then it also says where each array goes.
-      **kwargs: as the model takes them.
+      **unexpected: none; the model's keyword arguments are in `kwargs`.
 
     Returns:
       An `Explanation`, to print.
 
     Raises:
+      TypeError: for a keyword argument that is not in `kwargs`.
       AdapterError: if the adapter does not fit, or the shardings; with `strict`, if the function never uses some of
-        its leaves.
+        its leaves, or gives their axes other roles.
       UnsupportedError: with `strict`, where `lora` would raise it. Otherwise what it would refuse is in the table, as
-        `refused`, and below it the list for `dense`.
+        `refused`, and below it the list for `materialize`.
     """
+    refuse_keywords("explain", unexpected)
     check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
-    program = trace(apply, params, args, kwargs)
+    program = trace(apply, params, args, kwargs or {})
     leaves = program.arrays_of_params
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # A leaf that is trained as a whole has no factors; what stands for it tells whether and where it is used.
     whole = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
-    settings = settings_of(materialize=dense, custom_derivatives="refuse", form=form, refusals=refusals)
-    uses = watch(program, kernels | whole, settings)
+    settings = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals)
+    uses = by_path(watch(program, kernels | whole, settings))
     if strict and refusals:
         raise error(refusals)
     given = flatten(shardings)[0]
     places = {} if shardings is None else {path: placements(path, part, given) for path, part in adapter.items()}
-    rows = tuple(_row(path, part, leaves[path], uses, places.get(path)) for path, part in adapter.items())
+    facts = _Facts(
+        uses, _prepared(adapter, leaves), kinds(program.jaxpr, list(leaves)), _traced(program, adapter, uses)
+    )
+    rows = tuple(_row(path, part, leaves[path], facts, places.get(path)) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:
         raise AdapterError(
             f"Expected the function to use every leaf of the adapter; it never uses {len(unused)} of {len(rows)}.\n"
             f"{listed(unused)}\n  Take them out of the spec, or check that this is the function that is trained."
+        )
+    if strict and facts.traced:
+        differ = [
+            f"{path!r} has {adapter[path].axes!r}, the model uses it as {its!r}" for path, its in facts.traced.items()
+        ]
+        raise AdapterError(
+            f"Expected the roles of the adapter's axes to be those of the traced model; {len(differ)} of {len(rows)} "
+            f"leaves differ.\n{listed(differ)}\n"
+            "  Make the adapter with init(..., kernels=lora_jax.kernels(apply, params, *args)), without `axes=`."
         )
     adapter_bytes = _bytes(adapter)
     return Explanation(
@@ -224,9 +132,17 @@ def explain(
 _NEVER = "never used"
 
 
-def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use], places: Adapter | None) -> Row:
-    variant = part.variant
-    its = [use for use in uses if use.path == path]
+class _Facts(NamedTuple):
+    """What is known of the leaves, by path: see `Row`."""
+
+    uses: Mapping[str, Sequence[Use]]
+    prepared: Mapping[str, int]
+    kinds: Mapping[str, str | None]
+    traced: Mapping[str, str]
+
+
+def _row(path: str, part: Adapter, leaf: Any, facts: _Facts, places: Adapter | None) -> Row:
+    variant, uses = part.variant, facts.uses.get(path, ())
     return Row(
         path,
         tuple(leaf.shape),
@@ -234,17 +150,47 @@ def _row(path: str, part: Adapter, leaf: Any, uses: Sequence[Use], places: Adapt
         type(variant).__name__,
         rank=getattr(variant, "rank", None),
         scale=variant.scale if isinstance(variant, LowRank) else None,
-        used=_used(its, whole=not variant.needs_axes),
+        used=_used(uses, whole=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
-        operations=_prepared(path, part, leaf) + sum(use.operations for use in its),
+        operations=facts.prepared[path] + sum(use.operations for use in uses),
         placed="" if places is None else _placed(part, places),
+        kind=facts.kinds[path],
+        traced=facts.traced.get(path, ""),
     )
 
 
-def _prepared(path: str, part: Adapter, leaf: Any) -> int:
-    """The operations before any use: the norms of DoRA, the random numbers of VeRA."""
-    shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (leaf, part.arrays))
-    return operations(jax.make_jaxpr(lambda leaf, arrays: part.variant.apply(leaf, arrays, part.axes, path))(*shapes))
+def _prepared(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, int]:
+    """The operations before any use: the norms of DoRA, the random numbers of VeRA; traced once for equal leaves."""
+    counts: dict[Any, int] = {}
+    prepared = {}
+    for path, part in adapter.items():
+        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (leaves[path], part.arrays))
+        alike = part.variant, part.axes, *jax.tree.leaves(shapes)
+        if alike not in counts:
+            apply = functools.partial(part.variant.apply, axes=part.axes, path=path)
+            counts[alike] = operations(jax.make_jaxpr(apply)(*shapes))
+        prepared[path] = counts[alike]
+    return prepared
+
+
+def _traced(program: Program, adapter: Adapters, uses: Mapping[str, Sequence[Use]]) -> dict[str, str]:
+    """The roles that the model gives the axes of leaves, where they are others; looked at where a use is otherwise."""
+    doubtful = [path for path, part in adapter.items() if any(_is_otherwise(use, part) for use in uses.get(path, ()))]
+    found = found_in(program, doubtful) if doubtful else {}
+    return {
+        path: kernel.axes
+        for path, kernel in found.items()
+        if kernel.axes is not None and not agree(adapter[path].axes, kernel.axes, kernel.shape)
+    }
+
+
+def _is_otherwise(use: Use, part: Adapter) -> bool:
+    """Whether a use gives an axis another role than the adapter, or does not say, or has lost an axis to a loop."""
+    if not part.variant.needs_axes:
+        return False
+    axes = use.axes or ()
+    left = [label for label, _ in axes if label != "b"]
+    return any(label != role for label, role in axes) or sorted(left) != sorted(part.axes.replace("b", ""))
 
 
 def _placed(part: Adapter, places: Adapter) -> str:
@@ -270,7 +216,7 @@ def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
 
 
 def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
-    """Such as `lora` raises for 2 kernels; to have them formed: dense=['a', 'b']."""
+    """Such as `lora` raises for 2 kernels; to materialize them: materialize=['a', 'b']."""
     listed = to_list(refusals)
     strict = [path for refusal in refusals if not refusal.allowable for path in refusal.paths]
     if listed:
@@ -280,7 +226,7 @@ def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
 
 
 def _used(uses: Sequence[Use], *, whole: bool) -> str:
-    """Such as `factored dot_general ×24, dense mul ×1`."""
+    """Such as `factored dot_general ×24, materialized mul ×1`."""
     times: dict[str, int] = {}
     for use in uses:
         name = f"{'whole' if whole else use.kind} {use.primitive}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,11 +19,12 @@ from .._core.init import init
 from .._core.paths import Pattern
 from .._core.sizes import is_known
 from .._core.spec import Spec
-from .._errors import SpecError
+from .._errors import SpecError, refuse_keywords
 from .._transform.contraction.costs import FormName
 from .._transform.kernels import kernels
 from .._transform.lora import lora
 from .._transform.program import is_array
+from .._transform.settings import CustomDerivatives
 from ..sharding import like_base as shardings_of
 from .collectives import collectives
 from .flops import operations
@@ -36,13 +37,16 @@ def plan(
     spec: Spec,
     tx: optax.GradientTransformation,
     mesh: Mesh,
+    /,
     *abstract_args: Any,
+    kwargs: Mapping[str, Any] | None = None,
     loss: Callable[..., Any] | None = None,
     full: bool = True,
-    dense: Sequence[Pattern] = (),
+    materialize: Sequence[Pattern] = (),
+    custom_derivatives: CustomDerivatives = "refuse",
     form: FormName | None = None,
     param_dtype: Any = jnp.float32,
-    **kwargs: Any,
+    **unexpected: Any,
 ) -> Plan:
     """Compiles the step that trains an adapter on a mesh, and says what it takes of each device; nothing is allocated.
 
@@ -74,23 +78,27 @@ def plan(
       spec: as given to `init`. The roles of axes are traced from `apply`.
       tx: the optax optimiser.
       mesh: of devices of any kind, those of `jax.experimental.topologies` too, which need not be there.
-      *abstract_args: as the model takes them, arrays as shapes, dtypes and shardings.
+      *abstract_args: the model's positional arguments, arrays as shapes, dtypes and shardings.
+      kwargs: the model's keyword arguments, likewise.
       loss: `loss(outputs, *args, **kwargs)`, a scalar, of what `apply` returns. Otherwise the result itself if it is a
         scalar, else the mean of all the floating-point numbers in it, in float32.
       full: whether to compile full fine-tuning too.
-      dense: as given to `lora`.
+      materialize: as given to `lora`.
+      custom_derivatives: as given to `lora`.
       form: as given to `lora`.
       param_dtype: of the adapter, as given to `init`.
-      **kwargs: as the model takes them.
+      **unexpected: none; the model's keyword arguments are in `kwargs`.
 
     Returns:
       A `Plan`, to print.
 
     Raises:
+      TypeError: for a keyword argument that is not in `kwargs`.
       SpecError: for a mesh without devices, a sharding on another mesh or that does not divide, a loss that is no
         scalar; where `init` would raise it.
       UnsupportedError: where `lora` would raise it.
     """
+    refuse_keywords("plan", unexpected)
     if not isinstance(mesh, Mesh):
         raise SpecError(
             f"Expected a `jax.sharding.Mesh` of devices to compile for; got {type(mesh).__name__}.\n"
@@ -100,11 +108,11 @@ def plan(
     given = (
         _placed("abstract_params", abstract_params, mesh),
         _placed("abstract_args", abstract_args, mesh),
-        _placed("kwargs", kwargs, mesh),
+        _placed("kwargs", dict(kwargs or {}), mesh),
     )
     arrays, statics = _parted(given, is_array)
     scalar = functools.partial(_scalar, loss or _mean)
-    adapted = lora(apply, materialize=dense, form=form)
+    adapted = lora(apply, materialize=materialize, custom_derivatives=custom_derivatives, form=form)
 
     def of_adapter(adapter: Any, arrays: Any) -> Array:
         params, args, kwargs = _joined(arrays, statics)
@@ -171,7 +179,7 @@ def _adapter(apply: Callable[..., Any], given: Any, spec: Spec, param_dtype: Any
     params, args, kwargs = given
     arrays, statics = _parted(params, is_array)
     with jax.set_mesh(mesh):
-        start = functools.partial(init, spec=spec, kernels=kernels(apply, params, *args, **kwargs))
+        start = functools.partial(init, spec=spec, kernels=kernels(apply, params, *args, kwargs=kwargs))
         shapes = jax.eval_shape(
             lambda arrays: start(jax.random.key(0), _joined(arrays, statics), param_dtype=param_dtype), arrays
         )

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import collections
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from .._core.base import base_of
 from .._core.kernel import Label, PlainKernel
 from .._core.uses import Evidence, Kernel, Use
+from .._errors import refuse_keywords
+from .kinds import kinds
 from .origins import origins
-from .program import trace, watch
+from .program import Program, trace, watch
 from .settings import Settings
 
 
-def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -> dict[str, Kernel]:
+def kernels(
+    apply: Callable[..., Any],
+    params: Any,
+    /,
+    *args: Any,
+    kwargs: Mapping[str, Any] | None = None,
+    **unexpected: Any,
+) -> dict[str, Kernel]:
     """Finds by tracing how `apply` uses each leaf of `params`; nothing is evaluated.
 
     An axis that is summed with the activation, or from which rows are looked up, is an input (`i`); one that both share
@@ -35,20 +45,41 @@ def kernels(apply: Callable[..., Any], params: Any, *args: Any, **kwargs: Any) -
     Args:
       apply: the model, `apply(params, *args, **kwargs)`.
       params: the parameter tree, or its shapes and dtypes.
-      *args: as the model takes them; arrays may be `ShapeDtypeStruct`s.
-      **kwargs: likewise.
+      *args: the model's positional arguments; arrays may be `ShapeDtypeStruct`s.
+      kwargs: the model's keyword arguments, likewise.
+      **unexpected: none; the model's keyword arguments are in `kwargs`.
 
     Returns:
       A `Kernel` for every leaf that is an array, by path; leaves that the call does not use have no uses.
+
+    Raises:
+      TypeError: for a keyword argument that is not in `kwargs`.
+      TracingError: if Python code of the model needs the value of an array.
     """
-    program = trace(apply, params, args, kwargs)
-    leaves = program.arrays_of_params
+    refuse_keywords("kernels", unexpected)
+    program = trace(apply, params, args, kwargs or {})
+    return found_in(program, list(program.arrays_of_params))
+
+
+def found_in(program: Program, paths: Collection[str]) -> dict[str, Kernel]:
+    """What `kernels` finds of some leaves."""
+    every = program.arrays_of_params
+    leaves = {path: leaf for path, leaf in every.items() if path in paths}
     watched = {path: PlainKernel.of(path, base_of(leaf)) for path, leaf in leaves.items()}
-    uses = watch(program, watched, Settings(origins=origins(program.jaxpr, list(leaves))))
-    return {path: _kernel(path, leaf, [use for use in uses if use.path == path]) for path, leaf in leaves.items()}
+    uses = by_path(watch(program, watched, Settings(origins=origins(program.jaxpr, list(every)))))
+    kind = kinds(program.jaxpr, list(every))
+    return {path: _kernel(path, leaf, uses.get(path, []), kind[path]) for path, leaf in leaves.items()}
 
 
-def _kernel(path: str, leaf: Any, uses: Sequence[Use]) -> Kernel:
+def by_path(uses: Sequence[Use]) -> dict[str, list[Use]]:
+    """The uses of each leaf."""
+    of_each: dict[str, list[Use]] = collections.defaultdict(list)
+    for use in uses:
+        of_each[use.path].append(use)
+    return of_each
+
+
+def _kernel(path: str, leaf: Any, uses: Sequence[Use], kind: str | None) -> Kernel:
     """A leaf with the roles in which the uses that say most agree, or the reason why there are none."""
     live = tuple(use for use in uses if use.live)
     labels = [(path, axis) for axis in range(leaf.ndim)]
@@ -56,17 +87,17 @@ def _kernel(path: str, leaf: Any, uses: Sequence[Use]) -> Kernel:
     most = max((use.evidence for use, _ in said), default=_NONE)
     deciding = [(use, roles) for use, roles in said if use.evidence == most]
     axes, unknown = None, ""
-    if most > _NONE and all(_agree(roles, deciding[0][1], leaf.shape) for _, roles in deciding):
+    if most > _NONE and all(agree(roles, deciding[0][1], leaf.shape) for _, roles in deciding):
         axes = _completed(deciding[0][1], leaf.shape)
     else:
         unknown = _why_unknown(live, deciding)
-    return Kernel(tuple(leaf.shape), leaf.dtype, axes, live, unknown)
+    return Kernel(tuple(leaf.shape), leaf.dtype, axes, live, unknown, kind)
 
 
 _NONE = Evidence(0, forward=False)  # a derivative for a constant, which may be that of any use
 
 
-def _agree(one: str, other: str, shape: Sequence[int]) -> bool:
+def agree(one: str, other: str, shape: Sequence[int]) -> bool:
     """Whether two uses give the same roles to all axes but those of size 1, which hold nothing."""
     return all(a == b or size == 1 for a, b, size in zip(one, other, shape, strict=True))
 
