@@ -79,7 +79,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder as of GPT-2: its layers written out one by one, or one layer scanned and rematerialised.
+    """A decoder as of GPT-2: its layers written out one by one, or one layer scanned and rematerialized.
 
     Attributes:
       size: its sizes.
@@ -158,7 +158,7 @@ class Method(NamedTuple):
 
 
 def optimizer() -> optax.GradientTransformation:
-    """The optimiser of all the methods."""
+    """The optimizer of all the methods."""
     return optax.adamw(1e-3)
 
 

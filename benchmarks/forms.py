@@ -82,12 +82,12 @@ def measure(case: Any, module: Any, *, steps: int) -> dict[str, dict[str, float]
     programs: dict[str, Any] = {}
     for name, method in made.items():
         args = (*start_of(method), case.tokens)
-        figures[name] = {"operations": testing.operations(method.step, *args)}
+        figures[name] = {"operations": testing.flops(method.step, *args)}
         programs[name] = jitted(method).lower(*args).compile()
         figures[name]["temporary"] = programs[name].memory_analysis().temp_size_in_bytes
     with exhaustive():
         method = module.through_lora(case)
-        figures["fewest operations"] = {"operations": testing.operations(method.step, *method.start(), case.tokens)}
+        figures["fewest operations"] = {"operations": testing.flops(method.step, *method.start(), case.tokens)}
     args_of = {name: start_of(method) for name, method in made.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(steps + 1 if steps else 0):

@@ -1,4 +1,4 @@
-"""A decoder as Llama 3's, a plain function of a tree of shapes: scanned, rematerialised, sharded; nothing has values.
+"""A decoder as Llama 3's, a plain function of a tree of shapes: scanned, rematerialized, sharded; nothing has values.
 
 Grouped-query attention with rotary positions, SwiGLU, RMSNorm; a loss in pieces, as the logits of a long vocabulary are
 larger than all else. Written as one would write it without knowing of LoRA.
@@ -78,7 +78,7 @@ def loss(params: Any, tokens: Array) -> Array:
     def piece(_: None, its: tuple[Array, Array]) -> tuple[None, Array]:
         x, targets = its
         logits = _at((x @ head).astype(jnp.float32), "data", None, "model")
-        # A sum over the vocabulary stays on the devices that have its parts; a look-up would gather the logits.
+        # A sum over the vocabulary stays on the devices that have its parts; a lookup would gather the logits.
         picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
         return None, jax.nn.logsumexp(logits, axis=-1) - picked
 

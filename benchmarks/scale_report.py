@@ -35,7 +35,7 @@ def place(row: Row) -> list[str]:
 
 def memory(rows: list[Row]) -> list[list[str]]:
     """What one device holds, in gigabytes."""
-    lines = [["model", "devices", "compiler", "parameters", "adapter", "optimiser", "temporary", "peak", "ratio"]]
+    lines = [["model", "devices", "compiler", "parameters", "adapter", "optimizer", "temporary", "peak", "ratio"]]
     for row in rows:
         lines.append(
             [
@@ -44,7 +44,7 @@ def memory(rows: list[Row]) -> list[list[str]]:
                 gigabytes(row["lora"]["adapter"]),
                 *(
                     pair(row, lambda step, name=name: step[name], gigabytes)
-                    for name in ("optimiser", "temporary", "peak")
+                    for name in ("optimizer", "temporary", "peak")
                 ),
                 f"{row['lora']['peak'] / row['full']['peak']:.2f}",
             ]

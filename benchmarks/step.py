@@ -51,13 +51,13 @@ class Figures:
       operations: on the jaxpr, the bodies of loops times their length.
       compiled: the compiler's count, which takes the body of a loop once.
       temporary: bytes beside arguments and results, by the compiler's account; the trained arrays and the state of the
-        optimiser are donated, as in training.
+        optimizer are donated, as in training.
       lower: seconds to trace and lower, all caches cleared; the median.
       compile: seconds, once.
       step: seconds; the median.
     """
 
-    operations: int
+    flops: int
     compiled: int
     temporary: int
     lower: float
@@ -86,12 +86,12 @@ def measure(case: Case, *, rounds: int, steps: int) -> dict[str, Figures]:
             jax.clear_caches()
             took, lowered[name] = timed(lambda m=method, a=args[name]: jitted(m).lower(*a, case.tokens))
             lower[name].append(took)
-    operations = {name: testing.operations(m.step, *args[name], case.tokens) for name, m in methods.items()}
+    flops = {name: testing.flops(m.step, *args[name], case.tokens) for name, m in methods.items()}
     compiled = {name: timed(program.compile) for name, program in lowered.items()}
     seconds = run({name: program for name, (_, program) in compiled.items()}, args, case, steps=steps)
     return {
         name: Figures(
-            operations=operations[name],
+            flops=flops[name],
             compiled=int(program.cost_analysis()["flops"]),
             temporary=int(program.memory_analysis().temp_size_in_bytes),
             lower=statistics.median(lower[name]),

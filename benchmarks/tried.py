@@ -94,7 +94,7 @@ def measure(trial: Trial, *, steps: int, gradient: bool) -> dict[str, tuple[int,
             seconds[name].append(timed(lambda p=program: p(*trial.args))[0])
     return {
         name: (
-            testing.operations(functions[name], *trial.args),
+            testing.flops(functions[name], *trial.args),
             int(program.memory_analysis().temp_size_in_bytes),
             statistics.median(seconds[name][1:]),
         )

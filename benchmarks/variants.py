@@ -63,7 +63,7 @@ def figures(its: Method, tokens: Any, sharding: Any) -> tuple[float, float]:
     args = (*jax.eval_shape(its.start), tokens)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     program = jitted(its).lower(*args).compile()
-    return testing.operations(its.step, *args), program.memory_analysis().temp_size_in_bytes
+    return testing.flops(its.step, *args), program.memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:

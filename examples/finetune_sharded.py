@@ -152,10 +152,10 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
         done = manager.latest_step() or 0
         if done:
             its = ocp.args.Composite(
-                adapter=AdapterRestore(base=params, shardings=where[0]), state=StateRestore({"optimiser": opt_state})
+                adapter=AdapterRestore(base=params, shardings=where[0]), state=StateRestore({"optimizer": opt_state})
             )
             restored = manager.restore(done, args=its)
-            adapter, opt_state = restored["adapter"], restored["state"]["optimiser"]
+            adapter, opt_state = restored["adapter"], restored["state"]["optimizer"]
             console.print(f"Goes on after step {done} of {steps}.")
         step, onto = make_step(tx), NamedSharding(mesh, P(None, "data"))
         batches = itertools.islice(batches_from(tokens, size, done), steps - done)
@@ -168,7 +168,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
             if number % given.save_every == 0 or number == steps:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 its = ocp.args.Composite(
-                    adapter=AdapterSave(adapter, base=params), state=StateSave({"optimiser": opt_state})
+                    adapter=AdapterSave(adapter, base=params), state=StateSave({"optimizer": opt_state})
                 )
                 manager.save(number, args=its)  # in the background
     return params, adapter

@@ -142,5 +142,5 @@ COMPARISONS: dict[str, tuple[str, ...]] = {
     "ranks": ("lora-all-r8", "lora-all-r1", "lora-all-r2", "lora-all-r4", "lora-all-r64"),
     "methods": ("lora-all-r8", "full", "bias", "probe"),
     "variants": ("lora-all-r8", "lora-plus", "dora", "pissa"),
-    "stabilised": ("lora-all-r64", "rslora-r64"),
+    "stabilized": ("lora-all-r64", "rslora-r64"),
 }

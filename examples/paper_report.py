@@ -29,7 +29,7 @@ PANELS = {
     "Which matrices, at one budget": COMPARISONS["matrices"],
     "Which rank": COMPARISONS["ranks"],
     "LoRA and other methods": COMPARISONS["methods"],
-    "LoRA and its variants": COMPARISONS["variants"] + COMPARISONS["stabilised"],
+    "LoRA and its variants": COMPARISONS["variants"] + COMPARISONS["stabilized"],
 }
 
 Results = dict[str, Any]

@@ -125,7 +125,7 @@ def is_head(path: str) -> bool:
 
 
 def scaled(updates: Mapping[str, Any], rest: Any, head: Any) -> dict[str, Any]:
-    """What the optimiser says, times the learning rates: one for the head, one for the rest."""
+    """What the optimizer says, times the learning rates: one for the head, one for the rest."""
     return {path: optax.tree.scale(-(head if is_head(path) else rest), part) for path, part in updates.items()}
 
 

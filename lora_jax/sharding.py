@@ -38,7 +38,7 @@ def like_base(adapter: Any, params_shardings: Any) -> Any:
 
     Args:
       adapter: from `init`, or its shapes; or any tree that holds adapters under their paths, such as the state of an
-        optimiser: what else is in it goes on every device.
+        optimizer: what else is in it goes on every device.
       params_shardings: a tree like the parameters, or like the top of it, or one leaf for all: of `NamedSharding`s,
         `PartitionSpec`s, or arrays or `ShapeDtypeStruct`s that have a sharding. What `nn.get_sharding`,
         `nn.get_partition_spec`, `nnx.get_named_sharding` and `nnx.get_partition_spec` return is one.
@@ -85,7 +85,7 @@ def placements(path: str, part: Adapter, given: Mapping[str, Any]) -> Adapter:
 
     Args:
       path: of the leaf.
-      part: its adapter; what an optimiser has masked there stays as it is.
+      part: its adapter; what an optimizer has masked there stays as it is.
       given: by path, the shardings of leaves, or of parts of the tree.
 
     Raises:
@@ -100,7 +100,7 @@ def placements(path: str, part: Adapter, given: Mapping[str, Any]) -> Adapter:
 
 
 def _placement(base: Sharding | PartitionSpec, axes: tuple[int, ...], shape: tuple[int, ...]) -> Placement:
-    # An optimiser may keep an array of fewer axes, and on a single device there is nothing to cut.
+    # An optimizer may keep an array of fewer axes, and on a single device there is nothing to cut.
     if len(axes) != len(shape) or not isinstance(base, (NamedSharding, PartitionSpec)):
         return Placement(_replicated(base), ((),) * len(shape), {})
     spec = along(axes, base if isinstance(base, PartitionSpec) else base.spec)

@@ -22,12 +22,12 @@ from ._compat import ClosedJaxpr, Jaxpr, JaxprEqn
 from ._report.collectives import Collective as Collective
 from ._report.collectives import collectives as collectives_of_text
 from ._report.flops import bodies
-from ._report.flops import operations as operations_of_jaxpr
+from ._report.flops import flops as flops_of_jaxpr
 
-__all__ = ["collectives", "compiled_operations", "operations", "shapes_made", "temporary_bytes", "wire_bytes"]
+__all__ = ["collectives", "compiled_flops", "flops", "shapes_made", "temporary_bytes", "wire_bytes"]
 
 
-def operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+def flops(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     """Counts the floating-point operations of a call on its jaxpr, the bodies of loops times their length.
 
     A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups, a reduction one for each input element, other
@@ -35,7 +35,7 @@ def operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
 
     >>> import jax, jax.numpy as jnp
     >>> w = jnp.ones((8, 8))
-    >>> operations(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=10), jnp.ones((2, 8)))
+    >>> flops(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=10), jnp.ones((2, 8)))
     2560
 
     Args:
@@ -49,7 +49,7 @@ def operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     Raises:
       NotImplementedError: for a primitive whose operations its shapes do not tell, such as `svd`.
     """
-    return operations_of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
+    return flops_of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
 
 
 def shapes_made(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> set[tuple[int, ...]]:
@@ -99,14 +99,14 @@ def temporary_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int
     return int(_compiled(fn, args, kwargs).memory_analysis().temp_size_in_bytes)
 
 
-def compiled_operations(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
+def compiled_flops(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
     """Compiles a call and returns the compiler's own count of its operations.
 
     What nothing needs is gone by then. But the body of a loop counts once, whatever its length, and functions such as
     `exp` do not count: compare it between programs of the same loops only, and see `operations`.
 
     >>> import jax.numpy as jnp
-    >>> compiled_operations(lambda x, w: x @ w, jnp.ones((2, 8)), jnp.ones((8, 4)))
+    >>> compiled_flops(lambda x, w: x @ w, jnp.ones((2, 8)), jnp.ones((8, 4)))
     128
 
     Args:

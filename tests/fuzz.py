@@ -68,7 +68,7 @@ class Known:
     Attributes:
       roles: of each axis; `?` of one of size 1 that any role may have got.
       shape: of the kernel.
-      is_kernel: whether it is one still; after a look-up of one row it is an array; None if that is not known.
+      is_kernel: whether it is one still; after a lookup of one row it is an array; None if that is not known.
       mapped: whether it is a slice under `vmap`: more axes are there than can be seen.
     """
 
@@ -90,7 +90,7 @@ class Known:
         return rest.after_a_look_up() if squeezed else rest
 
     def after_a_look_up(self) -> Known:
-        """The same, if it is what a look-up leaves: an array, where inputs or outputs are gone."""
+        """The same, if it is what a lookup leaves: an array, where inputs or outputs are gone."""
         if self.is_kernel is False or {"i", "o"} <= set(self.roles):
             return self
         return dataclasses.replace(self, is_kernel=None if "?" in self.roles or self.mapped else False)
@@ -310,7 +310,7 @@ class Drawing:
         mapped = bool(self.number(0, 1)) and all(known.shape[axis] > 1 for axis in axes)
         shape = (*self.shape(1), self.size())
         # Indices with a slice between them go in front, as those of a vmap do; but what is left by the vmap of a
-        # look-up with many axes of ids is in an order that is hard to tell, so that there is one.
+        # lookup with many axes of ids is in an order that is hard to tell, so that there is one.
         apart = axes[-1] - axes[0] >= len(axes)
         shape = shape[:1] if mapped else shape
         after = self._picked(known, axes, shape, 0 if apart or mapped else axes[0])
@@ -490,12 +490,12 @@ class Drawing:
         return fp.Ragged(kernel, (max(1, sum(sizes)), size), sizes)
 
     def _add(self, scope: Scope, depth: int) -> Any:
-        """What a look-up leaves, if it is no kernel."""
+        """What a lookup leaves, if it is no kernel."""
         kernel, known = self.kernel(scope)
         for role in self.order("io"):
             if known.is_kernel and not known.mapped and "?" not in known.roles and known.having(role):
-                look_up, after = self._row(known, known.having(role))
-                kernel, known = K(kernel.name, (*kernel.moves, *look_up)), after
+                lookup, after = self._row(known, known.having(role))
+                kernel, known = K(kernel.name, (*kernel.moves, *lookup)), after
         return fp.Add(kernel) if known.is_kernel is False else self._dot(scope, depth)
 
     def _row(self, known: Known, axes: Sequence[int]) -> tuple[tuple[Any, ...], Known]:

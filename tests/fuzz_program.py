@@ -257,11 +257,11 @@ class Lookup(Printed):
     def __call__(self, scope: Scope, w: Array) -> Array:
         given = [indices(scope, its, traced=self.traced) for its in self.ids if its is not None]
 
-        def look_up(*given: Array) -> Array:
+        def lookup(*given: Array) -> Array:
             rest = iter(given)
             return w[tuple(slice(None) if its is None else next(rest) for its in self.ids)]
 
-        return (jax.vmap(look_up) if self.mapped else look_up)(*given)
+        return (jax.vmap(lookup) if self.mapped else lookup)(*given)
 
 
 def indices(scope: Scope, ids: Any, *, traced: bool) -> Any:

@@ -45,7 +45,7 @@ MUTATIONS = [
     Mutation("_variants/rows.py", "len(set(self.ids)) < len(self.ids)", "False", "rows"),
     Mutation("_transform/contraction/tokens.py", "term, jnp.zeros_like(term))", "term, term)", "alora"),
     # Rules: sign, axis, order, cast, missing term.
-    Mutation("_transform/rules/scale.py", "scale=-kernel.scale", "scale=kernel.scale", "fuzz"),
+    Mutation("_transform/rules/scale.py", "scale=-moved.scale", "scale=moved.scale", "fuzz"),
     Mutation("_transform/rules/shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),
     Mutation("_transform/rules/gather.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
     Mutation(
@@ -83,10 +83,10 @@ MUTATIONS = [
     Mutation("_merge/merge.py", "    if not untie:\n", "    if untie:\n", "merge"),
     Mutation("_core/attach.py", "    if got == expected:\n", "    if True:\n", "attach"),
     Mutation("_core/init.py", "key_for(key, path)", "key", "init"),
-    # Starts, optimisers, ranks that adapt.
+    # Starts, optimizers, ranks that adapt.
     Mutation("_core/linalg.py", "jnp.sqrt(svd.s[..., :rank] / abs(scale))", "jnp.sqrt(svd.s[..., :rank])", "starts"),
     Mutation("_transform/statistics.py", "count = total(jnp.ones_like(x))", "count = total(x)", "starts"),
-    Mutation("starts/_activations.py", "(mean * mean.mT if centred else 0)", "0", "starts"),
+    Mutation("starts/_activations.py", "(mean * mean.mT if centered else 0)", "0", "starts"),
     Mutation("optim/_precondition.py", "scale_of(part) ** 2", "scale_of(part)", "optim_factors"),
     Mutation("adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),
     Mutation("adaptive/_schedule.py", "height * remaining**3", "height * remaining**2 * length", "adaptive"),
@@ -98,8 +98,8 @@ MUTATIONS = [
         "checkpoint/_checksums.py", "if _digest_of(directory / name) != digest", "if not digest", "checkpoint damage"
     ),
     Mutation("sharding.py", "None if axis in undivided else its", "its", "sharding"),
-    Mutation("_report/flops.py", "return length * operations(", "return operations(", "operations"),
-    Mutation("_transform/rules/gather.py", "operations=y.size * (2 *", "operations=y.size * (", "explain lookups"),
+    Mutation("_report/flops.py", "return length * flops(", "return flops(", "flops"),
+    Mutation("_transform/rules/gather.py", "flops=y.size * (2 *", "flops=y.size * (", "explain lookups"),
 ]
 
 

@@ -158,7 +158,7 @@ def test_its_operations_are_hardly_more_than_those_of_lora() -> None:
     def step(variant: Any) -> int:
         adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, {"w": variant}))
         loss = lambda ad, params, x: lj.lora(lambda p, x: x @ p["w"])(params, ad, x).sum()  # noqa: E731
-        return testing.operations(jax.grad(loss, (0, 2)), adapter, params, x)
+        return testing.flops(jax.grad(loss, (0, 2)), adapter, params, x)
 
     assert step(lj.AdaLoRA(rank=8, alpha=16)) < 1.001 * step(lj.LoRA(rank=8, alpha=16))
 
@@ -215,7 +215,7 @@ def test_a_start_for_two_factors_would_leave_it_dead(start: Any) -> None:
     )
 
 
-# Optimisers that know `a` and `b` as one product
+# Optimizers that know `a` and `b` as one product
 
 
 def test_e_is_no_factor_to_lora_plus() -> None:

@@ -1,4 +1,4 @@
-"""The adapter as a value: it prints, copies, maps and serialises as other pytrees do."""
+"""The adapter as a value: it prints, copies, maps and serializes as other pytrees do."""
 
 import copy
 import pickle

@@ -126,7 +126,7 @@ def test_dropout_drops_of_the_active_tokens_alone() -> None:
 
 
 REFUSED = {
-    "a look-up": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "here it is not multiplied with activations"),
+    "a lookup": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "here it is not multiplied with activations"),
     "a sum": (lambda p, x: x + jnp.sum(p["w"]), "no low-rank rule"),
     "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "here it is not multiplied with activations"),
     "the last token alone": (lambda p, x: x[:, -1] @ p["w"], r"have the shape \(3, 5\), and here is \(3,\)"),

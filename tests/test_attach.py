@@ -155,7 +155,7 @@ def test_parameters_in_the_place_of_the_adapter(door: str) -> None:
 
 
 NO_ADAPTERS = {
-    "an optimiser's state": (optax.adam(1e-3).init(init(BASE)), "tuple"),
+    "an optimizer's state": (optax.adam(1e-3).init(init(BASE)), "tuple"),
     "None": (None, "NoneType"),
     "a list": ([init(BASE)], "list"),
     "the input": (X, "ArrayImpl"),

@@ -112,8 +112,8 @@ def test_the_bytes_are_those_of_real_arrays():
     lora, full = planned().lora, planned().full
     assert lora.parameters == full.parameters == on_one_device(real().params)
     assert lora.adapter == on_one_device(real().adapter)
-    assert lora.optimiser == on_one_device(TX.init(real().adapter))
-    assert full.optimiser == on_one_device(TX.init(real().params))
+    assert lora.optimizer == on_one_device(TX.init(real().adapter))
+    assert full.optimizer == on_one_device(TX.init(real().params))
     assert lora.inputs == on_one_device(real().tokens)
     assert full.adapter == 0
 
@@ -121,7 +121,7 @@ def test_the_bytes_are_those_of_real_arrays():
 def test_the_peak_is_all_that_a_device_holds():
     for step in (planned().lora, planned().full):
         memory = step.compiled.memory_analysis()
-        held = step.parameters + step.adapter + step.optimiser + step.inputs
+        held = step.parameters + step.adapter + step.optimizer + step.inputs
         norm = 4 * TINY.width  # trained whole in the adapter, so that the program does not ask for it
         assert memory.argument_size_in_bytes == held - (norm if step.adapter else 0)
         assert step.temporary == memory.temp_size_in_bytes > 0
@@ -141,9 +141,9 @@ def test_the_program_is_the_step_that_trains():
 
 def test_the_operations_are_those_of_the_step_that_trains():
     with jax.set_mesh(real().mesh):
-        lora, full = (testing.operations(step, *args) for step, args in (real().lora, real().full))
-    assert (planned().lora.operations, planned().full.operations) == (lora, full)
-    assert planned().lora.operations_per_device == lora / 8
+        lora, full = (testing.flops(step, *args) for step, args in (real().lora, real().full))
+    assert (planned().lora.flops, planned().full.flops) == (lora, full)
+    assert planned().lora.flops_per_device == lora / 8
 
 
 def test_the_bytes_sent_are_those_of_the_step_that_trains():
@@ -217,7 +217,7 @@ def test_only_floating_point_parameters_are_fine_tuned():
 
     found = lj.plan(apply, params, {"kernel": lj.LoRA(rank=2, alpha=4)}, TX, mesh, shape(2, 8))
     assert found.full.parameters == 4 * (8 * 4 + 8)
-    assert found.full.optimiser == 4 * (2 * 8 * 4 + 1)
+    assert found.full.optimizer == 4 * (2 * 8 * 4 + 1)
 
 
 def test_the_model_says_the_axes_and_may_be_boxed():
@@ -229,7 +229,7 @@ def test_the_model_says_the_axes_and_may_be_boxed():
     spec = {"params/{query,out}/kernel": lj.LoRA(rank=2, alpha=4)}
     found = lj.plan(model.apply, params, spec, TX, mesh_of(2, names=("data",)), x)
     assert found.lora.adapter == 4 * 2 * (32 + 32) * 2
-    assert found.full.optimiser == 2 * found.full.parameters + 4
+    assert found.full.optimizer == 2 * found.full.parameters + 4
 
 
 @pytest.mark.parametrize(
@@ -244,15 +244,15 @@ def test_the_model_says_the_axes_and_may_be_boxed():
 )
 def test_the_optimisers_state_is_cut_as_what_it_is_of(tx, numbers):
     found = linear_plan(kernel="data", tx=tx)
-    assert 0 <= found.lora.optimiser - numbers * found.lora.adapter <= 12
-    assert 0 <= found.full.optimiser - numbers * found.full.parameters <= 12
+    assert 0 <= found.lora.optimizer - numbers * found.lora.adapter <= 12
+    assert 0 <= found.full.optimizer - numbers * found.full.parameters <= 12
     assert found.lora.adapter == 4 * 2 * (64 // 8 + 32)
 
 
 def test_what_has_another_shape_than_the_parameter_is_on_every_device():
     tx = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
     found = linear_plan(kernel="data", tx=tx)
-    assert found.full.optimiser == sum(x.nbytes for x in jax.tree.leaves(tx.init({"kernel": jnp.ones((64, 32))})))
+    assert found.full.optimizer == sum(x.nbytes for x in jax.tree.leaves(tx.init({"kernel": jnp.ones((64, 32))})))
 
 
 def test_a_base_in_16_bits_takes_half_and_the_adapter_what_it_took():
@@ -261,7 +261,7 @@ def test_a_base_in_16_bits_takes_half_and_the_adapter_what_it_took():
     found = lj.plan(linear, params, {"kernel": lj.LoRA(rank=2, alpha=4)}, TX, mesh, shape(16, 64, dtype=jnp.bfloat16))
     assert found.lora.parameters == 2 * 64 * 32
     assert found.lora.adapter == linear_plan(full=False).lora.adapter
-    assert found.full.optimiser == 2 * found.full.parameters + 4
+    assert found.full.optimizer == 2 * found.full.parameters + 4
     half = {"kernel": lj.LoRA(rank=2, alpha=4)}
     assert lj.plan(linear, params, half, TX, mesh, shape(16, 64), param_dtype=jnp.bfloat16).lora.adapter == 2 * 2 * 96
 
@@ -282,7 +282,7 @@ def test_without_a_loss_the_mean_of_the_result_is_minimised():
         return {"y": (x @ params["kernel"]).astype(jnp.bfloat16), "seen": jnp.arange(3)}
 
     same = linear_plan(apply=several, loss=lambda out, x: 0 + out["y"].astype(jnp.float32).sum() / out["y"].size)
-    assert linear_plan(apply=several).lora.operations == same.lora.operations
+    assert linear_plan(apply=several).lora.flops == same.lora.flops
 
 
 def test_a_loss_sees_what_the_model_returns_and_its_arguments():
@@ -363,7 +363,7 @@ def test_it_prints_as_a_table():
     cells = [row.split() for row in rows]
     assert ["parameters", "8.2", "kB", "8.2", "kB", "1.000"] in cells
     assert ["adapter", "768", "B", "0", "B", "-"] in cells
-    assert ["optimiser", "1.5", "kB", "16.4", "kB", "0.094"] in cells
+    assert ["optimizer", "1.5", "kB", "16.4", "kB", "0.094"] in cells
     assert ["sent:", "all-reduce", "1.4", "kB", "14.3", "kB", "0.094"] in cells
     assert rows[-2] == "devices: 8 (data 8; cpu)"
     assert rows[-1] == "memory:  LoRA fits in 1 GB per device, full fine-tuning in 1 GB"
@@ -385,7 +385,7 @@ def test_it_shows_as_a_table_in_a_notebook():
 
 def test_what_shapes_do_not_tell_is_not_known():
     found = linear_plan(apply=lambda params, x: jnp.abs(jnp.fft.fft(x @ params["kernel"])))
-    assert found.lora.operations is found.lora.operations_per_device is None
+    assert found.lora.flops is found.lora.flops_per_device is None
     assert [line.split() for line in str(found).split("\n") if line.startswith("operations")] == [
         ["operations", "not", "known", "not", "known", "-"]
     ]

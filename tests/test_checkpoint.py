@@ -343,7 +343,7 @@ def test_the_fingerprint_does_not_depend_on_where_the_base_lies(shape: tuple[int
 def test_no_leaf_is_gathered_whole_for_its_fingerprint() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     leaf = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    compiled = _fingerprint._look_up.lower(leaf, _fingerprint._places(leaf.shape), NamedSharding(mesh, P())).compile()
+    compiled = _fingerprint._lookup.lower(leaf, _fingerprint._places(leaf.shape), NamedSharding(mesh, P())).compile()
     assert "all-gather" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 64 * 32
 
@@ -431,20 +431,20 @@ def test_a_base_in_64_bits_is_compared_in_64_bits(tmp_path: Path) -> None:
     restore(tmp_path, base={"kernel": WIDE})
 
 
-def look_ups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The shapes of all leaves whose values are looked up from here on."""
-    shapes, look_up = [], _fingerprint._look_up
+    shapes, lookup = [], _fingerprint._lookup
 
     def counted(values: jax.Array, *args: Any) -> Any:
         shapes.append(values.shape)
-        return look_up(values, *args)
+        return lookup(values, *args)
 
     monkeypatch.setattr(_fingerprint, "_look_up", counted)
     return shapes
 
 
 def test_a_base_is_looked_at_once_for_all_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base, shapes = make_base(), look_ups(monkeypatch)
+    base, shapes = make_base(), lookups(monkeypatch)
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in range(3):
             manager.save(step, args=ocp.args.Composite(adapter=AdapterSave(make_adapter(), base=base)))

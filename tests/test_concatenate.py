@@ -121,7 +121,7 @@ FUSED = {
         (2, 3, 5),
         {"a": "oii", "b": "oii"},
     ),
-    "a look-up in two tables": Fused(
+    "a lookup in two tables": Fused(
         lambda p, x: jnp.concatenate([p["a"], p["b"]])[jnp.argsort(x[0])],
         {"a": (3, 5), "b": (2, 5)},
         (1, 5),
@@ -161,8 +161,8 @@ def test_explain_gives_each_leaf_its_part_of_one_product() -> None:
     assert [row.used for row in rows] == ["factored dot_general ×1"] * 3
     tokens, d, out, rank = 3, 4, 11, 4
     total = 2 * tokens * rank * (d + out) + tokens * rank + tokens * out
-    assert sum(row.operations for row in rows) == total
-    assert max(row.operations for row in rows) - min(row.operations for row in rows) <= 1
+    assert sum(row.flops for row in rows) == total
+    assert max(row.flops for row in rows) - min(row.flops for row in rows) <= 1
 
 
 def test_a_refusal_names_every_leaf() -> None:

@@ -76,7 +76,7 @@ LOOPS = {
     "scan, unrolled by two": Case(lambda w, x: through(x, w, unroll=2), (3, 4, 4), [X], "bio"),
     "scan, unrolled": Case(lambda w, x: through(x, w, unroll=True), (3, 4, 4), [X], "bio"),
     "scan, length given": Case(lambda w, x: through(x, w, length=3), (3, 4, 4), [X], "bio"),
-    "scan, rematerialised": Case(
+    "scan, rematerialized": Case(
         lambda w, x: lax.scan(jax.checkpoint(turn, prevent_cse=False), x, w)[0], (3, 4, 4), [X], "bio"
     ),
     "scan, layers on axis 1": Case(lambda w, x: through(x, jnp.moveaxis(w, 1, 0)), (4, 3, 4), [X], "ibo"),
@@ -368,7 +368,7 @@ STACKS: dict[str, tuple[nn.Module, str, str]] = {
     "on axis 0": (stacked(Layer, 0, 3)(), "dense/kernel", "bio"),
     "on axis 1": (stacked(Layer, 1, 3)(), "dense/kernel", "ibo"),
     "on the last axis": (stacked(Layer, -1, 3)(), "dense/kernel", "iob"),
-    "on axis 0, rematerialised": (stacked(nn.remat(Layer, prevent_cse=False), 0, 3)(), "dense/kernel", "bio"),
+    "on axis 0, rematerialized": (stacked(nn.remat(Layer, prevent_cse=False), 0, 3)(), "dense/kernel", "bio"),
     "of stacks": (stacked(Stack, 0, 3)(axis=0), "inner/dense/kernel", "bbio"),
     "of stacks, on axes 0 and 1": (stacked(Stack, 0, 3)(axis=1), "inner/dense/kernel", "bibo"),
     "of stacks, on axes 2 and 1": (stacked(Stack, 2, 3)(axis=1), "inner/dense/kernel", "ibbo"),
@@ -421,7 +421,7 @@ def test_a_stack_of_nnx_layers_is_that_of_the_formed_kernel(remat: bool, axis: i
         ("scan, kernel as constant", [3]),
         ("scan, kernel stacked", [3]),
         ("scan, unrolled by two", [3]),
-        ("scan, rematerialised", [3]),
+        ("scan, rematerialized", [3]),
         ("scan that starts from a Python number", [3]),
         ("scan that carries the kernel, and the kernel after it", [2, 1]),
         ("scan in scan", [6]),
@@ -442,8 +442,8 @@ def test_explain_counts_as_kernels_does() -> None:
     case = LOOPS["scan of a stack of stacks"]
     row = lj.explain(case.apply, case.params, case.adapter, *case.arrays, form="factored").rows[0]
     # x·A, its scale, ·B, and the sum with the base's: of a (3, 4) by a (4, 4) at rank 2, six times.
-    operations = 6 * (2 * 3 * 4 * 2 + 3 * 2 + 2 * 3 * 2 * 4 + 3 * 4)
-    assert (row.used, row.operations) == ("factored dot_general ×6", operations)
+    flops = 6 * (2 * 3 * 4 * 2 + 3 * 2 + 2 * 3 * 2 * 4 + 3 * 4)
+    assert (row.used, row.flops) == ("factored dot_general ×6", flops)
 
 
 # What is kept of a call

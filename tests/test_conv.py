@@ -134,10 +134,10 @@ def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_explain_counts_the_operations_that_the_factors_add(name: str) -> None:
     case = CASES[name]
-    ours = testing.operations(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)
-    base = testing.operations(case.apply, case.params, *case.arrays)
+    ours = testing.flops(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)
+    base = testing.flops(case.apply, case.params, *case.arrays)
     (row,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays, form="factored").rows
-    assert row.operations == ours - base
+    assert row.flops == ours - base
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -71,7 +71,7 @@ def test_what_the_magnitude_changes_of_the_base_sees_the_dropout() -> None:
 
 def test_the_scale_may_be_that_of_rslora() -> None:
     params, x = {"w": normal(4, 5)}, normal(3, 4, seed=1)
-    adapter = dora(params, "io", rank_stabilised=True)
+    adapter = dora(params, "io", rank_stabilized=True)
     assert adapter["w"].variant.scale == pytest.approx(3 / 2**0.5)
     assert_law(lambda params, x: x @ params["w"], params, adapter, x)
 
@@ -133,7 +133,7 @@ def test_its_operations_are_few_more_than_those_of_lora() -> None:
     def step(variant: Any) -> int:
         adapter = jax.eval_shape(lambda params: lj.init(jax.random.key(0), params, {"w": variant}), params)
         loss = lambda ad, params, x: lj.lora(lambda p, x: x @ p["w"])(params, ad, x).sum()  # noqa: E731
-        return testing.operations(jax.grad(loss, (0, 2)), adapter, params, x)
+        return testing.flops(jax.grad(loss, (0, 2)), adapter, params, x)
 
     assert step(lj.DoRA(rank=8, alpha=16)) < 1.03 * step(lj.LoRA(rank=8, alpha=16))
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import lora_jax as lj
-from lora_jax.testing import operations
+from lora_jax.testing import flops
 
 LORA = lj.LoRA(rank=2, alpha=4)
 factored = functools.partial(lj.explain, form="factored")  # kernels as small as these have cheaper forms
@@ -72,7 +72,7 @@ params/spare/kernel     8×4    io    -          LoRA        2      2  never use
 params/up/kernel        8×16   io    mlp        LoRA        2      2  factored dot_general ×1         48   7.895%         684
 
 trainable: 284 numbers, 46.711% of the base's 608
-memory:    adapter 1.1 kB, optimiser 2.3 kB (two moments, as Adam keeps)
+memory:    adapter 1.1 kB, optimizer 2.3 kB (two moments, as Adam keeps)
 forward:   2,160 operations more, 58.06% of the base's 3,720"""  # noqa: E501
 
 
@@ -82,7 +82,7 @@ def test_what_a_variant_computes_before_any_use_counts() -> None:
     for variant in (lj.LoRA(rank=2, alpha=4), lj.DoRA(rank=2, alpha=4)):
         adapter = lj.init(jax.random.key(0), params, {"w": variant})
         rows[type(variant)] = lj.explain(lambda p, x: x @ p["w"], params, adapter, x, form="factored").rows[0]
-    more = rows[lj.DoRA].operations - rows[lj.LoRA].operations
+    more = rows[lj.DoRA].flops - rows[lj.LoRA].flops
     norms = 2 * 64 * 48 * (2 + 1)  # ‖W0‖² and W0ᵀA; the rest is of the factors' size
     assert norms < more < 1.3 * norms
 
@@ -97,33 +97,33 @@ def test_a_row_says_all_about_a_low_rank_leaf() -> None:
     assert list(rows) == list(ADAPTER)
     assert (down.shape, down.axes, down.variant, down.rank, down.scale) == ((16, 8), "io", "RSLoRA", 4, 2.0)
     assert (down.used, down.parameters) == ("factored dot_general ×1", 16 * 4 + 4 * 8)
-    assert down.operations == dense(6, 16, 8, 4)
-    assert rows["params/up/kernel"].operations == dense(6, 8, 16, 2)
-    assert rows["params/embed/embedding"].operations == lookup(6, 8, 2)
+    assert down.flops == dense(6, 16, 8, 4)
+    assert rows["params/up/kernel"].flops == dense(6, 8, 16, 2)
+    assert rows["params/embed/embedding"].flops == lookup(6, 8, 2)
 
 
 def test_a_row_says_all_about_a_leaf_that_is_trained_whole() -> None:
     rows = {row.path: row for row in explain().rows}
     kernel, bias = rows["params/head/kernel"], rows["params/head/bias"]
     assert (kernel.axes, kernel.variant, kernel.rank, kernel.scale) == ("", "Full", None, None)
-    assert (kernel.used, kernel.parameters, kernel.operations) == ("whole dot_general ×1", 32, 0)
+    assert (kernel.used, kernel.parameters, kernel.flops) == ("whole dot_general ×1", 32, 0)
     assert (bias.shape, bias.used, bias.parameters) == ((4,), "whole add ×1", 4)
 
 
 def test_the_sums_are_those_of_the_rows() -> None:
     found = explain()
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(ADAPTER))
-    assert found.operations == sum(row.operations for row in found.rows)
+    assert found.flops == sum(row.flops for row in found.rows)
     assert found.base_parameters == sum(leaf.size for leaf in jax.tree.leaves(VARIABLES))
-    assert found.base_operations == operations(Small().apply, VARIABLES, TOKENS)
+    assert found.base_flops == flops(Small().apply, VARIABLES, TOKENS)
     assert found.adapter_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(ADAPTER))
 
 
 def test_the_extra_operations_are_those_of_the_adapted_model() -> None:
     adapter = {path: part for path, part in ADAPTER.items() if not isinstance(part.variant, lj.Full)}
     found = factored(Small().apply, VARIABLES, adapter, TOKENS)
-    adapted = operations(lj.lora(Small().apply, form="factored"), VARIABLES, adapter, TOKENS)
-    assert found.base_operations + found.operations == adapted
+    adapted = flops(lj.lora(Small().apply, form="factored"), VARIABLES, adapter, TOKENS)
+    assert found.base_flops + found.flops == adapted
 
 
 def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
@@ -187,7 +187,7 @@ def test_uses_of_one_kind_are_counted_together() -> None:
 
     row = only_row(apply, jnp.ones((5, 8)))
     assert row.used == "factored dot_general ×3"
-    assert row.operations == 2 * dense(5, 8, 6, 2) + dense(5, 6, 8, 2)
+    assert row.flops == 2 * dense(5, 8, 6, 2) + dense(5, 6, 8, 2)
 
 
 def test_uses_of_several_kinds_are_listed() -> None:
@@ -215,7 +215,7 @@ def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
 
 def test_forming_a_kernel_counts_as_operations() -> None:
     row = only_row(lambda params, x: x @ jnp.tanh(params["kernel"]), jnp.ones((5, 8)), materialize=["kernel"])
-    assert row.operations >= 2 * 8 * 6 * 2 + 8 * 6  # A·B, and the sum with W0
+    assert row.flops >= 2 * 8 * 6 * 2 + 8 * 6  # A·B, and the sum with W0
 
 
 def loop(params: Any, x: jax.Array, *, length: int, turns: int = 1) -> jax.Array:
@@ -232,7 +232,7 @@ def loop(params: Any, x: jax.Array, *, length: int, turns: int = 1) -> jax.Array
 def test_a_loop_multiplies_uses_and_operations(length: int, turns: int) -> None:
     row = only_row(loop, jnp.ones((5, 8)), kwargs={"length": length, "turns": turns})
     assert row.used == f"factored dot_general ×{2 * length * turns}"
-    assert row.operations == length * turns * (dense(5, 8, 6, 2) + dense(5, 6, 8, 2))
+    assert row.flops == length * turns * (dense(5, 8, 6, 2) + dense(5, 6, 8, 2))
 
 
 class Block(nn.Module):
@@ -258,7 +258,7 @@ def test_a_scanned_stack_counts_every_layer() -> None:
     assert (row.path, row.shape, row.axes) == ("params/layers/dense/kernel", (12, 16, 16), "bio")
     assert row.used == "factored dot_general ×12"
     assert row.parameters == 12 * (16 * 4 + 4 * 16)
-    assert row.operations == 12 * dense(15, 16, 16, 4)
+    assert row.flops == 12 * dense(15, 16, 16, 4)
 
 
 def test_a_convolution_counts_its_window() -> None:
@@ -270,7 +270,7 @@ def test_a_convolution_counts_its_window() -> None:
     (row,) = factored(model.apply, params, adapter, x).rows
     positions = 2 * 10 * 10
     assert row.used == "factored conv_general_dilated ×1"
-    assert row.operations == dense(positions, 3 * 3 * 4, 8, 2)
+    assert row.flops == dense(positions, 3 * 3 * 4, 8, 2)
 
 
 # Shapes alone
@@ -303,8 +303,8 @@ def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> 
         return jnp.fft.fft(x @ params["kernel"])
 
     found = factored(apply, KERNEL, PART, jnp.ones((5, 8)))
-    assert found.base_operations is None
-    assert found.rows[0].operations == dense(5, 8, 6, 2)
+    assert found.base_flops is None
+    assert found.rows[0].flops == dense(5, 8, 6, 2)
     assert str(found).endswith(
         f"\nforward:   {dense(5, 8, 6, 2):,} operations more, the base's cannot be told from shapes"
     )
@@ -313,7 +313,7 @@ def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> 
 def test_a_model_without_operations_is_explained_all_the_same() -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.Full()})
     found = factored(lambda params, x: params["kernel"][x], KERNEL, adapter, jnp.array([1, 2]))
-    assert (found.base_operations, found.operations) == (0, 0)
+    assert (found.base_flops, found.flops) == (0, 0)
     assert str(found).endswith("forward:   0 operations more, 0.00% of the base's 0")
 
 
@@ -331,7 +331,7 @@ def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA}, param_dtype=param_dtype)
     found = factored(lambda p, x: x @ p["kernel"], KERNEL, adapter, jnp.ones((5, 8)))
     assert found.adapter_bytes == 28 * jnp.dtype(param_dtype).itemsize
-    assert (found.optimiser_bytes, found.optimiser) == (2 * found.adapter_bytes, "two moments, as Adam keeps")
+    assert (found.optimizer_bytes, found.optimizer) == (2 * found.adapter_bytes, "two moments, as Adam keeps")
 
 
 @pytest.mark.parametrize(
@@ -349,10 +349,10 @@ def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
 )
 def test_the_optimiser_s_bytes_are_those_of_its_state(tx: Any, expected: int | None) -> None:
     found = explain(tx=tx)
-    assert found.optimiser_bytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tx.init(ADAPTER)))
-    assert expected in (None, found.optimiser_bytes)
-    assert found.optimiser == "the state of `tx`"
-    assert f"optimiser {found.optimiser_bytes} B (" in str(found) or " kB (the state of `tx`)" in str(found)
+    assert found.optimizer_bytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tx.init(ADAPTER)))
+    assert expected in (None, found.optimizer_bytes)
+    assert found.optimizer == "the state of `tx`"
+    assert f"optimizer {found.optimizer_bytes} B (" in str(found) or " kB (the state of `tx`)" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -451,7 +451,7 @@ def test_equal_leaves_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "make_jaxpr", lambda *args: traced.append(1) or make_jaxpr(*args))
     rows = factored(apply, params, adapter, jnp.ones((2, 4))).rows
     assert len(traced) == 1 + 2  # the model, and a leaf of each shape
-    assert len({row.operations for row in rows}) == 2
+    assert len({row.flops for row in rows}) == 2
 
 
 # The model's own arguments

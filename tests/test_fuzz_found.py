@@ -62,7 +62,7 @@ def test_a_row_that_a_scan_takes_of_a_kernel_is_a_look_up() -> None:
     assert_case(case)
     (use,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows
     assert use.used == "factored scan ×4"
-    assert use.operations == 4 * 5 * (2 * 2 + 1)  # the row of rank 2, and its sum with the base's
+    assert use.flops == 4 * 5 * (2 * 2 + 1)  # the row of rank 2, and its sum with the base's
 
 
 @limit(

@@ -1,4 +1,4 @@
-"""Look-ups against the formed kernel: an embedding's rows are formed, experts and layers picked stay kernels."""
+"""Lookups against the formed kernel: an embedding's rows are formed, experts and layers picked stay kernels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA+, LoRA-FA, Riemannian preconditioning and masks, in float64, against closed forms and optimisers by hand."""
+"""LoRA+, LoRA-FA, Riemannian preconditioning and masks, in float64, against closed forms and optimizers by hand."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -49,7 +49,7 @@ def mixed() -> tuple[Any, Any, Any]:
 
 
 def first_step(tx: Any, gradient: Any, adapter: Any) -> Any:
-    """The updates of an optimiser's first step; in one program, as compiling is what takes the time."""
+    """The updates of an optimizer's first step; in one program, as compiling is what takes the time."""
     return jax.jit(lambda gradient, adapter: tx.update(gradient, tx.init(adapter), adapter)[0])(gradient, adapter)
 
 

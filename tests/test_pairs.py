@@ -59,7 +59,7 @@ PAIRS = {
     ),
     "scaled and cut before": Pair(lambda p, x: x @ ((p["one"] / 2)[:, :3] @ p["two"][1:4]), TWO, IO),
     "three": Pair(lambda p, x: x @ (p["one"] @ (p["two"] @ p["three"])), TWO | {"three": (6, 2)}, IO | {"three": "io"}),
-    "a look-up": Pair(lambda p, x: (p["one"] @ p["two"])[jnp.argsort(x[0])], TWO, IO),
+    "a lookup": Pair(lambda p, x: (p["one"] @ p["two"])[jnp.argsort(x[0])], TWO, IO),
     "an inner product": Pair(
         lambda p, x: x * jnp.tensordot(p["one"], p["two"].T, 2), {"one": (4, 5), "two": (5, 4)}, IO
     ),
@@ -137,8 +137,8 @@ def test_explain_counts_the_use_of_each() -> None:
     assert [row.used for row in rows] == ["factored dot_general ×1"] * 2
     d, f, g, r = 4, 5, 6, 2
     through_second = 2 * r * f * r + 2 * r * r * g + r * r + r * g
-    assert rows[0].operations == 2 * r * f * g + 2 * r * d * g + through_second + 2 * r * g + d * g
-    assert rows[1].operations == 2 * d * f * r + 2 * d * r * g + d * r + d * g
+    assert rows[0].flops == 2 * r * f * g + 2 * r * d * g + through_second + 2 * r * g + d * g
+    assert rows[1].flops == 2 * d * f * r + 2 * d * r * g + d * r + d * g
     assert {path: found.axes for path, found in lj.kernels(case.call, case.params, normal(*case.x)).items()} == {
         "one": "oi",
         "two": "io",

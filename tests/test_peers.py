@@ -33,7 +33,7 @@ def test_the_figures_are_those_of_the_methods(results):
     rows = results["environments"]["jax"]["cases"]["layers written out"]
     assert rows[OWN]["operations"] <= rows[BY_HAND]["operations"]
     assert rows[BY_HAND]["operations"] < rows[MERGED]["operations"] < rows[WHOLE]["operations"]
-    assert rows[OWN]["optimiser"] < rows[WHOLE]["optimiser"]
+    assert rows[OWN]["optimizer"] < rows[WHOLE]["optimizer"]
     assert all(len(row["steps"]) == 2 and row["temporary"] > 0 for name, row in rows.items() if name != "Quax")
     assert rows["Quax"] == "ValueError: no rank of 4"
 

@@ -110,7 +110,7 @@ def test_a_step_takes_no_more_memory_than_lora_by_hand(scanned, dtype):
 @pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", True), ("float32", False)])
 def test_a_step_takes_no_more_operations_than_lora_by_hand(scanned, dtype, tied):
     one = case(scanned, dtype, tied=tied)
-    ours, by_hand = (testing.operations(m.step, *m.start(), one.tokens) for m in ours_and_by_hand(one))
+    ours, by_hand = (testing.flops(m.step, *m.start(), one.tokens) for m in ours_and_by_hand(one))
     assert ours <= by_hand
 
 
@@ -135,7 +135,7 @@ def test_the_gradient_of_the_base_costs_nothing(scanned):
     method = models.through_lora(one, form="factored")
     adapter_alone, args = value_and_grad(method, one.tokens)
     base_too, _ = value_and_grad(method, one.tokens, argnums=(0, 1))
-    saved = testing.operations(base_too, *args) - testing.operations(adapter_alone, *args)
+    saved = testing.flops(base_too, *args) - testing.flops(adapter_alone, *args)
     assert saved >= sum(2 * one.tokens.size * kernel.size for kernel in kernels_of(one).values())
 
 
@@ -186,7 +186,7 @@ def test_a_wide_rank_in_a_convolutional_net_takes_far_fewer_operations_than_by_h
         make(one) for make in (conv.through_lora, functools.partial(conv.through_lora, form="factored"), conv.by_hand)
     )
     ours, same, reference = (
-        testing.operations(method.step, *method.start(), one.tokens) for method in (planned, factored, by_hand)
+        testing.flops(method.step, *method.start(), one.tokens) for method in (planned, factored, by_hand)
     )
     assert ours <= 0.65 * reference
     assert same <= 1.005 * reference

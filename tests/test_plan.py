@@ -62,7 +62,7 @@ def counted(form: str | None, asked: Asked, params: Any, adapter: Any, x: Any, c
         y, back = jax.vjp(of_moving, *(operands[number] for number in moving))
         return y, back(cotangent)
 
-    return testing.operations(step, jax.eval_shape(run, *operands), *operands)
+    return testing.flops(step, jax.eval_shape(run, *operands), *operands)
 
 
 SIZES = [(8, 16, 16, 2), (64, 16, 16, 2), (64, 16, 24, 12), (512, 32, 16, 4), (512, 32, 32, 24), (3, 48, 40, 8)]
@@ -73,7 +73,7 @@ SIZES = [(8, 16, 16, 2), (64, 16, 16, 2), (64, 16, 24, 12), (512, 32, 16, 4), (5
 def test_the_counts_are_those_of_the_program(form: str, asked: Asked) -> None:
     for sizes in SIZES:
         expected = counted(form, asked, *case_of(*sizes))
-        assert _plan.operations(Form(form), dot(*sizes), asked) == pytest.approx(expected, rel=0.02), sizes
+        assert _plan.flops(Form(form), dot(*sizes), asked) == pytest.approx(expected, rel=0.02), sizes
 
 
 @pytest.mark.parametrize("asked", [_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)])
@@ -124,14 +124,14 @@ def test_the_counts_of_a_convolution_are_those_of_the_program(
     monkeypatch.setattr(_forms, "wanted", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
     for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)):
         expected = counted(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
-        assert _plan.operations(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
+        assert _plan.flops(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
 
 
 @given(st.tuples(*[st.integers(1, 2000)] * 3, st.integers(1, 64)), st.sampled_from(ALL_ASKED))
 def test_the_plan_takes_the_least_memory_within_a_percent_of_the_cheapest(sizes: Any, asked: Asked) -> None:
     costs = dot(*sizes)
     possible = list(Form) if any(asked) else [Form.FACTORED, Form.MERGED]
-    totals = [_plan.operations(form, costs, asked) for form in possible]
+    totals = [_plan.flops(form, costs, asked) for form in possible]
     chosen = possible.index(cheapest(costs, asked))
     assert totals[chosen] <= 1.01 * min(totals)
     assert all(total > 1.01 * min(totals) for total in totals[:chosen])
@@ -150,7 +150,7 @@ def test_a_model_is_within_a_percent_of_the_cheapest_mix_of_forms(monkeypatch: p
 
     def count() -> int:
         loss = lambda adapter, params, x: lj.lora(apply)(params, adapter, x).sum()  # noqa: E731
-        return testing.operations(jax.grad(loss), adapter, params, jax.ShapeDtypeStruct((4, 16, 16, 8), jnp.float32))
+        return testing.flops(jax.grad(loss), adapter, params, jax.ShapeDtypeStruct((4, 16, 16, 8), jnp.float32))
 
     planned = count()
     mixes = []
@@ -270,8 +270,8 @@ def test_explain_shows_the_form(form: str) -> None:
     apply = lambda params, x: x @ params["w"]  # noqa: E731
     row = lj.explain(apply, *one, form=form).rows[0]
     assert row.used == f"{form} dot_general ×1"
-    more = testing.operations(lj.lora(apply, form=form), *one) - testing.operations(apply, one[0], one[2])
-    assert row.operations == pytest.approx(more, rel=0.01)
+    more = testing.flops(lj.lora(apply, form=form), *one) - testing.flops(apply, one[0], one[2])
+    assert row.flops == pytest.approx(more, rel=0.01)
 
 
 def test_explain_shows_the_form_of_a_training_step() -> None:

@@ -251,7 +251,7 @@ def test_numbers_that_jax_would_cut_down_are_refused(tmp_path: Path) -> None:
 
 
 UNLIKE: dict[str, tuple[Any, str]] = {
-    "optimiser": (
+    "optimizer": (
         {"opt_state": optax.sgd(1.0).init({"w": jnp.ones(3)}), "step": 0},
         "['opt_state'][0].count is not in",
     ),

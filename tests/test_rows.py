@@ -33,7 +33,7 @@ def by_hand(params: Any, rows: jax.Array) -> Any:
 
 
 USES: dict[str, Callable[..., jax.Array]] = {
-    "a look-up": lambda p, tokens: p["table"][tokens],
+    "a lookup": lambda p, tokens: p["table"][tokens],
     "take": lambda p, tokens: jnp.take(p["table"], tokens, axis=0),
     "a product": lambda p, tokens: jax.nn.one_hot(tokens, 9) @ p["table"],
     "a tied head": lambda p, tokens: jnp.tanh(p["table"][tokens]) @ p["table"].T,

@@ -405,7 +405,7 @@ CASTS: dict[str, Callable[..., jax.Array]] = {
         x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), preferred_element_type=jnp.float32
     ),
     "to fewer digits": lambda w, x: x.astype(jnp.bfloat16) @ lax.reduce_precision(w, 8, 7).astype(jnp.bfloat16),
-    "of a look-up": lambda w, x: w.astype(jnp.bfloat16)[jnp.argmax(x, 1)],
+    "of a lookup": lambda w, x: w.astype(jnp.bfloat16)[jnp.argmax(x, 1)],
     "of a convolution": lambda w, x: lax.conv_general_dilated(
         x.astype(jnp.bfloat16), w.astype(jnp.bfloat16), (), (), dimension_numbers=("NC", "IO", "NC")
     ),
@@ -507,7 +507,7 @@ LINEN: dict[str, tuple[nn.Module, jax.Array, Roles]] = {
         sequence(3, 4, 6),
         {"kernel": "bio"},
     ),
-    "Dense, rematerialised, in a jit": (nn.jit(nn.remat(nn.Dense))(5), sequence(3, 6), {"kernel": "io"}),
+    "Dense, rematerialized, in a jit": (nn.jit(nn.remat(nn.Dense))(5), sequence(3, 6), {"kernel": "io"}),
 }
 
 

@@ -37,7 +37,7 @@ NUMBERS = {
     "every layer of a stack": Case(
         lambda w, x: lax.scan(lambda x, w: (jnp.tanh(x @ (w / 2)), None), x, w)[0], (2, 4, 4), [X], "bio"
     ),
-    "a look-up": Case(lambda w, ids: (w * 3.0)[ids], (6, 5), [[0, 5, 2]], "io"),
+    "a lookup": Case(lambda w, ids: (w * 3.0)[ids], (6, 5), [[0, 5, 2]], "io"),
     "a convolution": Case(lambda w, x: lax.conv(x, w / 3, (1,), "SAME"), (4, 3, 3), [(2, 3, 5)], "oii"),
 }
 ARRAYS = {
@@ -108,7 +108,7 @@ def test_nothing_of_the_kernel_s_shape_is_made_but_the_base_scaled_as_the_model_
 def test_a_number_joins_the_scale_and_adds_no_operation() -> None:
     plain, scaled = (matrix(call) for call in (lambda w, x: x @ w, lambda w, x: x @ (w * 2.0)))
     row, other = (lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows[0] for case in (plain, scaled))
-    assert row.operations == other.operations
+    assert row.flops == other.flops
     primitives = [
         [
             eqn.primitive.name

@@ -93,7 +93,7 @@ SHARD_MAPS = {
     "in jit in remat": Case(
         lambda w, x: jax.checkpoint(jax.jit(mapped(summed, P("x"), P(None, "x"), out=P())))(w, x), (8, 12), [X], "io"
     ),
-    "a look-up": Case(
+    "a lookup": Case(
         mapped(lambda w, ids: w[ids], P(None, "x"), P("y"), out=P("y", "x")), (6, 12), [[0, 5, 2, 1]], "io"
     ),
     "gathered inputs": Case(mapped(gathered(0), P("x"), P("x"), out=P("x")), (8, 12), [X], "io"),

@@ -141,7 +141,7 @@ class Step(NamedTuple):
 
 
 def update(loss: Any) -> Any:
-    """One step of an optimiser."""
+    """One step of an optimizer."""
 
     def step(trained: Any, state: Any, *args: Any) -> Any:
         value, gradient = jax.value_and_grad(loss)(trained, *args)

@@ -93,7 +93,7 @@ def seen_by(params: Any, adapter: Any, batch: Any) -> Any:
 
 
 def by_eva(params: Any, adapter: Any) -> Any:
-    """A look-up meets no activations, so an embedding keeps its start."""
+    """A lookup meets no activations, so an embedding keeps its start."""
     seen = seen_by(params, adapter, BATCH)
     params, new = starts.eva(params, {path: part for path, part in adapter.items() if path != "embedding"}, seen)
     return params, adapter | new
@@ -403,7 +403,7 @@ MASK = jnp.array([1.0, 0.0, 0.0, 1.0])
 
 
 def test_without_the_mean_the_directions_are_those_of_the_activations() -> None:
-    a = one_kernel(lambda w, x: x @ w, W, X, centred=False)
+    a = one_kernel(lambda w, x: x @ w, W, X, centered=False)
     assert_near(np.abs(a[:, 0]), np.abs(np.linalg.svd(np.asarray(X))[2][0]), 1e-4)
 
 

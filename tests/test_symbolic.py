@@ -200,7 +200,7 @@ def test_kernels_and_explain_tell_what_they_tell_of_concrete_sizes(name: str) ->
     turns = sizes["t"] if name == "generated" else 1  # a loop of an unknown length counts once
     for row, its in zip(rows, numbers, strict=True):
         assert (row.path, row.axes, row.parameters) == (its.path, its.axes, its.parameters)
-        assert eval(str(row.operations), {"floordiv": int.__floordiv__}, sizes) == its.operations / turns
+        assert eval(str(row.flops), {"floordiv": int.__floordiv__}, sizes) == its.flops / turns
 
 
 def test_explain_shows_symbolic_counts_as_the_polynomials_that_they_are() -> None:

@@ -30,7 +30,7 @@ VARIANTS: Mapping[str, Make] = {
     "LoRA": functools.partial(lj.LoRA, rank=2, alpha=3),
     "rsLoRA": functools.partial(lj.RSLoRA, rank=2, alpha=3),
     "DoRA": functools.partial(lj.DoRA, rank=2, alpha=3),
-    "DoRA, rank-stabilised": functools.partial(lj.DoRA, rank=2, alpha=3, rank_stabilised=True),
+    "DoRA, rank-stabilized": functools.partial(lj.DoRA, rank=2, alpha=3, rank_stabilized=True),
     "AdaLoRA": functools.partial(lj.AdaLoRA, rank=2, alpha=3),
     "VeRA": functools.partial(lj.VeRA, rank=6, seed=1),
 }
@@ -129,7 +129,7 @@ def test_a_dropout_key_drops_activations_and_without_one_nothing_is_dropped(vari
 MADE: Mapping[str, Mapping[str, Any]] = {
     "LoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
     "RSLoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
-    "DoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True, "rank_stabilised": True},
+    "DoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True, "rank_stabilized": True},
     "AdaLoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
     "ALoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True, "invocation": (1, 2)},
     "VeRA": {"rank": 2, "seed": 7, "start_d": 0.5, "dropout": 0.5},

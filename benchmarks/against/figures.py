@@ -17,15 +17,15 @@ class Figures:
       steps: seconds of each step; the methods of an environment take turns.
       operations: floating-point operations, the bodies of loops times their length.
       temporary: bytes beside arguments and results.
-      optimiser: bytes of the state of the optimiser.
+      optimizer: bytes of the state of the optimizer.
       compile: seconds to trace, lower and compile, each time; likewise in turns.
       loss: of the first step.
     """
 
     steps: list[float]
-    operations: int | None
+    flops: int | None
     temporary: int | None
-    optimiser: int
+    optimizer: int
     compile: list[float] | None
     loss: float
 

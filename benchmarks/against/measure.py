@@ -12,7 +12,7 @@ from timing import jitted, start_of, timed
 from . import BY_HAND, WHOLE
 from .cases import Case
 from .figures import Figures, first_line, progress
-from .operations import operations
+from .flops import flops
 
 Build = Callable[[Case], Method]
 Result = Figures | str  # what it costs, or why it cannot be had
@@ -34,7 +34,7 @@ def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int)
 
     methods = each("build", builds, lambda name: builds[name](case))
     args = each("start", methods, lambda name: start_of(methods[name]))
-    counts = each("count", args, lambda name: operations(methods[name].step, *args[name], case.inputs))
+    counts = each("count", args, lambda name: flops(methods[name].step, *args[name], case.inputs))
     took: dict[str, list[float]] = {name: [] for name in counts}
     programs: dict[str, Any] = {name: None for name in counts}
     for _ in range(rounds):
@@ -46,9 +46,9 @@ def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int)
     figures = {
         name: Figures(
             steps=seconds[name],
-            operations=counts[name],
+            flops=counts[name],
             temporary=int(program.memory_analysis().temp_size_in_bytes),
-            optimiser=sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(args[name][2])),
+            optimizer=sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(args[name][2])),
             compile=took[name],
             loss=losses[name],
         )

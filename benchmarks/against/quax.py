@@ -52,6 +52,6 @@ def factors_of(array: LoraArray) -> tuple[Array, Array]:
 
 
 def merge(case: Case) -> Any:
-    """Parameters for the model as it stands; `materialise` is refused unless it was allowed from the start."""
+    """Parameters for the model as it stands; `materialize` is refused unless it was allowed from the start."""
     merged = {path: array.materialise() for path, array in arrays_of(case, allow_materialise=True).items()}
     return unflatten_dict(case.kernels() | merged, sep="/")

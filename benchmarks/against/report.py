@@ -27,11 +27,11 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "steps": ("step", lambda s: f"{1e3 * s:.0f} ms"),
     "operations": ("operations", lambda n: f"{n / 1e9:.3f} G"),
     "temporary": ("temporary", lambda n: f"{n / 1e6:.2f} MB"),
-    "optimiser": ("optimiser", lambda n: f"{n / 1e6:.2f} MB"),
+    "optimizer": ("optimizer", lambda n: f"{n / 1e6:.2f} MB"),
     "compile": ("trace + lower + compile", lambda s: f"{s:.1f} s"),
 }
 # By how much a ratio must be lower to count: the first three are exact, the others vary from run to run.
-MARGIN = {"operations": 5e-4, "temporary": 5e-3, "optimiser": 5e-4, "steps": 0.05, "compile": 0.15}
+MARGIN = {"operations": 5e-4, "temporary": 5e-3, "optimizer": 5e-4, "steps": 0.05, "compile": 0.15}
 
 
 def ratio(column: str, row: Row, reference: Row) -> Ratio | None:

@@ -144,21 +144,21 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
 
 @dataclasses.dataclass
 class Training:
-    """A model, its optimiser, and its batch."""
+    """A model, its optimizer, and its batch."""
 
     model: nn.Module
     tokens: Tensor
 
     def __post_init__(self) -> None:
         trained = [x for x in self.model.parameters() if x.requires_grad]
-        self.optimiser = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
 
     def step(self) -> float:
         """One step of AdamW; the loss before it."""
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss = cross_entropy(self.model(self.tokens), self.tokens)
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()
         return loss.item()
 
     def saved(self) -> int:
@@ -177,8 +177,8 @@ class Training:
         return sum(found.values())
 
     def state_bytes(self) -> int:
-        """Bytes of the optimiser's state."""
-        return sum(x.nbytes for its in self.optimiser.state.values() for x in its.values())
+        """Bytes of the optimizer's state."""
+        return sum(x.nbytes for its in self.optimizer.state.values() for x in its.values())
 
 
 def measure(size: Size, builds: dict[str, Callable[..., nn.Module]], steps: int, **options: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .variant import Variant
 class Adapter:
     """The trainable arrays of one kernel, and, static, all there is to know about them.
 
-    A pytree: optimisers, checkpoints, `jit`, `vmap` and shardings see the arrays alone, under their names.
+    A pytree: optimizers, checkpoints, `jit`, `vmap` and shardings see the arrays alone, under their names.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import LoRA

@@ -46,7 +46,7 @@ class Use:
     kind: str
     axes: tuple[tuple[Any, str], ...] | None
     times: int
-    operations: int
+    flops: int
     line: str
     evidence: Evidence = _CONSTANT
     live: bool = True

@@ -25,7 +25,7 @@ from .._transform.refusal import Refusal, error, to_list
 from .._transform.settings import CustomDerivatives, settings_of
 from ..sharding import placements
 from .explanation import Explanation, Row
-from .flops import operations
+from .flops import flops
 
 
 def explain(
@@ -55,7 +55,7 @@ def explain(
     kernel  64×32  io    head  LoRA        2      2  factored dot_general ×1        192   9.375%       3,344
     <BLANKLINE>
     trainable: 192 numbers, 9.375% of the base's 2,048
-    memory:    adapter 768 B, optimiser 1.5 kB (two moments, as Adam keeps)
+    memory:    adapter 768 B, optimizer 1.5 kB (two moments, as Adam keeps)
     forward:   3,344 operations more, 10.21% of the base's 32,768
 
     Args:
@@ -69,7 +69,7 @@ def explain(
       materialize: as given to `lora`.
       custom_derivatives: as given to `lora`.
       form: as given to `lora`.
-      tx: the optax optimiser whose state to count; otherwise two moments of each number, as Adam keeps.
+      tx: the optax optimizer whose state to count; otherwise two moments of each number, as Adam keeps.
       shardings: of `params`, as `sharding.like_base` takes them: then it also says where each array goes.
       **unexpected: none; the model's keyword arguments are in `kwargs`.
 
@@ -120,10 +120,10 @@ def explain(
     return Explanation(
         rows,
         base_parameters=sum(math.prod(leaf.shape) for leaf in leaves.values()),
-        base_operations=_operations_of(program),
+        base_flops=_flops_of(program),
         adapter_bytes=adapter_bytes,
-        optimiser_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
-        optimiser="two moments, as Adam keeps" if tx is None else "the state of `tx`",
+        optimizer_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
+        optimizer="two moments, as Adam keeps" if tx is None else "the state of `tx`",
         undivided=tuple(line for path, part in places.items() for line in _undivided(path, part, adapter[path])),
         refused=tuple(_refused(refusals)),
     )
@@ -152,7 +152,7 @@ def _row(path: str, part: Adapter, leaf: Any, facts: _Facts, places: Adapter | N
         scale=variant.scale if isinstance(variant, LowRank) else None,
         used=_used(uses, whole=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
-        operations=facts.prepared[path] + sum(use.operations for use in uses),
+        flops=facts.prepared[path] + sum(use.flops for use in uses),
         placed="" if places is None else _placed(part, places),
         kind=facts.kinds[path],
         traced=facts.traced.get(path, ""),
@@ -168,7 +168,7 @@ def _prepared(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, int]:
         alike = part.variant, part.axes, *jax.tree.leaves(shapes)
         if alike not in counts:
             apply = functools.partial(part.variant.apply, axes=part.axes, path=path)
-            counts[alike] = operations(jax.make_jaxpr(apply)(*shapes))
+            counts[alike] = flops(jax.make_jaxpr(apply)(*shapes))
         prepared[path] = counts[alike]
     return prepared
 
@@ -234,9 +234,9 @@ def _used(uses: Sequence[Use], *, whole: bool) -> str:
     return ", ".join(f"{name} ×{count}" for name, count in times.items()) or _NEVER
 
 
-def _operations_of(program: Program) -> int | None:
+def _flops_of(program: Program) -> int | None:
     try:
-        return operations(program.jaxpr)
+        return flops(program.jaxpr)
     except NotImplementedError:
         return None
 

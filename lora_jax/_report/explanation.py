@@ -35,7 +35,7 @@ class Row:
     scale: float | None
     used: str
     parameters: int
-    operations: int
+    flops: int
     placed: str = ""
     kind: str | None = None
     traced: str = ""
@@ -51,18 +51,18 @@ class Explanation:
       base_operations: floating-point operations of one forward call without the adapter; None if the model has some
         that shapes do not tell, such as a Fourier transform.
       adapter_bytes: of all the adapter's arrays.
-      optimiser_bytes: of the optimiser's state for them.
-      optimiser: whose state that is.
+      optimizer_bytes: of the optimizer's state for them.
+      optimizer: whose state that is.
       undivided: what is on every device although its base is cut there, in words.
       refused: which kernels `lora` would refuse, and what would allow them, in words.
     """
 
     rows: tuple[Row, ...]
     base_parameters: int
-    base_operations: int | None
+    base_flops: int | None
     adapter_bytes: int
-    optimiser_bytes: int
-    optimiser: str
+    optimizer_bytes: int
+    optimizer: str
     undivided: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
@@ -72,9 +72,9 @@ class Explanation:
         return sum(row.parameters for row in self.rows)
 
     @property
-    def operations(self) -> int:
+    def flops(self) -> int:
         """Floating-point operations that the adapter adds to one forward call."""
-        return sum(row.operations for row in self.rows)
+        return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
         head, *rows = self._table()
@@ -101,26 +101,26 @@ class Explanation:
             row.used,
             f"{row.parameters:,}",
             f"{row.parameters / self.base_parameters:.3%}",
-            count_text(row.operations),
+            count_text(row.flops),
             row.placed,
         ]
 
     def _totals(self) -> list[str]:
-        if self.base_operations is None:
+        if self.base_flops is None:
             share = "the base's cannot be told from shapes"
-        elif not is_known(self.base_operations) or not is_known(self.operations):
-            share = f"the base's are {count_text(self.base_operations)}"
+        elif not is_known(self.base_flops) or not is_known(self.flops):
+            share = f"the base's are {count_text(self.base_flops)}"
         else:
-            share = f"{self.operations / max(self.base_operations, 1):.2%} of the base's {self.base_operations:,}"
+            share = f"{self.flops / max(self.base_flops, 1):.2%} of the base's {self.base_flops:,}"
         return [
-            f"trainable: {self.parameters:,} numbers, {self.parameters / self.base_parameters:.3%} of the base's "
+            f"trainable: {self.parameters:,} parameters, {self.parameters / self.base_parameters:.3%} of the base's "
             f"{self.base_parameters:,}",
-            f"memory:    adapter {size(self.adapter_bytes)}, optimiser {size(self.optimiser_bytes)} ({self.optimiser})",
-            f"forward:   {count_text(self.operations)} operations more, {share}",
+            f"memory:    adapter {size(self.adapter_bytes)}, optimizer {size(self.optimizer_bytes)} ({self.optimizer})",
+            f"forward:   {count_text(self.flops)} FLOPs added, {share}",
             *(f"placed:    {line}" for line in self.undivided),
             *(f"refused:   {line}" for line in self.refused),
         ]
 
 
-_HEADER = [*"path shape axes kind variant rank scale used trainable".split(), "of base", "operations", "placed"]
-_NUMBERS = {"rank", "scale", "trainable", "of base", "operations"}
+_HEADER = [*"path shape axes kind variant rank scale used trainable".split(), "of base", "FLOPs", "placed"]
+_NUMBERS = {"rank", "scale", "trainable", "of base", "FLOPs"}

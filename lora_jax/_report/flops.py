@@ -19,7 +19,7 @@ from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn
 Count = Callable[[JaxprEqn], int]
 
 
-def operations(jaxpr: Jaxpr | ClosedJaxpr) -> int:
+def flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
     """Counts the floating-point operations that one evaluation of a jaxpr takes.
 
     A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups (the zeros of padding and dilation included),
@@ -32,9 +32,9 @@ def operations(jaxpr: Jaxpr | ClosedJaxpr) -> int:
 
     >>> import jax, jax.numpy as jnp
     >>> x, w = jnp.ones((2, 8)), jnp.ones((8, 8))
-    >>> operations(jax.make_jaxpr(lambda x: jnp.tanh(x @ w))(x))
+    >>> flops(jax.make_jaxpr(lambda x: jnp.tanh(x @ w))(x))
     272
-    >>> operations(jax.make_jaxpr(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=10))(x))
+    >>> flops(jax.make_jaxpr(lambda x: jax.lax.scan(lambda x, _: (x @ w, None), x, length=10))(x))
     2560
 
     Args:
@@ -67,7 +67,7 @@ def _equation(eqn: JaxprEqn) -> int:
     if name in _COUNTS:
         return _COUNTS[name](eqn)
     inside = list(bodies(eqn))
-    return sum(map(operations, inside)) if inside else sum(_elements(var) for var in eqn.outvars)
+    return sum(map(flops, inside)) if inside else sum(_elements(var) for var in eqn.outvars)
 
 
 def _elements(var: Any) -> int:
@@ -82,22 +82,22 @@ def _shape(var: Any) -> tuple[int, ...]:
 
 def _scan(eqn: JaxprEqn) -> int:
     length: int = eqn.params["length"]
-    return length * operations(eqn.params["jaxpr"])
+    return length * flops(eqn.params["jaxpr"])
 
 
 def _cond(eqn: JaxprEqn) -> int:
-    counts: Iterator[int] = map(operations, eqn.params["branches"])
+    counts: Iterator[int] = map(flops, eqn.params["branches"])
     return functools.reduce(jax.core.max_dim, counts)  # sizes may be symbolic
 
 
 def _shard_map(eqn: JaxprEqn) -> int:
     axes = eqn.params["mesh"].shape
     devices = math.prod(axes[name] for name in eqn.params["newly_manual_axes"])
-    return devices * operations(eqn.params["jaxpr"])
+    return devices * flops(eqn.params["jaxpr"])
 
 
 def _linear_solve(eqn: JaxprEqn) -> int:
-    return operations(eqn.params["jaxprs"].solve)
+    return flops(eqn.params["jaxprs"].solve)
 
 
 def _dot_general(eqn: JaxprEqn) -> int:
@@ -131,7 +131,7 @@ def _reduction(eqn: JaxprEqn) -> int:
 def _general_reduction(eqn: JaxprEqn) -> int:
     # The second half of the operands are the values to start from.
     elements = math.prod(_shape(eqn.invars[0]))
-    return elements * operations(eqn.params["jaxpr"])
+    return elements * flops(eqn.params["jaxpr"])
 
 
 def _window_reduction(eqn: JaxprEqn) -> int:
@@ -140,7 +140,7 @@ def _window_reduction(eqn: JaxprEqn) -> int:
 
 def _general_window_reduction(eqn: JaxprEqn) -> int:
     positions = math.prod(_shape(eqn.outvars[0]))
-    return positions * math.prod(eqn.params["window_dimensions"]) * operations(eqn.params["jaxpr"])
+    return positions * math.prod(eqn.params["window_dimensions"]) * flops(eqn.params["jaxpr"])
 
 
 def _select_and_scatter_add(eqn: JaxprEqn) -> int:

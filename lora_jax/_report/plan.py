@@ -27,7 +27,7 @@ from .._transform.program import is_array
 from .._transform.settings import CustomDerivatives
 from ..sharding import like_base as shardings_of
 from .collectives import collectives
-from .flops import operations
+from .flops import flops
 from .step import Plan, Step
 
 
@@ -50,12 +50,12 @@ def plan(
 ) -> Plan:
     """Compiles the step that trains an adapter on a mesh, and says what it takes of each device; nothing is allocated.
 
-    The step is the loss and its gradient in the adapter, the optimiser's update, and the new adapter. Adapter and
-    optimiser state are donated; the parameters are an argument. Beside it the same for full fine-tuning, which trains
+    The step is the loss and its gradient in the adapter, the optimizer's update, and the new adapter. Adapter and
+    optimizer state are donated; the parameters are an argument. Beside it the same for full fine-tuning, which trains
     all floating-point parameters.
 
     Parameters and arguments are `ShapeDtypeStruct`s with `sharding=NamedSharding(mesh, …)`; without a sharding they are
-    on every device, whole. The adapter goes where its kernels go, and of the optimiser's state whatever has the shape
+    on every device, whole. The adapter goes where its kernels go, and of the optimizer's state whatever has the shape
     of a trained array goes where that does; the rest is on every device.
 
     The memory is what the compiler for these devices has laid out. On simulated CPU devices it is an estimate of that
@@ -69,14 +69,14 @@ def plan(
     >>> x = jax.ShapeDtypeStruct((64, 4096), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
     >>> apply = lambda params, x: x @ params["kernel"]
     >>> found = lj.plan(apply, params, {"kernel": lj.LoRA(rank=8, alpha=16)}, optax.adam(1e-3), mesh, x)
-    >>> found.lora.adapter, found.lora.optimiser, found.full.optimiser
+    >>> found.lora.adapter, found.lora.optimizer, found.full.optimizer
     (262144, 524292, 134217732)
 
     Args:
       apply: the model, `apply(params, *args, **kwargs)`.
       abstract_params: the parameter tree, as shapes, dtypes and shardings; arrays will do.
       spec: as given to `init`. The roles of axes are traced from `apply`.
-      tx: the optax optimiser.
+      tx: the optax optimizer.
       mesh: of devices of any kind, those of `jax.experimental.topologies` too, which need not be there.
       *abstract_args: the model's positional arguments, arrays as shapes, dtypes and shardings.
       kwargs: the model's keyword arguments, likewise.
@@ -210,12 +210,12 @@ def _compiled(
     return Step(
         parameters=parameters,
         adapter=adapter,
-        optimiser=_bytes(state),
+        optimizer=_bytes(state),
         inputs=_bytes(frozen[1:]),
         temporary=memory.temp_size_in_bytes,
         peak=held + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
-        operations=_if_known(operations, traced.jaxpr),
-        compiled_operations=int(compiled.cost_analysis()["flops"]),
+        flops=_if_known(flops, traced.jaxpr),
+        compiled_flops=int(compiled.cost_analysis()["flops"]),
         collectives=_if_known(lambda text: tuple(collectives(text)), compiled.as_text()),
         devices=mesh.size,
         seconds=seconds,
@@ -224,7 +224,7 @@ def _compiled(
 
 
 def _state(tx: Any, trained: Any, mesh: Mesh) -> Any:
-    """The shapes of the optimiser's state; what has a trained array's shape goes where that does."""
+    """The shapes of the optimizer's state; what has a trained array's shape goes where that does."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(tx.init, trained)

@@ -19,11 +19,11 @@ class Step:
     Attributes:
       parameters: bytes of the model's parameters.
       adapter: bytes of the adapter; none in full fine-tuning, which trains the parameters themselves.
-      optimiser: bytes of the optimiser's state.
+      optimizer: bytes of the optimizer's state.
       inputs: bytes of the other arguments of the model.
       temporary: bytes beside arguments and results, by the compiler's account: activations that are kept for the
         backward pass, gradients, and what is in use between two operations.
-      peak: bytes of arguments, results and temporaries together. The results lie where adapter and optimiser state
+      peak: bytes of arguments, results and temporaries together. The results lie where adapter and optimizer state
         lay, which are donated.
       operations: floating-point operations of the whole step on all devices, counted on the jaxpr, the bodies of loops
         times their length; None if shapes do not tell.
@@ -36,12 +36,12 @@ class Step:
 
     parameters: int
     adapter: int
-    optimiser: int
+    optimizer: int
     inputs: int
     temporary: int
     peak: int
-    operations: int | None
-    compiled_operations: int
+    flops: int | None
+    compiled_flops: int
     collectives: tuple[Collective, ...] | None = dataclasses.field(repr=False)
     devices: int
     seconds: float = dataclasses.field(compare=False)
@@ -57,9 +57,9 @@ class Step:
         return self
 
     @property
-    def operations_per_device(self) -> float | None:
+    def flops_per_device(self) -> float | None:
         """The operations, shared out evenly: what devices do twice is not in it."""
-        return None if self.operations is None else self.operations / self.devices
+        return None if self.flops is None else self.flops / self.devices
 
     @property
     def wire(self) -> Mapping[str, int] | None:
@@ -132,11 +132,11 @@ Value = Callable[[Step], float | None]
 _ROWS: list[tuple[str, Value, Callable[[Any], str]]] = [
     ("parameters", lambda step: step.parameters, size),
     ("adapter", lambda step: step.adapter, size),
-    ("optimiser", lambda step: step.optimiser, size),
+    ("optimizer", lambda step: step.optimizer, size),
     ("inputs", lambda step: step.inputs, size),
     ("temporary", lambda step: step.temporary, size),
     ("peak", lambda step: step.peak, size),
-    ("operations", lambda step: step.operations_per_device, lambda count: f"{count:.3g}"),
+    ("FLOPs", lambda step: step.flops_per_device, lambda count: f"{count:.3g}"),
     ("sent", lambda step: None if step.wire is None else sum(step.wire.values()), size),
 ]
 

@@ -14,7 +14,7 @@ from .._compat import user_line
 Function = Callable[..., Any]
 
 
-class Kept:
+class ProgramCache:
     """The functions that were rebuilt for one adapted function, the last used of them.
 
     It lives as long as the adapted function: with that, its programs, their constants and what was compiled go.
@@ -34,7 +34,7 @@ class Kept:
         return self._functions[key]
 
 
-def kept(rule: Function) -> Function:
+def cached(rule: Function) -> Function:
     """Makes of a rule one that gives JAX the same function for the same equation each time.
 
     JAX keeps the jaxprs of inner functions, so that the parameters of the equation are the same from call to call.

@@ -33,7 +33,7 @@ from .._core.contract import computable, is_narrow
 from .._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel, delta, materialize
 from .._core.uses import Evidence, Use
 from .contraction.costs import added
-from .contraction.forms import Contraction, Sum, contract, gain_misfit, in_training, settled
+from .contraction.forms import Contraction, Sum, add_pending, contract, gain_misfit, in_training
 from .contraction.tokens import NO_TOKENS, misfit
 from .refusal import Refusal, Refused, is_custom
 from .registry import named_by, rule_of
@@ -96,7 +96,7 @@ class Site:
         if not isinstance(kernel, AdaptedKernel) or {"i", "o"} <= set(kernel.roles):
             return kernel
         on_all_tokens(kernel)
-        self.used(kernel, "factored", operations=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
+        self.used(kernel, "factored", flops=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
         if is_narrow(kernel.w.dtype) and kernel.gain is None:
             return Sum(kernel.w, delta(kernel).astype(computable(kernel.w.dtype)))
         return materialize(kernel)
@@ -112,7 +112,7 @@ class Site:
             raise NoRule(reason)
         form = in_training(kernel, contraction, self.settings.form)
         gain = 0 if kernel.gain is None else contraction.costs.y
-        self.used(kernel, form.value, roles=roles, operations=added(form, contraction.costs) + gain)
+        self.used(kernel, form.value, roles=roles, flops=added(form, contraction.costs) + gain)
         return contract(kernel, x, contraction, self.settings.form)
 
     def observe(
@@ -125,19 +125,17 @@ class Site:
         self.used(kernel, OBSERVED, roles=roles)
         return observed(kernel.with_array(), x, base, thin, *others)
 
-    def used(self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0) -> None:
+    def used(self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), flops: int = 0) -> None:
         """Notes that the equation consumes a kernel; `roles` gives the role of each axis of `kernel.w` in this use."""
         if self.settings.log is not None:
-            self.settings.log.extend(self.uses(kernel, kind, roles=roles, operations=operations))
+            self.settings.log.extend(self.uses(kernel, kind, roles=roles, flops=flops))
 
-    def uses(
-        self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), operations: int = 0
-    ) -> tuple[Use, ...]:
+    def uses(self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), flops: int = 0) -> tuple[Use, ...]:
         """What `used` would note."""
         axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
         times = self.settings.times
         live = self.settings.live
-        use = Use("", self.eqn.primitive.name, kind, axes, times, times * operations, user_line(self.eqn), live=live)
+        use = Use("", self.eqn.primitive.name, kind, axes, times, times * flops, user_line(self.eqn), live=live)
         each = of_each_leaf(use, kernel)
         return tuple(dataclasses.replace(its, evidence=self.evidence.get(its.path, its.evidence)) for its in each)
 
@@ -160,10 +158,10 @@ def on_all_tokens(kernel: AdaptedKernel) -> None:
 
 def of_each_leaf(use: Use, kernel: TrackedKernel) -> tuple[Use, ...]:
     """A use of a kernel, for each leaf that it is, the operations in equal parts."""
-    count, total = len(kernel.paths), use.operations
+    count, total = len(kernel.paths), use.flops
     shares = [total * (number + 1) // count - total * number // count for number in range(count)]
     return tuple(
-        dataclasses.replace(use, path=path, operations=share) for path, share in zip(kernel.paths, shares, strict=True)
+        dataclasses.replace(use, path=path, flops=share) for path, share in zip(kernel.paths, shares, strict=True)
     )
 
 
@@ -174,7 +172,7 @@ def materialized(settings: Settings, value: Value, primitive: str, reason: str, 
       Refused: if it is not listed, and refusals are not collected.
     """
     if not isinstance(value, TrackedKernel):
-        return settled(value)
+        return add_pending(value)
     kind, cost = "opaque", 0
     if isinstance(value, AdaptedKernel):
         kind, cost = "materialized", value.w.size * (2 * value.a.shape[-1] + 1) + value.a.size  # product, scale, sum
@@ -207,7 +205,7 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
         """Adds what is not added yet where it was made: what reads it may stand on another mesh."""
         if var in makers:
             with context_of(makers.pop(var)):
-                values[var] = settled(values[var])
+                values[var] = add_pending(values[var])
 
     def free(evaluated: Sequence[JaxprEqn], done: int) -> None:
         """Forgets what is not read after equation `done`: outside `jit` it would hold its memory to the end."""

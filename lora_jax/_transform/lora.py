@@ -14,7 +14,7 @@ from .._core.attach import attach, check_active
 from .._core.paths import Pattern, flatten
 from .._errors import LoRAError, SpecError
 from .boundary import check_names
-from .cache import Kept
+from .cache import ProgramCache
 from .contraction.costs import Form, FormName
 from .contraction.forms import custom_jvp_works
 from .program import trace
@@ -33,7 +33,7 @@ def lora(
         y = x·W0 + ((x·A)·s)·B
 
     (Hu et al. 2021, arXiv:2106.09685). The model is traced as it stands and need not know. `params` is neither changed
-    nor copied; the adapter is the one thing to differentiate and optimise. The result composes with `jit`, `grad`,
+    nor copied; the adapter is the one thing to differentiate and optimize. The result composes with `jit`, `grad`,
     `vmap`, `pmap`, `scan`, `remat` and shardings as `apply` does.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -77,7 +77,7 @@ def lora(
     """
     check_names(apply, ("dropout_key", "active_tokens"), "lora")
     asked = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form)
-    functions = Kept()
+    functions = ProgramCache()
 
     def adapted(
         params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, active_tokens: Any = None, **kwargs: Any
@@ -85,7 +85,7 @@ def lora(
         # First: what is wrong with the adapter is not the model's fault.
         kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
         check_active(adapter, active_tokens)
-        settings = dataclasses.replace(asked, kept=weakref.ref(functions))
+        settings = dataclasses.replace(asked, cache=weakref.ref(functions))
         program = trace(apply, params, args, kwargs)
         try:
             return program.run(kernels, settings)

@@ -12,7 +12,7 @@ from .._core.kernel import AdaptedKernel
 from .._core.paths import Pattern, matches_any
 from .._core.uses import Use
 from .._errors import SpecError
-from .cache import Kept
+from .cache import ProgramCache
 from .contraction.costs import Form, FormName, form_named
 from .origins import Origins
 from .refusal import Refusal, is_custom
@@ -31,7 +31,7 @@ class Settings:
       observe: whether the gradient of each kernel's factor `a` is to be sums over the activations that meet it.
       refusals: a list, if kernels that have no low-rank form are to be noted there and the rest of the program gone
         through; None if the first of them ends it.
-      kept: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
+      cache: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
         rebuilt function, which knows its settings, does not keep all others alive.
       origins: of the program's values, if each use is to say how much it tells of the roles of axes. What the program
         computes and drops is then interpreted too: where only derivatives are used, the model's own uses are there.
@@ -46,7 +46,7 @@ class Settings:
     times: int = 1
     observe: bool = False
     refusals: list[Refusal] | None = None
-    kept: weakref.ref[Kept] | None = dataclasses.field(default=None, compare=False, repr=False)
+    cache: weakref.ref[ProgramCache] | None = dataclasses.field(default=None, compare=False, repr=False)
     origins: Origins | None = None
     within: tuple[int, ...] = ()
     live: bool = True
@@ -64,7 +64,7 @@ class Settings:
 
         None where none are kept: a body whose uses are logged has to be traced each time, or the log would miss it.
         """
-        functions = self.kept() if self.kept is not None and self.log is None else None
+        functions = self.cache() if self.cache is not None and self.log is None else None
         return None if functions is None else functions.get((self, key), build)
 
 

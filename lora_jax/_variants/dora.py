@@ -29,7 +29,7 @@ class DoRA(LowRank):
     The norm is one for each output, over the inputs, taken from the factors; to the gradient it is a constant, as in
     the paper (section 4.3). `magnitude` starts as the norm of `W0`, so that the model starts as it was.
 
-    >>> DoRA(rank=8, alpha=16).scale, DoRA(rank=16, alpha=16, rank_stabilised=True).scale
+    >>> DoRA(rank=8, alpha=16).scale, DoRA(rank=16, alpha=16, rank_stabilized=True).scale
     (2.0, 4.0)
 
     Attributes:
@@ -37,21 +37,21 @@ class DoRA(LowRank):
       alpha: α; the update is multiplied by α/r.
       clip_rank: as in `LoRA`.
       dropout: as in `LoRA`; as in DoRA's own code, what the magnitude changes of the base's result sees it, too.
-      rank_stabilised: whether the scale is rsLoRA's, α/√r.
+      rank_stabilized: whether the scale is rsLoRA's, α/√r.
       axes: as in `LoRA`.
     """
 
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
     adds: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(rank_stabilised=flag("rank_stabilised", self.rank_stabilised))
+        self._set(rank_stabilized=flag("rank_stabilized", self.rank_stabilized))
 
     @property
     def scale(self) -> float:
         """α/r or α/√r."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
         """Beside the factors `magnitude`: the batch and output axes."""

@@ -58,7 +58,7 @@ def measure(
         I = |w·g|        Ī ← β₁·Ī + (1 - β₁)·I        Ū ← β₂·Ū + (1 - β₂)·|I - Ī|
 
     `w` is what `g` is the gradient at, as in the paper. In the loop of the authors' code, and of PEFT's example, the
-    optimiser has moved `w` before.
+    optimizer has moved `w` before.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> variant = lj.AdaLoRA(rank=1, alpha=1)

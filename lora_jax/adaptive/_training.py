@@ -24,7 +24,7 @@ class AdaLoRAState(NamedTuple):
       step: how many updates there were.
       importance: of AdaLoRA's leaves.
       kept: `{path: (batch…, rank)}`, the directions that the last allocation has left.
-      inner: the state of the optimiser.
+      inner: the state of the optimizer.
     """
 
     step: Array
@@ -62,7 +62,7 @@ def ada_lora(
     (1, 1)
 
     Args:
-      tx: any optax optimiser, such as `optax.adamw(1e-3)`.
+      tx: any optax optimizer, such as `optax.adamw(1e-3)`.
       end: how many directions are left at the end, over all kernels and layers; at the start there are their ranks.
       warmup: t_i, for how many updates all are trained.
       settle: t_f, for how many updates at the end those that are left are trained on.

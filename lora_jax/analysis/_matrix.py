@@ -16,7 +16,7 @@ from .._core.linalg import delta_matrices, frobenius, kernel_matrix, product, sv
 
 
 class Amplification(NamedTuple):
-    """How much an update amplifies directions that the kernel has but does not emphasise; each a number per layer.
+    """How much an update amplifies directions that the kernel has but does not emphasize; each a number per layer.
 
     Attributes:
       delta: ‖ΔW‖.

@@ -107,7 +107,7 @@ def amplification(params: Any, adapter: Adapters) -> dict[str, Amplification]:
     """Measures how an update amplifies what it finds in the kernel (Hu et al. 2021, arXiv:2106.09685, table 7).
 
     W0 is projected onto the r directions of ΔW = s·A·B, and for comparison onto its own first r and onto random ones. A
-    large factor says that ΔW raises directions that W0 has but does not emphasise. What random directions leave of W0
+    large factor says that ΔW raises directions that W0 has but does not emphasize. What random directions leave of W0
     has the mean square ‖W0‖²·r²/(in·out), so that none are drawn.
 
     >>> import jax.numpy as jnp, lora_jax as lj

@@ -1,7 +1,7 @@
 """Checkpoints on Orbax: the adapter and a readable manifest, and nothing of the base but its fingerprint.
 
 `save` and `restore` are for an adapter on its own. `AdapterSave` and `AdapterRestore`, of which they are made, put one
-into a `CheckpointManager`; `StateSave` and `StateRestore` put optimiser state, step and key beside it. Every file has a
+into a `CheckpointManager`; `StateSave` and `StateRestore` put optimizer state, step and key beside it. Every file has a
 checksum. `import lora_jax` does not load this module, nor Orbax.
 """
 

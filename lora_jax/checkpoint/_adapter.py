@@ -143,7 +143,7 @@ class AdapterHandler(ItemHandler):
 @ocp.args.register_with_handler(AdapterHandler, for_save=True)
 @dataclasses.dataclass(eq=False)
 class AdapterSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
-    """Saves an adapter as one item of a `CheckpointManager`, beside optimiser state, step and key.
+    """Saves an adapter as one item of a `CheckpointManager`, beside optimizer state, step and key.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj, optax, orbax.checkpoint as ocp
     >>> from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, StateSave

@@ -120,7 +120,7 @@ _found: dict[int, tuple[weakref.ref[Array], Array]] = {}
 
 def _samples(leaves: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
     """The sampled values of all leaves that have values to read; all are asked for before one is waited for."""
-    with jax.set_mesh(None), jax.enable_x64(True):  # a mesh in context would be imposed on every look-up
+    with jax.set_mesh(None), jax.enable_x64(True):  # a mesh in context would be imposed on every lookup
         samples = {path: sample for path, leaf in leaves.items() if (sample := _sample(path, leaf)) is not None}
     return {path: np.asarray(values).view(dtype) for path, (values, dtype) in samples.items()}
 
@@ -149,11 +149,11 @@ def _sample_array(leaf: Array) -> Any:
         return np.asarray(leaf)[places]
     # Each device looks up what it holds, and the finds are summed; said explicitly, for meshes of explicit axes.
     everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return _look_up(near(leaf), places, everywhere)
+    return _lookup(near(leaf), places, everywhere)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _look_up(values: Any, places: tuple[Any, ...], sharding: Any) -> Any:
+def _lookup(values: Any, places: tuple[Any, ...], sharding: Any) -> Any:
     return _bits(values).at[places].get(out_sharding=sharding)
 
 

@@ -1,4 +1,4 @@
-"""What training needs besides the adapter, as an item of a checkpoint: optimiser state, step, key, data position."""
+"""What training needs besides the adapter, as an item of a checkpoint: optimizer state, step, key, data position."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class StateSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
     """Saves the state of training as one item of a `CheckpointManager`, beside the adapter.
 
     Attributes:
-      state: any tree of arrays, random keys, and Python numbers and texts, such as optimiser state, step, key and
+      state: any tree of arrays, random keys, and Python numbers and texts, such as optimizer state, step, key and
         position in the data.
 
     Raises:

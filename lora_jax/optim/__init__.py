@@ -1,4 +1,4 @@
-"""Optax for adapters: any optimiser works on one as it is; here is what needs to know the factors, or the base."""
+"""Optax for adapters: any optimizer works on one as it is; here is what needs to know the factors, or the base."""
 
 from ._freeze_base import freeze_base as freeze_base
 from ._masks import select as select

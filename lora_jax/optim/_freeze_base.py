@@ -13,12 +13,12 @@ from .._errors import AdapterError
 
 
 def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimiser work on the adapter in a tree `{"base": …, "adapter": …}`, and leaves the base as it is.
+    """Lets an optimizer work on the adapter in a tree `{"base": …, "adapter": …}`, and leaves the base as it is.
 
-    For code that wants one tree, such as `flax.training.TrainState`. The optimiser is given the adapter alone: it keeps
+    For code that wants one tree, such as `flax.training.TrainState`. The optimizer is given the adapter alone: it keeps
     no state for the base, and clipping by global norm, weight decay and schedules see nothing of it. The base gets zero
     updates; its gradients are used nowhere, so under `jit` the compiler removes their computation. Where the code is
-    free to choose, two trees are simpler: differentiate and optimise the adapter, with no mask and no wrapper.
+    free to choose, two trees are simpler: differentiate and optimize the adapter, with no mask and no wrapper.
 
     >>> import jax.numpy as jnp, optax
     >>> tree = {"base": {"kernel": jnp.ones((4, 4))}, "adapter": {"kernel": jnp.ones(2)}}
@@ -28,7 +28,7 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     (Array([-0.5, -0.5], dtype=float32), 0.0)
 
     Args:
-      tx: any optax optimiser.
+      tx: any optax optimizer.
 
     Returns:
       A transformation of trees with the keys `"base"` and `"adapter"`. Its state is that of `tx` for the adapter.

@@ -1,4 +1,4 @@
-"""Optimisers that know that `a` and `b` are one product: LoRA+, LoRA-FA, Riemannian preconditioning."""
+"""Optimizers that know that `a` and `b` are one product: LoRA+, LoRA-FA, Riemannian preconditioning."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def lora_fa(tx: optax.GradientTransformation, *, damping: float = 1e-8) -> optax
 
         g_b ← (aᵀ·a + δ·1)⁻¹·g_b / s²
 
-    That is the gradient whose step changes `s·a·b` as nearly as it can as full fine-tuning would. The optimiser gets
+    That is the gradient whose step changes `s·a·b` as nearly as it can as full fine-tuning would. The optimizer gets
     all but the `a`s: it keeps no state for them, and under `jit` the compiler drops their gradients, and with those the
     need to keep the activations that meet `a`. `Full` leaves are trained by `tx` as they are.
 
@@ -64,7 +64,7 @@ def lora_fa(tx: optax.GradientTransformation, *, damping: float = 1e-8) -> optax
     ([[0.0], [0.0]], [[-0.125, -0.125]])
 
     Args:
-      tx: any optax optimiser, such as `optax.adamw(1e-3)`.
+      tx: any optax optimizer, such as `optax.adamw(1e-3)`.
       damping: δ.
 
     Returns:
@@ -91,7 +91,7 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformation:
         g_a ← g_a·(b·bᵀ + δ·1)⁻¹        g_b ← (aᵀ·a + δ·1)⁻¹·g_b
 
     So, with a small δ, a step changes `s·a·b` in the same way however the product is split into `a` and `b`. Stands
-    first in a chain, before the optimiser: `optax.chain(riemannian(), optax.adamw(1e-3))`. What is no factor passes.
+    first in a chain, before the optimizer: `optax.chain(riemannian(), optax.adamw(1e-3))`. What is no factor passes.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> adapter = {"kernel": lj.Adapter(lj.LoRA(rank=1, alpha=2), "io", a=jnp.ones((2, 1)), b=jnp.ones((1, 2)))}

@@ -41,11 +41,11 @@ class Activations:
     total: Array
     count: Array
 
-    def covariance(self, *, centred: bool) -> Array:
-        """The gram matrix, from which the mean has been taken if it is to be centred, for each row."""
+    def covariance(self, *, centered: bool) -> Array:
+        """The gram matrix, from which the mean has been taken if it is to be centered, for each row."""
         count = jnp.maximum(self.count, 1)[:, None, None]
         mean = self.total[:, :, None] / count
-        return self.gram / count - (mean * mean.mT if centred else 0)
+        return self.gram / count - (mean * mean.mT if centered else 0)
 
 
 def activations(

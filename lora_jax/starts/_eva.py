@@ -23,7 +23,7 @@ def eva(
     activations: Mapping[str, Activations],
     *,
     rho: float = 1.0,
-    centred: bool = True,
+    centered: bool = True,
 ) -> Start:
     """Starts `A` with the directions in which the kernel's inputs vary most, and gives rank to where they vary most.
 
@@ -52,7 +52,7 @@ def eva(
       adapter: from `init`; its factors are replaced.
       activations: by path, of one batch or summed over several.
       rho: ρ, how many times its rank an adapter may get. 1 keeps the ranks and works under `jit`; PEFT's default is 2.
-      centred: whether the mean is taken away; without, the directions are those of the activations themselves.
+      centered: whether the mean is taken away; without, the directions are those of the activations themselves.
 
     Returns:
       `params` as they were, and the adapter, without the leaves that get rank 0.
@@ -66,7 +66,7 @@ def eva(
         raise SpecError(f"Expected rho to be 1, which keeps the ranks, or more; got rho={rho!r}.")
     leaves = {leaf.path: leaf for leaf in low_rank_leaves(adapter, flatten(params)[0])}
     _check(leaves, activations)
-    found = {path: _principal(activations[path].covariance(centred=centred)) for path in leaves}
+    found = {path: _principal(activations[path].covariance(centered=centered)) for path in leaves}
     ranks = {path: leaf.variant.rank for path, leaf in leaves.items()}
     if rho > 1:
         ranks = _dealt(leaves, {path: its.explained for path, its in found.items()}, rho)

@@ -84,12 +84,12 @@ def after(tx, adapter, gradients):
     return adapter
 
 
-def step_theirs(optimiser, found, gradients):
+def step_theirs(optimizer, found, gradients):
     for gradient in gradients:
         for (path, name), its in found.items():
             if its.requires_grad:
                 its.grad = torch.from_numpy(np.asarray(gradient[path].arrays[name]).T.copy())
-        optimiser.step()
+        optimizer.step()
 
 
 def distances(adapter, found):
@@ -115,8 +115,8 @@ def adamw(**options):
 def loraplus(adapter, gradients):
     model, found = theirs(adapter)
     options = {"loraplus_weight_decay": DECAY, "loraplus_lr_embedding": EMBEDDING_RATE, "eps": EPS}
-    optimiser = create_loraplus_optimizer(model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, **options)
-    step_theirs(optimiser, found, gradients)
+    optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, **options)
+    step_theirs(optimizer, found, gradients)
     return found
 
 
@@ -148,9 +148,9 @@ def test_what_peft_does_otherwise_is_a_matter_of_masks():
 def lora_fa(adapter, gradients, decay, monkeypatch):
     monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)  # it would multiply in bfloat16
     model, found = theirs(adapter)
-    optimiser = lorafa.create_lorafa_optimizer(model, r=RANK, lora_alpha=ALPHA, lr=RATE, weight_decay=decay)
-    optimiser.param_groups[0]["eps"] = EPS
-    step_theirs(optimiser, found, gradients)
+    optimizer = lorafa.create_lorafa_optimizer(model, r=RANK, lora_alpha=ALPHA, lr=RATE, weight_decay=decay)
+    optimizer.param_groups[0]["eps"] = EPS
+    step_theirs(optimizer, found, gradients)
     return found
 
 
@@ -187,8 +187,8 @@ def test_lora_fa_in_peft_decays_what_the_step_has_moved(monkeypatch):
 def riemannian(adapter, gradients):
     model, found = theirs(adapter)
     options = {"reg": 0.01, "eps": EPS, "weight_decay": DECAY}
-    optimiser = create_riemannian_optimizer(model, torch.optim.AdamW, lr=RATE, **options)
-    step_theirs(optimiser, found, gradients)
+    optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=RATE, **options)
+    step_theirs(optimizer, found, gradients)
     return found
 
 
@@ -206,7 +206,7 @@ def test_riemannian_steps_are_peft_s_but_for_an_embedding_which_it_leaves_out():
 def test_the_preconditioned_gradients_are_peft_s(damping):
     adapter, gradients = made(LINEAR)
     model, found = theirs(adapter)
-    optimiser = create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1, reg=damping)
-    step_theirs(optimiser, found, gradients)
+    optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1, reg=damping)
+    step_theirs(optimizer, found, gradients)
     got = after(optax.chain(optim.riemannian(damping=damping), optax.sgd(0.1)), adapter, gradients)
     assert differing(got, found) == set()

@@ -142,7 +142,7 @@ def test_eva_finds_the_directions_and_the_ranks_that_peft_does():
         assert part.variant.scale == pytest.approx(layer.scaling["default"])
         assert not b.any()
         cosines = np.abs(np.sum(np.asarray(part.a) * a, 0))
-        assert cosines.min() > 0.99, cosines  # their decomposition is a randomised one, and stops at 0.99
+        assert cosines.min() > 0.99, cosines  # their decomposition is a randomized one, and stops at 0.99
     assert {part.variant.rank for part in new.values()} != {RANK}, new  # ranks have gone from one to the other
 
 

@@ -72,8 +72,8 @@ VARIANTS = {
     "LoRA": (lj.LoRA, {}),
     "rsLoRA": (lj.RSLoRA, {"use_rslora": True}),
     "DoRA": (lj.DoRA, {"use_dora": True}),
-    "DoRA, rank-stabilised": (
-        lambda **its: lj.DoRA(rank_stabilised=True, **its),
+    "DoRA, rank-stabilized": (
+        lambda **its: lj.DoRA(rank_stabilized=True, **its),
         {"use_dora": True, "use_rslora": True},
     ),
 }

@@ -65,11 +65,11 @@ def near(got, expected, tolerance=2e-5):
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_a_bias_on_b_is_peft_s(rank_stabilised):
-    variant = (lj.RSLoRA if rank_stabilised else lj.LoRA)(rank=RANK, alpha=ALPHA)
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_a_bias_on_b_is_peft_s(rank_stabilized):
+    variant = (lj.RSLoRA if rank_stabilized else lj.LoRA)(rank=RANK, alpha=ALPHA)
     adapter = init({"kernel": variant, "bias": lj.LoRABias(scale=variant.scale)})
-    model, layer = lora_model(adapter["kernel"], lora_bias=True, init_lora_weights=False, use_rslora=rank_stabilised)
+    model, layer = lora_model(adapter["kernel"], lora_bias=True, init_lora_weights=False, use_rslora=rank_stabilized)
     layer.lora_B["default"].bias.data = torch.from_numpy(np.array(adapter["bias"].bias))
     expected = model(torch.from_numpy(X))
     near(lj.lora(dense)(PARAMS, adapter, X), expected)

@@ -27,7 +27,7 @@ IMAGES = {"image_size": 8, "patch_size": 4}
 
 
 def drawn(model: Any, key: jax.Array) -> Any:
-    """Weights as the model's own initialisation draws them."""
+    """Weights as the model's own initialization draws them."""
     return jax.jit(model.init_weights, static_argnums=1)(key, model.input_shape)
 
 

@@ -52,9 +52,9 @@ class Passes(NamedTuple):
     to_w: int
 
     @classmethod
-    def alike(cls, operations: int) -> Passes:
+    def alike(cls, flops: int) -> Passes:
         """Those of a `dot_general`, which are all three products over the same axes."""
-        return cls(operations, operations, operations)
+        return cls(flops, flops, flops)
 
 
 class Costs(NamedTuple):
@@ -104,12 +104,12 @@ TOLERANCE = 1.01
 def cheapest(costs: Costs, asked: Asked) -> Form:
     """The form that takes the least memory among those within one percent of the fewest FLOPs."""
     forms = [*Form] if any(asked) else [Form.FACTORED, Form.MERGED]
-    totals = {form: operations(form, costs, asked) for form in forms}
+    totals = {form: flops(form, costs, asked) for form in forms}
     enough = TOLERANCE * min(totals.values())
     return next(form for form in forms if totals[form] <= enough)
 
 
-def operations(form: Form, costs: Costs, asked: Asked) -> int:
+def flops(form: Form, costs: Costs, asked: Asked) -> int:
     """Counts the floating-point operations of one contraction, forward and back to what is asked for."""
     if form is Form.FACTORED:
         return _factored(costs, asked)
@@ -132,7 +132,7 @@ def _factored(costs: Costs, asked: Asked) -> int:
 
 def added(form: Form, costs: Costs) -> int:
     """The operations that a form adds to a forward pass without the adapter."""
-    return operations(form, costs, INFERENCE) - costs.base.forward
+    return flops(form, costs, INFERENCE) - costs.base.forward
 
 
 def always_factored(costs: Costs) -> bool:

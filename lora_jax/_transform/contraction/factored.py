@@ -25,7 +25,7 @@ class Product(NamedTuple):
     """A low-rank product, and the floating-point operations that it takes."""
 
     array: Array
-    operations: int
+    flops: int
 
 
 def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:

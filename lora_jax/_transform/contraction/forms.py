@@ -80,7 +80,7 @@ class Sum(NamedTuple):
         return primitive == "add" or (primitive == "convert_element_type" and is_narrow(self.base.dtype))
 
 
-def settled(value: Any) -> Any:
+def add_pending(value: Any) -> Any:
     """What is not added yet, added; any other value as it is."""
     return value.total.astype(value.base.dtype) if isinstance(value, Sum) else value
 

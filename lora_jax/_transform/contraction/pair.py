@@ -66,5 +66,5 @@ def through(
     names = names_of(out, like)
     product = contract(other, thin, keep=out, precision=precision, dtype=computable(like.dtype), names=names)
     array = product.in_order(out)
-    operations = cost((one, other)) + low_rank.operations + 2 * thin.array.size + array.size
-    return Product(array, operations)
+    flops = cost((one, other)) + low_rank.flops + 2 * thin.array.size + array.size
+    return Product(array, flops)

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from ..._compat import ClosedJaxpr, compute_on, is_unspecified, primitives
 from ..._core.kernel import TrackedKernel
-from ..cache import kept
+from ..cache import cached
 from ..interpreter import NoRule, Site, Value, interpret
 from ..placement import shardings
 from ..registry import rule
@@ -124,7 +124,7 @@ def _compute_on(
 
 
 @rule(primitives.cond_p, "rebuilt")
-@kept
+@cached
 def _cond(
     site: Site, index: Value, *operands: Value, branches: Sequence[ClosedJaxpr], branches_platforms: Any
 ) -> list[Value]:

@@ -19,7 +19,7 @@ from ..._core.base import as_array, use
 from ..._core.contract import Labelled, Labels, is_narrow
 from ..._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel
 from ..contraction.factored import low_rank, precision_of_factors, product_with_a
-from ..contraction.forms import Contraction, Sum, settled
+from ..contraction.forms import Contraction, Sum, add_pending
 from ..contraction.pair import through
 from ..interpreter import NO_RULE, NoRule, Site, Value, base_of, on_all_tokens
 from ..registry import rule
@@ -44,14 +44,14 @@ def _dot_general(
         on_all_tokens(rhs)
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # what it meets is no activation
-        base = settled(
+        base = add_pending(
             _dot_general(site, as_array(lhs.w), rhs, preferred_element_type=preferred_element_type, **params)
         )
         labels = _labels(dimension_numbers, 1, rhs.w.ndim, lhs.w.ndim)
         own = precision_of_factors(precision, lhs.w.dtype, rhs.w.dtype, base.dtype)
-        array, operations = through(lhs, rhs, *labels, precision=own, like=jax.typeof(base))
+        array, flops = through(lhs, rhs, *labels, precision=own, like=jax.typeof(base))
         its = _roles(lhs, *(axes[0] for axes in dimension_numbers))
-        site.used(lhs, "factored", roles=its, operations=operations)
+        site.used(lhs, "factored", roles=its, flops=flops)
         return Sum(base, array)
     roles = [_roles(x, summed, batch) for x, summed, batch in zip((lhs, rhs), *dimension_numbers, strict=True)]
 
@@ -101,7 +101,7 @@ def _add(site: Site, x: Value, y: Value) -> Array:
         raise NoRule(NO_RULE)
     if not isinstance(x, Sum):
         x, y = y, x
-    return x.plus(settled(y))
+    return x.plus(add_pending(y))
 
 
 def _roles(x: Value, summed: Sequence[int], batch: Sequence[int]) -> str:

@@ -92,7 +92,7 @@ def _gather(
         kernel,
         "factored",
         roles=lookup.roles,
-        operations=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
+        flops=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
     )
     if gain is None:
         return Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank

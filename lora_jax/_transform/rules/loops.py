@@ -18,7 +18,7 @@ from ..._compat import ClosedJaxpr, Jaxpr, JaxprEqn, normal_parameters, primitiv
 from ..._core.base import Recorded
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.sizes import is_known
-from ..cache import kept
+from ..cache import cached
 from ..interpreter import Site, Value
 from ..registry import rule
 
@@ -26,7 +26,7 @@ _ENDS = "the kernel decides when a loop ends"
 
 
 @rule(primitives.while_p, "rebuilt")
-@kept
+@cached
 def _while(
     site: Site,
     *operands: Value,
@@ -65,7 +65,7 @@ def _while(
 
 
 @rule(primitives.scan_p, "rebuilt")
-@kept
+@cached
 def _scan(
     site: Site,
     *operands: Value,

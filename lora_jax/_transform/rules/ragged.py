@@ -105,8 +105,8 @@ def _ragged_dot_general(
     names = names_of(out, jax.typeof(y))
     low_rank = groups.contract(scaled, second, keep=out, dtype=computable(y.dtype), names=names).in_order(out)
     # Beside the two products: the scale on the thin one, and the sum with the base's.
-    operations = groups.operations(x, first) + groups.operations(thin, second) + thin.array.size + y.size
-    site.used(kernel, "factored", roles=roles, operations=operations)
+    flops = groups.flops(x, first) + groups.flops(thin, second) + thin.array.size + y.size
+    site.used(kernel, "factored", roles=roles, flops=flops)
     if gain is None:
         return Sum(y, low_rank)
     return times(Sum(y, low_rank), groups.of_each_row(gain, lhs.shape[lhs_ragged]).beside(out))
@@ -175,7 +175,7 @@ class _Groups:
         precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
         return precise.contract(Labelled(x, labels), Labelled(a, axes_of_a(roles)), keep=keep).array
 
-    def operations(self, x: Labelled, factor: Labelled) -> int:
+    def flops(self, x: Labelled, factor: Labelled) -> int:
         """Of a product; a row meets one expert's factor."""
         alone = [
             size

@@ -1,6 +1,6 @@
 """Slices of a kernel, and axes taken away: the same of each factor that has the axis.
 
-What is left of a kernel without an input or an output axis is a look-up's result, and is formed.
+What is left of a kernel without an input or an output axis is a lookup's result, and is formed.
 """
 
 from __future__ import annotations

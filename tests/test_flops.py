@@ -85,7 +85,7 @@ BY_HAND = {
         16 + 128,
     ),
     "a jitted function": (lambda: jax.jit(jnp.sin)(X), 40),
-    "a rematerialised function": (lambda: jax.checkpoint(jnp.sin)(X), 40),
+    "a rematerialized function": (lambda: jax.checkpoint(jnp.sin)(X), 40),
     "a derivative of one's own, forward": (lambda: twice(X), 40),
     "a derivative of one's own, backward": (lambda: thrice(X), 40),
     "a linear solve": (
@@ -97,23 +97,23 @@ BY_HAND = {
 
 @pytest.mark.parametrize(("function", "count"), BY_HAND.values(), ids=BY_HAND)
 def test_a_count_equals_the_one_by_hand(function, count):
-    assert testing.operations(function) == count
+    assert testing.flops(function) == count
 
 
 def test_a_shard_map_counts_on_all_its_devices():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     each = jax.shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
-    assert testing.operations(each, ones(8)) == 8
+    assert testing.flops(each, ones(8)) == 8
 
 
 def test_keys_count_nothing():
-    assert testing.operations(jax.random.split, jax.random.key(0)) == 0
+    assert testing.flops(jax.random.split, jax.random.key(0)) == 0
 
 
 @pytest.mark.parametrize("function", [jnp.linalg.cholesky, jnp.fft.fft], ids=["cholesky", "fft"])
 def test_what_shapes_do_not_tell_is_refused(function):
     with pytest.raises(NotImplementedError) as caught:
-        testing.operations(function, jnp.eye(4))
+        testing.flops(function, jnp.eye(4))
     name = function.__name__
     assert str(caught.value) == (
         f"Expected primitives whose operations can be told from their shapes; got `{name}`.\n"
@@ -156,12 +156,12 @@ def test_without_loops_the_count_is_the_compilers(function, x, w):
     analysis = jax.jit(function).lower(x, w).cost_analysis()
     theirs = analysis["flops"] + analysis["transcendentals"]
     # It counts comparisons and choices, and in a sum one less for each result.
-    assert testing.operations(function, x, w) == pytest.approx(theirs, rel=0.02)
+    assert testing.flops(function, x, w) == pytest.approx(theirs, rel=0.02)
 
 
 def test_the_compilers_count_takes_the_body_of_a_loop_once():
-    assert testing.operations(turns, ones(4, 4)) == 6 * 128
-    assert testing.compiled_operations(turns, ones(4, 4)) < 2 * 128
+    assert testing.flops(turns, ones(4, 4)) == 6 * 128
+    assert testing.compiled_flops(turns, ones(4, 4)) < 2 * 128
 
 
 def test_shapes_made_are_those_of_all_equations_and_of_no_argument():
@@ -177,6 +177,6 @@ def test_figures_take_shapes_and_keywords():
     def function(x, *, w):
         return x @ w
 
-    assert testing.operations(function, x, w=w) == testing.compiled_operations(function, x, w=w) == 240
+    assert testing.flops(function, x, w=w) == testing.compiled_flops(function, x, w=w) == 240
     assert testing.shapes_made(function, x, w=w) == {(5, 3)}
     assert testing.temporary_bytes(function, x, w=w) == 0

@@ -17,9 +17,9 @@ if jax.__version_info__ < (0, 10):
     compat.ClosedJaxpr, compat.Jaxpr, compat.JaxprEqn = jax.core.ClosedJaxpr, jax.core.Jaxpr, jax.core.JaxprEqn
     sys.modules |= {"lora_jax": package, "lora_jax._compat": compat}
 
-count = importlib.import_module("lora_jax._report.flops").operations
+count = importlib.import_module("lora_jax._report.flops").flops
 
 
-def operations(fn: Any, *args: Any) -> int:
+def flops(fn: Any, *args: Any) -> int:
     """Counts a call's floating-point operations on its jaxpr, the bodies of loops times their length."""
     return int(count(jax.make_jaxpr(fn)(*args)))
