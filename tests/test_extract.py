@@ -286,3 +286,9 @@ def test_a_rank_that_cannot_be_meant_is_an_error(rank: Any, text: str) -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.compress(made("io", lj.LoRA(rank=2, alpha=4))[1], rank)
     assert str(caught.value).startswith(text)
+
+
+@pytest.mark.parametrize("call", [lambda params: lj.compress(params, 1), lj.analysis.singular_values])
+def test_parameters_in_the_place_of_the_adapter_are_an_error(call: Any) -> None:
+    with pytest.raises(lj.AdapterError, match=r"Expected an adapter: .*; got ArrayImpl at 'w'"):
+        call({"w": jnp.zeros((4, 3))})

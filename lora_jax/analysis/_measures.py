@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from jax import Array
 
-from .._core.adapter import Adapter, Adapters
+from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.attach import as_jax, check
 from .._core.linalg import has_factors
 from .._core.paths import flatten
@@ -32,6 +32,9 @@ def singular_values(adapter: Adapters) -> dict[str, Array]:
 
     Returns:
       `{path: (batch…, rank)}`, the largest first.
+
+    Raises:
+      AdapterError: if it is no adapter.
     """
     return {path: _measures.singular_values(part) for path, part in _low_rank(adapter).items()}
 
@@ -163,6 +166,7 @@ def intruders(params: Any, adapter: Adapters, *, top: int = 10, threshold: float
 
 
 def _low_rank(adapter: Adapters) -> dict[str, Adapter]:
+    check_adapter(adapter, "It is the adapter only; what also takes `params` takes them first.")
     return {path: part for path, part in adapter.items() if has_factors(part)}
 
 
