@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
+    from . import nnx as nnx
     from . import optim as optim
     from . import sharding as sharding
     from . import starts as starts
@@ -85,6 +86,7 @@ __all__ = [
     "lora",
     "merge",
     "merge_report",
+    "nnx",
     "optim",
     "plan",
     "restore",
@@ -103,6 +105,7 @@ _DOORS = {
     "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
+    "nnx": "nnx",
     "optim": "optim",
     "sharding": "sharding",
     "starts": "starts",

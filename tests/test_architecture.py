@@ -35,6 +35,7 @@ ORDER = [
     "analysis",
     "starts",
     "checkpoint",
+    "nnx",
     "testing",
 ]
 PUBLIC = [name for name in ORDER if not name.startswith("_")]
@@ -143,7 +144,19 @@ def test_training_and_merging_load_nothing_heavy_either() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
-OPENED = ["adaptive", "analysis", "checkpoint", "optim", "plan", "restore", "save", "sharding", "starts", "testing"]
+OPENED = [
+    "adaptive",
+    "analysis",
+    "checkpoint",
+    "nnx",
+    "optim",
+    "plan",
+    "restore",
+    "save",
+    "sharding",
+    "starts",
+    "testing",
+]
 
 
 @pytest.mark.parametrize("name", OPENED)

@@ -5,5 +5,6 @@ from ._masks import select as select
 from ._precondition import lora_fa as lora_fa
 from ._precondition import lora_plus as lora_plus
 from ._precondition import riemannian as riemannian
+from ._train_state import train_state as train_state
 
-__all__ = ["freeze_base", "lora_fa", "lora_plus", "riemannian", "select"]
+__all__ = ["freeze_base", "lora_fa", "lora_plus", "riemannian", "select", "train_state"]
