@@ -32,7 +32,7 @@ def test_the_table_in_the_readme_is_what_explain_prints() -> None:
     names: dict[str, object] = {}
     exec(blocks[0][1], names)
     assert blocks[2][0] == "text"
-    table = eval("str(lj.explain(model.apply, params, adapter, x, tx=tx))", names)
+    table = eval("str(lj.explain(model.apply, params, adapter, tokens, tx=tx))", names)
     assert table == blocks[2][1].rstrip("\n")
 
 
