@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from helpers import assert_close, dense, trained
@@ -375,6 +376,17 @@ def test_a_target_is_a_key_of_a_spec_and_the_first_that_matches_decides(key: jax
     values = trained(key, adapter)
     apply = lj.lora(Decoder().apply)
     assert_close(apply(params, values, IDS), dense(Decoder().apply)(params, values, IDS))
+
+
+def test_plan_and_extract_take_targets_too() -> None:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:1], ("data",)), {targets.output_head: LORA}
+    assert lj.plan(apply, W, spec, optax.sgd(0.1), mesh, X, full=False).lora.adapter == 4 * (4 * 2 + 2 * 4)
+    after = jax.tree.map(lambda leaf: leaf + jnp.ones((4, 1)) @ jnp.ones((1, 4)), W)
+    found, _ = lj.extract(W, after, {"a": lj.Full()} | spec, kernels=lj.kernels(apply, W, X))
+    assert {path: part.variant for path, part in found.items()} == {"a": lj.Full(), "b": LORA}
 
 
 def test_targets_are_values() -> None:
