@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from flax import nnx
 from helpers import assert_close, dense, trained
@@ -202,6 +203,16 @@ def test_linear_kernels_of_small_functions(apply: Any, expected: tuple[str, str]
     assert tuple(kind_of(apply, W, X).values()) == expected
 
 
+def test_a_loss_has_the_head_of_its_model() -> None:
+    def loss(p: Any, ids: jax.Array, labels: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = jnp.tanh(p["table"][ids] @ p["up"]) @ p["out"]
+        each = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
+        return -(each * weights).sum() / weights.sum()
+
+    params = {"table": jnp.ones((7, 4)), "up": jnp.ones((4, 8)), "out": jnp.ones((8, 7))}
+    assert kind_of(loss, params, IDS, IDS, jnp.ones(IDS.shape)) == {"out": "head", "table": "embedding", "up": "mlp"}
+
+
 @pytest.mark.parametrize(
     ("apply", "expected"),
     {
@@ -301,6 +312,51 @@ def test_models_of_the_zoo(name: str, expected: Any, key: jax.Array) -> None:
     assert kinds(model.apply, model.params, *model.args) == expected
 
 
+def test_an_equinox_net_whose_lookup_is_batched(key: jax.Array) -> None:
+    model = ZOO["equinox_net"](key, jnp.float32)
+    assert kinds(model.apply, model.params, *model.args) == {
+        "embedding": {"embedding/weight"},
+        "mlp": {"cell/weight_ih", "cell/weight_hh", "head/layers/0/weight"},
+        "head": {"head/layers/1/weight"},
+        "bias": {"cell/bias", "cell/bias_n", "head/layers/0/bias", "head/layers/1/bias"},
+    }
+
+
+def test_one_row_is_a_lookup_and_one_layer_is_not() -> None:
+    params = {"table": jnp.ones((7, 4)), "w": jnp.ones((3, 4, 4)), "b": jnp.ones((3, 4)), "out": jnp.ones((4, 5))}
+
+    def apply(p: Any, token: jax.Array) -> jax.Array:
+        def layer(number: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.tanh(x @ p["w"][number] + lax.dynamic_index_in_dim(p["b"], number, keepdims=False))
+
+        return lax.fori_loop(0, 3, layer, p["table"][token]) @ p["out"]
+
+    assert kind_of(apply, params, jnp.int32(2)) == {"b": "bias", "out": "head", "table": "embedding", "w": "mlp"}
+
+
+def test_experts_that_are_looked_up_are_kernels() -> None:
+    params = {"w": jnp.ones((2, 4, 4)), "out": jnp.ones((4, 5))}
+
+    def apply(p: Any, x: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.einsum("td,tdf->tf", x, p["w"][ids]) @ p["out"]
+
+    assert kind_of(apply, params, X, jnp.array([0, 1, 0])) == {"out": "head", "w": "mlp"}
+
+
+def test_a_custom_kernel_that_gets_query_key_and_value_is_attention() -> None:
+    from jax.experimental.pallas.ops.tpu.flash_attention import flash_attention
+
+    shape = jax.ShapeDtypeStruct((128, 1, 128), jnp.float32)
+    params = {name: shape for name in ("q", "k", "v", "o")}
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        q, k, v = (jnp.einsum("btd,dhk->bhtk", x, p[name]) for name in "qkv")
+        return x + jnp.einsum("bhtk,dhk->btd", flash_attention(q, k, v), p["o"])
+
+    x = jax.ShapeDtypeStruct((1, 256, 128), jnp.float32)
+    assert kind_of(apply, params, x) == dict.fromkeys("koqv", "attention")
+
+
 # Specs
 
 
@@ -320,6 +376,17 @@ def test_a_target_is_a_key_of_a_spec_and_the_first_that_matches_decides(key: jax
     values = trained(key, adapter)
     apply = lj.lora(Decoder().apply)
     assert_close(apply(params, values, IDS), dense(Decoder().apply)(params, values, IDS))
+
+
+def test_plan_and_extract_take_targets_too() -> None:
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ p["a"]) @ p["b"]
+
+    mesh, spec = jax.sharding.Mesh(jax.devices()[:1], ("data",)), {targets.output_head: LORA}
+    assert lj.plan(apply, W, spec, optax.sgd(0.1), mesh, X, full=False).lora.adapter == 4 * (4 * 2 + 2 * 4)
+    after = jax.tree.map(lambda leaf: leaf + jnp.ones((4, 1)) @ jnp.ones((1, 4)), W)
+    found, _ = lj.extract(W, after, {"a": lj.Full()} | spec, kernels=lj.kernels(apply, W, X))
+    assert {path: part.variant for path, part in found.items()} == {"a": lj.Full(), "b": LORA}
 
 
 def test_targets_are_values() -> None:

@@ -41,7 +41,7 @@ class Variant(abc.ABC):
     def __repr__(self) -> str:
         """What was chosen, the axes last; what was left as it is by default is not shown."""
         fields = sorted(dataclasses.fields(self), key=lambda field: field.name == "axes")
-        chosen = [field for field in fields if field.repr and getattr(self, field.name) != field.default]
+        chosen = [field for field in fields if getattr(self, field.name) != field.default]
         return f"{type(self).__name__}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in chosen)})"
 
     @abc.abstractmethod

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._compat import ClosedJaxpr, Jaxpr, JaxprEqn, live_equations
-from .walk import Marks, Walk
+from .walk import Marks, Walk, union
 
 Shape = tuple[int, ...]
 
@@ -34,7 +34,7 @@ def kinds(jaxpr: ClosedJaxpr, paths: Sequence[str]) -> dict[str, str | None]:
     given = [_INPUT | (_RAW if _is_float(var) else 0) for var in others]
     results = walk.through(jaxpr.jaxpr, [*walk.parameters, *given])
     walk.results = [mark for mark, var in zip(results, jaxpr.jaxpr.outvars, strict=True) if _is_float(var)]
-    tables, convolved = walk.paths(walk.tables | walk.picked & ~walk.multiplied), walk.paths(walk.convolved)
+    tables, convolved = walk.paths(walk.tables), walk.paths(walk.convolved)
     linear = walk.paths(walk.multiplied) - tables - convolved
     attention = linear & walk.paths(walk.attention)
     head = _head(walk, linear - attention, tables)
@@ -99,7 +99,7 @@ class _Kinds(Walk):
         self.own, self.products, self.scores = _FLAGS, _FLAGS + count, _FLAGS + 2 * count  # where the bits start
         self.all = (1 << count) - 1
         self.parameters = [1 << self.own + number for number in range(count)]
-        self.multiplied = self.convolved = self.tables = self.picked = 0  # how a parameter is used
+        self.multiplied = self.convolved = self.tables = 0  # how a parameter is used
         self.attention = self.consumed = self.norms = self.biases = 0
         self.outputs: dict[str, Shape] = {}  # of a kernel, the sizes of its outputs as it is multiplied
         self.stood: dict[int, Shape] = {}  # of a parameter, its shape before it was repeated
@@ -144,13 +144,9 @@ class _Kinds(Walk):
         name = eqn.primitive.name
         if name in _CONTRACTIONS:
             return self._contraction(eqn, operands[0], operands[1])
-        if name == "gather" and (own := self._own(operands[0])):
-            numbers = eqn.params["dimension_numbers"]
-            gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-            if len(_shape(eqn.invars[0])) - len(gone) == 1:  # rows; what has more axes may be a kernel again
-                self.tables |= own
-                return _INPUT | own << self.products
-            self.picked |= own
+        if name in ("gather", "dynamic_slice") and (own := self._own(operands[0])) and _takes_rows(eqn, operands):
+            self.tables |= own  # what has more axes left may be a kernel again
+            return _INPUT | own << self.products
         if name == "broadcast_in_dim" and (own := self._own(operands[0])):
             self.stood[own] = _without_ones(_shape(eqn.invars[0]))
         if name == "pallas_call" or "attention" in name:
@@ -161,7 +157,7 @@ class _Kinds(Walk):
         if not active:
             return self._of_parameters(name, floats)
         scaled = self._vectors(name, floats, active) if name in ("add", "add_any", "mul") else 0
-        both, either = _common(active), _either(active)
+        both, either = _common(active), union(active)
         sums = name in _SUMS
         kept = (either if sums else both) & _RAW | (both if sums else either) & _ATTENDED
         if name in ("sqrt", "rsqrt"):
@@ -176,11 +172,11 @@ class _Kinds(Walk):
         made = [(var, mark) for var, mark in floats if mark]
         vectors = all(mark & _VECTOR or _is_vector(var) for var, mark in made)
         averaged = _AVERAGED if name == "mul" and len(made) == 1 else 0
-        return _either([mark & ~_VECTOR for _, mark in made]) | (_VECTOR if vectors else 0) | averaged
+        return union([mark & ~_VECTOR for _, mark in made]) | (_VECTOR if vectors else 0) | averaged
 
     def _vectors(self, name: str, floats: Sequence[tuple[Any, int]], active: Sequence[int]) -> int:
         """Notes the parameters that an activation is multiplied with, or that are added to it."""
-        normalized = _either(active) & (_ROOT | _SCALED)
+        normalized = union(active) & (_ROOT | _SCALED)
         scaled = 0
         for var, mark in floats:
             own = self._own(mark)
@@ -196,7 +192,7 @@ class _Kinds(Walk):
                 self.biases |= own
             elif name != "mul":  # one of several axes, as attention has: it has the shape of the product's outputs
                 shape = self.stood.get(own, _without_ones(_shape(var)))
-                products = self.paths(self._products(_either(active)))
+                products = self.paths(self._products(union(active)))
                 self.biases |= own if any(self.outputs.get(path) == shape for path in products) else 0
         return scaled
 
@@ -250,11 +246,15 @@ class _Kinds(Walk):
         return _INPUT | _ATTENDED
 
 
-def _either(marks: Sequence[int]) -> int:
-    either = 0
-    for mark in marks:
-        either |= mark
-    return either
+def _takes_rows(eqn: JaxprEqn, operands: Marks) -> bool:
+    """Whether a lookup leaves rows: one of a single place if an input says where, and not the counter of a loop."""
+    sizes = eqn.params["slice_sizes"]
+    if eqn.primitive.name == "dynamic_slice":
+        return len(_without_ones(sizes)) == 1 and any(mark & _INPUT for mark in operands[1:])
+    numbers = eqn.params["dimension_numbers"]
+    picked = {axis for axis in numbers.start_index_map if sizes[axis] == 1}
+    left = len(sizes) - len({*picked, *numbers.collapsed_slice_dims, *numbers.operand_batching_dims})
+    return bool(picked) and left == 1
 
 
 def _common(marks: Sequence[int]) -> int:
