@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo test test-oldest test-oracle settings processor fuzz kills mutate lint types bench peers examples-short clean
+.PHONY: demo test test-oldest test-models test-oracle settings processor fuzz kills mutate lint types bench peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,17 @@ test-oldest: PYTHON = $(shell .ci/python 3.11)
 test-oldest:
 	$(if $(PYTHON),PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test PYTHON=$(PYTHON) VENV=.venv-oldest \
 	  TESTS="$(OLDEST:%=tests/test_%.py)",@echo "Not run: there is no Python 3.11.")
+
+# Models of libraries whose pins clash with those of the tests. A line of the file is one call of pip.
+.venv-models/installed: pyproject.toml tests/models.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -e ".[test]"
+	while read -r line; do $(@D)/bin/python -m pip install --quiet $$line || exit 1; done < tests/models.txt
+	touch $@
+
+test-models: .venv-models/installed
+	.venv-models/bin/python -m pytest tests/test_docs.py -k models_other -n 0 -W ignore  # of these libraries
 
 settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \

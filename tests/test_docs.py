@@ -13,9 +13,13 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+# What is skipped where it is not installed.
+NEEDS = {"models.md": ["haiku", "equinox", "keras", "penzai", "zoo.hugging_face"], "models_other.md": ["tunix"]}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("haiku", "equinox", "zoo.hugging_face") if page.name == "models.md" else ():
+    for name in NEEDS.get(page.name, ()):
         framework(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(_registry, "RULES", dict(_registry.RULES))  # what a page registers goes with it
