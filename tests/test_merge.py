@@ -478,7 +478,7 @@ def test_a_leaf_that_is_tied_to_another_is_an_error(container: Any) -> None:
     params = tied(container)
     adapter = trained(params, {"embed/kernel": LORA})
     assert error(lj.merge, params, adapter) == (
-        "Expected 'embed/kernel' not to be tied; 'head/kernel' holds the same array.\n"
+        "Expected 'embed/kernel' to hold a separate array; 'head/kernel' holds the same one (tied weights).\n"
         "  merge(..., untie=True) changes only 'embed/kernel'; or adapt an untied tree."
     )
 

@@ -229,7 +229,7 @@ def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so(
         "bias": "value 32@(data,model)",
     }
     assert explained.undivided == (
-        "a of 'kernel' is whole along its axis of 6, which the devices along 'model' do not divide",
+        "a of 'kernel' is replicated along its axis of size 6, which the devices along 'model' do not divide",
     )
     header, *_, last = str(explained).split("\n")
     assert header.endswith("placed") and last == f"placed:    {explained.undivided[0]}"

@@ -144,6 +144,6 @@ def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
         others = [other for other in paths[id(leaves[path])] if other != path]
         if others:
             raise MergeError(
-                f"Expected {path!r} not to be tied; {others[0]!r} holds the same array.\n"
+                f"Expected {path!r} to hold a separate array; {others[0]!r} holds the same one (tied weights).\n"
                 f"  merge(..., untie=True) changes only {path!r}; or adapt an untied tree."
             )

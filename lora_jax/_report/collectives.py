@@ -154,7 +154,8 @@ def _group_size(rest: str, devices: int) -> int:
 
     >>> [_group_size(f"replica_groups={groups}, ...", 8) for groups in ("{{0,1},{2,3}}", "[2,4]<=[8]", "{}")]
     [2, 4, 8]
-    >>> [_group_size(f"replica_groups=mesh['x'=2,'y'=4] {axes}, 8) for axes in ("{'y'}", "{'x','y'}", "{'y':(1)2}")]
+    >>> axes = "{'y'}", "{'x','y'}", "{'y':(1)2}"
+    >>> [_group_size(f"replica_groups=mesh['x'=2,'y'=4] {names}, ...", 8) for names in axes]
     [4, 8, 2]
     """
     if pairs := re.search(r"source_target_pairs=\{([^=]*)\}", rest):
