@@ -73,7 +73,7 @@ params/up/kernel        8×16   io    mlp        LoRA        2      2  factored 
 
 trainable: 284 parameters, 46.711% of the base's 608
 memory:    adapter 1.1 kB, optimizer 2.3 kB (two moments, as for Adam)
-forward:   2,160 FLOPs added, 58.06% of the base's 3,720"""  # noqa: E501
+forward:   2,160 FLOPs added, 58.06% of the base's 3,720"""
 
 
 def test_what_a_variant_computes_before_any_use_counts() -> None:

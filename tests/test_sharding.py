@@ -240,7 +240,11 @@ def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so(
 KERNEL = {"kernel": lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.zeros((8, 2)), b=jnp.zeros((2, 4)))}
 WRONG = {
     "no sharding for it": (KERNEL, {"kernels": P()}, "there is none for 'kernel'.\n  The nearest paths: 'kernels'"),
-    "shapes alone": (KERNEL, {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}, "carry axis names: `nn.get_sharding"),
+    "shapes alone": (
+        KERNEL,
+        {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+        "carry axis names: `nn.get_sharding",
+    ),
     "a box of shapes": (
         KERNEL,
         {"kernel": nn.Partitioned(jax.ShapeDtypeStruct((8, 4), jnp.float32), (None, "model"))},

@@ -82,9 +82,8 @@ def extract(
 def _why_unsupported(choice: Choice) -> str:
     """Returns why the variant cannot represent a change of the kernel; empty if it can."""
     _, variant, axes = choice
-    if isinstance(variant, LowRank) and set(variant.layout(axes)) == {"a", "b"} and variant.scale != 0:
-        return ""
-    if isinstance(variant, Full):
+    factored = isinstance(variant, LowRank) and set(variant.layout(axes)) == {"a", "b"} and variant.scale != 0
+    if factored or isinstance(variant, Full):
         return ""
     return f"expected LoRA or RSLoRA, with a nonzero alpha, or Full; got {variant}"
 

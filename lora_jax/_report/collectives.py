@@ -71,7 +71,7 @@ def collectives(text: str) -> list[Collective]:
     program, entry = _computations(text)
     header = text.partition("\n")[0]
     devices = math.prod(map(int, re.findall(r"(?:num_partitions|replica_count)=(\d+)", header)))
-    return list(_collectives_of(program, entry, devices))
+    return list(_walk(program, entry, devices))
 
 
 class _Instruction(NamedTuple):
@@ -83,8 +83,7 @@ class _Instruction(NamedTuple):
 
 _Computation = Mapping[str, _Instruction]
 
-# In a shape, only the comments of a tuple follow a space, so the first word between a space and a parenthesis is the
-# opcode.
+# In a shape, only comments of tuples follow a space, so the first word between a space and a parenthesis is the opcode.
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$")
 
@@ -103,9 +102,7 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
     return program, entry
 
 
-def _collectives_of(
-    program: Mapping[str, _Computation], name: str, devices: int, times: int = 1
-) -> Iterator[Collective]:
+def _walk(program: Mapping[str, _Computation], name: str, devices: int, times: int = 1) -> Iterator[Collective]:
     for instruction in program[name].values():
         kind = instruction.opcode.removesuffix("-start")
         if kind in _UNKNOWN and "is_host_transfer=true" not in instruction.rest:
@@ -117,16 +114,16 @@ def _collectives_of(
             operand_bytes = sum(_bytes(program[name][operand].shape) for operand in _operands(instruction))
             yield Collective(kind, operand_bytes, _group_size(instruction.rest, devices), times)
         elif instruction.opcode == "while":
-            inner = [found for called in _called(instruction) for found in _collectives_of(program, called, devices)]
+            inner = [found for called in _called(instruction) for found in _walk(program, called, devices)]
             if inner:
                 trips = times * _trip_count(instruction)
                 yield from (dataclasses.replace(found, times=found.times * trips) for found in inner)
         elif instruction.opcode == "conditional":
-            branches = [list(_collectives_of(program, called, devices, times)) for called in _called(instruction)]
+            branches = [list(_walk(program, called, devices, times)) for called in _called(instruction)]
             yield from max(branches, key=lambda branch: sum(found.wire for found in branch))
         elif instruction.opcode not in ("async-update", "async-done"):  # `async-start` names the same computation
             for called in _called(instruction):
-                yield from _collectives_of(program, called, devices, times)
+                yield from _walk(program, called, devices, times)
 
 
 def _operands(instruction: _Instruction) -> list[str]:

@@ -95,14 +95,10 @@ def explain(
     uses = by_path(watch(program, kernels | full, settings))
     if strict and refusals:
         raise error(refusals)
-    by_base = flatten(shardings)[0]
-    placed = {} if shardings is None else {path: placements(path, part, by_base) for path, part in adapter.items()}
-    findings = _Findings(
-        uses,
-        variant_flops=_variant_flops(adapter, leaves),
-        kinds=kinds(program.jaxpr, list(leaves)),
-        traced_axes=_traced_axes(program, adapter, uses),
-    )
+    base_shardings = flatten(shardings)[0]
+    placed = {path: placements(path, part, base_shardings) for path, part in adapter.items() if shardings is not None}
+    traced_axes = _traced_axes(program, adapter, uses)
+    findings = _Findings(uses, _variant_flops(adapter, leaves), kinds(program.jaxpr, list(leaves)), traced_axes)
     rows = tuple(_row(path, part, leaves[path], findings, placed.get(path)) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:
@@ -110,10 +106,9 @@ def explain(
             f"Expected the function to use every leaf of the adapter; it never uses {len(unused)} of {len(rows)}.\n"
             f"{listed(unused)}\n  Remove them from the spec, or check that this is the function that is trained."
         )
-    if strict and findings.traced_axes:
+    if strict and traced_axes:
         differ = [
-            f"{path!r} has {adapter[path].axes!r}, the model uses it as {axes!r}"
-            for path, axes in findings.traced_axes.items()
+            f"{path!r} has {adapter[path].axes!r}, the model uses it as {axes!r}" for path, axes in traced_axes.items()
         ]
         raise AdapterError(
             f"Expected the roles of the adapter's axes to be those of the traced model; {len(differ)} of {len(rows)} "
@@ -199,10 +194,8 @@ def _may_differ(use: Use, part: Adapter) -> bool:
 
 def _shardings_text(part: Adapter, placed: Adapter) -> str:
     """Formats shardings like `a 64@fsdp×8, b 8×32@model`."""
-    return ", ".join(
-        f"{name} {'×'.join(map(_axis_text, array.shape, placed.arrays[name].names))}"
-        for name, array in part.arrays.items()
-    )
+    axes = {name: map(_axis_text, array.shape, placed.arrays[name].names) for name, array in part.arrays.items()}
+    return ", ".join(f"{name} {'×'.join(sizes)}" for name, sizes in axes.items())
 
 
 def _axis_text(size: int, names: Sequence[str]) -> str:

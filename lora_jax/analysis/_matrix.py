@@ -80,7 +80,7 @@ def relative_norm(w: Array, part: Adapter) -> Array:
 
 @jax.jit
 def amplification(w: Array, part: Adapter) -> Amplification:
-    """Projects `w` onto the directions of `s·a·b`, onto its own first ones, and onto random ones."""
+    """Projects `w` onto the directions of `s·a·b`, onto the first singular vectors of `w`, and onto random ones."""
     u, s, vt = svd_of_delta(part)
     matrix = kernel_matrix(w, part.axes)
     (d_in, d_out), rank = matrix.shape[-2:], s.shape[-1]

@@ -41,8 +41,8 @@ def plot_subspace_similarity(similarity: Mapping[str, Array]) -> Figure:
     layers = _layers(similarity, ndim=2)
     columns = min(4, len(layers))
     figure = _figure(3.2 * columns, 2.8 * math.ceil(len(layers) / columns))
-    for number, (name, values) in enumerate(layers.items(), start=1):
-        panel = figure.add_subplot(math.ceil(len(layers) / columns), columns, number)
+    for index, (name, values) in enumerate(layers.items(), start=1):
+        panel = figure.add_subplot(math.ceil(len(layers) / columns), columns, index)
         image = _heat(panel, values, left=1, top=1)
         panel.set(title=name, xlabel="j", ylabel="i")
     figure.colorbar(image, ax=figure.axes, label="φ(i, j)")
@@ -146,10 +146,10 @@ def plot_intruders(found: Mapping[str, Intruders]) -> Figure:
     figure, panel = _rows(similarity)
     width = max(len(row) for row in similarity.values())
     grid = np.full((len(similarity), width), np.nan)
-    for number, (name, row) in enumerate(similarity.items()):
-        grid[number, : len(row)] = row
+    for index, (name, row) in enumerate(similarity.items()):
+        grid[index, : len(row)] = row
         for column in np.flatnonzero(intruder[name]):
-            panel.text(float(column + 1), number, "×", color="red", ha="center", va="center")
+            panel.text(float(column + 1), index, "×", color="red", ha="center", va="center")
     image = _heat(panel, grid, left=1, top=0)
     panel.set(xlabel="singular vector of the adapted kernel")
     figure.colorbar(image, ax=panel, label="largest |cos| with one of W0")
