@@ -1,4 +1,4 @@
-"""Shardings for adapters: an adapter follows its base onto the mesh, so that no step has to move either."""
+"""Shardings of an adapter, derived from the shardings of its base."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["like_base"]
 
 
 def like_base(adapter: Any, params_shardings: Any) -> Any:
-    """Gives each array of an adapter the sharding that goes with its base's.
+    """Returns shardings for an adapter that match the shardings of its base.
 
-    A factor is cut along the kernel's axes that it has: along input axes `a`, along output axes `b`, along batch axes
-    both. The rank is on every device, and so is an axis that the devices do not divide; `explain(shardings=…)` names
-    those. The copy of a leaf that is trained whole goes where the leaf is. All are in the devices' own memory, even if
-    the base is kept on the host.
+    Each axis of a factor is sharded like the same axis of the kernel: `a` along the input axes, `b` along the output
+    axes, both along batch axes. The rank axis is replicated. An axis whose size the devices do not divide is replicated
+    as well; `explain(shardings=…)` lists such axes. The value of a `Full` leaf is sharded like the leaf. Everything is
+    in device memory, even if the base is in host memory.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from jax.sharding import PartitionSpec as P
@@ -33,46 +33,46 @@ def like_base(adapter: Any, params_shardings: Any) -> Any:
     >>> lj.sharding.like_base(shapes, {"kernel": P("fsdp", "model")})
     {'kernel': Adapter(LoRA(rank=2, alpha=4), 'io', a=P('fsdp', None), b=P(None, 'model'))}
 
-    With shardings on a mesh, `jax.jit(init, out_shardings=lj.sharding.like_base(shapes, params_shardings))` makes each
-    shard where it lives.
+    With shardings on a mesh, `jax.jit(init, out_shardings=lj.sharding.like_base(shapes, params_shardings))` initializes
+    each shard on its device.
 
     Args:
-      adapter: from `init`, or its shapes; or any tree that holds adapters under their paths, such as the state of an
-        optimizer: what else is in it goes on every device.
-      params_shardings: a tree like the parameters, or like the top of it, or one leaf for all: of `NamedSharding`s,
-        `PartitionSpec`s, or arrays or `ShapeDtypeStruct`s that have a sharding. What `nn.get_sharding`,
-        `nn.get_partition_spec`, `nnx.get_named_sharding` and `nnx.get_partition_spec` return is one.
+      adapter: from `init`, or its shapes; or a tree that contains adapters, such as optimizer state. Other arrays of
+        such a tree are replicated.
+      params_shardings: a tree like the parameters or a prefix of it, with leaves that are `NamedSharding`s,
+        `PartitionSpec`s, or arrays or `ShapeDtypeStruct`s with a sharding; such as the results of `nn.get_sharding`,
+        `nn.get_partition_spec`, `nnx.get_named_sharding` and `nnx.get_partition_spec`.
 
     Returns:
-      The tree of `adapter`, with a sharding of the given kind in place of each array.
+      A tree like `adapter`, with a sharding of the given type in place of each array.
 
     Raises:
-      AdapterError: if there is no sharding for an adapted leaf, or one that it cannot have; if there is no adapter.
+      AdapterError: if an adapted leaf has no sharding, or that of an array with other axes; if there is no adapter.
     """
     parts, treedef = jax.tree_util.tree_flatten_with_path(adapter, is_leaf=lambda node: isinstance(node, Adapter))
-    given = flatten(params_shardings)[0]
-    placed = {
-        number: jax.tree.map(lambda its: its.sharding, placements(_path(keys), part, given), is_leaf=_is_placement)
-        for number, (keys, part) in enumerate(parts)
+    by_path = flatten(params_shardings)[0]
+    shardings = {
+        index: jax.tree.map(lambda place: place.sharding, placements(_path(keys), part, by_path), is_leaf=_is_placement)
+        for index, (keys, part) in enumerate(parts)
         if isinstance(part, Adapter)
     }
-    if not placed:
+    if not shardings:
         raise AdapterError(
-            f"Expected an adapter, or a tree that holds one, as optimizer state does; got {type(adapter).__name__}.\n"
+            f"Expected an adapter, or a tree with one, such as optimizer state; got {type(adapter).__name__}.\n"
             "  The arguments come in this order: sharding.like_base(adapter, params_shardings)."
         )
-    elsewhere = next(_replicated(its) for part in placed.values() for its in jax.tree.leaves(part))
-    return jax.tree.unflatten(treedef, [placed.get(number, elsewhere) for number in range(len(parts))])
+    replicated = next(_replicated(sharding) for part in shardings.values() for sharding in jax.tree.leaves(part))
+    return jax.tree.unflatten(treedef, [shardings.get(index, replicated) for index in range(len(parts))])
 
 
 class Placement(NamedTuple):
-    """Where one array goes.
+    """How one array is sharded.
 
     Attributes:
-      sharding: of the kind that was given for the base.
-      names: for each axis the axes of the mesh along which it is cut.
-      undivided: the axes that stay whole, by number, because the devices that cut the base do not divide them; for
-        each, the axes of the mesh.
+      sharding: of the same type as the base's.
+      names: for each axis, the mesh axes along which it is sharded.
+      undivided: the axes that are replicated because the devices do not divide their size, with the mesh axes along
+        which the base is sharded there.
     """
 
     sharding: Sharding | PartitionSpec
@@ -80,18 +80,18 @@ class Placement(NamedTuple):
     undivided: Mapping[int, tuple[str, ...]]
 
 
-def placements(path: str, part: Adapter, given: Mapping[str, Any]) -> Adapter:
-    """The adapter of one leaf, a `Placement` in place of each of its arrays.
+def placements(path: str, part: Adapter, by_path: Mapping[str, Any]) -> Adapter:
+    """Returns the adapter of one leaf with a `Placement` in place of each array.
 
     Args:
       path: of the leaf.
-      part: its adapter; what an optimizer has masked there stays as it is.
-      given: by path, the shardings of leaves, or of parts of the tree.
+      part: the leaf's adapter; nodes that an optimizer has masked are unchanged.
+      by_path: the shardings of leaves or subtrees by path.
 
     Raises:
-      AdapterError: if there is none for the leaf, or one that it cannot have.
+      AdapterError: if the leaf has no sharding, or that of an array with other axes.
     """
-    base, layout = _of_leaf(path, part, given), part.variant.layout(part.axes)
+    base, layout = _base_sharding(path, part, by_path), part.variant.layout(part.axes)
 
     def place(keys: Any, array: Any) -> Placement:
         return _placement(base, layout.get(keys[0].name, tuple(range(array.ndim))), array.shape)
@@ -100,36 +100,37 @@ def placements(path: str, part: Adapter, given: Mapping[str, Any]) -> Adapter:
 
 
 def _placement(base: Sharding | PartitionSpec, axes: tuple[int, ...], shape: tuple[int, ...]) -> Placement:
-    # An optimizer may keep an array of fewer axes, and on a single device there is nothing to cut.
+    # Optimizer state may have fewer axes, and on a single device there is nothing to shard.
     if len(axes) != len(shape) or not isinstance(base, (NamedSharding, PartitionSpec)):
         return Placement(_replicated(base), ((),) * len(shape), {})
     spec = along(axes, base if isinstance(base, PartitionSpec) else base.spec)
     names = tuple(map(mesh_axes, spec))
-    if isinstance(base, PartitionSpec):  # of a mesh whose sizes are not known
+    if isinstance(base, PartitionSpec):  # without a mesh, sizes are unknown
         return Placement(spec, names, {})
     sizes = base.mesh.shape
-    undivided = {axis: its for axis, its in enumerate(names) if shape[axis] % math.prod(map(sizes.__getitem__, its))}
-    divided = PartitionSpec(*(None if axis in undivided else its for axis, its in enumerate(spec)))
+    shards = [math.prod(sizes[name] for name in entry) for entry in names]
+    undivided = {axis: entry for axis, entry in enumerate(names) if shape[axis] % shards[axis]}
+    divided = PartitionSpec(*(None if axis in undivided else entry for axis, entry in enumerate(spec)))
     return Placement(NamedSharding(base.mesh, divided), tuple(map(mesh_axes, divided)), undivided)
 
 
-def _of_leaf(path: str, part: Adapter, given: Mapping[str, Any]) -> Sharding | PartitionSpec:
-    """The sharding of a leaf: its own, or that of the nearest part of the tree that it is in."""
+def _base_sharding(path: str, part: Adapter, by_path: Mapping[str, Any]) -> Sharding | PartitionSpec:
+    """Returns the sharding of a leaf, or else of the smallest subtree that contains it."""
     steps = path.split("/")
     prefixes = ["/".join(steps[:count]) for count in range(len(steps), -1, -1)]
-    found = next((given[prefix] for prefix in prefixes if prefix in given), None)
+    found = next((by_path[prefix] for prefix in prefixes if prefix in by_path), None)
     if found is None:
         raise AdapterError(
-            f"Expected a sharding for each adapted leaf, or for a part of the tree that it is in; there is none for "
-            f"{path!r}.\n  The nearest paths: {', '.join(map(repr, nearest(path, list(given)))) or 'none'}.\n"
-            "  Give a tree like the one that the adapter was made from, or one sharding for all of it."
+            f"Expected a sharding for each adapted leaf, or for a subtree with it; there is none for {path!r}.\n"
+            f"  The nearest paths: {', '.join(map(repr, nearest(path, list(by_path)))) or 'none'}.\n"
+            "  Pass a tree like the parameters, or one sharding for all of them."
         )
     sharding = found if isinstance(found, (Sharding, PartitionSpec)) else getattr(found, "sharding", None)
     if sharding is None:
         raise AdapterError(
-            f"Expected a sharding, or an array that has one, for {path!r}; got a {type(found).__name__} without.\n"
-            "  If boxes name its axes, ask them: `nn.get_sharding(params, mesh)`, for logical names "
-            "`nn.logical_to_mesh_sharding(nn.get_partition_spec(params), mesh, rules)`, for an NNX state "
+            f"Expected a sharding, or an array with one, for {path!r}; got a {type(found).__name__} without.\n"
+            "  If the parameters carry axis names: `nn.get_sharding(params, mesh)`; for logical names "
+            "`nn.logical_to_mesh_sharding(nn.get_partition_spec(params), mesh, rules)`; for an NNX state "
             "`nnx.get_named_sharding(state, mesh)`."
         )
     spec = sharding if isinstance(sharding, PartitionSpec) else getattr(sharding, "spec", ())
@@ -142,7 +143,7 @@ def _of_leaf(path: str, part: Adapter, given: Mapping[str, Any]) -> Sharding | P
 
 
 def _replicated(sharding: Any) -> Any:
-    """The same devices, with everything on each of them."""
+    """Returns the sharding that replicates an array over the same devices."""
     match sharding:
         case NamedSharding(mesh=mesh):
             return NamedSharding(mesh, PartitionSpec())
@@ -152,7 +153,7 @@ def _replicated(sharding: Any) -> Any:
 
 
 def _path(keys: Any) -> str:
-    """The path under which an adapter stands in its dict."""
+    """Returns the last key, which is the path of a leaf if the node is its adapter."""
     return str(getattr(keys[-1], "key", "")) if keys else ""
 
 

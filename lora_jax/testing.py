@@ -1,4 +1,4 @@
-"""What a function costs and what it makes, in figures that do not depend on the machine: for tests of performance.
+"""Costs of a function that do not depend on the speed of the machine, for tests of performance.
 
 >>> import jax, jax.numpy as jnp
 >>> import lora_jax as lj
@@ -28,10 +28,10 @@ __all__ = ["collectives", "compiled_flops", "flops", "shapes_made", "temporary_b
 
 
 def flops(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
-    """Counts the floating-point operations of a call on its jaxpr, the bodies of loops times their length.
+    """Counts the FLOPs of a call on its jaxpr; the body of a `scan` counts once per iteration.
 
-    A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups, a reduction one for each input element, other
-    arithmetic one for each output element, a move none. Nothing is evaluated.
+    A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups, a reduction one per input element, other
+    arithmetic one per output element. Moving data counts nothing. Nothing is evaluated.
 
     >>> import jax, jax.numpy as jnp
     >>> w = jnp.ones((8, 8))
@@ -44,19 +44,19 @@ def flops(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
       **kwargs: likewise.
 
     Returns:
-      The number of operations.
+      The number of FLOPs.
 
     Raises:
-      NotImplementedError: for a primitive whose operations its shapes do not tell, such as `svd`.
+      NotImplementedError: for a primitive whose FLOPs do not follow from its shapes, such as `svd`.
     """
     return flops_of_jaxpr(jax.make_jaxpr(fn)(*args, **kwargs))
 
 
 def shapes_made(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> set[tuple[int, ...]]:
-    """Collects the shape of every array that an equation of a call makes, those inside loops and other calls too.
+    """Collects the shapes of all arrays that the equations of a call compute, including those in loops and inner calls.
 
-    An argument is not made, nor is a slice of one that a `scan` hands to its body. So a kernel that the function only
-    reads is not among them, unless something else has its shape by accident.
+    Arguments are not included, nor are the slices of them that a `scan` passes to its body. The shape of a kernel that
+    the function only reads is therefore not included, unless another array happens to have the same shape.
 
     >>> import jax, jax.numpy as jnp
     >>> sorted(shapes_made(jax.grad(lambda x, w: jnp.sum(x @ w)), jnp.ones((2, 8)), jnp.ones((8, 4))))
@@ -68,7 +68,7 @@ def shapes_made(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> set[tup
       **kwargs: likewise.
 
     Returns:
-      The shapes, each once.
+      The set of shapes.
     """
     jaxpr = jax.make_jaxpr(fn)(*args, **kwargs)
     return {tuple(var.aval.shape) for eqn in _equations(jaxpr) for var in eqn.outvars if hasattr(var.aval, "shape")}
@@ -82,28 +82,28 @@ def _equations(jaxpr: Jaxpr | ClosedJaxpr) -> Iterator[JaxprEqn]:
 
 
 def temporary_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
-    """Compiles a call and says how much memory it needs beside its arguments and results, by the compiler's account.
+    """Compiles a call and returns how much memory it needs in addition to its arguments and results.
 
     >>> import jax.numpy as jnp
     >>> temporary_bytes(lambda x: jnp.sin(x) @ x, jnp.ones((8, 8)))
     256
 
     Args:
-      fn: any JAX function; jitted already, if its donations are to count.
+      fn: any JAX function; pass a jitted one if it donates arguments.
       *args: its arguments: trees of arrays or `ShapeDtypeStruct`s.
       **kwargs: likewise.
 
     Returns:
-      The number of bytes.
+      The number of bytes, as reported by the compiler.
     """
     return int(_compiled(fn, args, kwargs).memory_analysis().temp_size_in_bytes)
 
 
 def compiled_flops(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
-    """Compiles a call and returns the compiler's own count of its operations.
+    """Compiles a call and returns the compiler's count of its FLOPs.
 
-    What nothing needs is gone by then. But the body of a loop counts once, whatever its length, and functions such as
-    `exp` do not count: compare it between programs of the same loops only, and see `operations`.
+    Dead code does not count. But the body of a loop counts once, whatever its length, and functions such as `exp` do
+    not count: compare only programs with the same loops, or use `flops`.
 
     >>> import jax.numpy as jnp
     >>> compiled_flops(lambda x, w: x @ w, jnp.ones((2, 8)), jnp.ones((8, 4)))
@@ -115,17 +115,17 @@ def compiled_flops(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> int:
       **kwargs: likewise.
 
     Returns:
-      The number of operations.
+      The number of FLOPs.
     """
     return int(_compiled(fn, args, kwargs).cost_analysis()["flops"])
 
 
 def collectives(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Collective]:
-    """Compiles a call and lists what its devices send each other: one `Collective` for each operation that does.
+    """Compiles a call and lists its collectives, the operations with which devices send data to each other.
 
-    The body of a loop counts its turns, of a conditional the branch that sends the most. It is the program as the
-    compiler made it for the devices at hand: that for CPUs sends bfloat16 as float32, and those for other devices
-    may join or replace operations.
+    The body of a loop counts once per iteration; of a conditional, the branch that sends the most counts. The program
+    is compiled for the available devices. On CPUs it sends bfloat16 as float32; compilers for other devices may combine
+    or replace collectives.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.sharding import NamedSharding, PartitionSpec
@@ -136,17 +136,17 @@ def collectives(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Co
     True
 
     Args:
-      fn: any JAX function; jitted already, if it asks for shardings; or a compiled one, without arguments.
-      *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with their shardings.
+      fn: any JAX function; pass a jitted one if it has shardings, or a compiled one without arguments.
+      *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with shardings.
       **kwargs: likewise.
 
     Returns:
-      The collectives, in the program's order. Each has its `kind`; the `bytes` that one device puts in, and those it
-      has of the `result`; the `group`, how many devices take part together; and `times`, how often it runs.
+      The collectives, in the program's order. Each has a `kind`; the `bytes` of one device's operand and of its
+      `result`; the `group`, the number of devices in a group; and `times`, how often it runs.
 
     Raises:
-      NotImplementedError: for a loop with collectives whose turns the compiler does not know, and for a collective
-        whose bytes its shapes do not tell.
+      NotImplementedError: for a loop with collectives whose trip count the compiler does not know, and for a collective
+        whose bytes do not follow from its shapes.
     """
     return collectives_of_text(_compiled(fn, args, kwargs).as_text())
 
@@ -154,15 +154,15 @@ def collectives(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> list[Co
 def wire_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> collections.Counter[str]:
     """Compiles a call and counts the bytes that each device sends to others, by kind of collective.
 
-    Of n devices in a ring, each sends for an array of S bytes, all shards together:
+    In a ring of n devices, each device sends for an array of S bytes in total:
 
         all-reduce                    2·(n-1)/n·S
         all-gather, reduce-scatter      (n-1)/n·S
         all-to-all                      (n-1)/n·S
-        collective-permute              its own shard
+        collective-permute              one shard
 
-    the factors by which NCCL's tests turn a time into a bandwidth that does not depend on n
-    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). What counts is as in `collectives`.
+    These are the factors of the bus bandwidth in NCCL's tests
+    (https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md). Loops count as in `collectives`.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.sharding import NamedSharding, PartitionSpec
@@ -172,19 +172,19 @@ def wire_bytes(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> collecti
     True
 
     Args:
-      fn: any JAX function; jitted already, if it asks for shardings; or a compiled one, without arguments.
-      *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with their shardings.
+      fn: any JAX function; pass a jitted one if it has shardings, or a compiled one without arguments.
+      *args: its arguments: trees of arrays, or of `ShapeDtypeStruct`s with shardings.
       **kwargs: likewise.
 
     Returns:
       The bytes by kind; `.total()` is their sum.
 
     Raises:
-      NotImplementedError: as `collectives`.
+      NotImplementedError: where `collectives` raises it.
     """
     sent: collections.Counter[str] = collections.Counter()
-    for each in collectives(fn, *args, **kwargs):
-        sent[each.kind] += each.wire
+    for collective in collectives(fn, *args, **kwargs):
+        sent[collective.kind] += collective.wire
     return sent
 
 

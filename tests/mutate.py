@@ -97,7 +97,7 @@ MUTATIONS = [
     Mutation(
         "checkpoint/_checksums.py", "if _digest_of(directory / name) != digest", "if not digest", "checkpoint damage"
     ),
-    Mutation("sharding.py", "None if axis in undivided else its", "its", "sharding"),
+    Mutation("sharding.py", "None if axis in undivided else entry", "entry", "sharding"),
     Mutation("_report/flops.py", "return length * flops(", "return flops(", "flops"),
     Mutation("_transform/rules/gather.py", "flops=y.size * (2 *", "flops=y.size * (", "explain lookups"),
 ]

@@ -194,8 +194,8 @@ def test_what_has_room_for_two_factors_alone_says_so() -> None:
     params = {"w": normal(6, 5)}
     adapter = adalora(params, "io")
     text = (
-        "Expected leaves whose update is s·A·B alone; got AdaLoRA(rank=2, alpha=3) at 'w'.\n"
-        "  Make plain adapters of such leaves first: lora_jax.adaptive.compact(adapter)."
+        "Expected leaves whose update is s·A·B; got AdaLoRA(rank=2, alpha=3) at 'w'.\n"
+        "  Convert such leaves first: lora_jax.adaptive.compact(adapter)."
     )
     with pytest.raises(lj.SpecError) as caught:
         lj.compress(adapter, 1)

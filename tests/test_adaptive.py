@@ -93,14 +93,13 @@ def test_the_budget_of_a_long_training_is_exact_too() -> None:
 WRONG_BUDGETS = {
     "more at the end": (
         {"end": 9},
-        "Expected to keep at least one of the 8 directions that there are at the start, and no more than these; got "
-        "end=9.\n  It counts those of all kernels and layers together.",
+        "Expected `end` in [1, 8]; got end=9.\n"
+        "  `end` counts the directions of all kernels and layers together; initially there are 8.",
     ),
     "nothing at the end": ({"end": 0}, "got end=0."),
     "no step between": (
         {"warmup": 6, "settle": 4},
-        "Expected steps between warmup and settling in which the budget falls, warmup + settle < total; got warmup=6, "
-        "settle=4, total=10.",
+        "Expected warmup and settle of at least 0 and warmup + settle < total; got warmup=6, settle=4, total=10.",
     ),
     "a negative warmup": ({"warmup": -1}, "got warmup=-1"),
     "a negative settling": ({"settle": -1}, "settle=-1"),
@@ -279,22 +278,22 @@ def test_what_cannot_be_compacted_says_so() -> None:
     with pytest.raises(lj.AdapterError) as caught:
         jax.jit(adaptive.compact)(adapter)
     assert str(caught.value) == (
-        "Expected values, which say what is left of each rank; got a trace, or shapes alone.\n"
-        "  Call compact outside `jit`; within it, `prune` keeps the shapes."
+        "Expected arrays with values, which determine the remaining ranks; got traced arrays or shapes.\n"
+        "  Call compact outside `jit`; inside, use `prune`, which keeps the shapes."
     )
-    with pytest.raises(lj.AdapterError, match="Expected values"):
+    with pytest.raises(lj.AdapterError, match="Expected arrays with values"):
         adaptive.compact(jax.eval_shape(lambda: adapter))
     with pytest.raises(lj.AdapterError) as caught:
         adaptive.compact({"w": with_e(adapter["w"], jnp.zeros(4))})
     assert str(caught.value) == (
-        "Expected a direction that is left; `e` is zero everywhere in 1 leaves.\n"
-        "  It is at the start, before the first update: the model is then the base."
+        "Expected at least one direction with a nonzero `e`; `e` is zero in all 1 leaves.\n"
+        "  Train the adapter first: `e` is initialized to zero, and the model is then the base."
     )
     with pytest.raises(lj.AdapterError) as caught:
         adaptive.compact(lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4)}))
     assert str(caught.value) == (
-        "Expected an adapter with leaves of AdaLoRA, whose rank can be adapted; got one of LoRA.\n"
-        "  Name them in the spec: init(key, params, {'**/kernel': AdaLoRA(rank=12, alpha=24)})."
+        "Expected an adapter with leaves of AdaLoRA; got leaves of LoRA.\n"
+        "  Use AdaLoRA in the spec: init(key, params, {'**/kernel': AdaLoRA(rank=12, alpha=24)})."
     )
 
 
@@ -476,7 +475,7 @@ WRONG_OPTIONS = {
         "Expected an interval of at least 1, and betas in [0, 1); got interval=0, beta1=0.85, beta2=0.85.",
     ),
     "a beta": ({"beta2": 1.0}, "beta2=1.0."),
-    "an end": ({"end": START + 1}, f"at least one of the {START} directions that there are at the start"),
+    "an end": ({"end": START + 1}, f"Expected `end` in [1, {START}]"),
     "a schedule": ({"warmup": 9}, "warmup + settle < total; got warmup=9, settle=3, total=12."),
 }
 
@@ -493,8 +492,10 @@ def test_it_needs_the_adapter_and_one_with_a_rank_to_adapt() -> None:
     tx, adapter = adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE), mixed()
     with pytest.raises(lj.AdapterError) as caught:
         tx.update(adapter, tx.init(adapter))
-    assert str(caught.value) == "Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter)."
-    with pytest.raises(lj.AdapterError, match="with leaves of AdaLoRA, whose rank can be adapted; got one of Full"):
+    assert (
+        str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
+    )
+    with pytest.raises(lj.AdapterError, match="with leaves of AdaLoRA; got leaves of Full"):
         tx.init({"bias": adapter["bias"]})
     with pytest.raises(lj.AdapterError, match="Expected an adapter: a dict from paths"):
         tx.init(PARAMS)

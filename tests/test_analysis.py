@@ -247,7 +247,7 @@ def test_adapters_with_nothing_in_common_are_an_error() -> None:
         analysis.subspace_similarity(adapter, {"v": adapter["w"]})
     assert str(caught.value) == (
         "Expected two adapters of the same kernels; none of the 1 low-rank paths of the first is among the 1 of the "
-        "second.\n  They start with ['w'] and ['v']."
+        "second.\n  Their first paths are ['w'] and ['v']."
     )
 
 

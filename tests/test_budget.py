@@ -300,12 +300,12 @@ def test_a_loss_sees_what_the_model_returns_and_its_arguments():
     "loss", [lambda out, x: x, lambda out, x: jnp.int32(1), lambda out, x: None], ids=["array", "integer", "none"]
 )
 def test_a_loss_that_is_no_number_is_refused(loss):
-    with pytest.raises(lj.SpecError, match=r"Expected a loss that is one floating-point number; got .*\n.*loss=lambda"):
+    with pytest.raises(lj.SpecError, match=r"Expected a loss that is a floating-point scalar; got .*\n.*loss=lambda"):
         linear_plan(loss=loss)
 
 
 def test_a_model_without_floating_point_results_is_refused():
-    with pytest.raises(lj.SpecError, match="Expected a loss that is one floating-point number; got"):
+    with pytest.raises(lj.SpecError, match="Expected a loss that is a floating-point scalar; got"):
         linear_plan(apply=lambda params, x: jnp.argmax(x @ params["kernel"], -1))
 
 
@@ -386,8 +386,8 @@ def test_it_shows_as_a_table_in_a_notebook():
 def test_what_shapes_do_not_tell_is_not_known():
     found = linear_plan(apply=lambda params, x: jnp.abs(jnp.fft.fft(x @ params["kernel"])))
     assert found.lora.flops is found.lora.flops_per_device is None
-    assert [line.split() for line in str(found).split("\n") if line.startswith("operations")] == [
-        ["operations", "not", "known", "not", "known", "-"]
+    assert [line.split() for line in str(found).split("\n") if line.startswith("FLOPs")] == [
+        ["FLOPs", "not", "known", "not", "known", "-"]
     ]
 
 

@@ -62,18 +62,18 @@ def explain(**kwargs: Any) -> Any:
 
 
 TABLE = """\
-path                    shape  axes  kind       variant  rank  scale  used                     trainable  of base  operations
-──────────────────────  ─────  ────  ─────────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
-params/down/kernel      16×8   io    mlp        RSLoRA      4      2  factored dot_general ×1         96  15.789%       1,224
-params/embed/embedding  32×8   io    embedding  LoRA        2    1.5  factored gather ×1              80  13.158%         252
-params/head/bias        4      -     bias       Full        -      -  whole add ×1                     4   0.658%           0
-params/head/kernel      8×4    -     head       Full        -      -  whole dot_general ×1            32   5.263%           0
-params/spare/kernel     8×4    io    -          LoRA        2      2  never used                      24   3.947%           0
-params/up/kernel        8×16   io    mlp        LoRA        2      2  factored dot_general ×1         48   7.895%         684
+path                    shape  axes  kind       variant  rank  scale  used                     trainable  of base  FLOPs
+──────────────────────  ─────  ────  ─────────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ─────
+params/down/kernel      16×8   io    mlp        RSLoRA      4      2  factored dot_general ×1         96  15.789%  1,224
+params/embed/embedding  32×8   io    embedding  LoRA        2    1.5  factored gather ×1              80  13.158%    252
+params/head/bias        4      -     bias       Full        -      -  whole add ×1                     4   0.658%      0
+params/head/kernel      8×4    -     head       Full        -      -  whole dot_general ×1            32   5.263%      0
+params/spare/kernel     8×4    io    -          LoRA        2      2  never used                      24   3.947%      0
+params/up/kernel        8×16   io    mlp        LoRA        2      2  factored dot_general ×1         48   7.895%    684
 
-trainable: 284 numbers, 46.711% of the base's 608
-memory:    adapter 1.1 kB, optimizer 2.3 kB (two moments, as Adam keeps)
-forward:   2,160 operations more, 58.06% of the base's 3,720"""  # noqa: E501
+trainable: 284 parameters, 46.711% of the base's 608
+memory:    adapter 1.1 kB, optimizer 2.3 kB (two moments, as for Adam)
+forward:   2,160 FLOPs added, 58.06% of the base's 3,720"""
 
 
 def test_what_a_variant_computes_before_any_use_counts() -> None:
@@ -134,7 +134,7 @@ def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
         "<tr><td>params/up/kernel</td><td>8×16</td><td>io</td><td>mlp</td><td>LoRA</td><td>2</td><td>2</td>"
         "<td>factored dot_general ×1</td><td>48</td><td>7.895%</td><td>684</td></tr>" in html
     )
-    assert html.endswith("<p>forward:   2,160 operations more, 58.06% of the base&#x27;s 3,720</p>")
+    assert html.endswith("<p>forward:   2,160 FLOPs added, 58.06% of the base&#x27;s 3,720</p>")
 
 
 def test_the_notebook_s_table_escapes_paths() -> None:
@@ -153,7 +153,7 @@ def test_leaves_never_used_are_an_error_if_strict() -> None:
         explain(strict=True)
     assert str(caught.value) == (
         "Expected the function to use every leaf of the adapter; it never uses 1 of 6.\n  params/spare/kernel\n"
-        "  Take them out of the spec, or check that this is the function that is trained."
+        "  Remove them from the spec, or check that this is the function that is trained."
     )
 
 
@@ -305,16 +305,14 @@ def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> 
     found = factored(apply, KERNEL, PART, jnp.ones((5, 8)))
     assert found.base_flops is None
     assert found.rows[0].flops == dense(5, 8, 6, 2)
-    assert str(found).endswith(
-        f"\nforward:   {dense(5, 8, 6, 2):,} operations more, the base's cannot be told from shapes"
-    )
+    assert str(found).endswith(f"\nforward:   {dense(5, 8, 6, 2):,} FLOPs added, the base's are unknown")
 
 
 def test_a_model_without_operations_is_explained_all_the_same() -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.Full()})
     found = factored(lambda params, x: params["kernel"][x], KERNEL, adapter, jnp.array([1, 2]))
     assert (found.base_flops, found.flops) == (0, 0)
-    assert str(found).endswith("forward:   0 operations more, 0.00% of the base's 0")
+    assert str(found).endswith("forward:   0 FLOPs added, 0.00% of the base's 0")
 
 
 def test_leaves_that_are_no_arrays_do_not_count() -> None:
@@ -331,7 +329,7 @@ def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA}, param_dtype=param_dtype)
     found = factored(lambda p, x: x @ p["kernel"], KERNEL, adapter, jnp.ones((5, 8)))
     assert found.adapter_bytes == 28 * jnp.dtype(param_dtype).itemsize
-    assert (found.optimizer_bytes, found.optimizer) == (2 * found.adapter_bytes, "two moments, as Adam keeps")
+    assert (found.optimizer_bytes, found.optimizer) == (2 * found.adapter_bytes, "two moments, as for Adam")
 
 
 @pytest.mark.parametrize(

@@ -161,16 +161,17 @@ def test_trees_may_be_cut_over_devices_and_hold_what_is_no_number(kind: AxisType
 WRONG = {
     "the same tree": (
         {"w": jnp.ones((4, 3))},
-        "Expected a tuned tree; it equals the base in every leaf.\n  Give (base, tuned), in this order.",
+        "Expected a fine-tuned tree; it equals the base in every leaf.\n"
+        "  Call extract(base, tuned, spec) with two different trees.",
     ),
     "another shape": (
         {"w": jnp.ones((4, 2))},
-        "Expected two trees of the same paths and shapes; got 1 differences.\n"
+        "Expected two trees with the same paths and shapes; got 1 differences.\n"
         "  'w' has shape (4, 3) in the base and (4, 2) in the tuned tree",
     ),
     "another path": (
         {"v": jnp.ones((4, 3))},
-        "Expected two trees of the same paths and shapes; got 2 differences.\n"
+        "Expected two trees with the same paths and shapes; got 2 differences.\n"
         "  'w' is only in the base\n  'v' is only in the tuned tree",
     ),
 }
@@ -187,7 +188,7 @@ def test_a_tree_that_is_no_fine_tuned_base_is_an_error(name: str) -> None:
 @pytest.mark.parametrize(
     ("variant", "text"),
     [
-        (lj.LoRA(rank=1, alpha=0), "expected LoRA or RSLoRA, with an alpha that is not 0, or Full; got LoRA("),
+        (lj.LoRA(rank=1, alpha=0), "expected LoRA or RSLoRA, with a nonzero alpha, or Full; got LoRA("),
         (lj.LoRA(rank=4, alpha=1), "rank=4 is too large, with axes 'io' it can be at most 3."),
     ],
 )

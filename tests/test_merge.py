@@ -328,7 +328,7 @@ def test_a_report_under_jit_is_an_error() -> None:
     adapter = trained(params)
     call = jax.jit(lambda merged: lj.merge_report(params, adapter, merged))
     assert error(call, lj.merge(params, adapter)) == (
-        "Expected values to report on; got a trace, which has none.\n  Call merge_report outside `jit`."
+        "Expected arrays with values; got traced arrays.\n  Call merge_report outside `jit`."
     )
 
 
@@ -337,7 +337,7 @@ def test_a_report_on_what_is_not_the_merge_is_an_error() -> None:
     adapter = trained(params)
     assert error(lj.merge_report, params, adapter, lj.merge(params, trained(params, seed=3))) == (
         "Expected `merged` to be the merge of `params` and the adapter; 2 of 2 leaves are not.\n"
-        "  'a/kernel'\n  'b/kernel'\n  Was it trained further, or merged with another adapter or base?"
+        "  'a/kernel'\n  'b/kernel'\n  It may have been trained further, or merged with another adapter or base."
     )
     text = error(lj.merge_report, params, adapter, {"a": params["a"]}, kind=lj.AdapterError)
     assert "\n  'b/kernel' is not in `merged`; the nearest are 'a/kernel', 'a/bias'\n" in text
@@ -433,7 +433,7 @@ def test_a_factor_that_is_not_finite_is_an_error_and_nothing_is_merged(name: str
     bad = lj.Adapter(LORA, "io", **(arrays | {name: arrays[name].at[0, 0].set(value)}))
     assert error(lj.merge, params, good | {"b/kernel": bad}) == (
         f"Expected finite factors; got NaN or infinity in 1 arrays.\n  'b/kernel': {name}\n"
-        "  Nothing was merged. Go back to a checkpoint from before the loss diverged."
+        "  Nothing was merged. Use a checkpoint from before the loss diverged."
     )
     assert bits(params) == before
 
@@ -457,7 +457,7 @@ def test_a_merge_that_overflows_its_dtype_is_an_error(container: Any) -> None:
     adapter = adapter_of(a=jnp.full((4, 1), 1e4), b=jnp.ones((1, 4)))
     assert error(lj.merge, params, adapter) == (
         "Expected merged leaves to fit their dtype; 1 overflow.\n"
-        "  'kernel': 70000 in float16, whose largest number is 65504.0\n"
+        "  'kernel': 70000 in float16, whose largest value is 65504.0\n"
         "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
     )
 
@@ -478,8 +478,8 @@ def test_a_leaf_that_is_tied_to_another_is_an_error(container: Any) -> None:
     params = tied(container)
     adapter = trained(params, {"embed/kernel": LORA})
     assert error(lj.merge, params, adapter) == (
-        "Expected 'embed/kernel' to hold an array of its own; 'head/kernel' holds the same array (tied weights).\n"
-        "  merge(..., untie=True) changes 'embed/kernel' alone; or adapt the array under one path of an untied tree."
+        "Expected 'embed/kernel' to hold a separate array; 'head/kernel' holds the same one (tied weights).\n"
+        "  merge(..., untie=True) changes only 'embed/kernel'; or adapt an untied tree."
     )
 
 
@@ -607,7 +607,7 @@ def test_a_base_that_was_not_merged_is_an_error(wrong: str) -> None:
             merged["b"]["kernel"] = kernel.at[3, 3].set(jnp.nextafter(kernel[3, 3], jnp.bfloat16(jnp.inf)))
     assert error(lj.unmerge, merged, adapter, base=base) == (
         "Expected `merged` to be the merge of `base` and the adapter; 1 of 2 leaves are not.\n  'b/kernel'\n"
-        "  Was it trained further, or merged with another adapter or base?"
+        "  It may have been trained further, or merged with another adapter or base."
     )
 
 
@@ -634,7 +634,7 @@ def test_a_leaf_that_was_replaced_whole_needs_the_base() -> None:
     params = model()
     adapter = trained(params, FULL)
     assert error(lj.unmerge_approximately, lj.merge(params, adapter), adapter) == (
-        "Expected a kept base: 'a/bias' was replaced or scaled by Full(); what it was is not in `merged`.\n"
+        "Cannot unmerge 'a/bias' without the base: Full() replaces or scales the leaf.\n"
         "  Call unmerge(merged, adapter, base=base)."
     )
 

@@ -271,7 +271,7 @@ def test_a_step_of_full_fine_tuning_costs_more() -> None:
 
 ERROR = (
     'Expected a tree with the keys "base" and "adapter"; got {}.\n'
-    '  Keep the two side by side: TrainState.create(params={{"base": params, "adapter": adapter}}, …).'
+    '  Put both into one dict: TrainState.create(params={{"base": params, "adapter": adapter}}, …).'
 )
 TREE = {"base": {"w": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
 STRANGERS = {

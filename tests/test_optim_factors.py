@@ -292,7 +292,9 @@ def test_without_the_adapter_there_is_nothing_to_precondition_with(name: str) ->
     tx = PRECONDITIONED[name]()
     with pytest.raises(lj.AdapterError) as caught:
         tx.update(gradient, tx.init(adapter))
-    assert str(caught.value) == "Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter)."
+    assert (
+        str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
+    )
 
 
 # Masks
@@ -356,7 +358,7 @@ def test_a_mask_that_cannot_be_meant_is_an_error(name: str) -> None:
 def test_what_is_no_adapter_is_an_error(tree: Any, got: str) -> None:
     text = (
         f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {got}.\n"
-        "  Give the optimizer the adapter only; in one tree with the base, wrap it: freeze_base(tx)."
+        "  Pass only the adapter to the optimizer. If one tree holds both, wrap the optimizer: freeze_base(tx)."
     )
     for use in (lambda: optim.select("a")(tree), lambda: optim.riemannian().update(tree, optax.EmptyState(), tree)):
         with pytest.raises(lj.AdapterError) as caught:

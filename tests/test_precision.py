@@ -328,7 +328,7 @@ def test_a_merge_is_rounded_where_it_fits_its_dtype_and_refused_where_it_does_no
     np.testing.assert_array_equal(np.asarray(near, np.float64), np.full((4, 4), largest))
     assert merge_error(params, rank_one(largest)) == (
         f"Expected merged leaves to fit their dtype; 1 overflow.\n"
-        f"  'w': {2 * largest:.6g} in {jnp.dtype(dtype).name}, whose largest number is {jnp.finfo(dtype).max}\n"
+        f"  'w': {2 * largest:.6g} in {jnp.dtype(dtype).name}, whose largest value is {jnp.finfo(dtype).max}\n"
         "  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
     )
 

@@ -229,7 +229,7 @@ def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so(
         "bias": "value 32@(data,model)",
     }
     assert explained.undivided == (
-        "a of 'kernel' is whole along its axis of 6, which the devices along 'model' do not divide",
+        "a of 'kernel' is replicated along its axis of size 6, which the devices along 'model' do not divide",
     )
     header, *_, last = str(explained).split("\n")
     assert header.endswith("placed") and last == f"placed:    {explained.undivided[0]}"
@@ -240,7 +240,11 @@ def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so(
 KERNEL = {"kernel": lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.zeros((8, 2)), b=jnp.zeros((2, 4)))}
 WRONG = {
     "no sharding for it": (KERNEL, {"kernels": P()}, "there is none for 'kernel'.\n  The nearest paths: 'kernels'"),
-    "shapes alone": (KERNEL, {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)}, "ask them: `nn.get_sharding"),
+    "shapes alone": (
+        KERNEL,
+        {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
+        "carry axis names: `nn.get_sharding",
+    ),
     "a box of shapes": (
         KERNEL,
         {"kernel": nn.Partitioned(jax.ShapeDtypeStruct((8, 4), jnp.float32), (None, "model"))},
@@ -251,7 +255,7 @@ WRONG = {
     "swapped": (
         P("data"),
         KERNEL,
-        r"a tree that holds one.*; got P.*\n  .*: sharding.like_base\(adapter, params_shardings\)",
+        r"a tree with one.*; got P.*\n  .*: sharding.like_base\(adapter, params_shardings\)",
     ),
 }
 

@@ -207,7 +207,7 @@ def test_explain_shows_symbolic_counts_as_the_polynomials_that_they_are() -> Non
     net = NETS["dense, no batch"]
     text = str(lj.explain(net.apply, net.params, net.adapter, *symbolic(net)))
     assert "factored dot_general ×1" in text and "74*t" in text
-    assert "forward:   74*t operations more, the base's are 128*t" in text
+    assert "forward:   74*t FLOPs added, the base's are 128*t" in text
     assert "74*t" in lj.explain(net.apply, net.params, net.adapter, *symbolic(net))._repr_html_()
 
 
@@ -224,6 +224,6 @@ def test_plan_compiles_for_sizes_that_are_numbers() -> None:
     with pytest.raises(lj.SpecError) as error:
         lj.plan(net.apply, net.params, {"w": lj.LoRA(rank=2, alpha=4)}, optax.sgd(1.0), mesh, *symbolic(net))
     assert str(error.value) == (
-        "Expected sizes that are numbers, to compile for them; `abstract_args[0]` has the shape (b, t, 8).\n"
-        "  Give the sizes of one batch."
+        "Expected known sizes, to compile for them; `abstract_args[0]` has the shape (b, t, 8).\n"
+        "  Pass the sizes of one batch."
     )

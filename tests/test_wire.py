@@ -95,7 +95,9 @@ def test_a_loop_that_stops_by_what_it_computes_is_refused_if_it_sends() -> None:
         return lax.while_loop(lambda x: x[0] < 9, lambda x: x * 2, x)
 
     x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=NamedSharding(mesh(), P(both)))
-    with pytest.raises(NotImplementedError, match=r"loops whose turns the compiler knows; got `while[^`]*`, with coll"):
+    with pytest.raises(
+        NotImplementedError, match=r"loops whose trip count the compiler knows; got `while[^`]*`, with coll"
+    ):
         testing.wire_bytes(mapped(sends, P(both), P()), x)
     assert testing.wire_bytes(mapped(does_not, P(both), P(both)), x) == {}
 
@@ -173,7 +175,7 @@ def test_the_text_of_another_compiler(name: str) -> None:
 def test_what_goes_to_the_host_is_not_on_the_wire() -> None:
     sent = "  %t = token[] after-all()\n  %s = (f32[32]{0}, u32[], token[]) send(%x, %t), channel_id=1"
     assert collectives(text(f"{sent}, is_host_transfer=true")) == []
-    with pytest.raises(NotImplementedError, match=r"bytes can be told from their shapes; got `send`"):
+    with pytest.raises(NotImplementedError, match=r"bytes follow from their shapes; got `send`"):
         collectives(text(sent))
     with pytest.raises(NotImplementedError, match=r"groups of devices.*; got\n  %x\), somehow"):
         collectives(text("  %d = f32[32]{0} all-reduce(%x), somehow"))

@@ -1,1 +1,1 @@
-"""Adapters and parameter trees turned into each other: merge, unmerge, extract, compress."""
+"""Conversions between adapters and parameter trees: merge, unmerge, extract, compress."""

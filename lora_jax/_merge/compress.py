@@ -1,4 +1,4 @@
-"""Adapters of a lower rank, from adapters of a higher one."""
+"""Reduces the rank of an adapter."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .._errors import SpecError
 
 
 def compress(adapter: Adapters, rank: int | Mapping[Pattern, int]) -> tuple[dict[str, Adapter], dict[str, Array]]:
-    """Brings an adapter to a lower rank, from its factors alone.
+    """Reduces the rank of an adapter by truncated singular value decompositions.
 
-    Each `s·A·B` is replaced by its best approximation in the Frobenius norm (Eckart and Young 1936), from QR
-    decompositions of the factors; the product is never formed. The variant keeps its `alpha`, so that its scale is that
-    of the new rank; the factors are made for it. Leaves of that rank or lower, and all other arrays, stay as they are.
-    Works under `jit`.
+    Each `s·A·B` is replaced by its best approximation in the Frobenius norm (Eckart and Young 1936), computed from QR
+    decompositions of the factors without materializing the product. The variant keeps its `alpha`, so the scale is that
+    of the new rank; the new factors take it into account. Leaves of this rank or lower, and all other arrays, are
+    unchanged. Works under `jit`.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> a, b = jnp.eye(5, 2), jnp.eye(2, 3) * jnp.array([[4.0], [3.0]])
@@ -34,16 +34,16 @@ def compress(adapter: Adapters, rank: int | Mapping[Pattern, int]) -> tuple[dict
 
     Args:
       adapter: from training, `restore` or `extract`.
-      rank: for every leaf; or for those that match a pattern, of which the first that matches a path decides.
+      rank: one rank for all leaves, or a dict from patterns to ranks, in which the first match decides.
 
     Returns:
-      The adapter, its arrays in the dtypes that they had; and for each leaf with factors the share of `s·A·B` that is
-      lost, in the Frobenius norm, before rounding to that dtype; of shape (batch…).
+      The adapter, with unchanged dtypes; and for each leaf with factors the relative error of `s·A·B` in the Frobenius
+      norm, before rounding to the dtype, of shape (batch…).
 
     Raises:
-      AdapterError: if it is no adapter.
-      SpecError: for a rank below 1, a pattern that matches no leaf with factors, or a leaf of `AdaLoRA`, which
-        `adaptive.compact` makes plain first.
+      AdapterError: if `adapter` is not an adapter.
+      SpecError: for a rank below 1, a pattern that matches no leaf with factors, or a leaf of `AdaLoRA`; convert such
+        leaves with `adaptive.compact` first.
     """
     check_adapter(adapter, "The arguments come in this order: compress(adapter, rank).")
     factored = {path: part for path, part in adapter.items() if has_factors(part)}
@@ -58,8 +58,8 @@ def _compressed(path: str, part: Adapter, rank: int) -> tuple[Adapter, Array]:
     assert isinstance(part.variant, LowRank)
     if part.variant.diagonal(part.arrays) is not None:
         raise SpecError(
-            f"Expected leaves whose update is s·A·B alone; got {part.variant} at {path!r}.\n"
-            "  Make plain adapters of such leaves first: lora_jax.adaptive.compact(adapter)."
+            f"Expected leaves whose update is s·A·B; got {part.variant} at {path!r}.\n"
+            "  Convert such leaves first: lora_jax.adaptive.compact(adapter)."
         )
     batch = part.a.shape[: part.axes.count("b")]
     if rank >= part.a.shape[-1] or part.variant.scale == 0:
@@ -76,12 +76,12 @@ def _compressed(path: str, part: Adapter, rank: int) -> tuple[Adapter, Array]:
 
 
 def _ranks(rank: int | Mapping[Pattern, int], paths: list[str]) -> dict[str, int]:
-    """The rank of each path that is to have one: that of the first pattern that matches it."""
+    """Returns the rank for each path that a pattern matches; the first match decides."""
     rules = rank if isinstance(rank, Mapping) else {"**": rank}
     ranks: dict[str, int] = {}
-    for pattern, wanted in rules.items():
-        if wanted < 1:
-            raise SpecError(f"Expected a rank of at least 1; got {wanted}, for {pattern_text(pattern)!r}.")
+    for pattern, new_rank in rules.items():
+        if new_rank < 1:
+            raise SpecError(f"Expected a rank of at least 1; got {new_rank}, for {pattern_text(pattern)!r}.")
         found = matched(pattern, paths, "every pattern to match a leaf with factors")
-        ranks = dict.fromkeys(found, wanted) | ranks
+        ranks = dict.fromkeys(found, new_rank) | ranks
     return ranks

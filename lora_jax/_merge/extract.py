@@ -29,11 +29,11 @@ def extract(
     kernels: Mapping[str, Kernel] | None = None,
     param_dtype: Any = jnp.float32,
 ) -> tuple[dict[str, Adapter], dict[str, Array]]:
-    """Makes the adapter that comes nearest to what full fine-tuning has changed.
+    """Approximates the change that full fine-tuning made by an adapter.
 
-    Each kernel's factors are the truncated singular value decomposition of its difference, the best in the Frobenius
-    norm (Eckart and Young 1936), its root in either factor; the rank and the scale are the variant's. A `Full` leaf is
-    the tuned one. Leaves that fine-tuning has not changed are left out. Outside `jit`, one leaf at a time.
+    The factors of a kernel are the truncated singular value decomposition of its change, the best approximation in the
+    Frobenius norm (Eckart and Young 1936), with the root of the singular values in each factor. Rank and scale are
+    those of the variant. A `Full` leaf gets the tuned values. Unchanged leaves are omitted. Does not work under `jit`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> base = {"kernel": jnp.zeros((4, 3)), "bias": jnp.zeros(3)}
@@ -44,31 +44,33 @@ def extract(
 
     Args:
       base: the parameters before fine-tuning.
-      tuned: those after it, a tree of the same paths and shapes.
-      spec: as for `init`, of variants with factors alone (`LoRA`, `RSLoRA`), `Full` and None.
+      tuned: the parameters after fine-tuning, with the same paths and shapes.
+      spec: as for `init`, with `LoRA`, `RSLoRA`, `Full` and None as variants.
       kernels: as for `init`.
-      param_dtype: dtype of the adapter's arrays; they are computed in float32 at least.
+      param_dtype: dtype of the adapter's arrays. They are computed in float32 or wider.
 
     Returns:
-      The adapter; and for each leaf that fine-tuning has changed the share of the change that the adapter lacks, in the
-      Frobenius norm, before rounding to `param_dtype`: 0 is all, 1 is nothing, for the leaves that the spec leaves
-      alone. Of shape (batch…), as the layers of a stack differ.
+      The adapter; and for each changed leaf the relative error of the change in the Frobenius norm, before rounding to
+      `param_dtype`, of shape (batch…). It is 0 if the adapter contains the whole change, and 1 for leaves that the spec
+      does not adapt.
 
     Raises:
-      AdapterError: if the trees differ in paths or shapes, or in nothing.
-      SpecError: as from `init`; for a variant with other arrays than factors.
+      AdapterError: if the trees differ in paths or shapes, or do not differ at all.
+      SpecError: where `init` raises it; for a variant with arrays other than factors.
     """
     before, after = flatten(base)[0], flatten(tuned)[0]
     _check_same(before, after)
     changed = [path for path in before if not _equal(before[path], after[path])]
     if not changed:
         raise AdapterError(
-            "Expected a tuned tree; it equals the base in every leaf.\n  Give (base, tuned), in this order."
+            "Expected a fine-tuned tree; it equals the base in every leaf.\n"
+            "  Call extract(base, tuned, spec) with two different trees."
         )
     adapter: dict[str, Adapter] = {}
     residual = {path: jnp.ones(()) for path in changed}
     chosen = fit(spec, before, kernels, only=changed)
-    refuse([Problem(path, before[path], its, _plain(its)) for path, its in chosen.items() if _plain(its)], len(chosen))
+    reasons = {path: _why_unsupported(choice) for path, choice in chosen.items()}
+    refuse([Problem(path, before[path], chosen[path], why) for path, why in reasons.items() if why], len(chosen))
     for path, choice in chosen.items():
         adapter[path], residual[path] = _extracted(before[path], after[path], choice, param_dtype)
     return adapter, residual
@@ -77,13 +79,13 @@ def extract(
 # One leaf
 
 
-def _plain(choice: Choice) -> str:
-    """Why a change of the kernel cannot be put into the variant's arrays; empty if it can."""
+def _why_unsupported(choice: Choice) -> str:
+    """Returns why the variant cannot represent a change of the kernel; empty if it can."""
     _, variant, axes = choice
-    if isinstance(variant, LowRank) and set(variant.layout(axes)) == {"a", "b"} and variant.scale != 0:
+    factored = isinstance(variant, LowRank) and set(variant.layout(axes)) == {"a", "b"} and variant.scale != 0
+    if factored or isinstance(variant, Full):
         return ""
-    wanted = "expected LoRA or RSLoRA, with an alpha that is not 0, or Full"
-    return "" if isinstance(variant, Full) else f"{wanted}; got {variant}"
+    return f"expected LoRA or RSLoRA, with a nonzero alpha, or Full; got {variant}"
 
 
 def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Adapter, Array]:
@@ -103,7 +105,7 @@ def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Ada
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Array) and isinstance(other, Array):
-        return bool(jnp.array_equal(one, other))  # of random keys, too
+        return bool(jnp.array_equal(one, other))  # also works for PRNG keys
     arrays = isinstance(one, Array | np.ndarray) and isinstance(other, Array | np.ndarray)
     return equal(one, other) if arrays else np.array_equal(one, other)
 
@@ -117,5 +119,5 @@ def _check_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     )
     if found:
         raise AdapterError(
-            f"Expected two trees of the same paths and shapes; got {len(found)} differences.\n{listed(found)}"
+            f"Expected two trees with the same paths and shapes; got {len(found)} differences.\n{listed(found)}"
         )

@@ -1,7 +1,7 @@
-"""One leaf and its adapter: put together, taken apart, and what rounding took.
+"""Merges one leaf with its adapter, subtracts the adapter again, and measures the rounding errors.
 
-Computed in float32, or in what is wider among the leaf and the adapter, and cast once. The result is what the leaf was:
-in NumPy's hands or JAX's, with the same sharding, in the same memory.
+Everything is computed in float32, or in the widest dtype of the leaf and the adapter, and cast once. The result is a
+NumPy or JAX array like the leaf, with the same sharding and memory kind.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .._core.values import is_concrete, is_finite, near, together
 
 
 class Rounding(NamedTuple):
-    """What rounding to the base's dtype took from one merged leaf.
+    """The errors of one merged leaf from rounding to the base's dtype.
 
     Attributes:
-      max_error: largest distance of an element from the exact sum.
-      mean_error: mean distance.
-      lost: share of the elements that the adapter changes and that rounded back to the base's value, in [0, 1].
+      max_error: the largest absolute difference of an element from the exact sum.
+      mean_error: the mean absolute difference.
+      lost: of the elements that the adapter changes, the share that rounded back to the base's value, in [0, 1].
     """
 
     max_error: float
@@ -38,86 +38,86 @@ class Rounding(NamedTuple):
 
 
 def fold(w: Any, part: Adapter) -> Any:
-    """The leaf with its adapter, `W0 + s·A·B`."""
-    return _on_leaf(_fold, w, part)
+    """Returns the leaf merged with its adapter, such as `W0 + s·A·B`."""
+    return _run_like_leaf(_fold, w, part)
 
 
 def unfold(w: Any, part: Adapter) -> Any:
-    """The leaf without the low-rank term of its adapter, `W - s·A·B`; a gain is not taken out."""
-    return _on_leaf(_unfold, w, part)
+    """Returns the leaf minus the low-rank term, `W - s·A·B`; a gain is not divided out."""
+    return _run_like_leaf(_unfold, w, part)
 
 
 def is_fold(merged: Any, w: Any, part: Adapter) -> bool:
-    """Whether a leaf is `fold` of another and its adapter, as any program and any processor may round it.
+    """Returns whether a leaf equals `fold(w, part)` up to the rounding of any program or processor.
 
-    True of a trace, which has no values.
+    Returns True for traced arrays, which have no values.
     """
     if not all(map(is_concrete, (merged, w, *part.arrays.values()))):
         return True
     if merged.shape != w.shape:
         return False
-    with jax.ensure_compile_time_eval(), precision_of(w):
+    with jax.ensure_compile_time_eval(), keep_float64(w):
         w, merged = together(w, merged)
         return bool(_jitted(_is_fold, None)(w, part, merged))
 
 
 def rounding(w: Any, part: Adapter, folded: Any) -> Rounding:
-    """What was lost between `w` and its adapter, and `fold` of them."""
-    return Rounding(*map(float, _on_near(_measure, w, part, folded)))
+    """Measures the rounding errors of `folded`, which is `fold(w, part)`."""
+    return Rounding(*map(float, _run_on_device(_rounding_errors, w, part, folded)))
 
 
-def drift_bound(merged: Any, restored: Any) -> float:
-    """A bound on what two casts took: half a unit in the last place of the largest element, each."""
+def rounding_bound(merged: Any, restored: Any) -> float:
+    """Bounds the error of two casts: for each, half a unit in the last place of the largest element."""
     info = jnp.finfo(merged.dtype)
-    least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))  # processors flush what is smaller
-    largest = (float(abs(near(leaf)).max()) for leaf in (merged, restored))
-    return sum(max(float(info.eps) / 2 * each, least) for each in largest)
+    least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))  # subnormals may be flushed to zero
+    magnitudes = (float(abs(near(leaf)).max()) for leaf in (merged, restored))
+    return sum(max(float(info.eps) / 2 * magnitude, least) for magnitude in magnitudes)
 
 
-def precision_of(w: Any) -> Any:
-    """A context in which NumPy's float64 is not cut to float32."""
+def keep_float64(w: Any) -> Any:
+    """Returns a context in which JAX does not convert NumPy's float64 to float32."""
     return jax.enable_x64(True) if w.dtype == np.float64 else contextlib.nullcontext()
 
 
-def too_large(
-    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, taken: bool = False
+def overflows(
+    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, unfolded: bool = False
 ) -> list[str]:
-    """A line for each leaf that `fold`, or `unfold` if it is `taken`, has made too large for its dtype."""
-    found = {path: _excess(leaves[path], adapter[path], leaf, taken=taken) for path, leaf in results.items()}
+    """Returns a line for each result of `fold`, or of `unfold` if `unfolded`, that overflows its dtype."""
+    found = {path: _overflow(leaves[path], adapter[path], leaf, unfolded=unfolded) for path, leaf in results.items()}
     return [
-        f"{path!r}: {largest:.6g} in {leaves[path].dtype}, whose largest number is {jnp.finfo(leaves[path].dtype).max}"
+        f"{path!r}: {largest:.6g} in {leaves[path].dtype}, whose largest value is {jnp.finfo(leaves[path].dtype).max}"
         for path, largest in found.items()
         if largest is not None
     ]
 
 
-def _excess(w: Any, part: Adapter, result: Any, *, taken: bool) -> float | None:
-    """The largest magnitude of a sum that its dtype does not hold; None if it does, or if the leaf was not finite."""
+def _overflow(w: Any, part: Adapter, result: Any, *, unfolded: bool) -> float | None:
+    """Returns the largest magnitude if it overflows the dtype; None if not, or if the leaf was not finite."""
     info = jnp.finfo(w.dtype)
-    saturates = info.bits < 8  # these have neither infinity nor NaN: what is too large becomes their largest number
+    saturates = info.bits < 8  # these dtypes have neither infinity nor NaN; casts clip to their largest value
     if not is_concrete(result) or (is_finite(result) and not saturates) or not is_finite(w):
         return None
-    largest = float(_on_near(_largest_taken if taken else _largest, w, part))
-    half_a_place = float(info.eps) * 2.0 ** (int(info.maxexp) - 2)
-    return None if saturates and largest <= float(info.max) + half_a_place else largest
+    largest = float(_run_on_device(_largest_difference if unfolded else _largest_sum, w, part))
+    half_ulp = float(info.eps) * 2.0 ** (int(info.maxexp) - 2)
+    return None if saturates and largest <= float(info.max) + half_ulp else largest
 
 
-def _in_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
-    """What the model would see, were all of the leaf in float32, or in what is wider among its dtypes."""
+def _apply_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
+    """Applies the variant in float32, or in the widest dtype of the leaf and its adapter."""
     wide = widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values()))
     return part.variant.apply(w.astype(wide), part.arrays, part.axes, "")
 
 
 def _sum(w: Array, part: Adapter) -> Array:
-    kernel = _in_wide(w, part)
+    kernel = _apply_wide(w, part)
     return materialize(kernel) if isinstance(kernel, AdaptedKernel) else kernel
 
 
 def _difference(w: Array, part: Adapter) -> Array:
-    kernel = _in_wide(w, part)
+    kernel = _apply_wide(w, part)
     if isinstance(kernel, AdaptedKernel):
         return materialize(dataclasses.replace(kernel, scale=-kernel.scale, gain=None))
-    added = _in_wide(jnp.zeros_like(w), part)
+    added = _apply_wide(jnp.zeros_like(w), part)
     assert not isinstance(added, AdaptedKernel)
     return w.astype(added.dtype) - added
 
@@ -129,55 +129,55 @@ def _fold(w: Array, part: Adapter) -> Array:
 def _is_fold(w: Array, part: Adapter, merged: Array) -> Array:
     total, dtype = _sum(w, part), merged.dtype
     finite = jnp.where(jnp.isfinite(total), jnp.abs(total), 0)
-    # By so much may two sums differ before they are cast: in their order, and where a product is added at once.
+    # Before the cast, two sums may differ by this much, because of their order and of fused multiply-adds.
     slack = 4 * float(jnp.finfo(widest(dtype, jnp.float32)).eps) * jnp.max(finite, initial=0)
-    low, high, got = (x.astype(dtype).astype(total.dtype) for x in (total - slack, total + slack, merged))
-    return jnp.all(((low <= got) & (got <= high)) | (jnp.isnan(total) & jnp.isnan(got)))
+    low, high, merged = (x.astype(dtype).astype(total.dtype) for x in (total - slack, total + slack, merged))
+    return jnp.all(((low <= merged) & (merged <= high)) | (jnp.isnan(total) & jnp.isnan(merged)))
 
 
 def _unfold(w: Array, part: Adapter) -> Array:
     return _difference(w, part).astype(w.dtype)
 
 
-def _largest(w: Array, part: Adapter) -> Array:
+def _largest_sum(w: Array, part: Adapter) -> Array:
     return jnp.max(jnp.abs(_sum(w, part)))
 
 
-def _largest_taken(w: Array, part: Adapter) -> Array:
+def _largest_difference(w: Array, part: Adapter) -> Array:
     return jnp.max(jnp.abs(_difference(w, part)))
 
 
-def _measure(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:
-    kernel = _in_wide(w, part)
+def _rounding_errors(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:
+    kernel = _apply_wide(w, part)
     if isinstance(kernel, AdaptedKernel) and kernel.gain is None:
         change = delta(kernel)
         total = kernel.w + change
-        taken = total - kernel.w
-        rest = (kernel.w - (total - taken)) + (change - taken)  # what rounding took from `total` itself (Knuth's sum)
+        added = total - kernel.w
+        residual = (kernel.w - (total - added)) + (change - added)  # the rounding error of `total` (Knuth's two-sum)
     else:
         total = materialize(kernel) if isinstance(kernel, AdaptedKernel) else kernel
-        change, rest = total - w.astype(total.dtype), jnp.zeros_like(total)
-    error = jnp.abs((total - folded.astype(total.dtype)) + rest)
+        change, residual = total - w.astype(total.dtype), jnp.zeros_like(total)
+    error = jnp.abs((total - folded.astype(total.dtype)) + residual)
     changed = change != 0
     lost = jnp.sum(changed & (folded == w)) / jnp.maximum(jnp.sum(changed), 1)
     return jnp.max(error), jnp.mean(error), lost
 
 
-def _on_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
-    """One leaf's result, where and as the leaf is; its temporaries do not outlive the call."""
+def _run_like_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
+    """Returns `function(w, part)` as an array of the leaf's type, sharding and memory kind."""
     if not all(map(is_concrete, (w, *part.arrays.values()))):
         return function(jnp.asarray(w), part)
-    with jax.ensure_compile_time_eval():  # also under `jit`, for arrays that it does not trace
+    with jax.ensure_compile_time_eval():  # under `jit`, for arrays that are not traced
         if isinstance(w, np.ndarray):
-            with precision_of(w):
+            with keep_float64(w):
                 return np.array(_jitted(function, None)(w, part))
         leaf = near(w)
         return jax.device_put(_jitted(function, leaf.sharding)(leaf, part), w.sharding)
 
 
-def _on_near(function: Callable[..., Any], w: Any, part: Adapter, *others: Any) -> Any:
-    """What is measured of one leaf, in its devices' own memory."""
-    with jax.ensure_compile_time_eval(), precision_of(w):
+def _run_on_device(function: Callable[..., Any], w: Any, part: Adapter, *others: Any) -> Any:
+    """Returns `function(w, part, *others)`, with the leaves in device memory."""
+    with jax.ensure_compile_time_eval(), keep_float64(w):
         return _jitted(function, None)(near(w), part, *map(near, others))
 
 

@@ -1,4 +1,4 @@
-"""Folds an adapter into its base, and tells what rounding took."""
+"""Merges an adapter into its base, and reports the rounding errors."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from .._core.attach import check
 from .._core.paths import flatten, unflatten
 from .._core.values import is_concrete, is_finite
 from .._errors import MergeError, listed
-from .fold import Rounding, fold, is_fold, rounding, too_large
+from .fold import Rounding, fold, is_fold, overflows, rounding
 
 
 def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
-    """Folds an adapter into its base, such as `W = W0 + s·A·B`, for the unmodified model to serve.
+    """Merges an adapter into its base, such as `W = W0 + s·A·B`, for use with the unmodified model.
 
-    Each leaf is computed by itself, in float32 or wider, and cast once; its sharding and container stay. Nothing is
-    changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory. `merge_report` says what the cast
-    took. Merging an adapter twice adds it twice: nothing tells a merged tree from a base.
+    Each leaf is computed in float32 or wider and cast once; its sharding and container stay the same. Nothing is
+    changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory. `merge_report` measures the rounding
+    errors of the cast. Merging an adapter twice adds it twice: a merged tree cannot be distinguished from a base.
 
-    Leaves count as tied if they are the same Python object. Equal copies, views of one buffer and leaves that became
-    tracers of their own as arguments of `jit` are not found: there the leaf that has an adapter is merged, and the
-    other keeps the base's values.
+    Leaves are tied if they are the same Python object. Equal copies, views of one buffer and leaves that are separate
+    tracers under `jit` are not detected. In that case only the leaf with an adapter is merged, and the others keep the
+    base's values.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((4, 3), jnp.bfloat16)}
@@ -33,17 +33,17 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     'bfloat16'
 
     Args:
-      params: the base that the adapter was made for.
+      params: the base that the adapter belongs to.
       adapter: from `init`, training or `restore`.
-      untie: merge into a leaf although another path holds the same array; the two are separate afterwards.
+      untie: merge a leaf even if another path holds the same array; the two arrays are separate afterwards.
 
     Returns:
       A tree like `params`.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
-      MergeError: if a factor is not finite or a merged leaf would overflow its dtype; if leaves are tied; for a variant
-        that acts on some tokens only. Under `jit` there are no values, and these are not checked.
+      MergeError: if a factor is not finite or a merged leaf overflows its dtype, neither of which is checked under
+        `jit`; if leaves are tied; for a variant that acts on some tokens only.
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
@@ -57,7 +57,7 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
 
 
 def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Rounding]:
-    """Says what rounding to the base's dtype took from each leaf in `merge`.
+    """Measures the rounding errors of `merge` in each leaf.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
@@ -67,25 +67,23 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
     Rounding(max_error=0.0009765625, mean_error=0.0009765625, lost=1.0)
 
     Args:
-      params: the base that was merged into.
+      params: the base before merging.
       adapter: the adapter that was merged.
       merged: what `merge` returned for them.
 
     Returns:
-      `{path: Rounding}`: the largest and the mean error, and the share of the changed elements that rounded back.
+      `{path: Rounding}`: the largest and the mean error, and the share of the changed elements that were rounded back.
 
     Raises:
       AdapterError: if the adapter does not fit `params` or `merged`.
-      MergeError: if `merged` is not the merge of `params` and the adapter; under `jit`, where there are no values.
+      MergeError: if `merged` is not the merge of `params` and the adapter, or under `jit`.
     """
     leaves, results = flatten(params)[0], flatten(merged)[0]
     check(leaves, adapter)
     check(results, adapter, tree="merged")
     check_mergeable(adapter)
     if not all(map(is_concrete, jax.tree.leaves((params, adapter, merged)))):
-        raise MergeError(
-            "Expected values to report on; got a trace, which has none.\n  Call merge_report outside `jit`."
-        )
+        raise MergeError("Expected arrays with values; got traced arrays.\n  Call merge_report outside `jit`.")
     check_merge(leaves, adapter, results, base="params")
     return {path: rounding(leaves[path], part, results[path]) for path, part in adapter.items()}
 
@@ -98,18 +96,18 @@ def check_mergeable(adapter: Adapters) -> None:
     bad = [f"{path!r}: {part.variant}" for path, part in adapter.items() if part.variant.some_tokens]
     if bad:
         raise MergeError(
-            f"Expected variants that act on every token; {len(bad)} act on some only, and no one kernel does that.\n"
-            f"{listed(bad)}\n  Serve the adapted function: lora(apply)(params, adapter, …, active_tokens=…)."
+            f"Expected variants that act on every token; {len(bad)} act only on some, which no kernel can.\n"
+            f"{listed(bad)}\n  Use the adapted function: lora(apply)(params, adapter, …, active_tokens=…)."
         )
 
 
 def check_merge(leaves: Mapping[str, Any], adapter: Adapters, merged: Mapping[str, Any], *, base: str) -> None:
-    """Raises `MergeError` if leaves are not the merge of others and the adapter; `base` is what those are called."""
+    """Raises `MergeError` if `merged` is not the merge of `leaves` and the adapter; `base` is the name of `leaves`."""
     wrong = [repr(path) for path, part in adapter.items() if not is_fold(merged[path], leaves[path], part)]
     if wrong:
         raise MergeError(
             f"Expected `merged` to be the merge of `{base}` and the adapter; {len(wrong)} of {len(adapter)} leaves are "
-            f"not.\n{listed(wrong)}\n  Was it trained further, or merged with another adapter or base?"
+            f"not.\n{listed(wrong)}\n  It may have been trained further, or merged with another adapter or base."
         )
 
 
@@ -123,29 +121,29 @@ def _check_finite(adapter: Adapters) -> None:
     if bad:
         raise MergeError(
             f"Expected finite factors; got NaN or infinity in {len(bad)} arrays.\n{listed(bad)}\n"
-            "  Nothing was merged. Go back to a checkpoint from before the loss diverged."
+            "  Nothing was merged. Use a checkpoint from before the loss diverged."
         )
 
 
 def check_fits(
-    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, taken: bool = False
+    leaves: Mapping[str, Any], adapter: Adapters, results: Mapping[str, Any], *, unfolded: bool = False
 ) -> None:
-    """Raises `MergeError` if `fold`, or `unfold` if it is `taken`, has made a leaf too large for its dtype."""
-    if bad := too_large(leaves, adapter, results, taken=taken):
+    """Raises `MergeError` if a result of `fold`, or of `unfold` if `unfolded`, overflows its dtype."""
+    if bad := overflows(leaves, adapter, results, unfolded=unfolded):
         raise MergeError(
-            f"Expected {'the leaves' if taken else 'merged leaves'} to fit their dtype; {len(bad)} overflow.\n"
+            f"Expected {'the leaves' if unfolded else 'merged leaves'} to fit their dtype; {len(bad)} overflow.\n"
             f"{listed(bad)}\n  Cast the base to a wider dtype before merging, such as bfloat16 or float32."
         )
 
 
 def _check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
-    holders: dict[int, list[str]] = {}
+    paths: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
-        holders.setdefault(id(leaf), []).append(path)
+        paths.setdefault(id(leaf), []).append(path)
     for path in adapter:
-        others = [other for other in holders[id(leaves[path])] if other != path]
+        others = [other for other in paths[id(leaves[path])] if other != path]
         if others:
             raise MergeError(
-                f"Expected {path!r} to hold an array of its own; {others[0]!r} holds the same array (tied weights).\n"
-                f"  merge(..., untie=True) changes {path!r} alone; or adapt the array under one path of an untied tree."
+                f"Expected {path!r} to hold a separate array; {others[0]!r} holds the same one (tied weights).\n"
+                f"  merge(..., untie=True) changes only {path!r}; or adapt an untied tree."
             )

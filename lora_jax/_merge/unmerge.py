@@ -1,4 +1,4 @@
-"""Takes an adapter out of a merged tree: exactly with the base, approximately without."""
+"""Removes an adapter from a merged tree: exactly with the base, approximately without it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.paths import flatten, unflatten
 from .._errors import MergeError
-from .fold import drift_bound, unfold
+from .fold import rounding_bound, unfold
 from .merge import check_fits, check_merge, check_mergeable
 
 
 def unmerge(merged: Any, adapter: Adapters, *, base: Any) -> Any:
-    """Takes a merged adapter out again, exactly: the adapted leaves are those of the kept base.
+    """Removes a merged adapter exactly, by restoring the adapted leaves from the base.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((4, 3))}
@@ -25,28 +25,28 @@ def unmerge(merged: Any, adapter: Adapters, *, base: Any) -> Any:
     Args:
       merged: what `merge` returned.
       adapter: the adapter that was merged.
-      base: the base as it was before, or at least its adapted leaves' tree.
+      base: the base before merging; a tree of only the adapted leaves is enough.
 
     Returns:
       A tree like `merged`.
 
     Raises:
       AdapterError: if the adapter does not fit `merged` or `base`.
-      MergeError: if `merged` is not the merge of `base` and `adapter`, as any program or processor may have rounded it.
+      MergeError: if `merged` is not the merge of `base` and `adapter`, up to rounding.
     """
     leaves, treedef = flatten(merged)
     check(leaves, adapter, tree="merged")
     check_mergeable(adapter)
-    kept = flatten(base)[0]
-    check(kept, adapter, tree="base")
-    check_merge(kept, adapter, leaves, base="base")
-    return unflatten(treedef, {path: kept[path] if path in adapter else leaf for path, leaf in leaves.items()})
+    base_leaves = flatten(base)[0]
+    check(base_leaves, adapter, tree="base")
+    check_merge(base_leaves, adapter, leaves, base="base")
+    return unflatten(treedef, {path: base_leaves[path] if path in adapter else leaf for path, leaf in leaves.items()})
 
 
 def unmerge_approximately(merged: Any, adapter: Adapters) -> tuple[Any, dict[str, float]]:
-    """Takes a merged adapter out again without the base, as nearly as the merged tree tells: `W - s·A·B`.
+    """Removes a merged adapter without the base, by computing `W - s·A·B`.
 
-    What rounding took in `merge` cannot be had back. `unmerge` is exact where the base is still there.
+    The rounding errors of `merge` remain. If the base is available, use `unmerge`, which is exact.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((4, 3))}
@@ -60,25 +60,25 @@ def unmerge_approximately(merged: Any, adapter: Adapters) -> tuple[Any, dict[str
       adapter: the adapter that was merged.
 
     Returns:
-      A tree like `merged`; and for each path a bound on the distance of any element from the base's.
+      A tree like `merged`; and for each path a bound on the absolute error of its elements.
 
     Raises:
       AdapterError: if the adapter does not fit `merged`.
-      MergeError: if a leaf was replaced, or scaled, and only the base can bring it back.
+      MergeError: if the variant replaces or scales a leaf, which only `unmerge` can undo.
     """
     leaves, treedef = flatten(merged)
     check(leaves, adapter, tree="merged")
     check_mergeable(adapter)
     restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
-    check_fits(leaves, adapter, restored, taken=True)
+    check_fits(leaves, adapter, restored, unfolded=True)
     tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})
-    return tree, {path: drift_bound(leaves[path], leaf) for path, leaf in restored.items()}
+    return tree, {path: rounding_bound(leaves[path], leaf) for path, leaf in restored.items()}
 
 
 def _without(path: str, leaf: Any, part: Adapter) -> Any:
     if not part.variant.adds:
         raise MergeError(
-            f"Expected a kept base: {path!r} was replaced or scaled by {part.variant}; what it was is not in "
-            "`merged`.\n  Call unmerge(merged, adapter, base=base)."
+            f"Cannot unmerge {path!r} without the base: {part.variant} replaces or scales the leaf.\n"
+            "  Call unmerge(merged, adapter, base=base)."
         )
     return unfold(leaf, part)

@@ -1,1 +1,1 @@
-"""What a model with an adapter costs, before it runs: tables of kernels, FLOPs, memory, collectives."""
+"""`explain` and `plan`: FLOPs, memory and collectives of an adapted model before it runs."""

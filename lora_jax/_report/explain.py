@@ -1,4 +1,4 @@
-"""The table to read before a run: what is trained, how the model consumes it, what it costs."""
+"""`explain`: what is trained, how the model uses it, and what it costs."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ def explain(
     shardings: Any = None,
     **unexpected: Any,
 ) -> Explanation:
-    """Says for each adapted leaf how the model consumes it, and what it costs; nothing is evaluated.
+    """Reports for each adapted leaf how the model uses it and what it costs, without evaluating anything.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((64, 32))}
     >>> apply = lambda params, x: x @ params["kernel"]
     >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
     >>> print(lj.explain(apply, params, adapter, jnp.ones((8, 64))))
-    path    shape  axes  kind  variant  rank  scale  used                     trainable  of base  operations
-    ──────  ─────  ────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ──────────
-    kernel  64×32  io    head  LoRA        2      2  factored dot_general ×1        192   9.375%       3,344
+    path    shape  axes  kind  variant  rank  scale  used                     trainable  of base  FLOPs
+    ──────  ─────  ────  ────  ───────  ────  ─────  ───────────────────────  ─────────  ───────  ─────
+    kernel  64×32  io    head  LoRA        2      2  factored dot_general ×1        192   9.375%  3,344
     <BLANKLINE>
-    trainable: 192 numbers, 9.375% of the base's 2,048
-    memory:    adapter 768 B, optimizer 1.5 kB (two moments, as Adam keeps)
-    forward:   3,344 operations more, 10.21% of the base's 32,768
+    trainable: 192 parameters, 9.375% of the base's 2,048
+    memory:    adapter 768 B, optimizer 1.5 kB (two moments, as for Adam)
+    forward:   3,344 FLOPs added, 10.21% of the base's 32,768
 
     Args:
       apply: the model, `apply(params, *args, **kwargs)`.
@@ -64,52 +64,51 @@ def explain(
       adapter: from `init`.
       *args: the model's positional arguments; arrays may be `ShapeDtypeStruct`s.
       kwargs: the model's keyword arguments, likewise.
-      strict: raise if a leaf of the adapter is never used, if its axes are not those of the traced model, or if `lora`
-        would refuse it.
-      materialize: as given to `lora`.
-      custom_derivatives: as given to `lora`.
-      form: as given to `lora`.
-      tx: the optax optimizer whose state to count; otherwise two moments of each number, as Adam keeps.
-      shardings: of `params`, as `sharding.like_base` takes them: then it also says where each array goes.
+      strict: raise if the model never uses a leaf of the adapter, if the roles of its axes differ from the traced
+        model, or if `lora` would refuse it.
+      materialize: as for `lora`.
+      custom_derivatives: as for `lora`.
+      form: as for `lora`.
+      tx: the optax optimizer whose state to count; otherwise two moments per parameter, as for Adam.
+      shardings: of `params`, as for `sharding.like_base`; adds a column with the sharding of each array.
       **unexpected: none; the model's keyword arguments are in `kwargs`.
 
     Returns:
-      An `Explanation`, to print.
+      An `Explanation`, which prints as a table.
 
     Raises:
       TypeError: for a keyword argument that is not in `kwargs`.
-      AdapterError: if the adapter does not fit, or the shardings; with `strict`, if the function never uses some of
-        its leaves, or gives their axes other roles.
-      UnsupportedError: with `strict`, where `lora` would raise it. Otherwise what it would refuse is in the table, as
-        `refused`, and below it the list for `materialize`.
+      AdapterError: if the adapter or the shardings do not fit `params`; with `strict`, if the model never uses some
+        leaves, or if the roles of axes differ.
+      UnsupportedError: with `strict`, where `lora` would raise it. Otherwise such kernels are `refused` in the table,
+        which ends with the argument `materialize=` that would allow them.
     """
     refuse_keywords("explain", unexpected)
-    check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
+    check(flatten(params)[0], adapter)  # before tracing, which fails inside the model if arguments are swapped
     program = trace(apply, params, args, kwargs or {})
     leaves = program.arrays_of_params
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
-    # A leaf that is trained as a whole has no factors; what stands for it tells whether and where it is used.
-    whole = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
+    # `Full` leaves have no factors; plain kernels in their place record how they are used.
+    full = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
     settings = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals)
-    uses = by_path(watch(program, kernels | whole, settings))
+    uses = by_path(watch(program, kernels | full, settings))
     if strict and refusals:
         raise error(refusals)
-    given = flatten(shardings)[0]
-    places = {} if shardings is None else {path: placements(path, part, given) for path, part in adapter.items()}
-    facts = _Facts(
-        uses, _prepared(adapter, leaves), kinds(program.jaxpr, list(leaves)), _traced(program, adapter, uses)
-    )
-    rows = tuple(_row(path, part, leaves[path], facts, places.get(path)) for path, part in adapter.items())
+    base_shardings = flatten(shardings)[0]
+    placed = {path: placements(path, part, base_shardings) for path, part in adapter.items() if shardings is not None}
+    traced_axes = _traced_axes(program, adapter, uses)
+    findings = _Findings(uses, _variant_flops(adapter, leaves), kinds(program.jaxpr, list(leaves)), traced_axes)
+    rows = tuple(_row(path, part, leaves[path], findings, placed.get(path)) for path, part in adapter.items())
     unused = [row.path for row in rows if row.used == _NEVER]
     if strict and unused:
         raise AdapterError(
             f"Expected the function to use every leaf of the adapter; it never uses {len(unused)} of {len(rows)}.\n"
-            f"{listed(unused)}\n  Take them out of the spec, or check that this is the function that is trained."
+            f"{listed(unused)}\n  Remove them from the spec, or check that this is the function that is trained."
         )
-    if strict and facts.traced:
+    if strict and traced_axes:
         differ = [
-            f"{path!r} has {adapter[path].axes!r}, the model uses it as {its!r}" for path, its in facts.traced.items()
+            f"{path!r} has {adapter[path].axes!r}, the model uses it as {axes!r}" for path, axes in traced_axes.items()
         ]
         raise AdapterError(
             f"Expected the roles of the adapter's axes to be those of the traced model; {len(differ)} of {len(rows)} "
@@ -123,8 +122,8 @@ def explain(
         base_flops=_flops_of(program),
         adapter_bytes=adapter_bytes,
         optimizer_bytes=2 * adapter_bytes if tx is None else _bytes(jax.eval_shape(tx.init, dict(adapter))),
-        optimizer="two moments, as Adam keeps" if tx is None else "the state of `tx`",
-        undivided=tuple(line for path, part in places.items() for line in _undivided(path, part, adapter[path])),
+        optimizer="two moments, as for Adam" if tx is None else "the state of `tx`",
+        undivided=tuple(line for path, part in placed.items() for line in _undivided(path, part, adapter[path])),
         refused=tuple(_refused(refusals)),
     )
 
@@ -132,17 +131,17 @@ def explain(
 _NEVER = "never used"
 
 
-class _Facts(NamedTuple):
-    """What is known of the leaves, by path: see `Row`."""
+class _Findings(NamedTuple):
+    """What tracing found for each leaf, by path."""
 
     uses: Mapping[str, Sequence[Use]]
-    prepared: Mapping[str, int]
+    variant_flops: Mapping[str, int]
     kinds: Mapping[str, str | None]
-    traced: Mapping[str, str]
+    traced_axes: Mapping[str, str]
 
 
-def _row(path: str, part: Adapter, leaf: Any, facts: _Facts, places: Adapter | None) -> Row:
-    variant, uses = part.variant, facts.uses.get(path, ())
+def _row(path: str, part: Adapter, leaf: Any, findings: _Findings, placed: Adapter | None) -> Row:
+    variant, uses = part.variant, findings.uses.get(path, ())
     return Row(
         path,
         tuple(leaf.shape),
@@ -150,33 +149,33 @@ def _row(path: str, part: Adapter, leaf: Any, facts: _Facts, places: Adapter | N
         type(variant).__name__,
         rank=getattr(variant, "rank", None),
         scale=variant.scale if isinstance(variant, LowRank) else None,
-        used=_used(uses, whole=not variant.needs_axes),
+        used=_used(uses, full=not variant.needs_axes),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
-        flops=facts.prepared[path] + sum(use.flops for use in uses),
-        placed="" if places is None else _placed(part, places),
-        kind=facts.kinds[path],
-        traced=facts.traced.get(path, ""),
+        flops=findings.variant_flops[path] + sum(use.flops for use in uses),
+        placed="" if placed is None else _shardings_text(part, placed),
+        kind=findings.kinds[path],
+        traced=findings.traced_axes.get(path, ""),
     )
 
 
-def _prepared(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, int]:
-    """The operations before any use: the norms of DoRA, the random numbers of VeRA; traced once for equal leaves."""
+def _variant_flops(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, int]:
+    """Counts the FLOPs of each variant before any use, such as the norms of DoRA; traces equal leaves once."""
     counts: dict[Any, int] = {}
-    prepared = {}
+    found = {}
     for path, part in adapter.items():
         shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (leaves[path], part.arrays))
-        alike = part.variant, part.axes, *jax.tree.leaves(shapes)
-        if alike not in counts:
+        key = part.variant, part.axes, *jax.tree.leaves(shapes)
+        if key not in counts:
             apply = functools.partial(part.variant.apply, axes=part.axes, path=path)
-            counts[alike] = flops(jax.make_jaxpr(apply)(*shapes))
-        prepared[path] = counts[alike]
-    return prepared
+            counts[key] = flops(jax.make_jaxpr(apply)(*shapes))
+        found[path] = counts[key]
+    return found
 
 
-def _traced(program: Program, adapter: Adapters, uses: Mapping[str, Sequence[Use]]) -> dict[str, str]:
-    """The roles that the model gives the axes of leaves, where they are others; looked at where a use is otherwise."""
-    doubtful = [path for path, part in adapter.items() if any(_is_otherwise(use, part) for use in uses.get(path, ()))]
-    found = found_in(program, doubtful) if doubtful else {}
+def _traced_axes(program: Program, adapter: Adapters, uses: Mapping[str, Sequence[Use]]) -> dict[str, str]:
+    """Returns the roles of axes in the traced model, for the leaves where they differ from the adapter's."""
+    unclear = [path for path, part in adapter.items() if any(_may_differ(use, part) for use in uses.get(path, ()))]
+    found = found_in(program, unclear) if unclear else {}
     return {
         path: kernel.axes
         for path, kernel in found.items()
@@ -184,52 +183,51 @@ def _traced(program: Program, adapter: Adapters, uses: Mapping[str, Sequence[Use
     }
 
 
-def _is_otherwise(use: Use, part: Adapter) -> bool:
-    """Whether a use gives an axis another role than the adapter, or does not say, or has lost an axis to a loop."""
+def _may_differ(use: Use, part: Adapter) -> bool:
+    """Returns whether a use gives an axis a different role or none, or lacks an axis, as inside a loop."""
     if not part.variant.needs_axes:
         return False
     axes = use.axes or ()
-    left = [label for label, _ in axes if label != "b"]
-    return any(label != role for label, role in axes) or sorted(left) != sorted(part.axes.replace("b", ""))
+    labels = [label for label, _ in axes if label != "b"]
+    return any(label != role for label, role in axes) or sorted(labels) != sorted(part.axes.replace("b", ""))
 
 
-def _placed(part: Adapter, places: Adapter) -> str:
-    """Such as `a 64@fsdp×8, b 8×32@model`."""
-    return ", ".join(
-        f"{name} {'×'.join(map(_cut, array.shape, places.arrays[name].names))}" for name, array in part.arrays.items()
-    )
+def _shardings_text(part: Adapter, placed: Adapter) -> str:
+    """Formats shardings like `a 64@fsdp×8, b 8×32@model`."""
+    axes = {name: map(_axis_text, array.shape, placed.arrays[name].names) for name, array in part.arrays.items()}
+    return ", ".join(f"{name} {'×'.join(sizes)}" for name, sizes in axes.items())
 
 
-def _cut(size: int, names: Sequence[str]) -> str:
-    """As JAX writes it in a type."""
+def _axis_text(size: int, names: Sequence[str]) -> str:
+    """Formats a sharded axis as JAX does in types."""
     along = f"({','.join(names)})" if len(names) > 1 else "".join(names)
     return f"{size}@{along}" if along else str(size)
 
 
-def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
-    for name, place in places.arrays.items():
+def _undivided(path: str, placed: Adapter, part: Adapter) -> Iterator[str]:
+    for name, place in placed.arrays.items():
         for axis, names in place.undivided.items():
             yield (
-                f"{name} of {path!r} is whole along its axis of {part.arrays[name].shape[axis]}, "
+                f"{name} of {path!r} is replicated along its axis of size {part.arrays[name].shape[axis]}, "
                 f"which the devices along {', '.join(map(repr, names))} do not divide"
             )
 
 
 def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
-    """Such as `lora` raises for 2 kernels; to materialize them: materialize=['a', 'b']."""
-    listed = to_list(refusals)
-    strict = [path for refusal in refusals if not refusal.allowable for path in refusal.paths]
-    if listed:
-        yield f"`lora` raises an error for {len(listed)} leaves; to materialize them there: materialize={listed}"
-    if strict:
-        yield f"`lora` raises an error for {list(dict.fromkeys(strict))}: leave them out of the spec"
+    """Formats refusals like `lora` raises an error for 2 leaves; to materialize them: materialize=['a', 'b']."""
+    allowable = to_list(refusals)
+    others = [path for refusal in refusals if not refusal.allowable for path in refusal.paths]
+    if allowable:
+        yield f"`lora` raises an error for {len(allowable)} leaves; to materialize them there: materialize={allowable}"
+    if others:
+        yield f"`lora` raises an error for {list(dict.fromkeys(others))}: remove them from the spec"
 
 
-def _used(uses: Sequence[Use], *, whole: bool) -> str:
-    """Such as `factored dot_general ×24, materialized mul ×1`."""
+def _used(uses: Sequence[Use], *, full: bool) -> str:
+    """Formats uses like `factored dot_general ×24, materialized mul ×1`."""
     times: dict[str, int] = {}
     for use in uses:
-        name = f"{'whole' if whole else use.kind} {use.primitive}"
+        name = f"{'whole' if full else use.kind} {use.primitive}"
         times[name] = times.get(name, 0) + use.times
     return ", ".join(f"{name} ×{count}" for name, count in times.items()) or _NEVER
 

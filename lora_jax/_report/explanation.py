@@ -1,4 +1,4 @@
-"""What `explain` returns: a row for each adapted leaf, and their sums; prints as a table."""
+"""The data that `explain` returns: a row for each adapted leaf and their totals, printed as a table."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class Row:
     Attributes:
       path: of the leaf.
       shape: of the leaf.
-      axes: the role of each of its axes; empty where they play no part.
-      variant: such as `LoRA`.
-      rank: None where there is none.
-      scale: what `A·B` is multiplied with; None where there is none.
-      used: how the model consumes it, such as `"factored dot_general ×2"`, or `"never used"`.
-      parameters: how many numbers are trained for it.
-      operations: floating-point operations that it adds to one forward call.
-      placed: how its arrays are cut, such as `"a 64@fsdp×8, b 8×32@model"`; empty without shardings.
-      kind: such as `"attention"`, as `Kernel.kind`; None for none of those.
-      traced: the roles that the traced model gives the axes, where they are not those of the adapter; else empty.
+      axes: the role of each axis; empty if the variant needs no roles.
+      variant: the name of the variant, such as `"LoRA"`.
+      rank: None for variants without factors.
+      scale: the factor of `A·B`; None for variants without factors.
+      used: how the model uses the leaf, such as `"factored dot_general ×2"`, or `"never used"`.
+      parameters: the number of trainable parameters.
+      flops: FLOPs added to one forward call.
+      placed: the shardings of its arrays, such as `"a 64@fsdp×8, b 8×32@model"`; empty without `shardings=`.
+      kind: as `Kernel.kind`, such as `"attention"`.
+      traced: the roles of the axes in the traced model if they differ from the adapter's, otherwise empty.
     """
 
     path: str
@@ -43,18 +43,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What `explain` found; prints as a table, and shows as one in a notebook.
+    """The result of `explain`; prints as a table, also in notebooks.
 
     Attributes:
       rows: one for each adapted leaf.
-      base_parameters: how many numbers `params` holds.
-      base_operations: floating-point operations of one forward call without the adapter; None if the model has some
-        that shapes do not tell, such as a Fourier transform.
-      adapter_bytes: of all the adapter's arrays.
-      optimizer_bytes: of the optimizer's state for them.
-      optimizer: whose state that is.
-      undivided: what is on every device although its base is cut there, in words.
-      refused: which kernels `lora` would refuse, and what would allow them, in words.
+      base_parameters: the number of parameters in `params`.
+      base_flops: FLOPs of one forward call without the adapter; None if the model has a primitive whose FLOPs do not
+        follow from its shapes, such as a Fourier transform.
+      adapter_bytes: of all arrays of the adapter.
+      optimizer_bytes: of the optimizer state.
+      optimizer: which optimizer state that is.
+      undivided: a line for each axis that is replicated because the devices do not divide its size.
+      refused: which kernels `lora` would refuse, and what would allow them.
     """
 
     rows: tuple[Row, ...]
@@ -68,12 +68,12 @@ class Explanation:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trainable parameters."""
         return sum(row.parameters for row in self.rows)
 
     @property
     def flops(self) -> int:
-        """Floating-point operations that the adapter adds to one forward call."""
+        """FLOPs that the adapter adds to one forward call."""
         return sum(row.flops for row in self.rows)
 
     def __str__(self) -> str:
@@ -85,7 +85,7 @@ class Explanation:
         return as_html(head, rows, self._totals())
 
     def _table(self) -> list[list[str]]:
-        """The cells by row, the header first; without shardings there is no last column."""
+        """Returns the cells by row, header first; the column `placed` is omitted without shardings."""
         cells = [_HEADER, *map(self._cells, self.rows)]
         return cells if any(row.placed for row in self.rows) else [row[:-1] for row in cells]
 
@@ -107,7 +107,7 @@ class Explanation:
 
     def _totals(self) -> list[str]:
         if self.base_flops is None:
-            share = "the base's cannot be told from shapes"
+            share = "the base's are unknown"
         elif not is_known(self.base_flops) or not is_known(self.flops):
             share = f"the base's are {count_text(self.base_flops)}"
         else:

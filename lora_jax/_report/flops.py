@@ -1,7 +1,7 @@
-"""Counts the floating-point operations of a traced function, the bodies of loops times their length.
+"""Counts the FLOPs of a jaxpr; the body of a `scan` counts once per iteration.
 
-The compiler's own count takes the body of a loop once, whatever its length, so that it says little about a scanned
-model. This one is read from the jaxpr, before the compiler has fused or dropped anything.
+The compiler's count includes the body of a loop only once, which is too little for a scanned model. This one does not
+depend on what the compiler fuses or removes.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ Count = Callable[[JaxprEqn], int]
 
 
 def flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
-    """Counts the floating-point operations that one evaluation of a jaxpr takes.
+    """Counts the FLOPs of one evaluation of a jaxpr.
 
-    A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups (the zeros of padding and dilation included),
-    a reduction one for each input element, other arithmetic, `exp` and `tanh` too, one for each output element. What
-    moves, picks or casts values counts nothing, nor does arithmetic on integers other than a contraction.
+    A contraction counts 2·M·N·K, a convolution 2·out·window·in/groups (including the zeros of padding and dilation), a
+    reduction one per input element, and other arithmetic, including `exp` and `tanh`, one per output element. Moving,
+    selecting and casting values counts nothing, nor does integer arithmetic other than contractions.
 
-    The body of a `scan` counts `length` times, that of a `while` once, as its number of turns is not known; of a
-    `cond` the most expensive branch counts; a `shard_map` counts on all its devices. `jit`, `remat`, `custom_jvp`,
-    `custom_vjp` and whatever else holds a jaxpr counts as what it holds.
+    The body of a `scan` counts `length` times, that of a `while` once, because its trip count is unknown. Of a `cond`
+    the most expensive branch counts. A `shard_map` counts on all its devices. `jit`, `remat`, `custom_jvp`,
+    `custom_vjp` and other primitives with a jaxpr count as that jaxpr.
 
     >>> import jax, jax.numpy as jnp
     >>> x, w = jnp.ones((2, 8)), jnp.ones((8, 8))
@@ -41,14 +41,14 @@ def flops(jaxpr: Jaxpr | ClosedJaxpr) -> int:
       jaxpr: from `jax.make_jaxpr`; closed or not.
 
     Raises:
-      NotImplementedError: for a primitive whose operations its shapes do not tell: matrix decompositions, Fourier
+      NotImplementedError: for a primitive whose FLOPs do not follow from its shapes: matrix decompositions, Fourier
         transforms, hand-written kernels, callbacks.
     """
     return sum(_equation(eqn) for eqn in jaxpr.eqns)
 
 
 def bodies(eqn: JaxprEqn) -> Iterator[Jaxpr | ClosedJaxpr]:
-    """The jaxprs among the parameters of an equation: the body of a loop, the branches of a `cond`."""
+    """Returns the jaxprs in the parameters of an equation, such as the body of a loop or the branches of a `cond`."""
     for value in eqn.params.values():
         for part in value if isinstance(value, (tuple, list)) else (value,):
             if isinstance(part, (Jaxpr, ClosedJaxpr)):
@@ -59,19 +59,18 @@ def _equation(eqn: JaxprEqn) -> int:
     name = eqn.primitive.name
     if name in _UNKNOWN:
         raise NotImplementedError(
-            f"Expected primitives whose operations can be told from their shapes; got `{name}`.\n"
-            "  Count the function without it."
+            f"Expected primitives whose FLOPs follow from their shapes; got `{name}`.\n  Count the function without it."
         )
     if name in _MOVES:
         return 0
     if name in _COUNTS:
         return _COUNTS[name](eqn)
-    inside = list(bodies(eqn))
-    return sum(map(flops, inside)) if inside else sum(_elements(var) for var in eqn.outvars)
+    inner = list(bodies(eqn))
+    return sum(map(flops, inner)) if inner else sum(_elements(var) for var in eqn.outvars)
 
 
 def _elements(var: Any) -> int:
-    """The number of elements of a variable or literal; none, if they are not floating-point numbers."""
+    """Returns the number of elements of a variable or literal; 0 if they are not floating-point."""
     dtype = getattr(var.aval, "dtype", None)  # a token has none
     return math.prod(var.aval.shape) if dtype is not None and jnp.issubdtype(dtype, jnp.inexact) else 0
 
@@ -105,7 +104,7 @@ def _dot_general(eqn: JaxprEqn) -> int:
 
 
 def _ragged_dot_general(eqn: JaxprEqn) -> int:
-    # A row meets the kernel of its own group, so the axis of groups adds nothing.
+    # Each row is multiplied with the kernel of one group, so the group axis does not count.
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     return _contraction(eqn, numbers.dot_dimension_numbers, groups=numbers.rhs_group_dimensions)
 
@@ -119,7 +118,7 @@ def _contraction(eqn: JaxprEqn, numbers: Any, groups: tuple[int, ...] = ()) -> i
 
 def _convolution(eqn: JaxprEqn) -> int:
     kernel = _shape(eqn.invars[1])
-    # The kernel's own shape has in/groups; of its axes only the output's is not summed.
+    # The kernel has in/groups input channels; all of its axes but the output axis are summed over.
     axis = eqn.params["dimension_numbers"].rhs_spec[0]
     return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // kernel[axis]
 
@@ -129,7 +128,7 @@ def _reduction(eqn: JaxprEqn) -> int:
 
 
 def _general_reduction(eqn: JaxprEqn) -> int:
-    # The second half of the operands are the values to start from.
+    # The second half of the operands are the initial values.
     elements = math.prod(_shape(eqn.invars[0]))
     return elements * flops(eqn.params["jaxpr"])
 
@@ -144,7 +143,7 @@ def _general_window_reduction(eqn: JaxprEqn) -> int:
 
 
 def _select_and_scatter_add(eqn: JaxprEqn) -> int:
-    # For each element of the cotangent: the search of its window, and the sum.
+    # For each element of the cotangent: a search of its window, and an addition.
     return _elements(eqn.invars[0]) * (math.prod(eqn.params["window_dimensions"]) + 1)
 
 
@@ -157,7 +156,7 @@ def _one_minus_square(eqn: JaxprEqn) -> int:
 
 
 def _polynomial(eqn: JaxprEqn) -> int:
-    # A product and a sum for each coefficient but the first.
+    # A multiplication and an addition for each coefficient but the first.
     return 2 * _elements(eqn.outvars[0]) * (len(eqn.invars) - 2)
 
 

@@ -1,4 +1,4 @@
-"""Compiles a training step ahead of time, from shapes and shardings alone, to say what it will take."""
+"""`plan`: compiles a training step ahead of time, from shapes and shardings, and measures its cost."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .._transform.kernels import kernels
 from .._transform.lora import lora
 from .._transform.program import is_array
 from .._transform.settings import CustomDerivatives
-from ..sharding import like_base as shardings_of
+from ..sharding import like_base
 from .collectives import collectives
 from .flops import flops
 from .step import Plan, Step
@@ -48,19 +48,19 @@ def plan(
     param_dtype: Any = jnp.float32,
     **unexpected: Any,
 ) -> Plan:
-    """Compiles the step that trains an adapter on a mesh, and says what it takes of each device; nothing is allocated.
+    """Compiles a training step on a mesh and reports its memory, FLOPs and bytes sent per device; allocates nothing.
 
-    The step is the loss and its gradient in the adapter, the optimizer's update, and the new adapter. Adapter and
-    optimizer state are donated; the parameters are an argument. Beside it the same for full fine-tuning, which trains
-    all floating-point parameters.
+    The step computes the loss and its gradient with respect to the adapter, and updates the adapter. Adapter and
+    optimizer state are donated; the parameters are an argument. For comparison, the step of full fine-tuning, which
+    trains all floating-point parameters, is compiled as well.
 
-    Parameters and arguments are `ShapeDtypeStruct`s with `sharding=NamedSharding(mesh, …)`; without a sharding they are
-    on every device, whole. The adapter goes where its kernels go, and of the optimizer's state whatever has the shape
-    of a trained array goes where that does; the rest is on every device.
+    Parameters and arguments are `ShapeDtypeStruct`s with `sharding=NamedSharding(mesh, …)`; those without a sharding
+    are replicated. The adapter is sharded like its kernels. Optimizer state with the shape of a trained array is
+    sharded like that array; other state is replicated.
 
-    The memory is what the compiler for these devices has laid out. On simulated CPU devices it is an estimate of that
-    on others: their compilers order a program otherwise, and the CPU's multiplies 16-bit numbers in float32 and sends
-    them so. No dropout key is given, so nothing is dropped.
+    The memory is as reported by the compiler for these devices. On simulated CPU devices it is an estimate for other
+    devices: their compilers schedule programs differently, and CPUs multiply and send 16-bit values as float32. The
+    step has no dropout.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
     >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -74,78 +74,78 @@ def plan(
 
     Args:
       apply: the model, `apply(params, *args, **kwargs)`.
-      abstract_params: the parameter tree, as shapes, dtypes and shardings; arrays will do.
-      spec: as given to `init`. The roles of axes are traced from `apply`.
+      abstract_params: the parameter tree, as arrays or `ShapeDtypeStruct`s.
+      spec: as for `init`. The roles of axes are traced from `apply`.
       tx: the optax optimizer.
-      mesh: of devices of any kind, those of `jax.experimental.topologies` too, which need not be there.
-      *abstract_args: the model's positional arguments, arrays as shapes, dtypes and shardings.
+      mesh: a mesh of any devices, including those of `jax.experimental.topologies`, which need not be attached.
+      *abstract_args: the model's positional arguments; arrays may be `ShapeDtypeStruct`s.
       kwargs: the model's keyword arguments, likewise.
-      loss: `loss(outputs, *args, **kwargs)`, a scalar, of what `apply` returns. Otherwise the result itself if it is a
-        scalar, else the mean of all the floating-point numbers in it, in float32.
+      loss: `loss(outputs, *args, **kwargs)`, a scalar function of what `apply` returns. By default, the output itself
+        if it is a scalar, otherwise the mean of its floating-point elements in float32.
       full: whether to compile full fine-tuning too.
-      materialize: as given to `lora`.
-      custom_derivatives: as given to `lora`.
-      form: as given to `lora`.
-      param_dtype: of the adapter, as given to `init`.
+      materialize: as for `lora`.
+      custom_derivatives: as for `lora`.
+      form: as for `lora`.
+      param_dtype: dtype of the adapter, as for `init`.
       **unexpected: none; the model's keyword arguments are in `kwargs`.
 
     Returns:
-      A `Plan`, to print.
+      A `Plan`, which prints as a table.
 
     Raises:
       TypeError: for a keyword argument that is not in `kwargs`.
-      SpecError: for a mesh without devices, a sharding on another mesh or that does not divide, a loss that is no
-        scalar; where `init` would raise it.
+      SpecError: if `mesh` is not a mesh of devices; if a sharding is on another mesh or does not divide its array; if
+        the loss is not a scalar; where `init` would raise it.
       UnsupportedError: where `lora` would raise it.
     """
     refuse_keywords("plan", unexpected)
     if not isinstance(mesh, Mesh):
         raise SpecError(
             f"Expected a `jax.sharding.Mesh` of devices to compile for; got {type(mesh).__name__}.\n"
-            '  For more than there are, `jax.config.update("jax_num_cpu_devices", 256)` before the first is used,\n'
-            "  or take those of `jax.experimental.topologies`."
+            '  To simulate devices, call `jax.config.update("jax_num_cpu_devices", 256)` before JAX is used,\n'
+            "  or use the devices of `jax.experimental.topologies`."
         )
-    given = (
-        _placed("abstract_params", abstract_params, mesh),
-        _placed("abstract_args", abstract_args, mesh),
-        _placed("kwargs", dict(kwargs or {}), mesh),
+    inputs = (
+        _abstract("abstract_params", abstract_params, mesh),
+        _abstract("abstract_args", abstract_args, mesh),
+        _abstract("kwargs", dict(kwargs or {}), mesh),
     )
-    arrays, statics = _parted(given, is_array)
-    scalar = functools.partial(_scalar, loss or _mean)
+    arrays, statics = _partition(inputs, is_array)
+    scalar_loss = functools.partial(_scalar_loss, loss or _mean)
     adapted = lora(apply, materialize=materialize, custom_derivatives=custom_derivatives, form=form)
 
-    def of_adapter(adapter: Any, arrays: Any) -> Array:
-        params, args, kwargs = _joined(arrays, statics)
-        return scalar(adapted(params, adapter, *args, **kwargs), args, kwargs)
+    def lora_loss(adapter: Any, arrays: Any) -> Array:
+        params, args, kwargs = _combine(arrays, statics)
+        return scalar_loss(adapted(params, adapter, *args, **kwargs), args, kwargs)
 
-    def of_params(trained: Any, arrays: Any) -> Array:
-        params, args, kwargs = _joined(arrays, statics)
-        return scalar(apply(_joined(trained, params), *args, **kwargs), args, kwargs)
+    def full_loss(trained: Any, arrays: Any) -> Array:
+        params, args, kwargs = _combine(arrays, statics)
+        return scalar_loss(apply(_combine(trained, params), *args, **kwargs), args, kwargs)
 
     axes, kind = dict(mesh.shape), mesh.devices.flat[0].device_kind
     params = _bytes(arrays[0])
-    adapter = _adapter(apply, given, spec, param_dtype, mesh)
-    ours = _compiled(of_adapter, adapter, arrays, tx, mesh, parameters=params, adapter=_bytes(adapter))
+    adapter = _abstract_adapter(apply, inputs, spec, param_dtype, mesh)
+    lora_step = _compile(lora_loss, adapter, arrays, tx, mesh, parameters=params, adapter=_bytes(adapter))
     if not full:
-        return Plan(axes, kind, ours, None)
-    trained, rest = _parted(arrays[0], _is_floating)
-    whole = _compiled(of_params, trained, (rest, *arrays[1:]), tx, mesh, parameters=params, adapter=0)
-    return Plan(axes, kind, ours, whole)
+        return Plan(axes, kind, lora_step, None)
+    trained, frozen = _partition(arrays[0], _is_floating)
+    full_step = _compile(full_loss, trained, (frozen, *arrays[1:]), tx, mesh, parameters=params, adapter=0)
+    return Plan(axes, kind, lora_step, full_step)
 
 
-def _placed(name: str, tree: Any, mesh: Mesh) -> Any:
-    """The tree with its arrays as shapes, dtypes and shardings on the mesh."""
+def _abstract(name: str, tree: Any, mesh: Mesh) -> Any:
+    """Replaces the arrays of a tree by `ShapeDtypeStruct`s with shardings on the mesh."""
 
-    def place(keys: Any, leaf: Any) -> Any:
+    def abstract(keys: Any, leaf: Any) -> Any:
         if not is_array(leaf):
             return leaf
         where = f"`{name}{jax.tree_util.keystr(keys)}`"
         if not all(map(is_known, leaf.shape)):
             raise SpecError(
-                f"Expected sizes that are numbers, to compile for them; {where} has the shape {tuple(leaf.shape)}.\n"
-                "  Give the sizes of one batch."
+                f"Expected known sizes, to compile for them; {where} has the shape {tuple(leaf.shape)}.\n"
+                "  Pass the sizes of one batch."
             )
-        sharding = _on(mesh, getattr(leaf, "sharding", None), where)
+        sharding = _sharding_on(mesh, getattr(leaf, "sharding", None), where)
         try:
             sharding.shard_shape(tuple(leaf.shape))
         except ValueError:
@@ -153,59 +153,61 @@ def _placed(name: str, tree: Any, mesh: Mesh) -> Any:
                 f"Expected a sharding that divides the array; {where}, shape {tuple(leaf.shape)}, has {sharding.spec} "
                 f"on the mesh {dict(mesh.shape)}."
             ) from None
-        return _at(leaf, sharding)
+        return _struct(leaf, sharding)
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    return jax.tree_util.tree_map_with_path(abstract, tree)
 
 
-def _at(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def _struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
 
 
-def _on(mesh: Mesh, sharding: Any, where: str) -> NamedSharding:
-    if sharding is None or isinstance(sharding, SingleDeviceSharding):  # the second is that of an array nobody placed
+def _sharding_on(mesh: Mesh, sharding: Any, where: str) -> NamedSharding:
+    if sharding is None or isinstance(sharding, SingleDeviceSharding):  # an array has the latter by default
         return NamedSharding(mesh, PartitionSpec())
     if not isinstance(sharding, NamedSharding) or dict(sharding.mesh.shape) != dict(mesh.shape):
         got = dict(sharding.mesh.shape) if isinstance(sharding, NamedSharding) else type(sharding).__name__
         raise SpecError(
             f"Expected shardings on the mesh {dict(mesh.shape)}; that of {where} is on {got}.\n"
-            "  Give its `NamedSharding` this mesh, or none to have the array on every device."
+            "  Use a `NamedSharding` on this mesh, or no sharding to replicate the array."
         )
     return NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
 
 
-def _adapter(apply: Callable[..., Any], given: Any, spec: Spec, param_dtype: Any, mesh: Mesh) -> Any:
-    """The shapes of the adapter, and where its arrays go."""
-    params, args, kwargs = given
-    arrays, statics = _parted(params, is_array)
+def _abstract_adapter(apply: Callable[..., Any], inputs: Any, spec: Spec, param_dtype: Any, mesh: Mesh) -> Any:
+    """Returns the adapter as `ShapeDtypeStruct`s with shardings."""
+    params, args, kwargs = inputs
+    arrays, statics = _partition(params, is_array)
     with jax.set_mesh(mesh):
-        start = functools.partial(init, spec=spec, kernels=kernels(apply, params, *args, kwargs=kwargs))
-        shapes = jax.eval_shape(
-            lambda arrays: start(jax.random.key(0), _joined(arrays, statics), param_dtype=param_dtype), arrays
-        )
-    return jax.tree.map(_at, shapes, shardings_of(shapes, arrays))
+        traced = kernels(apply, params, *args, kwargs=kwargs)
+
+        def init_adapter(arrays: Any) -> Any:
+            return init(jax.random.key(0), _combine(arrays, statics), spec, kernels=traced, param_dtype=param_dtype)
+
+        shapes = jax.eval_shape(init_adapter, arrays)
+    return jax.tree.map(_struct, shapes, like_base(shapes, arrays))
 
 
-def _compiled(
+def _compile(
     loss: Callable[..., Array], trained: Any, frozen: Any, tx: Any, mesh: Mesh, *, parameters: int, adapter: int
 ) -> Step:
-    """The step that differentiates `loss(trained, frozen)` in its first argument, compiled and measured."""
+    """Compiles the step that minimizes `loss(trained, frozen)` over `trained`, and measures it."""
 
     def step(frozen: Any, trained: Any, state: Any) -> tuple[Any, Any, Array]:
         value, gradient = jax.value_and_grad(loss)(trained, frozen)
         updates, state = tx.update(gradient, state, trained)
         return optax.apply_updates(trained, updates), state, value
 
-    state = _state(tx, trained, mesh)
+    state = _abstract_state(tx, trained, mesh)
     results = jax.tree.map(lambda leaf: leaf.sharding, (trained, state))
     jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=(*results, NamedSharding(mesh, PartitionSpec())))
     start = time.perf_counter()
-    with jax.set_mesh(mesh):  # for models that name its axes alone
+    with jax.set_mesh(mesh):  # for models with shardings that are `PartitionSpec`s
         traced = jitted.trace(frozen, trained, state)
     compiled = traced.lower().compile(compiler_options(mesh.devices.flat[0].platform))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    # A parameter that the step does not need is no argument of the program, but somebody holds it all the same.
+    # An unused parameter is not an argument of the compiled program, but its memory is still allocated.
     held = max(memory.argument_size_in_bytes, sum(map(_bytes, (trained, state, frozen))))
     return Step(
         parameters=parameters,
@@ -223,33 +225,33 @@ def _compiled(
     )
 
 
-def _state(tx: Any, trained: Any, mesh: Mesh) -> Any:
-    """The shapes of the optimizer's state; what has a trained array's shape goes where that does."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
+def _abstract_state(tx: Any, trained: Any, mesh: Mesh) -> Any:
+    """Returns the optimizer state as `ShapeDtypeStruct`s; arrays of the shape of a trained one are sharded like it."""
+    replicated = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
         shapes = jax.eval_shape(tx.init, trained)
     return optax.tree_map_params(
         tx,
-        lambda leaf, its: _at(leaf, its.sharding if leaf.shape == its.shape else everywhere),
+        lambda leaf, array: _struct(leaf, array.sharding if leaf.shape == array.shape else replicated),
         shapes,
         trained,
-        transform_non_params=lambda leaf: _at(leaf, everywhere),
+        transform_non_params=lambda leaf: _struct(leaf, replicated),
     )
 
 
-def _scalar(loss: Callable[..., Any], out: Any, args: Any, kwargs: Any) -> Array:
+def _scalar_loss(loss: Callable[..., Any], out: Any, args: Any, kwargs: Any) -> Array:
     value = loss(out, *args, **kwargs)
     if getattr(value, "shape", None) != () or not _is_floating(value):
         raise SpecError(
-            f"Expected a loss that is one floating-point number; got {jax.tree.map(jax.typeof, value)}.\n"
-            "  Give plan(..., loss=lambda outputs, *args: ...)."
+            f"Expected a loss that is a floating-point scalar; got {jax.tree.map(jax.typeof, value)}.\n"
+            "  Pass plan(..., loss=lambda outputs, *args: ...)."
         )
     return value
 
 
 def _mean(out: Any, *args: Any, **kwargs: Any) -> Any:
-    """The result itself if it is a scalar; else the mean of its floating-point numbers."""
-    del args, kwargs  # only what the model returns
+    """Returns the output itself if it is a scalar, otherwise the mean of its floating-point elements."""
+    del args, kwargs  # for the signature of a loss
     arrays = [leaf for leaf in jax.tree.leaves(out) if is_array(leaf) and _is_floating(leaf)]
     if len(arrays) == 1 and arrays[0].shape == ():
         return arrays[0]
@@ -261,18 +263,18 @@ def _is_floating(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _parted(tree: Any, inside: Callable[[Any], bool]) -> tuple[Any, Any]:
-    """Two trees of the same structure, with None where a leaf is in the other."""
-    its = jax.tree.map(lambda leaf: leaf if inside(leaf) else None, tree)
-    return its, jax.tree.map(lambda leaf: None if inside(leaf) else leaf, tree)
+def _partition(tree: Any, predicate: Callable[[Any], bool]) -> tuple[Any, Any]:
+    """Splits a tree into two of the same structure, with None for the leaves of the other one."""
+    selected = jax.tree.map(lambda leaf: leaf if predicate(leaf) else None, tree)
+    return selected, jax.tree.map(lambda leaf: None if predicate(leaf) else leaf, tree)
 
 
-def _joined(first: Any, second: Any) -> Any:
+def _combine(first: Any, second: Any) -> Any:
     return jax.tree.map(lambda one, other: other if one is None else one, first, second, is_leaf=lambda x: x is None)
 
 
 def _bytes(tree: Any) -> int:
-    """Of one device."""
+    """Returns the bytes on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 

@@ -1,4 +1,4 @@
-"""What a training step takes, of each device, and the table of it: the data that `plan` returns."""
+"""The data that `plan` returns: the cost of a training step on each device, printed as a table."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from .table import as_html, as_text, size
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One compiled training step. Bytes are those of one device.
+    """One compiled training step. Bytes are per device.
 
     Attributes:
       parameters: bytes of the model's parameters.
-      adapter: bytes of the adapter; none in full fine-tuning, which trains the parameters themselves.
-      optimizer: bytes of the optimizer's state.
+      adapter: bytes of the adapter; 0 in full fine-tuning, which trains the parameters themselves.
+      optimizer: bytes of the optimizer state.
       inputs: bytes of the other arguments of the model.
-      temporary: bytes beside arguments and results, by the compiler's account: activations that are kept for the
-        backward pass, gradients, and what is in use between two operations.
-      peak: bytes of arguments, results and temporaries together. The results lie where adapter and optimizer state
-        lay, which are donated.
-      operations: floating-point operations of the whole step on all devices, counted on the jaxpr, the bodies of loops
-        times their length; None if shapes do not tell.
-      compiled_operations: the compiler's own count for one device, which takes the body of a loop once.
-      collectives: what one device sends, as `testing.collectives` lists it; None if the compiled program does not tell.
-      devices: how many there are.
-      seconds: that tracing, lowering and compiling took.
-      compiled: the program itself, which nobody has run; None in a step that was pickled.
+      temporary: bytes in addition to arguments and results, as reported by the compiler: activations that are stored
+        for the backward pass, gradients, and intermediate values.
+      peak: bytes of arguments, results and temporaries. The results reuse the memory of the adapter and the optimizer
+        state, which are donated.
+      flops: FLOPs of the step on all devices, as `testing.flops` counts them; None if shapes do not determine them.
+      compiled_flops: the compiler's count for one device, which includes the body of a loop once.
+      collectives: from `testing.collectives`; None if the compiled program does not determine them.
+      devices: the number of devices.
+      seconds: the time of tracing, lowering and compiling.
+      compiled: the compiled program; None in a step that was pickled.
     """
 
     parameters: int
@@ -58,36 +57,36 @@ class Step:
 
     @property
     def flops_per_device(self) -> float | None:
-        """The operations, shared out evenly: what devices do twice is not in it."""
+        """FLOPs divided by the number of devices; does not include work that several devices repeat."""
         return None if self.flops is None else self.flops / self.devices
 
     @property
     def wire(self) -> Mapping[str, int] | None:
-        """Bytes that one device sends in a step, by kind of collective; as `testing.wire_bytes` counts them."""
+        """Bytes that one device sends in a step, by kind of collective, as in `testing.wire_bytes`."""
         if self.collectives is None:
             return None
         sent: collections.Counter[str] = collections.Counter()
-        for each in self.collectives:
-            sent[each.kind] += each.wire
+        for collective in self.collectives:
+            sent[collective.kind] += collective.wire
         return sent
 
     @property
     def largest_gather(self) -> int | None:
-        """Bytes that a device has after the largest single all-gather: of a stack of layers, to be that of one."""
+        """Bytes of the result of the largest all-gather; in a stack of layers, it should gather one layer at a time."""
         if self.collectives is None:
             return None
-        return max((each.result for each in self.collectives if each.kind == "all-gather"), default=0)
+        return max((found.result for found in self.collectives if found.kind == "all-gather"), default=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` found; prints as a table, and shows as one in a notebook.
+    """The result of `plan`; prints as a table, also in notebooks.
 
     Attributes:
       mesh: the axes of the mesh and their sizes.
       kind: of the devices, such as `"cpu"` or `"TPU v5 lite"`.
       lora: the step that trains the adapter.
-      full: the step that trains all parameters; None if it was not asked for.
+      full: the step that trains all parameters; None with `full=False`.
     """
 
     mesh: Mapping[str, int]
@@ -97,7 +96,7 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return math.prod(self.mesh.values())
 
     def __str__(self) -> str:
@@ -108,7 +107,7 @@ class Plan:
         return as_html(*self._columns(), self._notes())
 
     def _columns(self) -> tuple[list[str], list[list[str]]]:
-        """The head of the table, and its rows."""
+        """Returns the header of the table and its rows."""
         steps = [self.lora] if self.full is None else [self.lora, self.full]
         rows = [[name, *(_shown(value(step), show) for step in steps)] for name, value, show in _ROWS]
         kinds = sorted({kind for step in steps for kind in step.wire or ()})
@@ -145,5 +144,5 @@ def _shown(value: float | None, show: Callable[[Any], str]) -> str:
     return "not known" if value is None else show(value)
 
 
-def _ratio(ours: float | None, reference: float | None) -> str:
-    return f"{ours / reference:.3f}" if ours is not None and reference else "-"
+def _ratio(lora: float | None, full: float | None) -> str:
+    return f"{lora / full:.3f}" if lora is not None and full else "-"

@@ -1,4 +1,4 @@
-"""A table as text and as HTML, and sizes as a person would say them."""
+"""Formats tables as text and HTML, and sizes in bytes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ Cells = Sequence[str]
 
 
 def as_text(head: Cells, rows: Sequence[Cells], *, numbers: Collection[str]) -> str:
-    """Lines up the columns, those of `numbers` to the right, under a rule.
+    """Formats a table as text; columns in `numbers` are aligned to the right.
 
     >>> print(as_text(["name", "size"], [["a", "10"], ["b", "9"]], numbers={"size"}))
     name  size
@@ -28,7 +28,7 @@ def as_text(head: Cells, rows: Sequence[Cells], *, numbers: Collection[str]) -> 
 
 
 def as_html(head: Cells, rows: Sequence[Cells], notes: Sequence[str]) -> str:
-    """The same table for a notebook, and a paragraph for each note."""
+    """Formats a table as HTML, with a paragraph for each note."""
     head, *rows = ([html.escape(cell) for cell in cells] for cells in (head, *rows))
     body = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in rows)
     below = "".join(f"<p>{html.escape(note)}</p>" for note in notes)
@@ -36,7 +36,7 @@ def as_html(head: Cells, rows: Sequence[Cells], notes: Sequence[str]) -> str:
 
 
 def size(count: int) -> str:
-    """Bytes as a person would say them.
+    """Formats a number of bytes with a unit.
 
     >>> size(512), size(1_500), size(90_900_000)
     ('512 B', '1.5 kB', '90.9 MB')

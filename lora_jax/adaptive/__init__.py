@@ -1,7 +1,7 @@
-"""Adaptive rank: AdaLoRA's budget, importance, masks and orthogonality as pure functions; a plain adapter at the end.
+"""Adaptive rank: AdaLoRA's budget, importance, pruning and orthogonality loss as pure functions.
 
-`ada_lora` puts them together as an optax transformation; each also stands alone, under `jit`, with static shapes.
-They act on the leaves of the variant `AdaLoRA`, and pass the others on.
+`ada_lora` combines them as an optax transformation. Each works under `jit` with static shapes, acts on the leaves of
+the variant `AdaLoRA`, and leaves the others unchanged. `compact` converts the result to plain adapters.
 """
 
 from ._compact import compact as compact

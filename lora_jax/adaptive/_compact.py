@@ -1,4 +1,4 @@
-"""Plain adapters of what is left of adaptive ones."""
+"""Converts adaptive leaves to plain ones of a lower rank."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ._leaves import adaptive
 
 
 def compact(adapter: Adapters) -> dict[str, Adapter]:
-    """Makes plain `LoRA` adapters of AdaLoRA's, of the rank that each has left.
+    """Converts leaves of `AdaLoRA` to plain `LoRA`, each of its remaining rank.
 
-    Directions whose `e` is zero go; of the others `e` goes into `a`, which is how the adapted function has used it, so
-    that the function is the same, up to rounding in the adapter's dtype, and so is the scale: α follows the rank.
-    Kernels without a direction leave the adapter. The layers of a stack share a rank, the most that one of them has
-    left, and the others have zeros there, in both factors, which training does not move. Other leaves stay as they are.
-    Outside `jit`, as the ranks are values.
+    Directions whose `e` is zero are removed. For the others, `e` is multiplied into `a`. The adapted function is the
+    same, up to rounding in the adapter's dtype, and so is the scale, because α changes with the rank. Kernels with no
+    directions are removed from the adapter. The layers of a stack share the largest rank among them; layers with fewer
+    directions are padded with zeros in both factors, which training does not change. Other leaves are unchanged. Does
+    not work under `jit`, because the ranks depend on values.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> variant, e = lj.AdaLoRA(rank=3, alpha=6), jnp.array([0.0, 5.0, 0.0])
@@ -35,18 +35,18 @@ def compact(adapter: Adapters) -> dict[str, Adapter]:
       adapter: from training with `ada_lora`, or from `prune`.
 
     Returns:
-      The adapter, to be trained on, saved, merged or compressed as any other.
+      The adapter, which can be trained further, saved, merged or compressed like any other.
 
     Raises:
-      AdapterError: if no leaf is AdaLoRA's, if no direction is left at all, or under `jit`.
+      AdapterError: if no leaf is of `AdaLoRA`, if no directions are left, or under `jit`.
     """
     parts = adaptive(adapter)
     if not all(isinstance(x, Array | np.ndarray) and is_concrete(x) for x in jax.tree.leaves(parts)):
         raise AdapterError(
-            "Expected values, which say what is left of each rank; got a trace, or shapes alone.\n"
-            "  Call compact outside `jit`; within it, `prune` keeps the shapes."
+            "Expected arrays with values, which determine the remaining ranks; got traced arrays or shapes.\n"
+            "  Call compact outside `jit`; inside, use `prune`, which keeps the shapes."
         )
-    ranks = {path: _left(part).sum(-1).max() for path, part in parts.items()}
+    ranks = {path: _is_left(part).sum(-1).max() for path, part in parts.items()}
     small = {
         path: _compacted(part, int(ranks[path])) if path in ranks else part
         for path, part in adapter.items()
@@ -54,29 +54,28 @@ def compact(adapter: Adapters) -> dict[str, Adapter]:
     }
     if not small:
         raise AdapterError(
-            f"Expected a direction that is left; `e` is zero everywhere in {len(parts)} leaves.\n"
-            "  It is at the start, before the first update: the model is then the base."
+            f"Expected at least one direction with a nonzero `e`; `e` is zero in all {len(parts)} leaves.\n"
+            "  Train the adapter first: `e` is initialized to zero, and the model is then the base."
         )
     return small
 
 
-def _left(part: Adapter) -> np.ndarray:
+def _is_left(part: Adapter) -> np.ndarray:
     return on_host(part.e) != 0
 
 
 def _compacted(part: Adapter, rank: int) -> Adapter:
     variant = part.variant
     assert isinstance(variant, AdaLoRA)
-    left, batch = _left(part), part.e.ndim - 1
-    first = np.argsort(~left, axis=-1, kind="stable")[..., :rank]  # those that are left, then as many others as needed
-    there = np.take_along_axis(left, first, -1)
+    left, batch = _is_left(part), part.e.ndim - 1
+    indices = np.argsort(~left, axis=-1, kind="stable")[..., :rank]  # remaining directions first, then padding
+    is_left = np.take_along_axis(left, indices, -1)
 
-    def chosen(factor: Array, axis: int) -> Array:
-        others = tuple(at for at in range(batch, factor.ndim) if at != axis)
-        places, its = np.expand_dims(first, others), np.expand_dims(there, others)
-        small = jnp.take_along_axis(replicated(factor), places, axis)
-        return sharded_as(jnp.where(its, small, jnp.zeros_like(small)), factor)
+    def select(factor: Array, axis: int) -> Array:
+        new_axes = tuple(other for other in range(batch, factor.ndim) if other != axis)
+        small = jnp.take_along_axis(replicated(factor), np.expand_dims(indices, new_axes), axis)
+        return sharded_as(jnp.where(np.expand_dims(is_left, new_axes), small, jnp.zeros_like(small)), factor)
 
     a, b = variant.factors(part.arrays, part.axes)
     plain = LoRA(rank=variant.rank, alpha=variant.alpha, dropout=variant.dropout).at_rank(rank)
-    return Adapter(plain, part.axes, a=chosen(a, a.ndim - 1), b=chosen(b, batch))
+    return Adapter(plain, part.axes, a=select(a, a.ndim - 1), b=select(b, batch))

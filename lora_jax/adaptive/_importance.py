@@ -1,7 +1,8 @@
-"""What each direction of an adapter matters to the loss, which of them are kept, and how the others go."""
+"""Importance scores of an adapter's directions, and pruning by them."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -17,11 +18,11 @@ from ._leaves import adaptive
 
 
 class Importance(NamedTuple):
-    """How much the loss depends on each number of AdaLoRA's leaves, smoothed over steps.
+    """How much the loss depends on each parameter of AdaLoRA's leaves, smoothed over steps.
 
     Attributes:
-      sensitivity: Ī, the mean of |w·g|: an adapter of numbers, in float32 or what is wider.
-      uncertainty: Ū, the mean of |I - Ī|, likewise.
+      sensitivity: Ī, the moving average of |w·g|, as a tree like the adapter, in float32 or wider.
+      uncertainty: Ū, the moving average of |I - Ī|, likewise.
     """
 
     sensitivity: dict[str, Adapter]
@@ -29,7 +30,7 @@ class Importance(NamedTuple):
 
 
 def unmeasured(adapter: Adapters) -> Importance:
-    """The importance before the first step: zeros.
+    """Returns the importance before the first step, which is zero.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> spec = {"**/kernel": lj.AdaLoRA(rank=2, alpha=2), "**/bias": lj.Full()}
@@ -41,24 +42,24 @@ def unmeasured(adapter: Adapters) -> Importance:
       adapter: from `init`; leaves of other variants have no importance.
 
     Returns:
-      Zeros in the shape of AdaLoRA's leaves.
+      Zeros in the shapes of AdaLoRA's leaves.
 
     Raises:
-      AdapterError: if there is none.
+      AdapterError: if no leaf is of `AdaLoRA`.
     """
     zeros = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=widest(x.dtype, jnp.float32)), adaptive(adapter))
-    return Importance(zeros, jax.tree.map(jnp.copy, zeros))  # two, as each may be donated
+    return Importance(zeros, jax.tree.map(jnp.copy, zeros))  # a copy, because both may be donated
 
 
 def measure(
     importance: Importance, gradient: Any, adapter: Adapters, *, beta1: float = 0.85, beta2: float = 0.85
 ) -> Importance:
-    """Takes one step's gradient into the importance (Zhang et al. 2023, arXiv:2303.10512).
+    """Updates the importance with the gradient of one step (Zhang et al. 2023, arXiv:2303.10512).
 
         I = |w·g|        Ī ← β₁·Ī + (1 - β₁)·I        Ū ← β₂·Ū + (1 - β₂)·|I - Ī|
 
-    `w` is what `g` is the gradient at, as in the paper. In the loop of the authors' code, and of PEFT's example, the
-    optimizer has moved `w` before.
+    `g` is the gradient at `w`, as in the paper. In the authors' code and in PEFT's example, the optimizer has already
+    updated `w`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> variant = lj.AdaLoRA(rank=1, alpha=1)
@@ -69,30 +70,30 @@ def measure(
 
     Args:
       importance: before the step.
-      gradient: of the loss, at the adapter.
+      gradient: the gradient of the loss at `adapter`.
       adapter: before the step.
-      beta1: β₁, of the sensitivity.
-      beta2: β₂, of the uncertainty.
+      beta1: β₁, which smooths the sensitivity.
+      beta2: β₂, which smooths the uncertainty.
 
     Returns:
-      That after the step.
+      The importance after the step.
     """
 
-    def now(mean: Array, w: Array, g: Array) -> Array:
+    def current(mean: Array, w: Array, g: Array) -> Array:
         return jnp.abs(w.astype(mean.dtype) * g.astype(mean.dtype))
 
-    def smoothed(beta: float, old: Array, new: Array) -> Array:
+    def smooth(beta: float, old: Array, new: Array) -> Array:
         return beta * old + (1 - beta) * new
 
-    here = jax.tree.map(now, importance.sensitivity, adaptive(adapter), adaptive(gradient))
-    sensitivity = jax.tree.map(lambda *its: smoothed(beta1, *its), importance.sensitivity, here)
-    distance = jax.tree.map(lambda one, other: jnp.abs(one - other), here, sensitivity)
-    uncertainty = jax.tree.map(lambda *its: smoothed(beta2, *its), importance.uncertainty, distance)
+    unsmoothed = jax.tree.map(current, importance.sensitivity, adaptive(adapter), adaptive(gradient))
+    sensitivity = jax.tree.map(functools.partial(smooth, beta1), importance.sensitivity, unsmoothed)
+    distance = jax.tree.map(lambda one, other: jnp.abs(one - other), unsmoothed, sensitivity)
+    uncertainty = jax.tree.map(functools.partial(smooth, beta2), importance.uncertainty, distance)
     return Importance(sensitivity, uncertainty)
 
 
 def scores(importance: Importance) -> dict[str, Array]:
-    """The score of each direction: that of its `e`, and the means of those of its column of `a` and its row of `b`.
+    """Returns the score of each direction: that of `e`, plus the mean over a column of `a` and over a row of `b`.
 
         S_k = s(e_k) + mean_i s(a_ik) + mean_j s(b_kj),      s = Ī·Ū
 
@@ -108,20 +109,20 @@ def scores(importance: Importance) -> dict[str, Array]:
       `{path: (batch…, rank)}`.
     """
     parts = jax.tree.map(jnp.multiply, importance.sensitivity, importance.uncertainty)
-    return {path: _of_directions(part) for path, part in parts.items()}
+    return {path: _direction_scores(part) for path, part in parts.items()}
 
 
-def _of_directions(part: Adapter) -> Array:
+def _direction_scores(part: Adapter) -> Array:
     batch = part.e.ndim - 1
-    of_a = part.a.mean(range(batch, part.a.ndim - 1))
-    of_b = part.b.mean(range(batch + 1, part.b.ndim))
-    return part.e + of_a + of_b
+    mean_a = part.a.mean(range(batch, part.a.ndim - 1))
+    mean_b = part.b.mean(range(batch + 1, part.b.ndim))
+    return part.e + mean_a + mean_b
 
 
 def keep(scores: Mapping[str, Array], budget: Any) -> dict[str, Array]:
-    """Picks the directions of the highest scores over all kernels and layers, and never more than the budget.
+    """Selects the directions with the highest scores over all kernels and layers, at most as many as the budget.
 
-    Of equal scores the first ones are kept, in the order of paths; PEFT drops all that equal the last one dropped.
+    Ties are broken in the order of paths. PEFT drops all directions whose score equals the highest dropped score.
 
     >>> import jax.numpy as jnp
     >>> kept = keep({"up": jnp.array([3.0, 1.0]), "down": jnp.array([2.0, 1.0])}, 3)
@@ -130,22 +131,22 @@ def keep(scores: Mapping[str, Array], budget: Any) -> dict[str, Array]:
 
     Args:
       scores: from `scores`.
-      budget: how many, over all; may be traced.
+      budget: how many to keep in total; may be traced.
 
     Returns:
-      `{path: (batch…, rank)}`, True for those that are kept.
+      `{path: (batch…, rank)}`, True for the directions that are kept.
     """
-    each = {path: replicated(scores[path]) for path in sorted(scores)}
-    order = jnp.argsort(jnp.concatenate([its.ravel() for its in each.values()]), descending=True)
+    ordered = {path: replicated(scores[path]) for path in sorted(scores)}
+    order = jnp.argsort(jnp.concatenate([x.ravel() for x in ordered.values()]), descending=True)
     kept = jnp.argsort(order) < budget
-    ends = itertools.accumulate(its.size for its in each.values())
+    ends = itertools.accumulate(x.size for x in ordered.values())
     return {
-        path: kept[end - its.size : end].reshape(its.shape) for (path, its), end in zip(each.items(), ends, strict=True)
+        path: kept[end - x.size : end].reshape(x.shape) for (path, x), end in zip(ordered.items(), ends, strict=True)
     }
 
 
 def prune(adapter: Adapters, kept: Mapping[str, Array]) -> dict[str, Adapter]:
-    """Sets `e` to zero where a direction is not kept; all else stays.
+    """Sets `e` to zero for the directions that are not kept.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> part = lj.Adapter(lj.AdaLoRA(rank=2, alpha=2), "io", a=jnp.ones((4, 2)), e=jnp.ones(2), b=jnp.ones((2, 3)))
@@ -157,12 +158,12 @@ def prune(adapter: Adapters, kept: Mapping[str, Array]) -> dict[str, Adapter]:
       kept: from `keep`.
 
     Returns:
-      The adapter, of the same shapes; `compact` makes them smaller.
+      The adapter with the same shapes; `compact` makes them smaller.
     """
-    pruned = {path: jnp.where(sharded_as(its, adapter[path].e), adapter[path].e, 0) for path, its in kept.items()}
+    pruned = {path: jnp.where(sharded_as(mask, adapter[path].e), adapter[path].e, 0) for path, mask in kept.items()}
     return dict(adapter) | {path: with_e(adapter[path], e) for path, e in pruned.items()}
 
 
 def with_e(part: Adapter, e: Array) -> Adapter:
-    """The part with another `e`."""
+    """Replaces the `e` of a leaf's adapter."""
     return Adapter(part.variant, part.axes, **{**part.arrays, "e": e})

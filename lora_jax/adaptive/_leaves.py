@@ -1,4 +1,4 @@
-"""The leaves of an adapter that have a rank to adapt."""
+"""The leaves of an adapter whose rank is adaptive."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from .._variants import AdaLoRA
 
 
 def adaptive(adapter: Adapters) -> dict[str, Adapter]:
-    """The parts of an adapter, or of a tree like it, that are AdaLoRA's, in the order of their paths.
+    """Returns the leaves of `AdaLoRA` in an adapter, or in a tree like it, sorted by path.
 
-    Under `jit` a dict comes in that order; outside it comes in its own, and ties are to be broken alike.
+    They are sorted because `jit` sorts dicts, and ties between scores must be broken in the same way outside `jit`.
 
     Raises:
-      AdapterError: if there is none, or if it is no adapter.
+      AdapterError: if the argument is not an adapter, or no leaf is of `AdaLoRA`.
     """
-    check_adapter(adapter, "In one tree with the base, give `ada_lora` the adapter only: freeze_base(ada_lora(tx, …)).")
+    check_adapter(adapter, "If one tree holds the adapter and the base: freeze_base(ada_lora(tx, …)).")
     parts = {path: adapter[path] for path in sorted(adapter) if isinstance(adapter[path].variant, AdaLoRA)}
     if not parts:
-        there = ", ".join(sorted({type(part.variant).__name__ for part in adapter.values()})) or "nothing"
+        found = ", ".join(sorted({type(part.variant).__name__ for part in adapter.values()})) or "nothing"
         raise AdapterError(
-            f"Expected an adapter with leaves of AdaLoRA, whose rank can be adapted; got one of {there}.\n"
-            "  Name them in the spec: init(key, params, {'**/kernel': AdaLoRA(rank=12, alpha=24)})."
+            f"Expected an adapter with leaves of AdaLoRA; got leaves of {found}.\n"
+            "  Use AdaLoRA in the spec: init(key, params, {'**/kernel': AdaLoRA(rank=12, alpha=24)})."
         )
     return parts

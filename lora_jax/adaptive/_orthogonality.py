@@ -1,4 +1,4 @@
-"""How far the factors are from those of a singular value decomposition."""
+"""AdaLoRA's orthogonality loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ._leaves import adaptive
 
 
 def orthogonality(adapter: Adapters) -> Array:
-    """How far AdaLoRA's factors are from orthonormal, to be added to the loss (Zhang et al. 2023, arXiv:2303.10512).
+    """Returns AdaLoRA's orthogonality penalty, to be added to the loss (Zhang et al. 2023, arXiv:2303.10512).
 
         R = Σ ‖aᵀ·a - 1‖² + ‖b·bᵀ - 1‖²      over all kernels and layers, in the Frobenius norm
 
-    Directions that are orthogonal and of length one can be taken away one by one, and `e` says how long they are. This
-    is the paper's term. The authors' code and PEFT take the mean of the norms themselves, not squared, over all
-    factors: their weights, 0.1 and 0.5 by default, are for that.
+    If the directions are orthonormal, `e` holds the singular values, and each direction can be pruned independently.
+    This is the paper's term. The authors' code and PEFT use the mean of the norms, not squared, over all factors; their
+    default weights, 0.1 and 0.5, are for that term.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> part = lj.Adapter(lj.AdaLoRA(rank=2, alpha=2), "io", a=jnp.eye(4, 2), e=jnp.zeros(2), b=3 * jnp.eye(2, 3))
@@ -25,15 +25,14 @@ def orthogonality(adapter: Adapters) -> Array:
     128.0
 
     Args:
-      adapter: from `init` or training; other leaves are passed over.
+      adapter: from `init` or training; leaves of other variants are ignored.
 
     Returns:
-      R, in float32 or what is wider.
+      R, in float32 or wider.
 
     Raises:
-      AdapterError: if no leaf is AdaLoRA's.
+      AdapterError: if no leaf is of `AdaLoRA`.
     """
     pairs = [factor_matrices(part) for part in adaptive(adapter).values()]
     grams = [gram for a, b in pairs for gram in (product(a.mT, a), product(b, b.mT))]
-    each = [jnp.sum(jnp.square(gram - identity_like(gram))) for gram in grams]
-    return jnp.sum(jnp.stack(each))
+    return jnp.sum(jnp.stack([jnp.sum(jnp.square(gram - identity_like(gram))) for gram in grams]))

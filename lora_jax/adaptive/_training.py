@@ -1,4 +1,4 @@
-"""AdaLoRA's training as one optax transformation, of static shapes throughout."""
+"""AdaLoRA's training as one optax transformation with static shapes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class AdaLoRAState(NamedTuple):
     """The state of `ada_lora`.
 
     Attributes:
-      step: how many updates there were.
+      step: the number of updates so far.
       importance: of AdaLoRA's leaves.
-      kept: `{path: (batch…, rank)}`, the directions that the last allocation has left.
-      inner: the state of the optimizer.
+      kept: `{path: (batch…, rank)}`, True for the directions that the last allocation kept.
+      inner: the state of the wrapped optimizer.
     """
 
     step: Array
@@ -44,15 +44,15 @@ def ada_lora(
     beta1: float = 0.85,
     beta2: float = 0.85,
 ) -> optax.GradientTransformationExtraArgs:
-    """Trains AdaLoRA's leaves and takes directions away as the budget falls (Zhang et al. 2023, arXiv:2303.10512).
+    """Trains AdaLoRA's leaves and prunes directions as the budget decreases (Zhang et al. 2023, arXiv:2303.10512).
 
-    Every update takes its gradient into the importance. After `warmup` updates, at each that `interval` divides, and at
-    the last before settling, the directions of the highest scores are kept, as many as the budget says, and `e` is
-    exactly zero in the others after the update; until the next allocation they may come back. From then on those that
-    are left are trained, and the others stay at zero. All other leaves are trained by `tx` as they are.
+    Every update adds its gradient to the importance. After `warmup` updates, directions are allocated at every multiple
+    of `interval`: those with the highest scores are kept, as many as `budget` allows, and `e` of the others is exactly
+    zero after the update. A pruned direction can come back at a later allocation. The last allocation is at update
+    `total - settle`; after it, pruned directions stay at zero. `tx` trains all other leaves unchanged.
 
-    Stands around all else that changes updates, rates included: what comes behind it would bring back what is gone.
-    Shapes and structure never change, so that a step is compiled once, and may be the body of a scan.
+    Wrap all transformations that change updates, including the learning rate: a later one would change what was pruned.
+    Shapes and tree structure are constant, so a step is compiled once and can be the body of a scan.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> adapter = lj.init(jax.random.key(0), {"kernel": jnp.ones((4, 3))}, {"kernel": lj.AdaLoRA(rank=3, alpha=3)})
@@ -63,11 +63,11 @@ def ada_lora(
 
     Args:
       tx: any optax optimizer, such as `optax.adamw(1e-3)`.
-      end: how many directions are left at the end, over all kernels and layers; at the start there are their ranks.
-      warmup: t_i, for how many updates all are trained.
-      settle: t_f, for how many updates at the end those that are left are trained on.
-      total: T, how many updates there are.
-      interval: ΔT, updates between two allocations.
+      end: the final number of directions over all kernels and layers; the initial number is the sum of all ranks.
+      warmup: t_i, the number of updates at the beginning with all directions.
+      settle: t_f, the number of updates at the end with the final directions.
+      total: T, the number of updates.
+      interval: ΔT, the number of updates between two allocations.
       beta1: β₁, which smooths the sensitivity.
       beta2: β₂, which smooths the uncertainty.
 
@@ -76,8 +76,8 @@ def ada_lora(
       `AdaLoRAState`.
 
     Raises:
-      SpecError: for an interval below 1 or betas not in [0, 1); from `init`, for what `budget` refuses.
-      AdapterError: from `init` and `update`, if no leaf is AdaLoRA's; from `update`, if `params` are missing.
+      SpecError: if `interval` is below 1 or a beta is not in [0, 1); from `init`, where `budget` raises it.
+      AdapterError: from `init` and `update`, if no leaf is of `AdaLoRA`; from `update`, if `params` is missing.
     """
     if interval < 1 or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
         raise SpecError(
@@ -95,15 +95,15 @@ def ada_lora(
 
     def update(gradient: Any, state: AdaLoRAState, params: Any = None, **extra_args: Any) -> tuple[Any, AdaLoRAState]:
         if params is None:
-            raise AdapterError("Expected the adapter with its gradient.\n  Call tx.update(gradient, state, adapter).")
+            raise AdapterError("Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter).")
         parts, step = adaptive(params), state.step + 1
         importance = measure(state.importance, gradient, params, beta1=beta1, beta2=beta2)
         chosen = keep(scores(importance), budget(step, start=_directions(parts), **schedule))
-        allocates = (step <= last) & ((step % interval == 0) | (step == last))  # until `warmup` there is room for all
+        allocates = (step <= last) & ((step % interval == 0) | (step == last))  # up to `warmup`, all fit the budget
         kept = jax.tree.map(lambda new, old: jnp.where(allocates, new, old), chosen, state.kept)
         updates, inner_state = inner.update(gradient, state.inner, params, **extra_args)
-        free = ~(allocates | (step > last))
-        pruned = {path: _pruned(updates[path], part, kept[path] | free) for path, part in parts.items()}
+        unpruned = ~(allocates | (step > last))
+        pruned = {path: _pruned(updates[path], part, kept[path] | unpruned) for path, part in parts.items()}
         return dict(updates) | pruned, AdaLoRAState(step, importance, kept, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -114,6 +114,6 @@ def _directions(parts: dict[str, Adapter]) -> int:
 
 
 def _pruned(update: Adapter, part: Adapter, kept: Array) -> Adapter:
-    """The update after which `e` is zero in the directions that are not kept."""
+    """Changes an update so that `e` is zero after it, in the directions that are not kept."""
     e = part.e
     return with_e(update, jnp.where(sharded_as(kept, e), update.e.astype(e.dtype), -e))

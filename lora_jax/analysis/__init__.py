@@ -1,8 +1,8 @@
-"""What an adapter has learned: the paper's measures of its subspaces, norms and singular vectors, and their plots.
+"""Measures of what an adapter has learned: subspaces, norms and singular vectors, with plots.
 
-Every measure is one of each kernel taken as a matrix (in, out), whatever its axes; a stack of layers or experts has one
-for each of them, in the leading axes of the result. They are of the term `s·A·B`, or of the adapted kernel; leaves that
-have none, as those of `Full`, are left out. Everything works under `jit` and on sharded arrays, the plots excepted.
+Each kernel is treated as a matrix (in, out), whatever its axes. For a stack of layers or experts, the result has
+leading batch axes. Leaves without a term `s·A·B`, such as those of `Full`, are omitted. All functions except the plots
+work under `jit` and on sharded arrays.
 """
 
 from ._matrix import Amplification as Amplification

@@ -1,4 +1,4 @@
-"""The measures of one kernel and its update, a stack of kernels at once; `analysis` says what each is for."""
+"""Measures of one kernel and its update, batched over a stack of kernels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .._core.linalg import delta_matrices, frobenius, kernel_matrix, product, sv
 
 
 class Amplification(NamedTuple):
-    """How much an update amplifies directions that the kernel has but does not emphasize; each a number per layer.
+    """How much an update amplifies directions that the kernel has but does not emphasize. Each field is (batch…).
 
     Attributes:
       delta: ‖ΔW‖.
       kernel: ‖W0‖.
-      along_delta: ‖Uᵀ·W0·V‖, U and V the singular vectors of ΔW.
-      along_kernel: the same with the first singular vectors of W0: the most that there could be.
-      along_random: the same with random ones, the root of its mean square.
+      along_delta: ‖Uᵀ·W0·V‖, where U and V are the singular vectors of ΔW.
+      along_kernel: the same with the first singular vectors of W0, which is the maximum.
+      along_random: the same with random orthonormal vectors, as root mean square.
       factor: ‖ΔW‖ / ‖Uᵀ·W0·V‖.
     """
 
@@ -39,10 +39,10 @@ class Intruders(NamedTuple):
     """The first singular vectors of an adapted kernel, compared with those of its base.
 
     Attributes:
-      similarity: (batch…, top): the largest |cos| of each with any singular vector of the base.
-      intruder: (batch…, top): where that is below the threshold.
-      singular_values: (batch…, top), those of the adapted kernel.
-      number: (batch…): how many intruders there are.
+      similarity: (batch…, top), the largest |cos| of each with any singular vector of the base.
+      intruder: (batch…, top), True where the similarity is below the threshold.
+      singular_values: (batch…, top), of the adapted kernel.
+      number: (batch…), the number of intruders.
     """
 
     similarity: Array
@@ -53,19 +53,19 @@ class Intruders(NamedTuple):
 
 @jax.jit
 def singular_values(part: Adapter) -> Array:
-    """The singular values of `s·a·b`: (batch…, rank)."""
+    """Returns the singular values of `s·a·b`: (batch…, rank)."""
     return svd_of_delta(part).s
 
 
 def directions(part: Adapter, of: str) -> Array:
-    """The singular vectors of a factor, first ones first: (batch…, d, rank)."""
+    """Returns the singular vectors of a factor, largest singular value first: (batch…, d, rank)."""
     a, b = delta_matrices(part)
     return jnp.linalg.svd(a if of == "a" else b.mT, full_matrices=False)[0]
 
 
 @jax.jit
 def similarity(one: Array, other: Array) -> Array:
-    """φ(i, j) = ‖U_iᵀ·U'_j‖² / min(i, j) of two stacks of orthonormal columns."""
+    """Returns φ(i, j) = ‖U_iᵀ·U'_j‖² / min(i, j) of two stacks of matrices with orthonormal columns."""
     overlap = jnp.cumsum(jnp.cumsum(product(one.mT, other) ** 2, axis=-1), axis=-2)
     i, j = (jnp.arange(1, size + 1) for size in overlap.shape[-2:])
     smaller = jnp.minimum(i[:, None], j[None]).astype(overlap.dtype)
@@ -74,24 +74,24 @@ def similarity(one: Array, other: Array) -> Array:
 
 @jax.jit
 def relative_norm(w: Array, part: Adapter) -> Array:
-    """‖s·a·b‖ / ‖w‖."""
+    """Returns ‖s·a·b‖ / ‖w‖."""
     return jnp.linalg.norm(svd_of_delta(part).s, axis=-1) / frobenius(kernel_matrix(w, part.axes))
 
 
 @jax.jit
 def amplification(w: Array, part: Adapter) -> Amplification:
-    """What the directions of `s·a·b` hold of `w`, and what others do."""
+    """Projects `w` onto the directions of `s·a·b`, onto the first singular vectors of `w`, and onto random ones."""
     u, s, vt = svd_of_delta(part)
     matrix = kernel_matrix(w, part.axes)
     (d_in, d_out), rank = matrix.shape[-2:], s.shape[-1]
     delta, kernel = jnp.linalg.norm(s, axis=-1), frobenius(matrix)
     along_delta = frobenius(product(product(u.mT, matrix), vt.mT))
-    own = jnp.linalg.svd(matrix, compute_uv=False)[..., :rank]
+    largest = jnp.linalg.svd(matrix, compute_uv=False)[..., :rank]
     return Amplification(
         delta=delta,
         kernel=kernel,
         along_delta=along_delta,
-        along_kernel=jnp.linalg.norm(own, axis=-1),
+        along_kernel=jnp.linalg.norm(largest, axis=-1),
         along_random=kernel * rank / math.sqrt(d_in * d_out),
         factor=delta / along_delta,
     )
@@ -99,19 +99,18 @@ def amplification(w: Array, part: Adapter) -> Amplification:
 
 @jax.jit(static_argnames="top")
 def intruders(w: Array, part: Adapter, top: int, threshold: float) -> Intruders:
-    """The output side's singular vectors of the adapted kernel against those of `w`."""
+    """Compares the singular vectors of the adapted kernel, on its output side, with those of `w`."""
     wide = w.astype(widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values())))
     adapted: Any = part.variant.apply(wide, part.arrays, part.axes, "")
-    pair = [kernel_matrix(kernel, part.axes) for kernel in (wide, materialize(adapted))]
-    stack = pair[0].shape[:-2]
+    matrices = [kernel_matrix(kernel, part.axes) for kernel in (wide, materialize(adapted))]
+    batch = matrices[0].shape[:-2]
 
-    def of_layer(layer: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compare(layer: tuple[Array, Array]) -> tuple[Array, Array]:
         base, tuned = layer
-        (_, _, own), (_, values, vt) = (jnp.linalg.svd(x, full_matrices=False) for x in (base, tuned))
-        return jnp.max(jnp.abs(product(vt[:top], own.mT)), axis=-1), values[:top]
+        (_, _, base_vt), (_, values, vt) = (jnp.linalg.svd(x, full_matrices=False) for x in (base, tuned))
+        return jnp.max(jnp.abs(product(vt[:top], base_vt.mT)), axis=-1), values[:top]
 
-    base, tuned = (x.reshape(-1, *x.shape[-2:]) for x in pair)
-    found = lax.map(of_layer, (base, tuned))
-    similarity, values = (x.reshape(*stack, -1) for x in found)
+    base, tuned = (x.reshape(-1, *x.shape[-2:]) for x in matrices)
+    similarity, values = (x.reshape(*batch, -1) for x in lax.map(compare, (base, tuned)))
     intruder = similarity < threshold
     return Intruders(similarity, intruder, values, intruder.sum(axis=-1))

@@ -1,4 +1,4 @@
-"""Measures of every kernel of an adapter, by path."""
+"""Measures of all kernels of an adapter, by path."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .._core.attach import as_jax, check
 from .._core.linalg import has_factors
 from .._core.paths import flatten
 from .._errors import AdapterError
-from . import _matrix as _measures
+from . import _matrix
 from ._matrix import Amplification, Intruders
 
 Result = TypeVar("Result")
 
 
 def singular_values(adapter: Adapters) -> dict[str, Array]:
-    """Finds the singular values of each `s·A·B` from the factors alone; the product is never formed.
+    """Computes the singular values of each `s·A·B` from the factors, without materializing the product.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> part = lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.eye(5, 2), b=jnp.eye(2, 3) * 3)
@@ -34,9 +34,9 @@ def singular_values(adapter: Adapters) -> dict[str, Array]:
       `{path: (batch…, rank)}`, the largest first.
 
     Raises:
-      AdapterError: if it is no adapter.
+      AdapterError: if the argument is not an adapter.
     """
-    return {path: _measures.singular_values(part) for path, part in _low_rank(adapter).items()}
+    return {path: _matrix.singular_values(part) for path, part in _low_rank(adapter).items()}
 
 
 def subspace_similarity(one: Adapters, other: Adapters, *, of: Literal["a", "b"] = "a") -> dict[str, Array]:
@@ -44,9 +44,9 @@ def subspace_similarity(one: Adapters, other: Adapters, *, of: Literal["a", "b"]
 
         φ(i, j) = ‖U_iᵀ·U'_j‖² / min(i, j), in [0, 1]
 
-    `U_i` holds the first i singular vectors of a factor on the side of the kernel: left of `A`, right of `B`. For the
-    paper's figure 3 the two are of rank 8 and 64, for figure 4 of two seeds. Independent ones in d dimensions come to
-    about max(i, j)/d. Where a factor has a singular value of zero, as `B` has at the start, its vector means nothing.
+    `U_i` holds the first i singular vectors of a factor, left ones of `A` or right ones of `B`. The paper's figure 3
+    compares ranks 8 and 64, figure 4 two seeds. For independent subspaces of d dimensions, φ is about max(i, j)/d. The
+    singular vectors of a singular value of zero, such as those of `B` at initialization, are arbitrary.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> part = lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.eye(5, 2) * jnp.array([2, 1]), b=jnp.eye(2, 3))
@@ -55,37 +55,37 @@ def subspace_similarity(one: Adapters, other: Adapters, *, of: Literal["a", "b"]
 
     Args:
       one: an adapter.
-      other: another, of any rank, with the same axes; compared are the paths that both have.
-      of: the factor to look at.
+      other: another one, of any rank, with the same axes. The paths that both contain are compared.
+      of: the factor to compare.
 
     Returns:
       `{path: (batch…, rank of one, rank of other)}`; φ(i, j) is at `[…, i - 1, j - 1]`.
 
     Raises:
-      AdapterError: if the two have no path in common, or a path's kernels are of different shapes.
+      AdapterError: if the two have no path in common, or kernels of the same path differ in shape.
     """
     first, second = _low_rank(one), _low_rank(other)
     shared = [path for path in first if path in second]
     if not shared:
         raise AdapterError(
             f"Expected two adapters of the same kernels; none of the {len(first)} low-rank paths of the first is among "
-            f"the {len(second)} of the second.\n  They start with {list(first)[:1]} and {list(second)[:1]}."
+            f"the {len(second)} of the second.\n  Their first paths are {list(first)[:1]} and {list(second)[:1]}."
         )
     found = {}
     for path in shared:
-        bases = [_measures.directions(part, of) for part in (first[path], second[path])]
+        bases = [_matrix.directions(part, of) for part in (first[path], second[path])]
         shapes = [basis.shape[:-1] for basis in bases]
         if shapes[0] != shapes[1]:
             raise AdapterError(
                 f"Expected factors of one kernel; `{of}` of {path!r} has directions of shape {shapes[0]} in one "
                 f"adapter and {shapes[1]} in the other.\n  Compare adapters of the same model."
             )
-        found[path] = _measures.similarity(*bases)
+        found[path] = _matrix.similarity(*bases)
     return found
 
 
 def relative_norms(params: Any, adapter: Adapters) -> dict[str, Array]:
-    """Measures each update against its kernel, ‖s·A·B‖ / ‖W0‖ in the Frobenius norm.
+    """Computes the norm of each update relative to its kernel, ‖s·A·B‖ / ‖W0‖ in the Frobenius norm.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> part = lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=jnp.ones((4, 1)), b=jnp.ones((1, 4)))
@@ -103,15 +103,15 @@ def relative_norms(params: Any, adapter: Adapters) -> dict[str, Array]:
     Raises:
       AdapterError: if the adapter does not fit `params`.
     """
-    return _of_each(_measures.relative_norm, params, adapter)
+    return _by_path(_matrix.relative_norm, params, adapter)
 
 
 def amplification(params: Any, adapter: Adapters) -> dict[str, Amplification]:
-    """Measures how an update amplifies what it finds in the kernel (Hu et al. 2021, arXiv:2106.09685, table 7).
+    """Computes the amplification factor of each update (Hu et al. 2021, arXiv:2106.09685, table 7).
 
-    W0 is projected onto the r directions of ΔW = s·A·B, and for comparison onto its own first r and onto random ones. A
-    large factor says that ΔW raises directions that W0 has but does not emphasize. What random directions leave of W0
-    has the mean square ‖W0‖²·r²/(in·out), so that none are drawn.
+    W0 is projected onto the r directions of ΔW = s·A·B and, for comparison, onto its own first r directions and onto
+    random ones. A large factor means that ΔW amplifies directions that W0 has but does not emphasize. For random
+    directions the expected square, ‖W0‖²·r²/(in·out), is used; none are drawn.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.diag(jnp.array([8.0, 4.0, 2.0, 1.0]))}
@@ -126,21 +126,21 @@ def amplification(params: Any, adapter: Adapters) -> dict[str, Amplification]:
       adapter: from training or `restore`.
 
     Returns:
-      `{path: Amplification}`, each of its numbers of shape (batch…).
+      `{path: Amplification}`, each field of shape (batch…).
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
     """
-    return _of_each(_measures.amplification, params, adapter)
+    return _by_path(_matrix.amplification, params, adapter)
 
 
 def intruders(params: Any, adapter: Adapters, *, top: int = 10, threshold: float = 0.5) -> dict[str, Intruders]:
-    """Finds intruder dimensions: high-ranking singular vectors that the base has nothing like.
+    """Finds intruder dimensions: leading singular vectors that are unlike all singular vectors of the base.
 
     A singular vector of the adapted kernel, among the first `top`, is an intruder if its |cos| with every singular
-    vector of W0 is below the threshold (Shuttleworth et al. 2024, arXiv:2410.21228). The vectors are those on the side
-    of the kernel's outputs: the left ones of the paper's (out, in) matrices. Here, unlike elsewhere, the adapted kernel
-    is formed, whatever its variant. For a fully fine-tuned model take its adapter from `extract`, at full rank.
+    vector of W0 is below the threshold (Shuttleworth et al. 2024, arXiv:2410.21228). The vectors are those of the
+    output axes, which are the left ones of the paper's (out, in) matrices. Unlike the other measures, this one
+    materializes the adapted kernel. For a fully fine-tuned model, pass the adapter of full rank from `extract`.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.diag(jnp.arange(1.0, 17))}
@@ -152,7 +152,7 @@ def intruders(params: Any, adapter: Adapters, *, top: int = 10, threshold: float
     Args:
       params: the base that the adapter was made for.
       adapter: from training or `restore`.
-      top: how many singular vectors of the adapted kernel to look at.
+      top: the number of singular vectors of the adapted kernel to compare.
       threshold: ε, in (0, 1).
 
     Returns:
@@ -161,21 +161,21 @@ def intruders(params: Any, adapter: Adapters, *, top: int = 10, threshold: float
     Raises:
       AdapterError: if the adapter does not fit `params`.
     """
-    measure = functools.partial(_measures.intruders, top=top, threshold=threshold)
-    return _of_each(measure, params, adapter, has=lambda part: part.variant.needs_axes)
+    measure = functools.partial(_matrix.intruders, top=top, threshold=threshold)
+    return _by_path(measure, params, adapter, applies=lambda part: part.variant.needs_axes)
 
 
 def _low_rank(adapter: Adapters) -> dict[str, Adapter]:
-    check_adapter(adapter, "It is the adapter only; what also takes `params` takes them first.")
+    check_adapter(adapter, "This function takes only adapters; those that also take `params` take it first.")
     return {path: part for path, part in adapter.items() if has_factors(part)}
 
 
-def _of_each(
+def _by_path(
     measure: Callable[[Array, Adapter], Result],
     params: Any,
     adapter: Adapters,
-    has: Callable[[Adapter], bool] = has_factors,
+    applies: Callable[[Adapter], bool] = has_factors,
 ) -> dict[str, Result]:
     leaves = flatten(params)[0]
     check(leaves, adapter)
-    return {path: measure(as_jax(leaves[path]), part) for path, part in adapter.items() if has(part)}
+    return {path: measure(as_jax(leaves[path]), part) for path, part in adapter.items() if applies(part)}

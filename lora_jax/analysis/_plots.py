@@ -1,6 +1,6 @@
-"""Figures of what `analysis` measures. matplotlib is imported where something is drawn, and no window or state is made.
+"""Plots of the measures, with one entry for each layer of a stack.
 
-A stack of layers is shown layer by layer.
+matplotlib is imported only when something is drawn, and `pyplot` and its global state are not used.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-_NAMED = 12  # of more lines, no legend is read
+_MAX_LEGEND = 12
 
 
 def plot_subspace_similarity(similarity: Mapping[str, Array]) -> Figure:
-    """Draws φ(i, j) as a heat map for each layer, as figure 3 of the LoRA paper does.
+    """Draws φ(i, j) as a heat map for each layer, as in figure 3 of the LoRA paper.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> figure = lj.analysis.plot_subspace_similarity({"kernel": jnp.ones((8, 64))})
@@ -38,11 +38,11 @@ def plot_subspace_similarity(similarity: Mapping[str, Array]) -> Figure:
     Returns:
       A matplotlib figure.
     """
-    layers = _layers(similarity, rest=2)
+    layers = _layers(similarity, ndim=2)
     columns = min(4, len(layers))
     figure = _figure(3.2 * columns, 2.8 * math.ceil(len(layers) / columns))
-    for number, (name, values) in enumerate(layers.items(), start=1):
-        panel = figure.add_subplot(math.ceil(len(layers) / columns), columns, number)
+    for index, (name, values) in enumerate(layers.items(), start=1):
+        panel = figure.add_subplot(math.ceil(len(layers) / columns), columns, index)
         image = _heat(panel, values, left=1, top=1)
         panel.set(title=name, xlabel="j", ylabel="i")
     figure.colorbar(image, ax=figure.axes, label="φ(i, j)")
@@ -63,13 +63,13 @@ def plot_singular_values(values: Mapping[str, Array]) -> Figure:
     Returns:
       A matplotlib figure.
     """
-    layers = _layers(values, rest=1)
+    layers = _layers(values, ndim=1)
     figure = _figure(6, 4)
     panel = figure.subplots()
     for name, line in layers.items():
         panel.plot(range(1, len(line) + 1), line, marker=".", label=name)
     panel.set(xlabel="number", ylabel="singular value of s·A·B", yscale="log" if _positive(layers) else "linear")
-    if len(layers) <= _NAMED:
+    if len(layers) <= _MAX_LEGEND:
         panel.legend()
     return figure
 
@@ -88,7 +88,7 @@ def plot_relative_norms(norms: Mapping[str, Array]) -> Figure:
     Returns:
       A matplotlib figure.
     """
-    layers = _layers(norms, rest=0)
+    layers = _layers(norms, ndim=0)
     figure, panel = _rows(layers)
     panel.barh(range(len(layers)), [float(value) for value in layers.values()])
     panel.set(xlabel="‖s·A·B‖ / ‖W0‖")
@@ -96,9 +96,9 @@ def plot_relative_norms(norms: Mapping[str, Array]) -> Figure:
 
 
 def plot_amplification(found: Mapping[str, Amplification]) -> Figure:
-    """Draws what is left of each kernel along its update, along itself and along random directions.
+    """Draws the norm of each kernel along its update, along its own first directions and along random directions.
 
-    The amplification factor stands beside the name of each layer.
+    The label of each layer contains its amplification factor.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> found = lj.analysis.Amplification(*map(jnp.array, (6.91, 61.95, 0.32, 21.67, 0.02, 21.6)))
@@ -112,8 +112,8 @@ def plot_amplification(found: Mapping[str, Amplification]) -> Figure:
     Returns:
       A matplotlib figure.
     """
-    fields = {name: _layers({path: getattr(its, name) for path, its in found.items()}, 0) for name in _ALONG}
-    factors = _layers({path: its.factor for path, its in found.items()}, rest=0)
+    fields = {name: _layers({path: getattr(result, name) for path, result in found.items()}, 0) for name in _ALONG}
+    factors = _layers({path: result.factor for path, result in found.items()}, ndim=0)
     figure, panel = _rows({f"{name} (×{float(factor):.3g})": factor for name, factor in factors.items()})
     for name, label in _ALONG.items():
         panel.plot(list(fields[name].values()), range(len(factors)), marker="o", linestyle="", label=label)
@@ -126,7 +126,7 @@ _ALONG = {"along_delta": "along ΔW", "along_kernel": "along W0", "along_random"
 
 
 def plot_intruders(found: Mapping[str, Intruders]) -> Figure:
-    """Draws how like the first singular vectors of each adapted kernel are to any of its base; crosses are intruders.
+    """Draws the similarity of the first singular vectors of each adapted kernel to its base; crosses are intruders.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> similarity = jnp.array([0.1, 0.9])
@@ -141,35 +141,35 @@ def plot_intruders(found: Mapping[str, Intruders]) -> Figure:
     Returns:
       A matplotlib figure.
     """
-    similarity = _layers({path: its.similarity for path, its in found.items()}, rest=1)
-    intruder = _layers({path: its.intruder for path, its in found.items()}, rest=1)
+    similarity = _layers({path: result.similarity for path, result in found.items()}, ndim=1)
+    intruder = _layers({path: result.intruder for path, result in found.items()}, ndim=1)
     figure, panel = _rows(similarity)
     width = max(len(row) for row in similarity.values())
     grid = np.full((len(similarity), width), np.nan)
-    for number, (name, row) in enumerate(similarity.items()):
-        grid[number, : len(row)] = row
+    for index, (name, row) in enumerate(similarity.items()):
+        grid[index, : len(row)] = row
         for column in np.flatnonzero(intruder[name]):
-            panel.text(float(column + 1), number, "×", color="red", ha="center", va="center")
+            panel.text(float(column + 1), index, "×", color="red", ha="center", va="center")
     image = _heat(panel, grid, left=1, top=0)
     panel.set(xlabel="singular vector of the adapted kernel")
     figure.colorbar(image, ax=panel, label="largest |cos| with one of W0")
     return figure
 
 
-def _layers(found: Mapping[str, Array], rest: int) -> dict[str, Any]:
-    """Each layer's values under a name of its own, `path[3]` in a stack; their last `rest` axes are their own."""
+def _layers(found: Mapping[str, Array], ndim: int) -> dict[str, Any]:
+    """Splits stacks into layers with `ndim` axes each, named `path[3]`."""
     if not found:
         raise AdapterError("Expected something to plot; got nothing.\n  Was anything adapted with factors?")
     layers = {}
     for path, values in found.items():
         array = on_host(values)
-        for index in np.ndindex(array.shape[: array.ndim - rest]):
+        for index in np.ndindex(array.shape[: array.ndim - ndim]):
             layers[f"{path}{list(index) if index else ''}"] = array[index]
     return layers
 
 
 def _heat(panel: Axes, grid: Any, *, left: int, top: int) -> AxesImage:
-    """Draws numbers in [0, 1], their columns counted from `left` and their rows from `top`."""
+    """Draws values in [0, 1]; `left` and `top` are the coordinates of the first column and row."""
     rows, columns = grid.shape
     extent = (left - 0.5, left + columns - 0.5, top + rows - 0.5, top - 0.5)
     return panel.imshow(grid, vmin=0, vmax=1, extent=extent, aspect="auto", interpolation="nearest")
@@ -186,7 +186,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _rows(layers: Mapping[str, Any]) -> tuple[Figure, Axes]:
-    """A figure with a row for each layer, the first one at the top."""
+    """Makes a figure with a row for each layer, the first one at the top."""
     figure = _figure(7, 1.2 + 0.25 * len(layers))
     panel = figure.subplots()
     panel.set_yticks(range(len(layers)), list(layers))

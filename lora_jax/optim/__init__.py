@@ -1,4 +1,4 @@
-"""Optax for adapters: any optimizer works on one as it is; here is what needs to know the factors, or the base."""
+"""Optax transformations that depend on the factors or the base. Any other optimizer works on an adapter directly."""
 
 from ._freeze_base import freeze_base as freeze_base
 from ._masks import select as select

@@ -1,4 +1,4 @@
-"""One tree with base and adapter, of which an optimizer trains the adapter only."""
+"""One tree that holds the base and the adapter, of which an optimizer trains only the adapter."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .._errors import AdapterError
 
 
 def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Lets an optimizer work on the adapter in a tree `{"base": …, "adapter": …}`, and leaves the base as it is.
+    """Applies an optimizer to the adapter of a tree `{"base": …, "adapter": …}` and freezes the base.
 
-    For code that wants one tree, such as `flax.training.TrainState`. The optimizer is given the adapter alone: it keeps
-    no state for the base, and clipping by global norm, weight decay and schedules see nothing of it. The base gets zero
-    updates; its gradients are used nowhere, so under `jit` the compiler removes their computation. Where the code is
-    free to choose, two trees are simpler: differentiate and optimize the adapter, with no mask and no wrapper.
+    For code that expects one tree, such as `flax.training.TrainState`. The optimizer receives only the adapter: the
+    base has no optimizer state and takes no part in clipping by global norm or in weight decay. Its updates are zero.
+    Its gradients are not used, so under `jit` the compiler removes their computation. If no API requires one tree, two
+    trees are simpler: differentiate and optimize the adapter, with no mask and no wrapper.
 
     >>> import jax.numpy as jnp, optax
     >>> tree = {"base": {"kernel": jnp.ones((4, 4))}, "adapter": {"kernel": jnp.ones(2)}}
@@ -39,26 +39,26 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     inner = optax.with_extra_args_support(tx)
 
     def init(params: Any) -> optax.OptState:
-        return inner.init(_parts(params)["adapter"])
+        return inner.init(_checked(params)["adapter"])
 
     def update(
         updates: Any, state: optax.OptState, params: Any = None, **extra_args: Any
     ) -> tuple[dict[str, Any], optax.OptState]:
-        parts = _parts(updates)
-        adapter = None if params is None else _parts(params)["adapter"]
-        new, state = inner.update(parts["adapter"], state, adapter, **extra_args)
-        # Minus zero: adding it leaves every number as it is, bit for bit; plus zero would turn -0.0 into 0.0.
-        given = {"base": jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), parts["base"]), "adapter": new}
-        return type(updates)({key: given[key] for key in updates}), state
+        tree = _checked(updates)
+        adapter = None if params is None else _checked(params)["adapter"]
+        new, state = inner.update(tree["adapter"], state, adapter, **extra_args)
+        # Adding -0.0 changes no bit of any value; adding 0.0 would turn -0.0 into 0.0.
+        results = {"base": jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), tree["base"]), "adapter": new}
+        return type(updates)({key: results[key] for key in updates}), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _parts(tree: Any) -> Mapping[str, Any]:
+def _checked(tree: Any) -> Mapping[str, Any]:
     if not isinstance(tree, Mapping) or set(tree) != {"base", "adapter"}:
         got = sorted(tree) if isinstance(tree, Mapping) else type(tree).__name__
         raise AdapterError(
             f'Expected a tree with the keys "base" and "adapter"; got {got}.\n'
-            '  Keep the two side by side: TrainState.create(params={"base": params, "adapter": adapter}, …).'
+            '  Put both into one dict: TrainState.create(params={"base": params, "adapter": adapter}, …).'
         )
     return tree

@@ -15,7 +15,7 @@ from .._core.contract import widest
 from .._core.paths import flatten
 from .._core.values import equal, is_concrete, together
 from .._errors import AdapterError, listed
-from .._merge.fold import fold, precision_of
+from .._merge.fold import fold, keep_float64
 from ._leaf import Leaf, low_rank_leaves
 
 
@@ -101,7 +101,7 @@ def _restores(leaf: Leaf, moved: Any) -> bool:
     """Whether a moved kernel with its start is the base, up to the roundings of both."""
     if not (is_concrete(leaf.w) and is_concrete(moved)):
         return True
-    with jax.ensure_compile_time_eval(), precision_of(leaf.w):
+    with jax.ensure_compile_time_eval(), keep_float64(leaf.w):
         return bool(_near_base(*together(leaf.w, moved, fold(moved, leaf.part))))
 
 

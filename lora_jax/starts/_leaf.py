@@ -17,7 +17,7 @@ from .._core.linalg import as_factors, kernel_matrix
 from .._core.paths import flatten, unflatten
 from .._core.variant import LowRank
 from .._errors import AdapterError, SpecError, listed
-from .._merge.fold import too_large, unfold
+from .._merge.fold import overflows, unfold
 
 
 class Start(NamedTuple):
@@ -105,7 +105,7 @@ def start(params: Any, adapter: Adapters, method: Method, *, moves: bool = False
             raise leaf.error(f"expected a variant for every token, as the base is moved for all; got {leaf.variant}")
     # By the factors as they are kept: what rounding took from them stays in the base.
     moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
-    if bad := too_large(leaves, new, moved, taken=True):
+    if bad := overflows(leaves, new, moved, unfolded=True):
         raise AdapterError(
             f"Expected what is left of each kernel to fit its dtype; {len(bad)} overflow.\n{listed(bad)}\n"
             "  Cast the base to a wider dtype before, such as bfloat16 or float32."
