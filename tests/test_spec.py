@@ -175,7 +175,7 @@ def test_axes_in_the_rule_make_a_kernel_of_any_matrix() -> None:
 def test_a_rank_that_is_too_large_is_an_error_with_the_rules_to_write(rank: int) -> None:
     assert error({"head/kernel": lj.LoRA(rank=rank, alpha=4)}) == (
         "Cannot adapt 'head/kernel' of shape (8, 3), by the rule 'head/kernel': "
-        f"rank={rank} is too large, with axes 'io' it can be at most 3.\n"
+        f"rank={rank} is too large; with axes 'io' it can be at most 3.\n"
         "  Let the rank be at most what a kernel allows: "
         f"{{'head/kernel': LoRA(rank={rank}, alpha=4, clip_rank=True)}},\n"
         "  or put narrower rules first: {'head/kernel': LoRA(rank=3, alpha=4)}."
@@ -196,8 +196,8 @@ def test_all_leaves_that_cannot_be_adapted_come_in_one_error() -> None:
         "is for kernels\n"
         "  'encoder/layer_0/value/bias' of shape (6,), by the rule '**': it is a vector, and DoRA(rank=4, alpha=8) "
         "is for kernels\n"
-        "  'gate/kernel' of shape (8, 1), by the rule '**': rank=4 is too large, with axes 'io' it can be at most 1\n"
-        "  'head/kernel' of shape (8, 3), by the rule '**': rank=4 is too large, with axes 'io' it can be at most 3\n"
+        "  'gate/kernel' of shape (8, 1), by the rule '**': rank=4 is too large; with axes 'io' it can be at most 1\n"
+        "  'head/kernel' of shape (8, 3), by the rule '**': rank=4 is too large; with axes 'io' it can be at most 3\n"
         "  'step' of shape (), by the rule '**': it is not floating-point, but int32\n"
         "  'text', by the rule '**': it is no array, but 'gpt'\n"
         "  'w' of shape (2, 3, 4), by the rule '**': which of its 3 axes are inputs, outputs or batch is not known\n"
@@ -229,7 +229,7 @@ def test_the_rank_may_be_as_large_as_the_smaller_side_of_one_layer(
     adapter = init({"k": lj.LoRA(rank=most, alpha=1, axes=axes)}, {"k": shape(*sizes)})
     assert adapter["k"].variant.rank == most
     assert error({"k": lj.LoRA(rank=most + 1, alpha=1, axes=axes)}, {"k": shape(*sizes)}).startswith(
-        f"Cannot adapt 'k' of shape {sizes}, by the rule 'k': rank={most + 1} is too large, with axes {axes!r} it can "
+        f"Cannot adapt 'k' of shape {sizes}, by the rule 'k': rank={most + 1} is too large; with axes {axes!r} it can "
         f"be at most {most}.\n"
         f"  Let the rank be at most what a kernel allows: {{'k': LoRA(rank={most + 1}, alpha=1, clip_rank=True, "
         f"axes={axes!r})}},\n"
@@ -293,7 +293,7 @@ def test_axes_that_do_not_fit_the_shape_are_an_error(axes: str) -> None:
 @pytest.mark.parametrize("axes", ["iii", "boo", "bii", "bbb"])
 def test_axes_without_an_input_or_an_output_are_an_error(axes: str) -> None:
     assert error({"k": lj.LoRA(rank=2, alpha=4, axes=axes)}, {"k": shape(8, 2, 4)}) == (
-        "Cannot adapt 'k' of shape (8, 2, 4), by the rule 'k': LoRA needs input and output axes, the kernel's are "
+        "Cannot adapt 'k' of shape (8, 2, 4), by the rule 'k': LoRA needs input and output axes; the kernel's are "
         f"{axes!r}."
     )
 

@@ -51,7 +51,7 @@ def init(
     adapters, problems = {}, []
     for path, choice in fit(spec, leaves, kernels).items():
         try:
-            arrays = choice.variant.start(key_for(key, path), leaves[path], choice.axes, param_dtype)
+            arrays = choice.variant.init(key_for(key, path), leaves[path], choice.axes, param_dtype)
         except SpecError as error:
             problems.append(Problem(path, leaves[path], choice, str(error)))
             continue

@@ -12,7 +12,7 @@ import numpy as np
 
 from .._errors import SpecError, listed
 from .base import StoredLeaf
-from .targets import Key, key_text, matched_by
+from .targets import Key, key_text, matching_leaves
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank
 
@@ -151,7 +151,7 @@ def resolve(spec: Spec, leaves: Mapping[str, Any], kernels: Mapping[str, Kernel]
     decided: dict[str, Key] = {}
     for pattern, variant in spec.items():
         _check_rule(pattern, variant)
-        found = matched_by(pattern, leaves, kernels)
+        found = matching_leaves(pattern, leaves, kernels)
         fresh = [path for path in found if path not in decided]
         if not fresh:
             first = dict.fromkeys(key_text(decided[path]) for path in found)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import SpecError
-from .paths import Pattern, matched, pattern_text
+from .paths import Pattern, matching_paths, pattern_text
 from .uses import Kernel
 
 
@@ -44,7 +44,7 @@ def key_text(key: Key) -> str:
     return repr(key) if isinstance(key, Target) else repr(pattern_text(key))
 
 
-def matched_by(key: Key, leaves: Collection[str], kernels: Mapping[str, Kernel] | None) -> list[str]:
+def matching_leaves(key: Key, leaves: Collection[str], kernels: Mapping[str, Kernel] | None) -> list[str]:
     """The paths that a key of a spec matches.
 
     Raises:
@@ -52,7 +52,7 @@ def matched_by(key: Key, leaves: Collection[str], kernels: Mapping[str, Kernel] 
     """
     if not isinstance(key, Target):
         advice = "`lora_jax.kernels(apply, params, *args)` lists all, with their use."
-        return matched(key, leaves, "every rule to match a leaf", advice=advice)
+        return matching_paths(key, leaves, "every rule to match a leaf", advice=advice)
     if kernels is None:
         raise SpecError(
             f"Expected `kernels`, as only the traced model tells which leaves {key} are; got none.\n"
