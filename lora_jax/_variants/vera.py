@@ -25,10 +25,10 @@ class VeRA(Variant):
 
         W = W0 + A·diag(lambda_d)·B·diag(lambda_b)
 
-    `A` and `B` are frozen, Kaiming-uniform for the kernel's fan-in and the rank. They are generated from the seed in each
-    call and are not part of the adapter, which holds only the vectors, `rank + out` parameters. All kernels use the first
-    rows of the same matrices, scaled for their fan-in. `lambda_b` is initialized to zero, so the model is initially
-    unchanged.
+    `A` and `B` are frozen, Kaiming-uniform for the kernel's fan-in and the rank. They are generated from the seed in
+    each call and are not part of the adapter, which only holds the vectors, `rank + out` parameters. All kernels use
+    the first rows of the same matrices, scaled for their fan-in. `lambda_b` is initialized to zero, so the model is
+    initially unchanged.
 
     >>> VeRA(rank=256, seed=0)
     VeRA(rank=256, seed=0)
