@@ -5,7 +5,7 @@ with patterns, the first key that matches a leaf decides. `kernels(...)[path].ki
 
 | target | selects |
 |---|---|
-| `all_linear` | `attention` and `mlp`: all linear layers except the output head, as PEFT's `all-linear`; not embeddings |
+| `all_linear` | `attention` and `mlp`: linear layers except the output head, as PEFT's `all-linear`; not embeddings |
 | `attention` | the projections of attention: query, key, value and output |
 | `mlp` | all other linear kernels except the output head: of MLPs, experts, routers and recurrent cells |
 | `output_head` | the kernel that computes the model's output, such as logits |

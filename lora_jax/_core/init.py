@@ -21,7 +21,7 @@ def init(
 ) -> dict[str, Adapter]:
     """Initializes the adapter that a spec describes. Initially it does not change the model.
 
-    For `LoRA`, `a` is uniform in ±1/√fan_in and `b` is zero, as in the authors' code (Hu et al. 2021, arXiv:2106.09685).
+    For `LoRA`, `a` is uniform in ±1/√fan_in and `b` is zero, as in the code of Hu et al. 2021 (arXiv:2106.09685).
     Works under `jit` and `eval_shape`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -30,7 +30,7 @@ def init(
     {'query/kernel': Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3])}
 
     Args:
-      key: PRNG key, typed or raw; consumed. It is folded by path, so the arrays of a leaf do not depend on other leaves.
+      key: PRNG key, typed or raw; consumed. It is folded by path, so the values for a leaf do not depend on others.
       params: the parameter tree, or its `ShapeDtypeStruct`s.
       spec: ordered mapping to a variant, or to None for "leave frozen". Its keys are patterns on `/`-joined paths (`*`
         one segment, `**` any number, `{a,b}` either, or a compiled regular expression), and targets, such as

@@ -57,7 +57,7 @@ class TrackedKernel(abc.ABC):
         return self._with_moved_factors(apply_change(self.w, change, *arrays), roles, move)
 
     def with_base(self, change: Change, *arrays: Array) -> Self:
-        """Applies a change that does not affect the factors to the base."""
+        """Applies to the base a change that does not affect the factors."""
         return dataclasses.replace(self, w=apply_change(self.w, change, *arrays))  # type: ignore[type-var]
 
     def with_array(self) -> Self:

@@ -213,8 +213,8 @@ def _axes_for(path: str, leaf: Any, choice: Choice, kernels: Mapping[str, Kernel
         reason = f"which of its {leaf.ndim} axes are inputs, outputs or batch is not known"
         advice = (
             "Read the axes from the model: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
-            f"  or write them in the spec: {variant_text}, such as 'ioo' for a query kernel (d, heads, head_dim) or 'bio' for a "
-            "stack of layers."
+            f"  or write them in the spec: {variant_text}, such as 'ioo' for a query kernel (d, heads, head_dim) or "
+            "'bio' for a stack of layers."
         )
         return Problem(path, leaf, choice, reason, advice)
     retrace = f"Trace with the parameters that `init` gets, or write the axes in the spec: {variant_text}."
@@ -250,4 +250,7 @@ def _rank_advice(problems: Sequence[Problem]) -> str | None:
     if not smaller:
         return None
     by_rule, by_leaf = (", ".join(f"{key}: {rule}" for key, rule in rules.items()) for rules in (clipped, smaller))
-    return f"Reduce the rank to what each kernel allows: {{{by_rule}}},\n  or put more specific rules first: {{{by_leaf}}}."
+    return (
+        f"Reduce the rank to what each kernel allows: {{{by_rule}}},\n"
+        f"  or put more specific rules first: {{{by_leaf}}}."
+    )

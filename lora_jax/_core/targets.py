@@ -68,6 +68,7 @@ def matching_leaves(key: Key, leaves: Collection[str], kernels: Mapping[str, Ker
         counts = ", ".join(f"{count} {kind or 'of another kind'}" for kind, count in by_kind.items())
         raise SpecError(
             f"Expected every rule to match a leaf; {key} matches none of {len(leaves)} leaves ({counts}).\n"
-            "  `lora_jax.kernels(apply, params, *args)` shows the kind of each leaf; to select leaves by path, use a pattern."
+            "  `lora_jax.kernels(apply, params, *args)` shows the kind of each leaf; to select leaves "
+            "by path, use a pattern."
         )
     return found

@@ -12,8 +12,7 @@ class Evidence(NamedTuple):
     Attributes:
       operand: what the leaf is multiplied with: 2 for activations; 1 for activations that depend on the leaf itself, as
         with a head that is tied to an embedding; 0 for anything else, as in a power iteration for a norm of the leaf.
-      forward: whether the use is in the forward pass. The model may contain reverse-mode derivatives, which contract the
-        outputs.
+      forward: whether the use is in the forward pass. Reverse-mode derivatives inside the model contract the outputs.
     """
 
     operand: int
@@ -62,8 +61,8 @@ class Kernel:
       axes: the role of each axis (`b` batch, `i` input, `o` output); None if the uses do not determine them.
       uses: all uses, in the order of the program.
       unknown: why `axes` is None.
-      kind: `"attention"`, `"mlp"`, `"head"`, `"embedding"`, `"convolution"`, `"bias"` or `"norm"`, as
-        described in `lora_jax.targets`; None for other leaves.
+      kind: `"attention"`, `"mlp"`, `"head"`, `"embedding"`, `"convolution"`, `"bias"` or `"norm"`, as described
+        in `lora_jax.targets`; None for other leaves.
     """
 
     shape: tuple[int, ...]

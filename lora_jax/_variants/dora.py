@@ -36,8 +36,7 @@ class DoRA(LowRank):
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
       clip_rank: as in `LoRA`.
-      dropout: as in `LoRA`, and also of the activation whose product with the base the magnitude rescales, as in the
-        authors' code.
+      dropout: as in `LoRA`. As in the authors' code, (magnitude / norm - 1)·x·W0 uses the dropped activation, too.
       rank_stabilized: whether the scale is α/√r, as in rsLoRA.
       axes: as in `LoRA`.
     """
