@@ -1,4 +1,4 @@
-"""LoRA for JAX: `lora(apply)` turns any function of parameters into one that also takes a small trainable adapter.
+"""LoRA for JAX: `lora(apply)` turns a function of parameters into one that also takes a small trainable adapter.
 
 adapter = init(key, params, {"**/query/kernel": LoRA(rank=8, alpha=16)})
 logits = lora(model.apply)(params, adapter, tokens)
@@ -100,8 +100,8 @@ __all__ = [
     "unmerge_approximately",
 ]
 
-# Loaded when first asked for: they bring optax, orbax and plots with them.
-_DOORS = {
+# Imported on first access, because they import optax, Orbax or plotting libraries.
+_LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
@@ -117,10 +117,10 @@ _DOORS = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _DOORS:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    door = importlib.import_module(f"{__name__}.{_DOORS[name]}")
-    return door if name == _DOORS[name] else getattr(door, name)
+    module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+    return module if name == _LAZY[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -1,7 +1,7 @@
-"""The only file that knows JAX versions or `jax.extend`.
+"""The only file that depends on JAX versions or imports `jax.extend`.
 
-The other files see each equation in one normal form, whatever parameters this JAX keeps it in (`parameters`), and every
-jaxpr inside it closed.
+`parameters` converts the parameters of an equation to one form for all supported versions, in which inner jaxprs are
+closed.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from jax.extend.core import primitives as primitives
 
 from ._errors import UnsupportedError
 
-SUPPORTED = "0.10.2 to 0.12"  # the versions of JAX that the tests run on
+SUPPORTED = "0.10.2 to 0.12"  # the JAX versions that the tests run on
 
-# Whose frames are not the user's. NumPy is among them because its functions pass JAX arrays on to JAX.
+# Folders whose stack frames are not the user's. NumPy is one, because its functions dispatch to JAX.
 _LIBRARIES = tuple(
     os.path.join(os.path.dirname(spec.origin), "")
     for name in (__package__, "flax", "haiku", "equinox", "numpy")
@@ -38,21 +38,21 @@ _LIBRARIES = tuple(
 
 @contextlib.contextmanager
 def context_of(eqn: JaxprEqn) -> Iterator[None]:
-    """Puts new operations where `eqn` stands: its name scopes, its source line, its mesh and other context."""
+    """Gives new operations the context of `eqn`: its name scopes, source line and mesh."""
     names = source_info_util.current_name_stack() + eqn.source_info.name_stack
     with source_info_util.user_context(_source_of(eqn).traceback, name_stack=names), eqn.ctx.manager:
         yield
 
 
 def _source_of(eqn: JaxprEqn) -> source_info_util.SourceInfo:
-    """Where the user asked for `eqn`; inside a function that JAX has jitted itself, where they called that."""
+    """The source of `eqn`; for an equation inside one of JAX's own jitted functions, the source of the call."""
     return eqn.source_info if source_info_util.summarize(eqn.source_info) else source_info_util.current()
 
 
 def evaluate(
     eqns: Sequence[JaxprEqn], inputs: Sequence[Var], outputs: Sequence[Var], values: Sequence[Any]
 ) -> list[Any]:
-    """Runs equations, untouched, in JAX's own evaluator."""
+    """Evaluates equations unchanged with `jax.core.eval_jaxpr`."""
     effects = frozenset().union(*(eqn.effects for eqn in eqns))
     names = DebugInfo("lora", "equations", tuple(map(str, inputs)), tuple(map(str, outputs)))
     return jax.core.eval_jaxpr(Jaxpr((), inputs, outputs, eqns, effects, names), (), *values)
@@ -62,7 +62,7 @@ Parameters = dict[str, Any]
 
 
 def parameters(eqn: JaxprEqn, required: Collection[str], optional: Collection[str] = ()) -> Parameters:
-    """Returns the parameters of an equation in the form that is the same for every supported JAX.
+    """Returns the parameters of an equation, in one form for all supported JAX versions.
 
     Args:
       eqn: any equation.
@@ -70,20 +70,19 @@ def parameters(eqn: JaxprEqn, required: Collection[str], optional: Collection[st
       optional: names that the equation may lack.
 
     Raises:
-      UnsupportedError: if the equation has a parameter that the caller does not know, or lacks one that it needs, as
-        in a version of JAX that is newer than this library. A parameter that is ignored could change the result.
+      UnsupportedError: if the equation has a parameter that is neither required nor optional, because ignoring it
+        could change the result; or if it lacks a required one. Either can happen with a newer JAX.
     """
     known = normal_parameters(eqn)
     wrong = {
-        "has the parameter": [name for name in known if name not in required and name not in optional],
+        "has the unknown parameter": [name for name in known if name not in required and name not in optional],
         "lacks the parameter": [name for name in required if name not in known],
     }
     for verb, names in wrong.items():
         if names:
             raise UnsupportedError(
-                f"Expected the parameters of `{eqn.primitive.name}` that JAX {SUPPORTED} gives it; in JAX "
-                f"{jax.__version__} it {verb} {', '.join(map(repr, names))}, which lora_jax does not "
-                f"{'know' if verb.startswith('has') else 'find'}.",
+                f"Expected `{eqn.primitive.name}` to have the parameters that it has in JAX {SUPPORTED}; in JAX "
+                f"{jax.__version__} it {verb} {', '.join(map(repr, names))}.",
                 user_line(eqn),
                 f"lora_jax supports JAX {SUPPORTED}: install one of these, or a newer lora_jax.",
             )
@@ -91,27 +90,27 @@ def parameters(eqn: JaxprEqn, required: Collection[str], optional: Collection[st
 
 
 def normal_parameters(eqn: JaxprEqn) -> Parameters:
-    """The parameters of an equation, unchecked, in the form that is the same for every supported JAX."""
+    """Returns the parameters of an equation, unchecked, in one form for all supported JAX versions."""
     closed = {name: ClosedJaxpr(x, ()) if _is_open(x) else x for name, x in eqn.params.items()}
     return _NORMAL.get(eqn.primitive.name, dict)(closed)
 
 
 def _scan(params: Parameters) -> Parameters:
-    """JAX 0.10 counts the operands that are constants and carry; 0.11 groups the operands, and the results."""
+    """JAX 0.10 stores how many operands are constants and carry. JAX 0.11 stores operands and results in groups."""
     if "ft_in" not in params:
         return dict(params)
     consts, carry, _ = params["ft_in"].unpack()
-    others = {name: x for name, x in params.items() if name not in ("ft_in", "ft_out")}
-    return others | {"num_consts": len(consts), "num_carry": len(carry)}
+    ungrouped = {name: x for name, x in params.items() if name not in ("ft_in", "ft_out")}
+    return ungrouped | {"num_consts": len(consts), "num_carry": len(carry)}
 
 
 def _cond(params: Parameters) -> Parameters:
-    """Only `lax.platform_dependent` names platforms."""
+    """Only a `cond` of `lax.platform_dependent` has `branches_platforms`."""
     return {"branches_platforms": None, **params}
 
 
 def _is_open(x: Any) -> bool:
-    """JAX 0.10 keeps the bodies of some primitives open; in 0.12 every jaxpr is closed."""
+    """JAX 0.10 stores open jaxprs for some primitives; in JAX 0.12 every jaxpr is closed."""
     return isinstance(x, Jaxpr) and not hasattr(x, "consts")
 
 
@@ -119,28 +118,28 @@ _NORMAL: dict[str, Callable[[Parameters], Parameters]] = {"scan": _scan, "cond":
 
 
 def user_line(eqn: JaxprEqn) -> str:
-    """Where the user's code asked for `eqn`: `model.py:31 (Block.__call__)`, not a frame of flax or of this library."""
+    """Returns the user's line for `eqn`, such as `model.py:31 (Block.__call__)`; skips frames of libraries."""
     frames = source_info_util.summarize(_source_of(eqn), num_frames=100).split("\n")[::-1]  # innermost first
-    own = [frame for frame in frames if not frame.startswith(_LIBRARIES)]
-    return (own or frames)[0]
+    user_frames = [frame for frame in frames if not frame.startswith(_LIBRARIES)]
+    return (user_frames or frames)[0]
 
 
 def is_transposed(eqn: JaxprEqn) -> bool:
-    """Whether JAX made `eqn` to differentiate backwards: it then stands in a name scope that says so."""
+    """Whether `eqn` comes from reverse-mode differentiation, which JAX records in the name scope."""
     return "transpose(" in str(eqn.source_info.name_stack)
 
 
 def raised_at(error: BaseException) -> str:
-    """Where the user's code raised an error: `model.py:31 (Block.__call__)`, not a frame of JAX or of a library."""
+    """Returns the user's line that raised an error, such as `model.py:31 (Block.__call__)`; skips JAX and libraries."""
     libraries = (*_LIBRARIES, os.path.join(os.path.dirname(jax.__file__), ""))
     frames = traceback.extract_tb(error.__traceback__)[::-1]  # innermost first
-    own = [frame for frame in frames if not frame.filename.startswith(libraries)]
-    frame = (own or frames)[0]
+    user_frames = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    frame = (user_frames or frames)[0]
     return f"{frame.filename}:{frame.lineno} ({frame.name})"
 
 
 def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
-    """The equations that a result needs, or that have an effect; what a model computes and drops is not among them."""
+    """Returns the equations that have an effect or that a result depends on."""
     needed = set(variables(jaxpr.outvars))
     live = []
     for eqn in reversed(jaxpr.eqns):
@@ -151,30 +150,30 @@ def live_equations(jaxpr: Jaxpr) -> list[JaxprEqn]:
 
 
 def last_uses(eqns: Sequence[JaxprEqn], outputs: Sequence[Any]) -> dict[Var, int]:
-    """For each variable, the number of the last equation that reads it; that of the end, if it is an output."""
-    last = {var: number for number, eqn in enumerate(eqns) for var in variables(eqn.invars)}
+    """Returns the index of the last equation that reads each variable; `len(eqns)` for an output."""
+    last = {var: index for index, eqn in enumerate(eqns) for var in variables(eqn.invars)}
     return last | dict.fromkeys(variables(outputs), len(eqns))
 
 
 def variables(atoms: Collection[Any]) -> list[Var]:
-    """The variables among the operands of an equation: those that are not literals."""
+    """Returns the operands that are variables, not literals."""
     return [atom for atom in atoms if not isinstance(atom, Literal)]
 
 
 def is_unspecified(sharding: Any) -> bool:
-    """Whether a sharding of a `jit` equation is the one that nobody asked for."""
+    """Whether a sharding of a `jit` equation was left unspecified by the user."""
     return type(sharding).__name__ == "UnspecifiedValue"
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The mesh axes over which an array inside a `shard_map` may differ; none, without `check_vma`."""
+    """Returns the mesh axes over which an array inside a `shard_map` may vary; none without `check_vma`."""
     names: frozenset[str] = jax.typeof(x).mat.varying
     return names
 
 
 def compute_on(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """The function on another kind of processor: in JAX 0.10 `compute_on2`, as `compute_on` was a context there."""
-    from jax.experimental import compute_on as module  # loaded where a model has loaded it
+    """Wraps a function in `compute_on`. In JAX 0.10 the wrapper is `compute_on2`; `compute_on` is a context manager."""
+    from jax.experimental import compute_on as module  # not imported unless a model uses it
 
     wrap: Any = getattr(module, "compute_on2", None) or module.compute_on
     rebuilt: Callable[..., Any] = wrap(function, **options)
@@ -182,9 +181,9 @@ def compute_on(function: Callable[..., Any], **options: Any) -> Callable[..., An
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """With which a program for one platform is laid out as one for another would be.
+    """Returns the options with which a program for `platform` has the memory of a program for an accelerator.
 
-    The CPU's compiler multiplies 16-bit numbers in float32, and would cast all layers of a stack before the loop over
-    them; no accelerator does that.
+    The CPU compiler multiplies 16-bit floats in float32, and would cast all layers of a stack before the loop over
+    them. No accelerator does that.
     """
     return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else {}

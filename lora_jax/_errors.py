@@ -1,6 +1,6 @@
-"""The errors of the library: each is a `LoRAError` and also the built-in error it is.
+"""Exceptions. Each is a `LoRAError` and a subclass of a built-in exception.
 
-Every text says what was expected, what was got, where, and what to do.
+Every message states what was expected, what was got, where, and what to do.
 """
 
 from __future__ import annotations
@@ -22,53 +22,53 @@ __all__ = [
 
 
 class LoRAError(Exception):
-    """Any error that this library raises on purpose."""
+    """Base class of all exceptions that lora_jax raises."""
 
 
 class SpecError(LoRAError, ValueError):
-    """A spec that cannot be meant: a rule that decides nothing, a rank or axes that do not fit the kernel."""
+    """An invalid spec: a rule without effect, or a rank or axes that do not fit the kernel."""
 
 
 class AdapterError(LoRAError, ValueError):
-    """An adapter that does not belong to the parameters: unknown paths, other shapes, leaves never used."""
+    """An adapter that does not match the parameters: unknown paths, wrong shapes, or leaves that are never used."""
 
 
 class UnsupportedError(LoRAError, NotImplementedError):
-    """An adapted kernel reaches an operation that has no low-rank form.
+    """An adapted kernel reaches an operation without a low-rank rule.
 
     Attributes:
       what: what was expected and what was got.
-      line: the line of the model; empty where JAX has not kept it, as inside functions that it has jitted itself; None
-        where `what` names several kernels, each with its line.
+      line: the line of the model. Empty if JAX does not keep it, as inside JAX's own jitted functions. None if `what`
+        names several kernels with their lines.
       advice: what to do.
     """
 
     def __init__(self, what: str, line: str | None, advice: str) -> None:
-        super().__init__(what, line, advice)  # what it is made of, so that it can be pickled
+        super().__init__(what, line, advice)  # pickling passes `args` to `__init__`
         self.what, self.line, self.advice = what, line, advice
 
     def __str__(self) -> str:
-        at = "" if self.line is None else f"\n  at {self.line or 'a line that is not known'}"
+        at = "" if self.line is None else f"\n  at {self.line or 'an unknown line'}"
         return f"{self.what}{at}\n  {self.advice}"
 
 
 class TracingError(LoRAError, TypeError):
-    """A function that cannot be traced: its Python code needs the value of an array, or its result hides one."""
+    """A function that cannot be traced: it needs the value of an array, or its result hides a traced array."""
 
 
 class MergeError(LoRAError, ValueError):
-    """A merge that would lose something: tied leaves, non-finite factors, a tree that is not the merge of a base."""
+    """A merge that would lose something: tied leaves, non-finite factors, or a tree that is not a merged base."""
 
 
 class CheckpointError(LoRAError, ValueError):
-    """A checkpoint that is not an adapter, is damaged, or belongs to another base."""
+    """A checkpoint that is damaged, is not an adapter, or belongs to another base."""
 
 
-SHOWN = 8  # of a longer list
+SHOWN = 8  # how many lines of a list an error shows
 
 
 def listed(lines: Sequence[str], most: int = SHOWN) -> str:
-    """Indents `lines`, one each, and says how many more there are after the first `most`."""
+    """Formats the first `most` of `lines` as an indented list, followed by the number of the others."""
     shown = [f"  {line}" for line in lines[:most]]
     if len(lines) > most:
         shown.append(f"  … and {len(lines) - most} more")
@@ -76,11 +76,11 @@ def listed(lines: Sequence[str], most: int = SHOWN) -> str:
 
 
 def refuse_keywords(function: str, unexpected: Mapping[str, Any]) -> None:
-    """Raises `TypeError`, as Python does, for keyword arguments that a function does not have; says where they go."""
+    """Raises `TypeError` for unexpected keyword arguments, with advice to pass the model's in `kwargs`."""
     if unexpected:
         names = ", ".join(map(repr, unexpected))
         given = ", ".join(f"{name!r}: ..." for name in unexpected)
         raise TypeError(
             f"{function}() got unexpected keyword arguments: {names}.\n"
-            f"  Those of the model go into one mapping: {function}(..., kwargs={{{given}}})."
+            f"  Pass the model's keyword arguments as one mapping: {function}(..., kwargs={{{given}}})."
         )

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from ._core.adapter import Adapter
 from ._core.paths import flatten, nearest
-from ._core.placement import along, mesh_axes
+from ._core.placement import factor_spec, mesh_axes
 from ._errors import AdapterError
 
 __all__ = ["like_base"]
@@ -103,7 +103,7 @@ def _placement(base: Sharding | PartitionSpec, axes: tuple[int, ...], shape: tup
     # Optimizer state may have fewer axes, and on a single device there is nothing to shard.
     if len(axes) != len(shape) or not isinstance(base, (NamedSharding, PartitionSpec)):
         return Placement(_replicated(base), ((),) * len(shape), {})
-    spec = along(axes, base if isinstance(base, PartitionSpec) else base.spec)
+    spec = factor_spec(axes, base if isinstance(base, PartitionSpec) else base.spec)
     names = tuple(map(mesh_axes, spec))
     if isinstance(base, PartitionSpec):  # without a mesh, sizes are unknown
         return Placement(spec, names, {})

@@ -1,28 +1,28 @@
-"""Targets by name: keys of a spec that stand for all leaves of a kind, whatever the model calls them.
+"""Targets: keys of a spec that select all leaves of a kind, independent of their names.
 
-They are told from the traced model, so that `init` needs `kernels=`; `adapt` traces by itself. As with patterns, the
-first key that matches a leaf decides. `kernels(...)[path].kind` is the kind of a leaf.
+The kind of a leaf is determined from the traced model, so `init` needs `kernels=`; `adapt` traces the model itself. As
+with patterns, the first key that matches a leaf decides. `kernels(...)[path].kind` is the kind of a leaf.
 
-| target | the leaves |
+| target | selects |
 |---|---|
-| `all_linear` | `attention` and `mlp`: every linear layer but the output head and embeddings, as PEFT's `all-linear` |
-| `attention` | kernels of queries, keys, values and the output projection |
-| `mlp` | linear kernels that are none of the others: those of an MLP, of experts and routers, of recurrent cells |
-| `output_head` | the kernel whose product is the model's result |
-| `embeddings` | tables in which rows are looked up, by index or one-hot product; one that is also the output head |
-| `convolutions` | kernels of convolutions, in groups too |
-| `biases` | vectors that are added, but those of norms |
-| `norms` | vectors that multiply, as the scale of a norm, and the bias after it |
+| `all_linear` | `attention` and `mlp`: linear layers except the output head, as PEFT's `all-linear`; not embeddings |
+| `attention` | the projections of attention: query, key, value and output |
+| `mlp` | all other linear kernels except the output head: of MLPs, experts, routers and recurrent cells |
+| `output_head` | the kernel that computes the model's output, such as logits |
+| `embeddings` | tables for lookups by index or one-hot product, also if tied to the output head |
+| `convolutions` | convolution kernels, also of grouped convolutions |
+| `biases` | vectors that are added, except those of norm layers |
+| `norms` | vectors that multiply, such as scales of norm layers, and the biases after them |
 
-Attention is what is multiplied into scores, and then with values: two contractions of activations, one after the other.
-A custom kernel that gets query, key and value counts too. A linear kernel that the program does not show to be
-attention, such as one before the query's, is attention if a part of its path is one of `attention`, `attn`,
-`cross_attention`, `cross_attn`, `self_attention`, `self_attn`.
+Attention is two consecutive contractions of activations: of queries with keys, then of the scores with values. A custom
+kernel with query, key and value operands counts, too. A linear kernel that the program does not show to be part of
+attention, such as one before the query projection, belongs to it if a segment of its path is `attention`, `attn`,
+`cross_attention`, `cross_attn`, `self_attention` or `self_attn`.
 
-The output head is the one linear kernel whose product is a result, and goes into no other kernel; an encoder that
-returns its residual stream has none. Where several kernels end in results, or none does (a loss with an auxiliary one,
-generated tokens), a linear kernel is an output head if a part of its path is one of `classifier`, `embed_out`, `head`,
-`lm_head`, `logits`, `logits_dense`, `output_head`, `score`.
+The output head is the only linear kernel whose product is a result of the model and reaches no other kernel. An encoder
+that returns its residual stream has none. If several kernels satisfy this, or none does (a loss with an auxiliary loss,
+generated tokens), a linear kernel is an output head if a segment of its path is `classifier`, `embed_out`, `head`,
+`lm_head`, `logits`, `logits_dense`, `output_head` or `score`.
 
 >>> import jax, jax.numpy as jnp, lora_jax as lj
 >>> params = {"up": jnp.ones((4, 8)), "norm": jnp.ones(8), "out": jnp.ones((8, 3))}

@@ -38,7 +38,7 @@ MUTATIONS = [
     Mutation("_variants/rslora.py", "math.sqrt(self.rank)", "self.rank", "lora_jax/_variants/rslora.py"),
     Mutation("_core/variant.py", '1 / math.sqrt(width(axes, kernel.shape, "i"))', "1.0", "init"),
     Mutation("_variants/dora.py", "lax.stop_gradient(norms(plain))", "norms(plain)", "dora"),
-    Mutation("_core/norms.py", "(2 * met + ", "(met + ", "dora"),
+    Mutation("_core/norms.py", "(2 * wa + ", "(wa + ", "dora"),
     Mutation("_variants/adalora.py", 'return arrays["e"]', 'return jnp.abs(arrays["e"])', "adalora"),
     Mutation("_variants/vera.py", "math.sqrt(6 / fan_in)", "math.sqrt(3 / fan_in)", "vera"),
     Mutation("_variants/lora_bias.py", "self.scale * arrays", "arrays", "lora_bias"),
@@ -66,11 +66,11 @@ MUTATIONS = [
     # Forms and their choice: missing term, wrong tangent, wrong cost.
     Mutation("_transform/contraction/forms.py", "(self.base + x) + self.low_rank", "self.base + x", "laws"),
     Mutation("_transform/contraction/forms.py", "lambda: base(dx, kernel)", "lambda: base(dx, primals[1])", "plan"),
-    Mutation("_transform/contraction/forms.py", "times(x, gain.beside(contraction.x))", "x", "variants"),
+    Mutation("_transform/contraction/forms.py", "times(x, gain.expand_to(contraction.x))", "x", "variants"),
     Mutation("_transform/contraction/costs.py", "(asked.a + asked.b) * costs.formed", "costs.formed", "plan"),
     Mutation("_transform/contraction/factored.py", "formed=2 * size(", "formed=size(", "plan"),
     # Control flow, `jit` and caches.
-    Mutation("_transform/rules/loops.py", "[x.in_use(turn) if", "[x if", "dropout"),
+    Mutation("_transform/rules/loops.py", "[x.for_use(turn) if", "[x if", "dropout"),
     Mutation("_transform/rules/loops.py", "reverse=reverse", "reverse=False", "control_flow"),
     Mutation("_transform/interpreter.py", "_in_use(read(atom), number)", "read(atom)", "dropout"),
     Mutation(

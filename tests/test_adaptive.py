@@ -492,9 +492,7 @@ def test_it_needs_the_adapter_and_one_with_a_rank_to_adapt() -> None:
     tx, adapter = adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE), mixed()
     with pytest.raises(lj.AdapterError) as caught:
         tx.update(adapter, tx.init(adapter))
-    assert (
-        str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
-    )
+    assert str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
     with pytest.raises(lj.AdapterError, match="with leaves of AdaLoRA; got leaves of Full"):
         tx.init({"bias": adapter["bias"]})
     with pytest.raises(lj.AdapterError, match="Expected an adapter: a dict from paths"):

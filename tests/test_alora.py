@@ -179,7 +179,7 @@ def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:
     with pytest.raises(lj.AdapterError, match="Expected `active_tokens`: 'w' has ALoRA"):
         apply(params, adapter, x)
     for wrong, got in ((jnp.ones(3), "float32"), ([True] * 3, "list")):
-        with pytest.raises(lj.AdapterError, match=f"an array of booleans, one for each token; got {got}"):
+        with pytest.raises(lj.AdapterError, match=f"a boolean array with one element per token; got {got}"):
             apply(params, adapter, x, active_tokens=wrong)
     with pytest.raises(lj.AdapterError, match="Expected no `active_tokens`"):
         apply(params, as_lora(adapter), x, active_tokens=jnp.ones(3, bool))

@@ -16,7 +16,7 @@ from lora_jax._core import attach as _attach
 LORA = lj.LoRA(rank=2, alpha=4)
 X = jnp.ones((3, 8))
 ORDER = "  The arguments come in this order: first `params`, then the adapter."
-GIVE = "  Give the tree that the adapter was made from (`variables` is not `variables['params']`)."
+GIVE = "  Pass the tree that the adapter was initialized from (`variables` is not `variables['params']`)."
 
 
 def stack(depth: int, width: int = 8) -> dict[str, Any]:
@@ -65,8 +65,7 @@ def door(request: pytest.FixtureRequest) -> str:
 
 def test_an_unknown_path_is_named_with_the_nearest(door: str) -> None:
     assert error(door, BASE, {"layr_1/kernel": init(BASE)["layer_1/kernel"]}) == (
-        "Expected the adapter to belong to `params`: each path one of its leaves, each array of a shape that fits; got "
-        "1 differences.\n"
+        "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 differences.\n"
         "  'layr_1/kernel' is not in `params`; the nearest are 'layer_1/kernel', 'layer_0/kernel'\n" + GIVE
     )
 
@@ -82,8 +81,7 @@ def test_variables_are_not_their_params(door: str) -> None:
 
 def test_another_width_is_a_difference_of_shapes(door: str) -> None:
     assert error(door, unrolled(1, width=4), init(unrolled(1))) == (
-        "Expected the adapter to belong to `params`: each path one of its leaves, each array of a shape that fits; got "
-        "1 differences.\n"
+        "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 differences.\n"
         "  'layer_0/kernel' has shape (4, 4), which needs a (4, 2), b (2, 4); the adapter has a (8, 2), b (2, 8)\n"
         + GIVE
     )

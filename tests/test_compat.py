@@ -39,14 +39,14 @@ def test_a_parameter_that_no_supported_jax_has_is_an_error_with_version_primitiv
     with pytest.raises(lj.UnsupportedError) as error:
         parameters(newer, list(normal_parameters(eqn)))
     text = str(error.value)
-    assert f"the parameters of `{name}` that JAX {SUPPORTED} gives it" in text
-    assert f"in JAX {jax.__version__} it has the parameter '{new}', which lora_jax does not know" in text
+    assert f"Expected `{name}` to have the parameters that it has in JAX {SUPPORTED}" in text
+    assert f"in JAX {jax.__version__} it has the unknown parameter '{new}'.\n" in text
     assert f"lora_jax supports JAX {SUPPORTED}: install one of these, or a newer lora_jax." in text
     assert __file__ in text
 
 
 def test_a_parameter_that_is_gone_is_an_error_too() -> None:
-    with pytest.raises(lj.UnsupportedError, match="it lacks the parameter 'turns', which lora_jax does not find"):
+    with pytest.raises(lj.UnsupportedError, match="it lacks the parameter 'turns'"):
         parameters(equation("scan"), [*normal_parameters(equation("scan")), "turns"])
 
 

@@ -468,7 +468,7 @@ def test_a_keyword_of_the_model_that_is_not_in_kwargs_is_an_error_that_says_so(n
         function(lambda p, x, train, size: x @ p["kernel"], *args, jnp.ones((5, 8)), train=True, size=3, **options)
     assert str(caught.value) == (
         f"{name}() got unexpected keyword arguments: 'train', 'size'.\n"
-        f"  Those of the model go into one mapping: {name}(..., kwargs={{'train': ..., 'size': ...}})."
+        f"  Pass the model's keyword arguments as one mapping: {name}(..., kwargs={{'train': ..., 'size': ...}})."
     )
 
 

@@ -189,7 +189,7 @@ def test_a_tree_that_is_no_fine_tuned_base_is_an_error(name: str) -> None:
     ("variant", "text"),
     [
         (lj.LoRA(rank=1, alpha=0), "expected LoRA or RSLoRA, with a nonzero alpha, or Full; got LoRA("),
-        (lj.LoRA(rank=4, alpha=1), "rank=4 is too large, with axes 'io' it can be at most 3."),
+        (lj.LoRA(rank=4, alpha=1), "rank=4 is too large; with axes 'io' it can be at most 3."),
     ],
 )
 def test_a_variant_that_cannot_hold_the_change_is_an_error(variant: Any, text: str) -> None:

@@ -116,8 +116,7 @@ def test_what_shapes_do_not_tell_is_refused(function):
         testing.flops(function, jnp.eye(4))
     name = function.__name__
     assert str(caught.value) == (
-        f"Expected primitives whose FLOPs follow from their shapes; got `{name}`.\n"
-        "  Count the function without it."
+        f"Expected primitives whose FLOPs follow from their shapes; got `{name}`.\n  Count the function without it."
     )
 
 

@@ -186,8 +186,8 @@ def test_full_of_a_shape_is_an_error_that_says_what_to_give(key: jax.Array) -> N
     with pytest.raises(lj.SpecError) as caught:
         lj.init(key, jax.eval_shape(models), {"b/bias": lj.Full()})
     assert str(caught.value) == (
-        "Cannot adapt 'b/bias' of shape (6,), by the rule 'b/bias': Full() starts from the leaf's values, of which "
-        "there is a shape alone; give the parameters themselves, or call `init` under `jax.eval_shape`."
+        "Cannot adapt 'b/bias' of shape (6,), by the rule 'b/bias': Full() is initialized from the values of the "
+        "leaf, and got a shape only; pass the parameters, or call `init` under `jax.eval_shape`."
     )
 
 

@@ -59,5 +59,5 @@ def test_a_stack_of_layers_has_one_for_each(tmp_path):
 
 
 def test_a_scale_of_zero_is_an_error():
-    with pytest.raises(lj.SpecError, match="Expected a scale that is not 0"):
+    with pytest.raises(lj.SpecError, match="Expected a scale other than 0"):
         lj.LoRABias(scale=0)

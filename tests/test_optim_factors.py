@@ -292,9 +292,7 @@ def test_without_the_adapter_there_is_nothing_to_precondition_with(name: str) ->
     tx = PRECONDITIONED[name]()
     with pytest.raises(lj.AdapterError) as caught:
         tx.update(gradient, tx.init(adapter))
-    assert (
-        str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
-    )
+    assert str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
 
 
 # Masks

@@ -85,7 +85,7 @@ def test_two_leaves_of_one_path_are_an_error() -> None:
     with pytest.raises(lj.AdapterError) as caught:
         flatten({"a/b": W, "a": {"b": W}})
     assert str(caught.value) == (
-        "Expected every leaf of the tree to have a path of its own; two leaves have the path 'a/b'.\n"
+        "Expected every leaf of the tree to have a different path; two leaves have the path 'a/b'.\n"
         "  Rename one of the keys."
     )
 

@@ -114,11 +114,11 @@ def test_a_checkpoint_keeps_them(tmp_path: pathlib.Path) -> None:
     [
         (
             (5, 9),
-            "Cannot adapt 'table' of shape (9, 4), by the rule 'table': there are 9 rows with axes 'io'; "
+            "Cannot adapt 'table' of shape (9, 4), by the rule 'table': the table has 9 rows, with axes 'io'; "
             "got ids=(5, 9).",
         ),
         ((-1,), "Expected an integer of at least 0 for `ids`; got ids=-1."),
-        ((5, 5), "Expected each row once in `ids`; got ids=(5, 5)."),
+        ((5, 5), "Expected no duplicates in `ids`; got ids=(5, 5)."),
         ((), "Expected at least one integer for `ids`; got ()."),
         (5, "Expected a list of integers for `ids`; got 5."),
         ("56", "Expected a list of integers for `ids`; got '56'."),
@@ -136,6 +136,6 @@ def test_a_kernel_that_is_no_table_is_an_error() -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), {"out": normal(2, 3, 4)}, {"out": lj.Rows(ids=(1,), axes="iio")})
     assert str(caught.value) == (
-        "Cannot adapt 'out' of shape (2, 3, 4), by the rule 'out': Rows needs a table with one input axis, that of the "
-        "rows, and output axes; its axes are 'iio'."
+        "Cannot adapt 'out' of shape (2, 3, 4), by the rule 'out': Rows needs one input axis, the axis of the rows, "
+        "and output axes; the axes are 'iio'."
     )

@@ -89,7 +89,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_paths() -> 
         "  encoder/layer_0/query/kernel\n"
         "  encoder/layer_0/value/kernel\n"
         "  head/kernel\n"
-        "  `lora_jax.kernels(apply, params, *args)` lists all, with their use."
+        "  `lora_jax.kernels(apply, params, *args)` lists all leaves and their uses."
     )
 
 
@@ -105,10 +105,10 @@ def test_every_rule_must_match_whatever_it_says(rule: Any, pattern: Any) -> None
 def test_a_rule_after_which_nothing_is_left_is_an_error_that_names_the_earlier_ones() -> None:
     spec = {"head/*": None, "encoder/**/kernel": OTHER, "**/{query,value}/*": lj.Full(), re.compile(".*kernel"): LORA}
     assert error(spec) == (
-        "Expected every rule to decide something; '.*kernel' can never act: earlier rules decide all 3 leaves that it "
+        "Expected every rule to have an effect; '.*kernel' has none, because earlier rules match all 3 leaves that it "
         "matches.\n"
         "  The earlier rules: 'encoder/**/kernel', 'head/*'.\n"
-        "  The first match counts: put the narrower rule first, or delete this one."
+        "  The first match decides: put the more specific rule first, or delete this one."
     )
 
 
@@ -153,8 +153,8 @@ def test_a_vector_for_a_low_rank_variant_is_an_error_that_says_what_to_write(
         "kernels"
     ) in text
     assert text.endswith(
-        f"\n  End the pattern in `/kernel`, or put a rule before it: {{'**/{name}': None}} to leave it alone, "
-        "Full() to train it whole."
+        f"\n  End the pattern in `/kernel`, or put a rule before it: {{'**/{name}': None}} to leave it frozen, "
+        "Full() to train all of it."
     )
 
 
@@ -175,10 +175,10 @@ def test_axes_in_the_rule_make_a_kernel_of_any_matrix() -> None:
 def test_a_rank_that_is_too_large_is_an_error_with_the_rules_to_write(rank: int) -> None:
     assert error({"head/kernel": lj.LoRA(rank=rank, alpha=4)}) == (
         "Cannot adapt 'head/kernel' of shape (8, 3), by the rule 'head/kernel': "
-        f"rank={rank} is too large, with axes 'io' it can be at most 3.\n"
-        "  Let the rank be at most what a kernel allows: "
+        f"rank={rank} is too large; with axes 'io' it can be at most 3.\n"
+        "  Reduce the rank to what each kernel allows: "
         f"{{'head/kernel': LoRA(rank={rank}, alpha=4, clip_rank=True)}},\n"
-        "  or put narrower rules first: {'head/kernel': LoRA(rank=3, alpha=4)}."
+        "  or put more specific rules first: {'head/kernel': LoRA(rank=3, alpha=4)}."
     )
 
 
@@ -191,25 +191,26 @@ def test_all_leaves_that_cannot_be_adapted_come_in_one_error() -> None:
     }
     text = error({"**/norm/*": None, "**": lj.DoRA(rank=4, alpha=8)}, params)
     assert text == (
-        "Cannot adapt 7 of the 9 leaves that the spec names:\n"
+        "Cannot adapt 7 of the 9 leaves that the spec matches:\n"
         "  'encoder/layer_0/query/bias' of shape (6,), by the rule '**': it is a vector, and DoRA(rank=4, alpha=8) "
         "is for kernels\n"
         "  'encoder/layer_0/value/bias' of shape (6,), by the rule '**': it is a vector, and DoRA(rank=4, alpha=8) "
         "is for kernels\n"
-        "  'gate/kernel' of shape (8, 1), by the rule '**': rank=4 is too large, with axes 'io' it can be at most 1\n"
-        "  'head/kernel' of shape (8, 3), by the rule '**': rank=4 is too large, with axes 'io' it can be at most 3\n"
+        "  'gate/kernel' of shape (8, 1), by the rule '**': rank=4 is too large; with axes 'io' it can be at most 1\n"
+        "  'head/kernel' of shape (8, 3), by the rule '**': rank=4 is too large; with axes 'io' it can be at most 3\n"
         "  'step' of shape (), by the rule '**': it is not floating-point, but int32\n"
-        "  'text', by the rule '**': it is no array, but 'gpt'\n"
+        "  'text', by the rule '**': it is not an array, but 'gpt'\n"
         "  'w' of shape (2, 3, 4), by the rule '**': which of its 3 axes are inputs, outputs or batch is not known\n"
-        "  End the pattern in `/kernel`, or put a rule before it: {'**/bias': None} to leave it alone, Full() to train "
-        "it whole.\n"
-        "  Put a rule before it that leaves it alone: {'step': None}.\n"
-        "  Put a rule before it that leaves it alone: {'text': None}.\n"
-        "  Let the model say: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
-        "  or say it in the spec: DoRA(..., axes=...), such as 'ioo' for a query kernel (d, heads, head_dim) or 'bio' "
-        "for a stack of layers.\n"
-        "  Let the rank be at most what a kernel allows: {'**': DoRA(rank=4, alpha=8, clip_rank=True)},\n"
-        "  or put narrower rules first: {'gate/kernel': DoRA(rank=1, alpha=8), 'head/kernel': DoRA(rank=3, alpha=8)}."
+        "  End the pattern in `/kernel`, or put a rule before it: {'**/bias': None} to leave it frozen, Full() to "
+        "train all of it.\n"
+        "  Put a rule before it that leaves it frozen: {'step': None}.\n"
+        "  Put a rule before it that leaves it frozen: {'text': None}.\n"
+        "  Read the axes from the model: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
+        "  or write them in the spec: DoRA(..., axes=...), such as 'ioo' for a query kernel (d, heads, head_dim) or "
+        "'bio' for a stack of layers.\n"
+        "  Reduce the rank to what each kernel allows: {'**': DoRA(rank=4, alpha=8, clip_rank=True)},\n"
+        "  or put more specific rules first: {'gate/kernel': DoRA(rank=1, alpha=8), "
+        "'head/kernel': DoRA(rank=3, alpha=8)}."
     )
 
 
@@ -229,9 +230,9 @@ def test_the_rank_may_be_as_large_as_the_smaller_side_of_one_layer(
     adapter = init({"k": lj.LoRA(rank=most, alpha=1, axes=axes)}, {"k": shape(*sizes)})
     assert adapter["k"].variant.rank == most
     assert error({"k": lj.LoRA(rank=most + 1, alpha=1, axes=axes)}, {"k": shape(*sizes)}).startswith(
-        f"Cannot adapt 'k' of shape {sizes}, by the rule 'k': rank={most + 1} is too large, with axes {axes!r} it can "
+        f"Cannot adapt 'k' of shape {sizes}, by the rule 'k': rank={most + 1} is too large; with axes {axes!r} it can "
         f"be at most {most}.\n"
-        f"  Let the rank be at most what a kernel allows: {{'k': LoRA(rank={most + 1}, alpha=1, clip_rank=True, "
+        f"  Reduce the rank to what each kernel allows: {{'k': LoRA(rank={most + 1}, alpha=1, clip_rank=True, "
         f"axes={axes!r})}},\n"
     )
 
@@ -241,7 +242,7 @@ def test_the_rank_may_be_as_large_as_the_smaller_side_of_one_layer(
 def test_a_leaf_that_is_not_floating_point_is_an_error(dtype: Any, variant: Any) -> None:
     assert error({"k": variant}, {"k": shape(4, 4, dtype=dtype)}) == (
         f"Cannot adapt 'k' of shape (4, 4), by the rule 'k': it is not floating-point, but {jnp.dtype(dtype).name}.\n"
-        "  Put a rule before it that leaves it alone: {'k': None}."
+        "  Put a rule before it that leaves it frozen: {'k': None}."
     )
 
 
@@ -253,8 +254,8 @@ def test_a_random_key_is_not_a_leaf_to_adapt() -> None:
 
 def test_a_leaf_that_is_no_array_is_an_error() -> None:
     assert error({"**": lj.Full()}, {"temperature": 0.5, "kernel": jnp.ones((2, 2))}) == (
-        "Cannot adapt 'temperature', by the rule '**': it is no array, but 0.5.\n"
-        "  Put a rule before it that leaves it alone: {'temperature': None}."
+        "Cannot adapt 'temperature', by the rule '**': it is not an array, but 0.5.\n"
+        "  Put a rule before it that leaves it frozen: {'temperature': None}."
     )
 
 
@@ -267,8 +268,8 @@ def test_more_than_two_axes_without_roles_are_an_error_that_offers_both_ways_out
     assert error({"**/kernel": lj.RSLoRA(rank=2, alpha=4)}, {"query": {"kernel": shape(8, 2, 4)}}) == (
         "Cannot adapt 'query/kernel' of shape (8, 2, 4), by the rule '**/kernel': which of its 3 axes are inputs, "
         "outputs or batch is not known.\n"
-        "  Let the model say: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
-        "  or say it in the spec: RSLoRA(..., axes=...), such as 'ioo' for a query kernel (d, heads, head_dim) or "
+        "  Read the axes from the model: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
+        "  or write them in the spec: RSLoRA(..., axes=...), such as 'ioo' for a query kernel (d, heads, head_dim) or "
         "'bio' for a stack of layers."
     )
 
@@ -293,7 +294,7 @@ def test_axes_that_do_not_fit_the_shape_are_an_error(axes: str) -> None:
 @pytest.mark.parametrize("axes", ["iii", "boo", "bii", "bbb"])
 def test_axes_without_an_input_or_an_output_are_an_error(axes: str) -> None:
     assert error({"k": lj.LoRA(rank=2, alpha=4, axes=axes)}, {"k": shape(8, 2, 4)}) == (
-        "Cannot adapt 'k' of shape (8, 2, 4), by the rule 'k': LoRA needs input and output axes, the kernel's are "
+        "Cannot adapt 'k' of shape (8, 2, 4), by the rule 'k': LoRA needs input and output axes; the kernel's are "
         f"{axes!r}."
     )
 
@@ -302,10 +303,10 @@ def test_kernels_traced_with_other_parameters_are_an_error() -> None:
     kernels = lj.kernels(lambda p, x: x @ p["k"], {"k": shape(8, 4)}, shape(5, 8))
     text = error({"*": LORA}, {"k": shape(12, 8, 4), "other": shape(8, 4)}, kernels=kernels)
     assert text == (
-        "Cannot adapt 2 of the 2 leaves that the spec names:\n"
+        "Cannot adapt 2 of the 2 leaves that the spec matches:\n"
         "  'k' of shape (12, 8, 4), by the rule '*': it had shape (8, 4) when `kernels` was traced\n"
-        "  'other' of shape (8, 4), by the rule '*': `kernels` does not have it\n"
-        "  Trace with the parameters that `init` gets, or say the axes in the spec: LoRA(..., axes=...)."
+        "  'other' of shape (8, 4), by the rule '*': it is not in `kernels`\n"
+        "  Trace with the parameters that `init` gets, or write the axes in the spec: LoRA(..., axes=...)."
     )
 
 
@@ -314,7 +315,7 @@ CANNOT_TELL = {
     "read whole": (
         lambda w, x: x @ jnp.exp(w),
         "`exp` reads it whole first, at {line}",
-        " Then `lora` has to materialize the kernel there: lora(apply, materialize=['w']).",
+        " Then `lora` must be allowed to materialize it: lora(apply, materialize=['w']).",
     ),
 }
 
@@ -330,9 +331,9 @@ def test_roles_that_tracing_cannot_tell_are_an_error_that_says_why(name: str) ->
         error({"w": LORA}, {"w": shape(4, 4)}, kernels=kernels),
     )
     assert found == (
-        "Cannot adapt 'w' of shape (4, 4), by the rule 'w': the traced model does not say which of its axes are inputs "
-        f"and outputs: {reason}.\n"
-        f"  Leave it out of the spec ({{'w': None}}), or say the axes there: LoRA(..., axes=...).{more}"
+        "Cannot adapt 'w' of shape (4, 4), by the rule 'w': the traced model does not determine which of its axes are "
+        f"inputs and outputs: {reason}.\n"
+        f"  Leave it out of the spec ({{'w': None}}), or write the axes there: LoRA(..., axes=...).{more}"
     )
     assert init({"w": lj.LoRA(rank=2, alpha=4, axes="oi")}, {"w": shape(4, 4)}, kernels=kernels)["w"].axes == "oi"
 

@@ -402,7 +402,8 @@ def test_a_target_that_matches_nothing_is_an_error_that_counts_what_there_is() -
         lj.init(jax.random.key(0), W, {targets.attention: LORA}, kernels=found)
     assert str(caught.value) == (
         "Expected every rule to match a leaf; targets.attention matches none of 2 leaves (1 mlp, 1 head).\n"
-        "  The kind of each is in `lora_jax.kernels(apply, params, *args)`; a pattern matches by path."
+        "  `lora_jax.kernels(apply, params, *args)` shows the kind of each leaf; to select leaves by "
+        "path, use a pattern."
     )
 
 
@@ -410,9 +411,9 @@ def test_a_target_without_kernels_is_an_error_that_says_how_to_get_them() -> Non
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), W, {targets.all_linear: LORA})
     assert str(caught.value) == (
-        "Expected `kernels`, as only the traced model tells which leaves targets.all_linear are; got none.\n"
+        "Expected `kernels`, because targets.all_linear selects leaves by their use in the traced model; got none.\n"
         "  Call init(key, params, spec, kernels=lora_jax.kernels(apply, params, *args)), or lora_jax.adapt, which "
-        "does both."
+        "traces the model."
     )
 
 
@@ -421,7 +422,7 @@ def test_errors_name_the_target() -> None:
     with pytest.raises(lj.SpecError, match=r"^Cannot adapt 'a' of shape \(4, 4\), by the rule targets.mlp: ") as caught:
         lj.init(jax.random.key(0), W, {targets.mlp: lj.LoRA(rank=9, alpha=4)}, kernels=found)
     assert "{targets.mlp: LoRA(rank=9, alpha=4, clip_rank=True)}" in str(caught.value)
-    with pytest.raises(lj.SpecError, match=r"targets.mlp can never act: .*\n  The earlier rules: 'a'.\n"):
+    with pytest.raises(lj.SpecError, match=r"targets.mlp has none, because .*\n  The earlier rules: 'a'.\n"):
         lj.init(jax.random.key(0), W, {"a": LORA, targets.mlp: LORA}, kernels=found)
     with pytest.raises(lj.SpecError, match=r"or None, for targets.mlp; got 8"):
         lj.init(jax.random.key(0), W, {targets.mlp: 8}, kernels=found)

@@ -257,12 +257,12 @@ def test_uses_that_say_equally_much_and_differ_are_an_error_that_lists_them() ->
     lines = [f"{__file__}:{call.__code__.co_firstlineno}:" for call in (first, other)]
     text = str(caught.value)
     assert text.startswith(
-        "Cannot adapt 'w' of shape (4, 5), by the rule '*': the traced model does not say which of its axes are inputs "
-        f"and outputs: its uses disagree\n    'oi' by `dot_general` at {lines[0]}"
+        "Cannot adapt 'w' of shape (4, 5), by the rule '*': the traced model does not determine which of its axes are "
+        f"inputs and outputs: its uses disagree\n    'oi' by `dot_general` at {lines[0]}"
     )
     assert f"\n    'io' by `dot_general` at {lines[1]}" in text
     assert text.count("dot_general") == 2
-    assert text.endswith("\n  Leave it out of the spec ({'w': None}), or say the axes there: DoRA(..., axes=...).")
+    assert text.endswith("\n  Leave it out of the spec ({'w': None}), or write the axes there: DoRA(..., axes=...).")
     told = {"w": lj.DoRA(rank=2, alpha=4, axes="io"), "v": lj.DoRA(rank=2, alpha=4)}
     assert lj.init(jax.random.key(0), params, told, kernels=found)["w"].magnitude.shape == (5,)
 

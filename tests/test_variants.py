@@ -233,7 +233,7 @@ def test_an_adapter_with_a_rank_left_open_is_an_error() -> None:
     arrays = lj.init(jax.random.key(0), {"w": normal(8, 3)}, {"w": lj.LoRA(rank=3, alpha=6)})["w"].arrays
     adapter = {"w": lj.Adapter(lj.LoRA(rank=8, alpha=6, clip_rank=True), "io", **arrays)}
     with pytest.raises(
-        lj.AdapterError, match=r"which is for a spec; the adapter of this kernel has LoRA\(rank=3, alpha=6\)"
+        lj.AdapterError, match=r"which is only for a spec; the adapter of this kernel needs LoRA\(rank=3, alpha=6\)"
     ):
         lj.lora(lambda p, x: x @ p["w"])({"w": normal(8, 3)}, adapter, normal(2, 8))
 

@@ -109,7 +109,7 @@ def test_the_compiler_makes_the_matrices_in_the_program_and_does_not_keep_them()
         ({"rank": 4, "seed": 0, "dropout": 1.0}, "Expected a number in [0, 1) for `dropout`; got dropout=1.0."),
         (
             {"rank": 4, "seed": 0, "axes": "ii"},
-            "Cannot adapt 'w' of shape (3, 4), by the rule 'w': VeRA needs input and output axes, the kernel's are "
+            "Cannot adapt 'w' of shape (3, 4), by the rule 'w': VeRA needs input and output axes; the kernel's are "
             "'ii'.",
         ),
     ],

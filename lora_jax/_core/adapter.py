@@ -1,4 +1,4 @@
-"""What is trained: the arrays of one kernel's adapter, with its variant and the roles of the kernel's axes."""
+"""`Adapter`: the trainable arrays of one kernel, with the variant and the roles of the kernel's axes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .variant import Variant
 
 @jax.tree_util.register_pytree_with_keys_class
 class Adapter:
-    """The trainable arrays of one kernel, and, static, all there is to know about them.
+    """The trainable arrays of one kernel. The variant and the axes are static.
 
-    A pytree: optimizers, checkpoints, `jit`, `vmap` and shardings see the arrays alone, under their names.
+    A pytree whose leaves are the arrays, by name.
 
     >>> import jax.numpy as jnp
     >>> from lora_jax import LoRA
@@ -26,7 +26,7 @@ class Adapter:
     ((3, 2), 2.0)
 
     Attributes:
-      variant: the method and its choices, such as `LoRA(rank=8, alpha=16)`.
+      variant: the method with its hyperparameters, such as `LoRA(rank=8, alpha=16)`.
       axes: the role of each of the kernel's axes, such as `"bio"`.
       arrays: the arrays by name; each is also an attribute. For `LoRA`: `a`, `(batch…, in…, rank)`, and `b`,
         `(batch…, rank, out…)`.
@@ -49,18 +49,18 @@ class Adapter:
         return f"Adapter({self.variant}, {self.axes!r}{arrays})"
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], Any]:
-        """Gives the arrays under their names, and the static rest."""
+        """Returns the arrays by name, and the static data."""
         children = [(GetAttrKey(name), array) for name, array in self.arrays.items()]
         return children, (self.variant, self.axes, tuple(self.arrays))
 
     @classmethod
     def tree_unflatten(cls, static: Any, children: Sequence[Any]) -> Self:
-        """Takes back whatever a tree map made of the arrays, unchecked."""
+        """Rebuilds an adapter; not checked, as JAX also unflattens placeholders."""
         variant, axes, names = static
         return cls(variant, axes, **dict(zip(names, children, strict=True)))
 
 
-# For `flax.serialization.to_bytes` and what builds on it: the arrays by name; variant and axes come from the target.
+# `flax.serialization` stores the arrays by name. The variant and the axes come from the target.
 flax.serialization.register_serialization_state(
     Adapter,
     lambda adapter: flax.serialization.to_state_dict(adapter.arrays),
@@ -73,14 +73,14 @@ Adapters = Mapping[str, Adapter]
 
 
 def check_adapter(adapter: Any, advice: str, error: type[LoRAError] = AdapterError) -> None:
-    """Raises an error if something is not an adapter, nor a tree like one, such as its gradient."""
+    """Raises `error` unless `adapter` is a mapping from paths to `Adapter`. Gradients of an adapter pass."""
     if isinstance(adapter, Mapping):
-        others = [f"{type(x).__name__} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
+        wrong = [f"{type(x).__name__} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
     else:
-        others = [type(adapter).__name__]
-    if others:
+        wrong = [type(adapter).__name__]
+    if wrong:
         raise error(
-            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {others[0]}.\n  {advice}"
+            f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {wrong[0]}.\n  {advice}"
         )
 
 

@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-RANK = -1  # stands for the rank axis among the numbers of a kernel's axes
+RANK = -1  # the rank axis, where axes are given by their index in the kernel
 
 Roles = Sequence[str]
 
 
 def axes_with(roles: Roles, role: str) -> tuple[int, ...]:
-    """The kernel axes that have a role, in order."""
-    return tuple(axis for axis, its in enumerate(roles) if its == role)
+    """Returns the kernel axes with the given role, in order."""
+    return tuple(axis for axis, axis_role in enumerate(roles) if axis_role == role)
 
 
 def axes_of_a(roles: Roles) -> tuple[int, ...]:
-    """Which kernel axis each axis of `a` is: `(batch…, in…, RANK)`.
+    """Returns the kernel axis of each axis of `a`: `(batch…, in…, RANK)`.
 
     >>> axes_of_a("biio")
     (0, 1, 2, -1)
@@ -30,7 +30,7 @@ def axes_of_a(roles: Roles) -> tuple[int, ...]:
 
 
 def axes_of_b(roles: Roles) -> tuple[int, ...]:
-    """Which kernel axis each axis of `b` is: `(batch…, RANK, out…)`.
+    """Returns the kernel axis of each axis of `b`: `(batch…, RANK, out…)`.
 
     >>> axes_of_b("biio")
     (0, -1, 3)
@@ -39,12 +39,12 @@ def axes_of_b(roles: Roles) -> tuple[int, ...]:
 
 
 def sizes(axes: Sequence[int], shape: Sequence[int], rank: int) -> tuple[int, ...]:
-    """The sizes of numbered axes of a kernel of `shape`, `rank` for the rank axis."""
+    """Returns the sizes of the given axes of a kernel of shape `shape`, with `rank` for `RANK`."""
     return tuple(rank if axis == RANK else shape[axis] for axis in axes)
 
 
 def width(roles: Roles, shape: Sequence[int], role: str) -> int:
-    """How many elements the axes of one role span: for `i` that is the fan-in, batch axes left out.
+    """Returns the product of the sizes of the axes with the given role; for `i`, the fan-in.
 
     >>> width("bio", (12, 768, 3072), "i")
     768
@@ -53,7 +53,7 @@ def width(roles: Roles, shape: Sequence[int], role: str) -> int:
 
 
 def join(roles: Roles) -> str:
-    """The role of axes merged into one: theirs, if they agree; else the roles put together, which is no role.
+    """Returns the role of an axis that several axes are merged into. If their roles differ, it is not a valid role.
 
     >>> join("oo"), join("io"), join("")
     ('o', 'io', '')

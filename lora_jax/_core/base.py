@@ -1,8 +1,8 @@
-"""The base of a kernel: an array, or a leaf that stands for one and is stored in another form, such as quantized.
+"""The base of a kernel: an array, or a leaf that represents an array in another form, such as quantized.
 
-A stored leaf is dequantized where a program uses it, and not before. What a program does to it until then (a cast, a
-transpose) is recorded, and done again for each use. A use is evaluated under `jax.checkpoint`, so that what is kept for
-the backward pass is what is stored.
+A stored leaf is dequantized only where a program uses it. Casts, transposes and other changes before that are recorded,
+and repeated for each use. A use is evaluated under `jax.checkpoint`, so that only the stored form is kept for the
+backward pass.
 """
 
 from __future__ import annotations
@@ -21,43 +21,44 @@ from jax import Array
 class StoredLeaf(abc.ABC):
     """A parameter that is stored in another form than as an array.
 
-    It is one leaf of the parameter tree, and a registered pytree of its own arrays. `shape` has to follow from these
-    arrays: where the leaf is a stack of layers, a slice of each of them along the leading axis is a leaf again.
+    A `StoredLeaf` is one leaf of the parameter tree, and a registered pytree of the stored arrays. `shape` must be
+    derived from these arrays: slicing each of them along the leading axis, as `scan` does with a stack of layers, must
+    give a valid leaf.
     """
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The shape of the array that it stands for."""
+        """The shape of the represented array."""
 
     @property
     @abc.abstractmethod
     def dtype(self) -> Any:
-        """The dtype of the array that it stands for."""
+        """The dtype of the represented array."""
 
     @abc.abstractmethod
     def dequantize(self) -> Array:
-        """The array that it stands for."""
+        """Returns the represented array."""
 
     @property
     def ndim(self) -> int:
-        """The number of its axes."""
+        """The number of axes of the represented array."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """The number of elements of the array that it stands for."""
+        """The number of elements of the represented array."""
         return math.prod(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """What a program does to an array: `function(w, *arrays, *static)`.
+    """An operation of a program on an array: `function(w, *arrays, *static)`.
 
     Attributes:
-      function: defined once, so that changes compare by value.
-      static: what it takes besides arrays; hashable.
-      elementwise: whether it acts on each element by itself, so that it may act on a slice as well.
+      function: the same object for the same operation, so that changes compare by value.
+      static: hashable arguments after the arrays.
+      elementwise: whether the operation also applies to a slice of the array.
     """
 
     function: Callable[..., Array]
@@ -65,31 +66,31 @@ class Change:
     elementwise: bool = False
 
     def __call__(self, w: Array, *arrays: Array) -> Array:
-        """Makes the change."""
+        """Applies the change."""
         return self.function(w, *arrays, *self.static)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["leaf", "arrays"], meta_fields=["changes"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Recorded:
-    """A stored leaf and what a program has done to the array that it stands for.
+    """A stored leaf with the changes that a program has made to the array it represents.
 
     Attributes:
-      leaf: what is stored.
-      arrays: for each change the arrays that it takes.
-      changes: in their order.
+      leaf: the stored leaf.
+      arrays: the array arguments of each change.
+      changes: in the order of the program.
     """
 
     leaf: StoredLeaf
     arrays: tuple[tuple[Array, ...], ...] = ()
     changes: tuple[Change, ...] = ()
 
-    def then(self, change: Change, *arrays: Array) -> Self:
-        """The base after one more change."""
+    def with_change(self, change: Change, *arrays: Array) -> Self:
+        """Records one more change."""
         return dataclasses.replace(self, arrays=(*self.arrays, arrays), changes=(*self.changes, change))
 
     def array(self) -> Array:
-        """The array, dequantized and changed."""
+        """Dequantizes the leaf and applies the changes."""
         w = self.leaf.dequantize()
         for change, arrays in zip(self.changes, self.arrays, strict=True):
             w = change(w, *arrays)
@@ -97,7 +98,7 @@ class Recorded:
 
     @functools.cached_property
     def type(self) -> Any:
-        """The type of the array: its shape, its dtype, and its sharding, where that is part of it."""
+        """The JAX type of the array: shape, dtype and, with explicit axes, sharding."""
         return jax.make_jaxpr(self.array)().out_avals[0]
 
     @property
@@ -112,17 +113,17 @@ class Recorded:
 
     @property
     def ndim(self) -> int:
-        """The number of the array's axes."""
+        """The number of axes of the array."""
         return self.type.ndim
 
     @property
     def size(self) -> int:
-        """The number of the array's elements."""
+        """The number of elements of the array."""
         return self.type.size
 
     @property
     def is_sliceable(self) -> bool:
-        """Whether a slice of what is stored stands for the same slice of the array."""
+        """Whether a slice of the stored leaf represents the same slice of the array."""
         return all(change.elementwise for change in self.changes) and not any(self.arrays)
 
 
@@ -130,45 +131,45 @@ Base = Any  # an Array or a Recorded; an array may be abstract
 
 
 def base_of(leaf: Any) -> Base:
-    """The base that a leaf of a parameter tree is."""
+    """Returns the base for a leaf of a parameter tree."""
     return Recorded(leaf) if isinstance(leaf, StoredLeaf) else leaf
 
 
-def changed(w: Base, change: Change, *arrays: Array) -> Base:
-    """The base after a change: made at once of an array, recorded of a stored leaf."""
-    return w.then(change, *arrays) if isinstance(w, Recorded) else change(w, *arrays)
+def apply_change(w: Base, change: Change, *arrays: Array) -> Base:
+    """Applies a change to an array at once; records it for a stored leaf."""
+    return w.with_change(change, *arrays) if isinstance(w, Recorded) else change(w, *arrays)
 
 
 def as_array(w: Base) -> Array:
-    """The array that a base is."""
+    """Returns the base as an array; dequantizes a stored leaf."""
     return w.array() if isinstance(w, Recorded) else w
 
 
-def use(function: Callable[..., Any], w: Base, *operands: Any) -> Any:
-    """`function(w, *operands)`; of a stored leaf what is stored is kept for the backward pass, and nothing dense."""
+def apply_to_base(function: Callable[..., Any], w: Base, *operands: Any) -> Any:
+    """Returns `function(w, *operands)`. For a stored leaf only the stored form is kept for the backward pass."""
     if not isinstance(w, Recorded):
         return function(w, *operands)
     return jax.checkpoint(lambda w, *operands: function(w.array(), *operands))(w, *operands)
 
 
 def type_of(w: Base) -> Any:
-    """The type of the array that a base is."""
+    """Returns the JAX type of a base."""
     return w.type if isinstance(w, Recorded) else jax.typeof(w)
 
 
 def abstract(w: Base) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of a base."""
+    """Returns the shape and dtype of a base."""
     return jax.ShapeDtypeStruct(w.shape, w.dtype)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
 @dataclasses.dataclass(frozen=True, eq=False)
 class Concatenated(StoredLeaf):
-    """Bases side by side along an axis, of which at least one is stored.
+    """The concatenation of bases, at least one of which is a stored leaf.
 
     Attributes:
-      parts: arrays, and what stands for one.
-      axis: along which.
+      parts: the bases.
+      axis: the axis of the concatenation.
     """
 
     parts: tuple[Base, ...]
@@ -176,22 +177,22 @@ class Concatenated(StoredLeaf):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """That of the first, with the sizes along the axis added up."""
+        """The shape of the concatenation."""
         first = self.parts[0].shape
         return (*first[: self.axis], sum(part.shape[self.axis] for part in self.parts), *first[self.axis + 1 :])
 
     @property
     def dtype(self) -> Any:
-        """That of its parts, which is the same."""
+        """The dtype of all parts."""
         return self.parts[0].dtype
 
     def dequantize(self) -> Array:
-        """The parts as one array."""
+        """Returns the concatenation as an array."""
         return jax.lax.concatenate([as_array(part) for part in self.parts], self.axis)
 
 
 def concatenate(parts: Sequence[Base], axis: int) -> Base:
-    """Bases side by side."""
+    """Concatenates bases along an axis."""
     if any(isinstance(part, Recorded) for part in parts):
         return Recorded(Concatenated(tuple(parts), axis))
     return jax.lax.concatenate(parts, axis)

@@ -1,6 +1,6 @@
-"""Contraction of two labelled arrays: one `dot_general`, as `einsum` would, without strings.
+"""Contractions of labeled arrays: one `dot_general`, as `einsum` makes it, with integer labels.
 
-An axis is known by its label. A label that both arrays have is a batch axis if it is kept, and is summed if it is not.
+A label of both arrays is a batch axis if it is in `keep`, and is summed otherwise.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding
 
-from .placement import disjoint, names_of, typed
+from .placement import explicit_sharding, names_of, spec_by_label
 
 Labels = tuple[int, ...]
 
 
 class Labelled(NamedTuple):
-    """An array, and the label of each of its axes."""
+    """An array with a label for each axis."""
 
     array: Array
     labels: Labels
 
     @property
     def names(self) -> dict[int, Any]:
-        """Along which axes of the mesh its axes are cut, by label, where that is part of its type."""
+        """The mesh axes along which each axis is sharded, by label; empty unless shardings are explicit."""
         return names_of(self.labels, jax.typeof(self.array))
 
     def in_order(self, order: Labels) -> Array:
-        """The array with its axes in the given order of labels; nothing is added if they already are."""
+        """Returns the array with its axes in the given order; no `transpose` if they already are in it."""
         if self.labels == tuple(order):
             return self.array
         return lax.transpose(self.array, [self.labels.index(label) for label in order])
 
-    def beside(self, labels: Labels) -> Array:
-        """The array as it broadcasts against one with these labels, of which it lacks some."""
+    def expand_to(self, labels: Labels) -> Array:
+        """Inserts axes of size 1, so that the array broadcasts against one with the given labels."""
         shared = tuple(label for label in labels if label in self.labels)
-        return lax.expand_dims(self.in_order(shared), [at for at, label in enumerate(labels) if label not in shared])
+        return lax.expand_dims(self.in_order(shared), [i for i, label in enumerate(labels) if label not in shared])
 
 
 def is_narrow(dtype: Any) -> bool:
-    """Whether a dtype has too few bits to compute in: floats of fewer than 16 bits, integers of fewer than 8.
+    """Whether a dtype is too narrow for computations: floats of fewer than 16 bits, integers of fewer than 8.
 
-    JAX does not promote them. Kernels are stored in them, or cast to them for a product by special hardware.
+    JAX does not promote these dtypes. They are used for storage, and for products on special hardware.
     """
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.finfo(dtype).bits < 16
@@ -53,12 +53,12 @@ def is_narrow(dtype: Any) -> bool:
 
 
 def computable(dtype: Any) -> Any:
-    """The dtype that an array of a dtype is computed with: its own, or bfloat16 where it is narrow, which holds it."""
+    """Returns bfloat16 for a narrow dtype, all of whose values it can represent, and `dtype` otherwise."""
     return jnp.dtype(jnp.bfloat16) if is_narrow(dtype) else jnp.dtype(dtype)
 
 
 def widest(*dtypes: Any) -> Any:
-    """The dtype, of 16 bits at least, that holds all of them; also where JAX does not promote them by itself."""
+    """Returns the dtype that all of the dtypes promote to, at least 16 bits wide, even if promotion is strict."""
     with jax.numpy_dtype_promotion("standard"):
         return functools.reduce(jnp.promote_types, map(computable, dtypes))
 
@@ -72,15 +72,15 @@ def contract(
     dtype: Any = None,
     names: Mapping[int, Any] | None = None,
 ) -> Labelled:
-    """Multiplies two arrays over the axes that they share, summing those whose label is not in `keep`.
+    """Multiplies two arrays and sums over the labels of both that are not in `keep`.
 
-    The product's axes come as `dot_general` leaves them: batch, the rest of `x`, the rest of `y`. Where shardings are
-    types, its own is as `names` says, by label; without it, each axis is cut as the operand's that it is.
+    The axes of the result are in the order of `dot_general`: batch, the rest of `x`, the rest of `y`. With explicit
+    sharding, the result is sharded according to `names` (mesh axes by label), or else as its operands are.
     """
     shared = [label for label in x.labels if label in y.labels]
     summed = [label for label in shared if label not in keep]
     batch = [label for label in shared if label in keep]
-    numbers = (
+    dimension_numbers = (
         ([x.labels.index(label) for label in summed], [y.labels.index(label) for label in summed]),
         ([x.labels.index(label) for label in batch], [y.labels.index(label) for label in batch]),
     )
@@ -88,7 +88,7 @@ def contract(
     array = lax.dot_general(
         x.array,
         y.array,
-        numbers,
+        dimension_numbers,
         precision=precision,
         preferred_element_type=dtype,
         out_sharding=sharding_of_product(x, y, labels, names),
@@ -99,8 +99,8 @@ def contract(
 def sharding_of_product(
     x: Labelled, y: Labelled, labels: Sequence[int], names: Mapping[int, Any] | None = None
 ) -> NamedSharding | None:
-    """Where a product goes if shardings are types: as `names` says, or else as its operands; None, if they are not."""
+    """Returns the explicit sharding of a product: from `names`, or else from its operands. None if none is explicit."""
     for operand in (x, y):
-        if (sharding := typed(jax.typeof(operand.array))) is not None:
-            return sharding.update(spec=disjoint(labels, y.names | x.names if names is None else names))
+        if (sharding := explicit_sharding(jax.typeof(operand.array))) is not None:
+            return sharding.update(spec=spec_by_label(labels, y.names | x.names if names is None else names))
     return None

@@ -1,4 +1,4 @@
-"""Dropout on the low-rank path: what of the activation meets the factors. The base always sees all of it."""
+"""Dropout of the activations that are multiplied with the factors. It does not affect the base."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .contract import computable
-from .placement import typed
+from .placement import explicit_sharding
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dropout:
-    """A rate and a key, which goes its own way into every use of a kernel.
+    """The dropout of one kernel.
 
     Attributes:
       rate: the probability that an element is zero.
-      key: PRNG key; one for each path, use and turn of a loop.
+      key: PRNG key, different for each path, use and loop iteration.
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
     key: Array
 
-    def folded(self, number: Any) -> Self:
-        """The same for one of several uses."""
-        return dataclasses.replace(self, key=jax.random.fold_in(self.key, number))
+    def fold_in(self, index: Any) -> Self:
+        """Folds the index of a use or an iteration into the key."""
+        return dataclasses.replace(self, key=jax.random.fold_in(self.key, index))
 
-    def of(self, x: Array) -> Array:
-        """Zeroes elements of `x` and scales the others, so that the expectation stays; in 16 bits at least."""
+    def apply(self, x: Array) -> Array:
+        """Zeroes elements of `x` and divides the others by `1 - rate`; in at least 16 bits."""
         x = x.astype(computable(x.dtype))
-        where = typed(jax.typeof(x))
-        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape, out_sharding=where)
-        return lax.select(kept, x / (1 - self.rate), jnp.zeros(x.shape, x.dtype, out_sharding=where))
+        sharding = explicit_sharding(jax.typeof(x))
+        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape, out_sharding=sharding)
+        return lax.select(kept, x / (1 - self.rate), jnp.zeros(x.shape, x.dtype, out_sharding=sharding))

@@ -1,4 +1,4 @@
-"""What a rule acts on: a leaf on its way through a program, with its factors or without."""
+"""What a rule acts on: a leaf that is followed through a program, with or without factors."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b
-from .base import Base, Change, abstract, as_array, changed, type_of
+from .base import Base, Change, abstract, apply_change, as_array, type_of
 from .contract import Labelled, contract, widest
 from .dropout import Dropout
 from .placement import names_of
 from .uses import Use
 
 Layout = Callable[[Sequence[str]], tuple[int, ...]]
-Move = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
-Label = tuple[str, int]  # an axis of a leaf: its path and the number of the axis
+MoveFactor = Callable[[Array, tuple[int, ...], tuple[int, ...]], Array]
+Label = tuple[str, int]  # an axis of a leaf: the path and the index of the axis
 
 
 class TrackedKernel(abc.ABC):
-    """A leaf, as the model sees it at some point of a program: moved, cast, sliced.
+    """A leaf at some point of a program, after transposes, casts, slices and similar operations.
 
     Attributes:
-      w: its base.
-      roles: for each axis of `w` what is known of it.
-      paths: the leaf that it is; several, where the model has put leaves side by side.
+      w: the base.
+      roles: what is known about each axis of `w`.
+      paths: the path of the leaf; several, if the model has concatenated leaves.
     """
 
     w: Base
@@ -39,49 +39,48 @@ class TrackedKernel(abc.ABC):
     @property
     @abc.abstractmethod
     def factors(self) -> dict[str, tuple[Array, Layout]]:
-        """Its factors by name, and for each which of the kernel's axes its own are, given the roles."""
+        """The factors by name, each with a function from roles to the kernel axis of each of its axes."""
 
     @abc.abstractmethod
-    def role(self, name: str) -> Any:
-        """What is known of an axis that the program has inserted, which for a kernel with factors has this role."""
+    def role_of_new_axis(self, name: str) -> Any:
+        """Returns the entry of `roles` for an axis that the program inserts; `name` is the role for a factor."""
 
     @abc.abstractmethod
-    def in_use(self, number: Any) -> Self:
-        """The kernel in one of its uses, or in an iteration of a loop."""
+    def for_use(self, index: Any) -> Self:
+        """Returns the kernel for one of its uses, or for one iteration of a loop."""
 
-    def moved(self, change: Change, roles: Sequence[Any], move: Move, *arrays: Array) -> Self:
-        """The kernel after a change of its axes: `move(factor, before, after)` makes the same change to a factor.
+    def moved(self, change: Change, roles: Sequence[Any], move: MoveFactor, *arrays: Array) -> Self:
+        """Applies a change of axes to the base, and `move(factor, before, after)` to each factor.
 
-        `before` and `after` say which of the kernel's axes the factor's axes are, by number (`RANK` for the rank axis).
+        `before` and `after` are the kernel axis of each axis of the factor, `RANK` for the rank axis.
         """
-        return self._with(changed(self.w, change, *arrays), roles, move)
+        return self._with_moved_factors(apply_change(self.w, change, *arrays), roles, move)
 
     def with_base(self, change: Change, *arrays: Array) -> Self:
-        """The kernel after a change of its base, of which its factors know nothing."""
-        return dataclasses.replace(self, w=changed(self.w, change, *arrays))  # type: ignore[type-var]
+        """Applies to the base a change that does not affect the factors."""
+        return dataclasses.replace(self, w=apply_change(self.w, change, *arrays))  # type: ignore[type-var]
 
     def with_array(self) -> Self:
-        """The kernel with an array for its base."""
+        """Returns the kernel with its base as an array, dequantized if it is stored."""
         return dataclasses.replace(self, w=as_array(self.w))  # type: ignore[type-var]
 
-    def _with(self, w: Base, roles: Sequence[Any], move: Move) -> Self:
-        after = tuple(roles)
+    def _with_moved_factors(self, w: Base, roles: Sequence[Any], move: MoveFactor) -> Self:
         moved: dict[str, Any] = {
-            name: move(array, layout(self.roles), layout(after)) for name, (array, layout) in self.factors.items()
+            name: move(array, layout(self.roles), layout(roles)) for name, (array, layout) in self.factors.items()
         }
-        return dataclasses.replace(self, w=w, roles=after, **moved)  # type: ignore[type-var]
+        return dataclasses.replace(self, w=w, roles=tuple(roles), **moved)  # type: ignore[type-var]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlainKernel(TrackedKernel):
-    """A leaf without factors, of which the uses are watched, or which is stored in another form.
+    """A leaf without factors: one whose uses are recorded, or a stored leaf.
 
     Attributes:
-      w: its base.
-      roles: for each axis of `w` the axes of leaves that it comes from; none, if the program has inserted it.
-      paths: the leaf that it is.
-      lookup: the lookup that it comes from, which is a use of it unless it is used as a kernel.
+      w: the base.
+      roles: for each axis of `w`, the axes of leaves that it comes from; empty for an axis that the program inserted.
+      paths: the path of the leaf.
+      lookup: the lookup that returned it; it counts as a use unless the result is used as a kernel.
     """
 
     w: Base
@@ -90,42 +89,42 @@ class PlainKernel(TrackedKernel):
     lookup: tuple[Use, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @classmethod
-    def of(cls, path: str, w: Base) -> Self:
-        """A leaf, each of its axes labelled by itself."""
+    def from_leaf(cls, path: str, w: Base) -> Self:
+        """Returns a kernel for a leaf that the program has not changed yet."""
         return cls(w, tuple(frozenset({(path, axis)}) for axis in range(w.ndim)), (path,))
 
     @property
     def factors(self) -> dict[str, tuple[Array, Layout]]:
-        """None."""
+        """No factors."""
         return {}
 
-    def role(self, name: str) -> frozenset[Label]:
-        """No axis of a leaf."""
-        del name
+    def role_of_new_axis(self, name: str) -> frozenset[Label]:
+        """Returns the empty set: the axis comes from no leaf."""
+        del name  # the same for all roles
         return frozenset()
 
-    def in_use(self, number: Any) -> Self:
-        """The same in all of them."""
-        del number
+    def for_use(self, index: Any) -> Self:
+        """Returns the kernel itself."""
+        del index  # there is no dropout
         return self
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class AdaptedKernel(TrackedKernel):
-    """A kernel that acts as `(w + scale·a·b) ⊙ gain`, which is not materialized.
+    """A kernel that acts as `(w + scale·a·b) ⊙ gain` without materializing it.
 
     Attributes:
-      w: the base kernel.
-      a: `(batch…, in…, rank)`, kept in its own dtype until it is consumed.
-      b: `(batch…, rank, out…)`, likewise.
+      w: the base.
+      a: `(batch…, in…, rank)`; cast only where it is consumed.
+      b: `(batch…, rank, out…)`; cast only where it is consumed.
       scale: s, a Python number.
       roles: the role of each axis of `w`.
-      paths: the leaf that it is; several, where the model has put kernels side by side.
-      dropout: of the activations that meet the factors; None where there is none.
-      gain: `(batch…, 1, out…)`, one number for each output, in place of the rank; None for 1.
-      active: `(…, tokens)`, which tokens the factors act on; None for all.
-      replicated: inside a `shard_map`, the axes of the mesh over which a factor is known to be the same, by name.
+      paths: the path of the leaf; several, if the model has concatenated kernels.
+      dropout: dropout of the activations before `a`, or None.
+      gain: `(batch…, 1, out…)`, a factor for each output, with axes as in `b`; None for 1.
+      active: `(…, tokens)`, booleans for the tokens that the factors act on; None for all tokens.
+      replicated: inside a `shard_map`, the mesh axes over which each factor is known to be replicated, by name.
     """
 
     w: Base
@@ -141,49 +140,49 @@ class AdaptedKernel(TrackedKernel):
 
     @property
     def abstract(self) -> Self:
-        """The kernel with shapes in place of its arrays, for functions that outlive the trace that made these."""
+        """The kernel with shapes in place of arrays, for functions that outlive the trace of these arrays."""
         w, a, b = map(abstract, (self.w, self.a, self.b))
         return dataclasses.replace(self, w=w, a=a, b=b, dropout=None, gain=None, active=None)
 
     @property
     def factors(self) -> dict[str, tuple[Array, Layout]]:
-        """`a`, `b`, and the gain, if there is one."""
+        """`a`, `b`, and `gain` unless it is None."""
         layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b}
         arrays = {name: getattr(self, name) for name in layouts}
         return {name: (array, layouts[name]) for name, array in arrays.items() if array is not None}
 
-    def role(self, name: str) -> str:
-        """That role."""
+    def role_of_new_axis(self, name: str) -> str:
+        """Returns `name`."""
         return name
 
-    def in_use(self, number: Any) -> Self:
-        """With a dropout of its own in each of them."""
-        return self if self.dropout is None else dataclasses.replace(self, dropout=self.dropout.folded(number))
+    def for_use(self, index: Any) -> Self:
+        """Folds the index into the dropout key, so that each use has another mask."""
+        return self if self.dropout is None else dataclasses.replace(self, dropout=self.dropout.fold_in(index))
 
     def replicated_over(self, name: str) -> frozenset[str]:
-        """The axes of the mesh over which a factor is known to be the same."""
+        """Returns the mesh axes over which a factor is known to be replicated."""
         return dict(self.replicated).get(name, frozenset())
 
     def with_replicated(self, axes: Mapping[str, Collection[str]]) -> Self:
-        """The kernel of which is known, for the factors named, over which axes of the mesh they are the same."""
+        """Records the mesh axes over which the named factors are replicated."""
         known = dict(self.replicated) | {name: frozenset(mesh_axes) for name, mesh_axes in axes.items()}
         return dataclasses.replace(self, replicated=tuple(known.items()))
 
     def with_roles(self, roles: Sequence[str]) -> Self:
-        """The kernel with other roles of axes of size 1, which hold nothing: either factor may have them."""
-        differ = {axis for axis, (one, other) in enumerate(zip(self.roles, roles, strict=True)) if one != other}
+        """Changes roles of axes of size 1, by moving these axes from one factor to the other."""
+        differ = {axis for axis, (old, new) in enumerate(zip(self.roles, roles, strict=True)) if old != new}
 
         def move(factor: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Array:
-            rest = lax.squeeze(factor, [place for place, axis in enumerate(before) if axis in differ])
-            return lax.expand_dims(rest, [place for place, axis in enumerate(after) if axis in differ])
+            rest = lax.squeeze(factor, [i for i, axis in enumerate(before) if axis in differ])
+            return lax.expand_dims(rest, [i for i, axis in enumerate(after) if axis in differ])
 
-        return self._with(self.w, roles, move) if differ else self
+        return self._with_moved_factors(self.w, roles, move) if differ else self
 
 
 def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
-    """Materializes `scale·a·b`, axes as in `w`, in float32 or the widest dtype among `w`, `a` and `b`.
+    """Materializes `scale·a·b`, with the axes of `w`, in the widest dtype of `w`, `a` and `b`, at least float32.
 
-    The precision is the highest unless another is asked for: accelerators would multiply float32 in bfloat16.
+    The default precision is the highest, because accelerators multiply float32 in bfloat16 otherwise.
     """
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
     order = tuple(range(kernel.w.ndim))
@@ -194,21 +193,21 @@ def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> A
 
 
 def materialize(kernel: TrackedKernel, *, precision: Any = lax.Precision.HIGHEST) -> Array:
-    """Materializes `(w + scale·a·b) ⊙ gain`, in float32 at least, and casts once to the dtype of `w`."""
+    """Materializes `(w + scale·a·b) ⊙ gain` in at least float32, and casts once to the dtype of `w`."""
     w = as_array(kernel.w)
     if not isinstance(kernel, AdaptedKernel):
         return w
     change = delta(kernel, precision=precision)
     total = w.astype(change.dtype) + change
     if kernel.gain is not None:
-        gain = gain_of(kernel).beside(tuple(range(w.ndim)))
+        gain = gain_of(kernel).expand_to(tuple(range(w.ndim)))
         dtype = widest(total.dtype, gain.dtype)
         total = total.astype(dtype) * gain.astype(dtype)
     return total.astype(w.dtype)
 
 
 def gain_of(kernel: AdaptedKernel) -> Labelled:
-    """The gain, each axis labelled by the kernel's that it goes along."""
+    """Returns the gain without its rank axis, labeled with the kernel's axes."""
     axes = axes_of_b(kernel.roles)
-    at = axes.index(RANK)
-    return Labelled(lax.squeeze(kernel.gain, [at]), (*axes[:at], *axes[at + 1 :]))
+    rank = axes.index(RANK)
+    return Labelled(lax.squeeze(kernel.gain, [rank]), (*axes[:rank], *axes[rank + 1 :]))

@@ -1,4 +1,4 @@
-"""One key per path, whatever else is adapted: a layer more or less changes no other's numbers."""
+"""One PRNG key per path: adding or removing a kernel does not change the initial values of the others."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax import Array
 
 
 def key_for(key: Array, path: str) -> Array:
-    """Folds 64 bits of a hash of the path into the key, so that no two paths of a model meet."""
+    """Folds a hash of the path into the key; 64 bits, so that two paths of a model do not collide."""
     digest = hashlib.blake2b(path.encode(), digest_size=8).digest()
     for word in (digest[:4], digest[4:]):
         key = jax.random.fold_in(key, int.from_bytes(word, "big"))

@@ -1,4 +1,4 @@
-"""Kernels and factors as stacks of matrices, `(batch…, in, out)`: what linear algebra knows; and back again."""
+"""Linear algebra of kernels and factors, flattened to stacks of matrices `(batch…, in, out)`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .adapter import Adapter
 from .axes import axes_of_a, axes_of_b, axes_with, sizes
 from .contract import widest
 from .placement import replicated
-from .values import near
+from .values import in_device_memory
 from .variant import LowRank
 
 
 class SVD(NamedTuple):
-    """A stack of matrices, `(u·s) @ vt`, the largest singular values first.
+    """The singular value decomposition of a stack of matrices: `(u·s) @ vt`, largest singular values first.
 
     Attributes:
-      u: (batch…, in, k), its columns orthonormal.
+      u: (batch…, in, k), with orthonormal columns.
       s: (batch…, k).
-      vt: (batch…, k, out), its rows orthonormal.
+      vt: (batch…, k, out), with orthonormal rows.
     """
 
     u: Array
@@ -32,53 +32,53 @@ class SVD(NamedTuple):
 
 
 def product(x: Array, y: Array) -> Array:
-    """`x @ y` at the highest precision: accelerators would multiply float32 in bfloat16."""
+    """Returns `x @ y` at the highest precision; by default accelerators multiply float32 in bfloat16."""
     return jnp.matmul(x, y, precision=lax.Precision.HIGHEST)
 
 
 def identity_like(x: Array) -> Array:
-    """The identity for a stack of square matrices, as it broadcasts against it."""
+    """Returns the identity matrix, so that it broadcasts against a stack of square matrices."""
     return lax.expand_dims(jnp.eye(x.shape[-1], dtype=x.dtype), range(x.ndim - 2))
 
 
 def frobenius(x: Array) -> Array:
-    """The Frobenius norm of each matrix of a stack."""
+    """Returns the Frobenius norm of each matrix of a stack."""
     return jnp.linalg.norm(x, axis=(-2, -1))
 
 
 def has_factors(part: Adapter) -> bool:
-    """Whether the part holds factors `a` and `b`, whose scaled product is added to the kernel."""
+    """Whether the adapter of a kernel has factors `a` and `b`."""
     return isinstance(part.variant, LowRank) and {"a", "b"} <= set(part.arrays)
 
 
 def scale_of(part: Adapter) -> float:
-    """s, by which the product of the factors is multiplied."""
+    """Returns s, by which the product of the factors is multiplied."""
     assert isinstance(part.variant, LowRank)
     return part.variant.scale
 
 
 def kernel_matrix(w: Any, axes: str) -> Array:
-    """A kernel in float32 at least, flattened: (batch…, in, out)."""
-    wide = replicated(jnp.asarray(near(w), widest(w.dtype, jnp.float32)))
+    """Returns a kernel as (batch…, in, out), in at least float32."""
+    wide = replicated(jnp.asarray(in_device_memory(w), widest(w.dtype, jnp.float32)))
     by_role = [axes_with(axes, role) for role in "bio"]
-    batch, d_in, d_out = ([wide.shape[axis] for axis in its] for its in by_role)
-    ordered = jnp.transpose(wide, [axis for its in by_role for axis in its])
+    batch, d_in, d_out = ([wide.shape[axis] for axis in axes_of_role] for axes_of_role in by_role)
+    ordered = jnp.transpose(wide, [axis for axes_of_role in by_role for axis in axes_of_role])
     return ordered.reshape(*batch, math.prod(d_in), math.prod(d_out))
 
 
 def factor_matrices(part: Adapter) -> tuple[Array, Array]:
-    """`a` and `b` in float32 at least, flattened: (batch…, in, rank) and (batch…, rank, out). The scale is not in."""
+    """Returns `a` and `b` as (batch…, in, rank) and (batch…, rank, out), in at least float32, without the scale."""
     return _flattened(part.a, part.b, part.axes)
 
 
 def delta_matrices(part: Adapter) -> tuple[Array, Array]:
-    """The same with what stands between the factors in the first: their product is the update without its scale."""
+    """Returns `factor_matrices` with the diagonal multiplied into the first; their product is the update without s."""
     assert isinstance(part.variant, LowRank)
     return _flattened(*part.variant.factors(part.arrays, part.axes), part.axes)
 
 
 def diagonal_of(part: Adapter) -> Array | None:
-    """What stands between the factors, (batch…, rank), in float32 at least; None for nothing."""
+    """Returns the diagonal between the factors, (batch…, rank), in at least float32; None if there is none."""
     assert isinstance(part.variant, LowRank)
     diagonal = part.variant.diagonal(part.arrays)
     return None if diagonal is None else replicated(diagonal.astype(widest(diagonal.dtype, jnp.float32)))
@@ -93,9 +93,9 @@ def _flattened(a: Array, b: Array, axes: str) -> tuple[Array, Array]:
 
 
 def svd_of_delta(part: Adapter) -> SVD:
-    """The singular value decomposition of `s·a·b`, of which nothing larger than a factor is formed.
+    """Returns the singular value decomposition of `s·a·b` without materializing `s·a·b`.
 
-    With `a = q_a·r_a` and `bᵀ = q_b·r_b`, that of the small `s·r_a·r_bᵀ` is turned by `q_a` and `q_b`.
+    With `a = q_a·r_a` and `bᵀ = q_b·r_b`, it follows from the decomposition of `s·r_a·r_bᵀ`, a rank × rank matrix.
     """
     a, b = delta_matrices(part)
     q_a, r_a = jnp.linalg.qr(a)
@@ -104,22 +104,22 @@ def svd_of_delta(part: Adapter) -> SVD:
     return SVD(product(q_a, u), s, product(vt, q_b.mT))
 
 
-def split(svd: SVD, rank: int, scale: float) -> tuple[Array, Array]:
-    """Factors of a rank, (batch…, in, rank) and (batch…, rank, out), each with the root of the singular values.
+def factors_from_svd(svd: SVD, rank: int, scale: float) -> tuple[Array, Array]:
+    """Returns factors, (batch…, in, rank) and (batch…, rank, out), each with the square root of the singular values.
 
-    Eckart and Young (1936): no `scale·a·b` of this rank is nearer in the Frobenius norm.
+    `scale·a·b` is the best approximation of this rank in the Frobenius norm (Eckart and Young, 1936).
     """
     root = jnp.sqrt(svd.s[..., :rank] / abs(scale))
     return math.copysign(1, scale) * svd.u[..., :rank] * root[..., None, :], root[..., None] * svd.vt[..., :rank, :]
 
 
 def as_factors(a: Array, b: Array, axes: str, shape: Sequence[int]) -> dict[str, Array]:
-    """Factors as an adapter keeps them for a kernel of a shape, of (batch…, in, rank) and (batch…, rank, out)."""
+    """Reshapes (batch…, in, rank) and (batch…, rank, out) to the factors of a kernel of shape `shape`."""
     rank = a.shape[-1]
     return {"a": a.reshape(sizes(axes_of_a(axes), shape, rank)), "b": b.reshape(sizes(axes_of_b(axes), shape, rank))}
 
 
-def share_left(s: Array, rank: int) -> Array:
-    """How much of a stack of matrices its best approximation of a rank leaves, as a share of the Frobenius norm."""
+def truncation_error(s: Array, rank: int) -> Array:
+    """Returns the relative error, in the Frobenius norm, of the best approximation of the given rank."""
     norm = jnp.linalg.norm(s, axis=-1)
     return jnp.linalg.norm(s[..., rank:], axis=-1) / jnp.where(norm == 0, 1, norm)

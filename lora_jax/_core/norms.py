@@ -1,4 +1,4 @@
-"""The norm of each output of an adapted kernel, from its factors: the sum `W0 + s·A·B` is not formed."""
+"""Norms of the outputs of an adapted kernel, from the factors: `W0 + s·A·B` is not materialized."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from .base import as_array
 from .contract import Labelled, contract, widest
 from .kernel import AdaptedKernel
 
-_OTHER = RANK - 1  # the rank axis of the same factor, once more
+_RANK_2 = RANK - 1  # a second label for the rank axis, for the Gram matrix of a factor
 
 
 def norms(kernel: AdaptedKernel) -> Array:
-    """The Euclidean norm over the input axes, `(batch…, out…)`, in float32 or wider.
+    """Returns the Euclidean norm over the input axes, `(batch…, out…)`, in at least float32.
 
         ‖W0 + s·A·B‖² = ‖W0‖² + 2s·⟨W0ᵀA, B⟩ + s²·Bᵀ(AᵀA)B      for each output
 
     Args:
-      kernel: any adapted kernel; its own gain does not count.
+      kernel: any adapted kernel; its gain is ignored.
     """
     roles = kernel.roles
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
@@ -27,12 +27,12 @@ def norms(kernel: AdaptedKernel) -> Array:
     a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(roles))
     b = Labelled(kernel.b.astype(dtype), axes_of_b(roles))
     outputs = (*axes_with(roles, "b"), *axes_with(roles, "o"))
-    own = Labelled(jnp.sum(jnp.square(w.array), axes_with(roles, "i")), tuple(sorted(outputs))).in_order(outputs)
-    again = a._replace(labels=tuple(_OTHER if label == RANK else label for label in a.labels))
+    w_squared = Labelled(jnp.sum(jnp.square(w.array), axes_with(roles, "i")), tuple(sorted(outputs))).in_order(outputs)
+    a_2 = a._replace(labels=tuple(_RANK_2 if label == RANK else label for label in a.labels))
     high = lax.Precision.HIGHEST
-    met = contract(w, a, keep={*outputs, RANK}, precision=high).in_order(b.labels)
-    gram = contract(again, a, keep={*axes_with(roles, "b"), _OTHER, RANK}, precision=high)
-    through = contract(gram, b, keep={*outputs, _OTHER}, precision=high)
-    through = through._replace(labels=tuple(RANK if label == _OTHER else label for label in through.labels))
-    change = jnp.sum((2 * met + through.in_order(b.labels)) * b.array, b.labels.index(RANK))
-    return jnp.sqrt(jnp.maximum(own + change, jnp.finfo(dtype).tiny))
+    wa = contract(w, a, keep={*outputs, RANK}, precision=high).in_order(b.labels)
+    gram = contract(a_2, a, keep={*axes_with(roles, "b"), _RANK_2, RANK}, precision=high)
+    gram_b = contract(gram, b, keep={*outputs, _RANK_2}, precision=high)
+    gram_b = gram_b._replace(labels=tuple(RANK if label == _RANK_2 else label for label in gram_b.labels))
+    change = jnp.sum((2 * wa + gram_b.in_order(b.labels)) * b.array, b.labels.index(RANK))
+    return jnp.sqrt(jnp.maximum(w_squared + change, jnp.finfo(dtype).tiny))

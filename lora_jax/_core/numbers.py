@@ -1,4 +1,4 @@
-"""What a variant is made with, checked and made plain Python, so that it compares, hashes and prints as a value."""
+"""Checks of the arguments of variants, and their conversion to plain Python, which can be compared and hashed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .._errors import SpecError
 
 
 def integer(name: str, value: Any, *, least: int, below: int | None = None) -> int:
-    """A whole number of Python, from one of Python, NumPy or JAX.
+    """Returns an integer of Python, NumPy or JAX as a Python int.
 
     Raises:
-      SpecError: if it is none, or out of range.
+      SpecError: if it is not an integer, or out of range.
     """
     plain = _plain(name, value)
     bound = f"of at least {least}" if below is None else f"in [{least}, {below})"
@@ -29,10 +29,10 @@ def integer(name: str, value: Any, *, least: int, below: int | None = None) -> i
 
 
 def integers(name: str, values: Any) -> tuple[int, ...]:
-    """At least one integer, none below 0, as a tuple.
+    """Returns integers as a tuple.
 
     Raises:
-      SpecError: if they are not.
+      SpecError: if `values` is empty or not a sequence of integers, or if one is negative.
     """
     if isinstance(values, jax.core.Tracer):
         _plain(name, values)
@@ -45,10 +45,10 @@ def integers(name: str, values: Any) -> tuple[int, ...]:
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number of Python, from one of Python, NumPy or JAX; integers stay integers.
+    """Returns a number of Python, NumPy or JAX as a Python float or, for an integer, int.
 
     Raises:
-      SpecError: if it is none.
+      SpecError: if it is not a finite number.
     """
     plain = _plain(name, value)
     if not isinstance(plain, int | float) or isinstance(plain, bool) or not math.isfinite(plain):
@@ -56,11 +56,11 @@ def number(name: str, value: Any) -> float:
     return plain
 
 
-def share(name: str, value: Any) -> float:
-    """A number in [0, 1).
+def fraction(name: str, value: Any) -> float:
+    """Returns a number in [0, 1).
 
     Raises:
-      SpecError: if it is none.
+      SpecError: if it is not one.
     """
     plain = number(name, value)
     if not 0 <= plain < 1:
@@ -69,10 +69,10 @@ def share(name: str, value: Any) -> float:
 
 
 def flag(name: str, value: Any) -> bool:
-    """True or False.
+    """Returns a boolean of Python, NumPy or JAX as a Python bool.
 
     Raises:
-      SpecError: if it is neither.
+      SpecError: if it is not a boolean.
     """
     plain = _plain(name, value)
     if not isinstance(plain, bool):
@@ -81,11 +81,11 @@ def flag(name: str, value: Any) -> bool:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A scalar of NumPy or JAX as Python has it; anything else as it is."""
+    """Converts a scalar of NumPy or JAX to Python; returns anything else unchanged."""
     if isinstance(value, jax.core.Tracer):
         raise SpecError(
             f"Expected a Python value for `{name}`; got a traced array, {value}.\n"
-            "  A variant is part of the program: make it outside `jit`, `grad` and `vmap`."
+            "  A variant is static: create it outside `jit`, `grad` and `vmap`."
         )
     if not isinstance(value, np.generic | np.ndarray | jax.Array) or value.ndim:
         return value

@@ -1,7 +1,7 @@
-"""Key paths as text (`encoder/layer_0/query/kernel`), and the patterns that match them.
+"""Key paths as text (`encoder/layer_0/query/kernel`), and patterns that match them.
 
-A box around an array (`nn.Partitioned`, an NNX `Variable`) is not a step of the path: the same layer has the same path
-whether its parameters are boxed or not.
+A box around an array (`nn.Partitioned`, an NNX `Variable`) adds no segment to the path: a layer has the same path with
+and without boxes.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ Pattern = str | re.Pattern[str]
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], PyTreeDef]:
-    """Flattens a tree into its leaves by path, in the tree's own order.
+    """Flattens a tree to a dict of its leaves by path, in the order of `jax.tree.flatten`.
 
     Args:
-      tree: any pytree; dicts, `FrozenDict`, lists, dataclasses, `nnx.State`, boxed parameters.
+      tree: any pytree: dicts, `FrozenDict`, lists, dataclasses, `nnx.State`, boxed parameters.
 
     Returns:
-      `{path: leaf}`, and the tree's definition, to be used with `unflatten`.
+      `{path: leaf}`, and the treedef for `unflatten`.
 
     Raises:
-      AdapterError: if two leaves have the same path (an integer key beside its text, or a key that holds `/`).
+      AdapterError: if two leaves have the same path (keys `1` and `"1"`, or a key that contains `/`).
     """
     leaves: dict[str, Any] = {}
     for keys, leaf in _walk(tree):
         path = "/".join(map(_step, keys))
         if path in leaves:
             raise AdapterError(
-                f"Expected every leaf of the tree to have a path of its own; two leaves have the path {path!r}.\n"
+                f"Expected every leaf of the tree to have a different path; two leaves have the path {path!r}.\n"
                 "  Rename one of the keys."
             )
         leaves[path] = leaf
@@ -49,19 +49,19 @@ def flatten(tree: Any) -> tuple[dict[str, Any], PyTreeDef]:
 
 
 def _walk(tree: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every leaf and the steps to it, those of boxes left out; a box may hold a tree, or another box."""
+    """Yields each leaf with its key path, without keys of boxes. A box may contain a tree, or another box."""
     for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         if not _is_box(node):
             yield keys, node
             continue
         parts = jax.tree_util.tree_flatten_with_path(node, is_leaf=functools.partial(operator.is_not, node))[0]
-        for own, part in parts:
-            for inner, leaf in _walk(part):
-                yield (*keys, *(own if len(parts) > 1 else ()), *inner), leaf
+        for part_keys, part in parts:
+            for inner_keys, leaf in _walk(part):
+                yield (*keys, *(part_keys if len(parts) > 1 else ()), *inner_keys), leaf
 
 
 def unflatten(treedef: PyTreeDef, leaves: dict[str, Any]) -> Any:
-    """Rebuilds the tree that `flatten` took apart, boxes included."""
+    """Rebuilds the tree from the results of `flatten`, including boxes."""
     return jax.tree_util.tree_unflatten(treedef, list(leaves.values()))
 
 
@@ -74,7 +74,7 @@ def _is_leaf(node: Any) -> bool:
 
 
 def _is_box(node: Any) -> bool:
-    nnx = sys.modules.get("flax.nnx")  # without it loaded there is no Variable to meet, and loading it is slow
+    nnx = sys.modules.get("flax.nnx")  # importing it is slow, and without it there are no Variables
     return isinstance(node, meta.AxisMetadata) or (nnx is not None and isinstance(node, nnx.Variable))
 
 
@@ -88,9 +88,10 @@ def _step(key: Any) -> str:
 
 
 def matcher(pattern: Pattern) -> re.Pattern[str]:
-    """Turns a pattern into the regular expression that a whole path must match.
+    """Converts a pattern to a regular expression for the whole path.
 
-    `*` is any text within one segment, `**` any number of segments, `{a,b}` either; a compiled expression is kept.
+    `*` matches any text within one segment, `**` any number of segments, `{a,b}` either name. A compiled regular
+    expression is returned unchanged.
 
     >>> bool(matcher("**/{query,value}/kernel").fullmatch("encoder/layer_0/query/kernel"))
     True
@@ -127,7 +128,7 @@ def matcher(pattern: Pattern) -> re.Pattern[str]:
 
 
 def pattern_text(pattern: Pattern) -> str:
-    """The pattern as the user wrote it."""
+    """Returns the pattern as the user wrote it."""
     return pattern if isinstance(pattern, str) else pattern.pattern
 
 
@@ -136,7 +137,7 @@ def matches_any(path: str, patterns: Iterable[Pattern]) -> bool:
     return any(matcher(pattern).fullmatch(path) for pattern in patterns)
 
 
-def matched(
+def matching_paths(
     pattern: Pattern,
     paths: Collection[str],
     expected: str = "every pattern to match a path of the adapter",
@@ -144,10 +145,10 @@ def matched(
     error: type[LoRAError] = SpecError,
     advice: str = "",
 ) -> list[str]:
-    """The paths that a pattern matches.
+    """Returns the paths that a pattern matches.
 
     Raises:
-      SpecError: or `error`, if there is none: names the nearest paths.
+      SpecError: or `error`, if no path matches; lists the nearest paths.
     """
     found = [path for path in paths if matcher(pattern).fullmatch(path)]
     if not found:
@@ -161,7 +162,7 @@ def matched(
 def differences(
     one: Mapping[str, Any], other: Mapping[str, Any], *, only_one: str, only_other: str, unlike: str
 ) -> list[str]:
-    """How two mappings differ, a line for each key.
+    """Describes the differences of two mappings, one line per key.
 
     >>> same = {"only_one": "is gone", "only_other": "is new", "unlike": "was {one} and is {other}"}
     >>> differences({"x": 1, "y": 2}, {"y": 3, "z": 4}, **same)
@@ -174,7 +175,7 @@ def differences(
 
 
 def nearest(pattern: Pattern, paths: Sequence[str], most: int = 3) -> list[str]:
-    """The paths that look most like a pattern, best first: what the user may have meant."""
+    """Returns the paths that are most similar to a pattern, best first."""
     wanted = pattern_text(pattern).strip("*/")
     tails = {path: "/".join(path.split("/")[-(wanted.count("/") + 1) :]) for path in paths}
     score = {path: difflib.SequenceMatcher(None, wanted, tail).ratio() for path, tail in tails.items()}

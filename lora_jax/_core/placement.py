@@ -1,7 +1,4 @@
-"""Where the factors of a kernel go on a mesh: each axis is sharded as the kernel's, the rank is replicated.
-
-A spec names for each axis of an array the axes of the mesh along which it is sharded; None, if it is replicated.
-"""
+"""Shardings of factors: each axis is sharded as the same axis of the kernel, and the rank axis is replicated."""
 
 from __future__ import annotations
 
@@ -16,64 +13,64 @@ from .axes import RANK
 from .base import Base, type_of
 
 
-def along(axes: Iterable[int], spec: Iterable[Any]) -> PartitionSpec:
-    """The spec of a factor whose axes are those of a kernel, by number.
+def factor_spec(axes: Iterable[int], spec: Iterable[Any]) -> PartitionSpec:
+    """Returns the `PartitionSpec` of a factor with the given kernel axes, from the spec of the kernel.
 
     >>> from lora_jax._core.axes import axes_of_a, axes_of_b
     >>> kernel = PartitionSpec("layers", "fsdp", ("model", "data"))
-    >>> along(axes_of_a("bio"), kernel), along(axes_of_b("bio"), kernel)
+    >>> factor_spec(axes_of_a("bio"), kernel), factor_spec(axes_of_b("bio"), kernel)
     (P('layers', 'fsdp', None), P('layers', None, ('model', 'data')))
     """
-    given = dict(enumerate(spec))  # of axes at the end a spec may say nothing
-    return PartitionSpec(*(None if axis == RANK else given.get(axis) for axis in axes))
+    names = dict(enumerate(spec))  # a spec may be shorter than the shape
+    return PartitionSpec(*(None if axis == RANK else names.get(axis) for axis in axes))
 
 
 def mesh_axes(names: Any) -> tuple[str, ...]:
-    """The axes of a mesh that a spec names for one axis of an array."""
+    """Returns the mesh axes of one entry of a `PartitionSpec` as a tuple."""
     return () if names is None else (names,) if isinstance(names, str) else tuple(names)
 
 
-def typed(its_type: Any) -> NamedSharding | None:
-    """The sharding that is part of an array's type (`jax.typeof`), as of `AxisType.Explicit`; None, if none is."""
-    sharding: NamedSharding = its_type.sharding
+def explicit_sharding(array_type: Any) -> NamedSharding | None:
+    """Returns the sharding in an array's type (`jax.typeof`) if its mesh has explicit axes; otherwise None."""
+    sharding: NamedSharding = array_type.sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
 
 
 def like_kernel(factor: Array, axes: Iterable[int], kernel: Base) -> Array:
-    """A factor that was made of nothing, put along its kernel where shardings are types."""
-    sharding = typed(type_of(kernel))
-    return factor if sharding is None else jax.reshard(factor, sharding.update(spec=along(axes, sharding.spec)))
+    """Shards a new factor along its kernel if the kernel has an explicit sharding."""
+    sharding = explicit_sharding(type_of(kernel))
+    return factor if sharding is None else jax.reshard(factor, sharding.update(spec=factor_spec(axes, sharding.spec)))
 
 
 def replicated(x: Array) -> Array:
-    """The array on every device, where shardings are types: there, sharded matrices cannot be decomposed.
+    """Replicates an array with an explicit sharding, because JAX cannot decompose such a matrix while it is sharded.
 
-    Elsewhere the compiler sees to that.
+    Other arrays are returned unchanged: the compiler gathers them where that is necessary.
     """
-    sharding = typed(jax.typeof(x))
+    sharding = explicit_sharding(jax.typeof(x))
     return x if sharding is None else jax.reshard(x, NamedSharding(sharding.mesh, PartitionSpec()))
 
 
 def sharded_as(x: Array, other: Array) -> Array:
-    """The array sharded as another of as many axes is, where shardings are types."""
-    sharding = typed(jax.typeof(other))
+    """Shards `x` as `other` if `other` has an explicit sharding."""
+    sharding = explicit_sharding(jax.typeof(other))
     return x if sharding is None else jax.reshard(x, sharding)
 
 
-def names_of(labels: Iterable[int], its_type: Any) -> dict[int, Any]:
-    """The axes of the mesh along which an array is cut by its type, by the labels of its own axes."""
-    return {label: names for label, names in zip(labels, its_type.sharding.spec, strict=False) if names is not None}
+def names_of(labels: Iterable[int], array_type: Any) -> dict[int, Any]:
+    """Returns the mesh axes along which an array's type is sharded, by the labels of its axes."""
+    return {label: names for label, names in zip(labels, array_type.sharding.spec, strict=False) if names is not None}
 
 
-def disjoint(labels: Iterable[int], names: Mapping[int, Any]) -> PartitionSpec:
-    """The spec of an array by the labels of its axes; of two that would go along one axis of the mesh, the first does.
+def spec_by_label(labels: Iterable[int], names: Mapping[int, Any]) -> PartitionSpec:
+    """Returns the `PartitionSpec` of an array with the given labels. Each mesh axis is used only once, the first time.
 
-    >>> disjoint((2, 0, 1), {0: "x", 1: ("x", "y")})
+    >>> spec_by_label((2, 0, 1), {0: "x", 1: ("x", "y")})
     P(None, 'x', None)
     """
     spec: list[Any] = []
     for label in labels:
-        taken = {axis for its in spec for axis in mesh_axes(its)}
-        its = names.get(label)
-        spec.append(None if taken.intersection(mesh_axes(its)) else its)
+        used = {axis for entry in spec for axis in mesh_axes(entry)}
+        wanted = names.get(label)
+        spec.append(None if used.intersection(mesh_axes(wanted)) else wanted)
     return PartitionSpec(*spec)

@@ -1,7 +1,7 @@
-"""Sizes and counts that may be symbolic, as `jax.export` has them: compared where that can be decided.
+"""Comparison of sizes and counts that may be symbolic dimensions of `jax.export`.
 
 A symbolic size is a polynomial in unknown sizes of at least 1, such as `2*n + 1`. JAX adds, multiplies and hashes it
-like a number, and raises where a comparison depends on the unknown sizes.
+like an integer, and raises if a comparison depends on the unknown sizes.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ T = TypeVar("T")
 
 
 def is_known(size: Any) -> bool:
-    """Whether a size or a count is a number."""
+    """Whether a size or a count is an integer and not symbolic."""
     return not is_symbolic_dim(size)
 
 
 def smallest(items: Sequence[T], key: Callable[[T], Any]) -> T:
-    """The item with the smallest key, the first of equal ones; the first of all if the keys cannot be compared.
+    """Returns the first item with the smallest key; the first item of all if the keys cannot be compared.
 
     >>> smallest(["bb", "a", "c"], key=len)
     'a'
@@ -33,7 +33,7 @@ def smallest(items: Sequence[T], key: Callable[[T], Any]) -> T:
 
 
 def may_exceed(size: Any, bound: int) -> bool:
-    """Whether a size is larger than a bound, or may be if that depends on an unknown size."""
+    """Whether a size is larger than a bound for some values of the unknown sizes."""
     try:
         return bool(size > bound)
     except InconclusiveDimensionOperation:
@@ -41,7 +41,7 @@ def may_exceed(size: Any, bound: int) -> bool:
 
 
 def count_text(count: Any) -> str:
-    """A count as text, a symbolic one as the polynomial that it is.
+    """Formats a count; a symbolic one as a polynomial.
 
     >>> count_text(12345)
     '12,345'

@@ -1,4 +1,4 @@
-"""Resolves a spec: which variant each leaf gets, or an error that says which rule cannot have been meant."""
+"""Resolves a spec to a variant for each leaf."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 
 from .._errors import SpecError, listed
 from .base import StoredLeaf
-from .targets import Key, key_text, matched_by
+from .targets import Key, key_text, matching_leaves
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank
 
 Spec = Mapping[Key, Variant | None]
 
-_VECTORS = {"bias", "scale", "mean", "var"}  # what Flax calls its vectors, which a scan stacks into matrices
+_VECTORS = {"bias", "scale", "mean", "var"}  # names of vectors in Flax, which a scan stacks into matrices
 
 
 class Choice(NamedTuple):
-    """What a spec says of one leaf.
+    """The variant that a spec selects for one leaf.
 
     Attributes:
       pattern: the key of the rule that decides, a pattern or a target.
-      variant: its variant; from `fit`, as it fits the leaf.
-      axes: the roles of the leaf's axes; empty where they do not matter, or are not known yet.
+      variant: the variant of the rule; after `fit`, the variant for the adapter.
+      axes: the roles of the leaf's axes; empty if the variant does not need them, and before `fit`.
     """
 
     pattern: Key
@@ -39,11 +39,11 @@ class Problem(NamedTuple):
     """Why one leaf cannot be adapted as a spec says.
 
     Attributes:
-      path: of the leaf.
-      leaf: what is there.
-      choice: what the spec says of it.
-      reason: what was expected, and what was got.
-      advice: what to do; alike for leaves that have the same problem.
+      path: the path of the leaf.
+      leaf: the leaf.
+      choice: what the spec selects for it.
+      reason: what was expected and what was got.
+      advice: what to do; the same text for leaves with the same problem, so that it is shown once.
     """
 
     path: str
@@ -54,7 +54,7 @@ class Problem(NamedTuple):
 
 
 def spec(kernels: Mapping[str, Kernel], rules: Spec) -> dict[str, Variant]:
-    """Makes a spec of exact paths, with the roles of axes filled in: to be printed, edited and stored.
+    """Expands a spec to exact paths and the roles of axes, to be printed, edited or stored.
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"query": jnp.ones((8, 2, 4)), "bias": jnp.ones((2, 4))}
@@ -65,13 +65,13 @@ def spec(kernels: Mapping[str, Kernel], rules: Spec) -> dict[str, Variant]:
 
     Args:
       kernels: from `kernels(apply, params, *args)`.
-      rules: a spec, as `init` takes it.
+      rules: a spec, as for `init`.
 
     Returns:
-      `{path: variant}`, which `init` takes as it takes `rules`, without `kernels=`.
+      `{path: variant}`, a spec for which `init` does not need `kernels=`.
 
     Raises:
-      SpecError: where `init` would raise it.
+      SpecError: if `init` would raise it.
     """
     leaves = {path: jax.ShapeDtypeStruct(kernel.shape, kernel.dtype) for path, kernel in kernels.items()}
     return {
@@ -86,22 +86,22 @@ def fit(
     kernels: Mapping[str, Kernel] | None,
     only: Collection[str] | None = None,
 ) -> dict[str, Choice]:
-    """Gives each leaf that the spec names its variant, as it fits the leaf, and the roles of its axes.
+    """Returns the variant and the roles of the axes for each leaf that the spec adapts.
 
     Args:
-      spec: ordered: pattern or target to variant, or to None for "leave alone".
+      spec: ordered mapping from patterns and targets to variants, or to None for "leave frozen".
       leaves: arrays, or their shapes and dtypes, by path.
-      kernels: from `lora_jax.kernels`, for the roles of axes, and for targets; or None.
-      only: the paths that matter; None for all.
+      kernels: from `lora_jax.kernels`, for the roles of axes and for targets; or None.
+      only: the paths to consider; None for all.
 
     Raises:
-      SpecError: what `resolve` raises; or one for all the leaves that cannot be adapted as the spec says.
+      SpecError: from `resolve`; or one error for all leaves that cannot be adapted as the spec says.
     """
     chosen = {path: choice for path, choice in resolve(spec, leaves, kernels).items() if only is None or path in only}
     problems, fitted = [], {}
     for path, choice in chosen.items():
         leaf, variant = leaves[path], choice.variant
-        if (problem := _unfit(path, leaf, choice)) is not None:
+        if (problem := _problem_with_leaf(path, leaf, choice)) is not None:
             problems.append(problem)
             continue
         axes = _axes_for(path, leaf, choice, kernels)
@@ -119,49 +119,49 @@ def fit(
 
 
 def refuse(problems: Sequence[Problem], total: int) -> None:
-    """Raises one `SpecError` for all problems with a number of leaves, and says what to write; nothing for none."""
+    """Raises one `SpecError` for all problems, with advice; returns if there are none. `total` counts the leaves."""
     if not problems:
         return
-    lines = [f"{_leaf(problem)}: {problem.reason}" for problem in problems]
+    lines = [f"{_leaf_text(problem)}: {problem.reason}" for problem in problems]
     advice = dict.fromkeys(problem.advice for problem in problems if problem.advice)
-    if (ranks := _ranks_to_write(problems)) is not None:
-        advice[ranks] = None
-    what = "  " + "\n  ".join(advice) if advice else ""
+    if (rank_advice := _rank_advice(problems)) is not None:
+        advice[rank_advice] = None
+    advice_text = "  " + "\n  ".join(advice) if advice else ""
     if len(lines) == 1:
-        raise SpecError(f"Cannot adapt {lines[0]}.\n{what}".rstrip())
+        raise SpecError(f"Cannot adapt {lines[0]}.\n{advice_text}".rstrip())
     raise SpecError(
-        f"Cannot adapt {len(lines)} of the {total} leaves that the spec names:\n"
-        f"{listed(lines, most=len(lines))}\n{what}".rstrip()
+        f"Cannot adapt {len(lines)} of the {total} leaves that the spec matches:\n"
+        f"{listed(lines, most=len(lines))}\n{advice_text}".rstrip()
     )
 
 
 def resolve(spec: Spec, leaves: Mapping[str, Any], kernels: Mapping[str, Kernel] | None = None) -> dict[str, Choice]:
-    """Gives each leaf the variant of the first key that matches it; leaves with None or no match get none.
+    """Returns the variant of the first matching key for each leaf; omits leaves with None or without a match.
 
     Args:
-      spec: ordered: pattern or target to variant, or to None for "leave alone".
+      spec: ordered mapping from patterns and targets to variants, or to None for "leave frozen".
       leaves: arrays, or their shapes and dtypes, by path.
       kernels: from `lora_jax.kernels`, for targets; or None.
 
     Raises:
-      SpecError: if a rule matches nothing, if earlier rules decide all that it matches, or if nothing is adapted.
+      SpecError: if a rule matches nothing, if earlier rules match all its leaves, or if no leaf is adapted.
     """
     if not isinstance(spec, Mapping):
         raise SpecError(f"Expected a spec, a mapping such as {{'**/kernel': LoRA(rank=8, alpha=16)}}; got {spec!r}.")
     decided: dict[str, Key] = {}
     for pattern, variant in spec.items():
         _check_rule(pattern, variant)
-        found = matched_by(pattern, leaves, kernels)
-        fresh = [path for path in found if path not in decided]
-        if not fresh:
-            first = dict.fromkeys(key_text(decided[path]) for path in found)
+        found = matching_leaves(pattern, leaves, kernels)
+        undecided = [path for path in found if path not in decided]
+        if not undecided:
+            earlier = dict.fromkeys(key_text(decided[path]) for path in found)
             raise SpecError(
-                f"Expected every rule to decide something; {key_text(pattern)} can never act: earlier rules "
-                f"decide all {len(found)} leaves that it matches.\n"
-                f"  The earlier rules: {', '.join(first)}.\n"
-                "  The first match counts: put the narrower rule first, or delete this one."
+                f"Expected every rule to have an effect; {key_text(pattern)} has none, because earlier rules match all "
+                f"{len(found)} leaves that it matches.\n"
+                f"  The earlier rules: {', '.join(earlier)}.\n"
+                "  The first match decides: put the more specific rule first, or delete this one."
             )
-        decided |= dict.fromkeys(fresh, pattern)
+        decided |= dict.fromkeys(undecided, pattern)
     chosen = {path: (decided[path], spec[decided[path]]) for path in leaves if path in decided}
     adapted = {path: Choice(pattern, variant) for path, (pattern, variant) in chosen.items() if variant is not None}
     if not adapted:
@@ -176,25 +176,25 @@ def _check_rule(pattern: Key, variant: Any) -> None:
         )
 
 
-def _unfit(path: str, leaf: Any, choice: Choice) -> Problem | None:
-    """What is wrong with a leaf whatever the roles of its axes are."""
+def _problem_with_leaf(path: str, leaf: Any, choice: Choice) -> Problem | None:
+    """Returns a problem that does not depend on the roles of the leaf's axes, or None."""
     variant, name = choice.variant, path.split("/")[-1]
-    alone = f"Put a rule before it that leaves it alone: {{{path!r}: None}}."
+    freeze = f"Put a rule before it that leaves it frozen: {{{path!r}: None}}."
     if not isinstance(leaf, (jax.Array, np.ndarray, jax.ShapeDtypeStruct, StoredLeaf)):
-        return Problem(path, leaf, choice, f"it is no array, but {leaf!r}", alone)
+        return Problem(path, leaf, choice, f"it is not an array, but {leaf!r}", freeze)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return Problem(path, leaf, choice, f"it is not floating-point, but {leaf.dtype}", alone)
+        return Problem(path, leaf, choice, f"it is not floating-point, but {leaf.dtype}", freeze)
     if variant.needs_axes and (leaf.ndim < 2 or (name in _VECTORS and variant.axes is None)):
         advice = (
-            f"End the pattern in `/kernel`, or put a rule before it: {{{'**/' + name!r}: None}} to leave it alone, "
-            "Full() to train it whole."
+            f"End the pattern in `/kernel`, or put a rule before it: {{{'**/' + name!r}: None}} to leave it frozen, "
+            "Full() to train all of it."
         )
         return Problem(path, leaf, choice, f"it is a vector, and {variant} is for kernels", advice)
     return None
 
 
 def _axes_for(path: str, leaf: Any, choice: Choice, kernels: Mapping[str, Kernel] | None) -> str | Problem:
-    """The roles of a leaf's axes: from its variant, or from the traced model, or those of a matrix."""
+    """Returns the roles of a leaf's axes, from the variant, the traced model, or `io` for a matrix."""
     variant = choice.variant
     if not variant.needs_axes:
         return ""
@@ -206,50 +206,51 @@ def _axes_for(path: str, leaf: Any, choice: Choice, kernels: Mapping[str, Kernel
             f"got axes={variant.axes!r}"
         )
         return Problem(path, leaf, choice, reason)
-    write = f"{type(variant).__name__}(..., axes=...)"
+    variant_text = f"{type(variant).__name__}(..., axes=...)"
     if kernels is None:
         if leaf.ndim == 2:
             return "io"
         reason = f"which of its {leaf.ndim} axes are inputs, outputs or batch is not known"
         advice = (
-            "Let the model say: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
-            f"  or say it in the spec: {write}, such as 'ioo' for a query kernel (d, heads, head_dim) or 'bio' for a "
-            "stack of layers."
+            "Read the axes from the model: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
+            f"  or write them in the spec: {variant_text}, such as 'ioo' for a query kernel (d, heads, head_dim) or "
+            "'bio' for a stack of layers."
         )
         return Problem(path, leaf, choice, reason, advice)
-    again = f"Trace with the parameters that `init` gets, or say the axes in the spec: {write}."
+    retrace = f"Trace with the parameters that `init` gets, or write the axes in the spec: {variant_text}."
     if path not in kernels:
-        return Problem(path, leaf, choice, "`kernels` does not have it", again)
+        return Problem(path, leaf, choice, "it is not in `kernels`", retrace)
     traced = kernels[path]
     if len(traced.shape) != leaf.ndim:
-        return Problem(path, leaf, choice, f"it had shape {traced.shape} when `kernels` was traced", again)
+        return Problem(path, leaf, choice, f"it had shape {traced.shape} when `kernels` was traced", retrace)
     if traced.axes is None:
-        reason = f"the traced model does not say which of its axes are inputs and outputs: {traced.unknown}"
-        advice = f"Leave it out of the spec ({{{path!r}: None}}), or say the axes there: {write}."
+        reason = f"the traced model does not determine which of its axes are inputs and outputs: {traced.unknown}"
+        advice = f"Leave it out of the spec ({{{path!r}: None}}), or write the axes there: {variant_text}."
         if any(use.kind == "opaque" for use in traced.uses):
-            advice += f" Then `lora` has to materialize the kernel there: lora(apply, materialize=[{path!r}])."
+            advice += f" Then `lora` must be allowed to materialize it: lora(apply, materialize=[{path!r}])."
         return Problem(path, leaf, choice, reason, advice)
     return traced.axes
 
 
-def _leaf(problem: Problem) -> str:
+def _leaf_text(problem: Problem) -> str:
     shape = getattr(problem.leaf, "shape", None)
-    of_shape = "" if shape is None else f" of shape {tuple(shape)}"
-    return f"{problem.path!r}{of_shape}, by the rule {key_text(problem.choice.pattern)}"
+    shape_text = "" if shape is None else f" of shape {tuple(shape)}"
+    return f"{problem.path!r}{shape_text}, by the rule {key_text(problem.choice.pattern)}"
 
 
-def _ranks_to_write(problems: Sequence[Problem]) -> str | None:
-    """The rules to write where ranks are too large: the same ones with ranks that are clipped, or one for each leaf."""
-    clipped, each = {}, {}
+def _rank_advice(problems: Sequence[Problem]) -> str | None:
+    """Suggests rules for leaves whose rank is too large: with `clip_rank`, or with a smaller rank for each leaf."""
+    clipped, smaller = {}, {}
     for path, leaf, (pattern, variant, axes), *_ in problems:
         if not isinstance(variant, LowRank) or not {"i", "o"} <= set(axes):
             continue
         if 0 < (most := largest_rank(leaf.shape, axes)) < variant.rank:
             clipped[key_text(pattern)] = dataclasses.replace(variant, clip_rank=True)
-            each[repr(path)] = dataclasses.replace(variant, rank=most)
-    if not each:
+            smaller[repr(path)] = dataclasses.replace(variant, rank=most)
+    if not smaller:
         return None
-    always, narrower = (", ".join(f"{at}: {rule}" for at, rule in rules.items()) for rules in (clipped, each))
+    by_rule, by_leaf = (", ".join(f"{key}: {rule}" for key, rule in rules.items()) for rules in (clipped, smaller))
     return (
-        f"Let the rank be at most what a kernel allows: {{{always}}},\n  or put narrower rules first: {{{narrower}}}."
+        f"Reduce the rank to what each kernel allows: {{{by_rule}}},\n"
+        f"  or put more specific rules first: {{{by_leaf}}}."
     )

@@ -1,4 +1,4 @@
-"""Targets by name: keys of a spec that stand for all leaves of a kind, as the traced model uses them."""
+"""Targets: keys of a spec that select all leaves of a kind, according to their use in the traced model."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from .._errors import SpecError
-from .paths import Pattern, matched, pattern_text
+from .paths import Pattern, matching_paths, pattern_text
 from .uses import Kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Leaves of some kinds; a key of a spec, as a pattern is. The targets are those of `lora_jax.targets`.
+    """A key of a spec that selects all leaves of some kinds. `lora_jax.targets` has all targets.
 
     Attributes:
-      name: in `lora_jax.targets`.
-      kinds: of the leaves; see `Kernel.kind`.
+      name: name in `lora_jax.targets`.
+      kinds: the values of `Kernel.kind` that it selects.
     """
 
     name: str
@@ -40,34 +40,35 @@ Key = Pattern | Target
 
 
 def key_text(key: Key) -> str:
-    """A key of a spec as it stands there, for an error: a pattern in quotes, a target by its name."""
+    """Formats a key of a spec for an error: a pattern in quotes, a target by name."""
     return repr(key) if isinstance(key, Target) else repr(pattern_text(key))
 
 
-def matched_by(key: Key, leaves: Collection[str], kernels: Mapping[str, Kernel] | None) -> list[str]:
-    """The paths that a key of a spec matches.
+def matching_leaves(key: Key, leaves: Collection[str], kernels: Mapping[str, Kernel] | None) -> list[str]:
+    """Returns the paths that a key of a spec matches.
 
     Raises:
-      SpecError: if there is none; for a target, if the model has not been traced.
+      SpecError: if it matches none, or if it is a target and `kernels` is None.
     """
     if not isinstance(key, Target):
-        advice = "`lora_jax.kernels(apply, params, *args)` lists all, with their use."
-        return matched(key, leaves, "every rule to match a leaf", advice=advice)
+        advice = "`lora_jax.kernels(apply, params, *args)` lists all leaves and their uses."
+        return matching_paths(key, leaves, "every rule to match a leaf", advice=advice)
     if kernels is None:
         raise SpecError(
-            f"Expected `kernels`, as only the traced model tells which leaves {key} are; got none.\n"
+            f"Expected `kernels`, because {key} selects leaves by their use in the traced model; got none.\n"
             "  Call init(key, params, spec, kernels=lora_jax.kernels(apply, params, *args)), or lora_jax.adapt, which "
-            "does both."
+            "traces the model."
         )
     found = [path for path in leaves if path in kernels and kernels[path].kind in key.kinds]
     if not found:
-        have: dict[Any, int] = {}
+        by_kind: dict[Any, int] = {}
         for path in leaves:
             kind = kernels[path].kind if path in kernels else None
-            have[kind] = have.get(kind, 0) + 1
-        counts = ", ".join(f"{count} {kind or 'of no kind'}" for kind, count in have.items())
+            by_kind[kind] = by_kind.get(kind, 0) + 1
+        counts = ", ".join(f"{count} {kind or 'of another kind'}" for kind, count in by_kind.items())
         raise SpecError(
             f"Expected every rule to match a leaf; {key} matches none of {len(leaves)} leaves ({counts}).\n"
-            "  The kind of each is in `lora_jax.kernels(apply, params, *args)`; a pattern matches by path."
+            "  `lora_jax.kernels(apply, params, *args)` shows the kind of each leaf; to select leaves "
+            "by path, use a pattern."
         )
     return found

@@ -1,4 +1,4 @@
-"""How a model uses its leaves: data that `kernels` and `explain` gather, and that `init` takes axes from."""
+"""How a model uses its leaves: the data that `kernels` and `explain` collect. `init` reads the axes from it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from typing import Any, NamedTuple
 
 
 class Evidence(NamedTuple):
-    """How much a use of a leaf says of the roles of its axes; of two, the greater says more.
+    """How reliably a use shows the roles of the axes of a leaf. A greater value is more reliable.
 
     Attributes:
-      meets: what the leaf is used with: 2 is the model's activations; 1 is activations that the leaf itself has a part
-        in, as a head has that is tied to an embedding; 0 is neither, as in the power iteration for a norm of the leaf.
-      forward: whether the model has the operation; not, if it is from a derivative that JAX takes backwards inside the
-        model, which contracts the outputs.
+      operand: what the leaf is multiplied with: 2 for activations; 1 for activations that depend on the leaf itself, as
+        with a head that is tied to an embedding; 0 for anything else, as in a power iteration for a norm of the leaf.
+      forward: whether the use is in the forward pass. Reverse-mode derivatives inside the model contract the outputs.
     """
 
-    meets: int
+    operand: int
     forward: bool
 
 
@@ -30,15 +29,15 @@ class Use:
     Attributes:
       path: the leaf.
       primitive: the equation's primitive.
-      kind: the form of a contraction, `"factored"`, `"hybrid"` or `"merged"`; `"materialized"` (on request), or
-        `"opaque"` (read as a whole, by an operation without a rule).
-      axes: for each axis of the kernel as it stood there, what is known of it (`TrackedKernel.roles`) and its role in
-        this use; None where the use gives no roles.
-      times: how often it runs in one call; a `while` body counts once.
-      operations: floating-point operations that the factors add, all times together.
+      kind: `"factored"`, `"hybrid"` or `"merged"` for a contraction; `"materialized"`, or `"opaque"` for an operation
+        without a rule that reads the whole leaf.
+      axes: for each axis of the kernel at this equation, its entry of `TrackedKernel.roles` and its role in this use;
+        None if the use shows no roles.
+      times: how often the equation runs in one call; a `while` body counts once.
+      flops: FLOPs that the factors add, for all runs.
       line: the user's line.
-      evidence: how much it says of the roles of the leaf's axes.
-      live: whether a result of the call depends on it.
+      evidence: how reliably the use shows the roles of axes.
+      live: whether a result of the call depends on the use.
     """
 
     path: str
@@ -54,16 +53,16 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A leaf, as the traced model uses it.
+    """How the traced model uses a leaf.
 
     Attributes:
       shape: of the leaf.
       dtype: of the leaf.
-      axes: the role of each axis (`b` batch, `i` input, `o` output); None if the uses do not tell.
-      uses: every use, in the order of the program.
-      unknown: why there are no axes.
-      kind: `"attention"`, `"mlp"`, `"head"`, `"embedding"`, `"convolution"`, `"bias"` or `"norm"`, as
-        `lora_jax.targets` describes them; None for none of these.
+      axes: the role of each axis (`b` batch, `i` input, `o` output); None if the uses do not determine them.
+      uses: all uses, in the order of the program.
+      unknown: why `axes` is None.
+      kind: `"attention"`, `"mlp"`, `"head"`, `"embedding"`, `"convolution"`, `"bias"` or `"norm"`, as described
+        in `lora_jax.targets`; None for other leaves.
     """
 
     shape: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""What the values of arrays tell, computed where the arrays are.
+"""Checks of the values of arrays, computed on the devices that hold them.
 
-A kernel may be sharded over several processes, none of which can read all of it. Nothing here copies one to the host:
-the devices reduce it together, and every process has the same answer. All processes have to ask.
+A kernel may be sharded over several processes, none of which can read all of it. The functions here reduce it on its
+devices and do not copy it to the host. Every process must call them, and gets the same result.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .contract import widest
 
 
 def is_concrete(x: Any) -> bool:
-    """Whether an array has values, as it does outside a trace."""
+    """Whether an array has values, that is, is not a tracer."""
     return not isinstance(x, Tracer)
 
 
@@ -27,22 +27,22 @@ def is_finite(array: Any) -> bool:
     """Whether no element is NaN or infinite."""
     if isinstance(array, np.ndarray):
         return bool(np.isfinite(array).all())
-    with jax.ensure_compile_time_eval():  # under `jit` an array from outside still has values
-        finite = jnp.isfinite(near(array)).all()
-    return not is_concrete(finite) or bool(finite)  # under `jet` whatever is computed is traced, and has no value
+    with jax.ensure_compile_time_eval():  # under `jit`, an array that is closed over has values
+        finite = jnp.isfinite(in_device_memory(array)).all()
+    return not is_concrete(finite) or bool(finite)  # under `jet` every result is a tracer
 
 
 def equal(one: Any, other: Any) -> bool:
-    """Whether two arrays have the same shape and the same values; a NaN is equal to a NaN.
+    """Whether two arrays have the same shape and values; NaNs are equal.
 
-    Of a NumPy array and a JAX array, at the precision at which JAX takes the former.
+    A NumPy array is compared with a JAX array in the dtype to which JAX converts it.
     """
     if one is other or one.shape != other.shape:
         return one is other
     if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
         return bool(np.all((one == other) | ((one != one) & (other != other))))
     with jax.ensure_compile_time_eval():
-        return bool(_equal(*together(one, other)))
+        return bool(_equal(*on_same_devices(one, other)))
 
 
 @jax.jit
@@ -52,21 +52,21 @@ def _equal(one: Array, other: Array) -> Array:
     return jnp.all((one == other) | ((one != one) & (other != other)))
 
 
-def together(*arrays: Any) -> tuple[Array, ...]:
-    """Arrays of one shape, all of them on the devices of the first that JAX has, and sharded as that one."""
+def on_same_devices(*arrays: Any) -> tuple[Array, ...]:
+    """Moves arrays of one shape to the devices of the first JAX array among them, with the same sharding."""
     first = next((array for array in arrays if isinstance(array, Array)), None)
     if first is None:
         return tuple(map(jnp.asarray, arrays))
-    sharding = near(first).sharding
-    return tuple(array if _has(array, sharding) else jax.device_put(array, sharding) for array in arrays)
+    sharding = in_device_memory(first).sharding
+    return tuple(array if _is_sharded_as(array, sharding) else jax.device_put(array, sharding) for array in arrays)
 
 
-def _has(array: Any, sharding: Any) -> bool:
+def _is_sharded_as(array: Any, sharding: Any) -> bool:
     return isinstance(array, Array) and array.sharding == sharding
 
 
-def near(array: Any) -> Any:
-    """A JAX array in its devices' own memory, to compute with, as it may be in the host's; anything else as it is."""
+def in_device_memory(array: Any) -> Any:
+    """Moves a JAX array from host memory to the memory of its devices; returns anything else unchanged."""
     if not isinstance(array, Array) or not is_concrete(array):
         return array
     device: Any = next(iter(array.sharding.device_set))
@@ -77,7 +77,7 @@ def near(array: Any) -> Any:
 
 
 def on_host(array: Any) -> np.ndarray[Any, Any]:
-    """The values of a small array, every process's part of it; never for a kernel."""
+    """Copies a small array to the host, gathered from all processes; not for kernels."""
     if isinstance(array, Array) and not (array.is_fully_addressable or array.is_fully_replicated):
         assert isinstance(array.sharding, NamedSharding)
         array = jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))

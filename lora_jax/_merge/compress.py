@@ -10,8 +10,8 @@ from jax import Array
 
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.axes import axes_of_a, axes_of_b
-from .._core.linalg import as_factors, has_factors, share_left, split, svd_of_delta
-from .._core.paths import Pattern, matched, pattern_text
+from .._core.linalg import as_factors, factors_from_svd, has_factors, svd_of_delta, truncation_error
+from .._core.paths import Pattern, matching_paths, pattern_text
 from .._core.placement import sharded_as
 from .._core.variant import LowRank
 from .._errors import SpecError
@@ -70,9 +70,9 @@ def _compressed(path: str, part: Adapter, rank: int) -> tuple[Adapter, Array]:
     shape = [sizes[axis] for axis in range(len(part.axes))]
     new = {
         name: sharded_as(array.astype(part.arrays[name].dtype), part.arrays[name])
-        for name, array in as_factors(*split(svd, rank, variant.scale), part.axes, shape).items()
+        for name, array in as_factors(*factors_from_svd(svd, rank, variant.scale), part.axes, shape).items()
     }
-    return Adapter(variant, part.axes, **{**part.arrays, **new}), share_left(svd.s, rank)
+    return Adapter(variant, part.axes, **{**part.arrays, **new}), truncation_error(svd.s, rank)
 
 
 def _ranks(rank: int | Mapping[Pattern, int], paths: list[str]) -> dict[str, int]:
@@ -82,6 +82,6 @@ def _ranks(rank: int | Mapping[Pattern, int], paths: list[str]) -> dict[str, int
     for pattern, new_rank in rules.items():
         if new_rank < 1:
             raise SpecError(f"Expected a rank of at least 1; got {new_rank}, for {pattern_text(pattern)!r}.")
-        found = matched(pattern, paths, "every pattern to match a leaf with factors")
+        found = matching_paths(pattern, paths, "every pattern to match a leaf with factors")
         ranks = dict.fromkeys(found, new_rank) | ranks
     return ranks

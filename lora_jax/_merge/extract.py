@@ -11,7 +11,7 @@ from jax import Array
 
 from .._core.adapter import Adapter
 from .._core.attach import as_jax
-from .._core.linalg import SVD, as_factors, kernel_matrix, share_left, split
+from .._core.linalg import SVD, as_factors, factors_from_svd, kernel_matrix, truncation_error
 from .._core.paths import differences, flatten
 from .._core.spec import Choice, Problem, Spec, fit, refuse
 from .._core.uses import Kernel
@@ -95,9 +95,9 @@ def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Ada
     assert isinstance(variant, LowRank)
     first, second = (kernel_matrix(as_jax(leaf), axes) for leaf in (before, after))
     svd = SVD(*jnp.linalg.svd(second - first, full_matrices=False))
-    factors = as_factors(*split(svd, variant.rank, variant.scale), axes, before.shape)
+    factors = as_factors(*factors_from_svd(svd, variant.rank, variant.scale), axes, before.shape)
     arrays = {name: array.astype(dtype) for name, array in factors.items()}
-    return Adapter(variant, axes, **arrays), share_left(svd.s, variant.rank)
+    return Adapter(variant, axes, **arrays), truncation_error(svd.s, variant.rank)
 
 
 # Checks

@@ -20,7 +20,7 @@ from jax import Array
 from .._core.adapter import Adapter, Adapters
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel, delta, materialize
-from .._core.values import is_concrete, is_finite, near, together
+from .._core.values import in_device_memory, is_concrete, is_finite, on_same_devices
 
 
 class Rounding(NamedTuple):
@@ -57,7 +57,7 @@ def is_fold(merged: Any, w: Any, part: Adapter) -> bool:
     if merged.shape != w.shape:
         return False
     with jax.ensure_compile_time_eval(), keep_float64(w):
-        w, merged = together(w, merged)
+        w, merged = on_same_devices(w, merged)
         return bool(_jitted(_is_fold, None)(w, part, merged))
 
 
@@ -70,7 +70,7 @@ def rounding_bound(merged: Any, restored: Any) -> float:
     """Bounds the error of two casts: for each, half a unit in the last place of the largest element."""
     info = jnp.finfo(merged.dtype)
     least = max(float(info.smallest_subnormal), float(jnp.finfo(jnp.float32).tiny))  # subnormals may be flushed to zero
-    magnitudes = (float(abs(near(leaf)).max()) for leaf in (merged, restored))
+    magnitudes = (float(abs(in_device_memory(leaf)).max()) for leaf in (merged, restored))
     return sum(max(float(info.eps) / 2 * magnitude, least) for magnitude in magnitudes)
 
 
@@ -171,14 +171,14 @@ def _run_like_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any
         if isinstance(w, np.ndarray):
             with keep_float64(w):
                 return np.array(_jitted(function, None)(w, part))
-        leaf = near(w)
+        leaf = in_device_memory(w)
         return jax.device_put(_jitted(function, leaf.sharding)(leaf, part), w.sharding)
 
 
 def _run_on_device(function: Callable[..., Any], w: Any, part: Adapter, *others: Any) -> Any:
     """Returns `function(w, part, *others)`, with the leaves in device memory."""
     with jax.ensure_compile_time_eval(), keep_float64(w):
-        return _jitted(function, None)(near(w), part, *map(near, others))
+        return _jitted(function, None)(in_device_memory(w), part, *map(in_device_memory, others))
 
 
 @functools.cache

@@ -89,7 +89,7 @@ def explain(
     leaves = program.arrays_of_params
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # `Full` leaves have no factors; plain kernels in their place record how they are used.
-    full = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
+    full = {path: PlainKernel.from_leaf(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
     settings = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals)
     uses = by_path(watch(program, kernels | full, settings))

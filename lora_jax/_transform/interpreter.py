@@ -28,7 +28,7 @@ from .._compat import (
     user_line,
     variables,
 )
-from .._core.base import as_array, type_of, use
+from .._core.base import apply_to_base, as_array, type_of
 from .._core.contract import computable, is_narrow
 from .._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel, delta, materialize
 from .._core.uses import Evidence, Use
@@ -114,7 +114,7 @@ class Site:
         gain = 0 if kernel.gain is None else contraction.costs.y
         self.used(kernel, form.value, roles=roles, flops=added(form, contraction.costs) + gain)
         if self.settings.log is not None:  # only shapes are asked for, and those of the base's result are the same
-            return use(lambda w, x: contraction.base(x, w), kernel.w, x)
+            return apply_to_base(lambda w, x: contraction.base(x, w), kernel.w, x)
         return contract(kernel, x, contraction, self.settings.form)
 
     def observe(
@@ -123,7 +123,7 @@ class Site:
         """Evaluates the base's operation; its `x` is observed if it meets what the adapter has for inputs."""
         each = zip(kernel.roles, roles, kernel.w.shape, strict=True)
         if any((use == "i") != (its == "i") for its, use, size in each if size != 1):
-            return use(lambda w, x, *others: base(x, w, *others), kernel.w, x, *others)
+            return apply_to_base(lambda w, x, *others: base(x, w, *others), kernel.w, x, *others)
         self.used(kernel, OBSERVED, roles=roles)
         return observed(kernel.with_array(), x, base, thin, *others)
 
@@ -248,7 +248,7 @@ def interpret(settings: Settings, jaxpr: Jaxpr, consts: Sequence[Any], args: Seq
 
 
 def _in_use(value: Value, number: int) -> Value:
-    return value.in_use(number) if isinstance(value, TrackedKernel) else value
+    return value.for_use(number) if isinstance(value, TrackedKernel) else value
 
 
 def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:

@@ -65,7 +65,7 @@ def found_in(program: Program, paths: Collection[str]) -> dict[str, Kernel]:
     """What `kernels` finds of some leaves."""
     every = program.arrays_of_params
     leaves = {path: leaf for path, leaf in every.items() if path in paths}
-    watched = {path: PlainKernel.of(path, base_of(leaf)) for path, leaf in leaves.items()}
+    watched = {path: PlainKernel.from_leaf(path, base_of(leaf)) for path, leaf in leaves.items()}
     uses = by_path(watch(program, watched, Settings(origins=origins(program.jaxpr, list(every)))))
     kind = kinds(program.jaxpr, list(every))
     return {path: _kernel(path, leaf, uses.get(path, []), kind[path]) for path, leaf in leaves.items()}

@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.base import Recorded
 from .._core.kernel import TrackedKernel
-from .._core.placement import along
+from .._core.placement import factor_spec
 from .interpreter import NoRule, Value
 
 
@@ -26,7 +26,9 @@ def specs(kernel: TrackedKernel, spec: Any) -> Any:
     A base that is no array has None, and may be anywhere.
     """
     check_reduced(spec)
-    factors: dict[str, Any] = {name: along(layout(kernel.roles), spec) for name, (_, layout) in kernel.factors.items()}
+    factors: dict[str, Any] = {
+        name: factor_spec(layout(kernel.roles), spec) for name, (_, layout) in kernel.factors.items()
+    }
     placed = dataclasses.replace(kernel, w=None if isinstance(kernel.w, Recorded) else spec, **factors)  # type: ignore
     # What is no factor is the same on every device.
     return jax.tree.map(

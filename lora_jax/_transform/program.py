@@ -70,7 +70,7 @@ def is_array(leaf: Any) -> bool:
 
 def _plain(path: str, leaf: Any) -> Any:
     """A leaf without factors: itself, or what stands for an array."""
-    return PlainKernel.of(path, base_of(leaf)) if isinstance(leaf, StoredLeaf) else leaf
+    return PlainKernel.from_leaf(path, base_of(leaf)) if isinstance(leaf, StoredLeaf) else leaf
 
 
 def _as_traced(leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The variants, one file a method: its paper, its equation, its start."""
+"""Variants, one file per method: its paper, equation and initialization."""
 
 from .adalora import AdaLoRA as AdaLoRA
 from .alora import ALoRA as ALoRA

@@ -16,13 +16,13 @@ from .._errors import AdapterError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class ALoRA(LowRank):
-    """LoRA that acts from an invocation on: tokens before it are the base's (Greenewald et al. 2025, arXiv:2504.12397).
+    """LoRA that acts only on the tokens from an invocation on (Greenewald et al. 2025, arXiv:2504.12397).
 
         y = x·W0 + [the token is active]·s·(x·A)·B
 
-    To the tokens before the invocation exactly zero is added: what a cache keeps of them is what the base itself would
-    keep there, so one cache serves the base and every such adapter. The adapted function is told which are active:
-    `adapted(params, adapter, ids, active_tokens=lora_jax.active_tokens(adapter, ids))`. It cannot be merged.
+    Tokens before the invocation have the activations of the base, so the base and all such adapters can share a KV
+    cache. The adapted function needs the active tokens as an argument:
+    `adapted(params, adapter, ids, active_tokens=lora_jax.active_tokens(adapter, ids))`. ALoRA cannot be merged.
 
     >>> ALoRA(rank=32, alpha=32, invocation=[529, 29989])
     ALoRA(rank=32, alpha=32, invocation=(529, 29989))
@@ -42,7 +42,7 @@ class ALoRA(LowRank):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(invocation=integers("invocation", self.invocation))  # a list could not be hashed
+        self._set(invocation=integers("invocation", self.invocation))  # a list cannot be hashed
 
     @property
     def scale(self) -> float:
@@ -51,7 +51,7 @@ class ALoRA(LowRank):
 
 
 def active_tokens(adapter: Adapters, ids: Array) -> Array:
-    """Which tokens stand at or behind the last occurrence of the adapter's invocation.
+    """Returns which tokens are at or after the start of the last occurrence of the adapter's invocation.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"kernel": jnp.ones((4, 3))}
@@ -62,20 +62,20 @@ def active_tokens(adapter: Adapters, ids: Array) -> Array:
            [0, 0, 0, 0]], dtype=int32)
 
     Args:
-      adapter: with leaves of `ALoRA`, which have one invocation in common.
+      adapter: has `ALoRA` leaves, all with the same invocation.
       ids: `(…, tokens)`. Works under `jit`.
 
     Returns:
-      Booleans of the shape of `ids`. The invocation's own tokens are active; where it does not occur, none is.
+      Booleans of the shape of `ids`. The tokens of the invocation are active; if it does not occur, no token is.
 
     Raises:
-      AdapterError: if there is no leaf of `ALoRA`, or if they have different invocations.
+      AdapterError: if there is no `ALoRA` leaf, or if invocations differ.
     """
     found = sorted({part.variant.invocation for part in adapter.values() if isinstance(part.variant, ALoRA)})
     if len(found) != 1:
         raise AdapterError(
-            f"Expected an adapter with leaves of ALoRA and one invocation; got {found or 'none'}.\n"
-            "  Where there are several, say by hand which tokens are active: a boolean for each token."
+            f"Expected an adapter with ALoRA leaves that have one invocation; got {found or 'none'}.\n"
+            "  If there are several, pass the adapted function a boolean for each token."
         )
     (invocation,) = found
     length, tokens = len(invocation), ids.shape[-1]

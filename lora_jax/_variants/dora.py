@@ -22,12 +22,12 @@ from .._errors import SpecError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class DoRA(LowRank):
-    """A low-rank update of each output's direction, and a magnitude (Liu et al. 2024, arXiv:2402.09353).
+    """A low-rank update of the direction of each output, and a trained magnitude (Liu et al. 2024, arXiv:2402.09353).
 
         W = magnitude ⊙ (W0 + s·A·B) / ‖W0 + s·A·B‖
 
-    The norm is one for each output, over the inputs, taken from the factors; to the gradient it is a constant, as in
-    the paper (section 4.3). `magnitude` starts as the norm of `W0`, so that the model starts as it was.
+    The norm is over the inputs, for each output, and is computed from the factors. Its gradient is stopped, as in the
+    paper (section 4.3). `magnitude` is initialized to the norm of `W0`, so the model is initially unchanged.
 
     >>> DoRA(rank=8, alpha=16).scale, DoRA(rank=16, alpha=16, rank_stabilized=True).scale
     (2.0, 4.0)
@@ -36,8 +36,8 @@ class DoRA(LowRank):
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
       clip_rank: as in `LoRA`.
-      dropout: as in `LoRA`; as in DoRA's own code, what the magnitude changes of the base's result sees it, too.
-      rank_stabilized: whether the scale is rsLoRA's, α/√r.
+      dropout: as in `LoRA`. As in the authors' code, (magnitude / norm - 1)·x·W0 uses the dropped activation, too.
+      rank_stabilized: whether the scale is α/√r, as in rsLoRA.
       axes: as in `LoRA`.
     """
 
@@ -54,23 +54,23 @@ class DoRA(LowRank):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
-        """Beside the factors `magnitude`: the batch and output axes."""
+        """The factors, and `magnitude`: the batch and output axes."""
         return super().layout(axes) | {"magnitude": (*axes_with(axes, "b"), *axes_with(axes, "o"))}
 
-    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
-        """The factors as in `LoRA`; the magnitude is the norm of each output of the kernel."""
+    def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """Returns the factors as in `LoRA`, and as magnitude the norm of each output of the kernel."""
         if isinstance(kernel, jax.ShapeDtypeStruct):
             raise SpecError(
-                "DoRA starts from the norms of the kernel's values, of which there is a shape alone; "
-                "give the parameters themselves, or call `init` under `jax.eval_shape`"
+                "DoRA is initialized from the values of the kernel, and got a shape only; "
+                "pass the parameters, or call `init` under `jax.eval_shape`"
             )
-        factors = super().start(key, kernel, axes, dtype)
+        factors = super().init(key, kernel, axes, dtype)
         base = base_of(kernel) if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel)
         plain = super().apply(base, factors, axes, "")
         return factors | {"magnitude": norms(plain).astype(dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
-        """The kernel with its factors, and the gain of each output."""
+        """Returns the kernel with its factors and the gain of each output."""
         plain = super().apply(kernel, arrays, axes, path)
         magnitude, norm = arrays["magnitude"], lax.stop_gradient(norms(plain))
         gain = magnitude.astype(widest(magnitude.dtype, norm.dtype)) / norm

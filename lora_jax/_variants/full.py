@@ -1,4 +1,4 @@
-"""Full: the leaf is trained whole, as a new classifier head is."""
+"""Full: all parameters of a leaf are trained, as for a new classifier head."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .._errors import SpecError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(Variant):
-    """Trains a leaf whole: its copy lives in the adapter as `value`, and the model sees the copy.
+    """Trains all parameters of a leaf, such as a head, a norm or a bias.
 
-    For heads, norms and biases, of any shape. The model gets it in the dtype of the base's leaf.
+    The adapter holds a copy of the leaf as `value`. The model receives the copy, in the dtype of the leaf.
     """
 
     axes: str | None = dataclasses.field(default=None, init=False, repr=False)
@@ -27,25 +27,25 @@ class Full(Variant):
     adds: ClassVar[bool] = False
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Any shape will do."""
+        """Accepts any shape."""
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
-        """`value`: the leaf's own shape."""
+        """`value`: the shape of the leaf."""
         return {"value": tuple(shape)}
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
-        """`value` has the leaf's own axes."""
+        """`value` has the axes of the leaf."""
         return {}
 
-    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
-        """A copy of the leaf."""
+    def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """Returns a copy of the leaf."""
         if isinstance(kernel, jax.ShapeDtypeStruct):
             raise SpecError(
-                "Full() starts from the leaf's values, of which there is a shape alone; "
-                "give the parameters themselves, or call `init` under `jax.eval_shape`"
+                "Full() is initialized from the values of the leaf, and got a shape only; "
+                "pass the parameters, or call `init` under `jax.eval_shape`"
             )
         return {"value": jnp.array(as_array(base_of(kernel)), dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> Array:
-        """The copy, in the dtype that the model expects."""
+        """Returns the copy in the dtype of the leaf."""
         return jnp.asarray(arrays["value"], kernel.dtype)

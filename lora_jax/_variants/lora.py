@@ -13,7 +13,7 @@ class LoRA(LowRank):
 
         W = W0 + (alpha / rank)·A·B
 
-    Our `A` and `B` are the transposes of the paper's, as Flax computes `x @ W`.
+    `A` and `B` are the transposes of the paper's, because Flax computes `x @ W`.
 
     >>> LoRA(rank=8, alpha=16).scale
     2.0
@@ -21,13 +21,12 @@ class LoRA(LowRank):
     Attributes:
       rank: r, in [1, min(in, out)].
       alpha: α; the update is multiplied by α/r.
-      clip_rank: whether `rank` is an upper bound: a kernel with fewer inputs or outputs gets the rank that these allow.
-        `init` decides it, and the adapter's variant has the rank that it got. α stays, so that the scale is α over
-        that rank, as if it had been written for the kernel by itself.
-      dropout: the share of the activations that is dropped before they meet `A`, in [0, 1), where the adapted function
-        gets a `dropout_key`. Not of the base's, nor of rows that are looked up.
-      axes: the role of each kernel axis (`"ioo"`: `i` input, `o` output, `b` batch), where it cannot be known
-        otherwise; it outranks what was traced.
+      clip_rank: whether `rank` is an upper bound. If so, `init` gives a kernel with fewer inputs or outputs the largest
+        rank that they allow, and the adapter stores that rank. α does not change, so the scale is α over that rank.
+      dropout: probability, in [0, 1), with which an element of the activation is dropped before `A`, if the adapted
+        function gets a `dropout_key`. The base's input and embedding lookups have no dropout.
+      axes: the role of each kernel axis (`"ioo"`: `i` input, `o` output, `b` batch). Takes precedence over the roles
+        in the traced model.
     """
 
     @property

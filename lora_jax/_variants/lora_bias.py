@@ -1,4 +1,4 @@
-"""The bias of `B`, as PEFT's `lora_bias` has it."""
+"""A bias of `B`, as PEFT's `lora_bias`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .._errors import SpecError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoRABias(Variant):
-    """A bias on `B`, for the bias of a layer whose kernel has LoRA: PEFT's `lora_bias`.
+    """A bias of `B`, for the bias of a layer whose kernel has LoRA (PEFT's `lora_bias`).
 
-        y = x·W0 + bias0 + s·((x·A)·B + bias)        so the layer's own is  bias0 + s·bias
+        y = x·W0 + bias0 + s·((x·A)·B + bias)        that is, the bias of the layer becomes bias0 + s·bias
 
-    A rule for the leaf that the layer adds: `{"**/kernel": LoRA(rank=8, alpha=16), "**/bias": LoRABias(scale=2)}`. It
-    starts at zero and merges into that leaf; a layer without one has nowhere to keep it. (`Full` trains the same bias
-    as it is: weight decay then draws it to zero, and not to the base's.)
+    It is the variant of the layer's bias: `{"**/kernel": LoRA(rank=8, alpha=16), "**/bias": LoRABias(scale=2)}`. `bias`
+    is initialized to zero and can be merged. A layer without a bias cannot have it. Unlike with `Full`, weight decay
+    pulls the bias of the layer to its value in the base, not to zero.
 
     >>> LoRABias(scale=2)
     LoRABias(scale=2)
 
     Attributes:
-      scale: s, that of the kernel's variant, α/r or α/√r.
+      scale: s, the scale of the kernel's variant: α/r or α/√r.
     """
 
     axes: str | None = dataclasses.field(default=None, init=False, repr=False)
@@ -42,24 +42,24 @@ class LoRABias(Variant):
         super().__post_init__()
         self._set(scale=number("scale", self.scale))
         if not self.scale:
-            raise SpecError(f"Expected a scale that is not 0, with which nothing could be learnt; got {self}.")
+            raise SpecError(f"Expected a scale other than 0, because a scale of 0 has no effect; got {self}.")
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Any shape will do."""
+        """Accepts any shape."""
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
-        """`bias`: the leaf's own shape."""
+        """`bias`: the shape of the leaf."""
         return {"bias": tuple(shape)}
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
-        """`bias` has the leaf's own axes."""
+        """`bias` has the axes of the leaf."""
         return {}
 
-    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
-        """Zeros."""
+    def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """Returns zeros."""
         return {"bias": jnp.zeros(kernel.shape, dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> Array:
-        """The sum, in the dtype that the model expects."""
+        """Returns the sum in the dtype of the leaf."""
         dtype = widest(kernel.dtype, arrays["bias"].dtype)
         return (as_array(kernel).astype(dtype) + self.scale * arrays["bias"].astype(dtype)).astype(kernel.dtype)

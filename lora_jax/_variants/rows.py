@@ -1,4 +1,4 @@
-"""Rows: chosen rows of a table are trained and the others are not, as those of new tokens in an embedding."""
+"""Rows: selected rows of a table are trained, such as the embeddings of new tokens."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .._errors import SpecError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Rows(Variant):
-    """Trains some rows of an embedding, and of the head that is tied to it.
+    """Trains some rows of an embedding table, and of an output head that is tied to it.
 
         W = W0 + onehot(ids)·rows
 
-    That is a low-rank update whose `A` is known: the table is neither copied nor formed, and has no gradient. `rows` is
-    what is added to the rows, and starts at zero; weight decay draws it there, and the rows to the base's.
+    This is a low-rank update with a fixed `A`, so the table is not copied and has no gradient. `rows` is initialized to
+    zero. Weight decay pulls the trained rows to their values in the base.
 
     >>> Rows(ids=[32000, 32001])
     Rows(ids=(32000, 32001))
 
     Attributes:
-      ids: the rows, each once, by number; many are better trained whole, as for each token looked up or predicted a
-        product with all of them is taken.
-      axes: as in `LoRA`; a row is one place of the only input axis.
+      ids: the indices of the rows, without duplicates. Every token is multiplied with all of them, so `Full` is faster
+        for many rows.
+      axes: as in `LoRA`. The rows are the indices of the only input axis.
     """
 
     ids: tuple[int, ...]
@@ -41,37 +41,35 @@ class Rows(Variant):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set(ids=integers("ids", self.ids))  # a list, as JSON has, could not be hashed
+        self._set(ids=integers("ids", self.ids))  # a list, as from JSON, cannot be hashed
         if len(set(self.ids)) < len(self.ids):
-            raise SpecError(f"Expected each row once in `ids`; got ids={self.ids}.")
+            raise SpecError(f"Expected no duplicates in `ids`; got ids={self.ids}.")
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises if there is not one input axis that has all the rows."""
+        """Raises unless there is one input axis, and it has all rows."""
         inputs = axes_with(axes, "i")
         if len(inputs) != 1 or "o" not in axes:
-            raise SpecError(
-                f"Rows needs a table with one input axis, that of the rows, and output axes; its axes are {axes!r}"
-            )
+            raise SpecError(f"Rows needs one input axis, the axis of the rows, and output axes; the axes are {axes!r}")
         size = shape[inputs[0]]
         if max(self.ids) >= size:
-            raise SpecError(f"there are {size} rows with axes {axes!r}; got ids={self.ids}")
+            raise SpecError(f"the table has {size} rows, with axes {axes!r}; got ids={self.ids}")
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`rows`: (batch…, number of ids, out…)."""
-        return {name: sizes(its, shape, len(self.ids)) for name, its in self.layout(axes).items()}
+        return {name: sizes(array_axes, shape, len(self.ids)) for name, array_axes in self.layout(axes).items()}
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
-        """`rows`: (batch…, `RANK`, out…), the ids in place of the rank."""
+        """`rows`: (batch…, `RANK`, out…), where the rank is the number of ids."""
         return {"rows": axes_of_b(axes)}
 
-    def start(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
-        """Zeros."""
+    def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """Returns zeros."""
         return {name: jnp.zeros(shape, dtype) for name, shape in self.shapes(kernel.shape, axes).items()}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
-        """The table with its rows as a factor, and the other factor, which says where they are."""
+        """Returns the table with the factors onehot(ids) and `rows`."""
         rows = arrays["rows"]
         shape = sizes(axes_of_a(axes), kernel.shape, len(self.ids))
-        where = jnp.arange(shape[-2])[:, None] == jnp.array(self.ids)[None]
-        a = like_kernel(jnp.broadcast_to(where.astype(rows.dtype), shape), axes_of_a(axes), kernel)
+        one_hot = jnp.arange(shape[-2])[:, None] == jnp.array(self.ids)[None]
+        a = like_kernel(jnp.broadcast_to(one_hot.astype(rows.dtype), shape), axes_of_a(axes), kernel)
         return AdaptedKernel(kernel, a, rows, scale=1.0, roles=tuple(axes), paths=(path,))

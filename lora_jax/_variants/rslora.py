@@ -10,7 +10,7 @@ from .._core.variant import LowRank
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class RSLoRA(LowRank):
-    """LoRA whose updates keep their size as the rank grows (Kalajdzievski 2023, arXiv:2312.03732).
+    """LoRA with a scale that keeps updates stable for large ranks (Kalajdzievski 2023, arXiv:2312.03732).
 
         W = W0 + (alpha / √rank)·A·B
 

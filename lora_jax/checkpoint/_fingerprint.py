@@ -19,7 +19,7 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.paths import differences, flatten
-from .._core.values import near
+from .._core.values import in_device_memory
 from ._arrays import check_there, described
 
 # path -> {"shape": […], "dtype": "…", "content": "…"}; without content if it is no weight, or only its shape is known
@@ -149,7 +149,7 @@ def _sample_array(leaf: Array) -> Any:
         return np.asarray(leaf)[places]
     # Each device looks up what it holds, and the finds are summed; said explicitly, for meshes of explicit axes.
     everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return _lookup(near(leaf), places, everywhere)
+    return _lookup(in_device_memory(leaf), places, everywhere)
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from .._core.adapter import Adapter, check_adapter
-from .._core.paths import Pattern, matched, matches_any
+from .._core.paths import Pattern, matches_any, matching_paths
 from .._errors import AdapterError
 
 Mask = Callable[[Any], Any]
@@ -49,7 +49,7 @@ def select(*names: str, paths: Patterns = "**", exclude: Patterns = ()) -> Mask:
         check_adapter(adapter, ONLY_ADAPTER)
         _check_names(names, adapter)
         for pattern in (*included, *excluded):
-            matched(pattern, adapter, error=AdapterError)
+            matching_paths(pattern, adapter, error=AdapterError)
 
         def selected(path: str, name: str) -> bool:
             return (not names or name in names) and matches_any(path, included) and not matches_any(path, excluded)

@@ -13,7 +13,7 @@ from .._core.attach import check
 from .._core.axes import RANK, axes_of_b
 from .._core.contract import widest
 from .._core.paths import flatten
-from .._core.values import equal, is_concrete, together
+from .._core.values import equal, is_concrete, on_same_devices
 from .._errors import AdapterError, listed
 from .._merge.fold import fold, keep_float64
 from ._leaf import Leaf, low_rank_leaves
@@ -102,7 +102,7 @@ def _restores(leaf: Leaf, moved: Any) -> bool:
     if not (is_concrete(leaf.w) and is_concrete(moved)):
         return True
     with jax.ensure_compile_time_eval(), keep_float64(leaf.w):
-        return bool(_near_base(*together(leaf.w, moved, fold(moved, leaf.part))))
+        return bool(_near_base(*on_same_devices(leaf.w, moved, fold(moved, leaf.part))))
 
 
 @jax.jit

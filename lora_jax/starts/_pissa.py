@@ -10,7 +10,7 @@ from jax import Array
 
 from .._core.adapter import Adapters
 from .._core.keys import key_for
-from .._core.linalg import SVD, split
+from .._core.linalg import SVD, factors_from_svd
 from .._errors import SpecError
 from ._leaf import Leaf, Start, positive_scale, start
 
@@ -61,7 +61,7 @@ def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Arra
             svd = SVD(*jnp.linalg.svd(w, full_matrices=False))
         else:
             svd = randomized_svd(key_for(key, leaf.path), w, rank, niter)
-        return split(svd, rank, scale)
+        return factors_from_svd(svd, rank, scale)
 
     return start(params, adapter, method, moves=True)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
-from ..._core.base import Recorded, use
+from ..._core.base import Recorded, apply_to_base
 from ..._core.contract import Labelled, Labels, is_narrow, widest
 from ..._core.kernel import AdaptedKernel, gain_of, materialize
 from .costs import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, cheapest
@@ -144,12 +144,12 @@ def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Fo
         return _contract(kernel, x, contraction, form)
     gain, plain = _gain(kernel), dataclasses.replace(kernel, gain=None)
     if not set(gain.labels) <= set(contraction.y):
-        return _contract(plain, times(x, gain.beside(contraction.x)), contraction, form)
-    g = gain.beside(contraction.y)
+        return _contract(plain, times(x, gain.expand_to(contraction.x)), contraction, form)
+    g = gain.expand_to(contraction.y)
     if kernel.dropout is None:
         return times(_contract(plain, x, contraction, form), g)
     # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
-    base, dropped = _base(kernel, x, contraction), kernel.dropout.of(x)
+    base, dropped = _base(kernel, x, contraction), kernel.dropout.apply(x)
     seen = _base(kernel, dropped, contraction)
     return base + (times(seen + contraction.low_rank(dropped, kernel.a, kernel.b), g) - seen)
 
@@ -191,7 +191,7 @@ def gain_misfit(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> st
 def _contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
     low_rank, costs = contraction.low_rank, contraction.costs
     if kernel.dropout is not None or kernel.active is not None:  # what the base sees is not what the factors see
-        seen = x if kernel.dropout is None else kernel.dropout.of(x)
+        seen = x if kernel.dropout is None else kernel.dropout.apply(x)
         term = low_rank(seen, kernel.a, kernel.b)
         term = term if kernel.active is None else of_active(kernel, term, contraction.y)
         return Sum(_base(kernel, x, contraction), term)
@@ -218,7 +218,7 @@ def _contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: F
 
 
 def _base(kernel: AdaptedKernel, x: Array, contraction: Contraction) -> Array:
-    product: Array = use(lambda w, x: contraction.base(x, w), kernel.w, x)
+    product: Array = apply_to_base(lambda w, x: contraction.base(x, w), kernel.w, x)
     return product
 
 

@@ -22,7 +22,7 @@ from ..._core.axes import RANK, axes_of_a, axes_of_b, sizes
 from ..._core.base import Change, concatenate, type_of
 from ..._core.contract import widest
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
-from ..._core.placement import along, typed
+from ..._core.placement import explicit_sharding, factor_spec
 from ..interpreter import NoRule, Site, Value, base_of
 from ..registry import rule
 
@@ -50,7 +50,7 @@ def _layer(part: Value, axis: int) -> Value:
         del before
         return jnp.expand_dims(factor, after.index(axis))
 
-    roles = [*part.roles[:axis], part.role("b"), *part.roles[axis:]]
+    roles = [*part.roles[:axis], part.role_of_new_axis("b"), *part.roles[axis:]]
     return part.moved(Change(jnp.expand_dims, (axis,)), roles, move)
 
 
@@ -127,8 +127,8 @@ def _gains_side_by_side(parts: Sequence[Value], axis: int, roles: Sequence[str])
 
 def _like(part: Value, axes: Axes) -> NamedSharding | None:
     """Where a factor of a leaf would be, if the leaf's type says where that is."""
-    sharding = typed(type_of(base_of(part)))
-    return None if sharding is None else sharding.update(spec=along(axes, sharding.spec))
+    sharding = explicit_sharding(type_of(base_of(part)))
+    return None if sharding is None else sharding.update(spec=factor_spec(axes, sharding.spec))
 
 
 def _factors_without(axis: int, roles: Sequence[str]) -> list[str]:

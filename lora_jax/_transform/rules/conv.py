@@ -8,7 +8,7 @@ from typing import Any
 from jax import Array, lax
 
 from ..._compat import primitives
-from ..._core.base import use
+from ..._core.base import apply_to_base
 from ..._core.contract import is_narrow
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.sizes import is_known
@@ -63,7 +63,7 @@ def _conv_general_dilated(
 
     if not isinstance(rhs, AdaptedKernel):
         site.used(rhs, "factored", roles=roles)
-        return use(lambda w, x: convolve(x, w), rhs.w, lhs)
+        return apply_to_base(lambda w, x: convolve(x, w), rhs.w, lhs)
     kernel = rhs.with_roles(_fitting(rhs, w_out, w_in))
     its = "".join(kernel.roles)
     if "b" in its or its[w_in] == its[w_out]:

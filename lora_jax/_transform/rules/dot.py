@@ -15,7 +15,7 @@ import jax
 from jax import Array, lax
 
 from ..._compat import primitives
-from ..._core.base import as_array, use
+from ..._core.base import apply_to_base, as_array
 from ..._core.contract import Labelled, Labels, is_narrow
 from ..._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel
 from ..contraction.factored import low_rank, precision_of_factors, product_with_a
@@ -70,8 +70,8 @@ def _dot_general(
             if isinstance(x, PlainKernel):
                 site.used(x, "factored", roles=its)
         if isinstance(lhs, PlainKernel):
-            return use(product, lhs.w, as_array(base_of(rhs)))
-        return use(lambda right, left: product(left, right), base_of(rhs), lhs)
+            return apply_to_base(product, lhs.w, as_array(base_of(rhs)))
+        return apply_to_base(lambda right, left: product(left, right), base_of(rhs), lhs)
     side = 0 if isinstance(lhs, AdaptedKernel) else 1
     kernel, x = (lhs, site.plain(rhs, roles[1])) if side == 0 else (rhs, site.plain(lhs, roles[0]))
     y: Any = site.eqn.outvars[0].aval

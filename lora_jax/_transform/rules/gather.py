@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.base import Change, changed, use
+from ..._core.base import Change, apply_change, apply_to_base
 from ..._core.contract import Labelled, Labels, computable, is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, gain_of
 from ..._core.sizes import smallest
@@ -73,7 +73,7 @@ def _gather(
             raise NoRule("kernels that have a gain are looked up, and filled with a number beyond the end")
         moved = dataclasses.replace(
             kernel,
-            w=changed(kernel.w, pick(fill_value), indices),
+            w=apply_change(kernel.w, pick(fill_value), indices),
             a=a.in_order(order_a),
             b=b.in_order(order_b),
             roles=tuple(roles),
@@ -81,7 +81,7 @@ def _gather(
         )
         return moved if gain is None else dataclasses.replace(moved, gain=_as_b(gain, order_b))
     on_all_tokens(kernel)
-    y = use(pick(fill_value), kernel.w, indices)
+    y = apply_to_base(pick(fill_value), kernel.w, indices)
     dtype = computable(y.dtype)
     both = _cast(a, dtype), _cast(b, dtype)
     thin = smallest(both, key=lambda factor: factor.array.size)
@@ -97,10 +97,10 @@ def _gather(
     if gain is None:
         return Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank
     if mode != lax.GatherScatterMode.FILL_OR_DROP:
-        return times(Sum(y, low_rank), gain.beside(labels))
+        return times(Sum(y, low_rank), gain.expand_to(labels))
     # What the base is filled with beyond the end is no output, and has no gain.
-    rows = use(pick(0), kernel.w, indices)
-    return times(Sum(rows, low_rank), gain.beside(labels)) + lax.stop_gradient(y - rows)
+    rows = apply_to_base(pick(0), kernel.w, indices)
+    return times(Sum(rows, low_rank), gain.expand_to(labels)) + lax.stop_gradient(y - rows)
 
 
 def _as_b(gain: Labelled, order: Labels) -> Array:
@@ -118,9 +118,9 @@ def _plain(site: Site, kernel: PlainKernel, lookup: _Lookup, pick: Change, indic
     roles = lookup.roles if "o" in lookup.roles else ""
     if sum(bool(kernel.roles[axis]) for axis in lookup.left) < 2:
         site.used(kernel, "factored", roles=roles)
-        return use(pick, kernel.w, indices)
+        return apply_to_base(pick, kernel.w, indices)
     kept = tuple(kernel.roles[label] if label < kernel.w.ndim else frozenset[Label]() for label in labels)
-    w = changed(kernel.w, pick, indices)
+    w = apply_change(kernel.w, pick, indices)
     return dataclasses.replace(kernel, w=w, roles=kept, lookup=site.uses(kernel, "factored", roles=roles))
 
 

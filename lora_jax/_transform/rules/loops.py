@@ -99,7 +99,7 @@ def _drops(operands: Sequence[Value]) -> bool:
 
 def _in_turn(operands: Sequence[Value], turn: Any) -> list[Value]:
     """The operands of one turn of a loop: kernels drop anew in each."""
-    return [x.in_use(turn) if isinstance(x, TrackedKernel) else x for x in operands]
+    return [x.for_use(turn) if isinstance(x, TrackedKernel) else x for x in operands]
 
 
 def _split(operands: Sequence[Value], *counts: int) -> tuple[list[Value], ...]:
@@ -199,7 +199,7 @@ def _stacked(y: Value) -> Value:
     """What `scan` stacked: layers of a kernel are a kernel with one more batch axis, in front."""
     if not isinstance(y, TrackedKernel):
         return y
-    y = dataclasses.replace(y, roles=(y.role("b"), *y.roles))  # type: ignore[type-var]
+    y = dataclasses.replace(y, roles=(y.role_of_new_axis("b"), *y.roles))  # type: ignore[type-var]
     if not isinstance(y, AdaptedKernel):
         return y
     # Of what is the same in every iteration one was stacked for each.

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.base import use
+from ..._core.base import apply_to_base
 from ..._core.contract import Labelled, Labels, computable, contract, sharding_of_product
 from ..._core.kernel import AdaptedKernel, TrackedKernel, gain_of
 from ..._core.placement import names_of
@@ -66,7 +66,7 @@ def _ragged_dot_general(
         )
 
     def of_base() -> Array:
-        return use(lambda w, x, sizes: product(x, w, sizes), kernel.w, lhs, group_sizes)
+        return apply_to_base(lambda w, x, sizes: product(x, w, sizes), kernel.w, lhs, group_sizes)
 
     if not isinstance(kernel, AdaptedKernel):
         site.used(kernel, "factored", roles=roles)
@@ -77,7 +77,7 @@ def _ragged_dot_general(
         raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
     on_all_tokens(kernel)
     met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
-    dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)
+    dropped = lhs if kernel.dropout is None else kernel.dropout.apply(lhs)
     x = Labelled(
         dropped.astype(computable(dropped.dtype)),
         tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)),
@@ -109,7 +109,7 @@ def _ragged_dot_general(
     site.used(kernel, "factored", roles=roles, flops=flops)
     if gain is None:
         return Sum(y, low_rank)
-    return times(Sum(y, low_rank), groups.of_each_row(gain, lhs.shape[lhs_ragged]).beside(out))
+    return times(Sum(y, low_rank), groups.of_each_row(gain, lhs.shape[lhs_ragged]).expand_to(out))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from ..._core.axes import RANK, join
 from ..._core.base import Change
 from ..._core.contract import is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
-from ..._core.placement import along
+from ..._core.placement import factor_spec
 from ..contraction.forms import Sum
 from ..interpreter import NoRule, Site, Value
 from ..registry import rule
@@ -41,7 +41,7 @@ def _transpose(site: Site, kernel: TrackedKernel, *, permutation: Axes) -> Track
 
 def _moved(sharding: Any, axes: Axes) -> Any:
     """The sharding of a factor that has some of the axes of a kernel, if one is asked for."""
-    return None if sharding is None else sharding.update(spec=along(axes, sharding.spec))
+    return None if sharding is None else sharding.update(spec=factor_spec(axes, sharding.spec))
 
 
 @rule(primitives.broadcast_in_dim_p, "moved")
@@ -52,7 +52,7 @@ def _broadcast_in_dim(
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
     del site
-    roles = [kernel.role("o")] * len(shape)
+    roles = [kernel.role_of_new_axis("o")] * len(shape)
     for axis, role in zip(broadcast_dimensions, kernel.roles, strict=True):
         roles[axis] = role
 

@@ -83,7 +83,7 @@ def _all_gather(
 
     change = Change(gather, (at,))
     if not isinstance(kernel, AdaptedKernel):
-        roles = kernel.roles if tiled else [*kernel.roles[:at], kernel.role("b"), *kernel.roles[at:]]
+        roles = kernel.roles if tiled else [*kernel.roles[:at], kernel.role_of_new_axis("b"), *kernel.roles[at:]]
         return kernel.moved(change, roles, lambda factor, before, after: factor)
     gathered = [name for name, (_, layout) in kernel.factors.items() if not tiled or at in layout(kernel.roles)]
     known = {name: kernel.replicated_over(name).union(() if axis_index_groups else names) for name in gathered}

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ..._compat import primitives
 from ..._core.base import Change
 from ..._core.kernel import TrackedKernel
-from ..._core.placement import along
+from ..._core.placement import factor_spec
 from ..interpreter import NoRule, Site
 from ..placement import check_reduced
 from ..registry import rule
@@ -49,7 +49,7 @@ def _placed(kernel: TrackedKernel, place: Any, sharding: NamedSharding) -> Track
 
     def move(factor: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Array:
         del after
-        placed: Array = place(factor, sharding.update(spec=along(before, sharding.spec)))
+        placed: Array = place(factor, sharding.update(spec=factor_spec(before, sharding.spec)))
         return placed
 
     return kernel.moved(Change(place, (sharding,), elementwise=True), kernel.roles, move)
