@@ -59,10 +59,8 @@ def test_its_options_are_those_of_init_and_of_lora(key: jax.Array) -> None:
     with pytest.raises(lj.UnsupportedError):
         apply, adapter = lj.adapt(reads, PARAMS, SPEC, X, key=key)
         apply(PARAMS, adapter, X)
-    options = {"param_dtype": jnp.bfloat16, "materialize": ["up"], "form": "factored"}
+    options: Any = {"param_dtype": jnp.bfloat16, "materialize": ["up"], "form": "factored"}
     apply, adapter = lj.adapt(reads, PARAMS, SPEC, X, key=key, **options)
-        reads, PARAMS, SPEC, X, key=key, param_dtype=jnp.bfloat16, materialize=["up"], form="factored"
-    )
     assert {leaf.dtype.name for leaf in jax.tree.leaves(adapter)} == {"bfloat16"}
     assert apply(PARAMS, adapter, X).shape == (7, 5)
     with pytest.raises(lj.SpecError, match="form"):

@@ -175,7 +175,7 @@ def test_a_refusal_names_every_leaf() -> None:
     assert text.endswith("or materialize it there: lora(apply, materialize=['q', 'k', 'v']).")
     with pytest.raises(lj.UnsupportedError):  # to form it takes leave for every leaf
         lj.lora(model, materialize=["q", "v"])(case.params, case.adapter, normal(*case.x))
-    assert_law(model, case.params, case.adapter, normal(*case.x, seed=9), formed=["q", "k", "v"])
+    assert_law(model, case.params, case.adapter, normal(*case.x, seed=9), materialize=["q", "k", "v"])
 
 
 def test_kernels_of_one_scale_keep_it_and_different_scales_join_a_factor() -> None:

@@ -1053,7 +1053,7 @@ def test_a_loop_that_is_kept_still_refuses_at_its_own_line() -> None:
         with pytest.raises(lj.UnsupportedError, match=f"{__file__}:{one.call.__code__.co_firstlineno}:"):
             lj.lora(one.apply)(one.params, one.adapter, *one.arrays)
         # What may be formed elsewhere is not what was refused here.
-        assert_law(one.apply, one.params, one.adapter, *one.arrays, formed=["w"])
+        assert_law(one.apply, one.params, one.adapter, *one.arrays, materialize=["w"])
 
 
 @pytest.mark.parametrize(

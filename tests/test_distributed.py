@@ -118,7 +118,7 @@ def test_training_goes_on_in_other_processes_bit_for_bit(stages: Stages) -> None
     for layout in stages.layouts:
         reports = [stage[layout] for stage in stages.training]
         assert [report["restored"] for report in reports[1:]] == [report["saved"] for report in reports[:-1]]
-        assert [report["alone"] for report in reports[1:]] == [report["adapter"] for report in reports[1:]]
+        assert [report["single"] for report in reports[1:]] == [report["adapter"] for report in reports[1:]]
         ends = [[2, 3], [4, 5], [5, 6], [6, 7], [7, 8]]
         assert [report["steps"] for report in reports] == ends[: len(reports)]
 
@@ -140,7 +140,7 @@ def test_all_processes_name_a_file_that_has_changed(few: Stages) -> None:
 
 def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(few: Stages) -> None:
     """Both meet the other processes at barriers of Orbax's; one would be refused where the other waits already."""
-    assert few.said["save"][0] == {"run": ["2"], "alone": ["2"]}
+    assert few.said["save"][0] == {"run": ["2"], "single": ["2"]}
 
 
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])

@@ -123,7 +123,7 @@ def test_what_would_need_the_gain_inside_is_refused(name: str) -> None:
     params, x = {"w": normal(4, 4)}, normal(3, 4)
     with pytest.raises(lj.UnsupportedError, match=reason):
         lj.lora(call)(params, dora(params, "io"), x)
-    assert_law(call, params, dora(params, "io"), x, formed=["w"])
+    assert_law(call, params, dora(params, "io"), x, materialize=["w"])
 
 
 def test_its_operations_are_few_more_than_those_of_lora() -> None:

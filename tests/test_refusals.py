@@ -247,7 +247,7 @@ def test_a_refusal_names_primitive_path_line_and_way_out(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_kernel_listed_in_dense_gives_what_the_formed_kernel_gives(name: str) -> None:
     case = REFUSALS[name].case
-    assert_law(case.apply, case.params, case.adapter, *case.arrays, formed=["w"])
+    assert_law(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"])
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -263,7 +263,7 @@ def test_a_kernel_that_is_returned_is_refused_too() -> None:
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
     refusal = Refusal(case, "return", "the function returns the kernel itself")
     assert str(error.value) == message(refusal, "the result of `apply`")
-    assert_law(case.apply, case.params, case.adapter, *case.arrays, formed=["w"])
+    assert_law(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"])
 
 
 FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
@@ -394,7 +394,7 @@ def test_all_refused_kernels_come_in_one_error_with_one_list(jit: bool) -> None:
         "\n  Leave them out of the spec, or materialize them there: lora(apply, materialize=['a', 'stack', 'b'])"
         f"{ALL_DERIVATIVES}."
     )
-    assert_law(many_refused, MANY, MANY_ADAPTED, normal(3, 4), formed=["a", "stack", "b"])
+    assert_law(many_refused, MANY, MANY_ADAPTED, normal(3, 4), materialize=["a", "stack", "b"])
 
 
 def test_explain_shows_refused_kernels_as_rows() -> None:
