@@ -33,7 +33,7 @@ def dora(params: Any, axes: str, **options: Any) -> Any:
 def test_merged_it_is_the_formula_of_the_paper(axes: str) -> None:
     params = {"w": normal(*range(3, 3 + len(axes)), size=0.5)}
     part = dora(params, axes)["w"]
-    names = {role: [chr(ord("a") + at) for at, its in enumerate(axes) if its == role] for role in "bio"}
+    names = {role: [chr(ord("a") + at) for at, letter in enumerate(axes) if letter == role] for role in "bio"}
     inputs = tuple(at for at, role in enumerate(axes) if role == "i")
     batch, into, out = map("".join, names.values())
     kernel = "".join(chr(ord("a") + at) for at in range(len(axes)))

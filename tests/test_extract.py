@@ -39,8 +39,8 @@ def made(axes: str, variant: Any) -> tuple[Any, Any]:
 
 def matrices(kernel: Any, axes: str) -> np.ndarray:
     """The layers of a kernel: (batch, in, out)."""
-    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
-    sizes = {role: [kernel.shape[axis] for axis, its in enumerate(axes) if its == role] for role in "bio"}
+    order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
+    sizes = {role: [kernel.shape[axis] for axis, letter in enumerate(axes) if letter == role] for role in "bio"}
     return np.asarray(kernel).transpose(order).reshape(*sizes["b"], np.prod(sizes["i"]), np.prod(sizes["o"]))
 
 

@@ -129,7 +129,7 @@ def test_a_step_of_lora_fa_changes_the_product_as_nearly_as_it_can_as_full_fine_
     tx = optim.lora_fa(optax.sgd(1.0), damping=0)
     updates = first_step(tx, gradient, adapter)
     new = optax.apply_updates(adapter, updates)
-    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
+    order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
     a, _ = matrices(adapter["w"])
     slope = np.asarray(full).transpose(order).reshape(*a.shape[:-1], -1)
     # The nearest to -slope that can be had with this `a`: its projection onto the columns of `a`.

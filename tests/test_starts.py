@@ -121,8 +121,8 @@ def matrices(array: Any, layout: str) -> np.ndarray:
     """A kernel, `(layers, in, out)`."""
     axes = adapter_of()[layout].axes
     array = np.asarray(array, np.float64)
-    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
-    sizes = [math.prod(array.shape[axis] for axis, its in enumerate(axes) if its == role) for role in "bio"]
+    order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
+    sizes = [math.prod(array.shape[axis] for axis, letter in enumerate(axes) if letter == role) for role in "bio"]
     return array.transpose(order).reshape(sizes)
 
 
