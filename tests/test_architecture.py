@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
