@@ -102,9 +102,7 @@ def test_uses_of_a_packed_kernel_match_the_dequantized_array(use: str, variant: 
 @pytest.mark.parametrize("use", USES)
 def test_roles_of_a_packed_kernel_match_the_dequantized_array(use: str) -> None:
     case = USES[use]
-    found, expected = (
-        lj.kernels(case.apply, params, *case.arrays)["w"] for params in (pack(case.params), case.params)
-    )
+    found, expected = (lj.kernels(case.apply, params, *case.arrays)["w"] for params in (pack(case.params), case.params))
     assert (found.axes, found.shape, found.dtype) == (expected.axes, expected.shape, expected.dtype)
 
 

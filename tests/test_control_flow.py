@@ -677,7 +677,8 @@ def test_keys_are_carried_and_split_as_in_the_model(make: Callable[[int], jax.Ar
             x, key = carry
             w, noise_key = w_and_key
             key, layer_key = jax.random.split(key)
-            return (layer(x, w) + jax.random.normal(layer_key, x.shape) + jax.random.uniform(noise_key, x.shape), key), None
+            noise = jax.random.normal(layer_key, x.shape) + jax.random.uniform(noise_key, x.shape)
+            return (layer(x, w) + noise, key), None
 
         (x, key), _ = lax.scan(body, (x, key), (params["w"], jax.random.split(key, 3)))
         return x, key
