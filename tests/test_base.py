@@ -182,7 +182,7 @@ def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
 AGAIN = {
     "a loop": Case(lambda w, x: jax.lax.scan(layer, x, w)[0], (3, 4, 4), [(5, 4)], "boi"),
     "a cast loop": Case(lambda w, x: jax.lax.scan(layer, x, 2 * w.astype(jnp.float32))[0], (3, 4, 4), [(5, 4)], "boi"),
-    **{name: USES[name] for name in ("transposed, scaled, reversed", "one expert for each token")},
+    **{name: USES[name] for name in ("transposed, scaled, reversed", "one expert per token")},
 }
 
 

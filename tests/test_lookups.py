@@ -106,8 +106,8 @@ def tokens(w: jax.Array, x: jax.Array) -> jax.Array:
 
 X, EXPERT = (3, 4), [0, 2, 2]
 PICKED = {
-    "an expert for each token": Case(lambda w, x, ids: tokens(w[ids], x), (6, 4, 5), [X, EXPERT], "bio"),
-    "an expert for each token, by take": Case(
+    "an expert per token": Case(lambda w, x, ids: tokens(w[ids], x), (6, 4, 5), [X, EXPERT], "bio"),
+    "an expert per token, by take": Case(
         lambda w, x, ids: tokens(jnp.take(w, ids, axis=0), x), (6, 4, 5), [X, EXPERT], "bio"
     ),
     "clipped": Case(
@@ -119,13 +119,13 @@ PICKED = {
     "filled": Case(
         lambda w, x, ids: tokens(jnp.take(w, ids, axis=0, fill_value=2.0), x), (6, 4, 5), [X, [0, 7, -7]], "bio"
     ),
-    "two experts for each token": Case(
+    "two experts per token": Case(
         lambda w, x, ids: jnp.einsum("td,tkdf->tkf", x, w[ids]), (3, 4, 5), [X, [[0, 1], [2, 2], [1, 0]]], "bio"
     ),
-    "an expert for each token, by vmap": Case(
+    "an expert per token, by vmap": Case(
         lambda w, x, ids: jax.vmap(lambda x, i: x @ w[i])(x, ids), (6, 4, 5), [X, EXPERT], "bio"
     ),
-    "an expert for each token, by dynamic_index_in_dim": Case(
+    "an expert per token, by dynamic_index_in_dim": Case(
         lambda w, x, ids: jax.vmap(lambda x, i: x @ lax.dynamic_index_in_dim(w, i, 1, keepdims=False))(x, ids),
         (4, 3, 5),
         [X, EXPERT],
@@ -203,7 +203,7 @@ def test_kernels_finds_the_role_of_each_axis(name: str) -> None:
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
-@pytest.mark.parametrize("name", ["an expert for each token", "clipped", "filled", "part of the output", "heads"])
+@pytest.mark.parametrize("name", ["an expert per token", "clipped", "filled", "part of the output", "heads"])
 def test_selected_kernels_are_not_materialized(name: str) -> None:
     case = PICKED[name]
     x, ids = case.arrays
@@ -226,7 +226,7 @@ def test_a_lookup_works_outside_jit(name: str) -> None:
     assert_close(got, case.apply(lj.merge(case.params, case.adapter), *case.arrays))
 
 
-@pytest.mark.parametrize("name", ["an expert for each token", "filled", "a layer by a traced index", "heads"])
+@pytest.mark.parametrize("name", ["an expert per token", "filled", "a layer by a traced index", "heads"])
 def test_selecting_kernels_works_outside_jit_and_under_vmap(name: str) -> None:
     case = PICKED[name]
     x, ids = case.arrays
@@ -237,7 +237,7 @@ def test_selecting_kernels_works_outside_jit_and_under_vmap(name: str) -> None:
 
 
 def test_explain_shows_the_product_of_a_selected_kernel() -> None:
-    case = PICKED["an expert for each token"]
+    case = PICKED["an expert per token"]
     row = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows[0]
     assert row.used == "factored dot_general ×1"
     (use,) = lj.kernels(case.apply, case.params, *case.arrays)["w"].uses

@@ -302,10 +302,7 @@ def test_a_missing_adapter_is_an_error(name: str) -> None:
 
 def selected_names(mask: Any, adapter: Any) -> set[str]:
     return {
-        f"{path}.{name}"
-        for path, part in mask(adapter).items()
-        for name, selected in part.arrays.items()
-        if selected
+        f"{path}.{name}" for path, part in mask(adapter).items() for name, selected in part.arrays.items() if selected
     }
 
 

@@ -87,7 +87,7 @@ USES = {
     "the query of attention": Use(attention, (6, 2, 3), (3, 6), "ioo"),
     "a stack of layers": Use(layers, (2, 6, 5), (3, 6), "bio"),
     "experts by group": Use(experts, (3, 6, 5), (5, 6), "bio"),
-    "one expert for each token": Use(selected_experts, (3, 6, 5), (2, 6), "bio"),
+    "one expert per token": Use(selected_experts, (3, 6, 5), (2, 6), "bio"),
     "a convolution": Use(convolution(), (2, 2, 6, 4), (1, 3, 3, 6), "iiio"),
     "a convolution in groups": Use(convolution(feature_group_count=2), (2, 2, 3, 4), (1, 3, 3, 6), "iiio"),
     "a narrow result": Use(narrow_result, (6, 5), (3, 6), "io"),

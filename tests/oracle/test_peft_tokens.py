@@ -1,4 +1,4 @@
-"""Live comparison with PEFT's trainable tokens, and of what it counts as trainable; `make test-oracle`."""
+"""Compares `Rows` with PEFT's trainable tokens, and counts of trainable parameters; `make test-oracle`."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ CHANGE = (np.random.default_rng(1).standard_normal((len(IDS), WIDTH)) / 3).astyp
 
 
 class Tied(nn.Module):
-    """A table, a matrix, and the table again as the head."""
+    """A table and a matrix."""
 
     def __init__(self):
         super().__init__()
@@ -41,11 +41,11 @@ def near(got, expected):
     np.testing.assert_allclose(got, expected.detach().numpy(), rtol=0, atol=2e-6)
 
 
-def test_rows_are_peft_s_trainable_tokens():
+def test_rows_match_trainable_tokens_of_peft():
     config = peft.TrainableTokensConfig(token_indices=list(IDS), target_modules=["embed"])
     model = peft.get_peft_model(Tied(), config)
     rows = model.base_model.model.embed.trainable_tokens_delta["default"]
-    rows.data = torch.from_numpy(TABLE[list(IDS)] + CHANGE)  # PEFT keeps the rows, we what is added to them
+    rows.data = torch.from_numpy(TABLE[list(IDS)] + CHANGE)  # PEFT stores the rows, `Rows` the change
     start = lj.init(jax.random.key(0), PARAMS, {"embed": lj.Rows(ids=IDS)})["embed"]
     adapter = {"embed": lj.Adapter(start.variant, start.axes, rows=jnp.asarray(CHANGE))}
     expected = model(torch.from_numpy(TOKENS))
@@ -64,7 +64,7 @@ def test_rows_are_peft_s_trainable_tokens():
     ],
     ids=["LoRA", "DoRA"],
 )
-def test_as_many_numbers_are_trained(variant, config):
+def test_trainable_parameters_match_peft(variant, config):
     adapter = lj.init(jax.random.key(0), PARAMS, {"*": variant})
     trainable, _ = peft.get_peft_model(Tied(), config).get_nb_trainable_parameters()
     assert lj.explain(tied, PARAMS, adapter, TOKENS).parameters == trainable
