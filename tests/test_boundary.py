@@ -84,7 +84,7 @@ def test_a_result_that_hides_a_traced_array_is_refused(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("look", [lj.kernels, lj.explain])
+@pytest.mark.parametrize("inspect_model", [lj.kernels, lj.explain])
 def test_kernels_and_explain_refuse_it_too(inspect_model: Callable[..., Any]) -> None:
     with pytest.raises(lj.TracingError, match="`Output`, which JAX does not know"):
         inspect_model(lambda p, x: Output(x @ p["w"]), PARAMS, *([ADAPTER] if inspect_model is lj.explain else []), X)

@@ -16,7 +16,7 @@ TABLE = (np.random.default_rng(0).standard_normal((ROWS, WIDTH)) / 3).astype(np.
 CHANGE = (np.random.default_rng(1).standard_normal((len(IDS), WIDTH)) / 3).astype(np.float32)
 
 
-class Tied(nn.Module):
+class Net(nn.Module):
     """A table and a matrix."""
 
     def __init__(self):
@@ -30,7 +30,7 @@ class Tied(nn.Module):
         return torch.tanh(self.mix(self.embed(tokens)))
 
 
-def tied(params, tokens):
+def net(params, tokens):
     return jnp.tanh(params["embed"][tokens] @ params["mix"])
 
 
@@ -43,15 +43,15 @@ def near(got, expected):
 
 def test_rows_match_trainable_tokens_of_peft():
     config = peft.TrainableTokensConfig(token_indices=list(IDS), target_modules=["embed"])
-    model = peft.get_peft_model(Tied(), config)
+    model = peft.get_peft_model(Net(), config)
     rows = model.base_model.model.embed.trainable_tokens_delta["default"]
     rows.data = torch.from_numpy(TABLE[list(IDS)] + CHANGE)  # PEFT stores the rows, `Rows` the change
     start = lj.init(jax.random.key(0), PARAMS, {"embed": lj.Rows(ids=IDS)})["embed"]
     adapter = {"embed": lj.Adapter(start.variant, start.axes, rows=jnp.asarray(CHANGE))}
     expected = model(torch.from_numpy(TOKENS))
-    near(lj.lora(tied)(PARAMS, adapter, TOKENS), expected)
+    near(lj.lora(net)(PARAMS, adapter, TOKENS), expected)
     torch.sum(torch.sin(expected)).backward()
-    gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(tied)(PARAMS, ad, TOKENS))))(adapter)
+    gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(net)(PARAMS, ad, TOKENS))))(adapter)
     near(gradient["embed"].rows, rows.grad)
     near(lj.merge(PARAMS, adapter)["embed"], model.merge_and_unload().embed.weight)
 
@@ -66,5 +66,5 @@ def test_rows_match_trainable_tokens_of_peft():
 )
 def test_trainable_parameters_match_peft(variant, config):
     adapter = lj.init(jax.random.key(0), PARAMS, {"*": variant})
-    trainable, _ = peft.get_peft_model(Tied(), config).get_nb_trainable_parameters()
-    assert lj.explain(tied, PARAMS, adapter, TOKENS).parameters == trainable
+    trainable, _ = peft.get_peft_model(Net(), config).get_nb_trainable_parameters()
+    assert lj.explain(net, PARAMS, adapter, TOKENS).parameters == trainable
