@@ -1,16 +1,16 @@
-"""Saves an adapter again and again, and is killed in the middle: run by test_checkpoint.py in a process of its own.
+"""Saves an adapter repeatedly and is killed while it saves. test_checkpoint.py runs it in a separate process.
 
-`python checkpoint_killed.py events ROOT`: saves to ROOT/0, ROOT/1, …, each killed just before another of its writes.
-`python checkpoint_killed.py timed ROOT SECONDS…`: saves to ROOT, killed one after another after so many seconds.
-`python checkpoint_killed.py many ROOT COUNT`: COUNT saves to ROOT, and none is killed.
-`python checkpoint_killed.py full ROOT BYTES…`: saves to ROOT where no file can be longer; prints the errors.
-`python checkpoint_killed.py room ROOT`: a run that finds no room for its second step; makes some, and saves it again.
-`python checkpoint_killed.py run KIND ROOT KILLS SEED`: a run of training that saves at every step and is killed so
-many times, at any moment after it has gone on from its newest checkpoint; KIND is `async`, `sync`, or `single` for
-`save` alone. Prints a line of JSON for each kill.
+`python checkpoint_killed.py events ROOT`: saves to ROOT/0, ROOT/1, …; the n-th save is killed before its n-th write.
+`python checkpoint_killed.py timed ROOT SECONDS…`: saves to ROOT; each save is killed after its number of seconds.
+`python checkpoint_killed.py many ROOT COUNT`: saves to ROOT COUNT times; none is killed.
+`python checkpoint_killed.py full ROOT BYTES…`: saves to ROOT with a limit on the size of files; prints the errors.
+`python checkpoint_killed.py room ROOT`: a run that has no space for its second step, gets space, and saves it again.
+`python checkpoint_killed.py run KIND ROOT KILLS SEED`: a training run that saves at every step and is killed
+KILLS times, each time at a random moment after it has resumed from its newest checkpoint. KIND is `async`, `sync` or
+`single`, which uses `save` without a manager. Prints a line of JSON for each kill.
 
-Commands with `--` between them run one after another. JAX is imported once, and each save runs in a fork, made before
-JAX has started anything; `many` and `room` start it, and come last.
+Commands separated by `--` run in order. JAX is imported once and each save runs in a fork, made before JAX starts its
+threads. `many` and `room` start them and therefore come last.
 """
 
 import itertools
@@ -36,7 +36,7 @@ WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir"}
 
 
 def adapter(number: float) -> dict[str, lj.Adapter]:
-    """An adapter that is filled with one number, so that a mixture of two would show."""
+    """An adapter filled with one number, so that a mixture of two checkpoints is noticed."""
     factors = {"a": np.full((500, 8), number, np.float32), "b": np.full((8, 300), number, np.float32)}
     return {
         "kernel": lj.Adapter(lj.LoRA(rank=8, alpha=16), "io", **factors),
@@ -45,7 +45,7 @@ def adapter(number: float) -> dict[str, lj.Adapter]:
 
 
 def forked_save(path: Path, number: float, die_at: float = float("inf")) -> int:
-    """Starts a save that kills itself just before it writes to the disk for the nth time."""
+    """Starts a save that kills its process before write number `die_at`."""
     if pid := os.fork():
         return pid
     count = itertools.count()
@@ -60,7 +60,8 @@ def forked_save(path: Path, number: float, die_at: float = float("inf")) -> int:
     os._exit(0)
 
 
-def killed(pid: int) -> bool:
+def wait(pid: int) -> bool:
+    """Waits for a process; returns whether it was killed."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if code not in (0, -signal.SIGKILL):
         sys.exit(f"the save ended with {code}")
@@ -69,24 +70,24 @@ def killed(pid: int) -> bool:
 
 def kill_at_every_write(root: Path) -> None:
     root.mkdir()
-    killed(forked_save(root / "first", 1))
+    wait(forked_save(root / "first", 1))
     for moment in itertools.count():
         shutil.copytree(root / "first", root / str(moment))
-        if not killed(forked_save(root / str(moment), 2, die_at=moment)):
+        if not wait(forked_save(root / str(moment), 2, die_at=moment)):
             return
 
 
 def kill_after(root: Path, delays: list[float]) -> None:
-    killed(forked_save(root, 0))
+    wait(forked_save(root, 0))
     for number, delay in enumerate(delays, 1):
         pid = forked_save(root, number)
         time.sleep(delay)
         os.kill(pid, signal.SIGKILL)
-        killed(pid)
+        wait(pid)
 
 
-def numbers(step: int) -> tuple[dict[str, lj.Adapter], dict[str, Any]]:
-    """What a run has come to at a step: some hundred kilobytes, no two of them alike."""
+def contents(step: int) -> tuple[dict[str, lj.Adapter], dict[str, Any]]:
+    """The adapter and state of a run at a step: some hundred kilobytes of distinct values."""
     draw = np.random.default_rng(step).normal
     factors = {"a": draw(size=(500, 64)).astype(np.float32), "b": draw(size=(64, 300)).astype(np.float32)}
     part = lj.Adapter(lj.LoRA(rank=64, alpha=16), "io", **factors)
@@ -94,7 +95,7 @@ def numbers(step: int) -> tuple[dict[str, lj.Adapter], dict[str, Any]]:
 
 
 class Run:
-    """The checkpoints of a run, in a `CheckpointManager` or with `save` alone."""
+    """The checkpoints of a run, by a `CheckpointManager` or by `save`."""
 
     def __init__(self, kind: str, root: Path) -> None:
         self.kind, self.root = kind, root
@@ -104,11 +105,11 @@ class Run:
             self.manager = ocp.CheckpointManager(root, options=options)
 
     def restored(self) -> int:
-        """The step that the newest checkpoint is of, −1 if there is none; what it holds must be whole."""
-        newest = complete(self.root)
+        """The step of the newest checkpoint, −1 if there is none. Its contents are checked."""
+        newest = newest_step(self.root)
         if newest == -1:
             return newest
-        expected = numbers(newest)
+        expected = contents(newest)
         if self.kind == "single":
             got: Any = restore(self.root, base=BASE), expected[1]
         else:
@@ -118,7 +119,7 @@ class Run:
         return newest
 
     def save(self, step: int) -> None:
-        adapter, state = numbers(step)
+        adapter, state = contents(step)
         if self.kind == "single":
             save(self.root, adapter, base=BASE)
         else:
@@ -126,16 +127,16 @@ class Run:
             self.manager.save(step, args=ocp.args.Composite(**items))
 
 
-def complete(root: Path) -> int:
-    """The newest step that is not marked as half written."""
+def newest_step(root: Path) -> int:
+    """The newest step whose save is complete."""
     return max((int(entry.name) for entry in root.iterdir() if entry.name.isdigit()), default=-1)
 
 
-def go_on(kind: str, root: Path, says: int) -> None:
-    """Goes on from the newest checkpoint for ever, or, if there is anything wrong with it, ends."""
+def resume(kind: str, root: Path, report: int) -> None:
+    """Resumes from the newest checkpoint and never returns; raises if the checkpoint is wrong."""
     run = Run(kind, root)
     step = run.restored()
-    os.write(says, b"%d\n" % step)
+    os.write(report, b"%d\n" % step)
     while True:
         step += 1
         run.save(step)
@@ -144,22 +145,22 @@ def go_on(kind: str, root: Path, says: int) -> None:
 def kill_run(kind: str, root: Path, kills: int, seed: int) -> None:
     root.mkdir(parents=True)
     for delay in np.random.default_rng(seed).uniform(0, 0.6, size=kills + 1):
-        newest = complete(root)
+        newest = newest_step(root)
         half = any("orbax-checkpoint-tmp" in entry.name for entry in root.iterdir())
-        hears, says = os.pipe()
+        source, report = os.pipe()
         if not (pid := os.fork()):
-            go_on(kind, root, says)
-        os.close(says)
-        with open(hears) as answers:
+            resume(kind, root, report)
+        os.close(report)
+        with open(source) as answers:
             restored = int(answers.readline())
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
-            assert killed(pid)
+            assert wait(pid)
         print(json.dumps({"kind": kind, "newest": newest, "restored": restored, "half written": half}), flush=True)
 
 
 def save_on_full_disk(root: Path, limits: list[int]) -> None:
-    killed(forked_save(root, 1))
+    wait(forked_save(root, 1))
     for limit in limits:
         if pid := os.fork():
             os.waitpid(pid, 0)
@@ -175,8 +176,8 @@ def save_on_full_disk(root: Path, limits: list[int]) -> None:
 def run_out_of_room(root: Path) -> None:
     run = Run("async", root)
     with run.manager:
-        for step, room in ((0, resource.RLIM_INFINITY), (1, 1000), (1, resource.RLIM_INFINITY)):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+        for step, limit in ((0, resource.RLIM_INFINITY), (1, 1000), (1, resource.RLIM_INFINITY)):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
             try:
                 run.save(step)
                 run.manager.wait_until_finished()
@@ -186,14 +187,14 @@ def run_out_of_room(root: Path) -> None:
 
 
 def wait_for_quiet(root: Path) -> None:
-    """Until no file comes or goes for a second: Orbax says that one array failed while it still writes the others."""
+    """Waits until no file changes for a second: Orbax raises for one array while it still writes the others."""
     before = None
     while before != (now := sorted(root.rglob("*"))):
         before = now
         time.sleep(1)
 
 
-def obey(command: str, root: str, *rest: str) -> None:
+def execute(command: str, root: str, *rest: str) -> None:
     if command == "events":
         kill_at_every_write(Path(root))
     elif command == "timed":
@@ -213,5 +214,5 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     while words:
         end = words.index("--") if "--" in words else len(words)
-        obey(*words[:end])
+        execute(*words[:end])
         words = words[end + 1 :]

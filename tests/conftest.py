@@ -1,4 +1,4 @@
-"""Set up once, before JAX starts: eight devices on the CPU; bounded, repeatable property tests; one key."""
+"""Settings made before JAX starts: eight CPU devices, bounded and repeatable property tests, one key."""
 
 import functools
 import os
@@ -9,11 +9,11 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        # The programs are small and run once: compiling them is what takes time.
+        # The programs are small and run once, so compilation dominates.
         "--xla_backend_optimization_level=0",
         "--xla_llvm_disable_expensive_passes=true",
         "--xla_cpu_parallel_codegen_split_count=1",
-        # Later versions always use these emitters, which take three times as long to compile, and do not know the flag.
+        # Later versions always use these emitters, which compile three times as slowly, and do not have the flag.
         "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
     ]
 )
@@ -35,7 +35,7 @@ def key() -> jax.Array:
 
 @functools.cache
 def compiles_float16() -> bool:
-    """Whether XLA can compile float16 for this processor; for one without F16C, as SSE4.2 has none, it cannot."""
+    """Whether XLA can compile float16 for this processor; it cannot without F16C, for example with SSE4.2."""
     try:
         jax.block_until_ready(jnp.ones(3).astype(jnp.float16))
     except jax.errors.JaxRuntimeError:

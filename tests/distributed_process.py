@@ -1,10 +1,10 @@
-"""One of several processes, which does one task after another with the others: run by test_distributed.py.
+"""One of several processes that perform tasks together. test_distributed.py runs it.
 
-`python distributed_process.py ADDRESS COUNT INDEX ROOT TASK…`: process INDEX of COUNT, which meet at ADDRESS and write
-to ROOT. Prints, as one line of JSON, what each task says.
+`python distributed_process.py ADDRESS COUNT INDEX ROOT TASK…`: process INDEX of COUNT, which connect to ADDRESS and
+write to ROOT. Prints the results of all tasks as one line of JSON.
 
-`train:LAYOUTS:SHAPE:UNTIL`: `distributed_run` over a mesh of SHAPE, such as `4x2`, from a checkpoint if there is one
-`damaged:LAYOUT:SHAPE`: the same from a damaged checkpoint, in ROOT/damaged; the error that says so
+`train:LAYOUTS:SHAPE:UNTIL`: `distributed_run` on a mesh of SHAPE, such as `4x2`, from a checkpoint if there is one
+`damaged:LAYOUT:SHAPE`: the same from a damaged checkpoint in ROOT/damaged; returns the error
 `save`: `distributed_save`, in ROOT/save
 `values`: `distributed_values`
 """
@@ -41,7 +41,7 @@ def damaged(root: Path, layout: str, shape: str) -> str:
     return "nothing"
 
 
-def done(root: Path, task: str) -> Any:
+def perform(root: Path, task: str) -> Any:
     match task.split(":"):
         case ["train", layouts, shape, until]:
             return train(root, layouts, shape, int(until))
@@ -58,4 +58,4 @@ if __name__ == "__main__":
     address, count, index, root, *tasks = sys.argv[1:]
     if int(count) > 1:
         jax.distributed.initialize(address, int(count), int(index))
-    print(json.dumps({task: done(Path(root), task) for task in tasks}))
+    print(json.dumps({task: perform(Path(root), task) for task in tasks}))

@@ -1,4 +1,4 @@
-"""Trains in one of several processes, from a checkpoint if there is one, and saves: run by test_distributed.py."""
+"""Trains in one of several processes, from a checkpoint if there is one, and saves. test_distributed.py runs it."""
 
 import hashlib
 from pathlib import Path
@@ -18,7 +18,7 @@ from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, State
 
 TX = optax.adam(3e-2)
 SPEC = {"up/kernel": lj.LoRA(rank=4, alpha=8, dropout=0.1), "down/*": lj.RSLoRA(rank=2, alpha=4), "bias": lj.Full()}
-# How the base lies on a mesh of data × model; the factors lie likewise, and the rank is on every device.
+# Shardings of the base on a mesh of data × model. The factors follow the base; the rank is replicated.
 LAYOUTS = {
     "fsdp": {"up/kernel": P("data", "model"), "down/kernel": P(("data", "model")), "bias": P("data")},
     "data parallel": {"up/kernel": P(), "down/kernel": P(), "bias": P()},
@@ -42,20 +42,20 @@ def make_base(layout: dict[str, P], mesh: Mesh) -> Any:
 
 
 def shardings_of(adapter: Any, layout: dict[str, P], mesh: Mesh) -> Any:
-    def cut(path: str, part: lj.Adapter) -> lj.Adapter:
+    def shard(path: str, part: lj.Adapter) -> lj.Adapter:
         rows, columns = (*layout[path], None, None)[:2]
         specs = {"a": P(rows), "b": P(None, columns), "value": layout[path]}
         return lj.Adapter(part.variant, part.axes, **{name: NamedSharding(mesh, specs[name]) for name in part.arrays})
 
-    return {path: cut(path, part) for path, part in adapter.items()}
+    return {path: shard(path, part) for path, part in adapter.items()}
 
 
-def start(base: Any, layout: dict[str, P], mesh: Mesh) -> tuple[Any, Any]:
-    """An adapter and a state at the start of a run, each array made where it lives."""
+def initial(base: Any, layout: dict[str, P], mesh: Mesh) -> tuple[Any, Any]:
+    """The adapter and state before the first step; each shard is made on its device."""
     everywhere = NamedSharding(mesh, P())
 
     def make(base: Any) -> tuple[Any, Any]:
-        key = jax.random.key(0)  # in here, it is the same on all processes
+        key = jax.random.key(0)  # traced, so that it is the same on all processes
         adapter = lj.init(key, base, SPEC)
         return adapter, {"opt_state": TX.init(adapter), "key": jax.random.fold_in(key, 1)}
 
@@ -64,8 +64,8 @@ def start(base: Any, layout: dict[str, P], mesh: Mesh) -> tuple[Any, Any]:
     opt_state = optax.tree_map_params(
         TX, lambda _, place: place, state["opt_state"], places, transform_non_params=lambda _: everywhere
     )
-    made = jax.jit(make, out_shardings=(places, {"opt_state": opt_state, "key": everywhere}))
-    adapter, state = made(base)
+    initialize = jax.jit(make, out_shardings=(places, {"opt_state": opt_state, "key": everywhere}))
+    adapter, state = initialize(base)
     return adapter, {**state, "position": 0}
 
 
@@ -82,27 +82,27 @@ def step(base: Any, adapter: Any, state: Any, x: jax.Array, y: jax.Array) -> Any
 
 
 def batch(position: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """The rows that begin at a position in the data, cut over all devices."""
+    """The rows from a position in the data on, sharded over all devices."""
     draw = np.random.default_rng(position).normal
     x, y = draw(size=(16, 16)).astype(np.float32), draw(size=(16, 8)).astype(np.float32)
     return jax.device_put((x, y), NamedSharding(mesh, P(("data", "model"))))
 
 
 def digest(tree: Any, mesh: Mesh) -> str:
-    """Of all that a tree holds, wherever it lies."""
+    """A digest of all arrays and values of a tree, whatever their shardings."""
     arrays, rest = [], []
     leaves, structure = jax.tree.flatten(tree)
     for leaf in leaves:
         (arrays if isinstance(leaf, jax.Array) else rest).append(leaf)
-    whole = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, P()))(arrays)
-    return hashlib.sha256(repr((bits(whole), rest, structure)).encode()).hexdigest()
+    replicated = jax.jit(lambda arrays: arrays, out_shardings=NamedSharding(mesh, P()))(arrays)
+    return hashlib.sha256(repr((bits(replicated), rest, structure)).encode()).hexdigest()
 
 
 def run(root: Path, name: str, mesh: Mesh, until: int) -> dict[str, Any]:
-    """Trains until a step, with checkpoints in `root`; says the losses and, as digests, what was restored and saved."""
+    """Trains until a step, with checkpoints in `root`; returns losses and digests of what was restored and saved."""
     layout, single = LAYOUTS[name], root / f"{name}, adapter"
     base = make_base(layout, mesh)
-    adapter, state = start(base, layout, mesh)
+    adapter, state = initial(base, layout, mesh)
     report: dict[str, Any] = {"losses": []}
     with ocp.CheckpointManager(root / name, options=ocp.CheckpointManagerOptions(max_to_keep=2)) as manager:
         if (newest := manager.latest_step()) is not None:
@@ -112,7 +112,7 @@ def run(root: Path, name: str, mesh: Mesh, until: int) -> dict[str, Any]:
             adapter, state = restored.adapter, restored.state
             report |= {"restored": digest((adapter, state), mesh), "adapter": digest(adapter, mesh)}
             if single.exists():
-                report["alone"] = digest(lj.restore(single, base=base, shardings=places), mesh)
+                report["single"] = digest(lj.restore(single, base=base, shardings=places), mesh)
         for number in range(newest or 0, until):
             x, y = batch(state["position"], mesh)
             position = state.pop("position")

@@ -1,4 +1,4 @@
-"""Compares kernels that no process has all of: run by test_distributed.py in several processes."""
+"""Compares kernels that are sharded over processes. test_distributed.py runs it in several processes."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def make_base() -> dict[str, Any]:
 
 
 def run() -> dict[str, Any]:
-    """Every comparison, with kernels in the memory of the devices and of the hosts; says what came out."""
+    """The results of all comparisons, with kernels in device memory and in host memory."""
     mesh = jax.make_mesh((jax.device_count(),), ("x",), axis_types=(AxisType.Auto,))
     shardings = {name: NamedSharding(mesh, spec) for name, spec in SHARDED.items()}
 
@@ -33,7 +33,7 @@ def run() -> dict[str, Any]:
     places = {"kernel": NamedSharding(mesh, P()), "layers": shardings["layers"]}
     adapter = jax.jit(make, out_shardings=places)(jax.device_put(local, shardings))
     return {
-        kind: compare({name: its.with_memory_kind(kind) for name, its in shardings.items()}, local, adapter)
+        kind: compare({name: sharding.with_memory_kind(kind) for name, sharding in shardings.items()}, local, adapter)
         for kind in ("device", "pinned_host")
     }
 
@@ -42,7 +42,7 @@ def compare(shardings: Any, local: Any, adapter: Any) -> dict[str, Any]:
     base, other = jax.device_put(local, shardings), jax.device_put({n: x + 1 for n, x in local.items()}, shardings)
     assert not any(leaf.is_fully_addressable for leaf in (*base.values(), adapter["layers"].e))
     merged = lj.merge(base, adapter)
-    # The residue after a start that takes its factors out of the base.
+    # The base after an initialization that subtracts its factors from it.
     kernel, start = {"kernel": base["kernel"]}, {"kernel": adapter["kernel"]}
     residue, drift = lj.unmerge_approximately(kernel, start)
     restored = lj.unmerge(merged, adapter, base=base)
@@ -50,15 +50,15 @@ def compare(shardings: Any, local: Any, adapter: Any) -> dict[str, Any]:
         "fingerprint": fingerprint(base),
         "drift": drift["kernel"],
         "restored": all(restored[name] is base[name] for name in base),
-        "another base": said(lambda: lj.unmerge(merged, adapter, base=other)),
+        "another base": error_of(lambda: lj.unmerge(merged, adapter, base=other)),
         "rank as plain": starts.as_plain(kernel, start, residue, start)["kernel"].variant.rank,
-        "another start": said(lambda: starts.as_plain({"kernel": other["kernel"]}, start, residue, start)),
+        "another start": error_of(lambda: starts.as_plain({"kernel": other["kernel"]}, start, residue, start)),
         "rank compact": lj.adaptive.compact({"layers": adapter["layers"]})["layers"].variant.rank,
     }
 
 
-def said(call: Any) -> str:
-    """The first line of the error that a call raises."""
+def error_of(call: Any) -> str:
+    """The first line of the error that a call raises, or "nothing"."""
     try:
         call()
     except lj.LoRAError as error:

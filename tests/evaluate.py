@@ -1,7 +1,7 @@
-"""Evaluates a traced function on NumPy arrays: nothing is compiled, which is where a small program's time goes.
+"""Evaluates a traced function on NumPy arrays, because compiling takes most of the time of a small program.
 
-Loops are run in Python. A primitive that is not in the table is evaluated by JAX, one at a time, so that its compiled
-code is found again by the next program.
+Loops run in Python. JAX evaluates each primitive that is not in the table by itself, so that the compiled code is
+cached for the next program.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ Arrays = list[Any]
 
 
 def evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> Arrays:
-    """The results of a jaxpr for NumPy arrays."""
+    """Evaluates a jaxpr on NumPy arrays."""
     return _run(closed.jaxpr, [np.asarray(const) for const in closed.consts], args)
 
 
 def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, evaluated on NumPy arrays where NumPy has all that it takes, and else compiled as a whole."""
+    """Evaluates the function on NumPy arrays if NumPy supports all of it, and compiles it otherwise."""
 
     def run(*args: Any) -> Any:
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        if not _is_numpys(closed.jaxpr):
+        if not _numpy_evaluates(closed.jaxpr):
             return jax.jit(function)(*args)
         results = evaluate(closed, [np.asarray(leaf) for leaf in jax.tree.leaves(args)])
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
@@ -36,18 +36,18 @@ def without_compiling(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _is_numpys(jaxpr: Jaxpr) -> bool:
-    """Whether every array is of a dtype that NumPy computes in as JAX does, and every inner jaxpr in a known call."""
+def _numpy_evaluates(jaxpr: Jaxpr) -> bool:
+    """Whether NumPy computes as JAX does in the dtypes of all arrays, and every inner jaxpr belongs to a known call."""
     for eqn in jaxpr.eqns:
         inner = [x for x in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr) if _is_jaxpr(x)]
         if eqn.primitive.name in _NUMPY:
-            inner = []  # of a scatter, how it adds
+            inner = []  # the jaxpr of a scatter is its addition
         elif inner and eqn.primitive.name not in _CALLS:
             return False
         atoms = (*eqn.invars, *eqn.outvars)
         if not all(getattr(atom.aval, "dtype", None) in _DTYPES for atom in atoms):
             return False
-        if not all(_is_numpys(getattr(x, "jaxpr", x)) for x in inner):
+        if not all(_numpy_evaluates(getattr(x, "jaxpr", x)) for x in inner):
             return False
     return True
 
@@ -78,7 +78,7 @@ def _equation(eqn: JaxprEqn, args: Arrays) -> Arrays:
         out = _NUMPY[name](*args, **eqn.params)
         return [np.asarray(out, eqn.outvars[0].aval.dtype)]
     out = eqn.primitive.bind(*args, **eqn.params)
-    return [np.asarray(each) for each in (out if eqn.primitive.multiple_results else [out])]
+    return [np.asarray(x) for x in (out if eqn.primitive.multiple_results else [out])]
 
 
 # Calls and loops
@@ -109,9 +109,9 @@ def _while(
     carry = args[cond_nconsts + body_nconsts :]
     while np.any(going := evaluate(cond_jaxpr, [*ends, *carry])[0]):
         out = evaluate(body_jaxpr, [*consts, *carry])
-        # Under vmap each has an end of its own.
+        # Under vmap each example ends after its own number of iterations.
         spread = (going.reshape(going.shape + (1,) * (x.ndim - going.ndim)) for x in out)
-        carry = [np.where(its, new, old) for its, new, old in zip(spread, out, carry, strict=True)]
+        carry = [np.where(active, new, old) for active, new, old in zip(spread, out, carry, strict=True)]
     return carry
 
 
@@ -119,15 +119,15 @@ def _scan(
     args: Arrays, *, jaxpr: ClosedJaxpr, length: int, reverse: bool, num_consts: int, num_carry: int, **_: Any
 ) -> Arrays:
     consts, carry, xs = args[:num_consts], args[num_consts : num_consts + num_carry], args[num_consts + num_carry :]
-    turns = []
-    for turn in range(length)[:: -1 if reverse else 1]:
-        out = evaluate(jaxpr, [*consts, *carry, *(x[turn] for x in xs)])
+    iterations = []
+    for iteration in range(length)[:: -1 if reverse else 1]:
+        out = evaluate(jaxpr, [*consts, *carry, *(x[iteration] for x in xs)])
         carry = out[:num_carry]
-        turns.append(out[num_carry:])
+        iterations.append(out[num_carry:])
     shapes = jaxpr.jaxpr.outvars[num_carry:]
-    if not turns:
+    if not iterations:
         return [*carry, *(np.zeros((0, *var.aval.shape), var.aval.dtype) for var in shapes)]
-    return [*carry, *(np.stack(ys) for ys in zip(*turns[:: -1 if reverse else 1], strict=True))]
+    return [*carry, *(np.stack(ys) for ys in zip(*iterations[:: -1 if reverse else 1], strict=True))]
 
 
 _CALLS: dict[str, Callable[..., Arrays]] = {
@@ -135,7 +135,7 @@ _CALLS: dict[str, Callable[..., Arrays]] = {
     "checkpoint": _call,
     "remat2": _call,
     "closed_call": _custom,
-    "eval_jaxpr": _custom,  # its name in JAX 0.12
+    "eval_jaxpr": _custom,  # the name in JAX 0.12
     "custom_jvp_call": _custom,
     "custom_vjp_call": _custom,
     "cond": _cond,
@@ -143,17 +143,19 @@ _CALLS: dict[str, Callable[..., Arrays]] = {
     "scan": _scan,
 }
 
-# One at a time
+# Single primitives
 
 
 def _dot_general(x: Any, y: Any, *, dimension_numbers: Any, **_: Any) -> Any:
     (x_summed, y_summed), (x_batch, y_batch) = dimension_numbers
-    labels = [*range(x.ndim)]
-    theirs = [x.ndim + axis for axis in range(y.ndim)]
-    for mine, its in zip((*x_summed, *x_batch), (*y_summed, *y_batch), strict=True):
-        theirs[its] = labels[mine]
-    rest = [label for label in (*labels, *theirs) if label not in {labels[axis] for axis in (*x_summed, *x_batch)}]
-    return np.einsum(x, labels, y, theirs, [*(labels[axis] for axis in x_batch), *rest])
+    x_labels = [*range(x.ndim)]
+    y_labels = [x.ndim + axis for axis in range(y.ndim)]
+    for x_axis, y_axis in zip((*x_summed, *x_batch), (*y_summed, *y_batch), strict=True):
+        y_labels[y_axis] = x_labels[x_axis]
+    rest = [
+        label for label in (*x_labels, *y_labels) if label not in {x_labels[axis] for axis in (*x_summed, *x_batch)}
+    ]
+    return np.einsum(x, x_labels, y, y_labels, [*(x_labels[axis] for axis in x_batch), *rest])
 
 
 def _broadcast_in_dim(x: Any, *, shape: Any, broadcast_dimensions: Any, **_: Any) -> Any:
@@ -169,7 +171,7 @@ def _slice(x: Any, *, start_indices: Any, limit_indices: Any, strides: Any) -> A
 
 
 def _starts(shape: Any, sizes: Any, starts: Any) -> Any:
-    return [int(np.clip(start, 0, size - its)) for start, size, its in zip(starts, shape, sizes, strict=True)]
+    return [int(np.clip(start, 0, size - window)) for start, size, window in zip(starts, shape, sizes, strict=True)]
 
 
 def _dynamic_slice(x: Any, *starts: Any, slice_sizes: Any) -> Any:
@@ -193,10 +195,10 @@ def _pad(x: Any, value: Any, *, padding_config: Any) -> Any:
     wide = np.full(inside, value, x.dtype)
     wide[tuple(slice(None, None, between + 1) for _, _, between in padding_config)] = x
     wide = np.pad(wide, [(max(0, low), max(0, high)) for low, high, _ in padding_config], constant_values=value)
-    cuts = [
+    limits = [
         (max(0, -low), size - max(0, -high)) for size, (low, high, _) in zip(wide.shape, padding_config, strict=True)
     ]
-    return wide[tuple(slice(*cut) for cut in cuts)]
+    return wide[tuple(slice(*slices) for slices in limits)]
 
 
 def _conv_general_dilated(
@@ -226,13 +228,13 @@ def _conv_general_dilated(
     axis = 1 if feature_group_count > 1 else 0
     parts = zip(np.split(places, groups, axis), np.split(w, groups, 0), strict=True)
     summed = [1, *range(2 + len(window), places.ndim)]
-    outs = [np.tensordot(part, its, (summed, range(1, w.ndim))) for part, its in parts]
+    outs = [np.tensordot(part, kernel, (summed, range(1, w.ndim))) for part, kernel in parts]
     # (batch, place…, out)
     return np.moveaxis(np.concatenate(outs, -1), -1, 1).transpose(np.argsort(out_spec))
 
 
 def _windows(indices: Any, shape: Any, sizes: Any, mode: Any, start_axes: Any, batching: Any) -> Any:
-    """For each index tuple its place in the batch of indices, where its window starts, and whether it is inside."""
+    """Yields for each index its position in the batch, the slices of its window, and whether it is in bounds."""
     for place in np.ndindex(indices.shape[:-1]):
         start = np.zeros(len(shape), int)
         start[[*start_axes]] = indices[place]
@@ -254,9 +256,9 @@ def _gather(
     window = tuple(size for axis, size in enumerate(slice_sizes) if axis not in dropped)
     fill = np.nan if np.issubdtype(x.dtype, np.floating) else 0
     out = np.full((*indices.shape[:-1], *window), fill if fill_value is None else fill_value, x.dtype)
-    for place, cut, inside in _windows(indices, x.shape, slice_sizes, mode, numbers.start_index_map, batching):
+    for place, slices, inside in _windows(indices, x.shape, slice_sizes, mode, numbers.start_index_map, batching):
         if inside:
-            out[place] = x[cut].reshape(window)
+            out[place] = x[slices].reshape(window)
     return np.moveaxis(out, range(indices.ndim - 1, out.ndim), numbers.offset_dims)
 
 
@@ -269,9 +271,9 @@ def _scatter_add(x: Any, indices: Any, updates: Any, *, dimension_numbers: Any, 
     sizes = [1 if axis in dropped else next(window) for axis in range(x.ndim)]
     x = x.copy()
     axes = numbers.scatter_dims_to_operand_dims
-    for place, cut, inside in _windows(indices, x.shape, sizes, mode, axes, batching):
+    for place, slices, inside in _windows(indices, x.shape, sizes, mode, axes, batching):
         if inside:
-            x[cut] += updates[place].reshape(sizes)
+            x[slices] += updates[place].reshape(sizes)
     return x
 
 
@@ -303,7 +305,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "reduce_max": lambda x, *, axes, **_: x.max(axes),
     "integer_pow": lambda x, *, y: x**y,
     "select_n": lambda which, *cases: np.choose(which, cases) if which.dtype != bool else np.where(which, *cases[::-1]),
-    "convert_element_type": lambda x, **_: x,  # its result is cast to what the equation says
+    "convert_element_type": lambda x, **_: x,  # `_equation` casts the result
     "iota": lambda *, dimension, shape, dtype, **_: np.broadcast_to(
         np.arange(shape[dimension]).reshape([-1 if axis == dimension else 1 for axis in range(len(shape))]), shape
     ),

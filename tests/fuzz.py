@@ -1,7 +1,7 @@
-"""Draws random programs of kernels whose every use is listed: has a rule, for the roles that the kernel's axes have.
+"""Draws random programs that use kernels only in ways that have a rule for the roles of the axes.
 
-The drawing knows of a kernel the role and the size of each axis, wherever it is moved. So it knows that `lora` has to
-take the program, and a refusal is a failure. Now and then a program has one step without a rule, `Opaque`.
+`Drawing` tracks the role and size of each axis through every move, so that `lora` must accept the program and an
+UnsupportedError is a failure. Some programs have one step without a rule, `Opaque`, which must raise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import fuzz_program as fp
 from fuzz_program import K, Shape
 from hypothesis import strategies as st
 
-# The kinds of steps that the library has rules for; a new rule is one more line here.
+# The kinds of steps that have rules; add a line for a new rule.
 ENABLED = frozenset(
     {
         "transpose",
@@ -62,14 +62,14 @@ LARGEST = 48  # elements of a kernel
 
 
 @dataclasses.dataclass(frozen=True)
-class Known:
-    """What is known of a kernel, or of what became of it.
+class KernelInfo:
+    """A kernel after some moves.
 
     Attributes:
-      roles: of each axis; `?` of one of size 1 that any role may have got.
-      shape: of the kernel.
-      is_kernel: whether it is one still; after a lookup of one row it is an array; None if that is not known.
-      mapped: whether it is a slice under `vmap`: more axes are there than can be seen.
+      roles: the role of each axis; `?` for an axis of size 1 whose role is ambiguous.
+      shape: the shape.
+      is_kernel: False if it is an array, as after a lookup of one row; None if that is ambiguous.
+      mapped: whether it is a slice under `vmap`, which hides an axis.
     """
 
     roles: tuple[str, ...]
@@ -82,26 +82,26 @@ class Known:
         return len(self.shape)
 
     def having(self, role: str) -> list[int]:
-        return [axis for axis, its in enumerate(self.roles) if its == role]
+        return [axis for axis, axis_role in enumerate(self.roles) if axis_role == role]
 
-    def without(self, axis: int, *, squeezed: bool) -> Known:
-        roles, shape = (its[:axis] + its[axis + 1 :] for its in (self.roles, self.shape))
+    def without(self, axis: int, *, squeezed: bool) -> KernelInfo:
+        roles, shape = (values[:axis] + values[axis + 1 :] for values in (self.roles, self.shape))
         rest = dataclasses.replace(self, roles=roles, shape=shape)
-        return rest.after_a_look_up() if squeezed else rest
+        return rest.after_lookup() if squeezed else rest
 
-    def after_a_look_up(self) -> Known:
-        """The same, if it is what a lookup leaves: an array, where inputs or outputs are gone."""
+    def after_lookup(self) -> KernelInfo:
+        """The same, marked as an array if it has no input or no output axes left."""
         if self.is_kernel is False or {"i", "o"} <= set(self.roles):
             return self
         return dataclasses.replace(self, is_kernel=None if "?" in self.roles or self.mapped else False)
 
-    def with_axis(self, axis: int, size: int, role: str | None = None) -> Known:
+    def with_axis(self, axis: int, size: int, role: str | None = None) -> KernelInfo:
         shape, roles = [*self.shape], [*self.roles]
         shape[axis], roles[axis] = size, role or roles[axis]
         return dataclasses.replace(self, shape=tuple(shape), roles=tuple(roles))
 
 
-Scope = dict[str, Known]
+Scope = dict[str, KernelInfo]
 
 
 class Drawing:
@@ -148,48 +148,50 @@ class Drawing:
     def leaf(self) -> fp.Leaf:
         roles = "".join(self.order(["i", "o", *(self.one_of("oib") for _ in range(self.number(0, 2)))]))
         if self.chance(5):
-            roles = self.one_of(("iiio", "oiii", "biio", "iio"))  # as convolutions have them
+            roles = self.one_of(("iiio", "oiii", "biio", "iio"))  # layouts of convolutions
         shape = tuple(self.size() for _ in roles)
-        ranks = [math.prod(size for size, its in zip(shape, roles, strict=True) if its == role) for role in "io"]
+        ranks = [
+            math.prod(size for size, axis_role in zip(shape, roles, strict=True) if axis_role == role) for role in "io"
+        ]
         variant = self.one_of(("LoRA", "LoRA", "LoRA", "LoRA", "RSLoRA", "Full", None))
         return fp.Leaf(shape, roles, self.number(1, min(2, *ranks)), variant)
 
-    def kernel(self, scope: Scope, most: int = 3) -> tuple[K, Known]:
+    def kernel(self, scope: Scope, most: int = 3) -> tuple[K, KernelInfo]:
         name = self.one_of(sorted(scope))
-        moves, known = self.moves(scope, scope[name], most)
-        return K(name, moves), known
+        moves, info = self.moves(scope, scope[name], most)
+        return K(name, moves), info
 
-    def moves(self, scope: Scope, known: Known, most: int) -> tuple[tuple[Any, ...], Known]:
+    def moves(self, scope: Scope, info: KernelInfo, most: int) -> tuple[tuple[Any, ...], KernelInfo]:
         moves = []
         for _ in range(self.number(0, most)):
-            move, known = self.move(scope, known)
+            move, info = self.move(scope, info)
             moves += [] if move is None else [move]
-        return tuple(moves), known
+        return tuple(moves), info
 
-    def move(self, scope: Scope, known: Known) -> tuple[Any, Known]:
-        return getattr(self, "_" + self.one_of([kind for kind in MOVES if kind in ENABLED]))(scope, known)
+    def move(self, scope: Scope, info: KernelInfo) -> tuple[Any, KernelInfo]:
+        return getattr(self, "_" + self.one_of([kind for kind in MOVES if kind in ENABLED]))(scope, info)
 
-    def axis(self, known: Known) -> int:
-        return self.number(0, known.ndim - 1)
+    def axis(self, info: KernelInfo) -> int:
+        return self.number(0, info.ndim - 1)
 
-    def _transpose(self, scope: Scope, known: Known) -> Any:
-        order = tuple(self.order(range(known.ndim)))
-        roles, shape = ([its[axis] for axis in order] for its in (known.roles, known.shape))
-        return fp.Transpose(order), dataclasses.replace(known, roles=tuple(roles), shape=tuple(shape))
+    def _transpose(self, scope: Scope, info: KernelInfo) -> Any:
+        order = tuple(self.order(range(info.ndim)))
+        roles, shape = ([values[axis] for axis in order] for values in (info.roles, info.shape))
+        return fp.Transpose(order), dataclasses.replace(info, roles=tuple(roles), shape=tuple(shape))
 
-    def _reshape(self, scope: Scope, known: Known) -> Any:
-        """Each run of axes of one role becomes other axes of the same size together."""
+    def _reshape(self, scope: Scope, info: KernelInfo) -> Any:
+        """Splits and merges adjacent axes of the same role."""
         runs: list[tuple[str, int]] = []
-        for role, size in zip(known.roles, known.shape, strict=True):
+        for role, size in zip(info.roles, info.shape, strict=True):
             if runs and (size == 1 or role == runs[-1][0] or runs[-1][1] == 1):
                 runs[-1] = (role if size > 1 else runs[-1][0], runs[-1][1] * size)
             else:
                 runs.append((role, size))
         axes = [(role if part > 1 else "?", part) for role, size in runs for part in self._parts(size)]
         if len(axes) > 5:
-            return None, known
+            return None, info
         roles, shape = tuple(role for role, _ in axes), tuple(size for _, size in axes)
-        return fp.Reshape(shape), dataclasses.replace(known, roles=roles, shape=shape).after_a_look_up()
+        return fp.Reshape(shape), dataclasses.replace(info, roles=roles, shape=shape).after_lookup()
 
     def _parts(self, size: int) -> list[int]:
         divisors = [part for part in range(2, size) if size % part == 0]
@@ -201,202 +203,204 @@ class Drawing:
             parts = [first, size // first]
         return [*parts, 1] if self.chance(6) else parts
 
-    def _squeeze(self, scope: Scope, known: Known) -> Any:
-        ones = [axis for axis, size in enumerate(known.shape) if size == 1]
+    def _squeeze(self, scope: Scope, info: KernelInfo) -> Any:
+        ones = [axis for axis, size in enumerate(info.shape) if size == 1]
         if not ones:
-            return None, known
+            return None, info
         axis = self.one_of(ones)
-        return fp.Squeeze(axis), known.without(axis, squeezed=True)
+        return fp.Squeeze(axis), info.without(axis, squeezed=True)
 
-    def _expand(self, scope: Scope, known: Known) -> Any:
-        if known.ndim > 4:
-            return None, known
-        axis = self.number(0, known.ndim)
-        return fp.Expand(axis), self._new_axis(known, axis, 1)
+    def _expand(self, scope: Scope, info: KernelInfo) -> Any:
+        if info.ndim > 4:
+            return None, info
+        axis = self.number(0, info.ndim)
+        return fp.Expand(axis), self._new_axis(info, axis, 1)
 
-    def _new_axis(self, known: Known, axis: int, size: int, role: str = "o") -> Known:
-        roles = (*known.roles[:axis], role, *known.roles[axis:])
-        return dataclasses.replace(known, roles=roles, shape=(*known.shape[:axis], size, *known.shape[axis:]))
+    def _new_axis(self, info: KernelInfo, axis: int, size: int, role: str = "o") -> KernelInfo:
+        roles = (*info.roles[:axis], role, *info.roles[axis:])
+        return dataclasses.replace(info, roles=roles, shape=(*info.shape[:axis], size, *info.shape[axis:]))
 
-    def _broadcast(self, scope: Scope, known: Known) -> Any:
+    def _broadcast(self, scope: Scope, info: KernelInfo) -> Any:
         times = self.one_of((2, 3))
-        if math.prod(known.shape) * times > LARGEST or known.ndim > 4:
-            return None, known
-        ones = [axis for axis, size in enumerate(known.shape) if size == 1 and known.roles[axis] != "?"]
+        if math.prod(info.shape) * times > LARGEST or info.ndim > 4:
+            return None, info
+        ones = [axis for axis, size in enumerate(info.shape) if size == 1 and info.roles[axis] != "?"]
         if ones and self.number(0, 1):
-            repeated = known.with_axis(self.one_of(ones), times)
-            return fp.Broadcast(repeated.shape, tuple(range(known.ndim))), repeated
-        axis = self.number(0, known.ndim)
-        wider = self._new_axis(known, axis, times)
-        return fp.Broadcast(wider.shape, tuple(its for its in range(wider.ndim) if its != axis)), wider
+            repeated = info.with_axis(self.one_of(ones), times)
+            return fp.Broadcast(repeated.shape, tuple(range(info.ndim))), repeated
+        axis = self.number(0, info.ndim)
+        wider = self._new_axis(info, axis, times)
+        return fp.Broadcast(wider.shape, tuple(kept for kept in range(wider.ndim) if kept != axis)), wider
 
-    def _slice(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim:
-            return None, known
-        axis = self.axis(known)
-        start = self.number(0, known.shape[axis] - 1)
-        stop, stride = self.number(start + 1, known.shape[axis]), self.number(1, 2)
-        return fp.Slice(axis, start, stop, stride), known.with_axis(axis, len(range(start, stop, stride)))
+    def _slice(self, scope: Scope, info: KernelInfo) -> Any:
+        if not info.ndim:
+            return None, info
+        axis = self.axis(info)
+        start = self.number(0, info.shape[axis] - 1)
+        stop, stride = self.number(start + 1, info.shape[axis]), self.number(1, 2)
+        return fp.Slice(axis, start, stop, stride), info.with_axis(axis, len(range(start, stop, stride)))
 
-    def _dynamic_slice(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim:
-            return None, known
-        axis = self.axis(known)
-        size = self.number(1, known.shape[axis])
-        return fp.DynamicSlice(axis, size, self.number(-3, 2)), self._by_number(known.with_axis(axis, size))
+    def _dynamic_slice(self, scope: Scope, info: KernelInfo) -> Any:
+        if not info.ndim:
+            return None, info
+        axis = self.axis(info)
+        size = self.number(1, info.shape[axis])
+        return fp.DynamicSlice(axis, size, self.number(-3, 2)), self._at_traced_number(info.with_axis(axis, size))
 
-    def _by_number(self, known: Known) -> Known:
-        """What a move by the traced number gives: one for each, where each has its own."""
-        return dataclasses.replace(known, mapped=known.mapped or self.numbered)
+    def _at_traced_number(self, info: KernelInfo) -> KernelInfo:
+        """The same after a move that depends on the traced number, which `vmap` may map."""
+        return dataclasses.replace(info, mapped=info.mapped or self.numbered)
 
-    def _index(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim:
-            return None, known
-        axis = self.axis(known)
-        place = self.number(-known.shape[axis], known.shape[axis] - 1)
-        return fp.Index(axis, place), known.without(axis, squeezed=True)
+    def _index(self, scope: Scope, info: KernelInfo) -> Any:
+        if not info.ndim:
+            return None, info
+        axis = self.axis(info)
+        place = self.number(-info.shape[axis], info.shape[axis] - 1)
+        return fp.Index(axis, place), info.without(axis, squeezed=True)
 
-    def _dynamic_index(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim:
-            return None, known
-        axis = self.axis(known)
-        # Where each has its own number the library sees more axes than these.
-        after = self._by_number(known).without(axis, squeezed=True)
+    def _dynamic_index(self, scope: Scope, info: KernelInfo) -> Any:
+        if not info.ndim:
+            return None, info
+        axis = self.axis(info)
+        # If `vmap` maps the number, the library sees one more axis.
+        after = self._at_traced_number(info).without(axis, squeezed=True)
         return fp.DynamicIndex(axis, self.number(-3, 2), bool(self.number(0, 1))), after
 
-    def _rev(self, scope: Scope, known: Known) -> Any:
-        return fp.Rev(tuple(self.some(range(known.ndim)))), known
+    def _rev(self, scope: Scope, info: KernelInfo) -> Any:
+        return fp.Rev(tuple(self.some(range(info.ndim)))), info
 
     def _ids(self, size: int, shape: Shape, outside: int = 0) -> Any:
-        """Of an axis of a size; with `outside` also beyond its ends."""
+        """Indices into an axis of a size; `outside` allows that many positions out of bounds."""
         if not shape:
             return self.number(-size - outside, size - 1 + outside)
         return tuple(self._ids(size, shape[1:], outside) for _ in range(shape[0]))
 
-    def _picked(self, known: Known, axes: Sequence[int], shape: Shape, at: int) -> Known | None:
-        """What is left when places along some axes are picked; the axes of the ids stand at `at`."""
-        picked = {known.roles[axis] for axis in axes}
-        rest = [axis for axis in range(known.ndim) if axis not in axes]
-        roles, sizes = [known.roles[axis] for axis in rest], [known.shape[axis] for axis in rest]
-        if "?" in picked | set(roles) or known.mapped or math.prod((*sizes, *shape)) > LARGEST:
+    def _select(self, info: KernelInfo, axes: Sequence[int], shape: Shape, at: int) -> KernelInfo | None:
+        """The result of indexing some axes; the axes of the ids are inserted at `at`."""
+        selected = {info.roles[axis] for axis in axes}
+        rest = [axis for axis in range(info.ndim) if axis not in axes]
+        roles, sizes = [info.roles[axis] for axis in rest], [info.shape[axis] for axis in rest]
+        if "?" in selected | set(roles) or info.mapped or math.prod((*sizes, *shape)) > LARGEST:
             return None
-        # Picked from both factors, from the one, or from the other.
-        role = "b" if len(picked) > 1 or "b" in picked else picked.pop()
+        # Both factors are indexed, or only one of them.
+        role = "b" if len(selected) > 1 or "b" in selected else selected.pop()
         roles[at:at], sizes[at:at] = [role] * len(shape), shape
-        left = {known.roles[axis] for axis in rest}
-        is_kernel = known.is_kernel and {"i", "o"} <= left
-        return Known(tuple(roles), tuple(sizes), is_kernel)
+        remaining = {info.roles[axis] for axis in rest}
+        is_kernel = info.is_kernel and {"i", "o"} <= remaining
+        return KernelInfo(tuple(roles), tuple(sizes), is_kernel)
 
-    def _take(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim or known.is_kernel is None:
-            return None, known
-        return self._take_along(known, self.axis(known))
+    def _take(self, scope: Scope, info: KernelInfo) -> Any:
+        if not info.ndim or info.is_kernel is None:
+            return None, info
+        return self._take_along(info, self.axis(info))
 
-    def _take_along(self, known: Known, axis: int) -> Any:
+    def _take_along(self, info: KernelInfo, axis: int) -> Any:
         shape = (*self.shape(1), self.size())
         mode, traced = self.one_of((None, "clip", "wrap", "fill")), bool(self.number(0, 1)) and not self.numbered
-        after = self._picked(known, [axis], shape, axis)
+        after = self._select(info, [axis], shape, axis)
         if after is None:
-            return None, known
-        # Without a mode what is outside is no number.
-        ids = self._ids(known.shape[axis], shape, outside=0 if mode is None else 2)
+            return None, info
+        # Without a mode, an index out of bounds gives NaN.
+        ids = self._ids(info.shape[axis], shape, outside=0 if mode is None else 2)
         return fp.Take(axis, ids, mode, traced), after
 
-    def _lookup(self, scope: Scope, known: Known) -> Any:
-        if not known.ndim or known.is_kernel is None:
-            return None, known
-        axes = self.some(range(known.ndim)) or [self.axis(known)]
-        # Under vmap it cannot be told which axis of size 1 is picked, and what role the ids get.
-        mapped = bool(self.number(0, 1)) and all(known.shape[axis] > 1 for axis in axes)
+    def _lookup(self, scope: Scope, info: KernelInfo) -> Any:
+        if not info.ndim or info.is_kernel is None:
+            return None, info
+        axes = self.some(range(info.ndim)) or [self.axis(info)]
+        # Under vmap, the indexed axis is ambiguous among axes of size 1, and so is the role of the ids.
+        mapped = bool(self.number(0, 1)) and all(info.shape[axis] > 1 for axis in axes)
         shape = (*self.shape(1), self.size())
-        # Indices with a slice between them go in front, as those of a vmap do; but what is left by the vmap of a
-        # lookup with many axes of ids is in an order that is hard to tell, so that there is one.
-        apart = axes[-1] - axes[0] >= len(axes)
+        # Indices with a slice between them come first, as under vmap. With vmap there is only one axis of ids, because
+        # the order of several is hard to predict.
+        separated = axes[-1] - axes[0] >= len(axes)
         shape = shape[:1] if mapped else shape
-        after = self._picked(known, axes, shape, 0 if apart or mapped else axes[0])
+        after = self._select(info, axes, shape, 0 if separated or mapped else axes[0])
         if after is None:
-            return None, known
-        ids = tuple(self._ids(size, shape) if axis in axes else None for axis, size in enumerate(known.shape))
+            return None, info
+        ids = tuple(self._ids(size, shape) if axis in axes else None for axis, size in enumerate(info.shape))
         return fp.Lookup(ids, bool(self.number(0, 1)) and not self.numbered, mapped), after
 
-    def _split(self, scope: Scope, known: Known) -> Any:
-        wide = [axis for axis, size in enumerate(known.shape) if size > 1]
+    def _split(self, scope: Scope, info: KernelInfo) -> Any:
+        wide = [axis for axis, size in enumerate(info.shape) if size > 1]
         if not wide:
-            return None, known
+            return None, info
         axis = self.one_of(wide)
-        at, part = self.number(1, known.shape[axis] - 1), self.number(0, 1)
-        return fp.Split(axis, at, part), known.with_axis(axis, (at, known.shape[axis] - at)[part])
+        at, part = self.number(1, info.shape[axis] - 1), self.number(0, 1)
+        return fp.Split(axis, at, part), info.with_axis(axis, (at, info.shape[axis] - at)[part])
 
-    def _concatenate(self, scope: Scope, known: Known) -> Any:
-        """Beside kernels with the same roles, or arrays."""
+    def _concatenate(self, scope: Scope, info: KernelInfo) -> Any:
+        """Concatenates with a kernel with the same roles, or an array."""
         stacked = self.chance(4)
-        if known.mapped or not known.is_kernel or not known.ndim or "?" in known.roles or (stacked and known.ndim > 4):
-            return None, known
-        axis = self.number(0, known.ndim) if stacked else self.axis(known)
-        alike, size = [], 1 if stacked else known.shape[axis]
+        if info.mapped or not info.is_kernel or not info.ndim or "?" in info.roles or (stacked and info.ndim > 4):
+            return None, info
+        axis = self.number(0, info.ndim) if stacked else self.axis(info)
+        candidates, size = [], 1 if stacked else info.shape[axis]
         for name in sorted(scope):
             other = scope[name]
-            beside = [
-                its for place, its in enumerate(zip(other.roles, other.shape, strict=True)) if stacked or place != axis
+            other_rest = [
+                pair
+                for place, pair in enumerate(zip(other.roles, other.shape, strict=True))
+                if stacked or place != axis
             ]
-            own = [
-                its for place, its in enumerate(zip(known.roles, known.shape, strict=True)) if stacked or place != axis
+            rest = [
+                pair for place, pair in enumerate(zip(info.roles, info.shape, strict=True)) if stacked or place != axis
             ]
-            same_role = stacked or (other.ndim > axis and other.roles[axis] == known.roles[axis])
-            if other.ndim == known.ndim and beside == own and same_role and not other.mapped:
-                alike.append(name)
-        if not alike or math.prod(known.shape) * 2 > LARGEST:
-            return None, known
-        other = self.one_of(alike)
+            same_role = stacked or (other.ndim > axis and other.roles[axis] == info.roles[axis])
+            if other.ndim == info.ndim and other_rest == rest and same_role and not other.mapped:
+                candidates.append(name)
+        if not candidates or math.prod(info.shape) * 2 > LARGEST:
+            return None, info
+        other = self.one_of(candidates)
         size += 1 if stacked else scope[other].shape[axis]
-        after = self._new_axis(known, axis, size, "b") if stacked else known.with_axis(axis, size)
+        after = self._new_axis(info, axis, size, "b") if stacked else info.with_axis(axis, size)
         return fp.Concatenate(axis, (K(other),), stacked), after
 
-    def _pad(self, scope: Scope, known: Known) -> Any:
-        if math.prod(known.shape) * 3 > LARGEST:
-            return None, known
-        config = tuple((self.number(0, 1), self.one_of((0, 1, -1)), self.number(0, 1)) for _ in known.shape)
+    def _pad(self, scope: Scope, info: KernelInfo) -> Any:
+        if math.prod(info.shape) * 3 > LARGEST:
+            return None, info
+        config = tuple((self.number(0, 1), self.one_of((0, 1, -1)), self.number(0, 1)) for _ in info.shape)
         shape = tuple(
             size + low + high + (size - 1) * between
-            for size, (low, high, between) in zip(known.shape, config, strict=True)
+            for size, (low, high, between) in zip(info.shape, config, strict=True)
         )
-        if not all(shape) or math.prod(shape) > LARGEST or "?" in known.roles:
-            return None, known
-        return fp.Pad(config, self.one_of((0.0, 0.5))), dataclasses.replace(known, shape=shape)
+        if not all(shape) or math.prod(shape) > LARGEST or "?" in info.roles:
+            return None, info
+        return fp.Pad(config, self.one_of((0.0, 0.5))), dataclasses.replace(info, shape=shape)
 
-    def _times(self, scope: Scope, known: Known) -> Any:
-        """With an array that varies along inputs or along outputs."""
+    def _times(self, scope: Scope, info: KernelInfo) -> Any:
+        """Multiplies with an array that varies along inputs or along outputs."""
         roles = {"b", "?", self.one_of("io")}
-        if not known.ndim or not known.is_kernel or known.mapped:
-            return None, known
-        shape = zip(known.roles, known.shape, strict=True)
-        return fp.Times(tuple(size if role in roles and self.number(0, 1) else 1 for role, size in shape)), known
+        if not info.ndim or not info.is_kernel or info.mapped:
+            return None, info
+        shape = zip(info.roles, info.shape, strict=True)
+        return fp.Times(tuple(size if role in roles and self.number(0, 1) else 1 for role, size in shape)), info
 
-    def _scale(self, scope: Scope, known: Known) -> Any:
+    def _scale(self, scope: Scope, info: KernelInfo) -> Any:
         how = self.one_of([how for how in fp.SCALES if how != "traced" or not self.numbered])
-        return fp.Scale(how, 1.0 if how == "neg" else self.one_of((0.5, -1.5, 2.0))), known
+        return fp.Scale(how, 1.0 if how == "neg" else self.one_of((0.5, -1.5, 2.0))), info
 
-    def _cast(self, scope: Scope, known: Known) -> Any:
-        return (fp.Cast(), known) if self.chance(3) else (None, known)
+    def _cast(self, scope: Scope, info: KernelInfo) -> Any:
+        return (fp.Cast(), info) if self.chance(3) else (None, info)
 
-    def _copy(self, scope: Scope, known: Known) -> Any:
-        return fp.Copy(self.one_of([*fp.COPIES])), known
+    def _copy(self, scope: Scope, info: KernelInfo) -> Any:
+        return fp.Copy(self.one_of([*fp.COPIES])), info
 
-    def _within(self, scope: Scope, known: Known) -> Any:
+    def _within(self, scope: Scope, info: KernelInfo) -> Any:
         how = self.one_of(("jit", "remat", "vmap", "map"))
         if how in ("jit", "remat"):
-            moves, after = self.moves(scope, known, 2)
-            return (fp.Within(how, moves), after) if moves else (None, known)
-        if not known.ndim or known.mapped or not known.is_kernel:
-            return None, known
-        inner = known.without(0, squeezed=how == "map")
+            moves, after = self.moves(scope, info, 2)
+            return (fp.Within(how, moves), after) if moves else (None, info)
+        if not info.ndim or info.mapped or not info.is_kernel:
+            return None, info
+        inner = info.without(0, squeezed=how == "map")
         moves, after = self.moves(scope, dataclasses.replace(inner, mapped=how == "vmap"), 2)
         if any(isinstance(move, fp.Concatenate) for move in fp.steps_of(moves)):
-            return None, known
-        # A scan stacks what its turns return: they are layers.
-        role = known.roles[0] if how == "vmap" else "b"
-        return fp.Within(how, moves), Known(
-            (role, *after.roles), (known.shape[0], *after.shape), after.is_kernel, known.mapped
+            return None, info
+        # A scan stacks the results of its iterations, so that the axis is a batch axis.
+        role = info.roles[0] if how == "vmap" else "b"
+        return fp.Within(how, moves), KernelInfo(
+            (role, *after.roles), (info.shape[0], *after.shape), after.is_kernel, info.mapped
         )
 
     # Steps
@@ -414,8 +418,8 @@ class Drawing:
         return getattr(self, "_" + self.one_of(kinds))(scope, depth)
 
     def _opaque(self, scope: Scope, depth: int) -> Any:
-        kernel, known = self.kernel(scope)
-        if known.is_kernel and known.ndim and not known.mapped:
+        kernel, info = self.kernel(scope)
+        if info.is_kernel and info.ndim and not info.mapped:
             return fp.Opaque(self.one_of([*fp.OPAQUE]), kernel)
         return self._dot(scope, depth)
 
@@ -423,96 +427,96 @@ class Drawing:
         return fp.Act(self.one_of([*fp.ACTIVATIONS]))
 
     def _dot(self, scope: Scope, depth: int) -> Any:
-        kernel, known = self.kernel(scope)
-        uses = [self.one_of(("summed", "summed", "free", "batch")) for _ in known.shape]
-        own = [self.size() for _ in range(self.number(0, 2))]
-        met = [axis for axis, use in enumerate(uses) if use != "free"]
-        axes = self.order([*met, *(-1 - number for number in range(len(own)))])
-        x = tuple(own[-1 - axis] if axis < 0 else known.shape[axis] for axis in axes)
+        kernel, info = self.kernel(scope)
+        uses = [self.one_of(("summed", "summed", "free", "batch")) for _ in info.shape]
+        x_only = [self.size() for _ in range(self.number(0, 2))]
+        shared = [axis for axis, use in enumerate(uses) if use != "free"]
+        axes = self.order([*shared, *(-1 - number for number in range(len(x_only)))])
+        x = tuple(x_only[-1 - axis] if axis < 0 else info.shape[axis] for axis in axes)
         pairs = []
         for kind in ("summed", "batch"):
-            ours = self.order([axis for axis in met if uses[axis] == kind])
-            pairs.append((tuple(ours), tuple(axes.index(axis) for axis in ours)))
+            chosen = self.order([axis for axis in shared if uses[axis] == kind])
+            pairs.append((tuple(chosen), tuple(axes.index(axis) for axis in chosen)))
         return fp.Dot(kernel, x, tuple(pairs), bool(self.number(0, 1)))
 
     def _both(self, scope: Scope, depth: int) -> Any:
-        (one, its), (other, theirs) = self.kernel(scope, 2), self.kernel(scope, 2)
-        left = [*range(theirs.ndim)]
+        (one, first), (other, second) = self.kernel(scope, 2), self.kernel(scope, 2)
+        remaining = [*range(second.ndim)]
         pairs: dict[str, list[tuple[int, int]]] = {"summed": [], "batch": []}
-        for axis, size in enumerate(its.shape):
-            fitting = [place for place in left if theirs.shape[place] == size]
+        for axis, size in enumerate(first.shape):
+            fitting = [place for place in remaining if second.shape[place] == size]
             use = self.one_of(("summed", "free", "batch"))
             if fitting and use != "free":
                 place = self.one_of(fitting)
-                left.remove(place)
+                remaining.remove(place)
                 pairs[use].append((axis, place))
-        numbers = tuple(tuple(tuple(side) for side in zip(*its, strict=True)) or ((), ()) for its in pairs.values())
+        numbers = tuple(tuple(tuple(side) for side in zip(*pair, strict=True)) or ((), ()) for pair in pairs.values())
         return fp.Both(one, other, numbers)
 
     def _conv(self, scope: Scope, depth: int) -> Any:
-        kernel, known = self.kernel(scope)
-        kernel, known = self._indexed(kernel, known, known.having("b"))
-        ins, outs = known.having("i"), known.having("o")
-        if known.having("?") or not ins or not outs or not known.is_kernel or known.mapped or known.ndim > 5:
+        kernel, info = self.kernel(scope)
+        kernel, info = self._indexed(kernel, info, info.having("b"))
+        ins, outs = info.having("i"), info.having("o")
+        if info.having("?") or not ins or not outs or not info.is_kernel or info.mapped or info.ndim > 5:
             return self._dot(scope, depth)
         channels = [self.one_of(ins), self.one_of(outs)]
-        windows = self.order([axis for axis in range(known.ndim) if axis not in channels])
+        windows = self.order([axis for axis in range(info.ndim) if axis not in channels])
         w_in, w_out = channels if self.number(0, 3) else channels[::-1]
-        size_in, size_out = known.shape[w_in], known.shape[w_out]
+        size_in, size_out = info.shape[w_in], info.shape[w_out]
         groups = size_out if self.chance(3) and "conv in groups" in ENABLED and not self.in_gradient else 1
         strides, lhs_dilation, rhs_dilation = (tuple(self.one_of((1, 2)) for _ in windows) for _ in range(3))
         padding = tuple((self.number(0, 1), self.number(0, 1)) for _ in windows)
-        extents = [(known.shape[axis] - 1) * by + 1 for axis, by in zip(windows, rhs_dilation, strict=True)]
+        extents = [(info.shape[axis] - 1) * by + 1 for axis, by in zip(windows, rhs_dilation, strict=True)]
         spatial = [extent + self.number(0, 2 if len(windows) < 2 else 1) for extent in extents]
-        x_spec, out_spec = (tuple(self.order(range(known.ndim))) for _ in range(2))
+        x_spec, out_spec = (tuple(self.order(range(info.ndim))) for _ in range(2))
         sizes = dict(zip(x_spec, (self.number(1, 2), size_in * groups, *spatial), strict=True))
-        x = tuple(sizes[axis] for axis in range(known.ndim))
+        x = tuple(sizes[axis] for axis in range(info.ndim))
         spec = (x_spec, (w_out, w_in, *windows), out_spec)
         return fp.Conv(kernel, x, spec, strides, padding, lhs_dilation, rhs_dilation, groups)
 
-    def _indexed(self, kernel: K, known: Known, axes: Sequence[int]) -> tuple[K, Known]:
-        """The kernel at one place of some axes."""
+    def _indexed(self, kernel: K, info: KernelInfo, axes: Sequence[int]) -> tuple[K, KernelInfo]:
+        """The kernel, indexed along some axes."""
         moves = [*kernel.moves]
         for axis in sorted(axes, reverse=True):
-            moves.append(fp.Index(axis, self.number(0, known.shape[axis] - 1)))
-            known = known.without(axis, squeezed=True)
-        return K(kernel.name, tuple(moves)), known
+            moves.append(fp.Index(axis, self.number(0, info.shape[axis] - 1)))
+            info = info.without(axis, squeezed=True)
+        return K(kernel.name, tuple(moves)), info
 
     def _ragged(self, scope: Scope, depth: int) -> Any:
-        """Any three axes."""
-        kernel, known = self.kernel(scope)
-        order = self.order(range(known.ndim))
-        if known.ndim < 3 or not known.is_kernel or known.mapped or self.in_vmap:
+        """Indexes all but three axes."""
+        kernel, info = self.kernel(scope)
+        order = self.order(range(info.ndim))
+        if info.ndim < 3 or not info.is_kernel or info.mapped or self.in_vmap:
             return self._dot(scope, depth)
-        kernel, known = self._indexed(kernel, known, order[3:])
-        groups, size = known.shape[:2]
+        kernel, info = self._indexed(kernel, info, order[3:])
+        groups, size = info.shape[:2]
         sizes = tuple(self.number(0, 2) for _ in range(groups))
         return fp.Ragged(kernel, (max(1, sum(sizes)), size), sizes)
 
     def _add(self, scope: Scope, depth: int) -> Any:
-        """What a lookup leaves, if it is no kernel."""
-        kernel, known = self.kernel(scope)
+        """Uses the result of a lookup if it is an array."""
+        kernel, info = self.kernel(scope)
         for role in self.order("io"):
-            if known.is_kernel and not known.mapped and "?" not in known.roles and known.having(role):
-                lookup, after = self._row(known, known.having(role))
-                kernel, known = K(kernel.name, (*kernel.moves, *lookup)), after
-        return fp.Add(kernel) if known.is_kernel is False else self._dot(scope, depth)
+            if info.is_kernel and not info.mapped and "?" not in info.roles and info.having(role):
+                lookup, after = self._row(info, info.having(role))
+                kernel, info = K(kernel.name, (*kernel.moves, *lookup)), after
+        return fp.Add(kernel) if info.is_kernel is False else self._dot(scope, depth)
 
-    def _row(self, known: Known, axes: Sequence[int]) -> tuple[tuple[Any, ...], Known]:
-        """One place along some axes, or several."""
+    def _row(self, info: KernelInfo, axes: Sequence[int]) -> tuple[tuple[Any, ...], KernelInfo]:
+        """Moves that index some axes at one or several positions."""
         if len(axes) == 1 and "take" in ENABLED and self.number(0, 1):
-            move, after = self._take_along(known, axes[0])
+            move, after = self._take_along(info, axes[0])
             if move is not None:
                 return (move,), after
-        kernel, after = self._indexed(K(""), known, axes)
+        kernel, after = self._indexed(K(""), info, axes)
         return kernel.moves, after
 
     # Control flow
 
     def _jit(self, scope: Scope, depth: int) -> Any:
         times = self.one_of((1, 1, 2))
-        alike = [(one, other) for one in scope for other in scope if one < other and scope[one] == scope[other]]
-        swap = self.one_of(alike) if alike and times == 2 else None
+        candidates = [(one, other) for one in scope for other in scope if one < other and scope[one] == scope[other]]
+        swap = self.one_of(candidates) if candidates and times == 2 else None
         return fp.Jit(self.body(scope, depth - 1), self.shape(2), times, swap)
 
     def _remat(self, scope: Scope, depth: int) -> Any:
@@ -520,17 +524,17 @@ class Drawing:
         return fp.Remat(self.body(scope, depth - 1), policy, not self.number(0, 1))
 
     def _bound(self, scope: Scope, *, mapped: bool, size: int | None = None) -> tuple[tuple[fp.Bound, ...], Scope, int]:
-        """Kernels to take apart along axes of one size, and the scope with their slices."""
+        """Kernels to slice along axes of one size, the scope with their slices, and the size."""
         bound: list[fp.Bound] = []
         inner = dict(scope)
         for _ in range(self.number(0, 2)):
-            kernel, known = self.kernel(scope, 1)
-            fitting = [axis for axis, its in enumerate(known.shape) if size in (None, its)]
+            kernel, info = self.kernel(scope, 1)
+            fitting = [axis for axis, length in enumerate(info.shape) if size in (None, length)]
             if not fitting:
                 continue
             axis = self.one_of(fitting)
-            name, size = self.name(), known.shape[axis]
-            inner[name] = known.without(axis, squeezed=not mapped)
+            name, size = self.name(), info.shape[axis]
+            inner[name] = info.without(axis, squeezed=not mapped)
             if mapped:
                 inner[name] = dataclasses.replace(inner[name], mapped=True)
             bound.append((name, kernel, axis))
@@ -560,7 +564,7 @@ class Drawing:
 
     def _switch(self, scope: Scope, depth: int) -> Any:
         branches = tuple(self.body(scope, depth - 1, 1) for _ in range(self.number(1, 3)))
-        # The vmap of a branch that depends on the value selects among the operands, too.
+        # The vmap of a branch that depends on a value also selects among the operands.
         by_value = bool(self.number(0, 1)) and (not self.in_vmap or "switch by value in a vmap" in ENABLED)
         return fp.Switch(branches, self.shape(2), by_value)
 
@@ -584,17 +588,17 @@ class Drawing:
         leaves = [(f"w{number}", self.leaf()) for number in range(self.number(1, 3))]
         if all(leaf.variant is None for _, leaf in leaves):
             leaves[0] = (leaves[0][0], dataclasses.replace(leaves[0][1], variant="LoRA"))
-        scope = {name: self._known(leaf) for name, leaf in leaves}
+        scope = {name: self._info(leaf) for name, leaf in leaves}
         x, body = self.shape(2), self.body(scope, self.one_of((1, 2, 1, 0)), 3)
         steps = fp.steps_of(body)
         loops = any(isinstance(step, fp.Loop) and step.traced for step in steps)
         under = FORWARD if loops else REVERSE
         if any(isinstance(step, fp.Ragged) for step in steps):
-            under = [its for its in under if its in RAGGED]
+            under = [name for name in under if name in RAGGED]
         return fp.Program(tuple(leaves), x, body, self.one_of(under))
 
-    def _known(self, leaf: fp.Leaf) -> Known:
-        return Known(tuple(leaf.axes), leaf.shape, leaf.variant in ("LoRA", "RSLoRA"))
+    def _info(self, leaf: fp.Leaf) -> KernelInfo:
+        return KernelInfo(tuple(leaf.axes), leaf.shape, leaf.variant in ("LoRA", "RSLoRA"))
 
 
 MOVES = (
@@ -619,13 +623,13 @@ MOVES = (
     "copy",
     "within",
 )
-# What is compared with the oracle, as often as it stands here.
+# What is compared with the oracle, weighted by repetition.
 REVERSE = ("gradient",) * 60 + ("jvp", "over_x", "over_adapter", "second", "second_in_reverse") * 6 + ("jit", "eager")
-FORWARD = ("forward", "jvp", "over_x", "over_adapter")  # JAX has no gradient through a loop whose end is traced
-RAGGED = ("gradient", "gradient", "gradient", "jvp")  # nor most other derivatives of `ragged_dot`
+FORWARD = ("forward", "jvp", "over_x", "over_adapter")  # JAX has no gradient of a loop with a traced end
+RAGGED = ("gradient", "gradient", "gradient", "jvp")  # JAX has no other derivatives of `ragged_dot`
 CONSUMERS = ("dot", "dot", "dot", "both", "conv", "ragged", "add", "add", "act")
 CONTROL = ("jit", "remat", "scan", "scan", "loop", "switch", "vmap", "gradient")
 
-# One source for all choices, which hypothesis shrinks. With a strategy for each choice it would spend its time on
-# mutations of a program, which differ from it by a number.
+# One source of randomness for all choices. With a strategy for each choice, hypothesis would spend its time on
+# mutations that differ by one number.
 programs = st.randoms(use_true_random=False).map(lambda random: Drawing(random).program())

@@ -1,7 +1,7 @@
-"""What the fuzzer runs: programs as data. Each step says what it computes, and prints as the expression that makes it.
+"""The programs of the fuzzer, as data. Each step is callable and prints as the expression that constructs it.
 
-A program turns an activation `y` into another, step by step. A step brings `y` to the shape that it wants by itself
-(`fit`), so that steps can be put in any order, and one can be left out.
+A program transforms an activation `y` step by step. Each step reshapes `y` by itself (`fit`), so that steps can be in
+any order and a program stays valid without one of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Scope:
-    """What a step can see: kernels by name, and a traced number (1, or the turn of a loop)."""
+    """The inputs of a step: kernels by name, and a traced number (1, or the iteration of a loop)."""
 
     kernels: Mapping[str, Array]
     number: Array
@@ -32,7 +32,7 @@ class Scope:
 
 
 class Printed:
-    """Prints as the expression that makes it, without what is left at its default."""
+    """Prints as the expression that constructs it, without default values."""
 
     def __repr__(self) -> str:
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ step = dataclasses.dataclass(frozen=True, repr=False)
 
 
 def fit(y: Array, shape: Shape) -> Array:
-    """Brings an activation to a shape: every element of `y` has a part in every element of the result."""
+    """Reshapes an activation so that every element of the result depends on every element of `y`."""
     if y.shape == shape:
         return y
     size = math.prod(shape)
@@ -62,26 +62,26 @@ def _mixing(rows: int, columns: int) -> np.ndarray:
 
 
 def run(body: tuple[Any, ...], scope: Scope, y: Array) -> Array:
-    for each in body:
-        y = each(scope, y)
+    for step in body:
+        y = step(scope, y)
     return y
 
 
-# Kernels, and what moves them
+# Kernels and moves
 
 
 @step
 class K(Printed):
-    """A kernel of the scope, moved."""
+    """A kernel of the scope after some moves."""
 
     name: str
     moves: tuple[Any, ...] = ()
 
     def __call__(self, scope: Scope) -> Array:
-        return _moved(self.moves, scope, scope.kernels[self.name])
+        return apply_moves(self.moves, scope, scope.kernels[self.name])
 
 
-def _moved(moves: tuple[Any, ...], scope: Scope, w: Array) -> Array:
+def apply_moves(moves: tuple[Any, ...], scope: Scope, w: Array) -> Array:
     for move in moves:
         w = move(scope, w)
     return w
@@ -121,7 +121,7 @@ class Expand(Printed):
 
 @step
 class Broadcast(Printed):
-    """Puts a new axis somewhere, or repeats along one of size 1."""
+    """Adds an axis, or repeats along an axis of size 1."""
 
     shape: Shape
     axes: Shape
@@ -143,7 +143,7 @@ class Slice(Printed):
 
 @step
 class DynamicSlice(Printed):
-    """Starts at the traced number, and `plus`."""
+    """A slice that starts at the traced number plus `plus`."""
 
     axis: int
     size: int
@@ -155,7 +155,7 @@ class DynamicSlice(Printed):
 
 @step
 class Index(Printed):
-    """Takes one place along an axis, as models write it: `w[:, 2]`."""
+    """Indexes an axis, as in `w[:, 2]`."""
 
     axis: int
     place: int
@@ -166,7 +166,7 @@ class Index(Printed):
 
 @step
 class DynamicIndex(Printed):
-    """The same with a traced number: `w[:, i + plus]`, or `lax.dynamic_index_in_dim`."""
+    """Indexes an axis with the traced number: `w[:, i + plus]`, or `lax.dynamic_index_in_dim`."""
 
     axis: int
     plus: int = 0
@@ -189,7 +189,7 @@ class Rev(Printed):
 
 @step
 class Split(Printed):
-    """The part of a kernel that was cut in two."""
+    """One of the two parts of a kernel that is split."""
 
     axis: int
     at: int
@@ -201,7 +201,7 @@ class Split(Printed):
 
 @step
 class Concatenate(Printed):
-    """A kernel and other kernels, one after the other."""
+    """Concatenates or stacks a kernel with others."""
 
     axis: int
     others: tuple[K, ...]
@@ -214,7 +214,7 @@ class Concatenate(Printed):
 
 @step
 class Scale(Printed):
-    """Multiplied with a number, divided by one, or negated."""
+    """Multiplies or divides by a scalar, or negates."""
 
     how: str
     by: float = 1.0
@@ -248,18 +248,18 @@ class Take(Printed):
 
 @step
 class Lookup(Printed):
-    """`w[i, :, j]`: for each axis its ids, or None where it is taken whole. With `mapped`, one by one under `vmap`."""
+    """`w[i, :, j]`: the ids of each axis, or None for a full slice. `mapped` maps it over the ids by `vmap`."""
 
     ids: tuple[Any, ...]
     traced: bool = False
     mapped: bool = False
 
     def __call__(self, scope: Scope, w: Array) -> Array:
-        given = [indices(scope, its, traced=self.traced) for its in self.ids if its is not None]
+        given = [indices(scope, ids, traced=self.traced) for ids in self.ids if ids is not None]
 
         def lookup(*given: Array) -> Array:
             rest = iter(given)
-            return w[tuple(slice(None) if its is None else next(rest) for its in self.ids)]
+            return w[tuple(slice(None) if ids is None else next(rest) for ids in self.ids)]
 
         return (jax.vmap(lookup) if self.mapped else lookup)(*given)
 
@@ -280,7 +280,7 @@ class Pad(Printed):
 
 @step
 class Times(Printed):
-    """Multiplied with an array of a shape that is spread over the kernel."""
+    """Multiplies with an array that is broadcast to the kernel."""
 
     shape: Shape
 
@@ -290,7 +290,7 @@ class Times(Printed):
 
 @step
 class Cast(Printed):
-    """To float32 and back."""
+    """Casts to float32 and back."""
 
     def __call__(self, scope: Scope, w: Array) -> Array:
         return w.astype(jnp.float32).astype(jnp.float64)
@@ -314,16 +314,16 @@ COPIES: dict[str, Callable[[Array], Array]] = {
 
 @step
 class Within(Printed):
-    """Moves inside a call that returns the kernel."""
+    """Applies moves inside a call that returns the kernel."""
 
     how: str
     moves: tuple[Any, ...]
 
     def __call__(self, scope: Scope, w: Array) -> Array:
-        return CALLS[self.how](lambda w: _moved(self.moves, scope, w))(w)
+        return CALLS[self.how](lambda w: apply_moves(self.moves, scope, w))(w)
 
 
-# The copy keeps JAX from dropping a scan that returns its slices as they are, and is not a stack of layers then.
+# Without the copy, JAX removes a scan that returns its slices unchanged, and the kernel is not a stack of layers.
 CALLS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "jit": jax.jit,
     "remat": jax.checkpoint,
@@ -331,7 +331,7 @@ CALLS: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
     "map": lambda function: lambda w: lax.scan(lambda carry, layer: (carry, function(jnp.copy(layer))), (), w)[1],
 }
 
-# What consumes a kernel
+# Consumers of kernels
 
 
 @step
@@ -365,7 +365,7 @@ class Both(Printed):
 
 @step
 class Conv(Printed):
-    """A convolution; `spec` says which axes of x, of the kernel and of the result are what."""
+    """A convolution; `spec` has the layouts of x, of the kernel and of the result."""
 
     kernel: K
     x: Shape
@@ -391,7 +391,7 @@ class Conv(Printed):
 
 @step
 class Ragged(Printed):
-    """`ragged_dot`: rows of x in groups, each with a kernel of its own."""
+    """`ragged_dot`: groups of rows of x, with a kernel for each group."""
 
     kernel: K
     x: Shape
@@ -403,7 +403,7 @@ class Ragged(Printed):
 
 @step
 class Add(Printed):
-    """A row of a kernel, that is an array by then, used as any array."""
+    """Uses a row of a kernel, which is an array."""
 
     kernel: K
 
@@ -423,7 +423,7 @@ class Opaque(Printed):
         return OPAQUE[self.how](self.kernel(scope)) + fit(y, ())
 
 
-# By the primitive that has no rule.
+# By primitive; none has a rule.
 OPAQUE: dict[str, Callable[[Array], Array]] = {
     "exp": jnp.exp,
     "tanh": jnp.tanh,
@@ -443,7 +443,7 @@ OPAQUE: dict[str, Callable[[Array], Array]] = {
     "custom_jvp_call": jax.nn.relu,
 }
 
-# What leaves the kernels alone
+# Steps without a kernel
 
 
 @step
@@ -463,7 +463,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 # Control flow
 
-Bound = tuple[str, K, int]  # a name in the body: slices of a kernel along an axis
+Bound = tuple[str, K, int]  # the name of the slices in the body, the kernel, and the axis
 
 
 def _in_front(scope: Scope, bound: tuple[Bound, ...]) -> dict[str, Array]:
@@ -472,7 +472,7 @@ def _in_front(scope: Scope, bound: tuple[Bound, ...]) -> dict[str, Array]:
 
 @step
 class Jit(Printed):
-    """One jitted function, called `times` times; with `swap` the second time with two kernels exchanged."""
+    """A jitted function, called `times` times; `swap` exchanges two kernels after each call."""
 
     body: tuple[Any, ...]
     y: Shape
@@ -506,7 +506,7 @@ class Remat(Printed):
 
 @step
 class Scan(Printed):
-    """Kernels as constants, as slices (`stacked`), or in the carry as they are (`carried`)."""
+    """A scan with kernels as constants, as slices (`stacked`), or unchanged in the carry (`carried`)."""
 
     body: tuple[Any, ...]
     carry: Shape
@@ -518,38 +518,38 @@ class Scan(Printed):
     emit: bool = False
 
     def __call__(self, scope: Scope, y: Array) -> Array:
-        def turn(carry: Any, layers: Any) -> Any:
+        def iteration(carry: Any, layers: Any) -> Any:
             held, y = carry
             out = run(self.body, scope.plus(**layers, **held), y)
             return (held, y + fit(jnp.tanh(out), self.carry)), out if self.emit else None
 
         start = ({name: scope.kernels[name] for name in self.carried}, fit(y, self.carry))
         layers = _in_front(scope, self.stacked)
-        (_, y), outs = lax.scan(turn, start, layers, self.length, self.reverse, self.unroll)
+        (_, y), outs = lax.scan(iteration, start, layers, self.length, self.reverse, self.unroll)
         return outs if self.emit else y
 
 
 @step
 class Loop(Printed):
-    """A `fori_loop`, the turn as the traced number; to a traced end, it is a `while`."""
+    """A `fori_loop` whose iteration is the traced number. With a traced end it is a `while`."""
 
     body: tuple[Any, ...]
     carry: Shape
-    turns: int
+    iterations: int
     traced: bool = False
 
     def __call__(self, scope: Scope, y: Array) -> Array:
-        def turn(number: Array, y: Array) -> Array:
-            its = dataclasses.replace(scope, number=jnp.asarray(number, jnp.int32))
-            return y + fit(jnp.tanh(run(self.body, its, y)), self.carry)
+        def iteration(number: Array, y: Array) -> Array:
+            inner = dataclasses.replace(scope, number=jnp.asarray(number, jnp.int32))
+            return y + fit(jnp.tanh(run(self.body, inner, y)), self.carry)
 
-        end = scope.number + self.turns - 1 if self.traced else self.turns
-        return lax.fori_loop(0, end, turn, fit(y, self.carry))
+        end = scope.number + self.iterations - 1 if self.traced else self.iterations
+        return lax.fori_loop(0, end, iteration, fit(y, self.carry))
 
 
 @step
 class Switch(Printed):
-    """A `cond` or `switch`, by the traced number or, `by_value`, by the size of `y`."""
+    """A `cond` or `switch`, on the traced number or, if `by_value`, on the sum of `y`."""
 
     branches: tuple[tuple[Any, ...], ...]
     out: Shape
@@ -566,7 +566,7 @@ class Switch(Printed):
 
 @step
 class Vmap(Printed):
-    """The body for each of several `y`, for each slice of kernels along an axis, and with `numbered` its own number."""
+    """Maps the body over `y`, over slices of kernels and, if `numbered`, over numbers."""
 
     body: tuple[Any, ...]
     size: int
@@ -579,16 +579,16 @@ class Vmap(Printed):
         axes = {name: axis for name, _, axis in self.mapped}
         numbers = jnp.arange(self.size, dtype=jnp.int32) if self.numbered else scope.number
 
-        def each(layers: Any, number: Array, y: Array) -> Array:
+        def apply(layers: Any, number: Array, y: Array) -> Array:
             return run(self.body, Scope({**scope.kernels, **layers}, number), y)
 
         in_axes = (axes, 0 if self.numbered else None, 0)
-        return jax.vmap(each, in_axes)(kernels, numbers, fit(y, (self.size, *self.y)))
+        return jax.vmap(apply, in_axes)(kernels, numbers, fit(y, (self.size, *self.y)))
 
 
 @step
 class Gradient(Printed):
-    """A gradient that the model itself takes."""
+    """A gradient inside the model."""
 
     body: tuple[Any, ...]
 
@@ -601,7 +601,7 @@ class Gradient(Printed):
 
 @step
 class Leaf(Printed):
-    """A parameter: its shape, the roles of its axes, and how it is adapted; None if it is not."""
+    """A parameter: its shape, the roles of its axes, and its variant, or None if it is frozen."""
 
     shape: Shape
     axes: str
@@ -611,7 +611,7 @@ class Leaf(Printed):
 
 @step
 class Program(Printed):
-    """The parameters, the shape of x, what is computed, and what of it is compared with the dense oracle."""
+    """The parameters, the shape of x, the steps, and what is compared with the dense oracle."""
 
     leaves: tuple[tuple[str, Leaf], ...]
     x: Shape
@@ -623,9 +623,9 @@ class Program(Printed):
 
 
 def steps_of(part: Any) -> list[Any]:
-    """Every step and move of a program, however deep."""
+    """All steps and moves of a program, including nested ones."""
     if isinstance(part, tuple):
-        return [each for inner in part for each in steps_of(inner)]
+        return [step for inner in part for step in steps_of(inner)]
     if not isinstance(part, Printed):
         return []
     return [part, *steps_of(tuple(getattr(part, field.name) for field in dataclasses.fields(part)))]  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Runs a program with adapted kernels and with formed ones, in float64, and compares; counts what it has run."""
+"""Compares programs with adapted kernels with the same programs with merged kernels, in float64, and counts them."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def arguments(program: fp.Program) -> tuple[Any, ...]:
             axes = leaf.axes if variant.needs_axes else ""
             shapes = enumerate(variant.shapes(leaf.shape, axes).items(), 100 + 10 * number)
             adapter[name] = lj.Adapter(
-                variant, axes, **{its: normal(shape, seed, 0.4) for seed, (its, shape) in shapes}
+                variant, axes, **{key: normal(shape, seed, 0.4) for seed, (key, shape) in shapes}
             )
     return params, adapter, normal(program.x, 50, 1.0), np.int32(1)
 
 
-# What is compared: each takes `function(params, adapter, x, number)` and returns what is forward, and what a gradient
+# What is compared. Each function returns values, compared as forward results, and values compared as gradients.
 
 
 def forward(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
@@ -66,7 +66,7 @@ def jvp(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> A
 
 
 def second(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
-    """The gradient, and the second derivative along a direction."""
+    """The derivative of the gradient along a direction."""
 
     def first(adapter: Any, x: Any) -> Any:
         return gradient(function, params, adapter, x, number)[1]
@@ -75,7 +75,7 @@ def second(function: Function, params: Any, adapter: Any, x: Any, number: Any) -
 
 
 def second_in_reverse(function: Function, params: Any, adapter: Any, x: Any, number: Any) -> Any:
-    """The gradient of the gradient along a direction."""
+    """The gradient of the directional derivative."""
     along = direction(adapter, x)[0]
 
     def slope(adapter: Any) -> Any:
@@ -106,7 +106,7 @@ UNDER: dict[str, Function] = {
 
 
 class BeyondJaxError(Exception):
-    """JAX itself cannot do that with the formed kernels."""
+    """JAX does not support the program with merged kernels."""
 
 
 FORMS = ("factored", "factored", "hybrid", "merged", None)
@@ -117,15 +117,15 @@ def digest(program: fp.Program) -> int:
 
 
 def form_of(program: fp.Program) -> Any:
-    """The form in which a program is run: as a rule by its factors, which is what rules are about."""
+    """The form in which a program is run: mostly factored, because rules define that form."""
     return FORMS[digest(program) % len(FORMS)]
 
 
-def compared(program: fp.Program) -> tuple[Any, Any]:
-    """What the program gives with adapted kernels, and with formed ones."""
+def compare(program: fp.Program) -> tuple[Any, Any]:
+    """The results with adapted kernels and with merged kernels."""
     args, under = jax.tree.map(jnp.asarray, arguments(program)), UNDER.get(program.under, gradient)
 
-    def both(*args: Any) -> Any:
+    def compute(*args: Any) -> Any:
         try:
             expected = under(dense(program.apply), *args)
         except NotImplementedError as error:
@@ -133,15 +133,15 @@ def compared(program: fp.Program) -> tuple[Any, Any]:
         return under(lj.lora(program.apply, form=form_of(program)), *args), expected
 
     if program.under == "eager":
-        return both(*args)
+        return compute(*args)
     if program.under == "jit":
-        return jax.jit(both)(*args)
-    return without_compiling(both)(*args)
+        return jax.jit(compute)(*args)
+    return without_compiling(compute)(*args)
 
 
 @dataclasses.dataclass
 class Count:
-    """What has been run: the programs by their text, the refusals and the rules by primitive, and what was checked."""
+    """What has been run: the programs, refusals and rules by primitive, steps, comparisons and forms."""
 
     programs: set[int] = dataclasses.field(default_factory=set)
     run: int = 0
@@ -165,21 +165,21 @@ class Count:
             getattr(self, name).update(getattr(other, name))
 
     def __str__(self) -> str:
-        lines = [f"{self.run} programs, {len(self.programs)} of them different"]
+        lines = [f"{self.run} programs, {len(self.programs)} distinct"]
         for name in ("under", "forms", "refused", "rules", "steps"):
             counts = getattr(self, name).most_common()
-            lines.append(f"{name}: " + ", ".join(f"{its} {number}" for its, number in counts))
+            lines.append(f"{name}: " + ", ".join(f"{key} {number}" for key, number in counts))
         return "\n".join(lines)
 
 
 def assert_program(program: fp.Program, count: Count | None = None) -> None:
-    """The law for a program; if it has a step without a rule, that it is refused there, by name and path."""
+    """Checks the law for a program or, if a step has no rule, that the error names the primitive and a kernel."""
     steps = fp.steps_of(program)
     opaque = next((step for step in steps if isinstance(step, fp.Opaque)), None)
     count = Count() if count is None else count
     try:
         with jax.enable_x64(True):
-            got, expected = compared(program)
+            got, expected = compare(program)
     except BeyondJaxError:
         return
     except lj.UnsupportedError as error:
@@ -196,27 +196,27 @@ def assert_program(program: fp.Program, count: Count | None = None) -> None:
 
 
 def assert_close(got: Any, expected: Any, dtype: str) -> None:
-    """By the table of tolerances, relative to the largest element of a leaf.
+    """Compares by the table of tolerances, relative to the largest element of a leaf.
 
-    What is zero or nearly so, as the parts of a sum cancel, is compared with the size of the parts instead: a share of
-    the largest element there is, or of what a program starts from, which is about 1.
+    The terms of a sum may cancel. A leaf that is nearly zero is therefore compared relative to a fraction of the
+    largest element of all leaves, or of 1, the size of the inputs.
     """
     share = {"float64": 1e-3, "float32": 1e-1}[dtype]
     sizes = [np.max(np.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(expected)]
     assert np.all(np.isfinite(sizes)), "the oracle is not finite"
     for one, other, table in zip(got, expected, (FORWARD, GRADIENT), strict=True):
         chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
-        for mine, its in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-            size = max(np.max(np.abs(its), initial=0.0), share * max(1.0, *sizes))
-            np.testing.assert_allclose(mine, its, rtol=0, atol=table[dtype] * size)
+        for got_leaf, expected_leaf in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+            size = max(np.max(np.abs(expected_leaf), initial=0.0), share * max(1.0, *sizes))
+            np.testing.assert_allclose(got_leaf, expected_leaf, rtol=0, atol=table[dtype] * size)
 
 
 class ProgramError(AssertionError):
-    """A program that fails, and how."""
+    """A program that fails, with its error."""
 
 
-class Counted(dict[str, Any]):
-    """The registry of rules, counting which are asked for."""
+class CountedRules(dict[str, Any]):
+    """The registry of rules, which counts lookups."""
 
     def __init__(self, rules: Any, counts: collections.Counter[str]) -> None:
         super().__init__(rules)
@@ -227,8 +227,8 @@ class Counted(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def fuzzed(seed: int, programs: int) -> Count:
-    """Runs some programs, always the same for a seed, and counts them; the smallest that fails is raised."""
+def fuzz_programs(seed: int, programs: int) -> Count:
+    """Runs and counts the programs of a seed; raises for the smallest one that fails."""
     count = Count()
 
     @hypothesis.seed(seed)
@@ -246,7 +246,7 @@ def fuzzed(seed: int, programs: int) -> Count:
         except Exception as error:
             raise ProgramError(f"{program!r}\n{type(error).__name__}: {error}") from error
 
-    rules, registry.RULES = registry.RULES, Counted(registry.RULES, count.rules)
+    rules, registry.RULES = registry.RULES, CountedRules(registry.RULES, count.rules)
     try:
         run()
     finally:

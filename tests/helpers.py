@@ -1,4 +1,4 @@
-"""What the tests share: the one table of tolerances, adapters that do something, and the dense oracle."""
+"""Shared by the tests: the table of tolerances, adapters with nonzero factors, and the dense oracle."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import numpy as np
 
 import lora_jax as lj
 
-# Largest difference from the oracle, relative to the oracle's largest element, by the dtype of the computation.
+# Largest difference from the oracle, relative to the oracle's largest element, by dtype of the computation.
 FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
 GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
 
@@ -20,8 +20,8 @@ GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
 def assert_close(got: Any, expected: Any, table: Mapping[str, float] = FORWARD, *, dtype: str | None = None) -> None:
     """Compares two trees leaf by leaf; integers must be equal.
 
-    The tolerance is the table's for `dtype`, that of the computation; without it, for the leaf's own dtype. On the
-    host, as JAX would compile a comparison for each shape.
+    The tolerance is that of `dtype`, the dtype of the computation, or of the leaf's dtype if it is None. The
+    comparison runs in NumPy, because JAX would compile one for each shape.
     """
     chex.assert_trees_all_equal_structs(got, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
@@ -35,11 +35,10 @@ def assert_close(got: Any, expected: Any, table: Mapping[str, float] = FORWARD, 
 
 
 def assert_few_ulp(got: Any, expected: Any, ulp: int = 8) -> None:
-    """Compares two trees that would be equal to the bit, were they computed by the same program.
+    """Compares two trees that differ only because separate programs computed them.
 
-    Two programs, or one sum in two places, are compiled differently: where the processor can multiply and add at once
-    the compiler may do so in one of them. Each array may differ by some units in the last place of its largest element;
-    integers must be equal.
+    The compiler may fuse a multiplication and an addition in one program and not in the other. Each array may differ
+    by some units in the last place of its largest element; integers must be equal.
     """
     chex.assert_trees_all_equal_structs(got, expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
@@ -54,20 +53,20 @@ def assert_few_ulp(got: Any, expected: Any, ulp: int = 8) -> None:
 
 
 def trained(key: jax.Array, adapter: Any, size: float = 0.3) -> Any:
-    """An adapter as training might leave it: every array random, none zero."""
-    random = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # NumPy's: nothing to compile
+    """An adapter like a trained one: every array random and nonzero."""
+    random = np.random.default_rng(np.asarray(jax.random.key_data(key)))  # NumPy compiles nothing
     return jax.tree.map(
         lambda leaf: jax.device_put((size * random.standard_normal(leaf.shape)).astype(leaf.dtype)), adapter
     )
 
 
 def dense(apply: Any) -> Any:
-    """The oracle: the same call with the kernels formed, `f(merge(p, ad), x)`, differentiable in the adapter."""
+    """The oracle: the call with merged kernels, `f(merge(p, ad), x)`, which is differentiable in the adapter."""
     return lambda params, adapter, *args, **kwargs: apply(lj.merge(params, adapter), *args, **kwargs)
 
 
 def bits(tree: Any) -> list[Any]:
-    """All that a tree holds, with its paths, to be compared bit for bit: a NaN equals itself, and −0 is not 0."""
+    """The leaves of a tree with their paths, for bitwise comparison: a NaN equals itself, and −0 differs from 0."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return [(jax.tree_util.keystr(path), *_bits_of(leaf)) for path, leaf in leaves]
 
@@ -81,5 +80,5 @@ def _bits_of(leaf: Any) -> tuple[Any, ...]:
 
 
 def environment(**changed: str) -> dict[str, str]:
-    """For a Python process that shall import what this one imports."""
+    """The environment of a Python process that imports the same packages."""
     return os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | changed

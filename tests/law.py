@@ -1,4 +1,4 @@
-"""One law on one call: with adapted kernels a function returns what it does with formed ones; so do its gradients."""
+"""The law: with adapted kernels, a function has the results and gradients that it has with merged kernels."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Case(NamedTuple):
     Attributes:
       call: `call(w, *args)`.
       kernel: the shape of `w`.
-      args: for each argument the shape of an array to be drawn, or integers.
-      roles: what `kernels` finds out about `w`.
-      axes: what the adapter is made for, where that is something else.
+      args: the shape of a random array, or integers, for each argument.
+      roles: the axes of `w` that `kernels` finds.
+      axes: the axes of the adapter, if they differ from `roles`.
     """
 
     call: Callable[..., Any]
@@ -56,7 +56,7 @@ def normal(*shape: int, seed: int = 0, size: float = 1.0, dtype: Any = jnp.float
 
 
 def adapted(params: Any, axes: Mapping[str, str | None], *, rank: int = 2, dtype: Any = jnp.float32) -> Any:
-    """An adapter that does something, for kernels by path and the roles of their axes; nothing is compiled for it."""
+    """An adapter with nonzero factors for the kernels and axes in `axes`. Compiles nothing."""
     spec = {path: lj.LoRA(rank=rank, alpha=3, axes=roles) for path, roles in axes.items()}
     shapes = jax.eval_shape(lambda key: lj.init(key, params, spec, param_dtype=dtype), jax.random.key(0))
     leaves, treedef = jax.tree.flatten(shapes)
@@ -65,7 +65,7 @@ def adapted(params: Any, axes: Mapping[str, str | None], *, rank: int = 2, dtype
 
 
 def total(out: Any) -> jax.Array:
-    """A number to differentiate: every array of a result has a part in it."""
+    """A scalar to differentiate that depends on every array of a result."""
     wide = [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in jax.tree.leaves(out)]
     return sum((jnp.sum(jnp.sin(leaf + number)) for number, leaf in enumerate(wide)), jnp.float32(0))
 
@@ -75,22 +75,22 @@ def assert_law(
     params: Any,
     adapter: Any,
     *args: Any,
-    formed: Sequence[str] = (),
+    materialize: Sequence[str] = (),
     dtype: str | None = None,
     compiled: bool = False,
 ) -> None:
-    """Compares result and adapter gradients with the oracle's; arguments and results are arrays.
+    """Compares the result and the adapter's gradient with the oracle's.
 
-    The form is the factored one, which is what a rule is about; `test_plan.py` compares the forms.
+    The form is factored, because rules define it; `test_plan.py` compares the forms.
 
     Args:
       apply: the model.
       params: its parameters.
-      adapter: for them.
-      *args: the other arguments.
-      formed: what `lora` is told that it may form.
-      dtype: that of the computation, if it is another than the result's.
-      compiled: whether XLA has to run it, as a setting of JAX wants.
+      adapter: an adapter of the parameters.
+      *args: the other arguments, arrays.
+      materialize: the argument of `lora`.
+      dtype: the dtype of the computation, if it differs from the result's.
+      compiled: whether to compile the comparison with XLA instead of evaluating it in NumPy.
     """
 
     def gradients(function: Callable[..., Any], adapter: Any, params: Any, args: Any) -> Any:
@@ -100,15 +100,17 @@ def assert_law(
 
         return jax.grad(run, has_aux=True)(adapter)
 
-    def both(*call: Any) -> Any:
-        return gradients(lj.lora(apply, materialize=formed, form="factored"), *call), gradients(dense(apply), *call)
+    def compute(*call: Any) -> Any:
+        return gradients(lj.lora(apply, materialize=materialize, form="factored"), *call), gradients(
+            dense(apply), *call
+        )
 
-    run = jax.jit(both) if compiled else without_compiling(both)
+    run = jax.jit(compute) if compiled else without_compiling(compute)
     (gradient, out), (expected_gradient, expected) = run(adapter, params, args)
     assert_close(out, expected, FORWARD, dtype=dtype)
     assert_close(gradient, expected_gradient, GRADIENT, dtype=dtype)
 
 
 def assert_case(case: Case, **options: Any) -> None:
-    """The law for a case."""
+    """Checks the law for a case."""
     assert_law(case.apply, case.params, case.adapter, *case.arrays, **options)

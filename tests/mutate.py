@@ -1,7 +1,7 @@
-"""Breaks one rule or formula at a time, in a copy of the repository, and says which test finds it.
+"""Breaks one rule or formula at a time in a copy of the repository, and prints the test that fails.
 
-`make mutate` runs it. What is not found is a gap in the tests. The texts below have to occur exactly once in their
-files: where one moved or changed, the script says so and stops, and the list is to be brought up to date.
+`make mutate` runs it. A mutation that no test finds is a gap in the tests. Each text below must occur exactly once in
+its file; otherwise the script exits, and the list must be updated.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 class Mutation(NamedTuple):
-    """One text of one file of the package replaced by another, and the tests that should find it, by name or path."""
+    """A text of a file of the package, its replacement, and the tests that should fail, by name or path."""
 
     file: str
     old: str
@@ -63,7 +63,7 @@ MUTATIONS = [
     Mutation("_transform/contraction/conv.py", "* rank * self.groups", "* rank", "conv"),
     Mutation("_transform/rules/ragged.py", "thin.array * kernel.scale", "thin.array", "ragged"),
     Mutation("_transform/contraction/pair.py", "(plain + low_rank.array) *", "plain *", "pairs"),
-    # Forms and their choice: missing term, wrong tangent, wrong cost.
+    # Forms and the choice between them: missing term, wrong tangent, wrong cost.
     Mutation("_transform/contraction/forms.py", "(self.base + x) + self.low_rank", "self.base + x", "laws"),
     Mutation("_transform/contraction/forms.py", "lambda: base(dx, kernel)", "lambda: base(dx, primals[1])", "plan"),
     Mutation("_transform/contraction/forms.py", "times(x, gain.expand_to(contraction.x))", "x", "variants"),
@@ -78,19 +78,19 @@ MUTATIONS = [
     ),
     Mutation("_transform/cache.py", ", *params.items())", ")", "control_flow"),
     Mutation("_core/dropout.py", "x / (1 - self.rate)", "x", "dropout"),
-    # Merging, and what it refuses.
+    # Merging and its errors.
     Mutation("_merge/fold.py", "scale=-kernel.scale, gain=None", "scale=-kernel.scale", "dora"),
     Mutation("_merge/merge.py", "    if not untie:\n", "    if untie:\n", "merge"),
     Mutation("_core/attach.py", "    if got == expected:\n", "    if True:\n", "attach"),
     Mutation("_core/init.py", "key_for(key, path)", "key", "init"),
-    # Starts, optimizers, ranks that adapt.
+    # Initializations, optimizers, adaptive ranks.
     Mutation("_core/linalg.py", "jnp.sqrt(svd.s[..., :rank] / abs(scale))", "jnp.sqrt(svd.s[..., :rank])", "starts"),
     Mutation("_transform/statistics.py", "count = total(jnp.ones_like(x))", "count = total(x)", "starts"),
     Mutation("starts/_activations.py", "(mean * mean.mT if centered else 0)", "0", "starts"),
     Mutation("optim/_precondition.py", "scale_of(part) ** 2", "scale_of(part)", "optim_factors"),
     Mutation("adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),
     Mutation("adaptive/_schedule.py", "height * remaining**3", "height * remaining**2 * length", "adaptive"),
-    # Checkpoints, shardings, what is told.
+    # Checkpoints, shardings, reports.
     Mutation(
         "checkpoint/_fingerprint.py", '_digest(samples[path], was) != saved[path]["content"]', "False", "checkpoint"
     ),
@@ -112,11 +112,11 @@ def check(root: pathlib.Path) -> None:
             wrong.append(f"{mutation.file}: {mutation.old!r} occurs {count} times")
         wrong += [f"{name} is missing" for name in mutation.paths if not (root / name).exists()]
     if wrong:
-        sys.exit("Expected each text exactly once; bring the list up to date:\n  " + "\n  ".join(wrong))
+        sys.exit("Expected each text exactly once; update the list:\n  " + "\n  ".join(wrong))
 
 
 def run(copy: pathlib.Path, tests: list[str]) -> tuple[str, float]:
-    """The first test that fails, or why there is none; and the seconds of CPU time."""
+    """The first test that fails, or why none did, and the seconds of CPU time."""
     before = os.times()
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(copy)}
@@ -131,11 +131,11 @@ def run(copy: pathlib.Path, tests: list[str]) -> tuple[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the repository of which a copy is broken")
-    parser.add_argument("--only", default="", help="those whose file or tests contain this text")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, help="the repository to copy")
+    parser.add_argument("--only", default="", help="run only mutations whose file or tests contain this text")
     options = parser.parse_args()
     check(options.root)
-    chosen = [each for each in MUTATIONS if options.only in f"{each.file} {each.tests}"]
+    chosen = [mutation for mutation in MUTATIONS if options.only in f"{mutation.file} {mutation.tests}"]
     missed = 0
     with tempfile.TemporaryDirectory() as directory:
         copy = pathlib.Path(directory) / "copy"

@@ -1,6 +1,6 @@
-"""A small run as version 1 of the format has stored it in `tests/data/format_1`, made anew to compare with.
+"""The small run that version 1 of the checkpoint format stored in `tests/data/format_1`, to compare with.
 
-`python tests/stored_run.py ROOT` stores it. What is in `tests/data` was stored by lora_jax 0.1.0, and stays as it is.
+`python tests/stored_run.py ROOT` stores it. lora_jax 0.1.0 wrote `tests/data`, which must not change.
 """
 
 import sys
@@ -17,7 +17,7 @@ from lora_jax.checkpoint import AdapterSave, StateSave
 
 STORED = Path(__file__).parent / "data" / "format_1"
 
-# For each adapted leaf its variant, and its axes.
+# The variant and axes of each adapted leaf.
 ADAPTED: dict[str, tuple[Any, str]] = {
     "embedding": (lj.Rows(ids=(3, 5)), "io"),
     "head/kernel": (lj.DoRA(rank=1, alpha=1), "io"),
@@ -38,7 +38,7 @@ def ramp(*shape: int, first: int = 0) -> np.ndarray[Any, Any]:
 
 
 def base() -> dict[str, Any]:
-    """Weights of several dtypes, NumPy's float64 among them, and what else a model's state holds."""
+    """Weights of several dtypes, including NumPy's float64, and other state of a model."""
     return {
         "activation": "gelu",
         "dropout": {"count": jnp.uint32(3), "key": jax.random.key(0)},
@@ -54,7 +54,7 @@ def base() -> dict[str, Any]:
 
 
 def adapter() -> dict[str, lj.Adapter]:
-    """One of each variant."""
+    """One part of each variant."""
     shapes = {jax.tree_util.keystr(keys, simple=True, separator="/"): np.shape(leaf) for keys, leaf in paths(base())}
     return {path: part(variant, axes, shapes[path]) for path, (variant, axes) in ADAPTED.items()}
 
@@ -65,12 +65,12 @@ def paths(tree: Any) -> list[tuple[Any, Any]]:
 
 def part(variant: Any, axes: str, shape: tuple[int, ...]) -> lj.Adapter:
     dtype = jnp.bfloat16 if isinstance(variant, lj.RSLoRA) else jnp.float32
-    arrays = {name: jnp.asarray(ramp(*its), dtype) for name, its in variant.shapes(shape, axes).items()}
+    arrays = {name: jnp.asarray(ramp(*shape), dtype) for name, shape in variant.shapes(shape, axes).items()}
     return lj.Adapter(variant, axes, **arrays)
 
 
 def state() -> dict[str, Any]:
-    """What training has besides the adapter."""
+    """The training state without the adapter."""
     return {"mu": jax.tree.map(jnp.negative, adapter()), "key": jax.random.key(7), "order": np.arange(5), "step": 5}
 
 

@@ -1,4 +1,4 @@
-"""AdaLoRA as a variant: `W0 + s·A·diag(e)·B` against the formula, all formed; what `adaptive` does is tested there."""
+"""AdaLoRA as a variant, against `W0 + s·A·diag(e)·B`. `test_adaptive.py` tests the budget and pruning."""
 
 from __future__ import annotations
 
@@ -29,45 +29,49 @@ VARIANT = lj.AdaLoRA(rank=2, alpha=4)
 
 
 def adalora(params: Any, axes: str, **options: Any) -> Any:
-    """An adapter of all that there is of a kernel `w`, which does something."""
+    """An adapter of a kernel `w` with nonzero arrays."""
     variant = lj.AdaLoRA(**{"rank": 2, "alpha": 3, "axes": axes} | options)
     shapes = jax.eval_shape(lambda key: lj.init(key, params, {"w": variant}), jax.random.key(0))
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten([normal(*leaf.shape, seed=100 + at, size=0.4) for at, leaf in enumerate(leaves)])
 
 
-def formed(part: Any, axes: str) -> jax.Array:
+def update_of(part: Any, axes: str) -> jax.Array:
     """`s·A·diag(e)·B`, by einsum."""
-    names = {role: "".join(chr(ord("a") + at) for at, its in enumerate(axes) if its == role) for role in "bio"}
+    names = {role: "".join(chr(ord("a") + at) for at, letter in enumerate(axes) if letter == role) for role in "bio"}
     kernel = "".join(chr(ord("a") + at) for at in range(len(axes)))
     how = f"{names['b']}{names['i']}z,{names['b']}z,{names['b']}z{names['o']}->{kernel}"
     return part.variant.scale * jnp.einsum(how, part.a, part.e, part.b, precision="highest")
 
 
 @pytest.mark.parametrize("axes", ["io", "oi", "ioo", "iio", "iiio", "bio", "iob", "obii"])
-def test_merged_it_is_the_formula_of_the_paper(axes: str) -> None:
+def test_merge_matches_the_formula_of_the_paper(axes: str) -> None:
     params = {"w": normal(*range(3, 3 + len(axes)), size=0.5)}
     adapter = adalora(params, axes)
-    assert_close(lj.merge(params, adapter)["w"], params["w"] + formed(adapter["w"], axes))
+    assert_close(lj.merge(params, adapter)["w"], params["w"] + update_of(adapter["w"], axes))
     assert_close(lj.unmerge_approximately(lj.merge(params, adapter), adapter)[0], params)
 
 
 def make(name: str, dtype: str) -> tuple[Model, Any]:
-    """A member of the zoo with AdaLoRA in place of LoRA."""
+    """A model of the zoo with AdaLoRA in place of LoRA."""
     key = jax.random.key(0)
     model = ZOO[name](key, jnp.dtype(dtype))
 
-    def instead(its: Any) -> Any:
-        return lj.AdaLoRA(rank=its.rank, alpha=its.alpha, axes=its.axes) if hasattr(its, "rank") else its
+    def as_adalora(variant: Any) -> Any:
+        return (
+            lj.AdaLoRA(rank=variant.rank, alpha=variant.alpha, axes=variant.axes)
+            if hasattr(variant, "rank")
+            else variant
+        )
 
-    spec = {pattern: instead(its) for pattern, its in model.spec.items()}
+    spec = {pattern: as_adalora(variant) for pattern, variant in model.spec.items()}
     kernels = lj.kernels(model.apply, model.params, *model.args)
     return model, jax.jit(lambda key, params: lj.init(key, params, spec, kernels=kernels))(key, model.params)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["scanned_transformer", "grouped_conv"])
-def test_at_the_start_the_model_is_what_it_was(name: str, dtype: str) -> None:
+def test_initialization_keeps_the_model(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     base = jit(call(lambda params, adapter, *args: model.apply(params, *args), model))(adapter, model.args[0])
@@ -75,7 +79,7 @@ def test_at_the_start_the_model_is_what_it_was(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["scanned_transformer", "tied_embedding", "grouped_conv", "experts"])
-def test_every_array_gets_the_gradient_that_it_has_of_the_merged_kernels(name: str, key: jax.Array) -> None:
+def test_gradients_match_those_of_the_merged_kernels(name: str, key: jax.Array) -> None:
     model, adapter = make(name, "float32")
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
     (((gradient, out), (expected_gradient, expected)),) = law(model, trained(key, adapter), compiled=False)
@@ -86,13 +90,13 @@ def test_every_array_gets_the_gradient_that_it_has_of_the_merged_kernels(name: s
 
 
 @pytest.mark.parametrize("transform", ["vmap", "jvp"])
-def test_it_goes_through_every_transform(transform: str, key: jax.Array) -> None:
+def test_adalora_works_under_every_transform(transform: str, key: jax.Array) -> None:
     model, adapter = make("scanned_transformer", "float32")
     assert_close(*under(transform, model, trained(key, adapter)))
 
 
-def test_random_programs_are_those_of_the_formed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `test_fuzz.py`."""
+def test_random_programs_match_merged_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of `test_fuzz.py` with AdaLoRA."""
     monkeypatch.setitem(fuzz_run.VARIANTS, "AdaLoRA", lj.AdaLoRA)
     for seed in range(4000, 4020):
         program = fuzz.Drawing(random.Random(seed)).program()
@@ -105,10 +109,10 @@ def test_random_programs_are_those_of_the_formed_kernels(monkeypatch: pytest.Mon
         fuzz_run.assert_program(dataclasses.replace(program, leaves=leaves))
 
 
-# Its start and its place
+# Initialization and sharding
 
 
-def test_it_starts_as_in_the_authors_code() -> None:
+def test_initialization_matches_the_authors_code() -> None:
     params = {"w": jax.ShapeDtypeStruct((3, 40, 50, 20), jnp.float32)}
     part = lj.init(jax.random.key(0), params, {"w": lj.AdaLoRA(rank=20, alpha=4, axes="bioo")})["w"]
     assert (part.a.shape, part.e.shape, part.b.shape) == ((3, 40, 20), (3, 20), (3, 20, 50, 20))
@@ -118,12 +122,12 @@ def test_it_starts_as_in_the_authors_code() -> None:
     assert part.variant.scale == 4 / 20
 
 
-def test_its_factors_do_not_share_their_numbers() -> None:
+def test_factors_are_drawn_independently() -> None:
     part = lj.init(jax.random.key(0), {"w": jnp.ones((6, 6))}, {"w": lj.AdaLoRA(rank=6, alpha=1)})["w"]
     assert abs(np.corrcoef(part.a.ravel(), part.b.ravel())[0, 1]) < 0.5
 
 
-def test_it_is_cut_as_its_kernel_is() -> None:
+def test_arrays_are_sharded_like_the_kernel() -> None:
     params = {"w": jnp.ones((4, 8, 6))}
     adapter = adalora(params, "bio")
     placed = lj.sharding.like_base(adapter, {"w": P("layers", "x", "y")})["w"]
@@ -131,7 +135,7 @@ def test_it_is_cut_as_its_kernel_is() -> None:
 
 
 @pytest.mark.parametrize("spec", [P(None, None, "model"), P(None, "model"), P("model")])
-def test_where_shardings_are_types_it_is_the_same_function(spec: P) -> None:
+def test_the_function_is_the_same_on_an_explicit_mesh(spec: P) -> None:
     params = {"w": normal(8, 8, 8, size=0.5)}
     adapter, x = adalora(params, "bio"), normal(8, 3, 8, seed=2)
     apply = lambda p, x: jnp.einsum("etd,edf->etf", x, p["w"], out_sharding=jax.typeof(x).sharding)  # noqa: E731
@@ -139,19 +143,19 @@ def test_where_shardings_are_types_it_is_the_same_function(spec: P) -> None:
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, NamedSharding(mesh, spec))
-        cut = jax.device_put(adapter, lj.sharding.like_base(adapter, NamedSharding(mesh, spec)))
-        whole = jax.device_put(x, NamedSharding(mesh, P("model" if spec == P("model") else None)))
-        gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, whole))))(cut)
+        sharded = jax.device_put(adapter, lj.sharding.like_base(adapter, NamedSharding(mesh, spec)))
+        x_on_mesh = jax.device_put(x, NamedSharding(mesh, P("model" if spec == P("model") else None)))
+        gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, x_on_mesh))))(sharded)
     assert_close(jax.device_get(gradient), jax.device_get(expected), {"float32": 1e-4})
 
 
-def test_explain_counts_what_is_trained() -> None:
+def test_explain_counts_the_trainable_parameters() -> None:
     params = {"w": normal(4, 5)}
     (row,) = lj.explain(lambda params, x: x @ params["w"], params, adalora(params, "io"), normal(3, 4)).rows
     assert (row.variant, row.rank, row.scale, row.parameters) == ("AdaLoRA", 2, 1.5, 4 * 2 + 2 + 2 * 5)
 
 
-def test_its_operations_are_hardly_more_than_those_of_lora() -> None:
+def test_flops_are_slightly_more_than_those_of_lora() -> None:
     params = {"w": jax.ShapeDtypeStruct((768, 768), jnp.float32)}
     x = jax.ShapeDtypeStruct((512, 768), jnp.float32)
 
@@ -163,7 +167,7 @@ def test_its_operations_are_hardly_more_than_those_of_lora() -> None:
     assert step(lj.AdaLoRA(rank=8, alpha=16)) < 1.001 * step(lj.LoRA(rank=8, alpha=16))
 
 
-def test_no_update_is_formed() -> None:
+def test_the_update_is_never_materialized() -> None:
     params = {"w": jnp.ones((48, 40))}
     run = lambda ad, x: lj.lora(lambda p, x: x @ p["w"], form="factored")(params, ad, x).sum()  # noqa: E731
     jaxpr = jax.make_jaxpr(jax.grad(run))(adalora(params, "io"), jnp.ones((3, 48)))
@@ -172,25 +176,25 @@ def test_no_update_is_formed() -> None:
     assert not any(eqn.outvars[0].aval.shape in ((48, 40), (40, 48)) for eqn in products)
 
 
-# Who asks for its factors
+# Functions that need the factors
 
 
 @pytest.mark.parametrize("axes", ["io", "bio"])
-def test_analysis_measures_the_whole_update(axes: str) -> None:
+def test_analysis_measures_the_full_update(axes: str) -> None:
     params = {"w": normal(*(3, 6, 5)[3 - len(axes) :])}
     adapter = adalora(params, axes)
-    update = formed(adapter["w"], axes)
+    update = update_of(adapter["w"], axes)
     values = jnp.linalg.svd(update, compute_uv=False)[..., :2]
     assert_close(analysis.singular_values(adapter)["w"], values)
     norms = jnp.linalg.norm(update, axis=(-2, -1)) / jnp.linalg.norm(params["w"], axis=(-2, -1))
     assert_close(analysis.relative_norms(params, adapter)["w"], norms)
     plain = {"w": lj.Adapter(lj.LoRA(rank=2, alpha=3), axes, a=adapter["w"].a, b=adapter["w"].b)}
     other = analysis.subspace_similarity(adapter, plain)["w"]
-    assert_close(other[..., -1, -1], jnp.ones(other.shape[:-2]))  # both span what `a` spans
+    assert_close(other[..., -1, -1], jnp.ones(other.shape[:-2]))  # both span the columns of `a`
     assert analysis.intruders(params, adapter, top=2)["w"].similarity.shape == (*values.shape[:-1], 2)
 
 
-def test_what_has_room_for_two_factors_alone_says_so() -> None:
+def test_functions_for_two_factors_raise() -> None:
     params = {"w": normal(6, 5)}
     adapter = adalora(params, "io")
     text = (
@@ -206,7 +210,7 @@ def test_what_has_room_for_two_factors_alone_says_so() -> None:
 
 
 @pytest.mark.parametrize("start", [starts.pissa, starts.olora, functools.partial(starts.gaussian, jax.random.key(0))])
-def test_a_start_for_two_factors_would_leave_it_dead(start: Any) -> None:
+def test_initializations_of_two_factors_are_errors(start: Any) -> None:
     params = {"w": normal(6, 5)}
     with pytest.raises(lj.SpecError) as caught:
         start(params, lj.init(jax.random.key(0), params, {"w": VARIANT}))
@@ -215,10 +219,10 @@ def test_a_start_for_two_factors_would_leave_it_dead(start: Any) -> None:
     )
 
 
-# Optimizers that know `a` and `b` as one product
+# Optimizers that treat `a` and `b` as one product
 
 
-def test_e_is_no_factor_to_lora_plus() -> None:
+def test_lora_plus_does_not_treat_e_as_a_factor() -> None:
     adapter = adalora({"w": normal(6, 5)}, "io")
     tx = optim.lora_plus(16)
     updates, _ = tx.update(adapter, tx.init(adapter), adapter)
@@ -227,7 +231,7 @@ def test_e_is_no_factor_to_lora_plus() -> None:
 
 
 @pytest.mark.parametrize("axes", ["io", "bio"])
-def test_lora_fa_steps_as_near_to_full_fine_tuning_as_a_and_e_let_it(axes: str) -> None:
+def test_lora_fa_steps_are_the_nearest_to_full_fine_tuning_for_a_and_e(axes: str) -> None:
     shape = (3, 6, 5)[3 - len(axes) :]
     with jax.enable_x64(True):
         params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal(shape))}
@@ -245,15 +249,15 @@ def test_lora_fa_steps_as_near_to_full_fine_tuning_as_a_and_e_let_it(axes: str) 
         assert_close(step, -scaled @ jnp.linalg.pinv(scaled) @ slope, {"float64": 1e-8})
 
 
-def test_riemannian_steps_do_not_depend_on_how_the_product_is_split() -> None:
-    """`a` and `b` one way or another, `e` as it is: between them is any matrix that `e` lets through."""
+def test_riemannian_steps_do_not_depend_on_the_factorization() -> None:
+    """Scales `a` and `b` by matrices that cancel around `e`."""
     with jax.enable_x64(True):
         params = {"w": jnp.zeros((6, 5))}
         adapter = jax.tree.map(lambda x: x.astype(jnp.float64), adalora(params, "io"))
         part = adapter["w"]
-        turn, e = jnp.array([[3.0, 1.0], [0.5, 0.2]]), jnp.diag(part.e)
-        back = jnp.linalg.inv(e) @ jnp.linalg.inv(turn) @ e  # so that a·turn·e·back·b = a·e·b
-        other = lj.Adapter(part.variant, "io", a=part.a @ turn, e=part.e, b=back @ part.b)
+        mix, e = jnp.array([[3.0, 1.0], [0.5, 0.2]]), jnp.diag(part.e)
+        unmix = jnp.linalg.inv(e) @ jnp.linalg.inv(mix) @ e  # so that a·mix·e·unmix·b = a·e·b
+        equal_part = lj.Adapter(part.variant, "io", a=part.a @ mix, e=part.e, b=unmix @ part.b)
         tx = optim.riemannian(damping=1e-14)
 
         def speed(part: Any) -> jax.Array:
@@ -262,5 +266,5 @@ def test_riemannian_steps_do_not_depend_on_how_the_product_is_split() -> None:
             moved = lj.Adapter(part.variant, "io", **updates["w"].arrays | {"e": jnp.zeros_like(part.e)})
             return jax.jvp(lambda part: lj.merge(params, {"w": part})["w"], (part,), (moved,))[1]
 
-        assert_close(formed(other, "io"), formed(part, "io"))
-        assert_close(speed(other), speed(part), {"float64": 1e-6})
+        assert_close(update_of(equal_part, "io"), update_of(part, "io"))
+        assert_close(speed(equal_part), speed(part), {"float64": 1e-6})

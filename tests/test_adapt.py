@@ -1,4 +1,4 @@
-"""`adapt`: what `kernels`, `init` and `lora` do in three calls."""
+"""`adapt` equals `kernels`, `init` and `lora` in one call."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def model(params: Any, x: jax.Array, *, power: int = 1) -> jax.Array:
     return jnp.einsum("thd,hdo->to", jnp.tanh(y) ** power, params["head"])
 
 
-def test_it_is_kernels_init_and_lora_in_one_call(key: jax.Array) -> None:
+def test_adapt_equals_kernels_init_and_lora(key: jax.Array) -> None:
     apply, adapter = lj.adapt(model, PARAMS, SPEC, X, key=key)
     found = lj.kernels(model, PARAMS, X)
     assert apply.kernels == found
@@ -42,17 +42,17 @@ def test_the_model_is_traced_once(key: jax.Array) -> None:
     assert len(calls) == 1
 
 
-def test_shapes_are_enough_to_trace_with_and_the_call_may_have_other_arguments(key: jax.Array) -> None:
+def test_adapt_needs_shapes_only_and_the_function_accepts_other_arguments(key: jax.Array) -> None:
     apply, adapter = lj.adapt(model, PARAMS, SPEC, jax.ShapeDtypeStruct((2, 4), jnp.float32), key=key)
     assert apply(PARAMS, adapter, X, power=3).shape == (7, 5)
 
 
-def test_keyword_arguments_of_the_model_reach_it(key: jax.Array) -> None:
+def test_kwargs_are_passed_to_the_model(key: jax.Array) -> None:
     with pytest.raises(ZeroDivisionError):
         lj.adapt(lambda params, x, *, power: 1 / power, PARAMS, SPEC, X, key=key, kwargs={"power": 0})
 
 
-def test_its_options_are_those_of_init_and_of_lora(key: jax.Array) -> None:
+def test_options_are_passed_to_init_and_lora(key: jax.Array) -> None:
     def reads(params: Any, x: jax.Array) -> jax.Array:
         return model(params, x) + jnp.exp(params["up"]).sum()
 
@@ -67,13 +67,13 @@ def test_its_options_are_those_of_init_and_of_lora(key: jax.Array) -> None:
         lj.adapt(model, PARAMS, SPEC, X, key=key, form="none")
 
 
-def test_it_works_without_values(key: jax.Array) -> None:
+def test_adapt_works_under_eval_shape(key: jax.Array) -> None:
     shapes = jax.eval_shape(lambda params, key: lj.adapt(model, params, SPEC, X, key=key)[1], PARAMS, key)
     _, adapter = lj.adapt(model, PARAMS, SPEC, X, key=key)
     assert jax.tree.structure(shapes) == jax.tree.structure(adapter)
     assert [leaf.shape for leaf in jax.tree.leaves(shapes)] == [leaf.shape for leaf in jax.tree.leaves(adapter)]
 
 
-def test_a_spec_that_cannot_be_meant_is_the_error_of_init(key: jax.Array) -> None:
+def test_an_invalid_spec_raises_the_error_of_init(key: jax.Array) -> None:
     with pytest.raises(lj.SpecError, match=r"'nothing' matches none of 3"):
         lj.adapt(model, PARAMS, {"nothing": lj.Full()}, X, key=key)

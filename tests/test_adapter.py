@@ -1,4 +1,4 @@
-"""The adapter as a value: it prints, copies, maps and serializes as other pytrees do."""
+"""The adapter is a value: it prints, copies, maps and serializes like other pytrees."""
 
 import copy
 import pickle
@@ -23,7 +23,7 @@ def adapter(key: jax.Array) -> dict[str, lj.Adapter]:
     return trained(key, lj.init(key, params, spec))
 
 
-def test_it_prints_its_variant_axes_and_shapes(adapter: dict[str, lj.Adapter]) -> None:
+def test_an_adapter_prints_variant_axes_and_shapes(adapter: dict[str, lj.Adapter]) -> None:
     assert repr(adapter["query/kernel"]) == "Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3])"
     assert repr(adapter["head/bias"]) == "Adapter(Full(), '', value=float32[3])"
 
@@ -45,7 +45,7 @@ def test_an_unknown_array_is_an_attribute_error(adapter: dict[str, lj.Adapter]) 
     ],
     ids=["deepcopy", "pickle", "flax.serialization", "tree.map"],
 )
-def test_it_survives(through: object, adapter: dict[str, lj.Adapter]) -> None:
+def test_an_adapter_survives_copying_and_serialization(through: object, adapter: dict[str, lj.Adapter]) -> None:
     assert callable(through)
     again = through(adapter)
     chex.assert_trees_all_equal_structs(again, adapter)
@@ -53,23 +53,23 @@ def test_it_survives(through: object, adapter: dict[str, lj.Adapter]) -> None:
 
 
 def errors() -> list[lj.LoRAError]:
-    """One of every class of error, as the library makes them."""
-    classes = [its for its in vars(_errors).values() if isinstance(its, type) and issubclass(its, lj.LoRAError)]
+    """One error of every class."""
+    classes = [cls for cls in vars(_errors).values() if isinstance(cls, type) and issubclass(cls, lj.LoRAError)]
     assert {lj.AdapterError, lj.CheckpointError, lj.MergeError, lj.SpecError, lj.UnsupportedError} < set(classes)
-    made = {lj.UnsupportedError: lj.UnsupportedError("what", "line", "advice")}
-    return [made[its] if its in made else its("what was expected") for its in classes]
+    special = {lj.UnsupportedError: lj.UnsupportedError("what", "line", "advice")}
+    return [special[cls] if cls in special else cls("what was expected") for cls in classes]
 
 
 @pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])
 @pytest.mark.parametrize("error", errors(), ids=lambda error: type(error).__name__)
-def test_an_error_survives(error: lj.LoRAError, through: Callable[[object], object]) -> None:
+def test_an_error_survives_copying_and_serialization(error: lj.LoRAError, through: Callable[[object], object]) -> None:
     again = through(error)
     assert type(again) is type(error)
     assert (str(again), vars(again)) == (str(error), vars(error))
     assert str(error)
 
 
-def test_a_refusal_survives_as_it_was_raised() -> None:
+def test_an_unsupported_error_survives_pickling() -> None:
     params = {"w": jnp.ones((4, 4))}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4)})
     with pytest.raises(lj.UnsupportedError) as caught:
@@ -79,7 +79,7 @@ def test_a_refusal_survives_as_it_was_raised() -> None:
     assert (again.what, again.line, again.advice) == (caught.value.what, caught.value.line, caught.value.advice)
 
 
-def test_what_tracing_tells_survives(adapter: dict[str, lj.Adapter]) -> None:
+def test_the_result_of_kernels_survives_pickling(adapter: dict[str, lj.Adapter]) -> None:
     params = {"query": {"kernel": jnp.ones((4, 3))}, "head": {"bias": jnp.ones(3)}}
     call = (lambda p, x: x @ p["query"]["kernel"] + p["head"]["bias"]), params
     for found in (lj.explain(*call, adapter, jnp.ones((2, 4))), lj.kernels(*call, jnp.ones((2, 4)))):
@@ -88,7 +88,7 @@ def test_what_tracing_tells_survives(adapter: dict[str, lj.Adapter]) -> None:
         assert str(pickle.loads(pickle.dumps(found))) == str(found)
 
 
-def test_a_plan_survives_without_its_program() -> None:
+def test_a_plan_survives_pickling_without_the_program() -> None:
     params = {"w": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
     x = jax.ShapeDtypeStruct((2, 4), jnp.float32)
@@ -100,11 +100,11 @@ def test_a_plan_survives_without_its_program() -> None:
     assert copy.deepcopy(found).lora.compiled is copy.copy(found.lora).compiled is found.lora.compiled is not None
 
 
-def test_its_arrays_have_readable_key_paths(adapter: dict[str, lj.Adapter]) -> None:
+def test_arrays_have_readable_key_paths(adapter: dict[str, lj.Adapter]) -> None:
     paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(adapter)]
     assert paths == ["['head/bias'].value", "['query/kernel'].a", "['query/kernel'].b"]
 
 
-def test_an_optimiser_state_is_a_tree_of_adapters(adapter: dict[str, lj.Adapter]) -> None:
+def test_an_optimizer_state_is_a_tree_of_adapters(adapter: dict[str, lj.Adapter]) -> None:
     moments = optax.adam(1e-3).init(adapter)[0].mu
     chex.assert_trees_all_equal_structs(moments, adapter)

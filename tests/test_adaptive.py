@@ -1,4 +1,4 @@
-"""Adaptive rank: each function against its formula by hand, and the training that is made of them."""
+"""Adaptive rank: each function against its formula, and training with them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ SPEC = {
 START = 4 + 3 + 3 * 2
 
 
-def mixed(seed: int = 1) -> Any:
-    """A dense kernel, a convolution, three layers along axis 1, and a bias that is trained whole."""
+def mixed_adapter(seed: int = 1) -> Any:
+    """An adapter of a dense kernel, a convolution, three layers along axis 1, and a bias under `Full`."""
     return trained(jax.random.key(seed), lj.init(jax.random.key(0), PARAMS, SPEC))
 
 
-def made(axes: str, rank: int = 4) -> tuple[Any, Any]:
+def random_case(axes: str, rank: int = 4) -> tuple[Any, Any]:
     params = {"w": normal(*KERNELS[axes])}
     variant = lj.AdaLoRA(rank=rank, alpha=6, dropout=0.25, axes=axes)
     return params, trained(jax.random.key(1), lj.init(jax.random.key(0), params, {"w": variant}))
@@ -51,13 +51,13 @@ def with_e(part: Any, e: Any) -> Any:
     return lj.Adapter(part.variant, part.axes, **part.arrays | {"e": jnp.asarray(e, part.e.dtype)})
 
 
-def left(adapter: Any) -> dict[str, np.ndarray]:
-    """The directions that an adapter has left."""
+def active(adapter: Any) -> dict[str, np.ndarray]:
+    """The directions of an adapter that are not zero."""
     return {path: np.asarray(part.e) != 0 for path, part in adapter.items() if "e" in part.arrays}
 
 
 def count(adapter: Any) -> int:
-    return sum(int(its.sum()) for its in left(adapter).values())
+    return sum(int(mask.sum()) for mask in active(adapter).values())
 
 
 # The budget
@@ -73,20 +73,20 @@ def budget_by_hand(step: int, start: int, end: int, warmup: int, settle: int, to
 
 
 @hypothesis.given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 30), st.integers(0, 30), st.integers(1, 300))
-def test_the_budget_is_the_cubic_exactly(one: int, other: int, warmup: int, settle: int, between: int) -> None:
-    its = {"start": max(one, other), "end": min(one, other), "warmup": warmup, "settle": settle}
-    its["total"] = warmup + between + settle
-    steps = range(its["total"] + 3)
-    got = adaptive.budget(np.arange(len(steps)), **its)
+def test_the_budget_is_exactly_the_cubic(first: int, second: int, warmup: int, settle: int, between: int) -> None:
+    arguments = {"start": max(first, second), "end": min(first, second), "warmup": warmup, "settle": settle}
+    arguments["total"] = warmup + between + settle
+    steps = range(arguments["total"] + 3)
+    got = adaptive.budget(np.arange(len(steps)), **arguments)
     assert got.dtype == jnp.int32
-    assert got.tolist() == [budget_by_hand(step, **its) for step in steps]
+    assert got.tolist() == [budget_by_hand(step, **arguments) for step in steps]
 
 
-def test_the_budget_of_a_long_training_is_exact_too() -> None:
-    its = {"start": 1728, "end": 576, "warmup": 1000, "settle": 3000, "total": 100_000}
+def test_the_budget_of_a_long_training_is_exact() -> None:
+    arguments = {"start": 1728, "end": 576, "warmup": 1000, "settle": 3000, "total": 100_000}
     steps = [*range(990, 1200), 34_000, 50_123, *range(96_900, 97_010)]
-    run = jax.jit(lambda step: adaptive.budget(step, **its))
-    assert [int(run(step)) for step in steps] == [budget_by_hand(step, **its) for step in steps]
+    run = jax.jit(lambda step: adaptive.budget(step, **arguments))
+    assert [int(run(step)) for step in steps] == [budget_by_hand(step, **arguments) for step in steps]
     assert run(5).shape == ()
 
 
@@ -107,7 +107,7 @@ WRONG_BUDGETS = {
 
 
 @pytest.mark.parametrize("name", WRONG_BUDGETS)
-def test_a_budget_that_cannot_be_meant_is_refused(name: str) -> None:
+def test_an_invalid_budget_is_an_error(name: str) -> None:
     wrong, text = WRONG_BUDGETS[name]
     with pytest.raises(lj.SpecError) as caught:
         adaptive.budget(3, **{"start": 8, "end": 2, "warmup": 1, "settle": 1, "total": 10} | wrong)
@@ -118,7 +118,7 @@ def test_a_budget_that_cannot_be_meant_is_refused(name: str) -> None:
 
 
 def importance_by_hand(pairs: list[tuple[Any, Any]], beta1: float, beta2: float) -> list[tuple[Any, Any]]:
-    """Ī and Ū of each array after steps with these gradients and arrays."""
+    """Ī and Ū of each array after steps with the given gradients and arrays."""
     sensitivity = [0.0] * len(jax.tree.leaves(pairs[0][0]))
     uncertainty = list(sensitivity)
     for gradient, adapter in pairs:
@@ -129,23 +129,23 @@ def importance_by_hand(pairs: list[tuple[Any, Any]], beta1: float, beta2: float)
     return list(zip(sensitivity, uncertainty, strict=True))
 
 
-def test_importance_is_that_of_the_paper() -> None:
-    pairs = [(mixed(2 * seed), mixed(2 * seed + 1)) for seed in range(1, 5)]
-    measure = jax.jit(lambda *its: adaptive.measure(*its, beta1=0.7, beta2=0.6))
-    importance = adaptive.unmeasured(mixed())
+def test_importance_matches_the_paper() -> None:
+    pairs = [(mixed_adapter(2 * seed), mixed_adapter(2 * seed + 1)) for seed in range(1, 5)]
+    measure = jax.jit(lambda *args: adaptive.measure(*args, beta1=0.7, beta2=0.6))
+    importance = adaptive.unmeasured(mixed_adapter())
     for gradient, adapter in pairs:
         importance = measure(importance, gradient, adapter)
     chosen = [({p: x[p] for p in sorted(SPEC) if p != "bias"} for x in pair) for pair in pairs]
-    expected = importance_by_hand([tuple(its) for its in chosen], 0.7, 0.6)
+    expected = importance_by_hand([tuple(pair) for pair in chosen], 0.7, 0.6)
     got = zip(jax.tree.leaves(importance.sensitivity), jax.tree.leaves(importance.uncertainty), strict=True)
-    for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one[0], other[0], rtol=2e-6)
-        np.testing.assert_allclose(one[1], other[1], rtol=2e-5, atol=1e-8)
+    for first, second in zip(got, expected, strict=True):
+        np.testing.assert_allclose(first[0], second[0], rtol=2e-6)
+        np.testing.assert_allclose(first[1], second[1], rtol=2e-5, atol=1e-8)
     assert list(importance.sensitivity) == ["conv", "dense", "stack"]
 
 
-def test_importance_of_an_adapter_in_half_precision_is_kept_in_float32() -> None:
-    adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), mixed())
+def test_importance_of_a_half_precision_adapter_is_stored_in_float32() -> None:
+    adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), mixed_adapter())
     importance = adaptive.measure(adaptive.unmeasured(adapter), adapter, adapter)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(importance)} == {"float32"}
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), adapter)
@@ -153,8 +153,8 @@ def test_importance_of_an_adapter_in_half_precision_is_kept_in_float32() -> None
 
 
 @pytest.mark.parametrize("axes", KERNELS)
-def test_a_score_is_that_of_e_and_the_means_of_a_column_and_a_row(axes: str) -> None:
-    _, adapter = made(axes)
+def test_a_score_is_the_importance_of_e_plus_the_means_of_a_column_and_a_row(axes: str) -> None:
+    _, adapter = random_case(axes)
     importance = adaptive.Importance(adapter, jax.tree.map(lambda x: 2 * x, adapter))
     part, rank, batch = adapter["w"], 4, adapter["w"].e.shape[:-1]
     a = 2 * np.asarray(part.a).reshape(*batch, -1, rank) ** 2
@@ -163,39 +163,39 @@ def test_a_score_is_that_of_e_and_the_means_of_a_column_and_a_row(axes: str) -> 
     np.testing.assert_allclose(adaptive.scores(importance)["w"], expected, rtol=1e-5)
 
 
-# What is kept
+# Selection of directions
 
 
 @hypothesis.given(st.lists(st.integers(0, 3), min_size=12, max_size=12), st.integers(0, 13))
-def test_as_many_as_the_budget_are_kept_and_none_is_better_than_one_of_them(numbers: list[int], most: int) -> None:
-    flat = np.array(numbers, np.float32)
+def test_the_directions_with_the_highest_scores_are_kept(values: list[int], most: int) -> None:
+    flat = np.array(values, np.float32)
     scores = {"z": flat[:6].reshape(3, 2), "a": flat[6:10], "m": flat[10:]}
     kept = adaptive.keep(scores, most)
-    assert {path: its.shape for path, its in kept.items()} == {path: its.shape for path, its in scores.items()}
+    assert {path: mask.shape for path, mask in kept.items()} == {path: mask.shape for path, mask in scores.items()}
     there = np.concatenate([np.ravel(kept[path]) for path in scores])
     assert there.sum() == min(most, 12)
     if 0 < there.sum() < 12:
         assert flat[there].min() >= flat[~there].max()
 
 
-def test_ties_are_broken_alike_in_any_order_and_under_jit() -> None:
+def test_ties_do_not_depend_on_the_order_or_on_jit() -> None:
     scores = {"b": jnp.ones((2, 3)), "a": jnp.ones(4)}
-    turned = dict(reversed(scores.items()))
+    reversed_scores = dict(reversed(scores.items()))
     expected = {"a": [True] * 4, "b": [[True, True, False], [False] * 3]}
     run = jax.jit(chex.assert_max_traces(adaptive.keep, n=1))
     chex.clear_trace_counter()
-    for kept in (adaptive.keep(scores, 6), adaptive.keep(turned, 6), run(scores, jnp.int32(6))):
-        assert {path: its.tolist() for path, its in sorted(kept.items())} == expected
-    assert sum(int(its.sum()) for its in run(scores, jnp.int32(2)).values()) == 2
+    for kept in (adaptive.keep(scores, 6), adaptive.keep(reversed_scores, 6), run(scores, jnp.int32(6))):
+        assert {path: mask.tolist() for path, mask in sorted(kept.items())} == expected
+    assert sum(int(mask.sum()) for mask in run(scores, jnp.int32(2)).values()) == 2
 
 
-def test_pruning_zeroes_e_where_it_is_not_kept_and_nothing_else() -> None:
-    adapter = mixed()
+def test_pruning_zeroes_only_the_entries_of_e_that_are_not_kept() -> None:
+    adapter = mixed_adapter()
     kept = adaptive.keep({path: jnp.abs(adapter[path].e) for path in ("conv", "dense", "stack")}, 5)
     pruned = adaptive.prune(adapter, kept)
     assert list(pruned) == list(adapter) and count(pruned) == 5
-    for path, its in kept.items():
-        assert bits(pruned[path].e) == bits(jnp.where(its, adapter[path].e, 0.0))
+    for path, mask in kept.items():
+        assert bits(pruned[path].e) == bits(jnp.where(mask, adapter[path].e, 0.0))
         assert pruned[path].a is adapter[path].a and pruned[path].b is adapter[path].b
     assert pruned["bias"] is adapter["bias"]
 
@@ -203,8 +203,8 @@ def test_pruning_zeroes_e_where_it_is_not_kept_and_nothing_else() -> None:
 # Orthogonality
 
 
-def test_orthogonality_is_the_squared_distance_summed_over_all_factors_and_layers() -> None:
-    adapter = mixed()
+def test_orthogonality_sums_squared_distances_over_factors_and_layers() -> None:
+    adapter = mixed_adapter()
     expected = 0.0
     for path, part in adapter.items():
         if path != "bias":
@@ -216,19 +216,19 @@ def test_orthogonality_is_the_squared_distance_summed_over_all_factors_and_layer
     assert float(jax.jit(adaptive.orthogonality)(adapter)) == pytest.approx(expected, rel=1e-5)
 
 
-def test_where_it_is_zero_its_gradient_is_too() -> None:
+def test_orthogonality_of_zero_has_a_gradient_of_zero() -> None:
     part = lj.Adapter(lj.AdaLoRA(rank=2, alpha=1), "io", a=jnp.eye(4, 2), e=jnp.ones(2), b=jnp.eye(2, 3))
     value, gradient = jax.value_and_grad(adaptive.orthogonality)({"w": part})
     assert float(value) == 0
-    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))  # that of the norm itself is NaN there
+    assert all(not leaf.any() for leaf in jax.tree.leaves(gradient))  # the gradient of the norm is NaN there
 
 
 # Compaction
 
 
 @pytest.mark.parametrize("axes", ["io", "iiio", "ioo"])
-def test_compacted_it_is_the_same_function_of_a_smaller_rank(axes: str) -> None:
-    params, adapter = made(axes)
+def test_compact_keeps_the_function_at_a_smaller_rank(axes: str) -> None:
+    params, adapter = random_case(axes)
     adapter = {"w": with_e(adapter["w"], [0.0, -2.0, 0.0, 0.5])}
     small = adaptive.compact(adapter)
     part = small["w"]
@@ -239,12 +239,12 @@ def test_compacted_it_is_the_same_function_of_a_smaller_rank(axes: str) -> None:
     apply = lj.lora(run, materialize=["w"])
     assert_close(apply(params, small, x), apply(params, adapter, x), {"float32": 1e-6})
     assert_close(lj.merge(params, small), lj.merge(params, adapter), {"float32": 1e-6})
-    assert bits(part.a[..., 0]) == bits(adapter["w"].a[..., 1] * jnp.float32(-2.0))  # nothing is lost on the way
+    assert bits(part.a[..., 0]) == bits(adapter["w"].a[..., 1] * jnp.float32(-2.0))  # no direction is removed
 
 
 @pytest.mark.parametrize("axes", ["bio", "ibo"])
-def test_the_layers_of_a_stack_share_the_rank_that_one_of_them_needs(axes: str) -> None:
-    params, adapter = made(axes)
+def test_compact_gives_a_stack_the_largest_rank_of_its_layers(axes: str) -> None:
+    params, adapter = random_case(axes)
     e = [[0.0, 3.0, 0.0, 0.5], [0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 4.0, 0.0]]
     adapter = {"w": with_e(adapter["w"], e)}
     part = adaptive.compact(adapter)["w"]
@@ -255,8 +255,8 @@ def test_the_layers_of_a_stack_share_the_rank_that_one_of_them_needs(axes: str) 
     assert (np.abs(part.b).max(2) > 0).tolist() == there
 
 
-def test_a_kernel_with_nothing_left_leaves_the_adapter_and_others_stay() -> None:
-    adapter = mixed()
+def test_compact_drops_kernels_without_directions_only() -> None:
+    adapter = mixed_adapter()
     adapter |= {"dense": with_e(adapter["dense"], jnp.zeros(4))}
     small = adaptive.compact(adapter)
     assert set(small) == {"conv", "stack", "bias"}
@@ -265,16 +265,16 @@ def test_a_kernel_with_nothing_left_leaves_the_adapter_and_others_stay() -> None
     assert_close(merged, expected, {"float32": 1e-6})
 
 
-def test_an_adapter_in_half_precision_keeps_its_function_up_to_a_rounding() -> None:
-    params, adapter = made("io")
+def test_compact_in_half_precision_keeps_the_function_up_to_rounding() -> None:
+    params, adapter = random_case("io")
     adapter = jax.tree.map(lambda x: x.astype(jnp.bfloat16), {"w": with_e(adapter["w"], [0.0, -2.3, 0.0, 0.7])})
     small = adaptive.compact(adapter)
     assert small["w"].a.dtype == jnp.bfloat16
     assert_close(lj.merge(params, small), lj.merge(params, adapter), {"float32": 4e-3})
 
 
-def test_what_cannot_be_compacted_says_so() -> None:
-    params, adapter = made("io")
+def test_compact_raises_for_invalid_adapters() -> None:
+    params, adapter = random_case("io")
     with pytest.raises(lj.AdapterError) as caught:
         jax.jit(adaptive.compact)(adapter)
     assert str(caught.value) == (
@@ -297,16 +297,16 @@ def test_what_cannot_be_compacted_says_so() -> None:
     )
 
 
-def test_it_works_on_arrays_that_are_cut() -> None:
-    _, adapter = made("bio")
+def test_compact_works_on_sharded_arrays() -> None:
+    _, adapter = random_case("bio")
     adapter = {"w": with_e(adapter["w"], [[0.0, 3.0, 0.0, 0.5], [0.0] * 4, [0.0, 0.0, 4.0, 0.0]])}
     expected = adaptive.compact(adapter)
     for kind in (AxisType.Auto, AxisType.Explicit):
         mesh = Mesh(np.array(jax.devices()[:6]).reshape(3, 2), ("layers", "x"), axis_types=(kind, kind))
         where = lj.sharding.like_base(adapter, NamedSharding(mesh, P("layers", "x")))
         with jax.set_mesh(mesh):
-            cut = adaptive.compact(jax.device_put(adapter, where))
-        assert bits(jax.device_get(cut)) == bits(jax.device_get(expected))
+            sharded = adaptive.compact(jax.device_put(adapter, where))
+        assert bits(jax.device_get(sharded)) == bits(jax.device_get(expected))
 
 
 # Training
@@ -315,13 +315,13 @@ SCHEDULE = {"end": 5, "warmup": 2, "settle": 3, "total": 12}
 
 
 def slopes(steps: int) -> list[Any]:
-    return [mixed(100 + step) for step in range(steps)]
+    return [mixed_adapter(100 + step) for step in range(steps)]
 
 
 def run(tx: Any, adapter: Any, gradients: list[Any], state: Any = None) -> Any:
-    """Each adapter and state after an update; one program for all of them."""
+    """The adapter and state after each update; one program runs all of them."""
     chex.clear_trace_counter()
-    update = jax.jit(chex.assert_max_traces(lambda *its: tx.update(*its), n=1))
+    update = jax.jit(chex.assert_max_traces(lambda *args: tx.update(*args), n=1))
     state = tx.init(adapter) if state is None else state
     seen = []
     for gradient in gradients:
@@ -348,39 +348,39 @@ def by_hand(adapter: Any, gradients: list[Any], interval: int, rate: float) -> l
 
 
 @pytest.mark.parametrize("interval", [1, 4])
-def test_training_is_descent_with_the_allocation_of_the_paper(interval: int) -> None:
-    adapter, gradients = mixed(), slopes(14)
+def test_training_matches_gradient_descent_with_the_allocation_of_the_paper(interval: int) -> None:
+    adapter, gradients = mixed_adapter(), slopes(14)
     tx = adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE, interval=interval)
-    got = [its for its, _ in run(tx, adapter, gradients)]
-    for one, other in zip(got, by_hand(adapter, gradients, interval, 0.1), strict=True):
-        assert_close(one, other, {"float32": 1e-6})
-        assert all((a == b).all() for a, b in zip(left(one).values(), left(other).values(), strict=True))
+    got = [trained for trained, _ in run(tx, adapter, gradients)]
+    for first, second in zip(got, by_hand(adapter, gradients, interval, 0.1), strict=True):
+        assert_close(first, second, {"float32": 1e-6})
+        assert all((a == b).all() for a, b in zip(active(first).values(), active(second).values(), strict=True))
 
 
-def test_what_is_pruned_is_exactly_zero_comes_back_while_there_is_budget_and_then_no_more() -> None:
+def test_pruned_directions_are_zero_and_return_only_until_the_last_allocation() -> None:
     tx = adaptive.ada_lora(optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1)), **SCHEDULE, interval=4)
-    seen = run(tx, mixed(), slopes(14))
+    seen = run(tx, mixed_adapter(), slopes(14))
     counts = [count(adapter) for adapter, _ in seen]
     budgets = [budget_by_hand(step, START, **SCHEDULE) for step in range(1, 15)]
     assert counts == [START, START, START, budgets[3], START, START, START, budgets[7], *[5] * 6]
-    masks = [np.concatenate([its.ravel() for its in left(adapter).values()]) for adapter, _ in seen]
+    masks = [np.concatenate([mask.ravel() for mask in active(adapter).values()]) for adapter, _ in seen]
     assert all((mask == masks[8]).all() for mask in masks[9:])
     for adapter, state in seen[8:]:
-        kept = {path: np.asarray(its) for path, its in state.kept.items()}
-        assert all((kept[path] == its).all() for path, its in left(adapter).items())
+        kept = {path: np.asarray(mask) for path, mask in state.kept.items()}
+        assert all((kept[path] == mask).all() for path, mask in active(adapter).items())
 
 
-def test_what_a_gradient_says_after_the_last_allocation_changes_no_rank() -> None:
-    late = [jax.tree.map(lambda x, by=by: by * x, mixed(200 + by)) for by in (10, 100, 1000)]
-    seen = run(adaptive.ada_lora(optax.adam(0.1), **SCHEDULE), mixed(), [*slopes(9), *late])
+def test_gradients_after_the_last_allocation_change_no_rank() -> None:
+    late = [jax.tree.map(lambda x, by=by: by * x, mixed_adapter(200 + by)) for by in (10, 100, 1000)]
+    seen = run(adaptive.ada_lora(optax.adam(0.1), **SCHEDULE), mixed_adapter(), [*slopes(9), *late])
     (before, _), (after, state) = seen[8], seen[-1]
-    assert all((left(after)[path] == its).all() for path, its in left(before).items())
+    assert all((active(after)[path] == mask).all() for path, mask in active(before).items())
     now = adaptive.keep(adaptive.scores(state.importance), 5)
-    assert any((np.asarray(its) != left(before)[path]).any() for path, its in now.items())  # it says something else
+    assert any((np.asarray(mask) != active(before)[path]).any() for path, mask in now.items())  # a different selection
 
 
-def test_all_else_is_trained_as_the_optimiser_does() -> None:
-    adapter, gradients = mixed(), slopes(4)
+def test_other_leaves_are_trained_by_the_optimizer() -> None:
+    adapter, gradients = mixed_adapter(), slopes(4)
     got = run(adaptive.ada_lora(optax.adamw(0.1), **SCHEDULE), adapter, gradients)[-1][0]
     expected = run(optax.adamw(0.1), adapter, gradients)[-1][0]
     assert_few_ulp(got["bias"], expected["bias"])
@@ -388,8 +388,8 @@ def test_all_else_is_trained_as_the_optimiser_does() -> None:
         assert_few_ulp((got[path].a, got[path].b), (expected[path].a, expected[path].b))
 
 
-def test_steps_may_be_the_turns_of_a_scan() -> None:
-    adapter, gradients = mixed(), slopes(12)
+def test_steps_may_be_iterations_of_a_scan() -> None:
+    adapter, gradients = mixed_adapter(), slopes(12)
     tx = adaptive.ada_lora(optax.adam(0.1), **SCHEDULE)
     expected, _ = run(tx, adapter, gradients)[-1]
 
@@ -398,10 +398,10 @@ def test_steps_may_be_the_turns_of_a_scan() -> None:
         updates, state = tx.update(gradient, state, adapter)
         return (optax.apply_updates(adapter, updates), state), None
 
-    stacked = jax.tree.map(lambda *its: jnp.stack(its), *gradients)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
     (got, state), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, stacked))((adapter, tx.init(adapter)))
     assert_close(got, expected)
-    assert all((left(got)[path] == its).all() for path, its in left(expected).items())
+    assert all((active(got)[path] == mask).all() for path, mask in active(expected).items())
     assert int(state.step) == 12
 
 
@@ -413,10 +413,10 @@ WRAPPED = {
 
 
 @pytest.mark.parametrize("name", WRAPPED)
-def test_around_and_inside_other_transformations_it_prunes_alike(name: str) -> None:
+def test_pruning_composes_with_other_optax_transformations(name: str) -> None:
     inner = optax.chain(optax.sgd(0.1), optim.lora_plus(4)) if name == "lora_plus inside" else optax.sgd(0.1)
     plain = adaptive.ada_lora(inner, **SCHEDULE)
-    adapter, gradients = mixed(), slopes(10)
+    adapter, gradients = mixed_adapter(), slopes(10)
     expected = run(plain, adapter, gradients)[-1][0]
     tx = WRAPPED[name](plain)
     if name == "freeze_base":
@@ -428,15 +428,15 @@ def test_around_and_inside_other_transformations_it_prunes_alike(name: str) -> N
     assert_close(got, expected)
 
 
-def test_lora_fa_inside_trains_b_and_e() -> None:
-    adapter = mixed()
+def test_lora_fa_inside_adalora_trains_b_and_e() -> None:
+    adapter = mixed_adapter()
     got = run(adaptive.ada_lora(optim.lora_fa(optax.adam(0.1)), **SCHEDULE), adapter, slopes(10))[-1][0]
     assert count(got) == 5
     assert bits(got["dense"].a) == bits(adapter["dense"].a) and bits(got["dense"].b) != bits(adapter["dense"].b)
 
 
-def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
-    adapter, gradients = mixed(), slopes(12)
+def test_training_resumes_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    adapter, gradients = mixed_adapter(), slopes(12)
     tx = adaptive.ada_lora(optax.adamw(0.1), **SCHEDULE, interval=2)
     straight = run(tx, adapter, gradients)[-1]
     half, state = run(tx, adapter, gradients[:7])[-1]
@@ -444,7 +444,7 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
         items = {"adapter": lj.checkpoint.AdapterSave(half, base=PARAMS), "state": StateSave({"opt_state": state})}
         manager.save(7, args=ocp.args.Composite(**items))
     with ocp.CheckpointManager(tmp_path) as manager:
-        like = {"opt_state": tx.init(mixed(9))}
+        like = {"opt_state": tx.init(mixed_adapter(9))}
         items = {"adapter": lj.checkpoint.AdapterRestore(base=PARAMS), "state": StateRestore(like)}
         restored = manager.restore(7, args=ocp.args.Composite(**items))
     resumed = run(tx, restored.adapter, gradients[7:], restored.state["opt_state"])[-1]
@@ -452,8 +452,8 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_steps_are_the_same_on_arrays_that_are_cut(kind: AxisType) -> None:
-    _, adapter = made("bio")
+def test_steps_on_sharded_arrays_are_the_same(kind: AxisType) -> None:
+    _, adapter = random_case("bio")
     gradients = [jax.tree.map(lambda x, by=by: jnp.cos(by * x), adapter) for by in (1.0, 2.0, 3.0)]
     tx = adaptive.ada_lora(optax.adam(0.1), end=4, warmup=0, settle=1, total=3)
     expected = run(tx, adapter, gradients)[-1]
@@ -461,9 +461,9 @@ def test_steps_are_the_same_on_arrays_that_are_cut(kind: AxisType) -> None:
     with jax.set_mesh(mesh):
         base = NamedSharding(mesh, P("layers", "x"))
         where = lj.sharding.like_base(adapter, base)
-        cut, *slopes = (jax.device_put(tree, where) for tree in (adapter, *gradients))
-        state = jax.device_put(tx.init(cut), lj.sharding.like_base(tx.init(cut), base))
-        got = run(tx, cut, slopes, state)[-1]
+        sharded, *slopes = (jax.device_put(tree, where) for tree in (adapter, *gradients))
+        state = jax.device_put(tx.init(sharded), lj.sharding.like_base(tx.init(sharded), base))
+        got = run(tx, sharded, slopes, state)[-1]
     assert_close(jax.device_get(got), jax.device_get(expected))
     assert got[1].importance.sensitivity["w"].a.sharding.spec == P("layers", "x", None)
     assert count(got[0]) == 4
@@ -481,15 +481,15 @@ WRONG_OPTIONS = {
 
 
 @pytest.mark.parametrize("name", WRONG_OPTIONS)
-def test_options_that_cannot_be_meant_are_refused_before_the_first_step(name: str) -> None:
+def test_invalid_options_are_errors_before_the_first_step(name: str) -> None:
     wrong, text = WRONG_OPTIONS[name]
     with pytest.raises(lj.SpecError) as caught:
-        adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE | wrong).init(mixed())
+        adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE | wrong).init(mixed_adapter())
     assert text in str(caught.value)
 
 
-def test_it_needs_the_adapter_and_one_with_a_rank_to_adapt() -> None:
-    tx, adapter = adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE), mixed()
+def test_update_raises_without_an_adapter_with_adaptive_ranks() -> None:
+    tx, adapter = adaptive.ada_lora(optax.sgd(0.1), **SCHEDULE), mixed_adapter()
     with pytest.raises(lj.AdapterError) as caught:
         tx.update(adapter, tx.init(adapter))
     assert str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
@@ -499,11 +499,11 @@ def test_it_needs_the_adapter_and_one_with_a_rank_to_adapt() -> None:
         tx.init(PARAMS)
 
 
-# What it is for
+# Purpose
 
 
-def test_the_ranks_go_where_they_are_needed() -> None:
-    """Three kernels, of which the data ask for updates of rank 4, 1 and none; there are 18 directions, and 5 stay."""
+def test_ranks_are_allocated_where_the_data_need_them() -> None:
+    """The data need updates of rank 4, 1 and 0 in three kernels; 5 of 18 directions are kept."""
     needs = {"much": 4, "little": 1, "none": 0}
     random = np.random.default_rng(0)
     params, wanted = {}, {}

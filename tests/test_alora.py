@@ -1,4 +1,4 @@
-"""aLoRA: tokens before the invocation are the base's; those from it on are LoRA's."""
+"""aLoRA: the base computes the tokens before the invocation, LoRA computes the rest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ALORA = lj.ALoRA(rank=2, alpha=3, invocation=INVOCATION)
 
 
 class Decoder(nn.Module):
-    """Causal attention and an MLP, twice, scanned and made again in the backward pass."""
+    """Two scanned layers of causal attention and an MLP, with remat."""
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
@@ -51,7 +51,7 @@ def as_lora(adapter: Any) -> Any:
     return {path: lj.Adapter(lj.LoRA(rank=2, alpha=3), part.axes, **part.arrays) for path, part in adapter.items()}
 
 
-def test_active_are_the_tokens_from_the_last_invocation_on() -> None:
+def test_tokens_from_the_last_invocation_on_are_active() -> None:
     _, _, adapter = decoder(ALORA)
     np.testing.assert_array_equal(lj.active_tokens(adapter, IDS), ACTIVE)
     np.testing.assert_array_equal(jax.jit(lj.active_tokens)(adapter, IDS), ACTIVE)
@@ -60,7 +60,7 @@ def test_active_are_the_tokens_from_the_last_invocation_on() -> None:
 
 
 @pytest.mark.parametrize("jit", [False, True])
-def test_before_the_invocation_it_is_the_base_and_where_all_is_active_it_is_lora(jit: bool) -> None:
+def test_inactive_tokens_match_the_base_and_active_tokens_match_lora(jit: bool) -> None:
     apply, params, adapter = decoder(ALORA)
     adapted = jax.jit(lj.lora(apply)) if jit else lj.lora(apply)
     out, base = adapted(params, adapter, IDS, active_tokens=ACTIVE), (jax.jit(apply) if jit else apply)(params, IDS)
@@ -70,16 +70,16 @@ def test_before_the_invocation_it_is_the_base_and_where_all_is_active_it_is_lora
     assert_close(every, lj.lora(apply, form="factored")(params, as_lora(adapter), IDS))
 
 
-def test_before_the_invocation_exactly_zero_is_added() -> None:
+def test_the_update_before_the_invocation_is_exactly_zero() -> None:
     params, x = {"w": normal(4, 6)}, normal(3, 5, 4, seed=1)
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
     apply = lambda p, x: x @ p["w"]  # noqa: E731
-    with jax.disable_jit():  # operation by operation: two programs may be compiled differently
+    with jax.disable_jit():  # not compiled, because two programs may be compiled differently
         out, base = lj.lora(apply)(params, adapter, x, active_tokens=ACTIVE), apply(params, x)
     assert bits(out[~ACTIVE]) == bits(base[~ACTIVE])
 
 
-def test_a_token_is_computed_by_the_base_or_by_lora_and_attends_to_what_the_others_made() -> None:
+def test_each_token_uses_the_base_or_lora_and_attends_to_both() -> None:
     params = {"w": normal(4, 6)}
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
     x, apply = normal(3, 5, 4, seed=1), lambda p, x: jnp.cumsum(x @ p["w"], axis=1)
@@ -96,7 +96,7 @@ def test_a_token_is_computed_by_the_base_or_by_lora_and_attends_to_what_the_othe
     assert_close(jax.grad(loss)(adapter), jax.grad(expected)(adapter), {"float32": 1e-4})
 
 
-def test_it_has_gradients_under_scan_and_remat_and_they_are_lora_s_where_all_is_active() -> None:
+def test_gradients_under_scan_and_remat_match_lora_if_all_tokens_are_active() -> None:
     apply, params, adapter = decoder(ALORA)
     every = jnp.ones_like(ACTIVE)
     got = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, active_tokens=every))))(adapter)
@@ -107,14 +107,14 @@ def test_it_has_gradients_under_scan_and_remat_and_they_are_lora_s_where_all_is_
 
 
 def test_one_cache_serves_the_base_and_the_adapter() -> None:
-    """Keys of the tokens before the invocation, made by the base, and the rest made token by token."""
+    """The base fills the cache for the tokens before the invocation; the adapter decodes the others one by one."""
     apply, params, adapter = decoder(ALORA)
-    whole = lj.lora(apply)(params, adapter, IDS[:1], active_tokens=ACTIVE[:1])
+    uncached = lj.lora(apply)(params, adapter, IDS[:1], active_tokens=ACTIVE[:1])
     prefix = apply(params, IDS[:1, :1])
-    assert_close(whole[:, :1], prefix)
+    assert_close(uncached[:, :1], prefix)
 
 
-def test_dropout_drops_of_the_active_tokens_alone() -> None:
+def test_dropout_applies_only_to_active_tokens() -> None:
     params, x = {"w": normal(4, 6)}, normal(3, 5, 4, seed=1)
     variant = lj.ALoRA(rank=2, alpha=3, invocation=INVOCATION, dropout=0.5)
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": variant}))
@@ -129,7 +129,7 @@ REFUSED = {
     "a lookup": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "here it is not multiplied with activations"),
     "a sum": (lambda p, x: x + jnp.sum(p["w"]), "no low-rank rule"),
     "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "here it is not multiplied with activations"),
-    "the last token alone": (lambda p, x: x[:, -1] @ p["w"], r"have the shape \(3, 5\), and here is \(3,\)"),
+    "only the last token": (lambda p, x: x[:, -1] @ p["w"], r"have the shape \(3, 5\), and here is \(3,\)"),
     "tokens first": (lambda p, x: jnp.swapaxes(x, 0, 1) @ p["w"], r"and here is \(5, 3\)"),
     "experts by group": (
         lambda p, x: lax.ragged_dot(x.reshape(15, 4), p["w"][None], jnp.array([15], jnp.int32)),
@@ -139,7 +139,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_where_it_is_not_known_which_tokens_there_are_it_is_refused_and_never_formed(name: str) -> None:
+def test_uses_without_a_token_axis_are_errors_and_never_materialize(name: str) -> None:
     call, reason = REFUSED[name]
     params, x = {"w": normal(4, 4)}, normal(3, 5, 4, seed=1)
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
@@ -149,14 +149,14 @@ def test_where_it_is_not_known_which_tokens_there_are_it_is_refused_and_never_fo
         assert "materialize=" not in str(error.value)
 
 
-def test_as_many_tokens_as_examples_could_be_either() -> None:
+def test_an_ambiguous_token_axis_is_an_error() -> None:
     params, x = {"w": normal(4, 4)}, normal(5, 5, 4, seed=1)
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
     with pytest.raises(lj.UnsupportedError, match="would fit either way round; pad the tokens"):
         lj.lora(lambda p, x: x @ p["w"])(params, adapter, x, active_tokens=jnp.ones((5, 5), bool))
 
 
-def test_it_cannot_be_merged() -> None:
+def test_merge_raises_for_alora() -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
     with pytest.raises(lj.MergeError, match="1 act only on some, which no kernel can"):
@@ -165,14 +165,14 @@ def test_it_cannot_be_merged() -> None:
         lj.unmerge(params, adapter, base=params)
 
 
-def test_no_start_takes_its_factors_out_of_the_base_for_all_tokens() -> None:
+def test_initializations_that_change_the_base_are_errors() -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
     with pytest.raises(lj.SpecError, match="At 'w': expected a variant for every token"):
         lj.starts.pissa(params, adapter)
 
 
-def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:
+def test_missing_or_needless_active_tokens_are_errors() -> None:
     params, x = {"w": normal(4, 4)}, normal(3, 4, seed=1)
     apply = lj.lora(lambda p, x: x @ p["w"])
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
@@ -189,7 +189,7 @@ def test_who_is_not_told_which_tokens_or_need_not_be_says_so() -> None:
         lj.ALoRA(rank=2, alpha=3, invocation=())
 
 
-def test_its_invocation_is_saved_with_it(tmp_path: Any) -> None:
+def test_a_checkpoint_contains_the_invocation(tmp_path: Any) -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.ALoRA(rank=2, alpha=3, invocation=[7, 8])})
     lj.save(tmp_path / "adapter", adapter, base=params)

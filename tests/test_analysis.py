@@ -1,4 +1,4 @@
-"""The measures of an adapter, in float64, against NumPy's decompositions of the formed matrices and closed forms."""
+"""The measures of an adapter in float64, against NumPy decompositions of materialized matrices and closed forms."""
 
 import dataclasses
 import math
@@ -27,8 +27,8 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def made(axes: str, rank: int = 3, seed: int = 0, **choices: Any) -> tuple[Any, Any]:
-    """A kernel and its adapter as training might leave it."""
+def random_case(axes: str, rank: int = 3, seed: int = 0, **choices: Any) -> tuple[Any, Any]:
+    """A kernel and an adapter like a trained one."""
     params = {"w": jnp.asarray(np.random.default_rng(seed).standard_normal(KERNELS[axes]))}
     variant = lj.LoRA(rank=rank, alpha=5, axes=axes, **choices)
     adapter = lj.init(jax.random.key(0), params, {"w": variant}, param_dtype=jnp.float64)
@@ -36,52 +36,52 @@ def made(axes: str, rank: int = 3, seed: int = 0, **choices: Any) -> tuple[Any, 
 
 
 def layers_of(params: Any, adapter: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Each layer's kernel and its update, formed, as matrices: (batch…, in, out)."""
+    """The kernel and the materialized update as matrices (batch…, in, out)."""
     axes, w = adapter["w"].axes, np.asarray(params["w"])
     delta = np.asarray(lj.merge(params, adapter)["w"]) - w
 
     def matrices(kernel: np.ndarray) -> np.ndarray:
-        by_role = [[axis for axis, role in enumerate(axes) if role == its] for its in "bio"]
-        batch, d_in, d_out = ([kernel.shape[axis] for axis in its] for its in by_role)
-        ordered = kernel.transpose([axis for its in by_role for axis in its])
+        by_role = [[axis for axis, role in enumerate(axes) if role == wanted] for wanted in "bio"]
+        batch, d_in, d_out = ([kernel.shape[axis] for axis in group] for group in by_role)
+        ordered = kernel.transpose([axis for group in by_role for axis in group])
         return ordered.reshape(*batch, math.prod(d_in), math.prod(d_out))
 
     return matrices(w), matrices(delta)
 
 
 each_layout = pytest.mark.parametrize("axes", KERNELS)
-some_layouts = pytest.mark.parametrize("axes", ["ioo", "iiio", "ibo"])  # what differs is how they become matrices
+some_layouts = pytest.mark.parametrize("axes", ["ioo", "iiio", "ibo"])  # layouts that become matrices in different ways
 
 
 @each_layout
-def test_singular_values_are_those_of_the_formed_update(axes: str) -> None:
-    params, adapter = made(axes)
+def test_singular_values_match_the_materialized_update(axes: str) -> None:
+    params, adapter = random_case(axes)
     _, delta = layers_of(params, adapter)
     expected = np.linalg.svd(delta, compute_uv=False)[..., :3]
     np.testing.assert_allclose(analysis.singular_values(adapter)["w"], expected, **TOLERANCE)
 
 
-def test_the_update_is_never_formed() -> None:
-    _, adapter = made("io", rank=2)
+def test_the_update_is_never_materialized() -> None:
+    _, adapter = random_case("io", rank=2)
     text = str(jax.make_jaxpr(analysis.singular_values)(adapter))
     assert "f64[6,2]" in text
     assert "f64[6,5]" not in text and "f64[5,6]" not in text
 
 
-def test_a_negative_scale_turns_no_singular_value() -> None:
-    _, adapter = made("io")
+def test_singular_values_do_not_depend_on_the_sign_of_the_scale() -> None:
+    _, adapter = random_case("io")
     part = adapter["w"]
-    turned = lj.Adapter(dataclasses.replace(part.variant, alpha=-5), part.axes, **part.arrays)
-    one, other = (analysis.singular_values({"w": its})["w"] for its in (part, turned))
+    negated = lj.Adapter(dataclasses.replace(part.variant, alpha=-5), part.axes, **part.arrays)
+    one, other = (analysis.singular_values({"w": p})["w"] for p in (part, negated))
     np.testing.assert_allclose(one, other, **TOLERANCE)
 
 
 @some_layouts
 @pytest.mark.parametrize("of", ["a", "b"])
-def test_similarity_is_that_of_the_factors_singular_vectors(axes: str, of: str) -> None:
-    (_, one), (_, other) = made(axes, rank=2, seed=3), made(axes, rank=3, seed=4)
+def test_similarity_compares_singular_vectors_of_the_factors(axes: str, of: str) -> None:
+    (_, one), (_, other) = random_case(axes, rank=2, seed=3), random_case(axes, rank=3, seed=4)
     found = np.asarray(analysis.subspace_similarity(one, other, of=of)["w"])
-    factors = [_matrices.factor_matrices(its["w"]) for its in (one, other)]
+    factors = [_matrices.factor_matrices(adapter["w"]) for adapter in (one, other)]
     bases = [np.linalg.svd(np.asarray(a if of == "a" else b.mT), full_matrices=False)[0] for a, b in factors]
     for i in range(1, 3):
         for j in range(1, 4):
@@ -90,18 +90,18 @@ def test_similarity_is_that_of_the_factors_singular_vectors(axes: str, of: str) 
             np.testing.assert_allclose(found[..., i - 1, j - 1], expected, **TOLERANCE)
 
 
-def test_a_factor_s_subspaces_are_its_own_in_any_scale_and_another_s_where_they_are_disjoint() -> None:
+def test_similarity_ignores_scale_and_is_zero_for_disjoint_subspaces() -> None:
     def part(a: Any) -> dict[str, lj.Adapter]:
         return {"w": lj.Adapter(lj.LoRA(rank=2, alpha=2), "io", a=jnp.asarray(a, jnp.float64), b=jnp.ones((2, 3)))}
 
     upper, lower = np.eye(4, 2) * [3, 2], np.eye(4)[:, 2:] * [3, 2]
     np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(7 * upper))["w"], [[1, 1], [1, 1]])
     np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(lower))["w"], np.zeros((2, 2)))
-    turned = upper[:, ::-1] * [2, 1]  # (e2, e1) with the order of their sizes exchanged
-    np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(turned))["w"], [[0, 1], [1, 1]])
+    exchanged = upper[:, ::-1] * [2, 1]  # (e2, e1) with the order of sizes exchanged
+    np.testing.assert_allclose(analysis.subspace_similarity(part(upper), part(exchanged))["w"], [[0, 1], [1, 1]])
 
 
-def test_two_seeds_of_independent_factors_share_what_chance_gives() -> None:
+def test_independent_factors_have_the_similarity_of_random_subspaces() -> None:
     params = {"w": jnp.zeros((400, 40))}
     spec = {"w": lj.LoRA(rank=20, alpha=20)}
     one, other = (lj.init(jax.random.key(seed), params, spec, param_dtype=jnp.float64) for seed in (0, 1))
@@ -110,16 +110,16 @@ def test_two_seeds_of_independent_factors_share_what_chance_gives() -> None:
 
 
 @some_layouts
-def test_relative_norms_are_those_of_the_formed_matrices(axes: str) -> None:
-    params, adapter = made(axes)
+def test_relative_norms_match_the_materialized_matrices(axes: str) -> None:
+    params, adapter = random_case(axes)
     kernel, delta = layers_of(params, adapter)
     expected = np.linalg.norm(delta, axis=(-2, -1)) / np.linalg.norm(kernel, axis=(-2, -1))
     np.testing.assert_allclose(analysis.relative_norms(params, adapter)["w"], expected, **TOLERANCE)
 
 
 @some_layouts
-def test_amplification_is_that_of_the_formed_matrices(axes: str) -> None:
-    params, adapter = made(axes, rank=2)
+def test_amplification_matches_the_materialized_matrices(axes: str) -> None:
+    params, adapter = random_case(axes, rank=2)
     kernel, delta = layers_of(params, adapter)
     found = analysis.amplification(params, adapter)["w"]
 
@@ -136,23 +136,23 @@ def test_amplification_is_that_of_the_formed_matrices(axes: str) -> None:
     np.testing.assert_allclose(found.factor, size / along(delta), **TOLERANCE)
 
 
-def test_random_directions_find_as_much_as_drawn_ones_do() -> None:
-    params, adapter = made("io", rank=2)
+def test_amplification_of_random_directions_matches_sampling() -> None:
+    params, adapter = random_case("io", rank=2)
     kernel = np.asarray(params["w"])
     random = np.random.default_rng(0)
     u, v = (np.linalg.qr(random.standard_normal((4000, size, 2)))[0] for size in kernel.shape)
     squares = np.sum((np.swapaxes(u, 1, 2) @ kernel @ v) ** 2, axis=(1, 2))
     found = float(analysis.amplification(params, adapter)["w"].along_random)
     assert found**2 == pytest.approx(squares.mean(), rel=0.05)
-    # The LoRA paper's own numbers for GPT-3, of width 12288: 0.02 at r = 4 and 0.33 at r = 64.
+    # The values of the LoRA paper for GPT-3, of width 12288: 0.02 at r = 4 and 0.33 at r = 64.
     assert 61.95 * 4 / 12288 == pytest.approx(0.02, abs=0.005)
     assert 61.95 * 64 / 12288 == pytest.approx(0.33, abs=0.01)
 
 
 @some_layouts
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_intruders_are_singular_vectors_that_the_base_has_not(axes: str, threshold: float) -> None:
-    params, adapter = made(axes)
+def test_intruders_are_singular_vectors_that_the_base_lacks(axes: str, threshold: float) -> None:
+    params, adapter = random_case(axes)
     kernel, delta = layers_of(params, adapter)
     found = analysis.intruders(params, adapter, top=3, threshold=threshold)["w"]
     own = np.linalg.svd(kernel, full_matrices=False)[2]
@@ -164,7 +164,7 @@ def test_intruders_are_singular_vectors_that_the_base_has_not(axes: str, thresho
     np.testing.assert_array_equal(found.number, (similarity < threshold).sum(-1))
 
 
-def test_the_vectors_compared_are_those_of_the_outputs() -> None:
+def test_intruders_compare_the_vectors_of_the_outputs() -> None:
     params = {"w": jnp.diag(jnp.array([4.0, 3.0, 2.0]))}
     spread = jnp.ones((3, 1)) / jnp.sqrt(3)
     own = jnp.array([[1.0, 0.0, 0.0]])
@@ -174,15 +174,15 @@ def test_the_vectors_compared_are_those_of_the_outputs() -> None:
     assert analysis.intruders(params, {"w": new_output}, top=1, threshold=0.9)["w"].intruder[0]
 
 
-def test_an_adapter_that_does_nothing_has_no_intruders_and_amplifies_nothing() -> None:
-    params, adapter = made("bio")
+def test_a_fresh_adapter_has_no_intruders_and_no_amplification() -> None:
+    params, adapter = random_case("bio")
     nothing = jax.tree.map(jnp.zeros_like, adapter)
     assert not analysis.intruders(params, nothing, top=4)["w"].intruder.any()
     assert not analysis.amplification(params, nothing)["w"].factor.any()
     assert not analysis.relative_norms(params, nothing)["w"].any()
 
 
-def test_leaves_without_factors_are_left_out() -> None:
+def test_leaves_without_factors_are_omitted() -> None:
     params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
     spec = {"w": lj.LoRA(rank=1, alpha=1), "bias": lj.Full()}
     adapter = lj.init(jax.random.key(0), params, spec)
@@ -196,7 +196,7 @@ def test_leaves_without_factors_are_left_out() -> None:
     assert [list(found) for found in measured] == [["w"]] * 5
 
 
-def test_intruders_are_those_of_any_adapted_kernel() -> None:
+def test_intruders_works_for_every_variant() -> None:
     params = {"w": jnp.diag(jnp.array([4.0, 3.0, 2.0]))}
     rows = jnp.array([[0.0, 50.0, 50.0]])
     found = analysis.intruders(params, {"w": lj.Adapter(lj.Rows(ids=(1,)), "io", rows=rows)}, top=1, threshold=0.9)["w"]
@@ -206,8 +206,8 @@ def test_intruders_are_those_of_any_adapted_kernel() -> None:
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_all_measures_work_under_jit_and_on_cut_arrays(kind: AxisType) -> None:
-    params, adapter = made("bio")
+def test_all_measures_work_under_jit_and_on_sharded_arrays(kind: AxisType) -> None:
+    params, adapter = random_case("bio")
 
     def measure(params: Any, adapter: Any) -> Any:
         return (
@@ -219,19 +219,19 @@ def test_all_measures_work_under_jit_and_on_cut_arrays(kind: AxisType) -> None:
         )
 
     mesh = Mesh(np.array(jax.devices()[:2]), ("x",), axis_types=(kind,))
-    cut = NamedSharding(mesh, PartitionSpec(None, "x"))
-    params_cut = jax.device_put(params, cut)
-    adapter_cut = {
-        "w": lj.Adapter(adapter["w"].variant, "bio", a=jax.device_put(adapter["w"].a, cut), b=adapter["w"].b)
+    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
+    params_sharded = jax.device_put(params, sharding)
+    adapter_sharded = {
+        "w": lj.Adapter(adapter["w"].variant, "bio", a=jax.device_put(adapter["w"].a, sharding), b=adapter["w"].b)
     }
     expected = jax.jit(measure)(params, adapter)
     with jax.set_mesh(mesh):
-        for found in (measure(params_cut, adapter_cut), jax.jit(measure)(params_cut, adapter_cut)):
+        for found in (measure(params_sharded, adapter_sharded), jax.jit(measure)(params_sharded, adapter_sharded)):
             jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-8), found, expected)
 
 
-def test_numpy_and_half_precision_kernels_are_measured_in_wider_numbers() -> None:
-    params, adapter = made("io")
+def test_numpy_and_half_precision_kernels_are_measured_in_wider_dtypes() -> None:
+    params, adapter = random_case("io")
     half = {"w": np.asarray(params["w"].astype(jnp.bfloat16))}
     found = analysis.relative_norms(half, jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter))["w"]
     assert found.dtype == jnp.float32
@@ -241,8 +241,8 @@ def test_numpy_and_half_precision_kernels_are_measured_in_wider_numbers() -> Non
 # Errors
 
 
-def test_adapters_with_nothing_in_common_are_an_error() -> None:
-    _, adapter = made("io")
+def test_adapters_without_common_leaves_are_an_error() -> None:
+    _, adapter = random_case("io")
     with pytest.raises(lj.AdapterError) as caught:
         analysis.subspace_similarity(adapter, {"v": adapter["w"]})
     assert str(caught.value) == (
@@ -252,7 +252,7 @@ def test_adapters_with_nothing_in_common_are_an_error() -> None:
 
 
 def test_adapters_of_other_kernels_are_an_error() -> None:
-    (_, one), (_, other) = made("io"), made("bio")
+    (_, one), (_, other) = random_case("io"), random_case("bio")
     with pytest.raises(lj.AdapterError) as caught:
         analysis.subspace_similarity(one, other)
     assert str(caught.value) == (
@@ -263,12 +263,12 @@ def test_adapters_of_other_kernels_are_an_error() -> None:
 
 @pytest.mark.parametrize("measure", [analysis.relative_norms, analysis.amplification, analysis.intruders])
 def test_an_adapter_of_another_model_is_an_error(measure: Any) -> None:
-    _, adapter = made("io")
+    _, adapter = random_case("io")
     with pytest.raises(lj.AdapterError, match="Expected an adapter of `params`"):
         measure({"w": jnp.ones((6, 4))}, adapter)
 
 
-def test_nothing_to_plot_is_an_error() -> None:
+def test_plotting_nothing_is_an_error() -> None:
     with pytest.raises(lj.AdapterError, match="Expected something to plot; got nothing"):
         analysis.plot_relative_norms({})
 
@@ -276,8 +276,8 @@ def test_nothing_to_plot_is_an_error() -> None:
 # Plots
 
 
-def test_every_measure_has_a_figure_with_a_row_panel_or_line_for_each_layer() -> None:
-    params, adapter = made("bio")
+def test_every_figure_shows_each_layer() -> None:
+    params, adapter = random_case("bio")
     figures = {
         "lines": analysis.plot_singular_values(analysis.singular_values(adapter)),
         "panels": analysis.plot_subspace_similarity(analysis.subspace_similarity(adapter, adapter)),
@@ -299,7 +299,7 @@ def test_every_measure_has_a_figure_with_a_row_panel_or_line_for_each_layer() ->
 
 
 def test_a_figure_is_drawn_without_a_window_or_a_warning(tmp_path: Any) -> None:
-    params, adapter = made("io")
+    params, adapter = random_case("io")
     for figure in (
         analysis.plot_amplification(analysis.amplification(params, adapter)),
         analysis.plot_subspace_similarity(analysis.subspace_similarity(adapter, adapter)),

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -18,7 +17,7 @@ import lora_jax
 PACKAGE = pathlib.Path(lora_jax.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What imports what: a folder or file imports only those before it, and itself.
+# The layers of imports: a folder or file imports only itself and those before it.
 ORDER = [
     "_version",
     "_errors",
@@ -46,7 +45,7 @@ def name_of(file: pathlib.Path) -> str:
 
 
 def module_of(file: pathlib.Path) -> str:
-    """Its name inside the package: `_core.paths`; of an `__init__.py`, that of the folder."""
+    """The name inside the package, such as `_core.paths`; for an `__init__.py`, the name of the folder."""
     parts = file.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -55,7 +54,7 @@ MODULES = {module_of(file): file for file in FILES}
 
 
 def imported(file: pathlib.Path) -> Iterator[str]:
-    """The modules that a file imports, for type checkers too, in full: `lora_jax._core.paths`."""
+    """The full names of the modules that a file imports, such as `lora_jax._core.paths`, also under TYPE_CHECKING."""
     package = ["lora_jax", *file.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -73,7 +72,7 @@ def own_imports(file: pathlib.Path) -> set[str]:
     return names - {module_of(file)}
 
 
-def test_every_entry_of_the_package_has_its_place_in_the_order() -> None:
+def test_every_entry_of_the_package_is_in_the_order() -> None:
     entries = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert entries == {"__init__", *ORDER}
 
@@ -87,7 +86,7 @@ def test_imports_follow_the_order() -> None:
 
 def test_no_import_is_circular() -> None:
     graph = {module: own_imports(file) for module, file in MODULES.items() if module}
-    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError, which names the modules
+    graphlib.TopologicalSorter(graph).prepare()  # raises a CycleError that names the modules
 
 
 @pytest.mark.parametrize("folder", ["_variants", "_transform/rules"])
@@ -96,7 +95,7 @@ def test_variants_and_rules_do_not_know_each_other(folder: str) -> None:
         assert not {module for module in own_imports(file) if module.startswith(folder.replace("/", "."))}, file
 
 
-def test_only_public_jax_is_imported_and_its_extensions_in_one_file() -> None:
+def test_only_public_jax_is_imported_and_jax_extend_in_one_file() -> None:
     for file in FILES:
         text = file.read_text()
         assert "jax._src" not in text, file
@@ -104,7 +103,7 @@ def test_only_public_jax_is_imported_and_its_extensions_in_one_file() -> None:
         assert not [module for module in imported(file) if module.startswith(("jax.interpreters", "jaxlib"))], file
 
 
-# What an import loads
+# Modules that an import loads
 
 HEAVY = ["orbax", "tensorstore", "optax", "safetensors", "flax.nnx", "chex", "matplotlib"]
 IMPORT = """
@@ -126,21 +125,21 @@ lj.unmerge(lj.merge(params, adapter), adapter, base=params)
 
 
 def loaded(program: str) -> set[str]:
-    """The modules that a fresh process has loaded after a program, beyond those of JAX and Flax."""
+    """The modules that a program loads in a new process, without those of JAX and Flax."""
     program += "print(*sorted(set(sys.modules) - before))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=PACKAGE.parent)
     assert ran.returncode == 0, ran.stderr
     return set(ran.stdout.split())
 
 
-def test_importing_loads_the_package_and_little_else() -> None:
+def test_importing_loads_little_beyond_the_package() -> None:
     names = loaded(IMPORT)
     assert not [name for name in names if name.startswith(tuple(HEAVY))]
     packages = {name.split(".")[0] for name in names}
     assert packages - {"jax", "jaxlib", "flax"} - sys.stdlib_module_names == {"lora_jax"}
 
 
-def test_training_and_merging_load_nothing_heavy_either() -> None:
+def test_training_and_merging_load_no_heavy_modules() -> None:
     assert not [name for name in loaded(IMPORT + USE) if name.startswith(tuple(HEAVY))]
 
 
@@ -160,7 +159,7 @@ OPENED = [
 
 
 @pytest.mark.parametrize("name", OPENED)
-def test_a_submodule_loads_when_it_is_first_used(name: str) -> None:
+def test_a_submodule_loads_on_first_use(name: str) -> None:
     found = getattr(lora_jax, name)
     assert found.__name__.split(".")[-1] == name
     assert name in dir(lora_jax)
@@ -171,12 +170,12 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         _ = lora_jax.LORA
 
 
-# What is public
+# Public API
 
 TOP = {name: getattr(lora_jax, name) for name in dir(lora_jax) if not name.startswith("_")}
 
 
-def test_the_public_names_are_those_of_the_design() -> None:
+def test_the_public_names_match_the_design() -> None:
     public = {name for name, value in TOP.items() if not isinstance(value, types.ModuleType)}
     errors = {
         "LoRAError",
@@ -230,13 +229,8 @@ def functions() -> dict[str, types.FunctionType]:
     return {name: value for name, value in found.items() if inspect.isfunction(value)}
 
 
-def each_function() -> list[Any]:
-    """Their names; those of `testing` do not say what they return yet."""
-    return list(functions())
-
-
-@pytest.mark.parametrize("name", each_function())
-def test_a_public_function_says_what_it_takes_and_gives_and_shows_it(name: str) -> None:
+@pytest.mark.parametrize("name", list(functions()))
+def test_a_public_function_documents_arguments_results_and_an_example(name: str) -> None:
     doc, signature = inspect.getdoc(functions()[name]) or "", inspect.signature(functions()[name])
     assert doc.split("\n\n")[0].endswith(".")
     assert [title for title in ("\nArgs:\n", "\nReturns:\n", "\n>>> ") if title not in doc] == (
@@ -247,7 +241,7 @@ def test_a_public_function_says_what_it_takes_and_gives_and_shows_it(name: str) 
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_a_public_module_lists_its_names(name: str) -> None:
+def test_a_public_module_has_a_list_of_names(name: str) -> None:
     module = getattr(lora_jax, name)
     assert sorted(module.__all__) == list(module.__all__)
     assert module.__doc__
@@ -264,14 +258,14 @@ def test_no_file_is_long() -> None:
     assert not [file for file in FILES if len(file.read_text().splitlines()) > 300]
 
 
-def test_a_file_opens_with_what_it_holds() -> None:
+def test_a_file_has_a_module_docstring() -> None:
     assert not [file for file in FILES if not ast.get_docstring(ast.parse(file.read_text()))]
 
 
 VAGUE = {"util", "utils", "helper", "helpers", "misc", "manager"}
 
 
-def test_no_name_says_nothing() -> None:
+def test_no_file_has_a_meaningless_name() -> None:
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for file in FILES:
         names = [node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, defined)]

@@ -20,7 +20,7 @@ GIVE = "  Pass the tree that the adapter was initialized from (`variables` is no
 
 
 def stack(depth: int, width: int = 8) -> dict[str, Any]:
-    """As a scan holds its layers."""
+    """The stacked parameters of scanned layers."""
     return {"layers": {"kernel": jnp.ones((depth, width, width)), "bias": jnp.zeros((depth, width))}}
 
 
@@ -29,7 +29,7 @@ def unrolled(depth: int, width: int = 8) -> dict[str, Any]:
 
 
 def apply(params: Any, x: jax.Array) -> jax.Array:
-    """A model that takes whatever tree it is given, so that nothing but the adapter can be wrong."""
+    """A model of any tree, so that only the adapter can be wrong."""
     for leaf in jax.tree.leaves(params):
         if leaf.ndim == 3:
             x, _ = jax.lax.scan(lambda x, kernel: (x[:, : kernel.shape[0]] @ kernel, None), x[:, : leaf.shape[1]], leaf)
@@ -43,7 +43,7 @@ def init(params: Any, axes: str | None = None, variant: Any = lj.LoRA) -> dict[s
 
 
 BASE = unrolled(2)
-DOORS: dict[str, Callable[[Any, Any], Any]] = {
+FUNCTIONS: dict[str, Callable[[Any, Any], Any]] = {
     "lora": lambda params, adapter: lj.lora(apply)(params, adapter, X),
     "jit of lora": lambda params, adapter: jax.jit(lj.lora(apply))(params, adapter, X),
     "explain": lambda params, adapter: lj.explain(apply, params, adapter, X),
@@ -52,26 +52,26 @@ DOORS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def error(door: str, params: Any, adapter: Any) -> str:
+def error(function: str, params: Any, adapter: Any) -> str:
     with pytest.raises(lj.AdapterError) as caught:
-        DOORS[door](params, adapter)
+        FUNCTIONS[function](params, adapter)
     return str(caught.value)
 
 
-@pytest.fixture(params=DOORS)
-def door(request: pytest.FixtureRequest) -> str:
+@pytest.fixture(params=FUNCTIONS)
+def function(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_an_unknown_path_is_named_with_the_nearest(door: str) -> None:
-    assert error(door, BASE, {"layr_1/kernel": init(BASE)["layer_1/kernel"]}) == (
+def test_an_unknown_path_is_reported_with_the_nearest_path(function: str) -> None:
+    assert error(function, BASE, {"layr_1/kernel": init(BASE)["layer_1/kernel"]}) == (
         "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 differences.\n"
         "  'layr_1/kernel' is not in `params`; the nearest are 'layer_1/kernel', 'layer_0/kernel'\n" + GIVE
     )
 
 
-def test_variables_are_not_their_params(door: str) -> None:
-    text = error(door, {"params": BASE}, init(BASE))
+def test_variables_are_not_params(function: str) -> None:
+    text = error(function, {"params": BASE}, init(BASE))
     assert (
         "  'layer_0/kernel' is not in `params`; the nearest are 'params/layer_0/kernel', 'params/layer_1/kernel'\n"
         in text
@@ -79,75 +79,79 @@ def test_variables_are_not_their_params(door: str) -> None:
     assert text.endswith(GIVE)
 
 
-def test_another_width_is_a_difference_of_shapes(door: str) -> None:
-    assert error(door, unrolled(1, width=4), init(unrolled(1))) == (
+def test_another_width_is_reported_with_shapes(function: str) -> None:
+    assert error(function, unrolled(1, width=4), init(unrolled(1))) == (
         "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 differences.\n"
         "  'layer_0/kernel' has shape (4, 4), which needs a (4, 2), b (2, 4); the adapter has a (8, 2), b (2, 8)\n"
         + GIVE
     )
 
 
-def test_a_transposed_kernel_is_a_difference_of_shapes(door: str) -> None:
+def test_a_transposed_kernel_is_reported_with_shapes(function: str) -> None:
     assert "  'kernel' has shape (4, 8), which needs a (4, 2), b (2, 8); the adapter has a (8, 2), b (2, 4)\n" in error(
-        door, {"kernel": jnp.ones((4, 8))}, init({"kernel": jnp.ones((8, 4))})
+        function, {"kernel": jnp.ones((4, 8))}, init({"kernel": jnp.ones((8, 4))})
     )
 
 
-def test_another_depth_of_a_stack_is_a_difference_of_shapes(door: str) -> None:
+def test_another_depth_of_a_stack_is_reported_with_shapes(function: str) -> None:
     assert (
         "  'layers/kernel' has shape (6, 8, 8), which needs a (6, 8, 2), b (6, 2, 8); the adapter has a (4, 8, 2), "
-        "b (4, 2, 8)\n" in error(door, stack(6), init(stack(4), axes="bio"))
+        "b (4, 2, 8)\n" in error(function, stack(6), init(stack(4), axes="bio"))
     )
 
 
-def test_a_deeper_model_s_adapter_has_paths_too_many(door: str) -> None:
-    text = error(door, unrolled(4), init(unrolled(14)))
+def test_the_adapter_of_a_deeper_model_has_unknown_paths(function: str) -> None:
+    text = error(function, unrolled(4), init(unrolled(14)))
     assert "got 10 differences.\n  'layer_10/kernel' is not in `params`; the nearest are " in text
     assert text.count(" is not in `params`") == 8
     assert text.endswith("\n  … and 2 more\n" + GIVE)
 
 
-def test_names_are_compared_only_for_what_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_similar_paths_are_searched_only_for_paths_that_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
     monkeypatch.setattr(_attach, "nearest", lambda path, paths: calls.append(path) or [])
     error("merge", {"params": unrolled(40)}, init(unrolled(40)))
     assert len(calls) == 8
 
 
-def test_a_scanned_model_s_adapter_does_not_fit_one_layer(door: str) -> None:
+def test_the_adapter_of_a_scanned_model_does_not_fit_one_layer(function: str) -> None:
     adapter = {"layer_0/kernel": init(stack(4), axes="bio")["layers/kernel"]}
-    assert "  'layer_0/kernel' has shape (8, 8); the adapter was made for axes 'bio'\n" in error(door, BASE, adapter)
+    assert "  'layer_0/kernel' has shape (8, 8); the adapter was made for axes 'bio'\n" in error(
+        function, BASE, adapter
+    )
 
 
-def test_a_population_is_not_one_adapter(door: str) -> None:
+def test_a_population_is_not_one_adapter(function: str) -> None:
     adapter = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), init(unrolled(1)))
-    assert "the adapter has a (2, 8, 2), b (2, 2, 8)\n" in error(door, unrolled(1), adapter)
+    assert "the adapter has a (2, 8, 2), b (2, 2, 8)\n" in error(function, unrolled(1), adapter)
 
 
-def test_a_full_leaf_of_another_shape_is_a_difference(door: str) -> None:
+def test_a_full_leaf_of_another_shape_is_reported(function: str) -> None:
     adapter = lj.init(jax.random.key(0), {"kernel": jnp.ones((8, 3))}, {"kernel": lj.Full()})
     assert "  'kernel' has shape (8, 5), which needs value (8, 5); the adapter has value (8, 3)\n" in error(
-        door, {"kernel": jnp.ones((8, 5))}, adapter
+        function, {"kernel": jnp.ones((8, 5))}, adapter
     )
 
 
-def test_a_rank_that_the_arrays_do_not_have_is_a_difference(door: str) -> None:
+def test_a_rank_that_differs_from_the_arrays_is_reported(function: str) -> None:
     part = lj.Adapter(lj.LoRA(rank=4, alpha=4), "io", a=jnp.ones((8, 2)), b=jnp.ones((2, 8)))
     assert "which needs a (8, 4), b (4, 8); the adapter has a (8, 2), b (2, 8)\n" in error(
-        door, BASE, {"layer_0/kernel": part}
+        function, BASE, {"layer_0/kernel": part}
     )
 
 
-def test_an_array_that_is_missing_is_a_difference(door: str) -> None:
+def test_a_missing_array_is_reported(function: str) -> None:
     part = lj.Adapter(LORA, "io", a=jnp.ones((8, 2)))
-    assert "which needs a (8, 2), b (2, 8); the adapter has a (8, 2)\n" in error(door, BASE, {"layer_0/kernel": part})
+    assert "which needs a (8, 2), b (2, 8); the adapter has a (8, 2)\n" in error(
+        function, BASE, {"layer_0/kernel": part}
+    )
 
 
-# What is no adapter
+# Values that are not adapters
 
 
-def test_parameters_in_the_place_of_the_adapter(door: str) -> None:
-    assert error(door, BASE, BASE) == (
+def test_parameters_in_place_of_the_adapter_are_an_error(function: str) -> None:
+    assert error(function, BASE, BASE) == (
         "Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got dict at 'layer_0'.\n" + ORDER
     )
 
@@ -164,7 +168,7 @@ NO_ADAPTERS = {
 
 
 @pytest.mark.parametrize("name", NO_ADAPTERS)
-def test_what_is_no_adapter_is_an_error_that_says_what_it_is(name: str) -> None:
+def test_a_value_that_is_not_an_adapter_is_an_error_with_its_type(name: str) -> None:
     adapter, got = NO_ADAPTERS[name]
     assert error("lora", BASE, adapter) == (
         f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {got}.\n" + ORDER
@@ -175,19 +179,19 @@ def model(params: Any, x: jax.Array) -> jax.Array:
     return x @ params["layer_0"]["kernel"]
 
 
-def test_swapped_arguments_are_told_by_explain_before_the_model_fails() -> None:
+def test_explain_reports_swapped_arguments_before_the_model_fails() -> None:
     with pytest.raises(lj.AdapterError) as caught:
         lj.explain(model, init(BASE), BASE, X)
     assert str(caught.value).endswith("got dict at 'layer_0'.\n" + ORDER)
 
 
-def test_swapped_arguments_are_told_by_lora_before_the_model_fails() -> None:
+def test_lora_reports_swapped_arguments_before_the_model_fails() -> None:
     with pytest.raises(lj.AdapterError) as caught:
         lj.lora(model)(init(BASE), BASE, X)
     assert str(caught.value).endswith("got dict at 'layer_0'.\n" + ORDER)
 
 
-# What does belong
+# Valid adapters
 
 
 def test_an_empty_adapter_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""Kernels whose base is no array: a leaf that is stored in another form is dequantized in each use, and never kept."""
+"""Bases that are not arrays: a leaf in a packed format is dequantized in each use, and the result is not kept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_jax._core.base import StoredLeaf
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Split(StoredLeaf):
-    """A float32 array stored as two in bfloat16, whose sum it is up to rounding."""
+    """A float32 array stored as two bfloat16 arrays whose sum approximates it."""
 
     high: Any
     low: Any
@@ -44,27 +44,27 @@ class Split(StoredLeaf):
         return self.high.astype(jnp.float32) + self.low.astype(jnp.float32)
 
 
-def stored(tree: Any, *paths: str) -> Any:
-    """A tree with some of its leaves stored; all, if none is named."""
+def pack(tree: Any, *paths: str) -> Any:
+    """Packs the named leaves of a tree, or all leaves."""
     return jax.tree_util.tree_map_with_path(
         lambda keys, leaf: Split.of(leaf) if not paths or keys[-1].key in paths else leaf, tree
     )
 
 
 def dense(tree: Any) -> Any:
-    """The tree that a tree of stored leaves stands for."""
-    is_stored = lambda leaf: isinstance(leaf, Split)  # noqa: E731
-    return jax.tree.map(lambda leaf: leaf.dequantize() if is_stored(leaf) else leaf, tree, is_leaf=is_stored)
+    """Dequantizes all leaves of a tree."""
+    is_packed = lambda leaf: isinstance(leaf, Split)  # noqa: E731
+    return jax.tree.map(lambda leaf: leaf.dequantize() if is_packed(leaf) else leaf, tree, is_leaf=is_packed)
 
 
-def drawn(params: Any, spec: Any, kernels: Any = None) -> Any:
+def random_adapter(params: Any, spec: Any, kernels: Any = None) -> Any:
     adapter = lj.init(jax.random.key(0), params, spec, kernels=kernels)
     leaves, treedef = jax.tree.flatten(adapter)
     return treedef.unflatten([normal(*leaf.shape, seed=100 + at, size=0.2) for at, leaf in enumerate(leaves)])
 
 
-def assert_stored_law(apply: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> None:
-    """Result and adapter gradient on a stored base are those of the merged kernels of the base that it stands for."""
+def assert_packed_law(apply: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> None:
+    """Compares result and gradient on a packed base with merged kernels of the dequantized base."""
 
     def gradient(run: Callable[[Any], Any]) -> Any:
         def loss(adapter: Any) -> Any:
@@ -81,7 +81,7 @@ def assert_stored_law(apply: Callable[..., Any], params: Any, adapter: Any, *arg
 
 
 def residuals(apply: Callable[..., Any], params: Any, adapter: Any, *args: Any) -> list[Any]:
-    """The arrays that the forward pass keeps for the gradient of the adapter."""
+    """The arrays that the forward pass saves for the gradient of the adapter."""
     _, backward = jax.vjp(lambda adapter: total(lj.lora(apply)(params, adapter, *args)), adapter)
     return jax.tree.leaves(backward)
 
@@ -92,23 +92,22 @@ def is_dense(array: Any, shape: tuple[int, ...]) -> bool:
 
 @pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
 @pytest.mark.parametrize("use", USES)
-def test_a_use_of_a_stored_kernel_is_that_of_the_array_it_stands_for(use: str, variant: Any) -> None:
+def test_uses_of_a_packed_kernel_match_the_dequantized_array(use: str, variant: Any) -> None:
     case = USES[use]
-    params = stored(case.params)
-    adapter = drawn(params, {"w": variant(rank=2, alpha=3, axes=case.axes or case.roles)})
-    assert_stored_law(case.apply, params, adapter, *case.arrays)
+    params = pack(case.params)
+    adapter = random_adapter(params, {"w": variant(rank=2, alpha=3, axes=case.axes or case.roles)})
+    assert_packed_law(case.apply, params, adapter, *case.arrays)
 
 
 @pytest.mark.parametrize("use", USES)
-def test_the_roles_of_a_stored_kernel_are_those_of_the_array_it_stands_for(use: str) -> None:
+def test_roles_of_a_packed_kernel_match_the_dequantized_array(use: str) -> None:
     case = USES[use]
-    each = (lj.kernels(case.apply, params, *case.arrays)["w"] for params in (stored(case.params), case.params))
-    found, expected = each
+    found, expected = (lj.kernels(case.apply, params, *case.arrays)["w"] for params in (pack(case.params), case.params))
     assert (found.axes, found.shape, found.dtype) == (expected.axes, expected.shape, expected.dtype)
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_stored_leaf_that_is_not_adapted_is_the_array_it_stands_for(use: str) -> None:
+def test_a_packed_leaf_that_is_not_adapted_is_dequantized(use: str) -> None:
     case = USES[use]
     params = {"w": Split.of(case.params["w"]), "other": jnp.ones(())}
     adapter = {"other": lj.Adapter(lj.Full(), "", value=jnp.float32(2))}
@@ -126,7 +125,7 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A decoder with a tied head; its layers in a scan with remat, or unrolled."""
+    """A decoder with a tied head and layers that are scanned with remat, or unrolled."""
 
     scanned: bool
 
@@ -152,19 +151,19 @@ def model(*, scanned: bool) -> tuple[Callable[..., Any], Any, jax.Array]:
 
 @pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", "**/query/kernel"])
 @pytest.mark.parametrize("scanned", [False, True])
-def test_a_model_on_stored_kernels_is_that_of_merged_ones(scanned: bool, adapted: str) -> None:
+def test_a_model_with_packed_kernels_matches_merged_kernels(scanned: bool, adapted: str) -> None:
     apply, plain, tokens = model(scanned=scanned)
-    params = stored(plain, "kernel", "embedding")
+    params = pack(plain, "kernel", "embedding")
     kernels = lj.kernels(apply, params, tokens)
-    adapter = drawn(params, {adapted: lj.LoRA(rank=2, alpha=3)}, kernels)
-    assert_stored_law(apply, params, adapter, tokens)
+    adapter = random_adapter(params, {adapted: lj.LoRA(rank=2, alpha=3)}, kernels)
+    assert_packed_law(apply, params, adapter, tokens)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_nothing_dense_is_kept_for_the_backward_pass(scanned: bool) -> None:
+def test_no_dense_kernel_is_saved_for_the_backward_pass(scanned: bool) -> None:
     apply, plain, tokens = model(scanned=scanned)
-    params = stored(plain, "kernel", "embedding")
-    adapter = drawn(params, {"**/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, params, tokens))
+    params = pack(plain, "kernel", "embedding")
+    adapter = random_adapter(params, {"**/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, params, tokens))
     shapes = {
         leaf.shape
         for leaf in jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Split))
@@ -183,15 +182,15 @@ def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
 AGAIN = {
     "a loop": Case(lambda w, x: jax.lax.scan(layer, x, w)[0], (3, 4, 4), [(5, 4)], "boi"),
     "a cast loop": Case(lambda w, x: jax.lax.scan(layer, x, 2 * w.astype(jnp.float32))[0], (3, 4, 4), [(5, 4)], "boi"),
-    **{name: USES[name] for name in ("transposed, scaled, reversed", "one expert for each token")},
+    **{name: USES[name] for name in ("transposed, scaled, reversed", "one expert per token")},
 }
 
 
 @pytest.mark.parametrize("use", AGAIN)
 def test_a_second_call_outside_jit_compiles_nothing(use: str, caplog: pytest.LogCaptureFixture) -> None:
     case = AGAIN[use]
-    params = stored(case.params)
-    adapter = drawn(params, {"w": lj.LoRA(rank=2, alpha=3, axes=case.roles)})
+    params = pack(case.params)
+    adapter = random_adapter(params, {"w": lj.LoRA(rank=2, alpha=3, axes=case.roles)})
     run = lj.lora(case.apply)
     first = run(params, adapter, *case.arrays)
     with jax.log_compiles():
@@ -200,33 +199,33 @@ def test_a_second_call_outside_jit_compiles_nothing(use: str, caplog: pytest.Log
     assert not [record for record in caplog.records if "Compiling" in record.message]
 
 
-def test_explain_shows_a_stored_kernel_as_the_array_it_stands_for() -> None:
+def test_explain_shows_a_packed_kernel_like_a_dense_one() -> None:
     apply, plain, tokens = model(scanned=False)
-    params = stored(plain, "kernel")
-    adapter = drawn(plain, {"**/query/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, plain, tokens))
-    found, expected = (lj.explain(apply, its, adapter, tokens, form="factored") for its in (params, plain))
+    params = pack(plain, "kernel")
+    adapter = random_adapter(plain, {"**/query/kernel": lj.LoRA(rank=2, alpha=3)}, lj.kernels(apply, plain, tokens))
+    found, expected = (lj.explain(apply, base, adapter, tokens, form="factored") for base in (params, plain))
     assert str(found) == str(expected)
 
 
-def test_kernels_beside_each_other_stay_stored() -> None:
+def test_concatenated_kernels_stay_packed() -> None:
     params = {name: normal(6, 4, seed=at) for at, name in enumerate("qkv")}
     apply = lambda p, x: jnp.tanh(x @ jnp.concatenate([p["q"], p["k"], p["v"]], 1))  # noqa: E731
     x = normal(3, 6, seed=9)
-    packed = stored(params, "q", "v")
-    adapter = drawn(packed, {"{q,v}": lj.LoRA(rank=2, alpha=3)})
-    assert_stored_law(apply, packed, adapter, x)
+    packed = pack(params, "q", "v")
+    adapter = random_adapter(packed, {"{q,v}": lj.LoRA(rank=2, alpha=3)})
+    assert_packed_law(apply, packed, adapter, x)
     assert not [array for array in residuals(apply, packed, adapter, x) if is_dense(array, (6, 12))]
 
 
-def test_a_product_of_two_stored_kernels() -> None:
+def test_a_product_of_two_packed_kernels_matches_dense_ones() -> None:
     params = {"one": normal(6, 5), "other": normal(5, 4, seed=1)}
     apply = lambda p, x: x @ (p["one"] @ p["other"])  # noqa: E731
-    packed = stored(params)
-    adapter = drawn(packed, {"*": lj.LoRA(rank=2, alpha=3)})
-    assert_stored_law(apply, packed, adapter, normal(3, 6, seed=2))
+    packed = pack(params)
+    adapter = random_adapter(packed, {"*": lj.LoRA(rank=2, alpha=3)})
+    assert_packed_law(apply, packed, adapter, normal(3, 6, seed=2))
 
 
-def test_a_stored_leaf_is_one_leaf_of_the_tree() -> None:
+def test_a_packed_leaf_is_one_leaf_of_the_tree() -> None:
     params = {"dense": {"kernel": Split.of(normal(6, 4)), "bias": jnp.ones(4)}}
     adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=3), "**/bias": lj.Full()})
     assert list(adapter) == ["dense/bias", "dense/kernel"]

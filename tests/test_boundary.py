@@ -1,4 +1,4 @@
-"""What crosses the boundary of the trace: arguments and results that are no arrays, and errors of Python code."""
+"""The boundary of the trace: arguments and results that are not arrays, and errors of Python code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Slots:
 
 
 class Record(dict[str, Any]):
-    """A dict of a kind that JAX does not know."""
+    """A subclass of dict that JAX does not know."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,10 +84,10 @@ def test_a_result_that_hides_a_traced_array_is_refused(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("look", [lj.kernels, lj.explain])
-def test_so_it_is_by_kernels_and_explain(look: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("inspect_model", [lj.kernels, lj.explain])
+def test_kernels_and_explain_refuse_it_too(inspect_model: Callable[..., Any]) -> None:
     with pytest.raises(lj.TracingError, match="`Output`, which JAX does not know"):
-        look(lambda p, x: Output(x @ p["w"]), PARAMS, *([ADAPTER] if look is lj.explain else []), X)
+        inspect_model(lambda p, x: Output(x @ p["w"]), PARAMS, *([ADAPTER] if inspect_model is lj.explain else []), X)
 
 
 STATIC = {
@@ -96,7 +96,7 @@ STATIC = {
     "a type": Output,
     "a NumPy array": np.arange(3),
     "an object": Output({"scale": 2.0, "name": "x"}),
-    "an object with an array of its own": Output(jnp.ones(2)),
+    "an object with a concrete array": Output(jnp.ones(2)),
     "an activation": jax.nn.gelu,
     "a jitted function": jax.jit(jnp.sin),
     "a function": functools.partial(lambda x, y: x + y, 1),
@@ -107,24 +107,24 @@ STATIC = {
 
 
 @pytest.mark.parametrize("name", STATIC)
-def test_a_result_that_holds_no_traced_array_comes_back_as_it_is(name: str) -> None:
+def test_a_result_without_traced_arrays_is_returned_unchanged(name: str) -> None:
     y, [static, nothing] = lj.lora(lambda p, x: (x @ p["w"], [STATIC[name], None]))(PARAMS, ADAPTER, X)
     assert static is STATIC[name] and nothing is None
     assert_close(y, X @ lj.merge(PARAMS, ADAPTER)["w"])
 
 
 @pytest.mark.parametrize("name", ["a number", "text", "an object", "an activation", "a module"])
-def test_an_argument_that_is_no_array_comes_to_the_model_as_it_is(name: str) -> None:
+def test_an_argument_that_is_not_an_array_reaches_the_model_unchanged(name: str) -> None:
     _, given = lj.lora(lambda p, x, given: (x @ p["w"], given))(PARAMS, ADAPTER, X, STATIC[name])
     assert given is STATIC[name]
 
 
-def test_types_that_jax_knows_are_results() -> None:
+def test_registered_types_may_be_results() -> None:
     out = lj.lora(lambda p, x: Known(x @ p["w"]))(PARAMS, ADAPTER, X)
     assert_close(out.y, X @ lj.merge(PARAMS, ADAPTER)["w"])
 
 
-def test_a_function_of_what_is_traced_around_the_call_is_a_result() -> None:
+def test_a_closure_over_an_outer_trace_may_be_a_result() -> None:
     @jax.jit
     def run(x: jax.Array) -> jax.Array:
         y, add = lj.lora(lambda p, z: (z @ p["w"], lambda z: z + x))(PARAMS, ADAPTER, x)
@@ -183,7 +183,7 @@ def line_of(function: Callable[..., Any]) -> str:
 
 
 @pytest.mark.parametrize("apply", NEEDING)
-def test_python_code_that_needs_a_value_is_shown_and_what_to_do(apply: Callable[..., Any]) -> None:
+def test_python_code_that_needs_a_value_is_an_error_with_line_and_advice(apply: Callable[..., Any]) -> None:
     with pytest.raises(lj.TracingError) as error:
         lj.lora(apply)(PARAMS, ADAPTER, X)
     assert str(error.value) == (
@@ -197,7 +197,7 @@ def test_python_code_that_needs_a_value_is_shown_and_what_to_do(apply: Callable[
     assert type(error.value.__cause__) is getattr(jax.errors, NEEDING[apply])
 
 
-def test_so_it_is_in_kernels_explain_and_plan_and_inside_jit() -> None:
+def test_kernels_explain_plan_and_jit_raise_the_same_error() -> None:
     mesh = jax.make_mesh((1,), ("x",))
     spec = {"w": lj.LoRA(rank=2, alpha=4)}
     for call in (
@@ -211,7 +211,7 @@ def test_so_it_is_in_kernels_explain_and_plan_and_inside_jit() -> None:
             call()
 
 
-def test_what_is_advised_works() -> None:
+def test_the_advice_works() -> None:
     merged = lj.merge(PARAMS, ADAPTER)
     expected = generate(merged, X)
 
@@ -233,7 +233,7 @@ def test_what_is_advised_works() -> None:
     assert_close(lj.lora(power)(PARAMS, ADAPTER, X, 2, name="linear"), power(merged, X, 2, "linear"))
 
 
-def test_other_errors_of_the_model_are_its_own() -> None:
+def test_other_errors_of_the_model_are_unchanged() -> None:
     def fails(p: Any, x: jax.Array) -> jax.Array:
         raise KeyError("w2")
 

@@ -1,4 +1,4 @@
-"""`plan` says from shapes alone what the step takes that is really run, and what full fine-tuning would."""
+"""`plan` predicts from shapes the memory, FLOPs and communication of the step that is run."""
 
 import functools
 
@@ -38,7 +38,7 @@ def planned():
 
 
 class Real:
-    """The arrays of a run, made as one makes them without `plan`: the adapter is cut by hand."""
+    """The arrays of a run, made without `plan`: the adapter is sharded by hand."""
 
     def __init__(self):
         self.mesh = mesh_of(2, 4)
@@ -51,9 +51,9 @@ class Real:
         with jax.set_mesh(self.mesh):
             kernels = lj.kernels(llama.loss, self.params, self.tokens)
         adapter = lj.init(jax.random.key(0), self.params, SPEC, kernels=kernels)
-        self.adapter = {path: self.cut(path.split("/")[-1], part) for path, part in adapter.items()}
+        self.adapter = {path: self.shard(path.split("/")[-1], part) for path, part in adapter.items()}
 
-    def cut(self, name, part):
+    def shard(self, name, part):
         wide, narrow = (None, "data", None), (None, "model", None)
         specs = {
             "query": {"a": wide, "b": (None, None, "model", None)},
@@ -103,12 +103,12 @@ def real():
 def program():
     """The step that trains the adapter, compiled as a user would."""
     step, args = real().lora
-    out = (*(jax.tree.map(lambda x: x.sharding if x.ndim else None, its) for its in args[:2]), None)
+    out = (*(jax.tree.map(lambda x: x.sharding if x.ndim else None, tree) for tree in args[:2]), None)
     with jax.set_mesh(real().mesh):
         return jax.jit(step, out_shardings=out).lower(*args).compile()
 
 
-def test_the_bytes_are_those_of_real_arrays():
+def test_bytes_match_real_arrays():
     lora, full = planned().lora, planned().full
     assert lora.parameters == full.parameters == on_one_device(real().params)
     assert lora.adapter == on_one_device(real().adapter)
@@ -118,44 +118,44 @@ def test_the_bytes_are_those_of_real_arrays():
     assert full.adapter == 0
 
 
-def test_the_peak_is_all_that_a_device_holds():
+def test_the_peak_includes_all_memory_of_a_device():
     for step in (planned().lora, planned().full):
         memory = step.compiled.memory_analysis()
         held = step.parameters + step.adapter + step.optimizer + step.inputs
-        norm = 4 * TINY.width  # trained whole in the adapter, so that the program does not ask for it
+        norm = 4 * TINY.width  # under `Full`, so that the program does not read the base's leaf
         assert memory.argument_size_in_bytes == held - (norm if step.adapter else 0)
         assert step.temporary == memory.temp_size_in_bytes > 0
-        # All that is trained lies where it lay: of the results only the loss is new, and the list of them.
+        # Trained arrays are updated in place; of the results, only the loss and the list of results are new.
         assert 0 <= step.peak - held - step.temporary < 2000
 
 
-def test_the_program_is_the_step_that_trains():
+def test_the_program_is_the_training_step():
     _, args = real().lora
     trained, state, params, tokens = args
-    copies = jax.tree.map(jnp.copy, (trained, state))  # the program may destroy them
-    given = planned().lora.compiled((params, (tokens,), {}), *copies)
-    helpers.assert_close(given, program()(*args))
-    for before, after in zip(jax.tree.leaves(args[:2]), jax.tree.leaves(given[:2]), strict=True):
+    copies = jax.tree.map(jnp.copy, (trained, state))  # the program donates them
+    got = planned().lora.compiled((params, (tokens,), {}), *copies)
+    helpers.assert_close(got, program()(*args))
+    for before, after in zip(jax.tree.leaves(args[:2]), jax.tree.leaves(got[:2]), strict=True):
         assert after.sharding.is_equivalent_to(before.sharding, before.ndim) or before.ndim == 0
 
 
-def test_the_operations_are_those_of_the_step_that_trains():
+def test_flops_match_the_training_step():
     with jax.set_mesh(real().mesh):
         lora, full = (testing.flops(step, *args) for step, args in (real().lora, real().full))
     assert (planned().lora.flops, planned().full.flops) == (lora, full)
     assert planned().lora.flops_per_device == lora / 8
 
 
-def test_the_bytes_sent_are_those_of_the_step_that_trains():
-    sent = sum(each.wire for each in collectives(program().as_text()))
+def test_bytes_sent_match_the_training_step():
+    sent = sum(collective.wire for collective in collectives(program().as_text()))
     assert sum(planned().lora.wire.values()) == pytest.approx(sent, rel=0.05)
 
 
-def test_a_gather_is_of_one_layer_and_full_fine_tuning_sends_more():
+def test_each_gather_is_of_one_layer_and_full_fine_tuning_sends_more():
     found = planned()
     leaves = jax.tree.leaves(real().params)
-    whole = max(x[0].nbytes if x.ndim > 2 else x.nbytes for x in leaves)
-    assert 0 < found.lora.largest_gather <= whole
+    layer_bytes = max(x[0].nbytes if x.ndim > 2 else x.nbytes for x in leaves)
+    assert 0 < found.lora.largest_gather <= layer_bytes
     assert found.lora.wire["all-reduce"] < found.full.wire["all-reduce"]
     assert found.lora.wire["all-gather"] <= 1.2 * found.full.wire["all-gather"]
 
@@ -171,9 +171,9 @@ def linear_plan(*mesh, kernel=None, apply=linear, tx=TX, spec=None, **options):
     return lj.plan(apply, params, spec, tx, mesh, shape(16, 64, sharding=NamedSharding(mesh, P("data"))), **options)
 
 
-def test_data_parallel_devices_send_the_gradient_of_what_is_trained():
+def test_data_parallel_devices_send_the_gradient_of_the_adapter():
     found = linear_plan()
-    around = 2 * 7 / 8  # of a ring of eight
+    around = 2 * 7 / 8  # on a ring of eight devices
     assert found.lora.wire["all-reduce"] == pytest.approx(around * (4 * 2 * (64 + 32) + 4), abs=4)
     assert found.full.wire["all-reduce"] == pytest.approx(around * (4 * 64 * 32 + 4), abs=4)
     assert set(found.lora.wire) == {"all-reduce"}
@@ -192,7 +192,7 @@ def test_nothing_is_allocated():
     assert len(jax.live_arrays()) <= before
 
 
-def test_a_leaf_without_a_sharding_is_on_every_device():
+def test_a_leaf_without_a_sharding_is_replicated():
     mesh = mesh_of(8, names=("data",))
     params = {"kernel": np.ones((64, 32), np.float32)}
     found = lj.plan(linear, params, {"kernel": lj.LoRA(rank=2, alpha=4)}, TX, mesh, jnp.ones((16, 64)), full=False)
@@ -200,7 +200,7 @@ def test_a_leaf_without_a_sharding_is_on_every_device():
     assert found.lora.inputs == 4 * 16 * 64
 
 
-def test_an_argument_that_is_no_array_stays_what_it_is():
+def test_an_argument_that_is_not_an_array_is_unchanged():
     def apply(params, x, *, mode, scale):
         assert (mode, scale) == ("train", 3)
         return linear(params, x)
@@ -220,7 +220,7 @@ def test_only_floating_point_parameters_are_fine_tuned():
     assert found.full.optimizer == 4 * (2 * 8 * 4 + 1)
 
 
-def test_the_model_says_the_axes_and_may_be_boxed():
+def test_axes_come_from_the_model_and_leaves_may_be_boxed():
     model = nn.MultiHeadDotProductAttention(
         num_heads=4, kernel_init=nn.with_partitioning(nn.initializers.lecun_normal(), (None, None))
     )
@@ -242,20 +242,20 @@ def test_the_model_says_the_axes_and_may_be_boxed():
     ],
     ids=["sgd", "momentum", "masked", "accumulated"],
 )
-def test_the_optimisers_state_is_cut_as_what_it_is_of(tx, numbers):
+def test_optimizer_state_is_sharded_like_its_parameters(tx, numbers):
     found = linear_plan(kernel="data", tx=tx)
     assert 0 <= found.lora.optimizer - numbers * found.lora.adapter <= 12
     assert 0 <= found.full.optimizer - numbers * found.full.parameters <= 12
     assert found.lora.adapter == 4 * 2 * (64 // 8 + 32)
 
 
-def test_what_has_another_shape_than_the_parameter_is_on_every_device():
+def test_optimizer_state_of_another_shape_is_replicated():
     tx = optax.scale_by_factored_rms(min_dim_size_to_factor=2)
     found = linear_plan(kernel="data", tx=tx)
     assert found.full.optimizer == sum(x.nbytes for x in jax.tree.leaves(tx.init({"kernel": jnp.ones((64, 32))})))
 
 
-def test_a_base_in_16_bits_takes_half_and_the_adapter_what_it_took():
+def test_a_16_bit_base_takes_half_and_the_adapter_is_unchanged():
     mesh = mesh_of(8, names=("data",))
     params = {"kernel": shape(64, 32, dtype=jnp.bfloat16)}
     found = lj.plan(linear, params, {"kernel": lj.LoRA(rank=2, alpha=4)}, TX, mesh, shape(16, 64, dtype=jnp.bfloat16))
@@ -266,7 +266,7 @@ def test_a_base_in_16_bits_takes_half_and_the_adapter_what_it_took():
     assert lj.plan(linear, params, half, TX, mesh, shape(16, 64), param_dtype=jnp.bfloat16).lora.adapter == 2 * 2 * 96
 
 
-def test_a_mesh_cut_by_type_is_planned_too():
+def test_an_explicit_mesh_can_be_planned():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     params = {"kernel": shape(64, 32, sharding=NamedSharding(mesh, P()))}
     x = shape(16, 64, sharding=NamedSharding(mesh, P("data")))
@@ -274,10 +274,10 @@ def test_a_mesh_cut_by_type_is_planned_too():
     assert found.lora.wire == linear_plan().lora.wire
 
 
-# What is minimised
+# The loss
 
 
-def test_without_a_loss_the_mean_of_the_result_is_minimised():
+def test_the_default_loss_is_the_mean_of_the_result():
     def several(params, x):
         return {"y": (x @ params["kernel"]).astype(jnp.bfloat16), "seen": jnp.arange(3)}
 
@@ -285,7 +285,7 @@ def test_without_a_loss_the_mean_of_the_result_is_minimised():
     assert linear_plan(apply=several).lora.flops == same.lora.flops
 
 
-def test_a_loss_sees_what_the_model_returns_and_its_arguments():
+def test_a_loss_receives_the_results_and_arguments_of_the_model():
     seen = []
 
     def loss(out, x, *, mode):
@@ -299,12 +299,12 @@ def test_a_loss_sees_what_the_model_returns_and_its_arguments():
 @pytest.mark.parametrize(
     "loss", [lambda out, x: x, lambda out, x: jnp.int32(1), lambda out, x: None], ids=["array", "integer", "none"]
 )
-def test_a_loss_that_is_no_number_is_refused(loss):
+def test_a_loss_that_is_not_a_scalar_is_an_error(loss):
     with pytest.raises(lj.SpecError, match=r"Expected a loss that is a floating-point scalar; got .*\n.*loss=lambda"):
         linear_plan(loss=loss)
 
 
-def test_a_model_without_floating_point_results_is_refused():
+def test_a_model_without_floating_point_results_is_an_error():
     with pytest.raises(lj.SpecError, match="Expected a loss that is a floating-point scalar; got"):
         linear_plan(apply=lambda params, x: jnp.argmax(x @ params["kernel"], -1))
 
@@ -312,13 +312,13 @@ def test_a_model_without_floating_point_results_is_refused():
 # Meshes and shardings
 
 
-def test_a_mesh_without_devices_is_refused_with_what_to_do():
+def test_an_abstract_mesh_is_an_error_with_advice():
     with pytest.raises(lj.SpecError, match=r"got AbstractMesh.\n.*jax_num_cpu_devices") as caught:
         lj.plan(linear, {"kernel": shape(4, 4)}, {"kernel": lj.LoRA(rank=1, alpha=1)}, TX, AbstractMesh((8,), ("x",)))
     assert "jax.experimental.topologies" in str(caught.value)
 
 
-def test_a_sharding_on_another_mesh_is_refused():
+def test_a_sharding_on_another_mesh_is_an_error():
     other = NamedSharding(mesh_of(4, names=("rows",)), P("rows"))
     params = {"dense": {"kernel": shape(64, 32, sharding=other)}}
     match = r"mesh {'data': 8}; that of `abstract_params\['dense'\]\['kernel'\]` is on {'rows': 4}."
@@ -326,7 +326,7 @@ def test_a_sharding_on_another_mesh_is_refused():
         lj.plan(linear, params, {"**/kernel": lj.LoRA(rank=2, alpha=4)}, TX, mesh_of(8, names=("data",)), shape(16, 64))
 
 
-def test_the_same_mesh_without_devices_will_do_in_a_sharding():
+def test_a_sharding_may_use_the_abstract_mesh():
     abstract = AbstractMesh((8,), ("data",))
     params = {"kernel": shape(64, 32, sharding=NamedSharding(abstract, P("data")))}
     x = shape(16, 64, sharding=NamedSharding(abstract, P("data")))
@@ -335,7 +335,7 @@ def test_the_same_mesh_without_devices_will_do_in_a_sharding():
     assert found.lora.parameters == 64 * 32 * 4 // 8
 
 
-def test_a_sharding_that_does_not_divide_is_refused():
+def test_a_sharding_that_does_not_divide_is_an_error():
     mesh = mesh_of(8, names=("data",))
     params = {"kernel": shape(63, 32, sharding=NamedSharding(mesh, P("data")))}
     with pytest.raises(
@@ -344,7 +344,7 @@ def test_a_sharding_that_does_not_divide_is_refused():
         lj.plan(linear, params, {"kernel": lj.LoRA(rank=2, alpha=4)}, TX, mesh, shape(16, 64))
 
 
-def test_what_init_and_lora_refuse_is_refused():
+def test_errors_of_init_and_lora_are_raised():
     with pytest.raises(lj.SpecError, match="nothing/here"):
         linear_plan(spec={"nothing/here": lj.LoRA(rank=2, alpha=4)})
     spec = {"kernel": lj.LoRA(rank=2, alpha=4, axes="io")}
@@ -353,10 +353,10 @@ def test_what_init_and_lora_refuse_is_refused():
     linear_plan(apply=lambda params, x: x @ jnp.sin(params["kernel"]), spec=spec, materialize=["kernel"])
 
 
-# What is printed
+# Output
 
 
-def test_it_prints_as_a_table():
+def test_a_plan_prints_as_a_table():
     head, rule, *rows = str(linear_plan()).split("\n")
     assert head.split() == ["per", "device", "LoRA", "full", "fine-tuning", "ratio"]
     assert set(rule) == {"─", " "}
@@ -376,14 +376,14 @@ def test_without_full_fine_tuning_there_is_one_column():
     assert str(found).endswith("memory:  LoRA fits in 1 GB per device")
 
 
-def test_it_shows_as_a_table_in_a_notebook():
+def test_a_plan_is_a_table_in_a_notebook():
     page = linear_plan()._repr_html_()
     assert page.startswith("<table><tr><th>per device</th><th>LoRA</th>")
     assert "<td>parameters</td><td>8.2 kB</td>" in page
     assert page.endswith("</p>")
 
 
-def test_what_shapes_do_not_tell_is_not_known():
+def test_flops_that_depend_on_values_are_unknown():
     found = linear_plan(apply=lambda params, x: jnp.abs(jnp.fft.fft(x @ params["kernel"])))
     assert found.lora.flops is found.lora.flops_per_device is None
     assert [line.split() for line in str(found).split("\n") if line.startswith("FLOPs")] == [
@@ -391,7 +391,7 @@ def test_what_shapes_do_not_tell_is_not_known():
     ]
 
 
-def test_a_loop_of_which_nobody_knows_the_turns_leaves_open_what_is_sent():
+def test_bytes_sent_by_a_loop_of_unknown_length_are_unknown():
     def apply(params, x):
         y = x @ params["kernel"]
         return (

@@ -1,4 +1,4 @@
-"""What is saved comes back, bit for bit and to the right base; or an error says why not."""
+"""`restore` returns what was saved, bit for bit and for the right base, or raises an error with the reason."""
 
 import asyncio
 import dataclasses
@@ -38,13 +38,13 @@ def normal(shape: tuple[int, ...], dtype: Any = jnp.float32, seed: int = 0) -> j
 
 
 def make_base(depth: int = 2) -> dict[str, Any]:
-    """A base with a list in it, and matrices larger than the sample."""
+    """A base with a list, and matrices larger than the sample of the fingerprint."""
     layers = [{"kernel": normal((16, 8), seed=layer), "bias": jnp.zeros(8)} for layer in range(depth)]
     return {"layers": layers, "query": {"kernel": normal((16, 4, 8), jnp.bfloat16)}}
 
 
 def trained(init: Callable[[], dict[str, lj.Adapter]], seed: int = 0) -> dict[str, lj.Adapter]:
-    """An adapter as training might leave it, of the shapes that `init` gives."""
+    """An adapter like a trained one, with the shapes of `init`."""
     return jax.tree.map(lambda leaf: normal(leaf.shape, leaf.dtype, seed), jax.eval_shape(init))
 
 
@@ -61,7 +61,7 @@ def make_adapter(dtype: Any = jnp.float32, seed: int = 0) -> dict[str, lj.Adapte
 
 
 def assert_same(got: Any, expected: Any) -> None:
-    """Bit for bit, with the structure, and what the structure says of variants and axes."""
+    """Compares bit for bit, including the tree structure with variants and axes."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, expected)
     chex.assert_trees_all_equal(got, expected)
@@ -69,7 +69,7 @@ def assert_same(got: Any, expected: Any) -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint to read from."""
+    """A checkpoint that tests only read."""
     path = tmp_path_factory.mktemp("saved")
     save(path, make_adapter(), base=make_base())
     return path
@@ -77,12 +77,12 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(saved: Path, tmp_path: Path) -> Path:
-    """A checkpoint to damage."""
+    """A copy of the checkpoint that tests may change."""
     return Path(shutil.copytree(saved, tmp_path / "copy"))
 
 
 def edit(path: Path, change: Callable[[Any], Any]) -> None:
-    """Changes the manifest as another writer might have written it, with checksums that agree."""
+    """Changes the manifest and updates the checksums."""
     file = path / "0" / "adapter" / "adapter.json"
     manifest = json.loads(file.read_text())
     change(manifest)
@@ -109,7 +109,7 @@ def test_restore_after_save_is_the_identity(dtype: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["scanned_transformer", "nnx_transformer"])
-def test_restore_after_save_is_the_identity_for_models_of_every_tree(name: str, tmp_path: Path, key: jax.Array) -> None:
+def test_restore_after_save_is_the_identity_for_every_container(name: str, tmp_path: Path, key: jax.Array) -> None:
     model = ZOO[name](key, jnp.float32)
     kernels = lj.kernels(model.apply, model.params, *model.args)
     adapter = trained(lambda: lj.init(key, model.params, model.spec, kernels=kernels))
@@ -132,14 +132,14 @@ def test_a_base_that_is_one_array_has_the_empty_path(tmp_path: Path) -> None:
     assert_same(restore(tmp_path, base=jnp.ones((4, 3))), adapter)
 
 
-def test_numpy_arrays_and_numpy_numbers_are_saved_as_what_they_stand_for(tmp_path: Path) -> None:
+def test_numpy_arrays_and_scalars_can_be_saved(tmp_path: Path) -> None:
     variant = lj.LoRA(rank=np.int64(2), alpha=np.float32(0.1))
     adapter = {"k": lj.Adapter(variant, "io", a=np.ones((4, 2), np.float32), b=np.zeros((2, 3), np.float32))}
     save(tmp_path, adapter, base={"k": np.ones((4, 3))})
     assert_same(restore(tmp_path, base=None), jax.tree.map(jnp.asarray, adapter))
 
 
-def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
+def test_saving_again_replaces_the_checkpoint(tmp_path: Path) -> None:
     for seed in range(3):
         save(tmp_path, make_adapter(seed=seed), base=make_base())
     other = {"query/kernel": make_adapter()["query/kernel"]}
@@ -148,13 +148,13 @@ def test_saving_again_replaces_what_was_there(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["3"]
 
 
-def test_a_relative_path_is_one_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_path_is_relative_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save("run/adapter", make_adapter(), base=make_base())
     assert_same(restore(tmp_path / "run" / "adapter", base=None), make_adapter())
 
 
-def test_the_manifest_is_made_to_be_read(saved: Path) -> None:
+def test_the_manifest_is_readable(saved: Path) -> None:
     text = (saved / "0" / "adapter" / "adapter.json").read_text()
     manifest = json.loads(text)
     assert (manifest["format"], manifest["version"]) == ("lora_jax.adapter", 1)
@@ -175,7 +175,7 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
-def test_it_works_where_an_event_loop_is_running(tmp_path: Path) -> None:
+def test_saving_works_inside_a_running_event_loop(tmp_path: Path) -> None:
     async def cell_of_a_notebook() -> dict[str, lj.Adapter]:
         save(tmp_path, make_adapter(), base=make_base())
         return restore(tmp_path, base=make_base())
@@ -184,12 +184,12 @@ def test_it_works_where_an_event_loop_is_running(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be saved
+# Errors of saving
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Mine(lj.LoRA):
-    """A variant that no registry knows."""
+    """A variant that is not registered."""
 
 
 KERNEL = make_adapter()["query/kernel"]
@@ -210,7 +210,7 @@ UNSAVABLE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNSAVABLE)
-def test_what_cannot_be_saved_is_refused_before_a_file_is_touched(name: str, tmp_path: Path) -> None:
+def test_an_invalid_save_raises_before_any_file_changes(name: str, tmp_path: Path) -> None:
     adapter, text = UNSAVABLE[name]
     with pytest.raises(lj.CheckpointError) as caught:
         save(tmp_path / "new", adapter, base=make_base())
@@ -218,25 +218,25 @@ def test_what_cannot_be_saved_is_refused_before_a_file_is_touched(name: str, tmp
     assert not (tmp_path / "new").exists()
 
 
-def test_a_save_under_jit_is_refused(tmp_path: Path) -> None:
+def test_a_save_under_jit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(lj.CheckpointError, match="Save outside `jit`"):
         jax.jit(lambda adapter: save(tmp_path, adapter, base=make_base()))(make_adapter())
 
 
-def test_donated_arrays_cannot_be_saved() -> None:
+def test_saving_donated_arrays_is_an_error() -> None:
     adapter = {"query/kernel": jax.tree.map(jnp.copy, KERNEL)}
     jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(adapter))
     with pytest.raises(lj.CheckpointError, match="'a' at 'query/kernel' is gone: it was donated to a jitted function"):
         AdapterSave(adapter, base=make_base())
 
 
-def test_a_file_is_no_place_to_save_to(tmp_path: Path) -> None:
+def test_saving_to_a_file_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(lj.CheckpointError, match="Expected a directory to save to; got a file"):
         save(tmp_path / "file", make_adapter(), base=make_base())
 
 
-def test_a_save_deletes_no_checkpoints_of_others(tmp_path: Path) -> None:
+def test_a_save_does_not_delete_other_checkpoints(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(5, args=ocp.args.Composite(adapter=saving(), opt_state=ocp.args.StandardSave({"mu": jnp.ones(3)})))
     with pytest.raises(lj.CheckpointError, match=r"directories with 'opt_state', which this save would delete"):
@@ -283,7 +283,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", STRUCTURES)
 @pytest.mark.parametrize("allow", [False, True])
-def test_a_base_of_other_paths_or_shapes_is_refused(name: str, allow: bool, saved: Path) -> None:
+def test_a_base_of_other_paths_or_shapes_is_an_error(name: str, allow: bool, saved: Path) -> None:
     base, text = STRUCTURES[name]
     got = error(saved, base=base, allow_base_mismatch=allow)
     assert text in got
@@ -292,7 +292,7 @@ def test_a_base_of_other_paths_or_shapes_is_refused(name: str, allow: bool, save
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_a_base_of_other_values_is_refused_unless_it_is_allowed(name: str, saved: Path) -> None:
+def test_a_base_of_other_values_is_an_error_unless_allowed(name: str, saved: Path) -> None:
     base, text = CONTENTS[name]
     got = error(saved, base=base)
     assert text in got
@@ -306,7 +306,7 @@ def test_many_differences_are_counted_and_the_first_are_shown(saved: Path) -> No
     assert "… and 48 more" in got
 
 
-def test_of_shapes_alone_the_structure_is_checked(saved: Path, tmp_path: Path) -> None:
+def test_only_the_structure_of_abstract_leaves_is_checked(saved: Path, tmp_path: Path) -> None:
     shapes = jax.eval_shape(lambda: make_base())
     assert_same(restore(saved, base=shapes), make_adapter())
     assert "is not in `base`" in error(saved, base=jax.eval_shape(lambda: make_base(depth=1)))
@@ -315,19 +315,19 @@ def test_of_shapes_alone_the_structure_is_checked(saved: Path, tmp_path: Path) -
     assert "has dtype float32" in error(tmp_path, base=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make_base()))
 
 
-def test_any_change_of_scale_or_of_a_whole_row_shows_in_the_fingerprint() -> None:
+def test_the_fingerprint_changes_with_the_scale_and_with_any_row() -> None:
     kernel = np.random.default_rng(0).normal(size=(768, 768)).astype(np.float32)
     whole = _fingerprint.fingerprint(kernel)
     assert _fingerprint.fingerprint(kernel * np.float32(1.0001)) != whole
     rows, columns = _fingerprint._places(kernel.shape)
-    assert len(set(rows)) == len(set(columns)) == 64  # no row or column twice: spread over both
+    assert len(set(rows)) == len(set(columns)) == 64  # spread over distinct rows and columns
     assert _fingerprint.fingerprint(np.ones((8, 8))) != _fingerprint.fingerprint(np.eye(8))
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("shape", [(), (0, 4), (3,), (64, 32), (16, 4, 8)], ids=str)
-def test_the_fingerprint_does_not_depend_on_where_the_base_lies(shape: tuple[int, ...], kind: AxisType) -> None:
-    # Numbers that addition changes: −0 becomes 0, and a processor may take the smallest for 0.
+def test_the_fingerprint_does_not_depend_on_the_sharding(shape: tuple[int, ...], kind: AxisType) -> None:
+    # Values that addition changes: −0 becomes 0, and a processor may flush subnormals to 0.
     leaf = np.resize(np.array([-0.0, 1.5, 1e-40, -1e-40, np.nan, np.inf], np.float32), shape)
     expected = _fingerprint.fingerprint({"leaf": leaf})
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
@@ -340,7 +340,7 @@ def test_the_fingerprint_does_not_depend_on_where_the_base_lies(shape: tuple[int
             assert _fingerprint.fingerprint({"leaf": jax.device_put(leaf, place)}) == expected
 
 
-def test_no_leaf_is_gathered_whole_for_its_fingerprint() -> None:
+def test_the_fingerprint_gathers_no_leaf() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     leaf = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("x")))
     compiled = _fingerprint._lookup.lower(leaf, _fingerprint._places(leaf.shape), NamedSharding(mesh, P())).compile()
@@ -349,7 +349,7 @@ def test_no_leaf_is_gathered_whole_for_its_fingerprint() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float8_e5m2", "float4_e2m1fn", "int8", "int4", "complex64"])
-def test_the_fingerprint_holds_the_bits_of_every_dtype(dtype: str) -> None:
+def test_the_fingerprint_is_bitwise_for_every_dtype(dtype: str) -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     leaf = (np.arange(64).reshape(16, 4) % 7).astype(jnp.dtype(dtype))
     if jnp.issubdtype(dtype, np.floating):
@@ -363,7 +363,7 @@ def test_the_fingerprint_holds_the_bits_of_every_dtype(dtype: str) -> None:
     assert _fingerprint.fingerprint({"leaf": changed}, {"leaf"}) != expected
 
 
-def test_leaves_that_are_no_weights_are_known_by_their_type() -> None:
+def test_leaves_that_are_not_weights_are_described_by_type() -> None:
     others = {"key": jax.random.key(0), "name": "gelu", "none": None, "count": jnp.uint32(3), "mask": np.ones(2, bool)}
     assert _fingerprint.fingerprint(others) == {
         "count": {"shape": [], "dtype": "uint32"},
@@ -374,7 +374,7 @@ def test_leaves_that_are_no_weights_are_known_by_their_type() -> None:
 
 
 class Dropping(nnx.Module):
-    """A model whose state changes when it is called, though no weight does."""
+    """A model whose state changes with each call, while its weights do not."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.linear, self.dropout = nnx.Linear(8, 8, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
@@ -383,7 +383,7 @@ class Dropping(nnx.Module):
         return self.dropout(self.linear(x))
 
 
-def test_a_model_that_has_drawn_dropout_masks_is_the_same_base(tmp_path: Path) -> None:
+def test_changed_random_state_does_not_change_the_base(tmp_path: Path) -> None:
     model = Dropping(nnx.Rngs(0))
     adapter = lj.init(jax.random.key(1), nnx.state(model), {"linear/kernel": lj.LoRA(rank=2, alpha=4)})
     model(jnp.ones((1, 8)))
@@ -393,8 +393,8 @@ def test_a_model_that_has_drawn_dropout_masks_is_the_same_base(tmp_path: Path) -
     assert "'linear/kernel' holds other values" in error(tmp_path, base=nnx.state(Dropping(nnx.Rngs(1))))
 
 
-def test_only_weights_make_a_base_another_one(tmp_path: Path) -> None:
-    """Adapted leaves of any dtype, and all floating-point numbers; of nothing else even the presence counts."""
+def test_only_weights_identify_a_base(tmp_path: Path) -> None:
+    """The fingerprint covers adapted leaves and floating-point leaves, and ignores all others."""
     weights = {"packed": np.arange(12, dtype=np.int8).reshape(4, 3), "norm": 0.5, "kernel": normal((4, 3))}
     others = {"step": 3, "mask": np.array([True]), "ids": jnp.arange(3), "key": jax.random.key(0), "name": "gelu"}
     adapter = lj.init(jax.random.key(0), {"packed": jnp.ones((4, 3))}, {"packed": lj.LoRA(rank=2, alpha=4)})
@@ -407,17 +407,16 @@ def test_only_weights_make_a_base_another_one(tmp_path: Path) -> None:
     assert "'packed' has dtype int32; it had int8" in error(tmp_path, base=weights | {"packed": np.ones((4, 3), int)})
 
 
-WIDE = np.random.default_rng(0).normal(size=(16, 8))  # NumPy's float64, of which JAX makes float32
+WIDE = np.random.default_rng(0).normal(size=(16, 8))  # NumPy's float64, which JAX converts to float32
 KINDS = {"float64": WIDE, "float32": WIDE.astype(np.float32), "jax": jnp.asarray(WIDE)}
 
 
-@pytest.mark.parametrize(("had", "given"), [*itertools.permutations(KINDS, 2), ("float64", "float64")])
-def test_a_base_is_compared_at_the_precision_that_jax_gives_it(had: Any, given: Any, tmp_path: Path) -> None:
-    had, given = KINDS[had], KINDS[given]
-    adapter = lj.init(jax.random.key(0), {"kernel": had}, {"kernel": lj.LoRA(rank=2, alpha=4)})
-    save(tmp_path, adapter, base={"kernel": had})
-    assert_same(restore(tmp_path, base={"kernel": given}), adapter)
-    assert "'kernel' holds other values" in error(tmp_path, base={"kernel": given + np.float32(1e-6)})
+@pytest.mark.parametrize(("stored", "current"), [*itertools.permutations(KINDS, 2), ("float64", "float64")])
+def test_a_base_is_compared_at_the_precision_of_jax(stored: str, current: str, tmp_path: Path) -> None:
+    adapter = lj.init(jax.random.key(0), {"kernel": KINDS[stored]}, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    save(tmp_path, adapter, base={"kernel": KINDS[stored]})
+    assert_same(restore(tmp_path, base={"kernel": KINDS[current]}), adapter)
+    assert "'kernel' holds other values" in error(tmp_path, base={"kernel": KINDS[current] + np.float32(1e-6)})
     with jax.enable_x64(True):
         assert "'kernel' has dtype float64; it had float32" in error(tmp_path, base={"kernel": WIDE})
 
@@ -432,7 +431,7 @@ def test_a_base_in_64_bits_is_compared_in_64_bits(tmp_path: Path) -> None:
 
 
 def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The shapes of all leaves whose values are looked up from here on."""
+    """Collects the shapes of all leaves whose values are read for a fingerprint."""
     shapes, lookup = [], _fingerprint._lookup
 
     def counted(values: jax.Array, *args: Any) -> Any:
@@ -443,7 +442,7 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return shapes
 
 
-def test_a_base_is_looked_at_once_for_all_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_of_a_base_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, shapes = make_base(), lookups(monkeypatch)
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in range(3):
@@ -457,10 +456,10 @@ def test_a_base_is_looked_at_once_for_all_saves(tmp_path: Path, monkeypatch: pyt
     assert "'layers/1/kernel' holds other values" in error(tmp_path, base=make_base())
 
 
-def test_what_was_looked_up_is_never_taken_for_another_array() -> None:
+def test_a_cached_fingerprint_is_not_used_for_another_array() -> None:
     gc.collect()
     before = len(_fingerprint._found)
-    for number in range(50):  # most of them are at the address of one before
+    for number in range(50):  # most reuse the address of an earlier one
         leaf = jnp.full((4, 3), float(number))
         expected = _fingerprint.fingerprint(np.full((4, 3), number, np.float32))
         assert _fingerprint.fingerprint(leaf) == _fingerprint.fingerprint(leaf) == expected
@@ -468,7 +467,7 @@ def test_what_was_looked_up_is_never_taken_for_another_array() -> None:
     assert len(_fingerprint._found) == before
     leaf = np.zeros((4, 3), np.float32)
     zeros = _fingerprint.fingerprint(leaf)
-    leaf[1, 1] = 1  # an array of NumPy's may change
+    leaf[1, 1] = 1  # a NumPy array may change
     assert _fingerprint.fingerprint(leaf) != zeros
 
 
@@ -481,10 +480,10 @@ def test_a_base_that_was_donated_is_an_error(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What earlier versions stored
+# Checkpoints of earlier versions
 
 
-def test_a_run_that_version_1_stored_is_restored_with_its_base() -> None:
+def test_a_run_stored_by_version_1_is_restored() -> None:
     base, adapter = stored_run.base(), stored_run.adapter()
     manifest = json.loads((stored_run.STORED / "5" / "adapter" / "adapter.json").read_text())
     assert (manifest["version"], manifest["lora_jax"]) == (1, "0.1.0")
@@ -497,7 +496,7 @@ def test_a_run_that_version_1_stored_is_restored_with_its_base() -> None:
     assert bits(restored.state) == bits(stored_run.state())
 
 
-def test_a_base_that_version_1_described_is_checked_by_its_weights() -> None:
+def test_a_base_described_by_version_1_is_checked_by_its_weights() -> None:
     base = stored_run.base()
     others = {"dropout": {"count": jnp.uint32(9), "key": jax.random.key(1)}}
     assert_same(restore(stored_run.STORED, base=base | others), stored_run.adapter())
@@ -519,15 +518,15 @@ def devices(array: jax.Array) -> set[int]:
     return {device.id for device in array.devices()}
 
 
-def test_without_shardings_arrays_are_placed_as_by_init(saved: Path) -> None:
+def test_without_shardings_arrays_are_placed_as_init_places_them(saved: Path) -> None:
     adapter = restore(saved, base=None)
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     kernel = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("x")))
-    # An array that is committed to one device could not meet one that lies on eight.
+    # An array committed to one device cannot be combined with one on eight.
     assert len(devices(jax.jit(jnp.matmul)(kernel, adapter["query/kernel"].a))) == 8
 
 
-def test_one_sharding_serves_all_arrays(saved: Path) -> None:
+def test_one_sharding_may_apply_to_all_arrays(saved: Path) -> None:
     mesh = jax.make_mesh((8,), ("x",))
     adapter = restore(saved, base=None, shardings=NamedSharding(mesh, P()))
     assert_same(adapter, make_adapter())
@@ -535,7 +534,7 @@ def test_one_sharding_serves_all_arrays(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["device", "pinned_host"])
-def test_shardings_may_be_a_tree_like_the_adapter(kind: str, tmp_path: Path) -> None:
+def test_shardings_may_be_a_tree_with_the_structure_of_the_adapter(kind: str, tmp_path: Path) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"))
 
     def sharding(leaf: jax.Array) -> NamedSharding:
@@ -546,10 +545,10 @@ def test_shardings_may_be_a_tree_like_the_adapter(kind: str, tmp_path: Path) -> 
     got = restore(tmp_path, base=None, shardings=jax.tree.map(lambda leaf: leaf.sharding, adapter))
     assert_same(jax.device_get(got), jax.device_get(make_adapter()))
     assert [leaf.sharding for leaf in jax.tree.leaves(got)] == [leaf.sharding for leaf in jax.tree.leaves(adapter)]
-    assert_same(restore(tmp_path, base=None), make_adapter())  # onto one device, from eight
+    assert_same(restore(tmp_path, base=None), make_adapter())  # to one device, from eight
 
 
-def test_shardings_may_be_a_prefix_with_some_left_open(saved: Path) -> None:
+def test_shardings_may_be_a_prefix_with_none(saved: Path) -> None:
     place = SingleDeviceSharding(jax.devices()[5])
     adapter = restore(saved, base=None, shardings=dict.fromkeys(make_adapter()) | {"query/kernel": place})
     assert {path: devices(jax.tree.leaves(part)[0]) for path, part in adapter.items()} == {
@@ -557,7 +556,7 @@ def test_shardings_may_be_a_prefix_with_some_left_open(saved: Path) -> None:
     }
 
 
-def test_shardings_that_do_not_fit_are_refused(saved: Path) -> None:
+def test_shardings_that_do_not_fit_are_an_error(saved: Path) -> None:
     mesh = jax.make_mesh((8,), ("x",))
     place = NamedSharding(mesh, P("x"))
     for shardings in ({"query/kernel": place}, place, "x"):
@@ -570,10 +569,10 @@ def test_shardings_that_do_not_fit_are_refused(saved: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What cannot be restored
+# Errors of restoring
 
 
-def test_where_nothing_was_saved_there_is_nothing_to_restore(tmp_path: Path) -> None:
+def test_restoring_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
     assert f"Expected a checkpoint that lora_jax wrote; there is none, at {tmp_path}/no." in error(tmp_path / "no")
     assert "there is a directory without one" in error(tmp_path)
     (tmp_path / "0.orbax-checkpoint-tmp").mkdir()
@@ -582,7 +581,7 @@ def test_where_nothing_was_saved_there_is_nothing_to_restore(tmp_path: Path) -> 
     assert "Give the path that `save` was given, or the directory of a CheckpointManager" in got
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_kind_is_an_error(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
         manager.wait_until_finished()
@@ -626,7 +625,7 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_a_manifest_that_cannot_be_followed_is_refused(name: str, copy: Path) -> None:
+def test_an_invalid_manifest_is_an_error(name: str, copy: Path) -> None:
     change, text = EDITS[name]
     edit(copy, change)
     got = error(copy, base=make_base())
@@ -634,7 +633,7 @@ def test_a_manifest_that_cannot_be_followed_is_refused(name: str, copy: Path) ->
     assert str(copy) in got
 
 
-def test_a_manifest_that_is_no_manifest_is_refused(copy: Path) -> None:
+def test_a_corrupt_manifest_is_an_error(copy: Path) -> None:
     file = copy / "0" / "adapter" / "adapter.json"
     whole = file.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"\xff" + whole):
@@ -645,11 +644,11 @@ def test_a_manifest_that_is_no_manifest_is_refused(copy: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Killed in the middle
+# Killed processes
 
 
 def run(*commands: tuple[object, ...]) -> str:
-    """What `checkpoint_killed.py` prints, of several commands in one process."""
+    """The output of `checkpoint_killed.py` for several commands in one process."""
     words = [str(word) for command in commands for word in (*command, "--")]
     program = [sys.executable, checkpoint_killed.__file__, *words]
     ran = subprocess.run(program, env=environment(), check=True, timeout=1800, stdout=subprocess.PIPE, text=True)
@@ -665,62 +664,60 @@ DELAYS = [0.04 * count for count in range(1, 11)]
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where saves were killed in several ways, and what was printed."""
+    """The directory in which saves were killed in several ways, and the output."""
     root = tmp_path_factory.mktemp("kills")
     return root, run(("events", root / "events"), ("timed", root / "timed", *DELAYS), *killed_runs(root, 5))
 
 
 def number_of(path: Path) -> float:
-    """Which of the adapters lies at a path: it must be one, whole."""
+    """The number of the adapter at a path, which must be complete."""
     got = restore(path, base=checkpoint_killed.BASE)
     number = float(got["bias"].value[0])
     assert_same(got, jax.tree.map(jnp.asarray, checkpoint_killed.adapter(number)))
     return number
 
 
-def test_a_save_that_is_killed_before_any_of_its_writes_leaves_a_whole_checkpoint(kills: tuple[Path, str]) -> None:
+def test_a_save_killed_before_any_write_leaves_a_complete_checkpoint(kills: tuple[Path, str]) -> None:
     root = kills[0] / "events"
     numbers = [number_of(root / str(moment)) for moment in range(len(list(root.iterdir())) - 1)]
     assert len(numbers) > 12
-    assert numbers == sorted(numbers)  # the first until the moment when the second is complete
+    assert numbers == sorted(numbers)  # the first adapter until the second is complete
     assert set(numbers) == {1, 2}
     for moment in range(0, len(numbers), 5):
         save(root / str(moment), checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
         assert number_of(root / str(moment)) == 3
-        assert len(list((root / str(moment)).iterdir())) == 1  # nothing is left of what was killed
+        assert len(list((root / str(moment)).iterdir())) == 1  # no files of the killed save remain
 
 
-def test_saves_that_are_killed_one_after_another_leave_a_whole_checkpoint(kills: tuple[Path, str]) -> None:
+def test_saves_killed_in_sequence_leave_a_complete_checkpoint(kills: tuple[Path, str]) -> None:
     assert number_of(kills[0] / "timed") in range(len(DELAYS) + 1)
 
 
 def check_kills(printed: str, kind: str, kills: int) -> None:
-    """The run itself compares what it restores, bit for bit, and does not go on from anything else."""
+    """Checks which steps were restored; the run itself compares the contents bit for bit."""
     reports = [report for line in printed.splitlines() if (report := json.loads(line))["kind"] == kind]
     assert len(reports) == kills + 1
     assert [report["restored"] for report in reports] == [report["newest"] for report in reports]
     newest = [report["newest"] for report in reports]
     assert newest == sorted(newest)
     half = sum(report["half written"] for report in reports)
-    assert half > 5 or kills < 50  # of a few kills, all may have come between two saves
-    print(f"{kind}: {len(reports)} kills, {half} left a step half written, and each run went on; steps {newest}")
+    assert half > 5 or kills < 50  # a few kills may all fall between two saves
+    print(f"{kind}: {len(reports)} kills, {half} left an incomplete step, and each run resumed; steps {newest}")
 
 
 @pytest.mark.parametrize("kind", ["async", "sync", "single"])
-def test_a_run_that_is_killed_at_any_moment_goes_on_from_its_newest_checkpoint(
-    kind: str, kills: tuple[Path, str]
-) -> None:
+def test_a_run_killed_at_any_moment_resumes_from_its_newest_checkpoint(kind: str, kills: tuple[Path, str]) -> None:
     check_kills(kills[1], kind, 5)
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+def test_a_run_killed_repeatedly_resumes_from_its_newest_checkpoint(tmp_path: Path) -> None:
     printed = run(*killed_runs(tmp_path, 50))
     for kind in ("async", "sync", "single"):
         check_kills(printed, kind, 50)
 
 
-# When one array cannot be read, Orbax closes its event loop before TensorStore has answered for the others.
+# If one array cannot be read, Orbax closes its event loop before TensorStore has answered for the others.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_checkpoint_can_be_read_while_another_process_saves(tmp_path: Path) -> None:
     save(tmp_path, checkpoint_killed.adapter(0), base=checkpoint_killed.BASE)
@@ -736,14 +733,14 @@ def test_a_checkpoint_can_be_read_while_another_process_saves(tmp_path: Path) ->
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# In a CheckpointManager of the user's own
+# With a CheckpointManager
 
 
 def saving(adapter: Any = None) -> AdapterSave:
     return AdapterSave(make_adapter() if adapter is None else adapter, base=make_base())
 
 
-def test_an_asynchronous_save_writes_what_the_adapter_was(tmp_path: Path) -> None:
+def test_an_asynchronous_save_writes_the_adapter_at_the_time_of_the_call(tmp_path: Path) -> None:
     spoil = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in range(3):
@@ -759,7 +756,7 @@ def test_an_asynchronous_save_writes_what_the_adapter_was(tmp_path: Path) -> Non
             assert np.all(np.asarray(restored.adapter["k"].value) == 1.0 + step)
 
 
-def test_the_newest_adapter_of_a_training_run_can_be_restored_alone(tmp_path: Path) -> None:
+def test_the_newest_adapter_of_a_run_can_be_restored_without_the_state(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path) as manager:
         for step in (10, 9, 100):
             items = ocp.args.Composite(
@@ -769,7 +766,7 @@ def test_the_newest_adapter_of_a_training_run_can_be_restored_alone(tmp_path: Pa
     assert_same(restore(tmp_path, base=make_base()), make_adapter(seed=100))
 
 
-def test_a_manager_checks_the_base_and_not_to_check_it_must_be_asked_for(tmp_path: Path) -> None:
+def test_a_manager_checks_the_base_unless_told_otherwise(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.Composite(adapter=saving()))
         manager.wait_until_finished()
@@ -783,17 +780,17 @@ def test_a_manager_checks_the_base_and_not_to_check_it_must_be_asked_for(tmp_pat
             manager.restore(0, args=ocp.args.Composite(adapter=wrong))
 
 
-def test_a_step_that_the_manager_skips_costs_no_fingerprint(tmp_path: Path) -> None:
+def test_a_step_that_the_manager_skips_computes_no_fingerprint(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path, options=ocp.CheckpointManagerOptions(save_interval_steps=2)) as manager:
         args = [saving(), saving()]
-        assert [manager.save(step, args=ocp.args.Composite(adapter=its)) for step, its in enumerate(args)] == [
+        assert [manager.save(step, args=ocp.args.Composite(adapter=item)) for step, item in enumerate(args)] == [
             True,
             False,
         ]
-    assert ["manifest" in vars(its) for its in args] == [True, False]
+    assert ["manifest" in vars(item) for item in args] == [True, False]
 
 
-def test_an_adapter_may_be_all_that_a_checkpointer_holds(tmp_path: Path) -> None:
+def test_an_adapter_may_be_the_only_item_of_a_checkpointer(tmp_path: Path) -> None:
     with ocp.Checkpointer(lj.checkpoint.AdapterHandler()) as checkpointer:
         checkpointer.save(tmp_path / "one", args=saving())
         assert_same(checkpointer.restore(tmp_path / "one", args=AdapterRestore(base=None)), make_adapter())

@@ -1,4 +1,4 @@
-"""What is said of a version of JAX that is newer than the library, and that its versions look the same to the rules."""
+"""Errors for a JAX version that is newer than the library, and the common form of equations for all versions."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ def equation(name: str) -> JaxprEqn:
     return next(eqn for eqn in eqns if eqn.primitive.name == name)
 
 
-def test_a_scan_has_one_form_whatever_this_jax_calls_its_parameters() -> None:
+def test_a_scan_has_the_same_parameters_on_every_jax_version() -> None:
     names = ["reverse", "length", "jaxpr", "num_consts", "num_carry", "unroll"]
     got = parameters(equation("scan"), names)
     body = got.pop("jaxpr")
@@ -33,7 +33,7 @@ def test_a_scan_has_one_form_whatever_this_jax_calls_its_parameters() -> None:
 
 
 @pytest.mark.parametrize(("name", "new"), [("scan", "prefetch"), ("scan", "ft_middle"), ("broadcast_in_dim", "fill")])
-def test_a_parameter_that_no_supported_jax_has_is_an_error_with_version_primitive_and_name(name: str, new: str) -> None:
+def test_an_unknown_parameter_is_an_error_with_version_primitive_and_name(name: str, new: str) -> None:
     eqn = equation(name)
     newer = eqn.replace(params={**eqn.params, new: 1})
     with pytest.raises(lj.UnsupportedError) as error:
@@ -45,12 +45,12 @@ def test_a_parameter_that_no_supported_jax_has_is_an_error_with_version_primitiv
     assert __file__ in text
 
 
-def test_a_parameter_that_is_gone_is_an_error_too() -> None:
+def test_a_missing_parameter_is_an_error() -> None:
     with pytest.raises(lj.UnsupportedError, match="it lacks the parameter 'turns'"):
         parameters(equation("scan"), [*normal_parameters(equation("scan")), "turns"])
 
 
-def test_lora_raises_it_where_a_rule_meets_such_an_equation(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_raises_the_error_for_such_an_equation(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = _interpreter.live_equations
 
     def newer(jaxpr: Jaxpr) -> list[JaxprEqn]:
@@ -64,7 +64,7 @@ def test_lora_raises_it_where_a_rule_meets_such_an_equation(monkeypatch: pytest.
         lj.lora(stack)(PARAMS, adapted(PARAMS, {"w": "bio"}), normal(2, 4))
 
 
-def test_a_part_that_computes_on_the_host_does_so_with_its_factors() -> None:
+def test_compute_on_host_applies_to_the_factors() -> None:
     where = {"compute_type": "device_host", "out_memory_spaces": jax.memory.Space.Device}
 
     def apply(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:

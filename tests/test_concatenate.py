@@ -1,4 +1,4 @@
-"""Kernels put side by side before one product, such as a fused query, key and value, keep their factors."""
+"""Kernels that are concatenated before one product, such as a fused query, key and value, keep their factors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Fused(NamedTuple):
 
     Attributes:
       call: `call(params, x)`.
-      shapes: of each kernel.
+      shapes: the shape of each kernel.
       x: the shape of `x`.
-      roles: of each kernel's axes; None for a leaf that is not adapted.
+      roles: the axes of each kernel; None for a leaf that is not adapted.
     """
 
     call: Callable[[Any, jax.Array], Any]
@@ -38,7 +38,7 @@ class Fused(NamedTuple):
 
     @property
     def adapter(self) -> Any:
-        """Of different ranks and scales."""
+        """An adapter with different ranks and scales."""
         adapter = {}
         for number, (path, roles) in enumerate(self.roles.items()):
             if roles is not None:
@@ -67,7 +67,7 @@ FUSED = {
         {"a": "bio", "b": "bio"},
     ),
     "twice the same": Fused(lambda p, x: x @ jnp.hstack([p["q"], p["q"]]), {"q": (4, 5)}, (3, 4), {"q": "io"}),
-    "transposed, and then beside each other": Fused(
+    "transposed, then concatenated": Fused(
         lambda p, x: x @ jnp.vstack([p["q"], p["k"]]).T, {"q": (5, 4), "k": (2, 4)}, (3, 4), {"q": "oi", "k": "oi"}
     ),
     "one transposed": Fused(
@@ -85,7 +85,7 @@ FUSED = {
     "with zeros, along the input": Fused(
         lambda p, x: x @ jnp.concatenate([p["q"], jnp.ones((2, 4))]), {"q": (4, 4)}, (3, 6), {"q": "io"}
     ),
-    "and taken apart again": Fused(
+    "concatenated and split again": Fused(
         lambda p, x: [x @ part for part in jnp.split(jnp.hstack([p["q"], p["k"], p["v"]]), (6, 8), 1)], QKV, (3, 4), IO
     ),
     "scaled before": Fused(lambda p, x: x @ jnp.hstack([p["q"] / 2, -p["k"], p["v"] * x[0, 0]]), QKV, (3, 4), IO),
@@ -131,7 +131,7 @@ FUSED = {
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_kernels_side_by_side_are_the_formed_kernels_side_by_side(name: str) -> None:
+def test_concatenated_kernels_match_concatenated_merged_kernels(name: str) -> None:
     case = FUSED[name]
     assert_law(case.call, case.params, case.adapter, normal(*case.x, seed=9))
 
@@ -145,7 +145,7 @@ def test_kernels_finds_the_roles_of_each_part(name: str) -> None:
         assert roles in (None, found[path].axes)
 
 
-def test_a_leaf_that_is_trained_whole_beside_a_kernel_is_read() -> None:
+def test_a_full_leaf_next_to_a_kernel_is_read() -> None:
     case = FUSED["with a leaf that is not adapted"]
     adapter = case.adapter | lj.init(jax.random.key(0), case.params, {"k": lj.Full()})
     assert_law(case.call, case.params, adapter, normal(*case.x, seed=9))
@@ -155,7 +155,7 @@ def test_a_leaf_that_is_trained_whole_beside_a_kernel_is_read() -> None:
     assert used == {"q": "factored dot_general ×1", "v": "factored dot_general ×1", "k": "whole concatenate ×1"}
 
 
-def test_explain_gives_each_leaf_its_part_of_one_product() -> None:
+def test_explain_divides_the_flops_of_one_product_among_leaves() -> None:
     case = FUSED["along the output"]
     rows = lj.explain(case.call, case.params, case.adapter, normal(*case.x), form="factored").rows
     assert [row.used for row in rows] == ["factored dot_general ×1"] * 3
@@ -165,7 +165,7 @@ def test_explain_gives_each_leaf_its_part_of_one_product() -> None:
     assert max(row.flops for row in rows) - min(row.flops for row in rows) <= 1
 
 
-def test_a_refusal_names_every_leaf() -> None:
+def test_an_unsupported_use_names_every_leaf() -> None:
     case = FUSED["along the output"]
     model = lambda p, x: x @ jnp.tanh(jnp.hstack([p["q"], p["k"], p["v"]]))  # noqa: E731
     with pytest.raises(lj.UnsupportedError) as error:
@@ -173,12 +173,12 @@ def test_a_refusal_names_every_leaf() -> None:
     text = str(error.value)
     assert text.startswith("Cannot apply LoRA to 'q' and 'k' and 'v': the model passes it to `tanh`")
     assert text.endswith("or materialize it there: lora(apply, materialize=['q', 'k', 'v']).")
-    with pytest.raises(lj.UnsupportedError):  # to form it takes leave for every leaf
+    with pytest.raises(lj.UnsupportedError):  # materializing it needs permission for every leaf
         lj.lora(model, materialize=["q", "v"])(case.params, case.adapter, normal(*case.x))
-    assert_law(model, case.params, case.adapter, normal(*case.x, seed=9), formed=["q", "k", "v"])
+    assert_law(model, case.params, case.adapter, normal(*case.x, seed=9), materialize=["q", "k", "v"])
 
 
-def test_kernels_of_one_scale_keep_it_and_different_scales_join_a_factor() -> None:
+def test_equal_scales_are_kept_and_different_scales_join_a_factor() -> None:
     def primitives(*alphas: float) -> list[str]:
         params = {"q": normal(4, 6), "k": normal(4, 2)}
         spec = {path: lj.LoRA(rank=2, alpha=alpha) for path, alpha in zip(params, alphas, strict=True)}
@@ -194,12 +194,12 @@ def test_kernels_of_one_scale_keep_it_and_different_scales_join_a_factor() -> No
     assert primitives(2, 3).count("mul") == 3
 
 
-def test_nothing_of_a_fused_kernel_s_shape_is_made_but_the_base_s_own() -> None:
+def test_only_the_base_has_the_shape_of_the_fused_kernel() -> None:
     params, x = {"q": normal(40, 30), "k": normal(40, 20)}, normal(3, 40)
     adapter = adapted(params, {"q": "io", "k": "io"})
     fused = lambda p, x: x @ jnp.hstack([p["q"], p["k"]])  # noqa: E731
-    made = shapes_made(jax.grad(lambda ad: lj.lora(fused)(params, ad, x).sum()), adapter)
-    assert not made & {(40, 30), (40, 20)}
+    shapes = shapes_made(jax.grad(lambda ad: lj.lora(fused)(params, ad, x).sum()), adapter)
+    assert not shapes & {(40, 30), (40, 20)}
     jaxpr = jax.make_jaxpr(lj.lora(fused))(params, adapter, x)
     assert [eqn.primitive.name for eqn in jaxpr.eqns if eqn.outvars[0].aval.shape == (40, 50)] == ["concatenate"]
 
@@ -213,7 +213,7 @@ PIECES = {
 
 
 @pytest.mark.parametrize("name", PIECES)
-def test_pieces_of_one_kernel_are_put_together_again(name: str) -> None:
+def test_pieces_of_one_kernel_can_be_concatenated(name: str) -> None:
     params = {"w": normal(4, 6)}
     adapter = adapted(params, {"w": "io"})
     model = lambda params, x: x @ PIECES[name](params["w"])  # noqa: E731
@@ -221,17 +221,17 @@ def test_pieces_of_one_kernel_are_put_together_again(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["along the output", "along a batch", "a stack of layers that is scanned"])
-def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
+def test_concatenation_works_outside_jit_and_under_vmap(name: str) -> None:
     case = FUSED[name]
     xs = normal(2, *case.x, seed=9)
     run = lambda x: lj.lora(case.call)(case.params, case.adapter, x)  # noqa: E731
-    formed = lj.merge(case.params, case.adapter)
-    assert_close(run(xs[0]), case.call(formed, xs[0]))
-    assert_close(jax.vmap(run)(xs), jax.vmap(lambda x: case.call(formed, x))(xs))
+    merged = lj.merge(case.params, case.adapter)
+    assert_close(run(xs[0]), case.call(merged, xs[0]))
+    assert_close(jax.vmap(run)(xs), jax.vmap(lambda x: case.call(merged, x))(xs))
 
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")], ids=str)
-def test_parts_may_have_factors_of_different_dtypes(dtypes: tuple[str, str]) -> None:
+def test_kernels_may_have_factors_of_different_dtypes(dtypes: tuple[str, str]) -> None:
     case = FUSED["along the output"]
     adapter = {
         path: jax.tree.map(lambda leaf, to=to: leaf.astype(to), part)
@@ -243,7 +243,7 @@ def test_parts_may_have_factors_of_different_dtypes(dtypes: tuple[str, str]) -> 
 # Layers of Flax that fuse their gates
 
 
-def test_the_fused_lstm_of_linen() -> None:
+def test_the_fused_lstm_of_linen_matches_merged_kernels() -> None:
     cell = nn.OptimizedLSTMCell(6)
     x = normal(3, 5, 4)
     model = nn.RNN(cell)
@@ -257,7 +257,7 @@ def test_the_fused_lstm_of_linen() -> None:
     assert_law(model.apply, variables, adapted(variables, some), x)
 
 
-def test_the_fused_lstm_of_nnx() -> None:
+def test_the_fused_lstm_of_nnx_matches_merged_kernels() -> None:
     cell = nnx.OptimizedLSTMCell(4, 6, rngs=nnx.Rngs(0))
     graph, state = nnx.split(nnx.RNN(cell))
     x = normal(3, 5, 4)

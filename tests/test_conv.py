@@ -1,4 +1,4 @@
-"""Convolutions: groups, layouts, whichever factor has the window, and the layers of Flax."""
+"""Convolutions: groups, layouts, windows in either factor, and the layers of Flax."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ GROUPED = {
 
 
 def separable(w: jax.Array, x: jax.Array) -> jax.Array:
-    """The depthwise step of Keras: a kernel (height, width, channels, multiplier), of which the model makes groups."""
+    """Keras's depthwise step: a kernel (height, width, channels, multiplier) that the model converts to groups."""
     channels = w.shape[2]
     return grouped(channels)(w.reshape(*w.shape[:2], 1, channels * w.shape[3]), x)
 
 
-# Axes of size 1 that the model inserts, or merges with others: they have no role.
+# Axes of size 1 that the model inserts or merges have no role.
 ONES = {
     "Keras' depthwise": Case(separable, (3, 2, 6, 1), [(2, 5, 4, 6)], "iioo"),
     "Keras' depthwise, two outputs a channel": Case(separable, (3, 2, 3, 2), [(2, 5, 4, 3)], "iioo"),
@@ -105,7 +105,7 @@ ONES = {
     ),
 }
 
-# The adapter may say otherwise, as long as what is convolved and what comes out are not in one factor.
+# The adapter may have other axes, as long as no factor has both a window axis and an output axis.
 OTHERWISE = {
     f"{''.join(roles)}, {groups} groups": Case(
         grouped(groups, strides=(2, 1), padding=((2, 1), (-1, 3)), lhs_dilation=(1, 3), rhs_dilation=(2, 1)),
@@ -121,27 +121,27 @@ CASES = GROUPED | ONES | OTHERWISE
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_convolution_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_convolution_matches_the_merged_kernel(name: str) -> None:
     assert_case(CASES[name])
 
 
 @pytest.mark.parametrize("name", GROUPED | ONES)
-def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+def test_kernels_finds_the_role_of_each_axis(name: str) -> None:
     case = CASES[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_explain_counts_the_operations_that_the_factors_add(name: str) -> None:
+def test_explain_counts_the_flops_of_the_factors(name: str) -> None:
     case = CASES[name]
-    ours = testing.flops(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)
+    total_flops = testing.flops(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)
     base = testing.flops(case.apply, case.params, *case.arrays)
     (row,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays, form="factored").rows
-    assert row.flops == ours - base
+    assert row.flops == total_flops - base
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_array_of_the_kernel_s_shape_is_made(name: str) -> None:
+def test_no_array_of_the_kernel_s_shape_is_materialized(name: str) -> None:
     case = CASES[name]
     assert case.kernel not in testing.shapes_made(
         lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays
@@ -155,8 +155,8 @@ def test_a_grouped_convolution_keeps_its_dtype(dtype: str, name: str) -> None:
     with jax.enable_x64(True):
         params = {"w": normal(*case.kernel, dtype=dtype)}
         (x,) = case.arrays
-        its = adapted(params, {"w": case.axes or case.roles}, dtype=dtype)
-        assert_law(case.apply, params, its, x.astype(dtype))
+        adapter = adapted(params, {"w": case.axes or case.roles}, dtype=dtype)
+        assert_law(case.apply, params, adapter, x.astype(dtype))
 
 
 class Convolution:
@@ -170,9 +170,13 @@ class Convolution:
         its_in = draw(size)
         lhs_spec, rhs_spec, out_spec = (draw(st.permutations(range(spatial + 2))) for _ in range(3))
         self.numbers = lax.ConvDimensionNumbers(*map(tuple, (lhs_spec, rhs_spec, out_spec)))
-        each = lambda strategy: [draw(strategy) for _ in range(spatial)]  # noqa: E731
-        self.strides, self.input_dilation, self.dilation = each(size), each(st.integers(1, 2)), each(st.integers(1, 2))
-        self.padding = each(st.tuples(st.integers(-1, 2), st.integers(0, 2)))
+        per_axis = lambda strategy: [draw(strategy) for _ in range(spatial)]  # noqa: E731
+        self.strides, self.input_dilation, self.dilation = (
+            per_axis(size),
+            per_axis(st.integers(1, 2)),
+            per_axis(st.integers(1, 2)),
+        )
+        self.padding = per_axis(st.tuples(st.integers(-1, 2), st.integers(0, 2)))
         self.x, self.kernel, self.roles = [0] * (spatial + 2), [0] * (spatial + 2), [""] * (spatial + 2)
         for place, axis in enumerate(lhs_spec):
             self.x[axis] = (draw(size), its_in * self.groups)[place] if place < 2 else draw(st.integers(6, 8))
@@ -198,15 +202,15 @@ class Convolution:
 
 
 @given(st.composite(Convolution)())
-def test_any_convolution_is_that_of_the_formed_kernel(case: Convolution) -> None:
+def test_any_convolution_matches_the_merged_kernel(case: Convolution) -> None:
     with jax.enable_x64(True):
         params = {"w": normal(*case.kernel, dtype="float64")}
-        its = adapted(params, {"w": "".join(case.roles)}, rank=1, dtype="float64")
-        assert_law(case.apply, params, its, normal(*case.x, seed=1, dtype="float64"))
+        adapter = adapted(params, {"w": "".join(case.roles)}, rank=1, dtype="float64")
+        assert_law(case.apply, params, adapter, normal(*case.x, seed=1, dtype="float64"))
 
 
 def test_a_vmap_over_kernels_shares_the_factor_of_the_input() -> None:
-    # JAX makes groups of it: its kernels side by side, along the output.
+    # JAX converts it to groups: the kernels are concatenated along the output.
     case = Case(lambda w, x: jax.vmap(grouped(1))(w, x), (2, 3, 2, 3, 5), [(2, 1, 5, 4, 3)], "oiiio")
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
     assert_case(case)
@@ -239,16 +243,18 @@ LINEN: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", LINEN)
-def test_a_layer_of_linen_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_layer_of_linen_matches_the_merged_kernel(name: str) -> None:
     module, shape, roles = LINEN[name]
     assert_layer(lambda params, x: module.apply({"params": params}, x), linen_params(module, shape), shape, roles)
 
 
 def linen_params(module: nn.Module, shape: tuple[int, ...]) -> Any:
-    return drawn(jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))["params"])
+    return random_params(
+        jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))["params"]
+    )
 
 
-def drawn(shapes: Any) -> Any:
+def random_params(shapes: Any) -> Any:
     return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=2, size=0.5), shapes)
 
 
@@ -286,13 +292,13 @@ NNX: dict[str, tuple[Callable[[nnx.Rngs], nnx.Module], tuple[int, ...], str]] = 
 
 
 @pytest.mark.parametrize("name", NNX)
-def test_a_layer_of_nnx_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_layer_of_nnx_matches_the_merged_kernel(name: str) -> None:
     make, shape, roles = NNX[name]
     graph, state = nnx.split(make(nnx.Rngs(0)))
-    assert_layer(lambda state, x: nnx.merge(graph, state)(x), drawn(state), shape, roles)
+    assert_layer(lambda state, x: nnx.merge(graph, state)(x), random_params(state), shape, roles)
 
 
-# Transposed kernels: turned over, and input and output exchanged
+# Transposed kernels: reversed, with input and output exchanged
 
 TRANSPOSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
     "one axis": (nn.ConvTranspose(4, (3,), (2,), transpose_kernel=True), (2, 5, 3), "ioi"),
@@ -311,18 +317,18 @@ TRANSPOSED: dict[str, tuple[nn.Module, tuple[int, ...], str]] = {
 
 
 @pytest.mark.parametrize("name", TRANSPOSED)
-def test_a_transposed_layer_of_linen_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_transposed_layer_of_linen_matches_the_merged_kernel(name: str) -> None:
     module, shape, roles = TRANSPOSED[name]
     assert_layer(lambda params, x: module.apply({"params": params}, x), linen_params(module, shape), shape, roles)
 
 
-def test_a_transposed_layer_of_nnx_is_that_of_the_formed_kernel() -> None:
+def test_a_transposed_layer_of_nnx_matches_the_merged_kernel() -> None:
     layer = nnx.ConvTranspose(3, 4, (3, 2), strides=(2, 3), transpose_kernel=True, rngs=nnx.Rngs(0))
     graph, state = nnx.split(layer)
-    assert_layer(lambda state, x: nnx.merge(graph, state)(x), drawn(state), (2, 4, 3, 3), "iioi")
+    assert_layer(lambda state, x: nnx.merge(graph, state)(x), random_params(state), (2, 4, 3, 3), "iioi")
 
 
-def test_a_convolution_inside_a_gradient_is_that_of_the_formed_kernel() -> None:
+def test_a_convolution_inside_a_gradient_matches_the_merged_kernel() -> None:
     def energy(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(grouped(1, strides=(2, 1))(w, x)))
 
@@ -334,7 +340,7 @@ ROW = Case(lambda w, x: jnp.einsum("td,xd->tx", x, w.reshape(1, 4)), (4, 1), [(3
 
 @pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
 @pytest.mark.parametrize("name", [*ONES, "one output as a row"])
-def test_axes_of_size_1_have_no_role_for_a_gain_either(name: str, variant: Any) -> None:
+def test_axes_of_size_1_have_no_role_for_a_gain(name: str, variant: Any) -> None:
     case = ONES.get(name, ROW)
     variant = variant(rank=1, alpha=3, axes=case.axes or case.roles)
     adapter = lj.init(jax.random.key(0), case.params, {"w": variant})
@@ -343,7 +349,7 @@ def test_axes_of_size_1_have_no_role_for_a_gain_either(name: str, variant: Any) 
 
 
 @pytest.mark.parametrize("multiplier", [1, 2])
-def test_a_depthwise_kernel_starts_from_its_activations(multiplier: int) -> None:
+def test_a_depthwise_kernel_can_be_initialized_from_activations(multiplier: int) -> None:
     params, x = {"w": normal(3, 2, 4, multiplier)}, normal(2, 5, 4, 4, seed=1)
     apply = lambda p, x: separable(p["w"], x)  # noqa: E731
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4)}, kernels=lj.kernels(apply, params, x))
@@ -356,7 +362,7 @@ def test_a_depthwise_kernel_starts_from_its_activations(multiplier: int) -> None
     assert float(seen.count[0]) == flat.shape[1]
 
 
-def test_a_merge_of_inputs_and_outputs_that_hold_something_is_refused() -> None:
+def test_merging_input_and_output_axes_larger_than_1_is_an_error() -> None:
     case = Case(separable, (3, 2, 3, 2), [(2, 5, 4, 3)], "iioo", "iiio")
     with pytest.raises(lj.UnsupportedError, match="merges axes with the roles 'io'"):
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)

@@ -1,4 +1,4 @@
-"""A checkpoint with a file lost, cut, changed or exchanged gives an error that names it, and never other numbers."""
+"""A missing, truncated, changed or exchanged file of a checkpoint is an error that names it, never a wrong value."""
 
 import contextlib
 import random
@@ -27,11 +27,11 @@ BASE = {"kernel": np.ones((64, 32), np.float32)}
 
 
 def training(seed: int) -> tuple[dict[str, lj.Adapter], dict[str, Any]]:
-    """An adapter and a state, cut over eight devices, and no two numbers of them alike."""
+    """An adapter and a state of distinct values, sharded over eight devices."""
     draw = np.random.default_rng(seed).normal
-    cut = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
+    sharding = NamedSharding(jax.make_mesh((8,), ("x",)), PartitionSpec("x"))
     factors = {
-        "a": jax.device_put(jnp.asarray(draw(size=(64, 2)), jnp.float32), cut),
+        "a": jax.device_put(jnp.asarray(draw(size=(64, 2)), jnp.float32), sharding),
         "b": jnp.asarray(draw(size=(2, 32)), jnp.bfloat16),
     }
     adapter = {"kernel": lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", **factors)}
@@ -55,7 +55,7 @@ def got(path: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two checkpoints that differ in nothing but their numbers."""
+    """Two checkpoints that differ only in their values."""
     root = tmp_path_factory.mktemp("twins")
     for seed, name in enumerate(("one", "other"), 1):
         put(root / name, seed)
@@ -74,7 +74,7 @@ def flipped(content: bytes, bit: int) -> bytes:
 
 @contextlib.contextmanager
 def damaged(file: Path, changed: bytes | None) -> Iterator[None]:
-    """A file with other bytes, or, for None, no file; it is as it was afterwards."""
+    """Replaces the bytes of a file, or removes it for None, and restores it afterwards."""
     content = file.read_bytes()
     file.unlink() if changed is None else file.write_bytes(changed)
     try:
@@ -84,14 +84,14 @@ def damaged(file: Path, changed: bytes | None) -> Iterator[None]:
 
 
 def damages(file: Path, twin: Path) -> dict[str, bytes | None]:
-    """What may have become of a file: other bytes, or None where it is lost."""
+    """The bytes of a damaged file by kind of damage; None for a missing file."""
     content, draw = file.read_bytes(), random.Random(file.name)
     bits = {0, 8 * len(content) - 1, *(draw.randrange(8 * len(content)) for _ in range(6))}
     foreign = next((same for same in files(twin) if same.name == file.name and same.read_bytes() != content), twin)
     return {
         "lost": None,
         "emptied": b"",
-        "cut": content[: len(content) // 2],
+        "truncated": content[: len(content) // 2],
         "one byte short": content[:-1],
         "one byte long": content + b"\0",
         "zeros": bytes(len(content)),
@@ -100,8 +100,8 @@ def damages(file: Path, twin: Path) -> dict[str, bytes | None]:
     }
 
 
-def test_every_damage_to_any_file_is_found_by_its_checksum(twins: tuple[Path, Path]) -> None:
-    """Every file an item has; what Orbax keeps of a step besides its items, no checksum tells."""
+def test_checksums_find_every_damage_to_every_file(twins: tuple[Path, Path]) -> None:
+    """Covers all files of the items; Orbax's own files of a step have no checksum."""
     one, other = twins
     count = 0
     for item in (one / "5" / "adapter", one / "5" / "state"):
@@ -118,8 +118,8 @@ def test_every_damage_to_any_file_is_found_by_its_checksum(twins: tuple[Path, Pa
     assert count > 300
 
 
-def test_no_damage_of_any_kind_gives_other_numbers(twins: tuple[Path, Path]) -> None:
-    """Each kind of damage to one file of each item, which a restore names, and to all files without a checksum."""
+def test_no_kind_of_damage_gives_wrong_values(twins: tuple[Path, Path]) -> None:
+    """Covers each kind of damage, for one file of each item and for all files without a checksum."""
     one, other = twins
     expected = got(one)
     assert bits(expected) == bits(training(1))
@@ -138,8 +138,8 @@ def test_no_damage_of_any_kind_gives_other_numbers(twins: tuple[Path, Path]) -> 
 
 
 @pytest.mark.slow
-def test_no_damage_to_any_file_gives_other_numbers(twins: tuple[Path, Path]) -> None:
-    """All damages to all files, each restored by Orbax."""
+def test_no_damage_to_any_file_gives_wrong_values(twins: tuple[Path, Path]) -> None:
+    """Covers each kind of damage for every file."""
     one, other = twins
     expected, counts = got(one), Counter[str]()
     for file in files(one):
@@ -149,7 +149,7 @@ def test_no_damage_to_any_file_gives_other_numbers(twins: tuple[Path, Path]) -> 
                 try:
                     assert bits(got(one)) == bits(expected)
                     counts["the same numbers"] += 1
-                    # What Orbax keeps of a step besides its items.
+                    # Orbax's own files of a step.
                     assert name.name in _checksums.LATER, f"{name}, {damage}: nobody noticed"
                 except lj.CheckpointError as error:
                     inside = name.relative_to("5", name.parts[1]).as_posix()
@@ -161,8 +161,8 @@ def test_no_damage_to_any_file_gives_other_numbers(twins: tuple[Path, Path]) -> 
     assert counts["named"] > 300
 
 
-def test_a_file_of_another_checkpoint_is_named(twins: tuple[Path, Path], tmp_path: Path) -> None:
-    """The whole of an item but one file, of either kind, from a checkpoint with other numbers."""
+def test_a_file_of_another_checkpoint_is_reported(twins: tuple[Path, Path], tmp_path: Path) -> None:
+    """Replaces one file of an item by the same file of a checkpoint with other values."""
     one, other = twins
     for item in ("adapter", "state"):
         shutil.copytree(one, tmp_path / item)
@@ -175,7 +175,7 @@ def test_a_file_of_another_checkpoint_is_named(twins: tuple[Path, Path], tmp_pat
             got(tmp_path / item)
 
 
-def test_a_file_that_was_not_written_is_named_unless_it_is_the_system_s(twins: tuple[Path, Path]) -> None:
+def test_an_unknown_file_is_reported_unless_the_system_made_it(twins: tuple[Path, Path]) -> None:
     one, _ = twins
     item = one / "5" / "adapter"
     (item / ".DS_Store").write_bytes(b"\0")
@@ -187,7 +187,7 @@ def test_a_file_that_was_not_written_is_named_unless_it_is_the_system_s(twins: t
     (item / ".DS_Store").unlink()
 
 
-def test_the_checksums_are_those_of_sha256sum(twins: tuple[Path, Path]) -> None:
+def test_checksums_match_sha256sum(twins: tuple[Path, Path]) -> None:
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
     item = twins[0] / "5" / "state"
@@ -198,17 +198,17 @@ def test_the_checksums_are_those_of_sha256sum(twins: tuple[Path, Path]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A disk that is full
+# A full disk
 
 
-LIMITS = [50, 200, 400, 600, 700, 1000]  # of which the last stops no file but the checksums
+LIMITS = [50, 200, 400, 600, 700, 1000]  # the last affects only the file of checksums
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """Where saves, and a run that saves in the background, found no room, and what they said.
+    """The directory of saves, and of a run that saves in the background, on a full disk, and their errors.
 
-    No file can grow beyond a limit, which stops a save at one file or another.
+    The disk is simulated by limits on the size of files, which stop a save at different files.
     """
     root = tmp_path_factory.mktemp("full")
     words = ["full", root / "saves", *LIMITS, "--", "room", root / "run"]
@@ -217,7 +217,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root, ran.stdout
 
 
-def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(full: tuple[Path, str]) -> None:
+def test_a_save_on_a_full_disk_raises_and_keeps_the_previous_one(full: tuple[Path, str]) -> None:
     root = full[0] / "saves"
     errors = full[1].split("\n\n")[:-1]
     assert len(errors) == len(LIMITS)
@@ -227,13 +227,13 @@ def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(full: tuple
     assert bits(restore(root, base=None)) == bits(checkpoint_killed.adapter(1))
     save(root, checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)
     assert bits(restore(root, base=None)) == bits(checkpoint_killed.adapter(3))
-    assert [entry.name for entry in root.iterdir()] == ["1"]  # nothing is left of those that failed
+    assert [entry.name for entry in root.iterdir()] == ["1"]  # no files of the failed saves remain
 
 
-def test_a_run_that_finds_no_room_in_the_background_says_so_and_can_go_on(full: tuple[Path, str]) -> None:
-    root, said = full[0] / "run", full[1].split("\n\n")[-1]
-    assert f'Failed writing: "{root}/1.orbax-checkpoint-tmp/' in said
-    assert "File too large" in said
+def test_a_background_save_on_a_full_disk_raises_and_the_run_can_continue(full: tuple[Path, str]) -> None:
+    root, output = full[0] / "run", full[1].split("\n\n")[-1]
+    assert f'Failed writing: "{root}/1.orbax-checkpoint-tmp/' in output
+    assert "File too large" in output
     run = checkpoint_killed.Run("async", root)
     assert run.restored() == 1
     assert list(run.manager.all_steps()) == [0, 1]

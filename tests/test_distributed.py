@@ -1,4 +1,4 @@
-"""Several processes train, save, and go on as other processes on another mesh, as one process alone would."""
+"""Several processes train and save, and other processes on another mesh resume, with the results of one process."""
 
 import dataclasses
 import json
@@ -24,11 +24,11 @@ from helpers import environment
 
 from lora_jax.checkpoint._fingerprint import fingerprint
 
-SECONDS = 200  # after which a run hangs
+SECONDS = 200  # a run that takes longer hangs
 
 
-def begin(count: int, devices: int, root: Path, *tasks: str) -> list[subprocess.Popen[str]]:
-    """Starts `distributed_process.py` in so many processes of so many devices."""
+def start_processes(count: int, devices: int, root: Path, *tasks: str) -> list[subprocess.Popen[str]]:
+    """Starts `distributed_process.py` in `count` processes with `devices` devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -41,53 +41,53 @@ def begin(count: int, devices: int, root: Path, *tasks: str) -> list[subprocess.
     ]
 
 
-def end(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
-    """Waits for processes; gives exit code, output and errors of each."""
+def wait_for_processes(running: list[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Waits for processes; returns exit code, output and errors of each."""
     try:
         ended = [process.communicate(timeout=SECONDS) for process in running]
     finally:
         for process in running:
             process.kill()
-            process.communicate()  # closes its pipes
+            process.communicate()  # closes the pipes
     return [(process.returncode, *texts) for process, texts in zip(running, ended, strict=True)]
 
 
-def together(count: int, devices: int, root: Path, *tasks: str) -> list[dict[str, Any]]:
-    """What each of several processes says of its tasks."""
-    ended = end(begin(count, devices, root, *tasks))
+def run_processes(count: int, devices: int, root: Path, *tasks: str) -> list[dict[str, Any]]:
+    """The results of the tasks of each process."""
+    ended = wait_for_processes(start_processes(count, devices, root, *tasks))
     assert [code for code, _, _ in ended] == [0] * count, "\n".join(errors[-2000:] for _, _, errors in ended)
-    return [json.loads(output.splitlines()[-1]) for _, output, _ in ended]  # gloo prints, too
+    return [json.loads(output.splitlines()[-1]) for _, output, _ in ended]  # gloo also prints
 
 
 @dataclasses.dataclass(frozen=True)
 class Stages:
-    """One run after another of the same training, each from what the one before it has saved.
+    """Runs of the same training, each from the checkpoint of the run before.
 
     Attributes:
-      layouts: those that were trained.
-      training: what the first process of each stage says, by layout.
-      said: what all processes say of their other tasks.
+      layouts: the layouts of the base.
+      training: the report of the first process of each stage, by layout.
+      results: the results of the other tasks from all processes.
     """
 
     layouts: tuple[str, ...]
     training: list[dict[str, Any]]
-    said: dict[str, list[Any]]
+    results: dict[str, list[Any]]
 
 
 def few_stages(root: Path) -> Stages:
-    """Two processes, one, two, one, with some arrays sharded and some not; and what else two can be asked."""
-    first = together(2, 2, root, "train:mixed:2x2:3")
+    """Stages of two, one, two and one processes with one layout, and the other tasks of two processes."""
+    first = run_processes(2, 2, root, "train:mixed:2x2:3")
     second = distributed_process.train(root, "mixed", "2x4", 5)
     damaged = Path(shutil.copytree(root / "mixed", root / "damaged" / "mixed"))
     for file in (damaged / "5" / "state" / "d").iterdir():
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    third = together(2, 2, root, "train:mixed:1x4:6", "values", "save", "damaged:mixed:2x2")
+    third = run_processes(2, 2, root, "train:mixed:1x4:6", "values", "save", "damaged:mixed:2x2")
     fourth = distributed_process.train(root, "mixed", "1x1", 7)
-    said = {task.partition(":")[0]: [process[task] for process in third] for task in third[0]}
+    results = {task.partition(":")[0]: [process[task] for process in third] for task in third[0]}
     training = [first[0]["train:mixed:2x2:3"], second, third[0]["train:mixed:1x4:6"], fourth]
-    return Stages(("mixed",), training, said)
+    return Stages(("mixed",), training, results)
 
 
 def many_stages(root: Path) -> Stages:
@@ -95,7 +95,7 @@ def many_stages(root: Path) -> Stages:
 
     def processes(count: int, devices: int, shape: str, until: int) -> dict[str, Any]:
         task = f"train:{names}:{shape}:{until}"
-        report: dict[str, Any] = together(count, devices, root, task)[0][task]
+        report: dict[str, Any] = run_processes(count, devices, root, task)[0][task]
         return report
 
     training = [processes(2, 4, "4x2", 3), processes(4, 1, "2x2", 5), processes(2, 2, "1x4", 6)]
@@ -110,43 +110,45 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Stages:
 
 @pytest.fixture(scope="module", params=["few", pytest.param("many", marks=pytest.mark.slow)])
 def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
-    """Few stages, or more of them, of more processes, with all arrays sharded and with none."""
+    """Few stages, or many with more processes and with all layouts."""
     yield request.getfixturevalue("few") if request.param == "few" else many_stages(tmp_path_factory.mktemp("many"))
 
 
-def test_training_goes_on_in_other_processes_bit_for_bit(stages: Stages) -> None:
+def test_training_resumes_in_other_processes_bit_for_bit(stages: Stages) -> None:
     for layout in stages.layouts:
         reports = [stage[layout] for stage in stages.training]
         assert [report["restored"] for report in reports[1:]] == [report["saved"] for report in reports[:-1]]
-        assert [report["alone"] for report in reports[1:]] == [report["adapter"] for report in reports[1:]]
+        assert [report["single"] for report in reports[1:]] == [report["adapter"] for report in reports[1:]]
         ends = [[2, 3], [4, 5], [5, 6], [6, 7], [7, 8]]
         assert [report["steps"] for report in reports] == ends[: len(reports)]
 
 
-def test_the_losses_are_those_of_one_device(stages: Stages, tmp_path: Path) -> None:
+def test_losses_match_one_device(stages: Stages, tmp_path: Path) -> None:
     until = stages.training[-1][stages.layouts[0]]["steps"][-1]
-    expected = distributed_run.run(tmp_path, "fsdp", mesh("1x1"), until)["losses"]  # where all layouts are one
+    expected = distributed_run.run(tmp_path, "fsdp", mesh("1x1"), until)[
+        "losses"
+    ]  # on one device all layouts are the same
     assert len(set(expected)) == until
     for layout in stages.layouts:
         losses = [loss for stage in stages.training for loss in stage[layout]["losses"]]
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
-def test_all_processes_name_a_file_that_has_changed(few: Stages) -> None:
-    for error in few.said["damaged"]:
+def test_all_processes_report_a_changed_file(few: Stages) -> None:
+    for error in few.results["damaged"]:
         assert "Expected a whole checkpoint" in error
         assert re.search(r"'d/\w+' has changed", error)
 
 
 def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(few: Stages) -> None:
-    """Both meet the other processes at barriers of Orbax's; one would be refused where the other waits already."""
-    assert few.said["save"][0] == {"run": ["2"], "alone": ["2"]}
+    """Both use Orbax barriers, which must not have the same name."""
+    assert few.results["save"][0] == {"run": ["2"], "single": ["2"]}
 
 
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
-def test_kernels_of_which_no_process_has_all_are_compared_on_their_devices(memory: str, few: Stages) -> None:
-    for said in few.said["values"]:
-        got = said[memory]
+def test_kernels_sharded_over_processes_are_compared_on_their_devices(memory: str, few: Stages) -> None:
+    for results in few.results["values"]:
+        got = results[memory]
         assert got["fingerprint"] == fingerprint(distributed_values.make_base())
         assert got["restored"]
         assert got["another base"].endswith("to be the merge of `base` and the adapter; 2 of 2 leaves are not.")
@@ -165,13 +167,13 @@ def newest(run: Path) -> int:
     return max((int(entry.name) for entry in run.iterdir() if entry.name.isdigit()), default=0)
 
 
-def test_training_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
-    """A process with eight devices is killed as it saves one of the steps after the fourth, and another goes on."""
+def test_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """A process with eight devices is killed while it saves a step after the fourth, and another one resumes."""
     until = 12
-    (process,) = begin(1, 8, tmp_path / "killed", f"train:fsdp:4x2:{until}")
+    (process,) = start_processes(1, 8, tmp_path / "killed", f"train:fsdp:4x2:{until}")
     wait_for(tmp_path / "killed" / "fsdp" / "4")
     process.kill()
-    assert end([process])[0][0] == -signal.SIGKILL
+    assert wait_for_processes([process])[0][0] == -signal.SIGKILL
     resumed = distributed_run.run(tmp_path / "killed", "fsdp", mesh("4x2"), until)
     straight = distributed_run.run(tmp_path / "straight", "fsdp", mesh("4x2"), until)
     assert 1 <= len(resumed["losses"]) <= until - 4
@@ -180,27 +182,27 @@ def test_training_that_is_killed_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_processes_of_which_one_is_killed_leave_a_whole_checkpoint(tmp_path: Path) -> None:
-    """One of two is killed at any moment, then the other, which waits for it; two new ones go on."""
+def test_processes_of_which_one_is_killed_leave_a_complete_checkpoint(tmp_path: Path) -> None:
+    """One of two processes is killed at a random moment, then the other, which waits for it. Two new ones resume."""
     draw, until = random.Random(0), 1000
     expected = distributed_run.run(tmp_path / "straight", "fsdp", mesh("1x1"), until=60)["losses"]
     before, half = [], 0
     for _ in range(12):
         count = newest(tmp_path / "fsdp") if before else 0
         before.append(count)
-        processes = begin(2, 2, tmp_path, f"train:fsdp:2x2:{until}")
+        processes = start_processes(2, 2, tmp_path, f"train:fsdp:2x2:{until}")
         wait_for(tmp_path / "fsdp" / str(count + 2))
         time.sleep(draw.uniform(0, 0.3))
         draw.shuffle(processes)
         processes[0].kill()
         time.sleep(0.2)
         processes[1].kill()
-        end(processes)
+        wait_for_processes(processes)
         half += any("orbax-checkpoint-tmp" in entry.name for entry in (tmp_path / "fsdp").iterdir())
         goes_on = newest(tmp_path / "fsdp")
         shutil.copytree(tmp_path / "fsdp", tmp_path / "copy" / "fsdp")
         losses = distributed_run.run(tmp_path / "copy", "fsdp", mesh("1x1"), until=goes_on + 1)["losses"]
         np.testing.assert_allclose(losses, expected[goes_on : goes_on + 1], rtol=1e-5)
         shutil.rmtree(tmp_path / "copy")
-    print(f"{len(before)} kills of one of two processes, {half} left a step half written; steps {before}")
+    print(f"{len(before)} kills of one of two processes, {half} left an incomplete step; steps {before}")
     assert before == sorted(set(before))

@@ -22,7 +22,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     for name in NEEDS.get(page.name, ()):
         framework(name)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(_registry, "RULES", dict(_registry.RULES))  # what a page registers goes with it
+    monkeypatch.setattr(_registry, "RULES", dict(_registry.RULES))  # what the page registers is removed
     text = page.read_text()
     names: dict[str, object] = {"__name__": "__page__"}
     for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
@@ -30,7 +30,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
         exec(compile("\n" * line + block[1], str(page), "exec"), names)
 
 
-def test_the_table_in_the_readme_is_what_explain_prints() -> None:
+def test_the_table_in_the_readme_matches_explain() -> None:
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"^```(python|text)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
@@ -40,8 +40,8 @@ def test_the_table_in_the_readme_is_what_explain_prints() -> None:
     assert table == blocks[2][1].rstrip("\n")
 
 
-def test_the_page_of_rules_is_what_the_registry_says() -> None:
+def test_the_page_of_rules_matches_the_registry() -> None:
     names = runpy.run_path(str(ROOT / "docs" / "make_rules.py"))
-    # What JAX names beside them is another list in each of its versions.
+    # JAX's list of primitives differs between versions.
     written, made = (text.split("## Refused")[0] for text in (names["PAGE"].read_text(), names["page"]()))
     assert written == made, "python docs/make_rules.py writes it again"

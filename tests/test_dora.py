@@ -1,4 +1,4 @@
-"""DoRA: the direction of each output by low rank, its length by a magnitude; against the formula, all formed."""
+"""DoRA, against its formula with materialized kernels: a low-rank direction and a magnitude for each output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lora_jax import starts, testing
 
 
 def dora(params: Any, axes: str, **options: Any) -> Any:
-    """An adapter of all that there is of a kernel `w`, which does something."""
+    """An adapter of a kernel `w` with nonzero arrays."""
     variant = lj.DoRA(rank=2, alpha=3, axes=axes, **options)
     shapes = jax.eval_shape(lambda key: lj.init(key, params, {"w": variant}), jax.random.key(0))
     leaves, treedef = jax.tree.flatten(shapes)
@@ -30,35 +30,35 @@ def dora(params: Any, axes: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("axes", ["io", "oi", "ioo", "iio", "iiio", "bio", "iob", "obii"])
-def test_merged_it_is_the_formula_of_the_paper(axes: str) -> None:
+def test_merge_matches_the_formula_of_the_paper(axes: str) -> None:
     params = {"w": normal(*range(3, 3 + len(axes)), size=0.5)}
     part = dora(params, axes)["w"]
-    names = {role: [chr(ord("a") + at) for at, its in enumerate(axes) if its == role] for role in "bio"}
+    names = {role: [chr(ord("a") + at) for at, letter in enumerate(axes) if letter == role] for role in "bio"}
     inputs = tuple(at for at, role in enumerate(axes) if role == "i")
     batch, into, out = map("".join, names.values())
     kernel = "".join(chr(ord("a") + at) for at in range(len(axes)))
     update = jnp.einsum(f"{batch}{into}z,{batch}z{out}->{kernel}", part.a, part.b, precision="highest")
-    whole = params["w"] + 1.5 * update
-    length = jnp.sqrt(jnp.sum(whole**2, inputs, keepdims=True))
-    magnitude = jnp.einsum(f"{batch}{out},{kernel}->{kernel}", part.magnitude, jnp.ones_like(whole))
-    assert_close(lj.merge(params, {"w": part})["w"], magnitude * whole / length)
+    direction = params["w"] + 1.5 * update
+    length = jnp.sqrt(jnp.sum(direction**2, inputs, keepdims=True))
+    magnitude = jnp.einsum(f"{batch}{out},{kernel}->{kernel}", part.magnitude, jnp.ones_like(direction))
+    assert_close(lj.merge(params, {"w": part})["w"], magnitude * direction / length)
 
 
-def test_the_norm_is_a_constant_of_the_gradient() -> None:
+def test_the_norm_is_constant_in_the_gradient() -> None:
     w, x = normal(4, 5), normal(3, 4, seed=1)
     part = dora({"w": w}, "io")["w"]
-    whole = w + 1.5 * part.a @ part.b
-    length = jnp.linalg.norm(whole, axis=0)
+    direction = w + 1.5 * part.a @ part.b
+    length = jnp.linalg.norm(direction, axis=0)
     run = lambda part: jnp.sum(lj.lora(lambda p, x: x @ p["w"])({"w": w}, {"w": part}, x))  # noqa: E731
     gradient = jax.grad(run)(part)
     dw = x.T @ jnp.ones((3, 5)) * part.magnitude / length
     assert_close(gradient.a, 1.5 * dw @ part.b.T)
     assert_close(gradient.b, 1.5 * part.a.T @ dw)
-    assert_close(gradient.magnitude, jnp.sum(x @ whole, 0) / length)
+    assert_close(gradient.magnitude, jnp.sum(x @ direction, 0) / length)
 
 
-def test_what_the_magnitude_changes_of_the_base_sees_the_dropout() -> None:
-    # y = x·W0 + (g - 1)·d(x)·W0 + g·s·d(x)·A·B, as in DoRA's own code; here W0 = 1, B = 0 and g = 3.
+def test_dropout_applies_to_the_change_of_the_base_by_the_magnitude() -> None:
+    # y = x·W0 + (g - 1)·d(x)·W0 + g·s·d(x)·A·B, as in the authors' code; here W0 = 1, B = 0 and g = 3.
     params = {"w": jnp.eye(4)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, dropout=0.75)})
     adapter = {"w": lj.Adapter(adapter["w"].variant, "io", **adapter["w"].arrays | {"magnitude": jnp.full(4, 3.0)})}
@@ -69,14 +69,14 @@ def test_what_the_magnitude_changes_of_the_base_sees_the_dropout() -> None:
     assert 0.15 < float((dropped > 1).mean()) < 0.35
 
 
-def test_the_scale_may_be_that_of_rslora() -> None:
+def test_the_scale_may_be_rank_stabilized() -> None:
     params, x = {"w": normal(4, 5)}, normal(3, 4, seed=1)
     adapter = dora(params, "io", rank_stabilized=True)
     assert adapter["w"].variant.scale == pytest.approx(3 / 2**0.5)
     assert_law(lambda params, x: x @ params["w"], params, adapter, x)
 
 
-def test_only_the_base_brings_back_what_was_merged() -> None:
+def test_unmerge_needs_the_base() -> None:
     params = {"w": normal(4, 5)}
     adapter = dora(params, "io")
     merged = lj.merge(params, adapter)
@@ -89,7 +89,7 @@ def test_only_the_base_brings_back_what_was_merged() -> None:
 
 @pytest.mark.parametrize("start", [starts.pissa, starts.olora])
 @pytest.mark.parametrize("name", ["Dense", "a stack of layers", "a convolution"])
-def test_a_start_that_moves_the_base_leaves_the_model_as_it_was(name: str, start: Any) -> None:
+def test_initializations_that_change_the_base_keep_the_model(name: str, start: Any) -> None:
     case = USES[name]
     adapter = lj.init(jax.random.key(0), case.params, {"w": lj.DoRA(rank=2, alpha=3, axes=case.roles)})
     began = start(case.params, adapter)
@@ -101,7 +101,7 @@ def test_a_start_that_moves_the_base_leaves_the_model_as_it_was(name: str, start
     assert_close(adapted(case.params, plain, *case.arrays), after, {"float32": 1e-4})
 
 
-def test_it_starts_from_values() -> None:
+def test_initialization_needs_values() -> None:
     shapes = {"w": jax.ShapeDtypeStruct((4, 5), jnp.float32)}
     with pytest.raises(lj.SpecError, match=r"'w' of shape .*: DoRA is initialized from the values of the kernel"):
         lj.init(jax.random.key(0), shapes, {"w": lj.DoRA(rank=2, alpha=4)})
@@ -110,7 +110,7 @@ def test_it_starts_from_values() -> None:
 REFUSED = {
     "a product of two": (lambda p, x: x @ (p["w"] @ p["w"]), "a product of two kernels, of which one has a gain"),
     "padding": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=2.0), "padded with something else"),
-    "beside another, along the inputs": (
+    "concatenated with another, along the inputs": (
         lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], jnp.ones((4, 4))], 0),
         "side by side along their inputs",
     ),
@@ -118,15 +118,15 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_need_the_gain_inside_is_refused(name: str) -> None:
+def test_uses_that_need_the_gain_inside_are_refused(name: str) -> None:
     call, reason = REFUSED[name]
     params, x = {"w": normal(4, 4)}, normal(3, 4)
     with pytest.raises(lj.UnsupportedError, match=reason):
         lj.lora(call)(params, dora(params, "io"), x)
-    assert_law(call, params, dora(params, "io"), x, formed=["w"])
+    assert_law(call, params, dora(params, "io"), x, materialize=["w"])
 
 
-def test_its_operations_are_few_more_than_those_of_lora() -> None:
+def test_flops_are_slightly_more_than_those_of_lora() -> None:
     params = {"w": jax.ShapeDtypeStruct((768, 768), jnp.float32)}
     x = jax.ShapeDtypeStruct((512, 768), jnp.float32)
 
@@ -138,7 +138,7 @@ def test_its_operations_are_few_more_than_those_of_lora() -> None:
     assert step(lj.DoRA(rank=8, alpha=16)) < 1.03 * step(lj.LoRA(rank=8, alpha=16))
 
 
-def test_no_update_is_formed_for_the_norm() -> None:
+def test_the_norm_does_not_materialize_the_update() -> None:
     params = {"w": jnp.ones((48, 40))}
     adapter = dora(params, "io")
     run = lambda ad, x: lj.lora(lambda p, x: x @ p["w"], form="factored")(params, ad, x).sum()  # noqa: E731
@@ -148,8 +148,8 @@ def test_no_update_is_formed_for_the_norm() -> None:
     assert not any(eqn.outvars[0].aval.shape in ((48, 40), (40, 48)) for eqn in products)
 
 
-def test_random_programs_are_those_of_the_formed_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in `test_fuzz.py`; here a program may also be refused, for one of the reasons that a gain gives."""
+def test_random_programs_match_merged_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test of `test_fuzz.py`, except that a program may also be refused because of the gain."""
     monkeypatch.setitem(fuzz_run.VARIANTS, "DoRA", lj.DoRA)
     refused, seeds = collections.Counter[str](), range(3000, 3025)
     for seed in seeds:

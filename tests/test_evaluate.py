@@ -1,4 +1,4 @@
-"""The evaluator that the fuzzer compares with, against JAX's own."""
+"""The NumPy evaluator of the tests matches JAX."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ X, W = normal(4, 4, 5), normal(6, 4, 2, seed=1)
 XS, WS = normal(3, 4, 4, 5), normal(3, 6, 4, 2, seed=1)
 CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "a convolution": (convolve(), [X, W]),
-    "strided, both dilated, cut": (
+    "strided, both dilated, cropped": (
         convolve(window_strides=(2,), lhs_dilation=(3,), rhs_dilation=(2,), padding=[(2, -1)]),
         [X, W],
     ),
@@ -69,7 +69,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "a scan": (lambda x: lax.scan(lambda c, y: (c + jnp.sin(y), c), x[0], x, reverse=True), [X]),
     "a scan of nothing": (lambda x: lax.scan(lambda c, y: (c, y), x[0], x[:0]), [X]),
     "a loop": (lambda n, x: lax.fori_loop(0, n, lambda i, x: jnp.sin(x) * i, x), [np.int32(3), X]),
-    "a loop, each with an end": (
+    "a loop with an end per example": (
         along((0, 0), lambda n, x: lax.fori_loop(0, n, lambda i, x: jnp.sin(x) + i, x)),
         [np.int32([3, 0, 1, 2]), X],
     ),
@@ -79,7 +79,7 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_evaluator_gives_what_jax_gives(name: str) -> None:
+def test_the_evaluator_matches_jax(name: str) -> None:
     function, args = CALLS[name]
     with jax.enable_x64(True):
         got = evaluate(jax.make_jaxpr(function)(*args), args)

@@ -1,4 +1,4 @@
-"""The table to read before a run: its rows, its sums, its text."""
+"""The table of `explain`: rows, totals and text."""
 
 import functools
 from typing import Any
@@ -14,11 +14,11 @@ import lora_jax as lj
 from lora_jax.testing import flops
 
 LORA = lj.LoRA(rank=2, alpha=4)
-factored = functools.partial(lj.explain, form="factored")  # kernels as small as these have cheaper forms
+factored = functools.partial(lj.explain, form="factored")  # other forms are cheaper for kernels this small
 
 
 class Small(nn.Module):
-    """One of everything: an embedding, two layers, a head, and a layer that no call reaches."""
+    """An embedding, two layers, a head, and a layer that no call uses."""
 
     def setup(self) -> None:
         self.embed = nn.Embed(32, 8)
@@ -46,7 +46,7 @@ SPEC = {
 }
 ADAPTER = lj.init(jax.random.key(0), VARIABLES, SPEC)
 
-# Of a Dense for n tokens: x·A and (x·A)·B, the scale on the first, the sum with the base's.
+# A Dense layer for n tokens: x·A, the scale, (x·A)·B, and the sum with the base.
 
 
 def dense(n: int, d_in: int, d_out: int, rank: int) -> int:
@@ -76,22 +76,22 @@ memory:    adapter 1.1 kB, optimizer 2.3 kB (two moments, as for Adam)
 forward:   2,160 FLOPs added, 58.06% of the base's 3,720"""
 
 
-def test_what_a_variant_computes_before_any_use_counts() -> None:
+def test_flops_of_a_variant_before_the_uses_are_counted() -> None:
     params, x = {"w": jnp.ones((64, 48))}, jnp.ones((2, 64))
     rows = {}
     for variant in (lj.LoRA(rank=2, alpha=4), lj.DoRA(rank=2, alpha=4)):
         adapter = lj.init(jax.random.key(0), params, {"w": variant})
         rows[type(variant)] = lj.explain(lambda p, x: x @ p["w"], params, adapter, x, form="factored").rows[0]
     more = rows[lj.DoRA].flops - rows[lj.LoRA].flops
-    norms = 2 * 64 * 48 * (2 + 1)  # ‖W0‖² and W0ᵀA; the rest is of the factors' size
+    norms = 2 * 64 * 48 * (2 + 1)  # ‖W0‖² and W0ᵀA; other terms have the size of the factors
     assert norms < more < 1.3 * norms
 
 
-def test_the_table_reads_like_this() -> None:
+def test_the_table_has_this_text() -> None:
     assert str(explain()) == TABLE
 
 
-def test_a_row_says_all_about_a_low_rank_leaf() -> None:
+def test_a_row_describes_a_low_rank_leaf() -> None:
     rows = {row.path: row for row in explain().rows}
     down = rows["params/down/kernel"]
     assert list(rows) == list(ADAPTER)
@@ -102,7 +102,7 @@ def test_a_row_says_all_about_a_low_rank_leaf() -> None:
     assert rows["params/embed/embedding"].flops == lookup(6, 8, 2)
 
 
-def test_a_row_says_all_about_a_leaf_that_is_trained_whole() -> None:
+def test_a_row_describes_a_full_leaf() -> None:
     rows = {row.path: row for row in explain().rows}
     kernel, bias = rows["params/head/kernel"], rows["params/head/bias"]
     assert (kernel.axes, kernel.variant, kernel.rank, kernel.scale) == ("", "Full", None, None)
@@ -110,7 +110,7 @@ def test_a_row_says_all_about_a_leaf_that_is_trained_whole() -> None:
     assert (bias.shape, bias.used, bias.parameters) == ((4,), "whole add ×1", 4)
 
 
-def test_the_sums_are_those_of_the_rows() -> None:
+def test_totals_are_sums_of_the_rows() -> None:
     found = explain()
     assert found.parameters == sum(leaf.size for leaf in jax.tree.leaves(ADAPTER))
     assert found.flops == sum(row.flops for row in found.rows)
@@ -119,14 +119,14 @@ def test_the_sums_are_those_of_the_rows() -> None:
     assert found.adapter_bytes == sum(leaf.nbytes for leaf in jax.tree.leaves(ADAPTER))
 
 
-def test_the_extra_operations_are_those_of_the_adapted_model() -> None:
+def test_extra_flops_match_the_adapted_model() -> None:
     adapter = {path: part for path, part in ADAPTER.items() if not isinstance(part.variant, lj.Full)}
     found = factored(Small().apply, VARIABLES, adapter, TOKENS)
     adapted = flops(lj.lora(Small().apply, form="factored"), VARIABLES, adapter, TOKENS)
     assert found.base_flops + found.flops == adapted
 
 
-def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
+def test_the_notebook_table_matches_the_text() -> None:
     html = explain()._repr_html_()
     assert html.startswith("<table><tr><th>path</th><th>shape</th><th>axes</th>")
     assert html.count("<tr>") == 7
@@ -137,7 +137,7 @@ def test_the_notebook_s_table_holds_what_the_text_holds() -> None:
     assert html.endswith("<p>forward:   2,160 FLOPs added, 58.06% of the base&#x27;s 3,720</p>")
 
 
-def test_the_notebook_s_table_escapes_paths() -> None:
+def test_the_notebook_table_escapes_paths() -> None:
     params = {"<script>": jnp.ones((4, 4))}
     adapter = lj.init(jax.random.key(0), params, {"*": LORA})
     html = factored(lambda p, x: x @ p["<script>"], params, adapter, jnp.ones((1, 4)))._repr_html_()
@@ -145,10 +145,10 @@ def test_the_notebook_s_table_escapes_paths() -> None:
     assert "<td>&lt;script&gt;</td>" in html
 
 
-# Use
+# Uses
 
 
-def test_leaves_never_used_are_an_error_if_strict() -> None:
+def test_unused_leaves_are_an_error_if_strict() -> None:
     with pytest.raises(lj.AdapterError) as caught:
         explain(strict=True)
     assert str(caught.value) == (
@@ -157,7 +157,7 @@ def test_leaves_never_used_are_an_error_if_strict() -> None:
     )
 
 
-def test_a_leaf_that_is_trained_whole_and_never_used_is_an_error_too() -> None:
+def test_an_unused_full_leaf_is_an_error_if_strict() -> None:
     params = {"kernel": jnp.ones((4, 4)), "unused": jnp.ones(4)}
     adapter = lj.init(jax.random.key(0), params, {"unused": lj.Full(), "kernel": LORA})
     found = factored(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)))
@@ -166,7 +166,7 @@ def test_a_leaf_that_is_trained_whole_and_never_used_is_an_error_too() -> None:
         factored(lambda p, x: x @ p["kernel"], params, adapter, jnp.ones((1, 4)), strict=True)
 
 
-def test_the_arguments_of_the_model_reach_it() -> None:
+def test_kwargs_are_passed_to_the_model() -> None:
     found = explain(strict=True, kwargs={"method": "everything"})
     assert {row.path: row.used for row in found.rows}["params/spare/kernel"] == "factored dot_general ×1"
 
@@ -199,7 +199,7 @@ def test_uses_of_several_kinds_are_listed() -> None:
     )
 
 
-def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
+def test_a_use_that_needs_the_materialized_kernel_is_refused_unless_listed() -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return x @ jnp.tanh(params["kernel"])
 
@@ -213,26 +213,26 @@ def test_a_use_that_needs_the_kernel_formed_is_refused_unless_listed() -> None:
     assert only_row(apply, jnp.ones((5, 8)), materialize=["kernel"]).used == "materialized tanh ×1"
 
 
-def test_forming_a_kernel_counts_as_operations() -> None:
+def test_flops_of_materializing_a_kernel_are_counted() -> None:
     row = only_row(lambda params, x: x @ jnp.tanh(params["kernel"]), jnp.ones((5, 8)), materialize=["kernel"])
     assert row.flops >= 2 * 8 * 6 * 2 + 8 * 6  # A·B, and the sum with W0
 
 
-def loop(params: Any, x: jax.Array, *, length: int, turns: int = 1) -> jax.Array:
-    def turn(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+def loop(params: Any, x: jax.Array, *, length: int, repeats: int = 1) -> jax.Array:
+    def body(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jnp.tanh(x @ params["kernel"] @ params["kernel"].T), None
 
     def outer(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return jax.lax.scan(turn, x, length=length)
+        return jax.lax.scan(body, x, length=length)
 
-    return jax.lax.scan(outer, x, length=turns)[0]
+    return jax.lax.scan(outer, x, length=repeats)[0]
 
 
-@pytest.mark.parametrize(("length", "turns"), [(1, 1), (7, 1), (7, 3)])
-def test_a_loop_multiplies_uses_and_operations(length: int, turns: int) -> None:
-    row = only_row(loop, jnp.ones((5, 8)), kwargs={"length": length, "turns": turns})
-    assert row.used == f"factored dot_general ×{2 * length * turns}"
-    assert row.flops == length * turns * (dense(5, 8, 6, 2) + dense(5, 6, 8, 2))
+@pytest.mark.parametrize(("length", "repeats"), [(1, 1), (7, 1), (7, 3)])
+def test_a_loop_multiplies_uses_and_flops(length: int, repeats: int) -> None:
+    row = only_row(loop, jnp.ones((5, 8)), kwargs={"length": length, "repeats": repeats})
+    assert row.used == f"factored dot_general ×{2 * length * repeats}"
+    assert row.flops == length * repeats * (dense(5, 8, 6, 2) + dense(5, 6, 8, 2))
 
 
 class Block(nn.Module):
@@ -261,7 +261,7 @@ def test_a_scanned_stack_counts_every_layer() -> None:
     assert row.flops == 12 * dense(15, 16, 16, 4)
 
 
-def test_a_convolution_counts_its_window() -> None:
+def test_flops_of_a_convolution_include_the_window() -> None:
     model = nn.Conv(8, (3, 3), use_bias=False)
     x = jnp.ones((2, 10, 10, 4))
     params = model.init(jax.random.key(0), x)
@@ -273,7 +273,7 @@ def test_a_convolution_counts_its_window() -> None:
     assert row.flops == dense(positions, 3 * 3 * 4, 8, 2)
 
 
-# Shapes alone
+# Shapes only
 
 
 def shapes(tree: Any) -> Any:
@@ -298,7 +298,7 @@ def test_nothing_is_evaluated() -> None:
     jax.effects_barrier()
 
 
-def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> None:
+def test_a_model_with_unknown_flops_is_explained() -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return jnp.fft.fft(x @ params["kernel"])
 
@@ -308,14 +308,14 @@ def test_a_model_whose_operations_cannot_be_told_is_explained_all_the_same() -> 
     assert str(found).endswith(f"\nforward:   {dense(5, 8, 6, 2):,} FLOPs added, the base's are unknown")
 
 
-def test_a_model_without_operations_is_explained_all_the_same() -> None:
+def test_a_model_without_flops_is_explained() -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.Full()})
     found = factored(lambda params, x: params["kernel"][x], KERNEL, adapter, jnp.array([1, 2]))
     assert (found.base_flops, found.flops) == (0, 0)
     assert str(found).endswith("forward:   0 FLOPs added, 0.00% of the base's 0")
 
 
-def test_leaves_that_are_no_arrays_do_not_count() -> None:
+def test_leaves_that_are_not_arrays_are_not_counted() -> None:
     params = KERNEL | {"temperature": 2.0, "name": "small"}
     found = factored(lambda p, x: x @ p["kernel"] / p["temperature"], params, PART, jnp.ones((5, 8)))
     assert found.base_parameters == 48
@@ -325,7 +325,7 @@ def test_leaves_that_are_no_arrays_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
+def test_adapter_bytes_depend_on_the_dtype(param_dtype: Any) -> None:
     adapter = lj.init(jax.random.key(0), KERNEL, {"kernel": LORA}, param_dtype=param_dtype)
     found = factored(lambda p, x: x @ p["kernel"], KERNEL, adapter, jnp.ones((5, 8)))
     assert found.adapter_bytes == 28 * jnp.dtype(param_dtype).itemsize
@@ -345,7 +345,7 @@ def test_the_adapter_s_bytes_go_by_its_dtype(param_dtype: Any) -> None:
     ],
     ids=["adam", "sgd", "momentum", "narrow adam", "adafactor", "chain", "MultiSteps"],
 )
-def test_the_optimiser_s_bytes_are_those_of_its_state(tx: Any, expected: int | None) -> None:
+def test_optimizer_bytes_match_the_state(tx: Any, expected: int | None) -> None:
     found = explain(tx=tx)
     assert found.optimizer_bytes == sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(tx.init(ADAPTER)))
     assert expected in (None, found.optimizer_bytes)
@@ -358,7 +358,7 @@ def test_the_optimiser_s_bytes_are_those_of_its_state(tx: Any, expected: int | N
     [lambda query, kernel: query @ kernel, lambda query, kernel: (kernel.T @ query.T).T],
     ids=["left", "right"],
 )
-def test_a_leaf_that_is_trained_whole_may_meet_an_adapted_kernel(call: Any) -> None:
+def test_a_full_leaf_may_be_multiplied_with_an_adapted_kernel(call: Any) -> None:
     params = {"kernel": jnp.ones((8, 6)), "query": jnp.ones((3, 8))}
     spec = {"kernel": lj.LoRA(rank=2, alpha=4), "query": lj.Full()}
     adapter = lj.init(jax.random.key(0), params, spec)
@@ -368,7 +368,7 @@ def test_a_leaf_that_is_trained_whole_may_meet_an_adapted_kernel(call: Any) -> N
     assert {path: kernel.axes for path, kernel in lj.kernels(apply, params).items()} == {"kernel": "io", "query": "oi"}
 
 
-def test_an_image_that_is_trained_whole_may_meet_an_adapted_convolution() -> None:
+def test_a_full_image_may_be_convolved_with_an_adapted_kernel() -> None:
     params = {"kernel": jnp.ones((3, 3, 2, 4)), "image": jnp.ones((1, 5, 5, 2))}
     spec = {"kernel": lj.LoRA(rank=2, alpha=4, axes="iiio"), "image": lj.Full()}
     adapter = lj.init(jax.random.key(0), params, spec)
@@ -384,10 +384,10 @@ def test_an_image_that_is_trained_whole_may_meet_an_adapted_convolution() -> Non
     assert used == {"kernel": f"factored {name}", "image": f"whole {name}"}
 
 
-# The kind of a leaf, and axes that the model uses otherwise
+# The kind of a leaf, and axes that differ from the model's
 
 
-def test_a_row_has_the_kind_that_kernels_finds() -> None:
+def test_a_row_shows_the_kind_that_kernels_finds() -> None:
     found = lj.kernels(Small().apply, VARIABLES, TOKENS)
     assert {row.path: row.kind for row in explain().rows} == {path: found[path].kind for path in ADAPTER}
 
@@ -395,13 +395,13 @@ def test_a_row_has_the_kind_that_kernels_finds() -> None:
 TURNED = lj.init(jax.random.key(0), KERNEL, {"kernel": lj.LoRA(rank=2, alpha=4, axes="oi")})
 
 
-def test_axes_that_the_model_uses_otherwise_are_noted_in_the_row() -> None:
+def test_axes_that_differ_from_the_model_are_noted() -> None:
     found = factored(lambda p, x: x @ p["kernel"], KERNEL, TURNED, jnp.ones((5, 8)))
     assert (found.rows[0].axes, found.rows[0].traced) == ("oi", "io")
     assert " oi, traced io " in str(found)
 
 
-def test_axes_that_the_model_uses_otherwise_are_an_error_if_strict() -> None:
+def test_axes_that_differ_from_the_model_are_an_error_if_strict() -> None:
     with pytest.raises(lj.AdapterError) as caught:
         factored(lambda p, x: x @ p["kernel"], KERNEL, TURNED, jnp.ones((5, 8)), strict=True)
     assert str(caught.value) == (
@@ -411,7 +411,7 @@ def test_axes_that_the_model_uses_otherwise_are_an_error_if_strict() -> None:
     )
 
 
-def test_layers_that_an_adapter_takes_for_inputs_are_noted() -> None:
+def test_a_batch_axis_adapted_as_an_input_is_noted() -> None:
     params = {"w": jnp.ones((3, 4, 4))}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4, axes="iio")})
 
@@ -421,7 +421,7 @@ def test_layers_that_an_adapter_takes_for_inputs_are_noted() -> None:
     assert factored(apply, params, adapter, jnp.ones((2, 4))).rows[0].traced == "bio"
 
 
-def test_a_tied_head_uses_the_table_otherwise_and_is_no_mismatch() -> None:
+def test_a_tied_head_is_not_a_mismatch() -> None:
     def apply(params: Any, ids: jax.Array) -> jax.Array:
         return jnp.tanh(params["kernel"][ids]) @ params["kernel"].T
 
@@ -429,7 +429,7 @@ def test_a_tied_head_uses_the_table_otherwise_and_is_no_mismatch() -> None:
     assert (row.axes, row.traced, row.kind) == ("io", "", "embedding")
 
 
-def test_an_axis_of_size_one_is_no_mismatch() -> None:
+def test_an_axis_of_size_one_is_not_a_mismatch() -> None:
     params = {"w": jnp.ones((1, 1, 6))}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1, axes="oio")})
     (row,) = factored(lambda p, x: jnp.einsum("ti,bio->to", x, p["w"]), params, adapter, jnp.ones((3, 1))).rows
@@ -448,15 +448,15 @@ def test_equal_leaves_are_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
     traced, make_jaxpr = [], jax.make_jaxpr
     monkeypatch.setattr(jax, "make_jaxpr", lambda *args: traced.append(1) or make_jaxpr(*args))
     rows = factored(apply, params, adapter, jnp.ones((2, 4))).rows
-    assert len(traced) == 1 + 2  # the model, and a leaf of each shape
+    assert len(traced) == 1 + 2  # the model, and one leaf of each shape
     assert len({row.flops for row in rows}) == 2
 
 
-# The model's own arguments
+# Arguments of the model
 
 
 @pytest.mark.parametrize("name", ["kernels", "explain", "plan", "adapt"])
-def test_a_keyword_of_the_model_that_is_not_in_kwargs_is_an_error_that_says_so(name: str) -> None:
+def test_a_model_keyword_outside_kwargs_is_an_error_with_advice(name: str) -> None:
     mesh = jax.sharding.Mesh(jax.devices()[:1], ("data",))
     function, args, options = {
         "kernels": (lj.kernels, (KERNEL,), {}),
@@ -480,7 +480,7 @@ def test_a_model_may_have_arguments_of_any_name() -> None:
         return x @ variables["kernel"]
 
     names = ("apply", "params", "adapter", "abstract_params", "spec", "tx", "mesh", "loss", "form", "strict", "key")
-    given = {name: "its own" for name in (*names, "dense", "kwargs", "shardings", "full", "param_dtype")}
+    given = {name: "a model argument" for name in (*names, "dense", "kwargs", "shardings", "full", "param_dtype")}
     x, spec, mesh = jnp.ones((5, 8)), {"kernel": LORA}, jax.sharding.Mesh(jax.devices()[:1], ("data",))
     lj.kernels(apply, KERNEL, x, kwargs=given)
     lj.explain(apply, KERNEL, PART, x, kwargs=given)

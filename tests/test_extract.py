@@ -1,4 +1,4 @@
-"""`extract` and `compress`, in float64, against NumPy's truncated decompositions of the formed matrices."""
+"""`extract` and `compress` in float64, against truncated NumPy decompositions of materialized matrices."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -26,12 +26,12 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def drawn(axes: str, seed: int) -> jax.Array:
+def random_kernel(axes: str, seed: int) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(KERNELS[axes]))
 
 
-def made(axes: str, variant: Any) -> tuple[Any, Any]:
-    """A kernel of zeros, so that merged it is the update, and its adapter as training might leave it."""
+def random_case(axes: str, variant: Any) -> tuple[Any, Any]:
+    """A kernel of zeros, so that the merged kernel is the update, and an adapter like a trained one."""
     params = {"w": jnp.zeros(KERNELS[axes])}
     adapter = lj.init(jax.random.key(0), params, {"w": variant}, param_dtype=jnp.float64)
     return params, trained(jax.random.key(1), adapter)
@@ -39,35 +39,35 @@ def made(axes: str, variant: Any) -> tuple[Any, Any]:
 
 def matrices(kernel: Any, axes: str) -> np.ndarray:
     """The layers of a kernel: (batch, in, out)."""
-    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
-    sizes = {role: [kernel.shape[axis] for axis, its in enumerate(axes) if its == role] for role in "bio"}
+    order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
+    sizes = {role: [kernel.shape[axis] for axis, letter in enumerate(axes) if letter == role] for role in "bio"}
     return np.asarray(kernel).transpose(order).reshape(*sizes["b"], np.prod(sizes["i"]), np.prod(sizes["o"]))
 
 
 def truncated(matrix: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best approximation of a rank, and the share of the norm that it leaves."""
+    """The best approximation of a rank, and the relative norm of the residual."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    left = np.linalg.norm(s[..., rank:], axis=-1) / np.linalg.norm(s, axis=-1)
-    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :], left
+    residual_norm = np.linalg.norm(s[..., rank:], axis=-1) / np.linalg.norm(s, axis=-1)
+    return (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :], residual_norm
 
 
 # From a fine-tuned model
 
 
 @each_kernel
-def test_the_adapter_is_the_truncated_difference_whatever_the_scale(axes: str, variant: Any) -> None:
-    base, tuned = {"w": drawn(axes, 0)}, {"w": drawn(axes, 1)}
+def test_extract_truncates_the_difference_at_any_scale(axes: str, variant: Any) -> None:
+    base, tuned = {"w": random_kernel(axes, 0)}, {"w": random_kernel(axes, 1)}
     spec = {"w": variant(rank=2, alpha=5, axes=axes)}
     adapter, residual = lj.extract(base, tuned, spec, param_dtype=jnp.float64)
-    expected, left = truncated(matrices(tuned["w"] - base["w"], axes), 2)
+    expected, residual_norm = truncated(matrices(tuned["w"] - base["w"], axes), 2)
     update = lj.merge({"w": jnp.zeros(KERNELS[axes])}, adapter)["w"]
     np.testing.assert_allclose(matrices(update, axes), expected, **TOLERANCE)
-    np.testing.assert_allclose(residual["w"], left, **TOLERANCE)
+    np.testing.assert_allclose(residual["w"], residual_norm, **TOLERANCE)
     assert residual["w"].shape == tuple(size for size, role in zip(KERNELS[axes], axes, strict=True) if role == "b")
 
 
-def test_no_other_adapter_of_its_rank_is_nearer() -> None:
-    base, tuned = {"w": drawn("io", 0)}, {"w": drawn("io", 1)}
+def test_no_other_adapter_of_the_rank_is_nearer() -> None:
+    base, tuned = {"w": random_kernel("io", 0)}, {"w": random_kernel("io", 1)}
     adapter, residual = lj.extract(base, tuned, {"w": lj.LoRA(rank=2, alpha=2)}, param_dtype=jnp.float64)
 
     def distance(adapter: Any) -> jax.Array:
@@ -81,9 +81,9 @@ def test_no_other_adapter_of_its_rank_is_nearer() -> None:
         assert distance(jax.tree.map(jnp.add, adapter, step)) > least
 
 
-def test_what_a_merge_put_in_comes_out_again() -> None:
-    base = {"w": drawn("bio", 0)}
-    adapter = trained(jax.random.key(0), made("bio", lj.LoRA(rank=3, alpha=5, axes="bio"))[1])
+def test_extract_recovers_a_merged_adapter() -> None:
+    base = {"w": random_kernel("bio", 0)}
+    adapter = trained(jax.random.key(0), random_case("bio", lj.LoRA(rank=3, alpha=5, axes="bio"))[1])
     tuned = lj.merge(base, adapter)
     again, residual = lj.extract(base, tuned, {"w": lj.LoRA(rank=3, alpha=5, axes="bio")}, param_dtype=jnp.float64)
     assert jax.tree.structure(again) == jax.tree.structure(adapter)
@@ -91,46 +91,46 @@ def test_what_a_merge_put_in_comes_out_again() -> None:
     assert residual["w"].max() < 1e-12
 
 
-def test_the_two_factors_share_the_singular_values() -> None:
-    base, tuned = {"w": drawn("io", 0)}, {"w": drawn("io", 1)}
+def test_the_factors_share_the_singular_values() -> None:
+    base, tuned = {"w": random_kernel("io", 0)}, {"w": random_kernel("io", 1)}
     part = lj.extract(base, tuned, {"w": lj.LoRA(rank=3, alpha=6)}, param_dtype=jnp.float64)[0]["w"]
     s = np.linalg.svd(tuned["w"] - base["w"], compute_uv=False)[:3]
     np.testing.assert_allclose(part.a.T @ part.a, np.diag(s / 2), **TOLERANCE)
     np.testing.assert_allclose(part.b @ part.b.T, np.diag(s / 2), **TOLERANCE)
 
 
-def test_each_leaf_goes_the_way_its_rule_says() -> None:
-    names = ("kernel", "same", "alone", "other", "bias", "same_bias")
+def test_each_leaf_follows_its_rule() -> None:
+    names = ("kernel", "same", "unmatched", "other", "bias", "same_bias")
     base = {name: jnp.ones((4, 3)) for name in names}
     tuned = {name: leaf if "same" in name else 2 * leaf for name, leaf in base.items()}
     spec = {
         "{kernel,same}": lj.LoRA(rank=1, alpha=1),
         "{bias,same_bias}": lj.Full(),
-        "alone": None,
+        "unmatched": None,
     }
     adapter, residual = lj.extract(base, tuned, spec)
-    assert list(adapter) == ["bias", "kernel"] and list(residual) == ["alone", "bias", "kernel", "other"]
+    assert list(adapter) == ["bias", "kernel"] and list(residual) == ["unmatched", "bias", "kernel", "other"]
     np.testing.assert_array_equal(adapter["bias"].value, tuned["bias"])
-    assert {path: round(float(left), 6) for path, left in residual.items()} == {
-        "alone": 1.0,
+    assert {path: round(float(residual_norm), 6) for path, residual_norm in residual.items()} == {
+        "unmatched": 1.0,
         "bias": 0.0,
         "kernel": 0.0,
         "other": 1.0,
     }
 
 
-def test_the_model_s_own_axes_are_used_and_a_rule_s_are_not_kept() -> None:
-    base, tuned = {"w": drawn("ioo", 0)}, {"w": drawn("ioo", 1)}
+def test_axes_come_from_the_model_or_the_rule_and_are_not_kept() -> None:
+    base, tuned = {"w": random_kernel("ioo", 0)}, {"w": random_kernel("ioo", 1)}
     kernels = lj.kernels(lambda p, x: jnp.einsum("td,dhk->thk", x, p["w"]), base, jnp.ones((2, 6)))
     traced = lj.extract(base, tuned, {"w": lj.LoRA(rank=2, alpha=2)}, kernels=kernels)[0]
-    said = lj.extract(base, tuned, {"w": lj.LoRA(rank=2, alpha=2, axes="ioo")})[0]
-    assert traced["w"].axes == said["w"].axes == "ioo"
-    assert traced["w"].variant == said["w"].variant == lj.LoRA(rank=2, alpha=2)
+    stated = lj.extract(base, tuned, {"w": lj.LoRA(rank=2, alpha=2, axes="ioo")})[0]
+    assert traced["w"].axes == stated["w"].axes == "ioo"
+    assert traced["w"].variant == stated["w"].variant == lj.LoRA(rank=2, alpha=2)
 
 
 def test_half_precision_is_subtracted_in_float32() -> None:
-    base = {"w": np.asarray(drawn("io", 0).astype(jnp.bfloat16))}
-    tuned = {"w": np.asarray((drawn("io", 0) + 0.1 * drawn("io", 1)).astype(jnp.bfloat16))}
+    base = {"w": np.asarray(random_kernel("io", 0).astype(jnp.bfloat16))}
+    tuned = {"w": np.asarray((random_kernel("io", 0) + 0.1 * random_kernel("io", 1)).astype(jnp.bfloat16))}
     adapter, residual = lj.extract(base, tuned, {"w": lj.LoRA(rank=5, alpha=5)})
     assert {array.dtype for array in adapter["w"].arrays.values()} == {jnp.dtype("float32")}
     assert_few_ulp(lj.merge(base, adapter)["w"], tuned["w"], 1)
@@ -138,18 +138,18 @@ def test_half_precision_is_subtracted_in_float32() -> None:
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_trees_may_be_cut_over_devices_and_hold_what_is_no_number(kind: AxisType) -> None:
-    base, tuned = {"w": drawn("bio", 0)}, {"w": drawn("bio", 1)}
+def test_trees_may_be_sharded_and_have_leaves_that_are_not_numeric(kind: AxisType) -> None:
+    base, tuned = {"w": random_kernel("bio", 0)}, {"w": random_kernel("bio", 1)}
     spec = {"w": lj.LoRA(rank=2, alpha=2, axes="bio")}
     expected = lj.extract(base, tuned, spec)
     mesh = Mesh(np.array(jax.devices()[:3]), ("x",), axis_types=(kind,))
-    cut = NamedSharding(mesh, PartitionSpec(None, "x"))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "x"))
     others = {"key": jax.random.key(0), "name": "a model"}
-    base, tuned = (jax.device_put(tree, cut) | others for tree in (base, tuned))
+    base, tuned = (jax.device_put(tree, sharding) | others for tree in (base, tuned))
     found = lj.extract(base, tuned, spec)
     updates = [
-        lj.merge({"w": jax.device_put(jnp.zeros(KERNELS["bio"]), its[0]["w"].a.sharding)}, its[0])["w"]
-        for its in (found, expected)
+        lj.merge({"w": jax.device_put(jnp.zeros(KERNELS["bio"]), result[0]["w"].a.sharding)}, result[0])["w"]
+        for result in (found, expected)
     ]
     np.testing.assert_allclose(*updates, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found[1]["w"], expected[1]["w"], **TOLERANCE)
@@ -178,7 +178,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_tree_that_is_no_fine_tuned_base_is_an_error(name: str) -> None:
+def test_a_tree_that_is_not_a_fine_tuned_base_is_an_error(name: str) -> None:
     tuned, text = WRONG[name]
     with pytest.raises(lj.AdapterError) as caught:
         lj.extract({"w": jnp.ones((4, 3))}, tuned, {"w": lj.LoRA(rank=1, alpha=1)})
@@ -199,7 +199,7 @@ def test_a_variant_that_cannot_hold_the_change_is_an_error(variant: Any, text: s
     assert str(caught.value).startswith(f"Cannot adapt 'w' of shape (4, 3), by the rule 'w': {text}")
 
 
-def test_a_rank_that_is_clipped_is_that_of_the_factors() -> None:
+def test_a_clipped_rank_is_the_rank_of_the_factors() -> None:
     base, tuned = {"w": jnp.zeros((4, 3))}, {"w": jnp.ones((4, 3))}
     adapter, residual = lj.extract(base, tuned, {"w": lj.LoRA(rank=8, alpha=6, clip_rank=True)})
     assert adapter["w"].variant == lj.LoRA(rank=3, alpha=6)
@@ -209,7 +209,7 @@ def test_a_rank_that_is_clipped_is_that_of_the_factors() -> None:
 # From an adapter of a higher rank
 
 
-def test_a_base_in_numpy_s_float64_is_compared_at_the_precision_of_the_tuned_tree() -> None:
+def test_a_numpy_float64_base_is_compared_at_the_precision_of_the_tuned_tree() -> None:
     wide = np.random.default_rng(0).normal(size=(8, 4))
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     tuned = jax.device_put({"same": wide, "tuned": wide + 1}, NamedSharding(mesh, PartitionSpec("x")))
@@ -218,18 +218,18 @@ def test_a_base_in_numpy_s_float64_is_compared_at_the_precision_of_the_tuned_tre
 
 
 @each_kernel
-def test_the_smaller_adapter_is_the_truncated_product_at_its_own_scale(axes: str, variant: Any) -> None:
-    zeros, adapter = made(axes, variant(rank=4, alpha=5, axes=axes))
+def test_compress_truncates_the_product_at_the_same_scale(axes: str, variant: Any) -> None:
+    zeros, adapter = random_case(axes, variant(rank=4, alpha=5, axes=axes))
     smaller, lost = lj.compress(adapter, 2)
-    expected, left = truncated(matrices(lj.merge(zeros, adapter)["w"], axes), 2)
+    expected, residual_norm = truncated(matrices(lj.merge(zeros, adapter)["w"], axes), 2)
     np.testing.assert_allclose(matrices(lj.merge(zeros, smaller)["w"], axes), expected, **TOLERANCE)
-    np.testing.assert_allclose(lost["w"], left, **TOLERANCE)
+    np.testing.assert_allclose(lost["w"], residual_norm, **TOLERANCE)
     assert smaller["w"].variant == variant(rank=2, alpha=5) and smaller["w"].axes == axes
     assert smaller["w"].variant.scale != adapter["w"].variant.scale
 
 
-def test_an_adapter_that_has_the_rank_already_keeps_its_function_at_a_lower_one() -> None:
-    zeros, adapter = made("io", lj.LoRA(rank=4, alpha=8))
+def test_compress_to_the_actual_rank_keeps_the_function() -> None:
+    zeros, adapter = random_case("io", lj.LoRA(rank=4, alpha=8))
     part = adapter["w"]
     adapter = {"w": lj.Adapter(part.variant, "io", a=part.a.at[:, 2:].set(part.a[:, :2]), b=part.b)}
     smaller, lost = lj.compress(adapter, 2)
@@ -238,36 +238,36 @@ def test_an_adapter_that_has_the_rank_already_keeps_its_function_at_a_lower_one(
 
 
 def test_a_negative_scale_stays_negative() -> None:
-    zeros, adapter = made("io", lj.LoRA(rank=3, alpha=-4))
+    zeros, adapter = random_case("io", lj.LoRA(rank=3, alpha=-4))
     expected = truncated(np.asarray(lj.merge(zeros, adapter)["w"]), 2)[0]
     np.testing.assert_allclose(lj.merge(zeros, lj.compress(adapter, 2)[0])["w"], expected, **TOLERANCE)
 
 
-def test_the_product_is_never_formed() -> None:
-    _, adapter = made("io", lj.LoRA(rank=3, alpha=4))
+def test_the_product_is_never_materialized() -> None:
+    _, adapter = random_case("io", lj.LoRA(rank=3, alpha=4))
     text = str(jax.make_jaxpr(lambda adapter: lj.compress(adapter, 2))(adapter))
     assert "f64[6,3]" in text
     assert "f64[6,5]" not in text and "f64[5,6]" not in text
 
 
-def test_what_need_not_change_is_the_same_array() -> None:
-    _, adapter = made("io", lj.LoRA(rank=2, alpha=4))
+def test_unchanged_leaves_are_the_same_arrays() -> None:
+    _, adapter = random_case("io", lj.LoRA(rank=2, alpha=4))
     adapter["bias"] = lj.Adapter(lj.Full(), "", value=jnp.ones(3))
     smaller, lost = lj.compress(adapter, 2)
     assert smaller["w"] is adapter["w"] and smaller["bias"] is adapter["bias"]
     assert list(lost) == ["w"] and float(lost["w"]) == 0
 
 
-def test_ranks_go_by_the_first_pattern_that_matches() -> None:
-    part = made("io", lj.LoRA(rank=4, alpha=4))[1]["w"]
+def test_the_first_pattern_that_matches_decides_the_rank() -> None:
+    part = random_case("io", lj.LoRA(rank=4, alpha=4))[1]["w"]
     adapter = {"x/query": part, "x/value": part, "y": part}
     smaller, lost = lj.compress(adapter, {"x/query": 1, "x/*": 3})
-    assert [its.variant.rank for its in smaller.values()] == [1, 3, 4]
-    assert [float(left) == 0 for left in lost.values()] == [False, False, True]
+    assert [part.variant.rank for part in smaller.values()] == [1, 3, 4]
+    assert [float(residual_norm) == 0 for residual_norm in lost.values()] == [False, False, True]
 
 
-def test_it_works_under_jit_and_keeps_dtypes_dropout_and_nothing() -> None:
-    _, adapter = made("bio", lj.LoRA(rank=4, alpha=5, axes="bio", dropout=0.1))
+def test_compress_works_under_jit_and_keeps_dtypes_dropout_and_empty_adapters() -> None:
+    _, adapter = random_case("bio", lj.LoRA(rank=4, alpha=5, axes="bio", dropout=0.1))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter)
     smaller, _ = jax.jit(lambda adapter: lj.compress(adapter, 2))(half)
     assert smaller["w"].variant == dataclasses.replace(half["w"].variant, rank=2)
@@ -283,13 +283,13 @@ def test_it_works_under_jit_and_keeps_dtypes_dropout_and_nothing() -> None:
         ({"v": 1}, "Expected every pattern to match a leaf with factors; 'v' matches none of 1.\n  The nearest paths:"),
     ],
 )
-def test_a_rank_that_cannot_be_meant_is_an_error(rank: Any, text: str) -> None:
+def test_an_invalid_rank_is_an_error(rank: Any, text: str) -> None:
     with pytest.raises(lj.SpecError) as caught:
-        lj.compress(made("io", lj.LoRA(rank=2, alpha=4))[1], rank)
+        lj.compress(random_case("io", lj.LoRA(rank=2, alpha=4))[1], rank)
     assert str(caught.value).startswith(text)
 
 
 @pytest.mark.parametrize("call", [lambda params: lj.compress(params, 1), lj.analysis.singular_values])
-def test_parameters_in_the_place_of_the_adapter_are_an_error(call: Any) -> None:
+def test_parameters_in_place_of_the_adapter_are_an_error(call: Any) -> None:
     with pytest.raises(lj.AdapterError, match=r"Expected an adapter: .*; got ArrayImpl at 'w'"):
         call({"w": jnp.zeros((4, 3))})

@@ -1,4 +1,4 @@
-"""The sharded example's own parts: where its base goes, and that a step says where in the data a run is."""
+"""The sharded example: the shardings of the base, and the position in the data after resuming."""
 
 import itertools
 from typing import Any
@@ -19,10 +19,10 @@ def tokens() -> trec.Tokens:
 
 
 @pytest.mark.parametrize("step", [0, 3, 17])
-def test_a_run_that_goes_on_sees_the_batches_that_it_had_not_seen(tokens: trec.Tokens, step: int) -> None:
+def test_a_resumed_run_gets_the_remaining_batches(tokens: trec.Tokens, step: int) -> None:
     straight = itertools.islice(finetune_sharded.batches_from(tokens, 32, 0), step, step + 20)
     resumed = itertools.islice(finetune_sharded.batches_from(tokens, 32, step), 20)
-    assert trec.batches_per_epoch(tokens, 32) < 20  # more than one epoch is compared
+    assert trec.batches_per_epoch(tokens, 32) < 20  # the comparison covers more than one epoch
     for one, other in zip(straight, resumed, strict=True):
         assert all(map(np.array_equal, one, other))
 
@@ -34,7 +34,7 @@ def shapes() -> Any:
 
 
 @pytest.mark.parametrize("fsdp", [False, True])
-def test_every_cut_of_the_base_divides_it(fsdp: bool, shapes: Any) -> None:
+def test_every_sharding_divides_the_base(fsdp: bool, shapes: Any) -> None:
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     shardings = finetune_sharded.shardings_of(shapes, mesh, fsdp=fsdp)
     jax.tree.map(lambda leaf, sharding: sharding.shard_shape(leaf.shape), shapes, shardings)

@@ -1,4 +1,4 @@
-"""The count of operations on a jaxpr: against counts by hand, and against the compiler's where there is no loop."""
+"""FLOPs of a jaxpr, against counts by hand and, without loops, against the compiler's."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ def ones(*shape):
 X, W = ones(5, 8), ones(8, 3)
 
 
-def turns(x):
-    """Six products of two 4 × 4 matrices, one by one."""
+def six_products(x):
+    """Six products of two 4 × 4 matrices in a loop."""
     return lax.scan(lambda x, _: (x @ ones(4, 4), None), x, length=6)[0]
 
 
@@ -46,7 +46,7 @@ BY_HAND = {
     "a product over two axes": (lambda: jnp.tensordot(ones(5, 2, 4), ones(2, 4, 3), 2), 2 * 5 * 8 * 3),
     "a batch of products": (lambda: jnp.einsum("bij,bjk->bik", ones(7, 5, 8), ones(7, 8, 3)), 7 * 2 * 5 * 8 * 3),
     "an outer product": (lambda: jnp.outer(ones(5), ones(3)), 5 * 3),
-    "a product in whole numbers": (lambda: lax.dot(jnp.ones((5, 8), int), jnp.ones((8, 3), int)), 2 * 5 * 8 * 3),
+    "a product of integers": (lambda: lax.dot(jnp.ones((5, 8), int), jnp.ones((8, 3), int)), 2 * 5 * 8 * 3),
     "a product for each group": (lambda: lax.ragged_dot(X, ones(2, 8, 3), jnp.array([2, 3])), 2 * 5 * 8 * 3),
     "a convolution": (
         lambda: lax.conv_general_dilated(
@@ -73,12 +73,12 @@ BY_HAND = {
     "sums in places": (lambda: X.at[jnp.array([0, 0])].add(1.0), 2 * 8),
     "arithmetic": (lambda: jnp.tanh(X) * 2.0 + X, 3 * 40),
     "a power": (lambda: X**3, 40),
-    "arithmetic in whole numbers": (lambda: jnp.arange(5) * 2 + 1, 0),
+    "arithmetic of integers": (lambda: jnp.arange(5) * 2 + 1, 0),
     "moves": (lambda: jnp.concatenate([X.T.reshape(5, 8)[1:], X[jnp.array([0])]]).astype(jnp.bfloat16), 0),
     "a comparison and a choice": (lambda: jnp.where(X > 0, X, 0.0), 0),
     "a constant": (lambda: jnp.zeros((9, 9)), 0),
-    "a scan": (lambda: turns(ones(4, 4)), 6 * 128),
-    "a scan in a scan": (lambda: lax.scan(lambda x, _: (turns(x), None), ones(4, 4), length=3)[0], 3 * 6 * 128),
+    "a scan": (lambda: six_products(ones(4, 4)), 6 * 128),
+    "a scan in a scan": (lambda: lax.scan(lambda x, _: (six_products(x), None), ones(4, 4), length=3)[0], 3 * 6 * 128),
     "a loop of unknown length": (lambda: lax.while_loop(lambda x: x.sum() < 9, lambda x: x * 2, ones(4, 4)), 16 + 16),
     "the dearest branch": (
         lambda: lax.switch(0, [lambda x: x, lambda x: x @ x, jnp.sin], jnp.sin(ones(4, 4))),
@@ -96,14 +96,14 @@ BY_HAND = {
 
 
 @pytest.mark.parametrize(("function", "count"), BY_HAND.values(), ids=BY_HAND)
-def test_a_count_equals_the_one_by_hand(function, count):
+def test_flops_match_the_count_by_hand(function, count):
     assert testing.flops(function) == count
 
 
-def test_a_shard_map_counts_on_all_its_devices():
+def test_a_shard_map_counts_all_devices():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
-    each = jax.shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
-    assert testing.flops(each, ones(8)) == 8
+    sharded = jax.shard_map(jnp.sin, mesh=mesh, in_specs=PartitionSpec("x"), out_specs=PartitionSpec("x"))
+    assert testing.flops(sharded, ones(8)) == 8
 
 
 def test_keys_count_nothing():
@@ -111,7 +111,7 @@ def test_keys_count_nothing():
 
 
 @pytest.mark.parametrize("function", [jnp.linalg.cholesky, jnp.fft.fft], ids=["cholesky", "fft"])
-def test_what_shapes_do_not_tell_is_refused(function):
+def test_flops_that_depend_on_values_are_an_error(function):
     with pytest.raises(NotImplementedError) as caught:
         testing.flops(function, jnp.eye(4))
     name = function.__name__
@@ -151,26 +151,26 @@ LOOP_FREE = {
 
 
 @pytest.mark.parametrize(("function", "x", "w"), LOOP_FREE.values(), ids=LOOP_FREE)
-def test_without_loops_the_count_is_the_compilers(function, x, w):
+def test_without_loops_flops_match_the_compiler(function, x, w):
     analysis = jax.jit(function).lower(x, w).cost_analysis()
-    theirs = analysis["flops"] + analysis["transcendentals"]
-    # It counts comparisons and choices, and in a sum one less for each result.
-    assert testing.flops(function, x, w) == pytest.approx(theirs, rel=0.02)
+    compiled = analysis["flops"] + analysis["transcendentals"]
+    # The compiler also counts comparisons and selects, and one addition less for each sum.
+    assert testing.flops(function, x, w) == pytest.approx(compiled, rel=0.02)
 
 
-def test_the_compilers_count_takes_the_body_of_a_loop_once():
-    assert testing.flops(turns, ones(4, 4)) == 6 * 128
-    assert testing.compiled_flops(turns, ones(4, 4)) < 2 * 128
+def test_the_compiler_counts_the_body_of_a_loop_once():
+    assert testing.flops(six_products, ones(4, 4)) == 6 * 128
+    assert testing.compiled_flops(six_products, ones(4, 4)) < 2 * 128
 
 
-def test_shapes_made_are_those_of_all_equations_and_of_no_argument():
+def test_shapes_made_includes_all_equations_and_no_arguments():
     def function(x, layers):
         return lax.scan(lambda x, w: (jax.checkpoint(jnp.sin)(x @ w), x[:2, :2]), x, layers)
 
     assert testing.shapes_made(function, ones(3, 4), ones(6, 4, 4)) == {(3, 4), (2, 2), (6, 2, 2)}
 
 
-def test_figures_take_shapes_and_keywords():
+def test_measures_accept_shapes_and_keywords():
     x, w = jax.ShapeDtypeStruct((5, 8), jnp.float32), jax.ShapeDtypeStruct((8, 3), jnp.float32)
 
     def function(x, *, w):

@@ -1,4 +1,4 @@
-"""What the fuzzer has found, each as the smallest model that shows it; what is not mended yet is expected to fail."""
+"""Failures that the fuzzer found, each as its smallest model. Those that are not fixed are expected to fail."""
 
 from __future__ import annotations
 
@@ -11,49 +11,53 @@ from law import Case, assert_case, assert_close
 import lora_jax as lj
 
 
-def limit(reason: str, *, condition: bool = True) -> pytest.MarkDecorator:
+def expect_failure(reason: str, *, condition: bool = True) -> pytest.MarkDecorator:
     return pytest.mark.xfail(condition, strict=True, raises=lj.UnsupportedError, reason=reason)
 
 
-def test_a_look_up_under_vmap_in_a_stack_of_one_layer_is_a_look_up() -> None:
-    # Refused: to take one place of an axis of size 1 is to take it whole, and then nothing was picked.
+def test_a_lookup_under_vmap_in_a_stack_of_one_layer_is_a_lookup() -> None:
+    # Was refused: indexing an axis of size 1 was taken for a full slice, so that nothing was looked up.
     def experts(w: jax.Array, x: jax.Array, ids: jax.Array) -> jax.Array:
         return jnp.einsum("ti,tio->to", x, jax.vmap(lambda i: w[i])(ids))
 
     assert_case(Case(experts, (1, 4, 5), [(3, 4), [0, 0, 0]], "bio"))
 
 
-def test_a_slice_under_vmap_that_takes_the_whole_kernel_keeps_its_factors() -> None:
-    # Refused likewise.
+def test_a_slice_of_the_full_kernel_under_vmap_keeps_the_factors() -> None:
+    # Was refused for the same reason.
     def slices(w: jax.Array, x: jax.Array, starts: jax.Array) -> jax.Array:
         return jnp.einsum("ti,tio->to", x, jax.vmap(lambda i: lax.dynamic_slice_in_dim(w, i, 4, 0))(starts))
 
     assert_case(Case(slices, (4, 5), [(3, 4), [0, 1, -1]], "io"))
 
 
-def test_a_loop_under_vmap_ends_for_each_example_at_its_own_turn() -> None:
-    # A TypeError of `lax.while_loop`: the condition of such a loop is one for each example.
-    def settle(w: jax.Array, x: jax.Array, turns: jax.Array) -> jax.Array:
-        return jax.vmap(lambda x, n: lax.fori_loop(0, n, lambda i, x: jnp.sin(x @ w) + i, x))(x, turns)
+def test_a_loop_under_vmap_ends_separately_for_each_example() -> None:
+    # Was a TypeError of `lax.while_loop`: the condition of such a loop has one value for each example.
+    def settle(w: jax.Array, x: jax.Array, limits: jax.Array) -> jax.Array:
+        return jax.vmap(lambda x, n: lax.fori_loop(0, n, lambda i, x: jnp.sin(x @ w) + i, x))(x, limits)
 
     case = Case(settle, (4, 4), [(3, 4), [2, 0, 3]], "io")
     params, adapter, args = case.params, case.adapter, case.arrays
 
-    def forward(adapter: dict[str, lj.Adapter], *, formed: bool) -> jax.Array:
-        if formed:
+    def forward(adapter: dict[str, lj.Adapter], *, merged: bool) -> jax.Array:
+        if merged:
             return case.apply(lj.merge(params, adapter), *args)
         return lj.lora(case.apply)(params, adapter, *args)
 
-    # There is no gradient through such a loop, but a derivative along a direction.
+    # Such a loop has no gradient, but it has directional derivatives.
     got, expected = (
-        jax.jit(lambda its, formed=formed: jax.jvp(lambda its: forward(its, formed=formed), (its,), (its,)))(adapter)
-        for formed in (False, True)
+        jax.jit(
+            lambda adapter, merged=merged: jax.jvp(
+                lambda adapter: forward(adapter, merged=merged), (adapter,), (adapter,)
+            )
+        )(adapter)
+        for merged in (False, True)
     )
     assert_close(got, expected)
 
 
-def test_a_row_that_a_scan_takes_of_a_kernel_is_a_look_up() -> None:
-    # Refused at `tanh`: the slice of a scan stayed a kernel, without inputs.
+def test_a_row_that_a_scan_slices_from_a_kernel_is_a_lookup() -> None:
+    # Was refused at `tanh`: the slice of a scan stayed a kernel without input axes.
     def rows(w: jax.Array, x: jax.Array) -> jax.Array:
         _, out = lax.scan(lambda carry, row: (carry, jnp.tanh(row)), 0.0, w)
         return x @ out
@@ -62,32 +66,32 @@ def test_a_row_that_a_scan_takes_of_a_kernel_is_a_look_up() -> None:
     assert_case(case)
     (use,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows
     assert use.used == "factored scan ×4"
-    assert use.flops == 4 * 5 * (2 * 2 + 1)  # the row of rank 2, and its sum with the base's
+    assert use.flops == 4 * 5 * (2 * 2 + 1)  # the row of rank 2, and the sum with the base's row
 
 
-@limit(
+@expect_failure(
     "before JAX 0.12 the gradient of a `cond` has each branch return the kernel, and branches return arrays only",
     condition=jax.__version_info__ < (0, 12),
 )
-def test_a_branch_in_a_gradient_that_the_model_takes_keeps_the_kernel() -> None:
+def test_a_branch_inside_a_gradient_of_the_model_keeps_the_kernel() -> None:
     def energy(w: jax.Array, x: jax.Array) -> jax.Array:
         return jnp.sum(lax.cond(x[0, 0] > 0, lambda: jnp.tanh(x @ w), lambda: jnp.sin(x @ w)))
 
     assert_case(Case(lambda w, x: jax.grad(energy, 1)(w, x), (4, 5), [(3, 4)], "io"))
 
 
-@limit(
+@expect_failure(
     "the vmap of a `cond` by the example selects among its operands, the kernel too, which `select_n` has no rule for"
 )
-def test_a_branch_that_each_example_chooses_keeps_the_kernel() -> None:
+def test_a_branch_chosen_per_example_keeps_the_kernel() -> None:
     def choose(w: jax.Array, x: jax.Array) -> jax.Array:
         return jax.vmap(lambda x: lax.cond(x[0] > 0, lambda: jnp.tanh(x @ w), lambda: jnp.sin(x @ w)))(x)
 
     assert_case(Case(choose, (4, 5), [(3, 4)], "io"))
 
 
-@limit("the vmap of a convolution over kernels merges their axis with the outputs, a batch with an output")
-def test_a_convolution_with_the_kernel_of_each_example_has_a_low_rank_form() -> None:
+@expect_failure("the vmap of a convolution over kernels merges their axis with the outputs, a batch with an output")
+def test_a_convolution_with_a_kernel_per_example_has_a_low_rank_form() -> None:
     def convolve(w: jax.Array, x: jax.Array) -> jax.Array:
         return jax.vmap(lambda w, x: lax.conv(x, w, (1,), "SAME"))(w, x)
 

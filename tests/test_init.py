@@ -1,4 +1,4 @@
-"""How an adapter starts: distribution, dtype, keys, and what `init` works on and under."""
+"""Initialization: distribution, dtype, keys, transformations and containers."""
 
 import math
 from typing import Any
@@ -43,7 +43,7 @@ KERNELS = [
 
 
 @pytest.mark.parametrize(("axes", "shape", "a", "b", "fan_in"), KERNELS, ids=[row[0] for row in KERNELS])
-def test_a_is_uniform_by_the_fan_in_of_the_input_axes_alone_and_b_is_zero(
+def test_a_is_uniform_by_the_fan_in_of_the_input_axes_and_b_is_zero(
     axes: str, shape: Any, a: Any, b: Any, fan_in: int, key: jax.Array
 ) -> None:
     variant = lj.LoRA(rank=4, alpha=8, axes=axes)
@@ -54,18 +54,18 @@ def test_a_is_uniform_by_the_fan_in_of_the_input_axes_alone_and_b_is_zero(
     bound = 1 / math.sqrt(fan_in)
     assert np.abs(values).max() <= bound * (1 + 1e-6)
     assert np.abs(values).max() > 0.99 * bound
-    # Six standard errors: of a uniform's variance σ², √(4/5n)·σ²; of its mean, σ/√n.
+    # Six standard errors: √(4/5n)·σ² for the variance σ² of a uniform distribution, σ/√n for the mean.
     sigma = 1 / math.sqrt(3 * fan_in)
     assert abs(values.std() / sigma - 1) < 6 * math.sqrt(0.2 / values.size)
     assert abs(values.mean()) < 6 * sigma / math.sqrt(values.size)
 
 
-def test_every_low_rank_variant_starts_alike(key: jax.Array) -> None:
+def test_every_low_rank_variant_has_the_same_initialization(key: jax.Array) -> None:
     one, other = (lj.init(key, models(), {"**/kernel": variant(rank=2, alpha=4)}) for variant in (lj.LoRA, lj.RSLoRA))
     assert bits(one) == bits(other)
 
 
-def test_the_layers_of_a_stack_start_differently(key: jax.Array) -> None:
+def test_the_layers_of_a_stack_are_initialized_differently(key: jax.Array) -> None:
     part = lj.init(key, {"k": jnp.ones((12, 8, 6))}, {"k": lj.LoRA(rank=2, alpha=4, axes="bio")})["k"]
     assert len({layer.tobytes() for layer in np.asarray(part.a)}) == 12
 
@@ -84,13 +84,13 @@ def test_param_dtype_is_that_of_every_array(param_dtype: Any, key: jax.Array) ->
     assert {leaf.dtype for leaf in jax.tree.leaves(adapter)} == {jnp.dtype(param_dtype)}
 
 
-def test_a_narrow_dtype_keeps_to_the_bounds_as_it_can_write_them(key: jax.Array) -> None:
+def test_a_narrow_dtype_keeps_the_bounds_up_to_rounding(key: jax.Array) -> None:
     adapter = lj.init(key, {"k": jnp.ones((700, 16))}, {"k": lj.LoRA(rank=16, alpha=4)}, param_dtype=jnp.bfloat16)
     assert float(jnp.max(jnp.abs(adapter["k"].a))) <= float(jnp.bfloat16(700**-0.5))
 
 
 @pytest.mark.parametrize("base", [jnp.float32, jnp.bfloat16])
-def test_the_base_has_no_say_in_the_start(base: Any, key: jax.Array) -> None:
+def test_initialization_does_not_depend_on_the_base(base: Any, key: jax.Array) -> None:
     one, other = (lj.init(key, {"k": jnp.full((8, 6), value, base)}, {"k": LORA}) for value in (0, 7))
     assert bits(one) == bits(other)
 
@@ -98,7 +98,7 @@ def test_the_base_has_no_say_in_the_start(base: Any, key: jax.Array) -> None:
 # Keys
 
 
-def test_one_more_layer_changes_no_other_start(key: jax.Array) -> None:
+def test_another_layer_does_not_change_the_initialization(key: jax.Array) -> None:
     few, many = models(), models() | {"0": {"kernel": jnp.ones((8, 6))}, "c": [{"kernel": jnp.ones((8, 6))}]}
     spec = {"**/kernel": LORA}
     before, after = lj.init(key, few, spec), lj.init(key, many, spec)
@@ -106,34 +106,34 @@ def test_one_more_layer_changes_no_other_start(key: jax.Array) -> None:
     assert bits({path: after[path] for path in before}) == bits(before)
 
 
-def test_a_start_does_not_depend_on_the_rule_that_gave_it(key: jax.Array) -> None:
+def test_initialization_does_not_depend_on_the_rule(key: jax.Array) -> None:
     one = lj.init(key, models(), {"**/kernel": LORA})
     other = lj.init(key, models(), {"b/kernel": LORA, "a/*": lj.LoRA(rank=2, alpha=4, axes="io"), "b/bias": lj.Full()})
     assert bits(one) == bits({path: other[path] for path in one})
 
 
-def test_every_path_starts_differently(key: jax.Array) -> None:
+def test_every_path_is_initialized_differently(key: jax.Array) -> None:
     params = {f"layer_{layer}": {name: jnp.ones((8, 6)) for name in ("query", "key", "value")} for layer in range(8)}
     adapter = lj.init(key, params, {"**": LORA})
     assert len({np.asarray(part.a).tobytes() for part in adapter.values()}) == 24
 
 
-def test_another_key_gives_another_start() -> None:
+def test_another_key_gives_another_initialization() -> None:
     one, other = (lj.init(jax.random.key(seed), models(), {"**/kernel": LORA}) for seed in (0, 1))
     assert bits(one["a/kernel"].a) != bits(other["a/kernel"].a)
 
 
-def test_a_typed_and_a_raw_key_give_the_same_start() -> None:
+def test_a_typed_and_a_raw_key_give_the_same_initialization() -> None:
     typed, raw = (lj.init(make(7), models(), {"**/kernel": LORA}) for make in (jax.random.key, jax.random.PRNGKey))
     assert bits(typed) == bits(raw)
 
 
-def test_other_generators_work() -> None:
+def test_other_key_implementations_work() -> None:
     adapter = lj.init(jax.random.key(0, impl="rbg"), models(), {"**/kernel": LORA})
     assert np.asarray(adapter["a/kernel"].a).any()
 
 
-def test_the_same_layer_starts_the_same_in_every_container(key: jax.Array) -> None:
+def test_initialization_does_not_depend_on_the_container(key: jax.Array) -> None:
     kernel = jnp.ones((8, 6))
     trees = [
         {"dense": {"kernel": kernel}},
@@ -148,12 +148,12 @@ def test_the_same_layer_starts_the_same_in_every_container(key: jax.Array) -> No
     assert all(type(adapter) is dict for adapter in adapters)
 
 
-# Under transforms, and on shapes
+# Transformations and shapes
 
 SPEC = {"b/bias": lj.Full(), "**/kernel": LORA}
 
 
-def test_init_under_jit_gives_what_it_gives_outside(key: jax.Array) -> None:
+def test_init_under_jit_matches_init_outside(key: jax.Array) -> None:
     outside = lj.init(key, models(), SPEC)
     inside = jax.jit(lambda key, params: lj.init(key, params, SPEC))(key, models())
     assert jax.tree.structure(inside) == jax.tree.structure(outside)
@@ -169,7 +169,7 @@ def test_init_under_eval_shape_gives_its_shapes(key: jax.Array) -> None:
     assert (shapes["a/kernel"].variant, shapes["a/kernel"].axes) == (LORA, "io")
 
 
-def test_shapes_are_all_that_a_low_rank_start_needs(key: jax.Array) -> None:
+def test_low_rank_initialization_needs_shapes_only(key: jax.Array) -> None:
     shapes = jax.eval_shape(models)
     assert bits(lj.init(key, shapes, {"**/kernel": LORA})) == bits(lj.init(key, models(), {"**/kernel": LORA}))
 
@@ -177,12 +177,12 @@ def test_shapes_are_all_that_a_low_rank_start_needs(key: jax.Array) -> None:
 def test_init_under_vmap_makes_a_population() -> None:
     keys = jax.random.split(jax.random.key(0), 3)
     stacked = jax.vmap(lambda key: lj.init(key, models(), {"**/kernel": LORA}))(keys)
-    alone = lj.init(keys[1], models(), {"**/kernel": LORA})
+    single = lj.init(keys[1], models(), {"**/kernel": LORA})
     assert stacked["a/kernel"].a.shape == (3, 8, 2)
-    assert_few_ulp(stacked["a/kernel"].a[1], alone["a/kernel"].a, 2)
+    assert_few_ulp(stacked["a/kernel"].a[1], single["a/kernel"].a, 2)
 
 
-def test_full_of_a_shape_is_an_error_that_says_what_to_give(key: jax.Array) -> None:
+def test_full_of_a_shape_is_an_error_with_advice(key: jax.Array) -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(key, jax.eval_shape(models), {"b/bias": lj.Full()})
     assert str(caught.value) == (
@@ -208,39 +208,39 @@ def attention(params: Any, x: jax.Array) -> jax.Array:
 SHAPES = {"query": (8, 2, 4), "out": (2, 4, 8), "experts": (3, 8, 6), "head": (6, 5)}
 
 
-def roles(**given: str) -> dict[str, str]:
+def roles(**axes: str) -> dict[str, str]:
     params = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
     kernels = lj.kernels(attention, params, jnp.ones((7, 8)))
-    spec = {name: lj.LoRA(rank=2, alpha=4, axes=given.get(name)) for name in SHAPES}
+    spec = {name: lj.LoRA(rank=2, alpha=4, axes=axes.get(name)) for name in SHAPES}
     return {path: part.axes for path, part in lj.init(jax.random.key(0), params, spec, kernels=kernels).items()}
 
 
-def test_traced_roles_are_taken() -> None:
+def test_traced_axes_are_used() -> None:
     assert roles() == {"experts": "oio", "head": "io", "out": "iio", "query": "ioo"}
 
 
-def test_axes_in_the_spec_outrank_what_was_traced() -> None:
+def test_axes_in_the_spec_override_traced_axes() -> None:
     assert roles(experts="bio", head="oi")["experts"] == "bio"
     assert roles(experts="bio", head="oi")["head"] == "oi"
 
 
-def test_the_fan_in_of_experts_is_that_of_one(key: jax.Array) -> None:
+def test_the_fan_in_of_experts_is_the_fan_in_of_one_expert(key: jax.Array) -> None:
     params = {"experts": jnp.ones((64, 100, 50))}
     part = lj.init(key, params, {"experts": lj.LoRA(rank=8, alpha=8, axes="bio")})["experts"]
     assert 0.099 < float(jnp.max(jnp.abs(part.a))) <= 0.1
 
 
-def test_an_adapter_forgets_where_its_axes_came_from(key: jax.Array) -> None:
+def test_an_adapter_does_not_record_the_source_of_its_axes(key: jax.Array) -> None:
     params = {"k": jnp.ones((8, 6))}
-    told = lj.init(key, params, {"k": lj.LoRA(rank=2, alpha=4, axes="io")})
+    stated = lj.init(key, params, {"k": lj.LoRA(rank=2, alpha=4, axes="io")})
     guessed = lj.init(key, params, {"k": LORA})
-    assert jax.tree.structure(told) == jax.tree.structure(guessed)
+    assert jax.tree.structure(stated) == jax.tree.structure(guessed)
 
 
 # The base
 
 
-def test_init_leaves_the_parameters_as_they_were(key: jax.Array) -> None:
+def test_init_does_not_change_the_parameters(key: jax.Array) -> None:
     params = models()
     leaves, before = jax.tree.leaves(params), bits(params)
     lj.init(key, params, SPEC)
@@ -250,14 +250,14 @@ def test_init_leaves_the_parameters_as_they_were(key: jax.Array) -> None:
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("base", [jnp.float32, jnp.bfloat16])
-def test_full_starts_from_the_leaf(base: Any, param_dtype: Any, key: jax.Array) -> None:
+def test_full_is_initialized_with_the_leaf(base: Any, param_dtype: Any, key: jax.Array) -> None:
     params = {"bias": jnp.linspace(-1, 1, 6, dtype=base)}
     value = lj.init(key, params, {"bias": lj.Full()}, param_dtype=param_dtype)["bias"].value
     assert value.dtype == param_dtype
     np.testing.assert_array_equal(value, params["bias"].astype(param_dtype))
 
 
-def test_an_adapter_that_is_donated_does_not_take_the_base_with_it(key: jax.Array) -> None:
+def test_donating_an_adapter_does_not_delete_the_base(key: jax.Array) -> None:
     params = {"bias": jnp.arange(6.0), "kernel": jnp.ones((8, 6))}
     adapter = lj.init(key, params, {"bias": lj.Full(), "kernel": LORA})
     jax.jit(lambda adapter: jax.tree.map(lambda leaf: leaf + 1, adapter), donate_argnums=0)(adapter)
@@ -265,15 +265,15 @@ def test_an_adapter_that_is_donated_does_not_take_the_base_with_it(key: jax.Arra
     np.testing.assert_array_equal(params["bias"], np.arange(6.0))
 
 
-def test_an_adapter_made_under_jit_does_not_take_the_base_with_it_either(key: jax.Array) -> None:
+def test_donating_an_adapter_made_under_jit_does_not_delete_the_base(key: jax.Array) -> None:
     params = {"bias": jnp.arange(6.0)}
     adapter = jax.jit(lambda key, params: lj.init(key, params, {"bias": lj.Full()}))(key, params)
     jax.jit(lambda adapter: jax.tree.map(lambda leaf: leaf + 1, adapter), donate_argnums=0)(adapter)
     np.testing.assert_array_equal(params["bias"], np.arange(6.0))
 
 
-def test_a_numpy_base_may_change_under_a_full_copy(key: jax.Array) -> None:
-    params = {"bias": np.zeros(4096, np.float32)}  # large enough for JAX to borrow its memory, if it could
+def test_changing_a_numpy_base_does_not_change_the_full_copy(key: jax.Array) -> None:
+    params = {"bias": np.zeros(4096, np.float32)}  # large enough for JAX to alias the memory
     value = lj.init(key, params, {"bias": lj.Full()})["bias"].value
     params["bias"][:] = 1
     assert not np.asarray(value).any()
@@ -286,7 +286,7 @@ def test_a_full_copy_has_the_sharding_of_the_leaf(key: jax.Array) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
-def test_a_numpy_base_of_any_width_starts_and_runs_without_a_warning(dtype: Any, key: jax.Array) -> None:
+def test_a_numpy_base_of_any_dtype_works_without_warnings(dtype: Any, key: jax.Array) -> None:
     params = {"kernel": np.ones((8, 6), dtype), "bias": np.ones(6, dtype)}
     adapter = lj.init(key, params, {"kernel": LORA, "bias": lj.Full()})
     out = lj.lora(lambda p, x: x @ p["kernel"] + p["bias"])(params, adapter, jnp.ones((1, 8)))

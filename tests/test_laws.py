@@ -1,4 +1,4 @@
-"""The laws: what holds for every model, and under every transform, against the dense kernel."""
+"""The laws that hold for every model and every transformation, against merged kernels."""
 
 import functools
 from typing import Any
@@ -27,18 +27,18 @@ def make(name: str, dtype: str) -> tuple[Model, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["transformer", "lstm", "conv_net", "tied_embedding", "experts", "plain_function"])
-def test_at_the_start_the_model_is_what_it_was_in_a_program_of_its_own(name: str, dtype: str) -> None:
+def test_initialization_keeps_the_compiled_model(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
-    # Without this option XLA may round a bfloat16 sum later in one program than in the other.
+    # Without this option XLA may round a bfloat16 sum at different points in the two programs.
     jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})
     base = jit(call(lambda params, adapter, *args: model.apply(params, *args), model))(adapter, model.args[0])
-    # Factored: the compiler may sum a product with a formed kernel in another order, though the kernel is the same.
+    # Factored, because the compiler may sum a product with a materialized kernel in another order.
     assert_few_ulp(jit(call(lj.lora(model.apply, form="factored"), model))(adapter, model.args[0]), base)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["mlp", "conv_net", "tied_embedding", "experts", "equinox_net", "plain_function"])
-def test_evaluated_operation_by_operation_it_is_what_it_was_bit_for_bit(name: str, dtype: str) -> None:
+def test_initialization_keeps_the_eager_model_bit_for_bit(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     with jax.disable_jit():
         base = call(lambda params, adapter, *args: model.apply(params, *args), model)(adapter, model.args[0])
@@ -48,12 +48,14 @@ def test_evaluated_operation_by_operation_it_is_what_it_was_bit_for_bit(name: st
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ZOO)
-def test_the_adapted_model_and_its_gradients_are_those_of_merged_kernels(name: str, dtype: str) -> None:
+def test_the_adapted_model_and_gradients_match_merged_kernels(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
-    drawn = trained(jax.random.key(0), adapter, size=0.1 if dtype == "bfloat16" else 0.3)
-    start, ((gradient, out), (expected_gradient, expected)) = law(model, adapter, drawn)
-    assert_close(start[0][1], start[1][1], FORWARD, dtype=dtype)  # the merged kernels are those of the base
+    random_adapter = trained(jax.random.key(0), adapter, size=0.1 if dtype == "bfloat16" else 0.3)
+    start, ((gradient, out), (expected_gradient, expected)) = law(model, adapter, random_adapter)
+    assert_close(
+        start[0][1], start[1][1], FORWARD, dtype=dtype
+    )  # merging a fresh adapter gives the kernels of the base
     assert_close(out, expected, FORWARD, dtype=dtype)
     assert_close(gradient, expected_gradient, GRADIENT, dtype=dtype)
     for path, part in gradient.items():
@@ -61,7 +63,7 @@ def test_the_adapted_model_and_its_gradients_are_those_of_merged_kernels(name: s
     chex.assert_trees_all_equal_dtypes(jax.eval_shape(lj.merge, model.params, adapter), model.params)
 
 
-# What a transform sees is what `lora` makes of a model, so a few models that make different things do.
+# A transformation applies to the program that `lora` returns, so a few different models are enough.
 UNDER = {
     "eager": ["mlp", "scanned_transformer", "optimized_lstm", "conv_net", "experts", "nnx_scanned", "haiku_stack"],
     "vmap": ["scanned_transformer", "conv_net", "experts", "tied_embedding", "equinox_net"],
@@ -72,7 +74,11 @@ UNDER = {
 }
 
 
-@pytest.mark.parametrize(("transform", "name"), [(its, name) for its, names in UNDER.items() for name in names])
-def test_under_a_transform_of_jax_it_is_still_the_merged_model(transform: str, name: str, key: jax.Array) -> None:
+@pytest.mark.parametrize(
+    ("transform", "name"), [(transform, name) for transform, names in UNDER.items() for name in names]
+)
+def test_a_transformation_of_the_adapted_model_matches_the_merged_model(
+    transform: str, name: str, key: jax.Array
+) -> None:
     model, adapter = make(name, "float32")
     assert_close(*under(transform, model, trained(key, adapter)))

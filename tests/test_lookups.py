@@ -1,4 +1,4 @@
-"""Lookups against the formed kernel: an embedding's rows are formed, experts and layers picked stay kernels."""
+"""Lookups, against merged kernels: rows of embeddings become arrays; selected experts and layers stay kernels."""
 
 from __future__ import annotations
 
@@ -47,9 +47,7 @@ LOOKUPS = {
     "take, clipped": Case(take("clip"), (6, 5), [OUTSIDE], "io"),
     "take, wrapped": Case(take("wrap"), (6, 5), [OUTSIDE], "io"),
     "take, filled": Case(take("fill", fill_value=7.0), (6, 5), [OUTSIDE], "io"),
-    "take, filled with what is no number": Case(
-        lambda w, ids: jnp.nan_to_num(jnp.take(w, ids, axis=0)), (6, 5), [OUTSIDE], "io"
-    ),
+    "take, filled with NaN": Case(lambda w, ids: jnp.nan_to_num(jnp.take(w, ids, axis=0)), (6, 5), [OUTSIDE], "io"),
     "take of sorted and different ids": Case(
         take("clip", indices_are_sorted=True, unique_indices=True), (6, 5), [[0, 2, 5]], "io"
     ),
@@ -57,7 +55,7 @@ LOOKUPS = {
     "columns": Case(lambda w, ids: w[:, ids], (6, 5), [INSIDE], "oi"),
     "along the middle axis": Case(lambda w, ids: w[:, ids], (3, 6, 5), [INSIDE], "oio"),
     "two input axes": Case(lambda w, i, j: w[i, j], (3, 6, 5), [[0, 2, 1], [5, 0, 0]], "iio"),
-    "two input axes, apart": Case(lambda w, i, j: w[i, :, j], (3, 5, 6), [[0, 2, 1], [5, 0, 0]], "ioi"),
+    "two input axes, not adjacent": Case(lambda w, i, j: w[i, :, j], (3, 5, 6), [[0, 2, 1], [5, 0, 0]], "ioi"),
     "rows of every layer": Case(lambda w, ids: w[:, ids], (2, 6, 5), [INSIDE], "oio", "bio"),
     "at, get": Case(lambda w, ids: w.at[ids].get(mode="fill", fill_value=0), (6, 5), [OUTSIDE], "io"),
     "at, get, promised": Case(lambda w, ids: w.at[ids].get(mode="promise_in_bounds"), (6, 5), [[0, 5]], "io"),
@@ -97,7 +95,7 @@ LOOKUPS = {
 
 
 @pytest.mark.parametrize("name", LOOKUPS)
-def test_a_look_up_finds_what_it_would_in_the_formed_kernel(name: str) -> None:
+def test_a_lookup_matches_the_merged_kernel(name: str) -> None:
     assert_case(LOOKUPS[name])
 
 
@@ -108,8 +106,8 @@ def tokens(w: jax.Array, x: jax.Array) -> jax.Array:
 
 X, EXPERT = (3, 4), [0, 2, 2]
 PICKED = {
-    "an expert for each token": Case(lambda w, x, ids: tokens(w[ids], x), (6, 4, 5), [X, EXPERT], "bio"),
-    "an expert for each token, by take": Case(
+    "an expert per token": Case(lambda w, x, ids: tokens(w[ids], x), (6, 4, 5), [X, EXPERT], "bio"),
+    "an expert per token, by take": Case(
         lambda w, x, ids: tokens(jnp.take(w, ids, axis=0), x), (6, 4, 5), [X, EXPERT], "bio"
     ),
     "clipped": Case(
@@ -121,13 +119,13 @@ PICKED = {
     "filled": Case(
         lambda w, x, ids: tokens(jnp.take(w, ids, axis=0, fill_value=2.0), x), (6, 4, 5), [X, [0, 7, -7]], "bio"
     ),
-    "two experts for each token": Case(
+    "two experts per token": Case(
         lambda w, x, ids: jnp.einsum("td,tkdf->tkf", x, w[ids]), (3, 4, 5), [X, [[0, 1], [2, 2], [1, 0]]], "bio"
     ),
-    "an expert for each token, by vmap": Case(
+    "an expert per token, by vmap": Case(
         lambda w, x, ids: jax.vmap(lambda x, i: x @ w[i])(x, ids), (6, 4, 5), [X, EXPERT], "bio"
     ),
-    "an expert for each token, by dynamic_index_in_dim": Case(
+    "an expert per token, by dynamic_index_in_dim": Case(
         lambda w, x, ids: jax.vmap(lambda x, i: x @ lax.dynamic_index_in_dim(w, i, 1, keepdims=False))(x, ids),
         (4, 3, 5),
         [X, EXPERT],
@@ -195,18 +193,18 @@ EVERY = LOOKUPS | PICKED
 
 
 @pytest.mark.parametrize("name", PICKED)
-def test_what_is_picked_of_a_kernel_is_picked_of_the_formed_kernel(name: str) -> None:
+def test_selected_kernels_match_the_merged_kernel(name: str) -> None:
     assert_case(PICKED[name])
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+def test_kernels_finds_the_role_of_each_axis(name: str) -> None:
     case = EVERY[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
-@pytest.mark.parametrize("name", ["an expert for each token", "clipped", "filled", "part of the output", "heads"])
-def test_kernels_that_are_picked_are_not_formed(name: str) -> None:
+@pytest.mark.parametrize("name", ["an expert per token", "clipped", "filled", "part of the output", "heads"])
+def test_selected_kernels_are_not_materialized(name: str) -> None:
     case = PICKED[name]
     x, ids = case.arrays
     jaxpr = jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, x, ids)
@@ -222,14 +220,14 @@ def test_kernels_that_are_picked_are_not_formed(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["a table of ids", "take, filled", "columns", "rows and columns", "one id of an example, by vmap"]
 )
-def test_a_look_up_holds_outside_jit(name: str) -> None:
+def test_a_lookup_works_outside_jit(name: str) -> None:
     case = LOOKUPS[name]
     got = lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
     assert_close(got, case.apply(lj.merge(case.params, case.adapter), *case.arrays))
 
 
-@pytest.mark.parametrize("name", ["an expert for each token", "filled", "a layer by a traced index", "heads"])
-def test_picking_holds_outside_jit_and_under_vmap(name: str) -> None:
+@pytest.mark.parametrize("name", ["an expert per token", "filled", "a layer by a traced index", "heads"])
+def test_selecting_kernels_works_outside_jit_and_under_vmap(name: str) -> None:
     case = PICKED[name]
     x, ids = case.arrays
     run = lambda x: lj.lora(case.apply)(case.params, case.adapter, x, ids)  # noqa: E731
@@ -238,15 +236,15 @@ def test_picking_holds_outside_jit_and_under_vmap(name: str) -> None:
     assert_close(jax.vmap(run)(x[None])[0], expected)
 
 
-def test_a_kernel_that_is_picked_is_consumed_where_it_is_multiplied() -> None:
-    case = PICKED["an expert for each token"]
+def test_explain_shows_the_product_of_a_selected_kernel() -> None:
+    case = PICKED["an expert per token"]
     row = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows[0]
     assert row.used == "factored dot_general ×1"
     (use,) = lj.kernels(case.apply, case.params, *case.arrays)["w"].uses
     assert (use.kind, use.primitive) == ("factored", "dot_general")
 
 
-def test_rows_of_a_table_of_three_axes_are_consumed_where_they_are_looked_up() -> None:
+def test_explain_shows_the_lookup_in_a_table_of_three_axes() -> None:
     case = LOOKUPS["rows of heads"]
     row = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows[0]
     assert row.used == "factored gather ×1"
@@ -254,7 +252,7 @@ def test_rows_of_a_table_of_three_axes_are_consumed_where_they_are_looked_up() -
     assert (use.kind, use.primitive) == ("factored", "gather")
 
 
-def test_rows_of_two_tables_side_by_side_are_uses_of_both() -> None:
+def test_concatenated_rows_of_two_tables_are_uses_of_both() -> None:
     params = {"one": normal(6, 2, 3), "two": normal(4, 2, 3), "whole": normal(2, 2, 3)}
     ids = jnp.array([0, 2])
 
@@ -285,8 +283,8 @@ def test_a_constant_or_integer_leaf_may_be_the_index() -> None:
     assert {use.kind for use in found["ids"].uses} == {"opaque"}
 
 
-class LookUp:
-    """Any `gather` of a kernel, and a contraction of what it gives."""
+class Lookup:
+    """Any `gather` of a kernel, and a contraction of the result."""
 
     def __init__(self, draw: Any) -> None:
         rest = st.lists(st.sampled_from("bio"), max_size=2)
@@ -331,10 +329,10 @@ class LookUp:
 
 
 @settings(max_examples=40)
-@given(st.composite(LookUp)())
-def test_any_look_up_finds_what_it_would_in_the_formed_kernel(case: LookUp) -> None:
+@given(st.composite(Lookup)())
+def test_any_lookup_matches_the_merged_kernel(case: Lookup) -> None:
     with jax.enable_x64(True):
         params = {"w": normal(*case.kernel, dtype="float64")}
-        its = adapted(params, {"w": case.roles}, rank=1, dtype="float64")
+        adapter = adapted(params, {"w": case.roles}, rank=1, dtype="float64")
         x = normal(*(case.x[axis] for axis in case.summed), seed=1, dtype="float64")
-        assert_law(case.apply, params, its, jnp.asarray(case.ids, jnp.int32), x, dtype="float64")
+        assert_law(case.apply, params, adapter, jnp.asarray(case.ids, jnp.int32), x, dtype="float64")

@@ -1,4 +1,4 @@
-"""A bias on `B`: the layer's own bias is moved by it."""
+"""A bias on `B` changes the bias of the layer."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def make(dtype="float32"):
     return params, lj.init(jax.random.key(0), params, SPEC)
 
 
-def test_it_is_added_to_b_before_the_scale():
+def test_the_bias_is_added_before_the_scale():
     params, adapter = make()
     adapter, x = trained(jax.random.key(1), adapter), normal(3, 4, seed=2)
     part, beta = adapter["kernel"], adapter["bias"].bias
@@ -29,20 +29,20 @@ def test_it_is_added_to_b_before_the_scale():
     assert_law(layer, params, adapter, x)
 
 
-def test_at_the_start_the_model_is_as_it_was():
+def test_initialization_keeps_the_model():
     params, adapter = make()
     x = normal(3, 4, seed=2)
     assert bits(lj.lora(layer, form="factored")(params, adapter, x)) == bits(layer(params, x))
 
 
-def test_the_model_gets_it_in_the_dtype_of_its_base():
+def test_the_model_receives_the_bias_in_the_dtype_of_the_base():
     params, adapter = make("bfloat16")
     adapter, x = trained(jax.random.key(1), adapter), normal(3, 4, seed=2, dtype="bfloat16")
     assert adapter["bias"].bias.dtype == jnp.float32
     assert_law(layer, params, adapter, x, dtype="bfloat16")
 
 
-def test_merged_it_can_be_taken_out_again():
+def test_unmerge_restores_the_bias():
     params, adapter = make()
     adapter = trained(jax.random.key(1), adapter)
     restored, drift = lj.unmerge_approximately(lj.merge(params, adapter), adapter)
@@ -50,7 +50,7 @@ def test_merged_it_can_be_taken_out_again():
         assert float(jnp.abs(restored[name] - params[name]).max()) <= drift[name]
 
 
-def test_a_stack_of_layers_has_one_for_each(tmp_path):
+def test_a_stack_of_layers_has_a_bias_per_layer(tmp_path):
     params = {"bias": normal(3, 6)}
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, {"bias": lj.LoRABias(scale=0.5)}))
     assert adapter["bias"].bias.shape == (3, 6)

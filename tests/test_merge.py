@@ -1,4 +1,4 @@
-"""Merging, taking out again, what rounding took, and what must not be merged."""
+"""Merging, unmerging, rounding reports, and errors."""
 
 import math
 from typing import Any
@@ -24,7 +24,7 @@ LORA = lj.LoRA(rank=2, alpha=4)
 
 
 def adapter_of(**arrays: Any) -> dict[str, lj.Adapter]:
-    """Of one kernel of two axes, at scale 1."""
+    """An adapter of a kernel with two axes, at scale 1."""
     rank = arrays["a"].shape[-1]
     return {"kernel": lj.Adapter(lj.LoRA(rank=rank, alpha=rank), "io", **arrays)}
 
@@ -55,10 +55,12 @@ ROLES = ["io", "oi", "ioo", "iio", "oio", "bio", "ibo", "iob", "biio", "bbioo", 
 
 
 def dense(kernel: Any, part: lj.Adapter) -> np.ndarray:
-    """`W0 + s·A·B` in float64, by NumPy alone."""
+    """`W0 + s·A·B` in float64 by NumPy."""
     axes = [chr(ord("a") + axis) for axis in range(len(part.axes))]
-    of = {role: "".join(axis for axis, its in zip(axes, part.axes, strict=True) if its == role) for role in "bio"}
-    equation = f"{of['b']}{of['i']}z,{of['b']}z{of['o']}->{''.join(axes)}"
+    axes_of = {
+        role: "".join(axis for axis, letter in zip(axes, part.axes, strict=True) if letter == role) for role in "bio"
+    }
+    equation = f"{axes_of['b']}{axes_of['i']}z,{axes_of['b']}z{axes_of['o']}->{''.join(axes)}"
     a, b = (np.asarray(part.arrays[name], np.float64) for name in "ab")
     return np.asarray(kernel, np.float64) + part.variant.scale * np.einsum(equation, a, b)
 
@@ -76,14 +78,14 @@ def test_merge_is_the_dense_formula(roles: str) -> None:
     np.testing.assert_allclose(merged, dense(params["kernel"], adapter["kernel"]), rtol=0, atol=1e-14)
 
 
-def test_under_64_bits_jax_s_arrays_are_summed_in_float64_too() -> None:
+def test_with_x64_jax_arrays_are_summed_in_float64() -> None:
     with jax.enable_x64(True):
         params = {"kernel": jnp.full((2, 2), 1.0)}
         merged = lj.merge(params, adapter_of(a=jnp.full((2, 1), 2.0**-40), b=jnp.ones((1, 2))))["kernel"]
     assert bits(merged) == bits(np.full((2, 2), 1 + 2.0**-40))
 
 
-def test_merging_a_full_leaf_puts_the_trained_one_in_its_place() -> None:
+def test_merging_a_full_leaf_replaces_the_base_s_leaf() -> None:
     params = model(jnp.bfloat16)
     adapter = trained(params, {"**/bias": lj.Full()})
     merged = lj.merge(params, adapter)
@@ -91,7 +93,7 @@ def test_merging_a_full_leaf_puts_the_trained_one_in_its_place() -> None:
 
 
 @pytest.mark.parametrize("container", [jnp.asarray, np.asarray])
-def test_a_merged_full_leaf_is_not_the_adapter_s_own_array(container: Any) -> None:
+def test_a_merged_full_leaf_is_a_copy(container: Any) -> None:
     params = {"bias": container(np.ones(4096, np.float32))}
     adapter = lj.init(jax.random.key(0), params, {"bias": lj.Full()})
     merged = lj.merge(params, adapter)
@@ -106,7 +108,7 @@ def test_a_fresh_adapter_merges_to_the_base_bit_for_bit() -> None:
 
 
 def fractions(seed: int, *shape: int) -> np.ndarray:
-    """Multiples of 1/64, so that products and short sums of them are exact in float32, and not in less."""
+    """Multiples of 1/64, so that products and short sums are exact in float32 but not in narrower dtypes."""
     return np.random.default_rng(seed).integers(-64, 65, shape).astype(np.float32) / 64
 
 
@@ -115,7 +117,7 @@ def test_a_narrow_base_is_summed_in_float32_and_cast_once(narrow: Any) -> None:
     base = np.random.default_rng(0).normal(size=(64, 48)).astype(narrow)
     a, b = fractions(1, 64, 4), fractions(2, 4, 48)
     expected = (base.astype(np.float32) + a @ b).astype(narrow)
-    assert (expected != base + (a.astype(narrow) @ b.astype(narrow)).astype(narrow)).any()  # summing narrowly differs
+    assert (expected != base + (a.astype(narrow) @ b.astype(narrow)).astype(narrow)).any()  # a narrow sum differs
     for params in ({"kernel": jnp.asarray(base)}, {"kernel": base}):
         merged = lj.merge(params, adapter_of(a=jnp.asarray(a), b=jnp.asarray(b)))["kernel"]
         assert bits(merged) == bits(expected)
@@ -128,16 +130,16 @@ def test_narrow_factors_are_multiplied_in_float32() -> None:
     np.testing.assert_allclose(merged, dense(base, adapter["kernel"]), rtol=0, atol=1e-5)
 
 
-def test_wide_factors_are_summed_widely() -> None:
+def test_wide_factors_are_summed_in_their_dtype() -> None:
     with jax.enable_x64(True):
         params = {"kernel": jnp.ones((4, 4), jnp.float32)}
-        # In float64 just over a half of the last place of 1; in float32 exactly a half, which rounds to even.
+        # In float64 more than half a unit in the last place of 1; in float32 exactly half, which rounds to even.
         adapter = adapter_of(a=jnp.full((4, 1), 2.0**-24 + 2.0**-50, jnp.float64), b=jnp.ones((1, 4), jnp.float64))
         merged = lj.merge(params, adapter)["kernel"]
     assert bits(merged) == bits(np.full((4, 4), 1 + 2.0**-23, np.float32))
 
 
-# What is kept
+# Containers, dtypes and shardings
 
 
 @flax.struct.dataclass
@@ -171,12 +173,12 @@ def test_merge_keeps_the_container(name: str) -> None:
     assert jax.tree.structure(merged) == jax.tree.structure(params)
     pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(merged), strict=True))
     assert all(type(one) is type(other) for one, other in pairs)
-    # All but the one kernel are the very same objects, not copies.
+    # All other leaves are the same objects, not copies.
     assert [getattr(one, "shape", ()) for one, other in pairs if one is not other] == [(8, 6)]
 
 
 @pytest.mark.parametrize("name", containers())
-def test_merge_leaves_its_arguments_alone(name: str) -> None:
+def test_merge_does_not_change_its_arguments(name: str) -> None:
     params = containers()[name]
     adapter = trained(params)
     leaves, before = jax.tree.leaves((params, adapter)), bits(adapter)
@@ -185,7 +187,7 @@ def test_merge_leaves_its_arguments_alone(name: str) -> None:
     assert bits(adapter) == before
 
 
-def test_an_nnx_model_merges_in_its_own_state() -> None:
+def test_an_nnx_model_can_be_updated_with_merged_parameters() -> None:
     linear = nnx.Linear(8, 6, rngs=nnx.Rngs(0))
     graph, state = nnx.split(linear)
     adapter = trained(state)
@@ -195,7 +197,7 @@ def test_an_nnx_model_merges_in_its_own_state() -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
-def test_numpy_parameters_stay_numpy_s_and_keep_their_dtype(dtype: Any) -> None:
+def test_numpy_parameters_stay_numpy_and_keep_their_dtype(dtype: Any) -> None:
     params = {"kernel": np.random.default_rng(0).normal(size=(8, 6)).astype(dtype), "bias": np.ones(6, dtype)}
     adapter = trained(params, {"kernel": LORA, "bias": lj.Full()})
     merged = lj.merge(params, adapter)
@@ -215,7 +217,7 @@ def test_numpy_parameters_stay_numpy_s_and_keep_their_dtype(dtype: Any) -> None:
     assert report["kernel"].lost <= 1
 
 
-def test_a_float64_base_in_numpy_is_summed_in_float64() -> None:
+def test_a_numpy_float64_base_is_summed_in_float64() -> None:
     params = {"kernel": np.full((2, 2), 1.0)}
     adapter = adapter_of(a=jnp.full((2, 1), 2.0**-40), b=jnp.ones((1, 2)))
     merged = lj.merge(params, adapter)
@@ -263,10 +265,10 @@ def test_merge_keeps_the_memory_kind() -> None:
     assert lj.unmerge_approximately(merged, adapter)[0]["kernel"].sharding == host
 
 
-# Under transforms
+# Transformations
 
 
-def test_merge_under_jit_gives_the_same() -> None:
+def test_merge_under_jit_matches_merge_outside() -> None:
     for dtype in (jnp.float32, jnp.bfloat16):
         params = model(dtype)
         for spec in ({"**/kernel": lj.LoRA(rank=1, alpha=3)}, {"**/kernel": lj.RSLoRA(rank=6, alpha=3)}):
@@ -275,7 +277,7 @@ def test_merge_under_jit_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_merge_with_donation_reuses_the_base_s_memory(dtype: Any) -> None:
+def test_merge_with_donation_reuses_the_memory_of_the_base(dtype: Any) -> None:
     params = {"kernel": jnp.ones((256, 256), dtype), "bias": jnp.ones(256, dtype)}
     adapter = trained(params, {"kernel": LORA})
     places = {name: leaf.unsafe_buffer_pointer() for name, leaf in params.items()}
@@ -295,7 +297,7 @@ def test_merge_with_donation_keeps_the_sharding() -> None:
 
 @pytest.mark.parametrize("kind", ["jax", "numpy", "sharded"])
 @pytest.mark.parametrize("transform", ["grad", "jit", "jit of grad", "vmap", "pmap", "eval_shape"])
-def test_merge_is_a_function_of_the_adapter_alone_too(transform: str, kind: str) -> None:
+def test_merge_can_be_transformed_in_the_adapter(transform: str, kind: str) -> None:
     base = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
     sharding = NamedSharding(mesh(), PartitionSpec("x", "y"))
     kernel = {"jax": jnp.asarray, "numpy": np.asarray, "sharded": lambda x: jax.device_put(x, sharding)}[kind](base)
@@ -332,7 +334,7 @@ def test_a_report_under_jit_is_an_error() -> None:
     )
 
 
-def test_a_report_on_what_is_not_the_merge_is_an_error() -> None:
+def test_a_report_on_another_tree_is_an_error() -> None:
     params = model()
     adapter = trained(params)
     assert error(lj.merge_report, params, adapter, lj.merge(params, trained(params, seed=3))) == (
@@ -343,7 +345,7 @@ def test_a_report_on_what_is_not_the_merge_is_an_error() -> None:
     assert "\n  'b/kernel' is not in `merged`; the nearest are 'a/kernel', 'a/bias'\n" in text
 
 
-def test_swapped_arguments_are_an_error_that_says_the_order() -> None:
+def test_swapped_arguments_are_an_error_with_the_order() -> None:
     params = model()
     adapter = trained(params)
     for call in (lj.merge, lambda params, adapter: lj.merge_report(params, adapter, params)):
@@ -354,7 +356,7 @@ def test_swapped_arguments_are_an_error_that_says_the_order() -> None:
         assert "got dict at 'a'.\n  The arguments come in this order: first `merged`, then the adapter." in text
 
 
-# What rounding took
+# Rounding reports
 
 
 def figures(base: Any, exact: np.ndarray, merged: Any) -> tuple[float, float, float]:
@@ -366,7 +368,7 @@ def figures(base: Any, exact: np.ndarray, merged: Any) -> tuple[float, float, fl
 
 @pytest.mark.parametrize("size", [1.0, 2.0**-8, 2.0**-20, 2.0**-40])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-def test_the_report_s_figures_are_numpy_s(dtype: Any, size: float) -> None:
+def test_the_report_matches_numpy(dtype: Any, size: float) -> None:
     base = jax.random.normal(jax.random.key(0), (64, 48)).astype(dtype)
     adapter = adapter_of(a=jnp.asarray(fractions(1, 64, 1)), b=jnp.asarray(fractions(2, 1, 48) * size))
     merged = lj.merge({"kernel": base}, adapter)
@@ -375,7 +377,7 @@ def test_the_report_s_figures_are_numpy_s(dtype: Any, size: float) -> None:
     np.testing.assert_allclose(report["kernel"], expected, rtol=1e-3)
 
 
-def test_the_report_of_a_full_leaf_is_that_of_its_cast() -> None:
+def test_the_report_of_a_full_leaf_is_the_error_of_the_cast() -> None:
     params = {"bias": jax.random.normal(jax.random.key(0), (64,)).astype(jnp.bfloat16)}
     adapter = trained(params, {"bias": lj.Full()})
     merged = lj.merge(params, adapter)
@@ -396,22 +398,22 @@ def test_a_change_too_small_for_the_base_is_reported_as_lost(dtype: Any, size: f
     np.testing.assert_allclose(report["kernel"][:2], size, rtol=1e-6)
 
 
-def test_lost_is_a_share_of_what_the_adapter_changes() -> None:
+def test_lost_is_the_fraction_of_changed_elements() -> None:
     params = {"kernel": jnp.ones((4, 4), jnp.bfloat16)}
-    # Of the four rows the first is not changed, the second a little, the others enough.
+    # The change of the first of four rows is zero, of the second too small, of the others large enough.
     adapter = adapter_of(a=jnp.array([[0.0], [1e-4], [1.0], [2.0]]), b=jnp.ones((1, 4)))
     report = lj.merge_report(params, adapter, lj.merge(params, adapter))
     assert report["kernel"].lost == pytest.approx(1 / 3)
 
 
-def test_an_adapter_that_changes_nothing_loses_nothing() -> None:
+def test_a_fresh_adapter_loses_nothing() -> None:
     params = model(jnp.bfloat16)
     adapter = lj.init(jax.random.key(0), params, {"**/kernel": LORA})
     report = lj.merge_report(params, adapter, lj.merge(params, adapter))
     assert report == {"a/kernel": (0.0, 0.0, 0.0), "b/kernel": (0.0, 0.0, 0.0)}
 
 
-def test_wide_factors_show_what_the_base_rounds_off() -> None:
+def test_wide_factors_show_the_rounding_of_the_base() -> None:
     with jax.enable_x64(True):
         base = jnp.ones((4, 4), jnp.float32)
         adapter = adapter_of(a=jnp.full((4, 1), 0.1, jnp.float64), b=jnp.ones((1, 4), jnp.float64))
@@ -419,13 +421,13 @@ def test_wide_factors_show_what_the_base_rounds_off() -> None:
     assert report["kernel"].max_error == pytest.approx(abs(float(np.float32(1.1)) - 1.1), rel=1e-6)
 
 
-# What is refused
+# Errors
 
 BAD = [("a", math.nan), ("b", math.inf), ("b", -math.inf)]
 
 
 @pytest.mark.parametrize(("name", "value"), BAD)
-def test_a_factor_that_is_not_finite_is_an_error_and_nothing_is_merged(name: str, value: float) -> None:
+def test_a_factor_that_is_not_finite_is_an_error(name: str, value: float) -> None:
     params = model()
     good = trained(params)
     before = bits(params)
@@ -462,7 +464,7 @@ def test_a_merge_that_overflows_its_dtype_is_an_error(container: Any) -> None:
     )
 
 
-def test_an_infinity_that_the_base_has_already_is_no_overflow() -> None:
+def test_an_infinity_in_the_base_is_not_an_overflow() -> None:
     params = {"kernel": jnp.array([[-jnp.inf, 1.0], [0.0, 1.0]])}
     merged = lj.merge(params, adapter_of(a=jnp.ones((2, 1)), b=jnp.ones((1, 2))))["kernel"]
     np.testing.assert_array_equal(merged, [[-np.inf, 2.0], [1.0, 2.0]])
@@ -483,13 +485,13 @@ def test_a_leaf_that_is_tied_to_another_is_an_error(container: Any) -> None:
     )
 
 
-def test_tied_leaves_are_an_error_adapted_whole_and_under_both_paths_too() -> None:
+def test_tied_leaves_are_an_error_under_full_and_under_both_paths() -> None:
     params = tied()
     assert "(tied weights)" in error(lj.merge, params, trained(params, {"embed/kernel": lj.Full()}))
     assert "(tied weights)" in error(lj.merge, params, trained(params, {"**/kernel": LORA}))
 
 
-def test_untie_changes_the_one_leaf_and_not_the_other() -> None:
+def test_untie_changes_only_the_adapted_leaf() -> None:
     params = tied()
     adapter = trained(params, {"embed/kernel": LORA})
     merged = lj.merge(params, adapter, untie=True)
@@ -507,14 +509,14 @@ def test_untie_changes_the_one_leaf_and_not_the_other() -> None:
     ],
     ids=["copied", "viewed"],
 )
-def test_equal_leaves_that_are_not_the_same_object_are_not_known_as_tied(hide: Any) -> None:
+def test_equal_leaves_that_are_different_objects_are_not_tied(hide: Any) -> None:
     params = tied()
     adapter = trained(params, {"embed/kernel": LORA})
     expected = lj.merge(params, adapter, untie=True)
     chex.assert_trees_all_equal(lj.merge(hide(params), adapter), expected)
 
 
-def test_tied_leaves_that_are_arguments_of_jit_are_not_known_as_tied() -> None:
+def test_tied_leaves_are_not_detected_as_arguments_of_jit() -> None:
     params = tied()
     adapter = trained(params, {"embed/kernel": LORA})
     expected = lj.merge(params, adapter, untie=True)
@@ -537,13 +539,13 @@ def test_merging_twice_into_the_base_gives_the_same() -> None:
     assert bits(lj.merge(params, adapter)) == bits(lj.merge(params, adapter))
 
 
-def test_another_adapter_may_follow() -> None:
+def test_a_second_adapter_can_be_merged() -> None:
     params = model()
     merged = lj.merge(lj.merge(params, trained(params, seed=0)), trained(params, seed=1))
     assert jax.tree.structure(merged) == jax.tree.structure(params)
 
 
-def test_the_same_factors_at_the_opposite_scale_take_an_adapter_out() -> None:
+def test_merging_the_opposite_scale_removes_an_adapter() -> None:
     params = model()
     adapter = trained(params)
     negative = {path: lj.Adapter(lj.LoRA(rank=2, alpha=-4), part.axes, **part.arrays) for path, part in adapter.items()}
@@ -551,21 +553,21 @@ def test_the_same_factors_at_the_opposite_scale_take_an_adapter_out() -> None:
     chex.assert_trees_all_close(restored, params, atol=1e-5)
 
 
-def test_what_was_taken_out_may_be_merged_again() -> None:
+def test_an_unmerged_adapter_can_be_merged_again() -> None:
     params = model()
     adapter = trained(params)
     merged = lj.merge(params, adapter)
     assert bits(lj.merge(lj.unmerge(merged, adapter, base=params), adapter)) == bits(merged)
 
 
-# Taking out again
+# Unmerging
 
 FULL = {"**/kernel": LORA, "**/bias": lj.Full()}
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("under_jit", [False, True])
-def test_unmerge_with_the_base_gives_the_base_s_own_leaves(dtype: Any, under_jit: bool) -> None:
+def test_unmerge_with_the_base_returns_the_leaves_of_the_base(dtype: Any, under_jit: bool) -> None:
     params = model(dtype)
     adapter = trained(params, FULL)
     merged = (jax.jit(lj.merge) if under_jit else lj.merge)(params, adapter)
@@ -574,7 +576,7 @@ def test_unmerge_with_the_base_gives_the_base_s_own_leaves(dtype: Any, under_jit
     assert bits(restored) == bits(params)
 
 
-def test_unmerge_leaves_what_is_not_adapted_as_it_is_in_the_merged_tree() -> None:
+def test_unmerge_keeps_leaves_that_are_not_adapted() -> None:
     params = model()
     adapter = trained(params)
     merged = lj.merge(params, adapter)
@@ -583,7 +585,7 @@ def test_unmerge_leaves_what_is_not_adapted_as_it_is_in_the_merged_tree() -> Non
     assert restored["a"]["bias"] is merged["a"]["bias"]
 
 
-def test_the_base_may_be_the_adapted_leaves_alone_in_any_container() -> None:
+def test_the_base_may_have_only_the_adapted_leaves_in_any_container() -> None:
     params = model()
     adapter = trained(params, {"a/kernel": LORA})
     base = FrozenDict({"a": {"kernel": np.asarray(params["a"]["kernel"])}})
@@ -612,7 +614,7 @@ def test_a_base_that_was_not_merged_is_an_error(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("under_jit", [False, True])
-def test_what_another_processor_may_have_rounded_is_a_merge_of_the_base(under_jit: bool) -> None:
+def test_unmerge_accepts_the_rounding_of_another_processor(under_jit: bool) -> None:
     params = model()
     adapter = trained(params)
     merged = (jax.jit(lj.merge) if under_jit else lj.merge)(params, adapter)
@@ -630,7 +632,7 @@ def test_a_base_without_an_adapted_path_is_an_error() -> None:
     assert "\n  'b/kernel' is not in `base`; the nearest are 'a/kernel', 'a/bias'\n" in text
 
 
-def test_a_leaf_that_was_replaced_whole_needs_the_base() -> None:
+def test_a_full_leaf_needs_the_base() -> None:
     params = model()
     adapter = trained(params, FULL)
     assert error(lj.unmerge_approximately, lj.merge(params, adapter), adapter) == (
@@ -641,7 +643,7 @@ def test_a_leaf_that_was_replaced_whole_needs_the_base() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("size", [1e-4, 0.3, 30.0])
-def test_without_the_base_the_bound_holds_and_is_not_idle(dtype: Any, size: float) -> None:
+def test_without_the_base_the_error_bound_holds_and_is_tight(dtype: Any, size: float) -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (64, 48)).astype(dtype)}
     adapter = adapter_of(a=jax.random.normal(jax.random.key(1), (64, 4)), b=size * jnp.ones((4, 48)))
     restored, bound = lj.unmerge_approximately(lj.merge(params, adapter), adapter)
@@ -655,7 +657,7 @@ NEAR_HALF = st.builds(math.ldexp, st.sampled_from([1.0, -1.0, 1 + 2**-20, 1 - 2*
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @hypothesis.given(value=st.one_of(FLOATS, NEAR_HALF), change=st.one_of(FLOATS, NEAR_HALF))
-def test_the_bound_holds_for_single_numbers(dtype: str, value: float, change: float) -> None:
+def test_the_error_bound_holds_for_single_values(dtype: str, value: float, change: float) -> None:
     params = {"kernel": jnp.full((1, 1), value, dtype)}
     adapter = adapter_of(a=jnp.full((1, 1), change), b=jnp.ones((1, 1)))
     restored, bound = lj.unmerge_approximately(lj.merge(params, adapter), adapter)
@@ -670,7 +672,7 @@ def test_a_merge_error_is_also_a_built_in_error(kind: type[Exception]) -> None:
 
 
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
-def test_under_jit_arrays_that_are_not_traced_are_merged_with_their_values(kind: Any) -> None:
+def test_constants_under_jit_are_merged_by_value(kind: Any) -> None:
     params = {"kernel": kind(np.ones((4, 3), np.float32)), "other": kind(np.ones(2, np.float32))}
     adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
     adapter = jax.tree.map(lambda leaf: leaf + 1, adapter)

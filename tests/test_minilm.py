@@ -1,4 +1,4 @@
-"""The example's encoder: its hidden states against recorded ones of another implementation, its loader's strictness."""
+"""The encoder of the example: hidden states against recorded ones of transformers, and errors of the loader."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 import minilm
 
 REFERENCE = Path(__file__).parent / "data" / "minilm_reference.npz"  # by oracle/make_minilm_reference.py
-STRIDE = 16  # of the recorded channels
+STRIDE = 16  # the stride of the recorded channels
 
 TINY = minilm.Encoder(vocabulary=11, max_tokens=8, d_model=8, layers=2, heads=2, d_mlp=12)
 
@@ -33,7 +33,7 @@ def tiny_template():
 
 
 def tiny_tensors():
-    """Tensors as BERT stores them, for `TINY`: each filled with numbers of its own."""
+    """Tensors in the layout of BERT checkpoints, for `TINY`, with distinct values."""
     rng = np.random.default_rng(0)
     leaves = flatten_dict(tiny_template(), sep="/")
     return {
@@ -56,7 +56,9 @@ def test_padding_changes_no_hidden_state():
     ids, mask = np.array([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]), np.array([[True] * 5, [True] * 3 + [False] * 2])
     hidden = encode(ids, mask)
     assert np.abs(encode(ids[1:, :3], mask[1:, :3])[0] - hidden[1, :3]).max() <= 1e-5
-    assert np.abs(encode(ids, mask | True)[1, :3] - hidden[1, :3]).max() > 1e-2  # the mask is what keeps padding out
+    assert (
+        np.abs(encode(ids, mask | True)[1, :3] - hidden[1, :3]).max() > 1e-2
+    )  # without the mask, padding changes the states
 
 
 def test_every_parameter_is_loaded(params):
@@ -77,9 +79,9 @@ def test_kernels_are_transposed_and_split_into_heads():
     assert np.array_equal(kernel[1, 2], stored[:, 1 * 4 + 2])
 
 
-def test_loading_lists_every_missing_left_over_and_misshapen_tensor():
+def test_loading_lists_every_missing_extra_and_misshapen_tensor():
     tensors = tiny_tensors()
-    tensors["pooler.dense.bias"] = np.zeros(8)  # known, and unused
+    tensors["pooler.dense.bias"] = np.zeros(8)  # known but unused
     del tensors["embeddings.LayerNorm.bias"]
     tensors["cls.bias"] = np.zeros((3,))
     tensors["encoder.layer.0.intermediate.dense.weight"] = np.zeros((8, 12))
@@ -93,7 +95,7 @@ def test_loading_lists_every_missing_left_over_and_misshapen_tensor():
     ]
 
 
-def test_a_file_of_another_model_is_refused_by_name(tmp_path):
+def test_a_file_of_another_model_is_an_error_with_its_name(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"weight": np.zeros((2, 2), np.float32)}, path)
     with pytest.raises(ValueError, match=r"other\.safetensors doesn't hold the weights(.|\n)*left over: 'weight'"):
@@ -107,7 +109,7 @@ def test_a_package_or_file_that_is_not_installed_says_how_to_install_it():
         minilm.installed_file(minilm.DISTRIBUTION, "a/b.txt")
 
 
-def test_mean_pool_leaves_padding_out():
+def test_mean_pool_ignores_padding():
     hidden = jnp.arange(12.0).reshape(2, 3, 2)
     mask = jnp.array([[True, True, False], [False, False, False]])
     assert np.array_equal(minilm.mean_pool(hidden, mask), [[1.0, 2.0], [0.0, 0.0]])

@@ -1,4 +1,4 @@
-"""Models that nobody here wrote pass the laws as they are: `transformers` for Flax."""
+"""Unmodified models of `transformers` for Flax obey the laws."""
 
 import functools
 from typing import Any
@@ -27,11 +27,11 @@ def make(name: str) -> tuple[Model, Any]:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_adapted_model_and_its_gradients_are_those_of_merged_kernels(name: str, key: jax.Array) -> None:
+def test_the_adapted_model_and_gradients_match_merged_kernels(name: str, key: jax.Array) -> None:
     model, adapter = make(name)
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
     start, ((gradient, out), (expected_gradient, expected)) = law(model, adapter, trained(key, adapter), compiled=False)
-    assert_close(start[0][1], start[1][1])  # the merged kernels are those of the base
+    assert_close(start[0][1], start[1][1])  # merging a fresh adapter gives the kernels of the base
     assert_close(out, expected)
     assert_close(gradient, expected_gradient, GRADIENT)
     for path, part in gradient.items():
@@ -51,12 +51,14 @@ def test_the_adapted_model_and_its_gradients_are_those_of_merged_kernels(name: s
         ("resnet", "vmap"),
     ],
 )
-def test_under_a_transform_of_jax_it_is_still_the_merged_model(name: str, transform: str, key: jax.Array) -> None:
+def test_a_transformation_of_the_adapted_model_matches_the_merged_model(
+    name: str, transform: str, key: jax.Array
+) -> None:
     model, adapter = make(name)
     assert_close(*under(transform, model, trained(key, adapter)))
 
 
-def test_what_is_generated_with_an_adapter_is_what_the_merged_model_writes(key: jax.Array) -> None:
+def test_generation_with_an_adapter_matches_the_merged_model(key: jax.Array) -> None:
     config = hf.GPT2Config(n_positions=8, n_embd=12, n_layer=1, n_head=2, **WORDS)
     model = hf.FlaxGPT2LMHeadModel(config, _do_init=False)
     params = jax.tree.map(lambda leaf: normal(*leaf.shape), model.params_shape_tree)
@@ -113,7 +115,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_kind_of_each_leaf_is_told_without_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_of_leaves_do_not_depend_on_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for names in ("ATTENTION_NAMES", "HEAD_NAMES"):
         monkeypatch.setattr(lora_jax._transform.kinds, names, frozenset())
     model, _ = make(name)
@@ -124,7 +126,7 @@ def test_the_kind_of_each_leaf_is_told_without_its_name(name: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "roberta", "whisper", "clip"])
-def test_attention_is_what_its_names_say(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_matches_the_names_of_the_leaves(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = make(name)
     named = {
         path

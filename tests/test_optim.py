@@ -1,4 +1,4 @@
-"""`freeze_base`: one tree that holds the base and the adapter, trained as if it held the adapter alone."""
+"""`freeze_base`: training one tree of base and adapter equals training only the adapter."""
 
 import collections
 import functools
@@ -56,7 +56,7 @@ OPTIMISERS = {
 
 @functools.cache
 def parts(model: nn.Module) -> tuple[Any, Any, Any]:
-    """A model's parameters, an adapter for them as training might leave it, and the adapted model."""
+    """The parameters of a model, an adapter like a trained one, and the adapted model."""
     base = jax.jit(model.init)(jax.random.key(0), X)
     kernels = lj.kernels(model.apply, base, X)
     adapter = lj.init(jax.random.key(2), base, {"**/kernel": lj.LoRA(rank=2, alpha=4)}, kernels=kernels)
@@ -64,7 +64,7 @@ def parts(model: nn.Module) -> tuple[Any, Any, Any]:
 
 
 class Setting:
-    """A base and its adapter, and one step of training, in two trees and in one."""
+    """A training step with base and adapter in two trees, and in one tree."""
 
     def __init__(self, model: nn.Module, tx: optax.GradientTransformation) -> None:
         self.base, self.adapter, self.apply = parts(model)
@@ -73,16 +73,16 @@ class Setting:
     def loss(self, base: Any, adapter: Any) -> jax.Array:
         return jnp.mean((self.apply(base, adapter, X) - 1.0) ** 2)
 
-    def apart(self) -> tuple[Callable[..., TrainState], TrainState, Any]:
-        """The step over the adapter's tree, which is given the base; its state; the base."""
+    def two_trees(self) -> tuple[Callable[..., TrainState], TrainState, Any]:
+        """The step that updates the adapter's tree, its state, and the base."""
 
         def step(state: TrainState, base: Any) -> TrainState:
             return state.apply_gradients(grads=jax.grad(lambda adapter: self.loss(base, adapter))(state.params))
 
         return step, TrainState.create(apply_fn=None, params=self.adapter, tx=self.tx), self.base
 
-    def together(self) -> tuple[Callable[..., TrainState], TrainState]:
-        """The step over one tree, all of which is differentiated; its state."""
+    def one_tree(self) -> tuple[Callable[..., TrainState], TrainState]:
+        """The step that differentiates one tree, and its state."""
 
         def step(state: TrainState) -> TrainState:
             grads = jax.grad(lambda tree: self.loss(tree["base"], tree["adapter"]))(state.params)
@@ -101,31 +101,31 @@ def size(tree: Any) -> int:
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)
-def test_the_state_is_that_of_the_adapter_to_the_byte(name: str) -> None:
+def test_the_state_equals_the_state_of_the_adapter(name: str) -> None:
     tx = OPTIMISERS[name]()
     tree = {"base": {"kernel": jnp.ones((64, 64))}, "adapter": {"a": jnp.ones((8, 4)), "b": jnp.ones((4, 8))}}
-    combined, alone = freeze_base(tx).init(tree), tx.init(tree["adapter"])
-    assert size(combined) == size(alone)
-    assert jax.tree.structure(combined) == jax.tree.structure(alone)
-    assert bits(combined) == bits(alone)
+    combined, expected = freeze_base(tx).init(tree), tx.init(tree["adapter"])
+    assert size(combined) == size(expected)
+    assert jax.tree.structure(combined) == jax.tree.structure(expected)
+    assert bits(combined) == bits(expected)
 
 
 @pytest.mark.parametrize(
     "name", ["adam", "sgd with momentum", "adafactor", "clipped adamw", "a schedule", "MultiSteps"]
 )
-def test_the_adapter_goes_the_same_way(name: str) -> None:
+def test_the_adapter_is_trained_in_the_same_way(name: str) -> None:
     setting = Setting(MLP(), OPTIMISERS[name]())
-    (apart, one, base), (together, other) = setting.apart(), setting.together()
-    apart, together = jax.jit(apart), jax.jit(together)
+    (two_trees, one, base), (one_tree, other) = setting.two_trees(), setting.one_tree()
+    two_trees, one_tree = jax.jit(two_trees), jax.jit(one_tree)
     for _ in range(4):
-        one, other = apart(one, base), together(other)
+        one, other = two_trees(one, base), one_tree(other)
     helpers.assert_close(other.params["adapter"], one.params)
     helpers.assert_close(jax.tree.leaves(other.opt_state), jax.tree.leaves(one.opt_state))
     assert bits(other.params["adapter"]) != bits(setting.adapter)
 
 
 def awkward() -> dict[str, Any]:
-    """A base in which a careless sum would show."""
+    """A base with values that an added zero would change."""
     numbers = [-0.0, 0.0, 1.0, -1.0, 1e30, -1e-30, jnp.inf, -jnp.inf]
     return {
         "float32": jnp.array(numbers),
@@ -136,7 +136,7 @@ def awkward() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("under_jit", [False, True])
-def test_the_base_stays_as_it_was_bit_for_bit(under_jit: bool) -> None:
+def test_the_base_is_unchanged_bit_for_bit(under_jit: bool) -> None:
     tree = {"base": awkward(), "adapter": {"a": jnp.ones(3)}}
     tx = freeze_base(optax.adamw(0.1, weight_decay=0.1))
     state = TrainState.create(apply_fn=None, params=tree, tx=tx)
@@ -151,9 +151,9 @@ def test_the_base_stays_as_it_was_bit_for_bit(under_jit: bool) -> None:
     assert bits(state.params["adapter"]) != bits(tree["adapter"])
 
 
-def test_a_trained_model_s_base_stays_as_it_was() -> None:
+def test_the_base_of_a_trained_model_is_unchanged() -> None:
     setting = Setting(Scanned(), OPTIMISERS["clipped adamw"]())
-    step, state = setting.together()
+    step, state = setting.one_tree()
     step = jax.jit(step)
     for _ in range(3):
         state = step(state)
@@ -161,7 +161,7 @@ def test_a_trained_model_s_base_stays_as_it_was() -> None:
     assert bits(state.params["adapter"]) != bits(setting.adapter)
 
 
-def test_the_base_gets_updates_of_zero_in_its_own_dtypes() -> None:
+def test_updates_of_the_base_are_zero_in_the_dtypes_of_the_base() -> None:
     tree = {"base": awkward(), "adapter": {"a": jnp.ones(3)}}
     tx = freeze_base(optax.sgd(0.1))
     updates, _ = tx.update(tree, tx.init(tree), tree)
@@ -171,14 +171,14 @@ def test_the_base_gets_updates_of_zero_in_its_own_dtypes() -> None:
         assert not np.asarray(leaf, np.float32).any()
 
 
-def test_the_norm_that_clips_is_that_of_the_adapter() -> None:
+def test_clipping_uses_the_norm_of_the_adapter() -> None:
     tree = {"base": {"kernel": jnp.full((8, 8), 1e6)}, "adapter": {"a": jnp.array([3.0, 4.0])}}
     tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-1.0)))
     updates, _ = tx.update(tree, tx.init(tree), tree)
     np.testing.assert_allclose(updates["adapter"]["a"], [-0.6, -0.8], rtol=1e-6)
 
 
-def test_a_base_whose_gradient_is_not_finite_does_no_harm() -> None:
+def test_gradients_of_the_base_may_be_infinite() -> None:
     tree = {"base": {"kernel": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     gradients = {"base": {"kernel": jnp.array([jnp.nan, jnp.inf])}, "adapter": {"a": jnp.ones(2)}}
     tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))
@@ -186,7 +186,7 @@ def test_a_base_whose_gradient_is_not_finite_does_no_harm() -> None:
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(updates))
 
 
-def test_gradients_of_integers_pass() -> None:
+def test_gradients_of_integers_are_accepted() -> None:
     tree = {"base": {"steps": jnp.array(3), "w": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     gradients = jax.grad(lambda t: jnp.sum(t["adapter"]["a"] * t["base"]["w"]), allow_int=True)(tree)
     tx = freeze_base(optax.adam(0.1))
@@ -202,7 +202,7 @@ def scale_by_loss() -> optax.GradientTransformationExtraArgs:
 
 
 @pytest.mark.parametrize("chained", [False, True])
-def test_extra_arguments_reach_the_optimiser(chained: bool) -> None:
+def test_extra_arguments_reach_the_optimizer(chained: bool) -> None:
     tx = freeze_base(optax.chain(scale_by_loss(), optax.scale(1.0)) if chained else scale_by_loss())
     tree = {"base": {"w": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     updates, state = tx.update(tree, tx.init(tree), tree, value=3.0, tag="seen")
@@ -210,14 +210,14 @@ def test_extra_arguments_reach_the_optimiser(chained: bool) -> None:
     assert (state[0] if chained else state) == "seen"
 
 
-def test_an_optimiser_that_takes_no_extra_arguments_is_spared_them() -> None:
+def test_extra_arguments_are_dropped_if_the_optimizer_has_none() -> None:
     assert not isinstance(optax.scale(-0.1), optax.GradientTransformationExtraArgs)
     tx = freeze_base(optax.scale(-0.1))
     tree = {"base": {"w": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     tx.update(tree, tx.init(tree), tree, value=3.0)
 
 
-def test_a_line_search_sees_the_adapter_alone() -> None:
+def test_a_line_search_gets_only_the_adapter() -> None:
     def loss(adapter: Any) -> jax.Array:
         return jnp.sum((adapter["a"] - 3.0) ** 2)
 
@@ -229,7 +229,7 @@ def test_a_line_search_sees_the_adapter_alone() -> None:
     assert loss(optax.apply_updates(tree, updates)["adapter"]) < value
 
 
-def test_parameters_may_be_left_out() -> None:
+def test_params_are_optional() -> None:
     tree = {"base": {"w": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     tx = freeze_base(optax.sgd(0.5))
     updates, _ = tx.update(tree, tx.init(tree))
@@ -238,7 +238,7 @@ def test_parameters_may_be_left_out() -> None:
 
 @pytest.mark.parametrize("container", [dict, FrozenDict, collections.OrderedDict], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("order", [("base", "adapter"), ("adapter", "base")], ids="-".join)
-def test_updates_come_in_the_tree_s_container_and_order(container: Any, order: tuple[str, str]) -> None:
+def test_updates_have_the_container_and_order_of_the_tree(container: Any, order: tuple[str, str]) -> None:
     parts = {"base": {"w": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     tree = container([(key, parts[key]) for key in order])
     tx = freeze_base(optax.adam(0.1))
@@ -248,23 +248,23 @@ def test_updates_come_in_the_tree_s_container_and_order(container: Any, order: t
 
 
 def cost(step: Any, *args: Any) -> tuple[float, int]:
-    """By the compiler's account: operations, and bytes beside the arguments and results."""
+    """The compiler's FLOPs, and its bytes other than arguments and results."""
     compiled = step.lower(*args).compile()
     return compiled.cost_analysis()["flops"], compiled.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("model", [MLP(), Scanned()], ids=lambda model: type(model).__name__)
 @pytest.mark.parametrize("donate", [False, True])
-def test_the_step_costs_what_that_of_two_trees_costs(model: nn.Module, donate: bool) -> None:
+def test_the_step_costs_the_same_as_with_two_trees(model: nn.Module, donate: bool) -> None:
     setting = Setting(model, OPTIMISERS["clipped adamw"]())
-    (apart, one, base), (together, other) = setting.apart(), setting.together()
-    apart, together = (jax.jit(step, donate_argnums=0 if donate else ()) for step in (apart, together))
-    assert cost(together, other) == cost(apart, one, base)
+    (two_trees, one, base), (one_tree, other) = setting.two_trees(), setting.one_tree()
+    two_trees, one_tree = (jax.jit(step, donate_argnums=0 if donate else ()) for step in (two_trees, one_tree))
+    assert cost(one_tree, other) == cost(two_trees, one, base)
 
 
 def test_a_step_of_full_fine_tuning_costs_more() -> None:
     setting = Setting(MLP(), OPTIMISERS["clipped adamw"]())
-    step, state = setting.together()
+    step, state = setting.one_tree()
     full = TrainState.create(apply_fn=None, params=state.params, tx=setting.tx)
     assert cost(jax.jit(step), full)[0] > 1.1 * cost(jax.jit(step), state)[0]
 

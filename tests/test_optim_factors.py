@@ -1,4 +1,4 @@
-"""LoRA+, LoRA-FA, Riemannian preconditioning and masks, in float64, against closed forms and optimizers by hand."""
+"""LoRA+, LoRA-FA, Riemannian preconditioning and masks in float64, against closed forms and hand-written optimizers."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ from lora_jax import optim
 
 KERNELS = {"io": (6, 5), "iiio": (2, 2, 3, 8), "bio": (3, 6, 5), "ibo": (6, 3, 5)}
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
-each_layout = pytest.mark.parametrize("axes", ["io", "iiio", "ibo"])  # what differs is how they become matrices
+each_layout = pytest.mark.parametrize("axes", ["io", "iiio", "ibo"])  # layouts that become matrices in different ways
 
 
 @pytest.fixture(autouse=True)
@@ -25,23 +25,23 @@ def in_float64() -> Iterator[None]:
         yield
 
 
-def drawn(*shape: int, seed: int = 0) -> jax.Array:
+def random_array(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
-def made(axes: str, rank: int = 2) -> tuple[Any, Any]:
-    """A kernel, and its adapter as training might leave it."""
-    params = {"w": drawn(*KERNELS[axes])}
+def random_case(axes: str, rank: int = 2) -> tuple[Any, Any]:
+    """A kernel and an adapter like a trained one."""
+    params = {"w": random_array(*KERNELS[axes])}
     spec = {"w": lj.LoRA(rank=rank, alpha=3 * rank, axes=axes)}
     return params, trained(jax.random.key(1), lj.init(jax.random.key(0), params, spec, param_dtype=jnp.float64))
 
 
 def mixed() -> tuple[Any, Any, Any]:
-    """An embedding, a kernel with its bias, and a head that is trained whole; their adapter; a gradient for it."""
+    """Parameters with an embedding, a dense layer and a `Full` head; an adapter; and a gradient."""
     params = {
-        "embedding": drawn(7, 4),
-        "dense": {"kernel": drawn(4, 3), "bias": drawn(3)},
-        "head": {"kernel": drawn(3, 2), "bias": drawn(2)},
+        "embedding": random_array(7, 4),
+        "dense": {"kernel": random_array(4, 3), "bias": random_array(3)},
+        "head": {"kernel": random_array(3, 2), "bias": random_array(2)},
     }
     spec = {"**/head/**": lj.Full(), "**/bias": lj.Full(), "**": lj.LoRA(rank=2, alpha=4)}
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, spec, param_dtype=jnp.float64))
@@ -49,12 +49,12 @@ def mixed() -> tuple[Any, Any, Any]:
 
 
 def first_step(tx: Any, gradient: Any, adapter: Any) -> Any:
-    """The updates of an optimizer's first step; in one program, as compiling is what takes the time."""
+    """The updates of the first step of an optimizer, in one program."""
     return jax.jit(lambda gradient, adapter: tx.update(gradient, tx.init(adapter), adapter)[0])(gradient, adapter)
 
 
 def arrays(tree: Any) -> dict[str, np.ndarray]:
-    """Each array of an adapter, by path and name."""
+    """The arrays of an adapter by path and name."""
     return {f"{path}.{name}": np.asarray(array) for path, part in tree.items() for name, array in part.arrays.items()}
 
 
@@ -65,7 +65,7 @@ def matrices(part: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def update_of(axes: str, adapter: Any) -> np.ndarray:
-    """The formed `s·a·b` of each layer."""
+    """The materialized `s·a·b` of each layer."""
     a, b = matrices(adapter["w"])
     return adapter["w"].variant.scale * a @ b
 
@@ -74,7 +74,7 @@ def update_of(axes: str, adapter: Any) -> np.ndarray:
 
 
 def adamw_by_hand(leaf: Any, gradient: Any, rates: list[float], decay: float) -> np.ndarray:
-    """Steps of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) along one gradient, each at a rate of its own."""
+    """Steps of AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) along one gradient, with the given rates."""
     leaf, m, v = np.asarray(leaf), 0.0, 0.0
     for step, rate in enumerate(rates, start=1):
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
@@ -82,7 +82,7 @@ def adamw_by_hand(leaf: Any, gradient: Any, rates: list[float], decay: float) ->
     return leaf
 
 
-def test_lora_plus_is_adamw_with_a_rate_of_its_own_for_every_b() -> None:
+def test_lora_plus_is_adamw_with_another_rate_for_b() -> None:
     _, adapter, gradient = mixed()
     rates = [0.01, 0.02, 0.03]
     tx = optax.chain(optax.adamw(lambda step: 0.01 * (step + 1), weight_decay=0.1), optim.lora_plus(16))
@@ -91,11 +91,13 @@ def test_lora_plus_is_adamw_with_a_rate_of_its_own_for_every_b() -> None:
         updates, state = jax.jit(tx.update)(gradient, state, trained_)
         trained_ = optax.apply_updates(trained_, updates)
     got, start, slope = arrays(trained_), arrays(adapter), arrays(gradient)
-    faster = {"embedding.b", "dense/kernel.b"}  # no bias, no head, no `a`, whatever PEFT does
+    faster = {"embedding.b", "dense/kernel.b"}  # no bias, no head, no `a`, unlike in PEFT
     assert faster < set(got) and "dense/bias.value" in got
     for name, array in got.items():
-        its = [16 * rate for rate in rates] if name in faster else rates
-        np.testing.assert_allclose(array, adamw_by_hand(start[name], slope[name], its, 0.1), **TOLERANCE, err_msg=name)
+        leaf_rates = [16 * rate for rate in rates] if name in faster else rates
+        np.testing.assert_allclose(
+            array, adamw_by_hand(start[name], slope[name], leaf_rates, 0.1), **TOLERANCE, err_msg=name
+        )
 
 
 def test_lora_plus_has_no_state() -> None:
@@ -103,7 +105,7 @@ def test_lora_plus_has_no_state() -> None:
     assert not jax.tree.leaves(optim.lora_plus(16).init(adapter))
 
 
-def test_lora_plus_may_leave_leaves_out() -> None:
+def test_lora_plus_can_exclude_leaves() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_plus(4, exclude="**/embedding")
     updates = first_step(tx, gradient, adapter)
@@ -116,9 +118,9 @@ def test_lora_plus_may_leave_leaves_out() -> None:
 
 
 @each_layout
-def test_a_step_of_lora_fa_changes_the_product_as_nearly_as_it_can_as_full_fine_tuning(axes: str) -> None:
-    params, adapter = made(axes)
-    x = drawn(*KERNELS[axes], seed=5)
+def test_a_lora_fa_step_is_the_nearest_to_full_fine_tuning(axes: str) -> None:
+    params, adapter = random_case(axes)
+    x = random_array(*KERNELS[axes], seed=5)
 
     def loss(w: Any) -> jax.Array:
         return jnp.sum(jnp.sin(w * x))
@@ -129,15 +131,15 @@ def test_a_step_of_lora_fa_changes_the_product_as_nearly_as_it_can_as_full_fine_
     tx = optim.lora_fa(optax.sgd(1.0), damping=0)
     updates = first_step(tx, gradient, adapter)
     new = optax.apply_updates(adapter, updates)
-    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
+    order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
     a, _ = matrices(adapter["w"])
     slope = np.asarray(full).transpose(order).reshape(*a.shape[:-1], -1)
-    # The nearest to -slope that can be had with this `a`: its projection onto the columns of `a`.
+    # The change with this `a` that is nearest to -slope: the projection onto the columns of `a`.
     nearest = -a @ np.linalg.pinv(a) @ slope
     np.testing.assert_allclose(update_of(axes, new) - update_of(axes, adapter), nearest, **TOLERANCE)
 
 
-def test_lora_fa_preconditions_before_the_optimiser() -> None:
+def test_lora_fa_preconditions_before_the_optimizer() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_fa(optax.adamw(0.01, weight_decay=0.1), damping=0.5)
     updates = first_step(tx, gradient, adapter)
@@ -150,22 +152,22 @@ def test_lora_fa_preconditions_before_the_optimiser() -> None:
         np.testing.assert_allclose(array, start[name] if name.endswith(".a") else expected, **TOLERANCE, err_msg=name)
 
 
-def test_lora_fa_keeps_no_state_for_what_it_does_not_train() -> None:
+def test_lora_fa_has_no_state_for_frozen_arrays() -> None:
     _, adapter, _ = mixed()
     trained_numbers = sum(array.size for name, array in arrays(adapter).items() if not name.endswith(".a"))
     state = optim.lora_fa(optax.adam(1e-3)).init(adapter)
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == 2 * trained_numbers + 1
 
 
-def test_the_norm_that_clips_is_that_of_what_is_trained() -> None:
+def test_clipping_uses_the_norm_of_trained_arrays() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_fa(optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-1.0)))
     updates = first_step(tx, jax.tree.map(lambda x: 100 * x, gradient), adapter)
     assert float(optax.tree.norm(updates)) == pytest.approx(1.0)
 
 
-def test_a_step_of_lora_fa_computes_no_gradient_of_a() -> None:
-    params = {f"layer{number}": drawn(32, 32, seed=number) for number in range(3)}
+def test_a_lora_fa_step_computes_no_gradient_of_a() -> None:
+    params = {f"layer{number}": random_array(32, 32, seed=number) for number in range(3)}
     adapter = lj.init(jax.random.key(0), params, {"*": lj.LoRA(rank=8, alpha=8)}, param_dtype=jnp.float64)
 
     def model(params: Any, x: jax.Array) -> jax.Array:
@@ -178,10 +180,10 @@ def test_a_step_of_lora_fa_computes_no_gradient_of_a() -> None:
             gradient = jax.grad(lambda adapter: jnp.sum(lj.lora(model, form="factored")(params, adapter, x)))(adapter)
             return tx.update(gradient, state, adapter)
 
-        compiled = jax.jit(step).lower(adapter, tx.init(adapter), params, drawn(64, 32)).compile()
+        compiled = jax.jit(step).lower(adapter, tx.init(adapter), params, random_array(64, 32)).compile()
         return compiled.cost_analysis()["flops"]
 
-    # Each gradient of an `a` is 2·64·32·8 operations, and so is what leads to it.
+    # Each gradient of an `a` takes 2·64·32·8 FLOPs, and so does the product before it.
     assert cost(optax.sgd(0.1)) - cost(optim.lora_fa(optax.sgd(0.1))) > 3 * 2 * 64 * 32 * 8 * 0.8
 
 
@@ -189,8 +191,8 @@ def test_a_step_of_lora_fa_computes_no_gradient_of_a() -> None:
 
 
 @each_layout
-def test_each_factor_s_gradient_is_divided_by_the_other_s_gram_matrix(axes: str) -> None:
-    _, adapter = made(axes)
+def test_each_gradient_is_divided_by_the_gram_matrix_of_the_other_factor(axes: str) -> None:
+    _, adapter = random_case(axes)
     gradient = trained(jax.random.key(2), adapter)
     tx = optim.riemannian(damping=0.1)
     updates = first_step(tx, gradient, adapter)
@@ -201,14 +203,14 @@ def test_each_factor_s_gradient_is_divided_by_the_other_s_gram_matrix(axes: str)
     assert jax.tree.structure(updates) == jax.tree.structure(gradient)
 
 
-def test_a_step_does_not_depend_on_how_the_product_is_split() -> None:
-    params, adapter = made("io")
+def test_a_step_does_not_depend_on_the_factorization() -> None:
+    params, adapter = random_case("io")
     part = adapter["w"]
-    turn = jnp.array([[3.0, 1.0], [0.5, 0.2]])
-    other = {"w": lj.Adapter(part.variant, "io", a=part.a @ turn, b=jnp.linalg.inv(turn) @ part.b)}
+    mix = jnp.array([[3.0, 1.0], [0.5, 0.2]])
+    other = {"w": lj.Adapter(part.variant, "io", a=part.a @ mix, b=jnp.linalg.inv(mix) @ part.b)}
 
     def speed(adapter: Any, tx: Any) -> jax.Array:
-        """How fast the merged kernel moves with a step of this direction."""
+        """The derivative of the merged kernel along the update."""
         gradient = jax.grad(lambda adapter: jnp.sum(jnp.sin(lj.merge(params, adapter)["w"])))(adapter)
         updates = first_step(tx, gradient, adapter)
         return jax.jvp(lambda adapter: lj.merge(params, adapter)["w"], (adapter,), (updates,))[1]
@@ -219,7 +221,7 @@ def test_a_step_does_not_depend_on_how_the_product_is_split() -> None:
 
 
 def test_the_first_step_is_finite_though_b_is_zero() -> None:
-    _, adapter = made("bio")
+    _, adapter = random_case("bio")
     start = {"w": lj.Adapter(adapter["w"].variant, "bio", a=adapter["w"].a, b=jnp.zeros_like(adapter["w"].b))}
     tx = optim.riemannian()
     updates = first_step(tx, adapter, start)
@@ -227,7 +229,7 @@ def test_the_first_step_is_finite_though_b_is_zero() -> None:
     assert np.isfinite(updates["w"].b).all()
 
 
-def test_what_is_no_factor_passes() -> None:
+def test_arrays_that_are_not_factors_are_unchanged() -> None:
     _, adapter, gradient = mixed()
     tx = optim.riemannian()
     updates, _ = tx.update(gradient, tx.init(adapter), adapter)
@@ -261,8 +263,8 @@ def test_factors_in_half_precision_are_preconditioned_in_float32(name: str) -> N
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @each_preconditioned
-def test_a_step_is_the_same_under_jit_and_on_cut_arrays(name: str, kind: AxisType) -> None:
-    _, adapter = made("bio")
+def test_a_step_is_the_same_under_jit_and_on_sharded_arrays(name: str, kind: AxisType) -> None:
+    _, adapter = random_case("bio")
     gradient = trained(jax.random.key(2), adapter)
     tx = PRECONDITIONED[name]()
     expected, _ = tx.update(gradient, tx.init(adapter), adapter)
@@ -270,14 +272,14 @@ def test_a_step_is_the_same_under_jit_and_on_cut_arrays(name: str, kind: AxisTyp
     part = adapter["w"]
     axes = {"a": PartitionSpec("layers", "x"), "b": PartitionSpec("layers")}
     places = {"w": lj.Adapter(part.variant, "bio", **{name: NamedSharding(mesh, spec) for name, spec in axes.items()})}
-    cut = jax.device_put((gradient, adapter), (places, places))
-    for gradient_, adapter_ in ((gradient, adapter), cut):
+    sharded = jax.device_put((gradient, adapter), (places, places))
+    for gradient_, adapter_ in ((gradient, adapter), sharded):
         updates, _ = jax.jit(tx.update)(gradient_, tx.init(adapter_), adapter_)
         jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-8), updates, expected)
 
 
 @each_preconditioned
-def test_inside_freeze_base_and_multi_steps_it_is_what_it_is_alone(name: str) -> None:
+def test_optimizers_work_inside_freeze_base_and_multi_steps(name: str) -> None:
     params, adapter, gradient = mixed()
     expected = first_step(PRECONDITIONED[name](), gradient, adapter)
     tx = optim.freeze_base(optax.MultiSteps(PRECONDITIONED[name](), every_k_schedule=1).gradient_transformation())
@@ -287,7 +289,7 @@ def test_inside_freeze_base_and_multi_steps_it_is_what_it_is_alone(name: str) ->
 
 
 @each_preconditioned
-def test_without_the_adapter_there_is_nothing_to_precondition_with(name: str) -> None:
+def test_a_missing_adapter_is_an_error(name: str) -> None:
     _, adapter, gradient = mixed()
     tx = PRECONDITIONED[name]()
     with pytest.raises(lj.AdapterError) as caught:
@@ -298,22 +300,26 @@ def test_without_the_adapter_there_is_nothing_to_precondition_with(name: str) ->
 # Masks
 
 
-def picked(mask: Any, adapter: Any) -> set[str]:
-    return {f"{path}.{name}" for path, part in mask(adapter).items() for name, its in part.arrays.items() if its}
+def selected_names(mask: Any, adapter: Any) -> set[str]:
+    return {
+        f"{path}.{name}" for path, part in mask(adapter).items() for name, selected in part.arrays.items() if selected
+    }
 
 
-def test_arrays_are_picked_by_name_and_by_path() -> None:
+def test_masks_select_arrays_by_name_and_by_path() -> None:
     _, adapter, _ = mixed()
     everything = set(arrays(adapter))
-    assert picked(optim.select(), adapter) == everything
-    assert picked(optim.select("a", "b"), adapter) == {name for name in everything if name[-1] in "ab"}
-    assert picked(optim.select("b", paths="dense/*"), adapter) == {"dense/kernel.b"}
-    assert picked(optim.select(exclude="**/bias"), adapter) == {name for name in everything if "bias" not in name}
+    assert selected_names(optim.select(), adapter) == everything
+    assert selected_names(optim.select("a", "b"), adapter) == {name for name in everything if name[-1] in "ab"}
+    assert selected_names(optim.select("b", paths="dense/*"), adapter) == {"dense/kernel.b"}
+    assert selected_names(optim.select(exclude="**/bias"), adapter) == {
+        name for name in everything if "bias" not in name
+    }
     wanted = optim.select("value", paths=["dense/*", "head/*"], exclude=["**/kernel"])
-    assert picked(wanted, adapter) == {"dense/bias.value", "head/bias.value"}
+    assert selected_names(wanted, adapter) == {"dense/bias.value", "head/bias.value"}
 
 
-def test_weight_decay_is_for_what_the_mask_picks() -> None:
+def test_weight_decay_applies_to_masked_arrays() -> None:
     _, adapter, gradient = mixed()
     updates = []
     for mask in (None, optim.select("b")):
@@ -324,7 +330,7 @@ def test_weight_decay_is_for_what_the_mask_picks() -> None:
         np.testing.assert_allclose(array, updates[0][name] - decay, **TOLERANCE)
 
 
-def test_a_mask_works_where_another_has_masked() -> None:
+def test_masks_can_be_nested() -> None:
     _, adapter, gradient = mixed()
     tx = optim.lora_fa(optax.adamw(0.01, weight_decay=0.1, mask=optim.select("a", "b")))
     updates = first_step(tx, gradient, adapter)
@@ -345,7 +351,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_a_mask_that_cannot_be_meant_is_an_error(name: str) -> None:
+def test_an_invalid_mask_is_an_error(name: str) -> None:
     mask, text = ERRORS[name]
     with pytest.raises(lj.AdapterError) as caught:
         mask()(mixed()[1])
@@ -353,7 +359,7 @@ def test_a_mask_that_cannot_be_meant_is_an_error(name: str) -> None:
 
 
 @pytest.mark.parametrize(("tree", "got"), [({"w": jnp.ones(2)}, "ArrayImpl at 'w'"), (jnp.ones(2), "ArrayImpl")])
-def test_what_is_no_adapter_is_an_error(tree: Any, got: str) -> None:
+def test_a_value_that_is_not_an_adapter_is_an_error(tree: Any, got: str) -> None:
     text = (
         f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {got}.\n"
         "  Pass only the adapter to the optimizer. If one tree holds both, wrap the optimizer: freeze_base(tx)."

@@ -1,4 +1,4 @@
-"""Products of two adapted kernels, neither of which is formed."""
+"""Products of two adapted kernels materialize neither."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lora_jax.testing import shapes_made
 
 
 class Pair(NamedTuple):
-    """A function of kernels: `call(params, x)`, and the shape and the roles of each."""
+    """A function of kernels: `call(params, x)`, and the shapes and axes of the kernels."""
 
     call: Callable[[Any, jax.Array], Any]
     shapes: dict[str, tuple[int, ...]]
@@ -45,19 +45,19 @@ PAIRS = {
         lambda p, x: x @ (p["one"] @ p["two"].T), {"one": (4, 5), "two": (6, 5)}, {"one": "io", "two": "oi"}
     ),
     "with itself": Pair(lambda p, x: x @ (p["w"] @ p["w"]), {"w": (4, 4)}, {"w": "io"}),
-    "with its transpose": Pair(lambda p, x: x @ (p["w"] @ p["w"].T), {"w": (4, 5)}, {"w": "io"}),
-    "its transpose with it": Pair(lambda p, x: x @ (p["w"].T @ p["w"]), {"w": (5, 4)}, {"w": "io"}),
+    "times the transpose": Pair(lambda p, x: x @ (p["w"] @ p["w"].T), {"w": (4, 5)}, {"w": "io"}),
+    "the transpose times the kernel": Pair(lambda p, x: x @ (p["w"].T @ p["w"]), {"w": (5, 4)}, {"w": "io"}),
     "query and key": Pair(
         lambda p, x: jnp.einsum("td,dhk,ehk,se->hts", x, p["q"], p["k"], x, optimize=[(1, 2), (0, 2), (0, 1)]),
         {"q": (4, 2, 3), "k": (4, 2, 3)},
         {"q": "ioo", "k": "ioo"},
     ),
-    "layers, each with its own": Pair(
+    "batched over layers": Pair(
         lambda p, x: jnp.einsum("td,lde->lte", x, jnp.einsum("ldf,lfe->lde", p["one"], p["two"])),
         {"one": (2, 4, 5), "two": (2, 5, 3)},
         {"one": "bio", "two": "bio"},
     ),
-    "scaled and cut before": Pair(lambda p, x: x @ ((p["one"] / 2)[:, :3] @ p["two"][1:4]), TWO, IO),
+    "scaled and sliced before": Pair(lambda p, x: x @ ((p["one"] / 2)[:, :3] @ p["two"][1:4]), TWO, IO),
     "three": Pair(lambda p, x: x @ (p["one"] @ (p["two"] @ p["three"])), TWO | {"three": (6, 2)}, IO | {"three": "io"}),
     "a lookup": Pair(lambda p, x: (p["one"] @ p["two"])[jnp.argsort(x[0])], TWO, IO),
     "an inner product": Pair(
@@ -69,13 +69,13 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_a_product_of_kernels_is_that_of_the_formed_kernels(name: str) -> None:
+def test_a_product_of_kernels_matches_merged_kernels(name: str) -> None:
     case = PAIRS[name]
     assert_law(case.call, case.params, case.adapter, normal(*case.x, seed=9))
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_it_holds_outside_jit(name: str) -> None:
+def test_a_product_of_kernels_works_outside_jit(name: str) -> None:
     case = PAIRS[name]
     x = normal(*case.x, seed=9)
     got = lj.lora(case.call)(case.params, case.adapter, x)
@@ -97,7 +97,7 @@ class Product:
             rest = [draw(st.sampled_from("bio")) for _ in axes[2:]]
             self.roles.append("".join(draw(st.permutations(["i", "o", *rest]))))
         self.numbers = tuple(
-            tuple([its[axis] for axis in range(len(met)) if kinds[axis] == kind] for its in places)
+            tuple([side[axis] for axis in range(len(met)) if kinds[axis] == kind] for side in places)
             for kind in ("summed", "batch")
         )
 
@@ -110,25 +110,25 @@ class Product:
 
 @settings(max_examples=25)
 @given(st.composite(Product)())
-def test_any_product_of_two_kernels_is_that_of_the_formed_kernels(case: Product) -> None:
+def test_any_product_of_two_kernels_matches_merged_kernels(case: Product) -> None:
     with jax.enable_x64(True):
         params = {
             name: normal(*shape, seed=len(name), dtype="float64")
             for name, shape in zip(("one", "two"), case.shapes, strict=True)
         }
-        its: Any = {}
+        adapter: Any = {}
         for name, roles in zip(params, case.roles, strict=True):
-            its |= adapted(params, {name: roles}, rank=1, dtype="float64")
-        assert_law(case.apply, params, its, dtype="float64")
+            adapter |= adapted(params, {name: roles}, rank=1, dtype="float64")
+        assert_law(case.apply, params, adapter, dtype="float64")
 
 
-def test_neither_kernel_is_formed() -> None:
+def test_neither_kernel_is_materialized() -> None:
     params = {"one": normal(40, 50), "two": normal(50, 60)}
     adapter = adapted(params, IO)
     x = normal(3, 40, seed=9)
     model = lj.lora(lambda p, x: x @ (p["one"] @ p["two"]))
-    made = shapes_made(jax.grad(lambda ad: model(params, ad, x).sum()), adapter)
-    assert not made & {(40, 50), (50, 60), (50, 40), (60, 50)}
+    shapes = shapes_made(jax.grad(lambda ad: model(params, ad, x).sum()), adapter)
+    assert not shapes & {(40, 50), (50, 60), (50, 40), (60, 50)}
 
 
 def test_explain_counts_the_use_of_each() -> None:

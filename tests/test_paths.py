@@ -1,4 +1,4 @@
-"""Paths of every container, and the patterns that match them."""
+"""Paths of leaves in every container, and patterns that match them."""
 
 import re
 from typing import Any
@@ -42,7 +42,7 @@ TREES = {
     "a tuple in a dict": ({"layers": (W, [W, W])}, ["layers/0", "layers/1/0", "layers/1/1"]),
     "integer keys": ({3: {"kernel": W}, 12: W}, ["3/kernel", "12"]),
     "a dataclass": ({"dense": Layer(W, W)}, ["dense/kernel", "dense/bias"]),
-    "a dataclass with a field left out": ({"dense": Layer(W)}, ["dense/kernel"]),
+    "a dataclass with an empty field": ({"dense": Layer(W)}, ["dense/kernel"]),
     "None, which is no leaf": ({"dense": {"kernel": W, "bias": None}}, ["dense/kernel"]),
     "a bare array": (W, [""]),
     "Partitioned": ({"query": {"kernel": nn.Partitioned(W, ("x", None))}}, ["query/kernel"]),
@@ -59,13 +59,13 @@ TREES = {
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_a_path_is_the_keys_joined_and_no_box(name: str) -> None:
+def test_a_path_joins_the_keys_without_boxes(name: str) -> None:
     tree, paths = TREES[name]
     assert list(flatten(tree)[0]) == paths
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_unflatten_takes_flatten_back(name: str) -> None:
+def test_unflatten_inverts_flatten(name: str) -> None:
     tree, _ = TREES[name]
     leaves, treedef = flatten(tree)
     rebuilt = unflatten(treedef, leaves)
@@ -134,7 +134,7 @@ LITERAL = st.text("abk.+[]()?\\|^$, é", min_size=1, max_size=5)
 
 
 @given(st.lists(LITERAL, min_size=1, max_size=4))
-def test_a_path_without_stars_and_braces_is_a_pattern_for_itself_alone(segments: list[str]) -> None:
+def test_a_path_without_stars_and_braces_matches_only_itself(segments: list[str]) -> None:
     path = "/".join(segments)
     assert matcher(path).fullmatch(path)
     assert not matcher(path).fullmatch(path + "a")
@@ -178,11 +178,11 @@ LAYERS = [f"layers_{layer}/{name}/kernel" for layer in range(12) for name in ("q
     ],
     ids=pattern_text,
 )
-def test_the_nearest_path_is_the_one_that_was_meant(pattern: Any, first: str) -> None:
+def test_the_nearest_path_is_the_intended_one(pattern: Any, first: str) -> None:
     found = nearest(pattern, LAYERS)
     assert found[0] == first
     assert len(found) == 3
 
 
-def test_of_no_paths_none_is_near() -> None:
+def test_no_path_is_near_without_paths() -> None:
     assert nearest("**/kernel", []) == []

@@ -1,4 +1,4 @@
-"""The comparison with other libraries runs, and notices a library that computes something else."""
+"""The comparison with other libraries runs, and reports a library that computes another function."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ OWN = "lora_jax"
 
 @pytest.fixture(scope="module")
 def results():
-    """The part that needs no other library, at a tiny size."""
+    """The results that need no other library, at a tiny size."""
     builds = {name: METHODS[name] for name in (BY_HAND, MERGED, WHOLE)} | {OWN: lora_jax.build, "Quax": refusing}
     rows = measure(decoder(ONE_LAYER), builds, rounds=1, steps=2)
     plain = {name: row if isinstance(row, str) else dataclasses.asdict(row) for name, row in rows.items()}
@@ -29,7 +29,7 @@ def refusing(case):
     raise ValueError(f"no rank of {case.rank}\nand a long explanation")
 
 
-def test_the_figures_are_those_of_the_methods(results):
+def test_results_match_the_methods(results):
     rows = results["environments"]["jax"]["cases"]["layers written out"]
     assert rows[OWN]["operations"] <= rows[BY_HAND]["operations"]
     assert rows[BY_HAND]["operations"] < rows[MERGED]["operations"] < rows[WHOLE]["operations"]
@@ -38,12 +38,12 @@ def test_the_figures_are_those_of_the_methods(results):
     assert rows["Quax"] == "ValueError: no rank of 4"
 
 
-def test_a_stack_of_layers_holds_what_its_layers_hold():
+def test_a_stack_of_layers_equals_its_layers():
     stack = values.values("blocks/norm_1/scale", (2, 3))
     assert (stack[1] == values.values("block_1/norm_1/scale", (3,))).all() and (stack[0] != stack[1]).any()
 
 
-def test_a_library_that_trains_another_function_is_found_out():
+def test_a_library_that_trains_another_function_is_reported():
     def half_the_scale(case):
         return merged(case._replace(rank=2 * case.rank))
 

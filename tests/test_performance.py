@@ -1,7 +1,7 @@
-"""Performance is part of correct: a training step through `lora()` takes what LoRA written into the model takes.
+"""Performance: a training step through `lora` costs no more than LoRA written into the model by hand.
 
-The figures are read from the jaxpr and from the compiled program, so that they do not depend on the machine's mood;
-wall times are in `benchmarks/`.
+FLOPs and bytes are read from the jaxpr and the compiled program, so that they do not depend on the machine.
+`benchmarks/` measures times.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import lora_jax as lj
 from benchmarks import conv, models
 from lora_jax import testing
 
-# Every axis has a size of its own, so that no activation has the shape of a kernel by accident.
+# All axes have different sizes, so that no activation has the shape of a kernel.
 SIZE = models.Size(layers=2, width=24, heads=3, hidden=56, vocabulary=80, batch=4, length=10, rank=5)
 FORMS = pytest.mark.parametrize("scanned", [False, True], ids=["unrolled", "scanned"])
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -31,7 +31,7 @@ def case(scanned, dtype="float32", *, tied=True):
     return models.case(SIZE, scanned=scanned, tied=tied, dtype=jnp.dtype(dtype))
 
 
-def test_an_eager_call_traces_the_model_each_time_and_a_jitted_one_once():
+def test_eager_calls_trace_the_model_each_time_and_jitted_calls_once():
     traced = []
 
     def model(params, x):
@@ -47,13 +47,13 @@ def test_an_eager_call_traces_the_model_each_time_and_a_jitted_one_once():
         assert len(traced) == times
 
 
-def ours_and_by_hand(case):
-    # Factored, as by hand; at these sizes there are cheaper forms.
+def library_and_by_hand(case):
+    # Factored, as by hand; other forms are cheaper at these sizes.
     return models.through_lora(case, form="factored"), models.by_hand(case)
 
 
 def value_and_grad(method, tokens, argnums=0):
-    """The loss and its gradient, as a function, and its arguments."""
+    """A function that returns the loss and its gradient, and the arguments."""
     return jax.value_and_grad(method.loss, argnums), (method.trained, method.frozen, tokens)
 
 
@@ -62,13 +62,13 @@ def kernels_of(case):
 
 
 def shapes_of_kernels(case):
-    """The shapes of the adapted kernels; where they are stacked, of one layer too."""
+    """The shapes of the adapted kernels, and of single layers of stacked kernels."""
     shapes = {kernel.shape for kernel in kernels_of(case).values()}
     return shapes | {shape[1:] for shape in shapes} if case.model.scanned else shapes
 
 
 class Step(NamedTuple):
-    """One step: what it gave, and the temporary bytes of the program."""
+    """The results of one step, and the temporary bytes of the program."""
 
     loss: jax.Array
     gradient: Any
@@ -77,7 +77,7 @@ class Step(NamedTuple):
 
 @functools.cache
 def steps(scanned, dtype):
-    """A step through `lora()` and one by hand, compiled once for all the tests."""
+    """A step through `lora` and a step by hand, compiled once for all tests."""
     one = case(scanned, dtype)
 
     def run(method):
@@ -85,45 +85,45 @@ def steps(scanned, dtype):
         args = (frozen, *jax.tree.map(jnp.copy, (trained, state)), one.tokens)
         program = jax.jit(method.step, donate_argnums=(1, 2)).lower(*args).compile()
         _, state, loss = program(*args)
-        # Adam's first moment is the gradient, times 1 - 0.9, after the first step.
+        # After the first step, Adam's first moment is the gradient times 1 - 0.9.
         return Step(loss, state[0].mu, program.memory_analysis().temp_size_in_bytes)
 
-    return tuple(map(run, ours_and_by_hand(one)))
+    return tuple(map(run, library_and_by_hand(one)))
 
 
 @FORMS
 @DTYPES
-def test_the_loss_and_its_gradient_are_those_of_lora_by_hand(scanned, dtype):
-    ours, by_hand = steps(scanned, dtype)
-    helpers.assert_close(ours.loss, by_hand.loss, dtype=dtype)
-    helpers.assert_close(models.as_collection(ours.gradient), by_hand.gradient, helpers.GRADIENT, dtype=dtype)
+def test_loss_and_gradient_match_lora_by_hand(scanned, dtype):
+    measured, by_hand = steps(scanned, dtype)
+    helpers.assert_close(measured.loss, by_hand.loss, dtype=dtype)
+    helpers.assert_close(models.as_collection(measured.gradient), by_hand.gradient, helpers.GRADIENT, dtype=dtype)
 
 
 @FORMS
 @DTYPES
 def test_a_step_takes_no_more_memory_than_lora_by_hand(scanned, dtype):
-    ours, by_hand = steps(scanned, dtype)
-    assert ours.temporary <= by_hand.temporary
+    measured, by_hand = steps(scanned, dtype)
+    assert measured.temporary <= by_hand.temporary
 
 
 @FORMS
 @pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", True), ("float32", False)])
-def test_a_step_takes_no_more_operations_than_lora_by_hand(scanned, dtype, tied):
+def test_a_step_takes_no_more_flops_than_lora_by_hand(scanned, dtype, tied):
     one = case(scanned, dtype, tied=tied)
-    ours, by_hand = (testing.flops(m.step, *m.start(), one.tokens) for m in ours_and_by_hand(one))
-    assert ours <= by_hand
+    measured, by_hand = (testing.flops(m.step, *m.start(), one.tokens) for m in library_and_by_hand(one))
+    assert measured <= by_hand
 
 
 @FORMS
 @DTYPES
-def test_no_array_of_a_kernels_shape_is_made_forward_or_backward(scanned, dtype):
+def test_no_array_of_a_kernels_shape_is_materialized_forward_or_backward(scanned, dtype):
     one = case(scanned, dtype)
     step, args = value_and_grad(models.through_lora(one, form="factored"), one.tokens)
     assert not testing.shapes_made(step, *args) & shapes_of_kernels(one)
 
 
 @FORMS
-def test_where_kernels_are_formed_their_shapes_are_found(scanned):
+def test_materialized_kernels_are_found_by_their_shapes(scanned):
     one = case(scanned)
     step, args = value_and_grad(models.merged(one), one.tokens)
     assert testing.shapes_made(step, *args) >= {kernel.shape for kernel in kernels_of(one).values()}
@@ -141,7 +141,7 @@ def test_the_gradient_of_the_base_costs_nothing(scanned):
 
 @contextlib.contextmanager
 def compilations(caplog):
-    """Collects what JAX says that it compiles."""
+    """Collects JAX's log messages about compilation."""
     found = []
     caplog.clear()
     with caplog.at_level(logging.WARNING), jax.log_compiles(True):
@@ -152,7 +152,7 @@ def compilations(caplog):
 @FORMS
 def test_a_second_jitted_call_with_new_values_traces_and_compiles_nothing(scanned, caplog):
     one = case(scanned)
-    chex.clear_trace_counter()  # it tells functions apart by their names
+    chex.clear_trace_counter()  # the counter distinguishes functions by name
     apply = chex.assert_max_traces(models.plain(one.model), n=1)
     adapted = lj.lora(apply)
 
@@ -180,15 +180,15 @@ def test_a_second_eager_call_with_new_values_compiles_nothing(caplog):
     assert not found
 
 
-def test_a_wide_rank_in_a_convolutional_net_takes_far_fewer_operations_than_by_hand():
+def test_a_large_rank_in_a_convolutional_net_takes_far_fewer_flops_than_by_hand():
     one = conv.case(rank=64, images=2)
     planned, factored, by_hand = (
         make(one) for make in (conv.through_lora, functools.partial(conv.through_lora, form="factored"), conv.by_hand)
     )
-    ours, same, reference = (
+    measured, same, reference = (
         testing.flops(method.step, *method.start(), one.tokens) for method in (planned, factored, by_hand)
     )
-    assert ours <= 0.65 * reference
+    assert measured <= 0.65 * reference
     assert same <= 1.005 * reference
     losses = [jax.jit(method.loss)(method.trained, method.frozen, one.tokens) for method in (planned, by_hand)]
     helpers.assert_close(*losses)

@@ -1,4 +1,4 @@
-"""The planner: its counts against exhaustive counting, its choices, and that every form is the same function."""
+"""The planner: its FLOPs against counted programs, its choices, and the equality of all forms."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def dot(n: int, d_in: int, d_out: int, rank: int) -> Costs:
     return Costs(base, first, second, 2 * d_in * rank * d_out, n * d_in, n * d_out, n * rank, d_in * (rank + d_out))
 
 
-def case_of(n: int, d_in: int, d_out: int, rank: int) -> tuple[Any, Any, Any]:
-    """A product to be differentiated in everything, from shapes alone."""
+def abstract_case(n: int, d_in: int, d_out: int, rank: int) -> tuple[Any, Any, Any]:
+    """An abstract product that is differentiated with respect to everything."""
     params = {"w": jax.ShapeDtypeStruct((d_in, d_out), jnp.float32)}
     spec = {"w": lj.LoRA(rank=rank, alpha=3)}
     adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
     return params, adapter, jax.ShapeDtypeStruct((n, d_in), jnp.float32)
 
 
-def counted(form: str | None, asked: Asked, params: Any, adapter: Any, x: Any, call: Any = jnp.matmul) -> int:
-    """The operations of a step that asks for some gradients, read off its jaxpr, what nothing needs left out."""
+def count_flops(form: str | None, asked: Asked, params: Any, adapter: Any, x: Any, call: Any = jnp.matmul) -> int:
+    """The FLOPs of a step with some gradients, from its jaxpr without unused equations."""
     apply = lj.lora(lambda params, x: call(x, params["w"]), form=form)
     part = adapter["w"]
 
@@ -50,16 +50,16 @@ def counted(form: str | None, asked: Asked, params: Any, adapter: Any, x: Any, c
         return apply({"w": w}, {"w": lj.Adapter(part.variant, part.axes, a=a, b=b)}, x)
 
     operands = (x, params["w"], part.a, part.b)
-    moving = [number for number, its in enumerate((asked.x, False, asked.a, asked.b)) if its]
+    moving = [number for number, differentiated in enumerate((asked.x, False, asked.a, asked.b)) if differentiated]
 
     def step(cotangent: Any, *operands: Any) -> Any:
-        def of_moving(*its: Any) -> Any:
-            given = dict(zip(moving, its, strict=True))
+        def run_moving(*values: Any) -> Any:
+            given = dict(zip(moving, values, strict=True))
             return run(*(given.get(number, operand) for number, operand in enumerate(operands)))
 
         if not moving:
             return run(*operands)
-        y, back = jax.vjp(of_moving, *(operands[number] for number in moving))
+        y, back = jax.vjp(run_moving, *(operands[number] for number in moving))
         return y, back(cotangent)
 
     return testing.flops(step, jax.eval_shape(run, *operands), *operands)
@@ -70,19 +70,19 @@ SIZES = [(8, 16, 16, 2), (64, 16, 16, 2), (64, 16, 24, 12), (512, 32, 16, 4), (5
 
 @pytest.mark.parametrize("asked", ALL_ASKED, ids=lambda asked: "".join(n for n in asked._fields if getattr(asked, n)))
 @pytest.mark.parametrize("form", FORMS)
-def test_the_counts_are_those_of_the_program(form: str, asked: Asked) -> None:
+def test_counts_match_the_program(form: str, asked: Asked) -> None:
     for sizes in SIZES:
-        expected = counted(form, asked, *case_of(*sizes))
+        expected = count_flops(form, asked, *abstract_case(*sizes))
         assert _plan.flops(Form(form), dot(*sizes), asked) == pytest.approx(expected, rel=0.02), sizes
 
 
 @pytest.mark.parametrize("asked", [_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)])
-def test_the_program_that_is_planned_is_within_a_percent_of_the_cheapest_form(asked: Asked) -> None:
+def test_the_planned_program_is_within_a_percent_of_the_cheapest_form(asked: Asked) -> None:
     for sizes in SIZES:
-        one = case_of(*sizes)
-        cheapest = min(counted(form, asked, *one) for form in FORMS)
-        # The counts leave out what is smaller than the activations: half a percent at these sizes.
-        assert counted(None, asked, *one) <= 1.015 * cheapest, sizes
+        one = abstract_case(*sizes)
+        cheapest = min(count_flops(form, asked, *one) for form in FORMS)
+        # The counts ignore terms smaller than the activations: half a percent at these sizes.
+        assert count_flops(None, asked, *one) <= 1.015 * cheapest, sizes
 
 
 def convolution(**options: Any) -> Any:
@@ -113,9 +113,7 @@ CONVOLUTIONS = {
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 @pytest.mark.parametrize("form", FORMS)
-def test_the_counts_of_a_convolution_are_those_of_the_program(
-    form: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_counts_of_a_convolution_match_the_program(form: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call, x, w = CONVOLUTIONS[name]
     params = {"w": jax.ShapeDtypeStruct(w, jnp.float32)}
     spec = {"w": lj.LoRA(rank=4, alpha=3, axes="iiio")}
@@ -123,12 +121,12 @@ def test_the_counts_of_a_convolution_are_those_of_the_program(
     seen: list[Costs] = []
     monkeypatch.setattr(_forms, "wanted", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
     for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)):
-        expected = counted(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
+        expected = count_flops(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
         assert _plan.flops(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
 
 
 @given(st.tuples(*[st.integers(1, 2000)] * 3, st.integers(1, 64)), st.sampled_from(ALL_ASKED))
-def test_the_plan_takes_the_least_memory_within_a_percent_of_the_cheapest(sizes: Any, asked: Asked) -> None:
+def test_the_plan_uses_the_least_memory_within_a_percent_of_the_cheapest(sizes: Any, asked: Asked) -> None:
     costs = dot(*sizes)
     possible = list(Form) if any(asked) else [Form.FACTORED, Form.MERGED]
     totals = [_plan.flops(form, costs, asked) for form in possible]
@@ -155,8 +153,8 @@ def test_a_model_is_within_a_percent_of_the_cheapest_mix_of_forms(monkeypatch: p
     planned = count()
     mixes = []
     for mix in itertools.product([Form.FACTORED, Form.HYBRID, Form.MERGED], repeat=len(shapes)):
-        its = dict(zip(shapes, mix, strict=True))
-        monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form, its=its: its[kernel.paths[0]])
+        chosen = dict(zip(shapes, mix, strict=True))
+        monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form, chosen=chosen: chosen[kernel.paths[0]])
         mixes.append(count())
     assert len(set(mixes)) == 27
     assert planned <= 1.01 * min(mixes) < 0.9 * mixes[0]
@@ -173,19 +171,19 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_the_plan_for(name: str) -> None:
+def test_the_planned_form_of(name: str) -> None:
     costs, asked, form = CHOICES[name]
     assert cheapest(costs, asked) is form
 
 
-def test_what_is_always_factored_is_left_as_plain_operations() -> None:
+def test_products_that_are_always_factored_stay_plain_operations() -> None:
     assert _plan.always_factored(dot(16, 768, 768, 8))
-    params, adapter, x = case_of(16, 768, 768, 8)
+    params, adapter, x = abstract_case(16, 768, 768, 8)
     jaxpr = jax.make_jaxpr(lj.lora(lambda params, x: x @ params["w"]))(params, adapter, x)
     assert [eqn.primitive.name for eqn in jaxpr.eqns] == ["dot_general", "dot_general", "mul", "dot_general", "add"]
 
 
-# Every form is the same function
+# Equality of the forms
 
 SMALL = Case(lambda w, x: jnp.tanh(x @ w), (4, 5), [(3, 4)], "io")
 
@@ -217,7 +215,7 @@ UNDER = {
 
 @pytest.mark.parametrize("under", UNDER)
 @pytest.mark.parametrize("form", [None, *FORMS])
-def test_a_form_is_the_same_function(form: str | None, under: str) -> None:
+def test_all_forms_are_the_same_function(form: str | None, under: str) -> None:
     with jax.enable_x64(True):
         params, x = {"w": normal(4, 5, dtype="float64")}, normal(3, 4, seed=1, dtype="float64")
         adapter = adapted(params, {"w": "io"}, dtype="float64")
@@ -229,7 +227,7 @@ def test_a_form_is_the_same_function(form: str | None, under: str) -> None:
 
 
 @pytest.mark.parametrize("wrt", ["x", "w", "a", "b", "xw", "wab"])
-def test_a_form_has_the_gradient_of_whatever_is_asked(wrt: str) -> None:
+def test_all_forms_have_the_same_partial_gradients(wrt: str) -> None:
     with jax.enable_x64(True):
         operands = {
             name: normal(*shape, seed=seed, dtype="float64")
@@ -239,8 +237,10 @@ def test_a_form_has_the_gradient_of_whatever_is_asked(wrt: str) -> None:
 
         def gradient(apply: Any) -> Any:
             def run(moving: Any) -> Any:
-                its = operands | moving
-                return total(apply({"w": its["w"]}, {"w": lj.Adapter(part, "io", a=its["a"], b=its["b"])}, its["x"]))
+                values = operands | moving
+                return total(
+                    apply({"w": values["w"]}, {"w": lj.Adapter(part, "io", a=values["a"], b=values["b"])}, values["x"])
+                )
 
             return jax.jit(jax.grad(run))({name: operands[name] for name in wrt})
 
@@ -249,16 +249,16 @@ def test_a_form_has_the_gradient_of_whatever_is_asked(wrt: str) -> None:
             assert_close(gradient(in_form(form)), expected, GRADIENT)
 
 
-def test_a_kernel_in_16_bits_is_not_formed_unless_that_is_asked_for() -> None:
-    params, adapter, x = case_of(512, 32, 32, 24)
+def test_a_16_bit_kernel_is_not_materialized_by_default() -> None:
+    params, adapter, x = abstract_case(512, 32, 32, 24)
     params, x = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), (params, x))
     apply = lambda params, x: x @ params["w"]  # noqa: E731
     assert (32, 32) not in testing.shapes_made(lj.lora(apply), params, adapter, x)
     assert (32, 32) in testing.shapes_made(lj.lora(apply, form="hybrid"), params, adapter, x)
 
 
-def test_the_factored_form_forms_nothing_where_the_plan_would() -> None:
-    one = case_of(512, 32, 32, 24)
+def test_the_factored_form_never_materializes() -> None:
+    one = abstract_case(512, 32, 32, 24)
     apply = lambda params, x: x @ params["w"]  # noqa: E731
     assert (32, 32) in testing.shapes_made(lj.lora(apply), *one)
     assert (32, 32) not in testing.shapes_made(lj.lora(apply, form="factored"), *one)
@@ -266,7 +266,7 @@ def test_the_factored_form_forms_nothing_where_the_plan_would() -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_explain_shows_the_form(form: str) -> None:
-    one = case_of(512, 32, 32, 24)
+    one = abstract_case(512, 32, 32, 24)
     apply = lambda params, x: x @ params["w"]  # noqa: E731
     row = lj.explain(apply, *one, form=form).rows[0]
     assert row.used == f"{form} dot_general ×1"
@@ -276,10 +276,10 @@ def test_explain_shows_the_form(form: str) -> None:
 
 def test_explain_shows_the_form_of_a_training_step() -> None:
     apply = lambda params, x: x @ params["w"]  # noqa: E731
-    assert lj.explain(apply, *case_of(4096, 256, 256, 64)).rows[0].used == "hybrid dot_general ×1"
+    assert lj.explain(apply, *abstract_case(4096, 256, 256, 64)).rows[0].used == "hybrid dot_general ×1"
 
 
-def test_a_form_that_does_not_exist_is_refused_at_once() -> None:
+def test_an_unknown_form_is_an_error_immediately() -> None:
     with pytest.raises(lj.SpecError) as error:
         lj.lora(SMALL.apply, form="dense")
     assert str(error.value) == (
@@ -287,7 +287,7 @@ def test_a_form_that_does_not_exist_is_refused_at_once() -> None:
     )
 
 
-# A bias goes before the low-rank term
+# A bias is added before the low-rank term
 
 
 BIASED = {
@@ -304,18 +304,18 @@ BIASED = {
 
 
 @pytest.mark.parametrize("name", BIASED)
-def test_what_is_added_to_a_contraction_is_the_same_sum(name: str) -> None:
+def test_adding_to_a_contraction_gives_the_same_sum(name: str) -> None:
     case = Case(BIASED[name], (4, 5), [(3, 4)], "io")
-    # A cast in between rounds after another sum.
+    # A cast in between rounds another sum.
     assert_law(case.apply, case.params, case.adapter, *case.arrays, dtype="bfloat16" if "cast" in name else None)
 
 
 def test_a_bias_is_added_before_the_low_rank_term() -> None:
-    params, adapter, x = case_of(16, 768, 768, 8)
+    params, adapter, x = abstract_case(16, 768, 768, 8)
     jaxpr = jax.make_jaxpr(lj.lora(lambda params, x: x @ params["w"] + jnp.ones(768)))(params, adapter, x)
-    made = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns}
-    last = made[jaxpr.jaxpr.outvars[0]]
-    operands = [made[var].primitive.name for var in last.invars]
+    equations = {eqn.outvars[0]: eqn for eqn in jaxpr.eqns}
+    last = equations[jaxpr.jaxpr.outvars[0]]
+    operands = [equations[var].primitive.name for var in last.invars]
     assert (last.primitive.name, operands) == ("add", ["add", "dot_general"])
 
 
@@ -340,7 +340,7 @@ def taylor(function: Callable[..., Any]) -> Any:
 @pytest.mark.parametrize("apply", [solution, with_inner_jit])
 def test_under_jet_the_default_form_has_the_derivatives_of_the_merged_model(apply: Callable[..., Any]) -> None:
     adapter = adapted(PINN, {"w": "io"}, rank=3)
-    assert lj.explain(apply, PINN, adapter, POINTS).rows[0].used != "factored dot_general ×1"  # a choice that waits
+    assert lj.explain(apply, PINN, adapter, POINTS).rows[0].used != "factored dot_general ×1"  # a deferred choice
 
     def run(function: Callable[..., Any]) -> Any:
         call = functools.partial(function, PINN)
@@ -361,7 +361,7 @@ def test_jet_transforms_a_jitted_function_whose_form_is_fixed(form: Any) -> None
     assert_close(got, expected, GRADIENT)
 
 
-def test_an_error_that_is_not_of_a_form_is_raised_as_it_is() -> None:
+def test_an_error_unrelated_to_forms_is_unchanged() -> None:
     leaked = []
     jax.make_jaxpr(lambda x: leaked.append(x * 2) or x)(normal(32, 3))
     with pytest.raises(jax.errors.UnexpectedTracerError):

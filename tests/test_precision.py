@@ -1,4 +1,4 @@
-"""Where a model computes in fewer than 16 bits, or in float16 with a result in float32, the low-rank term does not."""
+"""Precision of the low-rank term where a model computes in 8 bits, or in float16 with a float32 result."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ IMAGES = ("NHWC", "HWIO", "NHWC")
 
 
 class Use(NamedTuple):
-    """`call(w, x, dtype, y)`, which casts both to a dtype for a product whose result is of another."""
+    """`call(w, x, dtype, y)`, which casts both operands to a dtype for a product with another result dtype."""
 
     call: Callable[..., jax.Array]
     kernel: tuple[int, ...]
@@ -45,7 +45,7 @@ def experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
     return lax.ragged_dot(x.astype(dtype), w.astype(dtype), GROUPS, preferred_element_type=y)
 
 
-def picked_experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
+def selected_experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
     picked = w.astype(dtype)[jnp.array([2, 0])]
     return jnp.einsum("td,tdf->tf", x.astype(dtype), picked, preferred_element_type=y)
 
@@ -87,7 +87,7 @@ USES = {
     "the query of attention": Use(attention, (6, 2, 3), (3, 6), "ioo"),
     "a stack of layers": Use(layers, (2, 6, 5), (3, 6), "bio"),
     "experts by group": Use(experts, (3, 6, 5), (5, 6), "bio"),
-    "one expert for each token": Use(picked_experts, (3, 6, 5), (2, 6), "bio"),
+    "one expert per token": Use(selected_experts, (3, 6, 5), (2, 6), "bio"),
     "a convolution": Use(convolution(), (2, 2, 6, 4), (1, 3, 3, 6), "iiio"),
     "a convolution in groups": Use(convolution(feature_group_count=2), (2, 2, 3, 4), (1, 3, 3, 6), "iiio"),
     "a narrow result": Use(narrow_result, (6, 5), (3, 6), "io"),
@@ -99,7 +99,7 @@ LOOKED_UP = ("rows looked up", "one row")
 
 
 def wide(use: Use) -> Callable[..., jax.Array]:
-    """The oracle: the same in float32, of an `x` that has been rounded as the model rounds it."""
+    """The oracle: the same in float32, with `x` rounded as in the model."""
     return lambda w, x, dtype, y: use.call(w, x.astype(dtype).astype(jnp.float32), jnp.float32, jnp.float32)
 
 
@@ -117,10 +117,10 @@ OTHER_DTYPES = [
 
 
 @pytest.mark.parametrize(("name", "dtype", "y"), [*((name, E4M3, jnp.bfloat16) for name in USES), *OTHER_DTYPES])
-def test_a_low_rank_term_has_sixteen_bits_where_the_base_has_eight(name: str, dtype: Any, y: Any) -> None:
+def test_the_low_rank_term_has_sixteen_bits_where_the_base_has_eight(name: str, dtype: Any, y: Any) -> None:
     use = USES[name]
     params, x = {"w": jnp.zeros(use.kernel)}, normal(*use.x, seed=1, size=60)
-    # x·A is beyond 448, which is the largest number in float8_e4m3fn, and the update beyond its 3 bits.
+    # x·A exceeds 448, the largest float8_e4m3fn, and the update needs more than its 3 bits.
     adapter = jax.tree.map(lambda array: 3 * array, adapted(params, {"w": use.axes}))
 
     def run(call: Callable[..., jax.Array], lora: Any) -> Any:
@@ -132,14 +132,14 @@ def test_a_low_rank_term_has_sixteen_bits_where_the_base_has_eight(name: str, dt
     expected, expected_gradient = jax.jit(lambda: run(wide(use), dense))()
     assert got.dtype == y
     assert_near(got, expected, 2e-2)
-    # What goes back through a result in 8 bits is in 8 bits, as the model's own gradient is.
+    # The cotangent of an 8-bit result has 8 bits, as in the model.
     back = 2e-1 if name in ("a narrow result", *LOOKED_UP) else 3e-2
     for name_of_factor in "ab":
         assert_near(gradient.arrays[name_of_factor], expected_gradient.arrays[name_of_factor], back)
 
 
 def products(jaxpr: Any) -> list[Any]:
-    """The operands' dtypes of every product in a jaxpr and those inside it."""
+    """The operand dtypes of all products in a jaxpr and its inner jaxprs."""
     found = []
     for eqn in jaxpr.eqns:
         if eqn.primitive.name in ("dot_general", "ragged_dot_general", "conv_general_dilated"):
@@ -174,19 +174,19 @@ def test_only_the_base_product_is_in_eight_bits_in_every_form(name: str, form: A
 
 
 @pytest.mark.parametrize("name", USES)
-def test_a_low_rank_term_in_float16_has_the_range_of_a_result_in_float32(name: str) -> None:
+def test_the_low_rank_term_of_a_float32_result_has_the_range_of_float32(name: str) -> None:
     use = USES[name]
     if name in ("a narrow result", *LOOKED_UP):
-        pytest.skip("its result is in float16")
+        pytest.skip("the result is in float16")
     params, x = {"w": jnp.zeros(use.kernel)}, jnp.full(use.x, 30000.0)
-    adapter = jax.tree.map(lambda array: abs(array) + 1, adapted(params, {"w": use.axes}))  # x·A is beyond 65504
+    adapter = jax.tree.map(lambda array: abs(array) + 1, adapted(params, {"w": use.axes}))  # x·A exceeds 65504
     args = params, adapter, x
     got = lj.lora(lambda params, x: use.call(params["w"], x, jnp.float16, jnp.float32))(*args)
     expected = dense(lambda params, x: wide(use)(params["w"], x, jnp.float16, jnp.float32))(*args)
     assert_near(got, expected, 2e-3)
 
 
-def test_a_pair_of_kernels_in_eight_bits_has_a_low_rank_term_in_sixteen() -> None:
+def test_a_product_of_8_bit_kernels_has_a_16_bit_low_rank_term() -> None:
     params = {"q": normal(6, 5, size=0.5), "k": normal(5, 4, seed=1, size=0.5)}
     params = jax.tree.map(lambda w: w.astype(E4M3).astype(jnp.float32), params)
     adapter = adapted(params, {"q": "io", "k": "io"})
@@ -196,12 +196,12 @@ def test_a_pair_of_kernels_in_eight_bits_has_a_low_rank_term_in_sixteen() -> Non
             params["q"].astype(dtype), params["k"].astype(dtype), IO, preferred_element_type=jnp.float32
         )
 
-    adapter = jax.tree.map(lambda array: 20 * array, adapter)  # products of factors are beyond 448
+    adapter = jax.tree.map(lambda array: 20 * array, adapter)  # products of factors exceed 448
     assert_near(lj.lora(apply(E4M3))(params, adapter), dense(apply(jnp.float32))(params, adapter), 2e-2)
 
 
 @pytest.mark.parametrize("name", ["Dense", "rows looked up", "experts by group"])
-def test_a_gain_is_taken_in_sixteen_bits(name: str) -> None:
+def test_a_gain_is_multiplied_in_sixteen_bits(name: str) -> None:
     use = USES[name]
     params = {"w": normal(*use.kernel, size=0.5).astype(E4M3).astype(jnp.float32)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, axes=use.axes)})
@@ -212,7 +212,7 @@ def test_a_gain_is_taken_in_sixteen_bits(name: str) -> None:
     assert_near(got, expected, 7e-2 if name in LOOKED_UP else 2e-2)
 
 
-def test_what_would_have_to_be_multiplied_in_eight_bits_is_refused() -> None:
+def test_a_low_rank_product_in_eight_bits_is_refused() -> None:
     params = {"w": normal(6, 5)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, dropout=0.5)})
     for use, dropout_key in [("a tied head", None), ("Dense", jax.random.key(1))]:
@@ -221,19 +221,19 @@ def test_what_would_have_to_be_multiplied_in_eight_bits_is_refused() -> None:
             call(params, adapter, jnp.ones(USES[use].x), dropout_key=dropout_key)
 
 
-def test_what_dropout_leaves_of_an_activation_in_eight_bits_is_scaled_in_sixteen() -> None:
+def test_dropout_scales_8_bit_activations_in_sixteen_bits() -> None:
     params, x = {"w": jnp.zeros((6, 5))}, jnp.full((3, 6), 448.0)
     variant = lj.LoRA(rank=2, alpha=2, dropout=0.5)
     adapter = {"w": lj.Adapter(variant, "io", a=jnp.ones((6, 2)), b=jnp.ones((2, 5)))}
     call = lj.lora(lambda params, x: USES["Dense"].call(params["w"], x, E4M3, jnp.float32))
     got = call(params, adapter, x, dropout_key=jax.random.key(0))
-    kept = got / (448 * 2 * 2)  # of six inputs, each doubled, for each of two ranks
+    kept = got / (448 * 2 * 2)  # six inputs, doubled, at rank 2
     assert_near(kept, jnp.round(kept), 1e-2)
     assert 0 < kept.max() <= 6
 
 
 @pytest.mark.parametrize("fast", ["ANY_F8_ANY_F8_F32", "ANY_F8_ANY_F8_F32_FAST_ACCUM"])
-def test_an_algorithm_for_eight_bits_is_not_asked_for_the_factors(fast: str) -> None:
+def test_an_8_bit_algorithm_is_not_used_for_the_factors(fast: str) -> None:
     preset = lax.DotAlgorithmPreset[fast]
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -258,9 +258,7 @@ def test_an_algorithm_for_eight_bits_is_not_asked_for_the_factors(fast: str) -> 
         (lax.DotAlgorithm(jnp.bfloat16, jnp.bfloat16, jnp.float32), jnp.bfloat16, jnp.float32, True),
     ],
 )
-def test_an_algorithm_stays_where_it_has_the_bits_and_the_range_of_the_result(
-    precision: Any, x: Any, y: Any, kept: bool
-) -> None:
+def test_an_algorithm_is_kept_if_it_has_the_precision_of_the_result(precision: Any, x: Any, y: Any, kept: bool) -> None:
     def apply(params: Any, x: jax.Array) -> jax.Array:
         return lax.dot_general(x, params["w"], IO, precision=precision, preferred_element_type=y)
 
@@ -271,7 +269,7 @@ def test_an_algorithm_stays_where_it_has_the_bits_and_the_range_of_the_result(
     assert asked.count(precision) == (3 if kept else 1)
 
 
-def test_statistics_of_activations_in_eight_bits_are_summed_in_float32() -> None:
+def test_statistics_of_8_bit_activations_are_summed_in_float32() -> None:
     params, x = {"w": normal(6, 5)}, normal(300, 6, seed=1)
     adapter = adapted(params, {"w": "io"})
     apply = lambda params, x: USES["Dense"].call(params["w"], x, E4M3, jnp.bfloat16)  # noqa: E731
@@ -293,11 +291,11 @@ def test_statistics_of_activations_in_eight_bits_are_summed_in_float32() -> None
         ((jnp.bfloat16, jnp.float16), jnp.float32),
     ],
 )
-def test_the_widest_dtype_has_sixteen_bits_and_holds_all(dtypes: Any, expected: Any) -> None:
+def test_the_common_dtype_has_at_least_sixteen_bits(dtypes: Any, expected: Any) -> None:
     assert widest(*dtypes) == expected
 
 
-# Bases that are stored in few bits
+# Bases in few bits
 
 
 def merge_error(params: Any, adapter: Any) -> str:
@@ -316,7 +314,7 @@ def rank_one(size: float) -> Any:
     ("dtype", "largest"),
     [(E4M3, 448), (E5M2, 57344), (jnp.float8_e4m3b11fnuz, 30), (jnp.float4_e2m1fn, 6), (jnp.float16, 65504)],
 )
-def test_a_merge_is_rounded_where_it_fits_its_dtype_and_refused_where_it_does_not(
+def test_a_merge_rounds_within_the_range_of_the_dtype_and_raises_beyond(
     dtype: Any, largest: float, container: Any
 ) -> None:
     params = {"w": container(np.full((4, 4), largest).astype(dtype))}
@@ -324,7 +322,7 @@ def test_a_merge_is_rounded_where_it_fits_its_dtype_and_refused_where_it_does_no
     merged = lj.merge(params, rank_one(-0.9 * largest))["w"]
     assert merged.dtype == dtype and type(merged) is type(params["w"])
     assert_near(merged, jnp.full((4, 4), 0.1 * largest), 2 * max(eps, 0.1))
-    near = lj.merge(params, rank_one(largest * eps / 8))["w"]  # rounded to the largest number
+    near = lj.merge(params, rank_one(largest * eps / 8))["w"]  # rounded to the largest value
     np.testing.assert_array_equal(np.asarray(near, np.float64), np.full((4, 4), largest))
     assert merge_error(params, rank_one(largest)) == (
         f"Expected merged leaves to fit their dtype; 1 overflow.\n"
@@ -333,8 +331,8 @@ def test_a_merge_is_rounded_where_it_fits_its_dtype_and_refused_where_it_does_no
     )
 
 
-def test_a_start_that_moves_the_base_beyond_its_dtype_is_refused() -> None:
-    # Of two equal singular values PiSSA takes one: what is left of an element may be larger than it was.
+def test_an_initialization_that_overflows_the_base_is_an_error() -> None:
+    # PiSSA subtracts one of two equal singular values, so that an element of the residual may grow.
     w = 440 * jnp.array([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, 1.0]])
     params = {"w": w.astype(E4M3)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
@@ -343,7 +341,7 @@ def test_a_start_that_moves_the_base_beyond_its_dtype_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.int4, jnp.int8])
-def test_a_kernel_of_integers_is_refused(dtype: Any) -> None:
+def test_an_integer_kernel_is_refused(dtype: Any) -> None:
     params = {"w": jnp.ones((4, 4), dtype)}
     with pytest.raises(lj.SpecError, match="not floating-point"):
         lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})

@@ -1,4 +1,4 @@
-"""Products by group, and mixtures of experts as users write them."""
+"""Ragged products, and mixtures of experts."""
 
 from __future__ import annotations
 
@@ -71,45 +71,45 @@ CASES = PLAIN | OTHERWISE
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_product_by_group_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_ragged_product_matches_the_merged_kernel(name: str) -> None:
     assert_case(CASES[name])
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+def test_kernels_finds_the_role_of_each_axis(name: str) -> None:
     case = PLAIN[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
-# Of a gradient JAX traces the value too, which nobody reads and `lora` leaves out.
+# JAX also traces the value, which `lora` omits because the gradient does not use it.
 @pytest.mark.parametrize("name", sorted(CASES.keys() - {"with the gradient of x"}))
-def test_explain_counts_the_operations_that_the_factors_add(name: str) -> None:
+def test_explain_counts_the_flops_of_the_factors(name: str) -> None:
     case = CASES[name]
-    ours = testing.flops(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)
+    total_flops = testing.flops(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)
     base = testing.flops(case.apply, case.params, *case.arrays)
     (row,) = lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows
-    assert row.flops == ours - base
+    assert row.flops == total_flops - base
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_array_of_the_kernel_s_shape_is_made(name: str) -> None:
+def test_no_array_of_the_kernel_s_shape_is_materialized(name: str) -> None:
     case = CASES[name]
     assert case.kernel not in testing.shapes_made(
         lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays
     )
 
 
-# JAX does not round a product of float64 down.
+# JAX does not round a float64 product down.
 @pytest.mark.parametrize(("preferred", "dtype"), [(None, "bfloat16"), ("float32", "bfloat16"), (None, "float64")])
-def test_a_product_by_group_keeps_its_dtype(preferred: Any, dtype: str) -> None:
+def test_a_ragged_product_keeps_its_dtype(preferred: Any, dtype: str) -> None:
     case = Case(functools.partial(by_group, preferred_element_type=preferred), (3, 4, 5), [(6, 4), SIZES], "bio")
     with jax.enable_x64(True):
         params, (x, sizes) = {"w": normal(*case.kernel, dtype=dtype)}, case.arrays
         assert_law(case.apply, params, adapted(params, {"w": "bio"}, dtype=dtype), x.astype(dtype), sizes, dtype=dtype)
 
 
-def test_groups_of_what_is_summed_are_refused() -> None:
-    # JAX itself has no derivative for them.
+def test_groups_along_a_contracted_axis_are_refused() -> None:
+    # JAX has no derivative for them.
     case = Case(
         lambda w, x, sizes: lax.ragged_dot_general(
             x, w, sizes, lax.RaggedDotDimensionNumbers((([1], [0]), ([], [])), [1], [])
@@ -121,11 +121,11 @@ def test_groups_of_what_is_summed_are_refused() -> None:
     reason = "reaches `ragged_dot_general`: what is summed, or a batch, is divided into groups"
     with pytest.raises(lj.UnsupportedError, match=reason):
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
-    formed = lj.lora(case.apply, materialize=["w"])(case.params, case.adapter, *case.arrays)
-    assert_close(formed, case.apply(lj.merge(case.params, case.adapter), *case.arrays))
+    got = lj.lora(case.apply, materialize=["w"])(case.params, case.adapter, *case.arrays)
+    assert_close(got, case.apply(lj.merge(case.params, case.adapter), *case.arrays))
 
 
-def test_kernels_follows_the_sizes_of_groups_that_are_a_leaf() -> None:
+def test_kernels_follows_group_sizes_that_are_a_leaf() -> None:
     params = {"w": normal(3, 4, 5), "sizes": jnp.array(SIZES)}
     found = lj.kernels(lambda params, x: by_group(params["w"], x, params["sizes"]), params, normal(6, 4))
     assert found["w"].axes == "bio"
@@ -145,7 +145,7 @@ def router(params: Params, x: jax.Array, experts: int) -> tuple[jax.Array, jax.A
 
 
 def sorted_tokens(params: Params, x: jax.Array) -> jax.Array:
-    """Top-two routing without a capacity: tokens sorted by their experts, one ragged product for each kernel."""
+    """Top-two routing without a capacity: tokens sorted by expert, and one ragged product per kernel."""
     weights, chosen = router(params, x, 2)
     order = jnp.argsort(chosen.ravel())
     sizes = jnp.bincount(chosen.ravel(), length=params["up"].shape[0])
@@ -156,7 +156,7 @@ def sorted_tokens(params: Params, x: jax.Array) -> jax.Array:
 
 
 def dispatched(params: Params, x: jax.Array) -> jax.Array:
-    """Top-two routing with a capacity: einsums with a table of which token goes where."""
+    """Top-two routing with a capacity: einsums with a dispatch table."""
     weights, chosen = router(params, x, 2)
     hot = jax.nn.one_hot(chosen, params["up"].shape[0])
     place = jnp.cumsum(hot.reshape(-1, hot.shape[-1]), 0).reshape(hot.shape) * hot - 1
@@ -177,7 +177,7 @@ def by_vmap(params: Params, x: jax.Array) -> jax.Array:
 
 
 def by_scan(params: Params, x: jax.Array) -> jax.Array:
-    """One expert after the other."""
+    """A scan over experts."""
     gates = jax.nn.softmax(x @ params["router"])
 
     def add(y: jax.Array, one: Any) -> tuple[jax.Array, None]:
@@ -188,7 +188,7 @@ def by_scan(params: Params, x: jax.Array) -> jax.Array:
 
 
 def by_loop(params: Params, x: jax.Array) -> jax.Array:
-    """One expert after the other, taken out by its number."""
+    """A loop over experts, by index."""
     gates = jax.nn.softmax(x @ params["router"])
 
     def add(number: jax.Array, y: jax.Array) -> jax.Array:
@@ -198,12 +198,12 @@ def by_loop(params: Params, x: jax.Array) -> jax.Array:
 
 
 MIXTURES = {make.__name__: make for make in (sorted_tokens, dispatched, by_vmap, by_scan, by_loop)}
-# That the axis is one of experts, and not of outputs, cannot be told where all of them read the same tokens.
+# An axis of experts that all read the same tokens is traced as an output.
 TRACED = {"by_vmap": SPEC | {"up": "oio"}}
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_mixture_of_experts_is_that_of_the_formed_kernels(name: str) -> None:
+def test_a_mixture_of_experts_matches_merged_kernels(name: str) -> None:
     mixture = MIXTURES[name]
     params = {"router": normal(4, 3), "up": normal(3, 4, 7, seed=1), "down": normal(3, 7, 4, seed=2)}
     x = normal(6, 4, seed=3)
@@ -215,7 +215,7 @@ def test_a_mixture_of_experts_is_that_of_the_formed_kernels(name: str) -> None:
     )
 
 
-def test_a_linen_mixture_of_experts_is_that_of_the_formed_kernels() -> None:
+def test_a_linen_mixture_of_experts_matches_merged_kernels() -> None:
     class Mixture(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What has no low-rank form: refused by name, path and line; formed where, and only where, the caller allows it."""
+"""Uses without a low-rank rule: errors with primitive, path and line, or materialized kernels where allowed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OWN_DERIVATIVE = "the model defines it for an array"
 
 
 class Refusal(NamedTuple):
-    """A use of a kernel that is refused: where the text says that it arrives, and why."""
+    """A use of a kernel that is refused, with the primitive and reason in the error."""
 
     case: Case
     primitive: str
@@ -61,18 +61,18 @@ OTHER_FACTOR = "it is gathered from devices on which its other factor differs, o
 GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "batch_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
-    "a product with a whole array": matrix(
+    "a product with an array": matrix(
         lambda w, x: x @ (w * (x.T @ x)), "mul", "a product with an array that varies along inputs and outputs"
     ),
-    "a product with each example": matrix(
+    "a product with every example": matrix(
         lambda w, x: (x[:, :, None] * w).sum(1), "mul", "a product with an array that varies along inputs and outputs"
     ),
     "a square": matrix(lambda w, x: x @ (w * w), "mul", "a product with an array that varies along inputs and outputs"),
-    "a product with its own column": matrix(
+    "a product with a column of itself": matrix(
         lambda w, x: x @ (w * w[:, :1]), "mul", "another kernel is multiplied with it"
     ),
     "a reciprocal": matrix(lambda w, x: x @ (1 / w), "div", "something is divided by the kernel"),
-    "kernels of other roles, side by side": matrix(
+    "concatenated kernels of different roles": matrix(
         lambda w, x: x @ jnp.hstack([w, w.T]),
         "concatenate",
         "kernels are put side by side whose axes are 'io' and 'oi'",
@@ -95,12 +95,12 @@ REFUSALS = {
         "conv_general_dilated",
         "a convolution in groups of the batch",
     ),
-    "a product by group of the kernel": Refusal(
+    "a ragged product over the kernel": Refusal(
         Case(lambda w, x, sizes: lax.ragged_dot(w, x, sizes), (4, 3), [(2, 3, 5), [1, 3]], None, "io"),
         "ragged_dot_general",
         "the adapted kernel is what is divided into groups",
     ),
-    "a product by group, each of a batch with its groups": Refusal(
+    "a ragged product with groups per batch": Refusal(
         Case(
             lambda w, x, sizes: jax.vmap(lax.ragged_dot)(x, w, sizes),
             (2, 2, 4, 5),
@@ -134,7 +134,7 @@ REFUSALS = {
     "a branch that returns it": matrix(
         lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: w.T), "cond", "a branch returns the kernel itself"
     ),
-    "a branch for each example": matrix(
+    "a branch per example": matrix(
         lambda w, x: jax.vmap(lambda x: lax.cond(x[0] > 0, lambda: x @ w, lambda: x))(x), "select_n"
     ),
     "a jit with a sharding that names no axes": matrix(
@@ -147,7 +147,7 @@ REFUSALS = {
         "shard_map",
         "a shard_map returns the kernel",
     ),
-    "a kernel put together from other columns on each device, unchecked": matrix(
+    "a kernel gathered from different columns on each device, unchecked": matrix(
         lambda w, x: jax.shard_map(
             lambda w: x[0, 0] * lax.all_gather(w, "x", axis=0, tiled=True)[None],
             in_specs=P(None, "x"),
@@ -158,7 +158,7 @@ REFUSALS = {
         "all_gather",
         OTHER_FACTOR,
     ),
-    "a kernel put together, of which each device has taken its own columns, unchecked": matrix(
+    "a kernel gathered after each device selected different columns, unchecked": matrix(
         lambda w, x: jax.shard_map(
             lambda w: lax.all_gather(
                 lax.dynamic_slice_in_dim(w, lax.axis_index("x") * 2, 2, axis=1), "x", axis=0, tiled=True
@@ -171,7 +171,7 @@ REFUSALS = {
         "all_gather",
         OTHER_FACTOR,
     ),
-    "a kernel put together, of which each device has scaled the columns, unchecked": matrix(
+    "a kernel gathered after each device scaled the columns, unchecked": matrix(
         lambda w, x: jax.shard_map(
             lambda w: lax.all_gather(w * (lax.axis_index("x") + jnp.arange(4.0)), "x", axis=0, tiled=True)[None],
             in_specs=P("x"),
@@ -182,7 +182,7 @@ REFUSALS = {
         "all_gather",
         OTHER_FACTOR,
     ),
-    "experts put together, of which each device has picked its own, unchecked": Refusal(
+    "experts gathered after each device selected different ones, unchecked": Refusal(
         Case(
             lambda w, x: jax.shard_map(
                 lambda w: lax.all_gather(w[lax.axis_index("x") + jnp.arange(1)], "x", axis=1, tiled=True)[None],
@@ -199,7 +199,7 @@ REFUSALS = {
         "all_gather",
         OTHER_FACTOR,
     ),
-    "a kernel put together from other columns on each device": matrix(
+    "a kernel gathered from different columns on each device": matrix(
         lambda w, x: jax.shard_map(
             lambda w: x[0, 0] * lax.all_gather(w, "x", axis=0, tiled=True)[None],
             in_specs=P(None, "x"),
@@ -232,7 +232,7 @@ def message(refusal: Refusal, line: str) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_refusal_names_primitive_path_line_and_way_out(name: str) -> None:
+def test_a_refusal_names_primitive_path_line_and_remedy(name: str) -> None:
     refusal = REFUSALS[name]
     case = refusal.case
     lines, first = inspect.getsourcelines(case.call)
@@ -245,25 +245,25 @@ def test_a_refusal_names_primitive_path_line_and_way_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_kernel_listed_in_dense_gives_what_the_formed_kernel_gives(name: str) -> None:
+def test_a_kernel_listed_in_materialize_matches_the_merged_kernel(name: str) -> None:
     case = REFUSALS[name].case
-    assert_law(case.apply, case.params, case.adapter, *case.arrays, formed=["w"])
+    assert_law(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"])
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_explain_says_where_a_kernel_is_formed(name: str) -> None:
+def test_explain_shows_where_a_kernel_is_materialized(name: str) -> None:
     case, primitive, _ = REFUSALS[name]
     used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"]).rows[0].used
     assert f"materialized {primitive} ×" in used
 
 
-def test_a_kernel_that_is_returned_is_refused_too() -> None:
+def test_a_kernel_that_is_returned_is_refused() -> None:
     case = Case(lambda w, x: (x @ w, w), (4, 5), [X], "io")
     with pytest.raises(lj.UnsupportedError) as error:
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
     refusal = Refusal(case, "return", "the function returns the kernel itself")
     assert str(error.value) == message(refusal, "the result of `apply`")
-    assert_law(case.apply, case.params, case.adapter, *case.arrays, formed=["w"])
+    assert_law(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"])
 
 
 FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
@@ -278,15 +278,15 @@ FUNCTIONS: dict[str, Callable[[jax.Array], Any]] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_use_inside_a_function_of_jax_has_the_line_that_calls_it(name: str) -> None:
+def test_a_use_inside_a_jax_function_has_the_line_of_the_call(name: str) -> None:
     call = FUNCTIONS[name]
     found = lj.kernels(lambda params: call(params["w"]), {"w": normal(4, 4)})
     assert found["w"].uses[0].line.startswith(f"{__file__}:{call.__code__.co_firstlineno}:")
 
 
-def test_what_a_model_computes_and_drops_is_not_refused() -> None:
+def test_unused_values_are_not_refused() -> None:
     def model(w: jax.Array, x: jax.Array) -> jax.Array:
-        _ = jnp.sum(w * w) + 1  # a norm to be logged, with the logging off
+        _ = jnp.sum(w * w) + 1  # a norm that would be logged
         return x @ w
 
     case = Case(model, (4, 5), [X], "io")
@@ -295,14 +295,14 @@ def test_what_a_model_computes_and_drops_is_not_refused() -> None:
     assert [use.primitive for use in lj.kernels(case.apply, case.params, *case.arrays)["w"].uses] == ["dot_general"]
 
 
-def test_a_refusal_in_a_function_of_numpy_names_the_line_that_calls_it() -> None:
+def test_a_refusal_in_a_numpy_function_names_the_line_of_the_call() -> None:
     case = Case(lambda w, x: x @ np.round(w), (4, 5), [X], "io")
     with pytest.raises(lj.UnsupportedError, match=rf"\n  at {re.escape(__file__)}:"):
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_refusal_inside_a_function_of_jax_names_the_line_that_calls_it(name: str) -> None:
+def test_a_refusal_inside_a_jax_function_names_the_line_of_the_call(name: str) -> None:
     call = FUNCTIONS[name]
     params = {"w": normal(4, 4)}
     with pytest.raises(lj.UnsupportedError, match=rf"\n  at {re.escape(__file__)}:{call.__code__.co_firstlineno}:"):
@@ -378,7 +378,7 @@ MANY_ADAPTED = adapted(MANY, {"a": "io", "b": "io", "fine": "io", "stack": "bio"
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
-def test_all_refused_kernels_come_in_one_error_with_one_list(jit: bool) -> None:
+def test_one_error_lists_all_refused_kernels(jit: bool) -> None:
     function = lj.lora(many_refused)
     with pytest.raises(lj.UnsupportedError) as error:
         (jax.jit(function) if jit else function)(MANY, MANY_ADAPTED, normal(3, 4))
@@ -394,7 +394,7 @@ def test_all_refused_kernels_come_in_one_error_with_one_list(jit: bool) -> None:
         "\n  Leave them out of the spec, or materialize them there: lora(apply, materialize=['a', 'stack', 'b'])"
         f"{ALL_DERIVATIVES}."
     )
-    assert_law(many_refused, MANY, MANY_ADAPTED, normal(3, 4), formed=["a", "stack", "b"])
+    assert_law(many_refused, MANY, MANY_ADAPTED, normal(3, 4), materialize=["a", "stack", "b"])
 
 
 def test_explain_shows_refused_kernels_as_rows() -> None:
@@ -412,7 +412,7 @@ def test_explain_shows_refused_kernels_as_rows() -> None:
         lj.explain(many_refused, MANY, MANY_ADAPTED, normal(3, 4), strict=True)
 
 
-def test_nothing_is_evaluated_for_the_list_of_refusals() -> None:
+def test_listing_refusals_evaluates_nothing() -> None:
     ran: list[int] = []
 
     def model(params: Any, x: jax.Array) -> jax.Array:
@@ -432,14 +432,14 @@ def test_a_refusal_is_an_error_of_the_library_and_of_python() -> None:
     assert issubclass(lj.UnsupportedError, NotImplementedError)
 
 
-def test_a_refusal_comes_from_shapes_alone() -> None:
+def test_a_refusal_needs_shapes_only() -> None:
     case = REFUSALS["a sum with a number"].case
     shapes = jax.eval_shape(lambda: (case.params, case.adapter, *case.arrays))
     with pytest.raises(lj.UnsupportedError):
         jax.eval_shape(lj.lora(case.apply), *shapes)
 
 
-# What `dense` allows
+# What `materialize` allows
 
 
 def two_kernels(params: Any, x: jax.Array) -> jax.Array:
@@ -450,7 +450,7 @@ PARAMS = {"block": {"one": normal(4, 5), "two": normal(5, 6, seed=1)}}
 
 
 @pytest.mark.parametrize(
-    "formed",
+    "materialize",
     [
         ["block/one", "block/two"],
         ["block/*"],
@@ -461,36 +461,36 @@ PARAMS = {"block": {"one": normal(4, 5), "two": normal(5, 6, seed=1)}}
     ],
     ids=str,
 )
-def test_dense_takes_patterns(formed: Any) -> None:
+def test_materialize_accepts_patterns(materialize: Any) -> None:
     adapter = adapted(PARAMS, {"block/one": "io", "block/two": "io"})
-    assert_law(two_kernels, PARAMS, adapter, normal(*X, seed=2), formed=formed)
+    assert_law(two_kernels, PARAMS, adapter, normal(*X, seed=2), materialize=materialize)
 
 
-def test_only_what_is_listed_is_formed() -> None:
+def test_only_listed_kernels_are_materialized() -> None:
     adapter = adapted(PARAMS, {"block/one": "io", "block/two": "io"})
     with pytest.raises(lj.UnsupportedError, match="to 'block/two'"):
         lj.lora(two_kernels, materialize=["block/one"])(PARAMS, adapter, normal(*X, seed=2))
 
 
-def test_a_listed_kernel_stays_factored_where_it_can() -> None:
+def test_a_listed_kernel_stays_factored_where_possible() -> None:
     case = Case(lambda w, x: x @ w, (7, 5), [(3, 7)], "io")
     adapted = lj.lora(case.apply, materialize=["w"], form="factored")
     assert (7, 5) not in shapes_made(adapted, case.params, case.adapter, *case.arrays)
 
 
-def test_explain_lists_every_way_in_which_a_kernel_is_used() -> None:
+def test_explain_lists_every_use_of_a_kernel() -> None:
     case = Case(lambda w, x: (x @ w, w.sum()), (7, 5), [(3, 7)], "io")
     used = lj.explain(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"]).rows[0].used
     assert used == "factored dot_general ×1, materialized reduce_sum ×1"
 
 
-def test_a_kernel_formed_in_a_scan_is_counted_for_every_turn() -> None:
+def test_a_kernel_materialized_in_a_scan_is_counted_for_every_iteration() -> None:
     case = REFUSALS["in a scan"].case
     row = lj.explain(case.apply, case.params, case.adapter, *case.arrays, materialize=["w"]).rows[0]
     assert row.used == "materialized add ×2"
 
 
-# What `kernels` says of it
+# What `kernels` reports
 
 
 def test_kernels_reports_an_opaque_use_with_its_primitive_and_line() -> None:
@@ -500,13 +500,13 @@ def test_kernels_reports_an_opaque_use_with_its_primitive_and_line() -> None:
     assert use.line.startswith(f"{__file__}:{call.__code__.co_firstlineno}:")
 
 
-def test_kernels_gives_the_roles_of_a_kernel_that_is_also_read_whole() -> None:
+def test_kernels_finds_the_roles_of_a_kernel_with_an_opaque_use() -> None:
     found = lj.kernels(lambda params, x: x @ params["w"] + (params["w"] ** 2).sum(), {"w": normal(4, 5)}, normal(*X))
     assert found["w"].axes == "io"
     assert [use.kind for use in found["w"].uses] == ["factored", "opaque"]
 
 
-def test_kernels_gives_no_roles_to_a_leaf_that_is_not_contracted() -> None:
+def test_kernels_finds_no_roles_of_a_leaf_that_is_not_contracted() -> None:
     params = {
         "w": normal(4, 5),
         "bias": normal(5),
@@ -534,13 +534,13 @@ INTEGERS: dict[str, tuple[Callable[[jax.Array, jax.Array], jax.Array], str]] = {
     "an index": (lambda n, x: x.at[n[None]].get(mode="clip", wrap_negative_indices=False), "gather"),
     "a start": (lambda n, x: lax.dynamic_slice(x, (n, n), (1, 1), allow_negative_indices=False), "dynamic_slice"),
     "a branch": (lambda n, x: lax.switch(n, [lambda: x, lambda: -x]), "clamp"),
-    "a number of turns": (lambda n, x: lax.fori_loop(0, n, lambda _, x: x + 1, x), "lt"),
+    "a number of iterations": (lambda n, x: lax.fori_loop(0, n, lambda _, x: x + 1, x), "lt"),
     "a seed": (lambda n, x: x + jax.random.normal(jax.random.key(n), x.shape), "random_seed"),
 }
 
 
 @pytest.mark.parametrize("name", INTEGERS)
-def test_kernels_follows_an_integer_leaf_to_where_it_is_read(name: str) -> None:
+def test_kernels_follows_an_integer_leaf_to_its_use(name: str) -> None:
     call, primitive = INTEGERS[name]
     found = lj.kernels(lambda params, x: call(params["n"], x), {"n": jnp.int32(1)}, normal(*X))
     assert {(use.kind, use.primitive) for use in found["n"].uses} == {("opaque", primitive)}
@@ -575,11 +575,11 @@ def test_allowing_custom_derivatives_allows_nothing_else() -> None:
         ({"materialize": "**"}, "Expected a list of patterns for `materialize`; got '\\*\\*'."),
     ],
 )
-def test_options_that_are_none_are_refused_when_the_function_is_made(options: Any, text: str) -> None:
+def test_invalid_options_are_errors_when_the_function_is_made(options: Any, text: str) -> None:
     with pytest.raises(lj.SpecError, match=text):
         lj.lora(many_refused, **options)
 
 
-def test_a_model_with_a_parameter_named_as_a_keyword_of_the_adapted_function_is_refused() -> None:
+def test_a_model_parameter_named_like_a_keyword_of_lora_is_an_error() -> None:
     with pytest.raises(lj.SpecError, match="to have no parameter named 'dropout_key'"):
         lj.lora(lambda params, x, dropout_key=None: x @ params["w"])

@@ -1,4 +1,4 @@
-"""The reproduction's own parts: budgets, resuming, statistics, tables, and that the docs show the results they keep."""
+"""The reproduction of the paper: budgets, resuming, statistics, tables, and the results in the docs."""
 
 import dataclasses
 import json
@@ -46,16 +46,16 @@ def adapter_of(spec: Any, shapes: Any, kernels: Any) -> dict[str, lj.Adapter]:
 # Budgets.
 
 
-@pytest.mark.parametrize("name", [name for name, its in CONFIGURATIONS.items() if its.rank])
-def test_the_numbers_of_the_factors_are_those_of_the_adapter(name: str, shapes: Any, kernels: Any) -> None:
-    its = CONFIGURATIONS[name]
-    adapter = adapter_of(its.spec, shapes, kernels)
+@pytest.mark.parametrize("name", [name for name, configuration in CONFIGURATIONS.items() if configuration.rank])
+def test_the_size_of_the_factors_matches_the_adapter(name: str, shapes: Any, kernels: Any) -> None:
+    configuration = CONFIGURATIONS[name]
+    adapter = adapter_of(configuration.spec, shapes, kernels)
     factors = sum(part.arrays[factor].size for part in adapter.values() if "a" in part.arrays for factor in ("a", "b"))
-    assert factors == factor_count(its.matrices, its.rank)
+    assert factors == factor_count(configuration.matrices, configuration.rank)
     assert sum(map(reproduce_paper.is_head, adapter)) == 2
 
 
-def test_every_choice_of_matrices_has_the_rank_that_is_nearest_to_the_budget() -> None:
+def test_every_choice_of_matrices_has_the_rank_nearest_to_the_budget() -> None:
     ranks = {matrices: budget_rank(matrices, BUDGET) for matrices in MATRICES}
     assert ranks == {"q": 72, "q, v": 36, "q, k, v, o": 18, "MLP": 14, "all": 8}
     for matrices, rank in ranks.items():
@@ -64,34 +64,34 @@ def test_every_choice_of_matrices_has_the_rank_that_is_nearest_to_the_budget() -
         assert off[1] < 0.03 * BUDGET
 
 
-def test_no_matrices_take_less_than_rank_1() -> None:
+def test_the_rank_is_at_least_1() -> None:
     assert budget_rank("all", 1) == 1
 
 
-def test_full_fine_tuning_trains_every_leaf_and_bias_training_the_biases_and_the_head(
-    shapes: Any, kernels: Any
-) -> None:
+def test_full_trains_every_leaf_and_bitfit_the_biases_and_the_head(shapes: Any, kernels: Any) -> None:
     full, bias, probe = (adapter_of(CONFIGURATIONS[name].spec, shapes, kernels) for name in ("full", "bias", "probe"))
-    assert sum(part.arrays["value"].size for part in full.values()) == sum(its.size for its in jax.tree.leaves(shapes))
+    assert sum(part.arrays["value"].size for part in full.values()) == sum(
+        leaf.size for leaf in jax.tree.leaves(shapes)
+    )
     assert set(bias) == {path for path in full if path.endswith("/bias") or reproduce_paper.is_head(path)}
     assert set(probe) == {path for path in full if reproduce_paper.is_head(path)}
 
 
 def test_every_configuration_is_in_a_comparison_and_runs_once() -> None:
     assert {name for names in COMPARISONS.values() for name in names} == set(CONFIGURATIONS)
-    settings = [json.dumps(its.settings() | {"name": "", "method": ""}) for its in CONFIGURATIONS.values()]
+    settings = [json.dumps(c.settings() | {"name": "", "method": ""}) for c in CONFIGURATIONS.values()]
     assert len(set(settings)) == len(settings)
 
 
-def test_the_rates_are_among_those_that_were_tried() -> None:
+def test_the_rates_are_among_those_of_the_search() -> None:
     for name, rates in paper_configurations.GRID.items():
         assert CONFIGURATIONS[name].rate in rates
 
 
-# Runs, and going on with them.
+# Runs and resuming.
 
 
-def test_the_head_and_the_rest_have_rates_of_their_own() -> None:
+def test_the_head_and_the_rest_have_different_rates() -> None:
     params = {"classifier": {"bias": np.ones(50, np.float32)}, "encoder": {"bias": np.ones(3, np.float32)}}
     adapter = lj.init(jax.random.key(0), {"params": params}, {"**": lj.Full()})
     gradient = jax.tree.map(np.ones_like, adapter)
@@ -102,7 +102,7 @@ def test_the_head_and_the_rest_have_rates_of_their_own() -> None:
 
 @pytest.fixture
 def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """Has nothing trained, and says what would have been."""
+    """Replaces training by a function that records the configurations."""
     calls: list[tuple[str, int]] = []
 
     def train(configuration: Any, seed: int, *rest: Any) -> dict[str, Any]:
@@ -116,12 +116,12 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 
 def runs(folder: Path, **changes: Any) -> list[dict[str, Any]]:
-    its = dataclasses.replace(CONFIGURATIONS["lora-q"], **changes)
-    wanted = [(folder / f"{seed}.json", its, seed) for seed in (0, 1, 2)]
+    changed = dataclasses.replace(CONFIGURATIONS["lora-q"], **changes)
+    wanted = [(folder / f"{seed}.json", changed, seed) for seed in (0, 1, 2)]
     return reproduce_paper.run_all(wanted, SCALE, DATA, lambda name, seed: None)
 
 
-def test_what_is_killed_goes_on_with_what_is_missing(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+def test_a_killed_reproduction_runs_only_what_is_missing(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["0.json"]
@@ -132,7 +132,7 @@ def test_what_is_killed_goes_on_with_what_is_missing(tmp_path: Path, trained: li
     assert len(trained) == 4
 
 
-def test_a_result_of_other_settings_is_refused(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
+def test_a_result_of_other_settings_is_an_error(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs(tmp_path)
     with pytest.raises(ValueError, match=r"0\.json is of a run with other settings.*\n  rate: 0\.\d+ there, 7\.0 now"):
@@ -140,7 +140,7 @@ def test_a_result_of_other_settings_is_refused(tmp_path: Path, trained: list[tup
     assert len(trained) == 2
 
 
-def test_a_half_written_result_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_result_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.json"
 
     def killed(*names: Any) -> None:
@@ -152,7 +152,7 @@ def test_a_half_written_result_is_none(tmp_path: Path, monkeypatch: pytest.Monke
     assert reproduce_paper.finished(path, {}) is None
 
 
-def test_means_over_layers_are_of_kernels_of_one_kind() -> None:
+def test_means_over_layers_include_kernels_of_one_kind() -> None:
     found = {f"encoder/layer_{i}/attention/query/kernel": np.array([i, 2.0 * i]) for i in (1, 2)}
     assert reproduce_paper.over_layers(found) == {"query": [1.5, 3.0]}
 
@@ -173,9 +173,9 @@ def run(name: str, seed: int, wrong: list[int], questions: int = 4) -> dict[str,
 
 
 def test_an_accuracy_is_a_mean_and_a_standard_deviation() -> None:
-    its = paper_report.accuracy([run("lora-q", seed, list(range(seed))) for seed in (0, 1, 2)])
-    assert its == pytest.approx((75.0, 25.0))
-    assert str(its) == "75.0 ± 25.0"
+    accuracy = paper_report.accuracy([run("lora-q", seed, list(range(seed))) for seed in (0, 1, 2)])
+    assert accuracy == pytest.approx((75.0, 25.0))
+    assert str(accuracy) == "75.0 ± 25.0"
 
 
 def test_a_difference_is_paired_by_seed_and_question() -> None:
@@ -204,9 +204,9 @@ def test_a_difference_counts_if_it_is_two_points_and_twice_its_error(value: floa
     assert paper_report.verdict(paper_report.Estimate(value, error)) == word
 
 
-def test_the_summary_says_of_each_what_its_difference_is() -> None:
+def test_the_summary_classifies_every_difference() -> None:
     wrong = {"lora-q": [0], "full": [], "probe": [1], "bias": [0, 1, 2, 3]}
-    results = {"runs": [run(name, seed, its) for name, its in wrong.items() for seed in (0, 1)]}
+    results = {"runs": [run(name, seed, questions) for name, questions in wrong.items() for seed in (0, 1)]}
     assert paper_report.summary(results, ("lora-q", "full", "probe", "bias")) == (
         "**Against LoRA on q at rank 72.** Less accurate: biases alone (BitFit) (−75.0 ± 25.0). "
         "Not to be told from it: full fine-tuning; linear probe."
@@ -217,22 +217,22 @@ def test_the_summary_says_of_each_what_its_difference_is() -> None:
 
 
 @pytest.fixture(scope="module")
-def kept() -> dict[str, Any]:
+def stored() -> dict[str, Any]:
     return json.loads(paper_report.KEPT.read_text())
 
 
-def test_the_page_shows_the_results_that_are_kept(kept: dict[str, Any]) -> None:
+def test_the_page_shows_the_stored_results(stored: dict[str, Any]) -> None:
     page = paper_report.PAGE.read_text()
-    assert page == paper_report.filled(page, kept)
+    assert page == paper_report.filled(page, stored)
 
 
-def test_a_page_without_a_place_for_a_table_is_refused(kept: dict[str, Any]) -> None:
+def test_a_page_without_a_mark_for_a_table_is_an_error(stored: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="should have one place `<!-- ranks -->` … `<!-- end -->`; it has 0"):
-        paper_report.filled(paper_report.PAGE.read_text().replace("<!-- ranks -->", ""), kept)
+        paper_report.filled(paper_report.PAGE.read_text().replace("<!-- ranks -->", ""), stored)
 
 
-def test_the_kept_results_are_of_the_configurations_as_they_are(kept: dict[str, Any]) -> None:
-    found = {(run["settings"]["name"], run["settings"]["seed"]): run["settings"] for run in kept["runs"]}
+def test_stored_results_match_the_configurations(stored: dict[str, Any]) -> None:
+    found = {(run["settings"]["name"], run["settings"]["seed"]): run["settings"] for run in stored["runs"]}
     seeds = {seed for _, seed in found}
     assert set(found) == {(name, seed) for name in CONFIGURATIONS for seed in seeds}
     assert seeds <= set(reproduce_paper.WHOLE.seeds)
@@ -241,6 +241,6 @@ def test_the_kept_results_are_of_the_configurations_as_they_are(kept: dict[str, 
         assert settings == reproduce_paper.settings(CONFIGURATIONS[name], seed, reproduce_paper.WHOLE, data)
 
 
-def test_the_figures_are_drawn(kept: dict[str, Any], tmp_path: Path) -> None:
-    paper_report.draw(kept, tmp_path)
+def test_the_figures_are_drawn(stored: dict[str, Any], tmp_path: Path) -> None:
+    paper_report.draw(stored, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {paper_report.ACCURACIES, paper_report.SUBSPACES}

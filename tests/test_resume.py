@@ -1,4 +1,4 @@
-"""Training that goes on from a checkpoint is the training that was never stopped: every bit of it, wherever it lies."""
+"""Training that resumes from a checkpoint equals uninterrupted training bit for bit, on any mesh."""
 
 import dataclasses
 import itertools
@@ -31,27 +31,27 @@ def model(params: Any, x: jax.Array) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a run lies: a mesh of data × model, or, without one, wherever JAX puts it."""
+    """The placement of a run: a mesh of data × model, or JAX's default device."""
 
     sizes: tuple[int, int] | None
 
-    def cut(self, *axes: str | None) -> Any:
+    def sharding(self, *axes: str | None) -> Any:
         return self.sizes and NamedSharding(jax.make_mesh(self.sizes, ("data", "model"), axis_types=AUTO), P(*axes))
 
     @property
     def base(self) -> Any:
         draw = np.random.default_rng(1).normal
         kernels = draw(size=(16, 32)).astype(np.float32), draw(size=(32, 8)).astype(np.float32)
-        up, down = map(jax.device_put, kernels, (self.cut("data", "model"), self.cut("model", "data")))
+        up, down = map(jax.device_put, kernels, (self.sharding("data", "model"), self.sharding("model", "data")))
         return {"up": {"kernel": up}, "down": {"kernel": down}}
 
     @property
     def shardings(self) -> dict[str, Any]:
-        """Those of the adapter: as the axes of the base that its factors have."""
+        """The shardings of the adapter, which follow the base."""
         up, down = lj.LoRA(rank=4, alpha=8, dropout=0.2), lj.RSLoRA(rank=2, alpha=4)
         return {
-            "up/kernel": lj.Adapter(up, "io", a=self.cut("data"), b=self.cut(None, "model")),
-            "down/kernel": lj.Adapter(down, "io", a=self.cut("model"), b=self.cut(None, "data")),
+            "up/kernel": lj.Adapter(up, "io", a=self.sharding("data"), b=self.sharding(None, "model")),
+            "down/kernel": lj.Adapter(down, "io", a=self.sharding("model"), b=self.sharding(None, "data")),
         }
 
 
@@ -86,7 +86,7 @@ def items(adapter: Any, state: Any) -> ocp.args.Composite:
     return ocp.args.Composite(adapter=adapter, state=state)
 
 
-# Each of them in one place or the other; all in both is for `make kills`.
+# Each case in one of the placements; `make kills` runs all combinations.
 CASES = [
     (ONE, "rbg", False),
     (EIGHT, "threefry2x32", True),
@@ -119,13 +119,13 @@ def test_five_steps_and_five_more_are_ten(place: Place, impl: str, asynchronous:
 
 
 @pytest.mark.parametrize(("before", "after"), [*itertools.permutations((ONE, EIGHT, OTHER), 2)], ids=str)
-def test_a_run_is_restored_to_other_devices_bit_for_bit(before: Place, after: Place, tmp_path: Path) -> None:
+def test_a_run_is_restored_on_other_devices_bit_for_bit(before: Place, after: Place, tmp_path: Path) -> None:
     base, adapter, state = start(before, 3)
     strange = jax.tree.map(lambda leaf: leaf.at[..., :2].set(jnp.array([-0.0, jnp.nan])), adapter)
     adapter, state = strange, {**train(base, adapter, state, 1)[1], "keys": jax.random.split(jax.random.key(4), 8)}
-    state["keys"] = jax.device_put(state["keys"], before.cut("data"))
+    state["keys"] = jax.device_put(state["keys"], before.sharding("data"))
     base, _, like = start(after, 8)
-    like["keys"] = jax.device_put(jax.random.split(jax.random.key(0), 8), after.cut("model"))
+    like["keys"] = jax.device_put(jax.random.split(jax.random.key(0), 8), after.sharding("model"))
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=items(AdapterSave(adapter, base=before.base), StateSave(state)))
         manager.wait_until_finished()
@@ -135,22 +135,22 @@ def test_a_run_is_restored_to_other_devices_bit_for_bit(before: Place, after: Pl
     if places:
         assert [leaf.sharding for leaf in jax.tree.leaves(restored.adapter)] == jax.tree.leaves(places)
         assert restored.state["opt_state"][0].mu["up/kernel"].a.sharding == places["up/kernel"].a
-        assert restored.state["keys"].sharding == after.cut("model")
+        assert restored.state["keys"].sharding == after.sharding("model")
 
 
-def test_each_device_s_part_is_written_on_its_own(tmp_path: Path) -> None:
+def test_each_device_writes_its_shard(tmp_path: Path) -> None:
     base, adapter, _ = start(EIGHT, 3)
     lj.save(tmp_path, adapter, base=base)
     written = json.loads((tmp_path / "0" / "adapter" / "array_metadatas" / "process_0").read_text())["array_metadatas"]
-    parts = [(its["array_metadata"]["param_name"], its["array_metadata"]["write_shape"]) for its in written]
-    # The rows lie on some of the eight devices; those that hold the same ones share the writing.
+    parts = [(entry["array_metadata"]["param_name"], entry["array_metadata"]["write_shape"]) for entry in written]
+    # The rows are sharded over some of the eight devices; devices with the same rows share the writing.
     assert {name: 8 * np.prod(shape) for name, shape in parts} == {
         f"{path}.{name}": leaf.size for path, part in adapter.items() for name, leaf in part.arrays.items()
     }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which steps are kept
+# Retention of steps
 
 LATEST, EVERY = ocp.checkpoint_managers.LatestN(2), ocp.checkpoint_managers.EveryNSteps(4)
 KEPT: dict[str, tuple[dict[str, Any], list[int]]] = {
@@ -165,7 +165,7 @@ KEPT: dict[str, tuple[dict[str, Any], list[int]]] = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_the_steps_that_are_kept_restore(name: str, tmp_path: Path) -> None:
+def test_the_retained_steps_can_be_restored(name: str, tmp_path: Path) -> None:
     options, kept = KEPT[name]
     adapters = [jax.tree.map(lambda leaf, step=step: leaf + step, start(ONE, 0)[1]) for step in range(10)]
     base = ONE.base
@@ -195,7 +195,7 @@ def there_and_back(state: Any, path: Path, like: Any = None) -> Any:
         return manager.restore(0, args=args).state
 
 
-def test_a_state_may_hold_arrays_keys_numbers_and_texts(tmp_path: Path) -> None:
+def test_a_state_may_have_arrays_keys_numbers_and_strings(tmp_path: Path) -> None:
     state = {
         "python": [True, 2**70, 0.1, float("inf"), "ü/λ", None],
         "numpy": (np.arange(3), np.float64(0.1), np.array(1, np.int8)),
@@ -209,7 +209,7 @@ def test_a_state_may_hold_arrays_keys_numbers_and_texts(tmp_path: Path) -> None:
     assert bits(restored) == bits(jax.tree.map(lambda x: np.asarray(x) if isinstance(x, np.generic) else x, state))
 
 
-def test_an_asynchronous_save_writes_what_the_state_was(tmp_path: Path) -> None:
+def test_an_asynchronous_save_writes_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
     def make(step: int) -> dict[str, Any]:
         keys = jax.random.split(jax.random.key(step), 100_000)
         return {"keys": keys, "mu": jnp.full((1000, 1000), 1.0 + step), "order": np.full(100_000, step)}
@@ -227,24 +227,24 @@ def test_an_asynchronous_save_writes_what_the_state_was(tmp_path: Path) -> None:
             assert bits(restored.state) == bits(make(step))
 
 
-def test_what_a_state_shall_be_like_may_be_shapes(tmp_path: Path) -> None:
+def test_like_may_be_a_tree_of_shapes(tmp_path: Path) -> None:
     adapter = start(ONE, 3)[1]
     state = {"opt_state": TX.init(adapter), "key": jax.random.key(3)}
-    cut = EIGHT.cut("data")
+    sharding = EIGHT.sharding("data")
     like = jax.eval_shape(lambda: state)
-    like["key"] = jax.ShapeDtypeStruct((), like["key"].dtype, sharding=EIGHT.cut())
+    like["key"] = jax.ShapeDtypeStruct((), like["key"].dtype, sharding=EIGHT.sharding())
     restored = there_and_back(state, tmp_path, like)
     assert bits(restored) == bits(state)
-    assert restored["key"].sharding == EIGHT.cut()
+    assert restored["key"].sharding == EIGHT.sharding()
     assert not restored["opt_state"][0].count.committed
-    abstract = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(cut.mesh.abstract_mesh, P()))
+    abstract = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(sharding.mesh.abstract_mesh, P()))
     with pytest.raises(
         lj.CheckpointError, match="Expected `like` to say where an array shall lie; at \\['n'\\] it says"
     ):
         there_and_back({"n": jnp.array(1)}, tmp_path / "abstract", {"n": abstract})
 
 
-def test_numbers_that_jax_would_cut_down_are_refused(tmp_path: Path) -> None:
+def test_values_that_jax_would_truncate_are_an_error(tmp_path: Path) -> None:
     state = {"n": np.arange(3.0)}
     with pytest.raises(lj.CheckpointError, match=r"JAX would cut float64 down at \['n'\], in "):
         there_and_back(state, tmp_path, {"n": jax.ShapeDtypeStruct((3,), np.float64)})
@@ -269,7 +269,7 @@ UNLIKE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNLIKE)
-def test_a_state_of_another_structure_is_refused(name: str, tmp_path: Path) -> None:
+def test_a_state_of_another_structure_is_an_error(name: str, tmp_path: Path) -> None:
     like, text = UNLIKE[name]
     with pytest.raises(lj.CheckpointError) as caught:
         there_and_back({"opt_state": TX.init({"w": jnp.ones(3)}), "step": 7}, tmp_path, like)
@@ -290,14 +290,14 @@ UNSAVABLE: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("name", UNSAVABLE)
-def test_a_state_that_cannot_be_saved_is_refused(name: str) -> None:
+def test_a_state_that_cannot_be_saved_is_an_error(name: str) -> None:
     state, text = UNSAVABLE[name]
     with pytest.raises(lj.CheckpointError) as caught:
         StateSave(state)
     assert text in str(caught.value)
 
 
-def test_a_description_of_a_state_can_be_read_without_it(tmp_path: Path) -> None:
+def test_the_description_of_a_state_can_be_read_without_the_state(tmp_path: Path) -> None:
     there_and_back({"key": jax.random.key(3), "step": 7}, tmp_path)
     with ocp.CheckpointManager(tmp_path, item_handlers={"state": lj.checkpoint.StateHandler()}) as manager:
         described = manager.item_metadata(0).state["state"]

@@ -1,4 +1,4 @@
-"""`Rows`: some rows of a table are trained, wherever the table is used; the oracle sets them in the table itself."""
+"""`Rows` trains some rows of a table in all of its uses. The oracle writes the rows into the table."""
 
 import pathlib
 from collections.abc import Callable
@@ -20,7 +20,7 @@ IDS = (5, 8)
 
 
 class Tied(nn.Module):
-    """A table that is looked up, and is the head too."""
+    """A table for lookups that is also the head."""
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -41,7 +41,7 @@ USES: dict[str, Callable[..., jax.Array]] = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_use_of_the_table_is_that_of_one_with_these_rows(use: str) -> None:
+def test_uses_of_the_table_match_a_table_with_the_rows(use: str) -> None:
     params = {"table": normal(9, 4)}
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, {"table": lj.Rows(ids=IDS)}))
     assert_law(USES[use], params, adapter, TOKENS)
@@ -54,7 +54,7 @@ def test_a_use_of_the_table_is_that_of_one_with_these_rows(use: str) -> None:
     np.testing.assert_allclose(got["table"].rows, rows(adapter["table"].rows), rtol=1e-4, atol=1e-5)
 
 
-def test_merged_they_are_in_their_places_and_no_others_have_changed() -> None:
+def test_merge_writes_only_these_rows() -> None:
     params = {"table": normal(9, 4)}
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, {"table": lj.Rows(ids=(8, 5))}))
     merged, expected = lj.merge(params, adapter)["table"], np.array(params["table"])
@@ -63,7 +63,7 @@ def test_merged_they_are_in_their_places_and_no_others_have_changed() -> None:
     np.testing.assert_array_equal(lj.unmerge({"table": merged}, adapter, base=params)["table"], params["table"])
 
 
-def test_training_moves_these_rows_alone_from_where_they_were() -> None:
+def test_training_changes_only_these_rows() -> None:
     model = Tied()
     params = model.init(jax.random.key(0), TOKENS)
     kernels = lj.kernels(model.apply, params, TOKENS)
@@ -77,16 +77,16 @@ def test_training_moves_these_rows_alone_from_where_they_were() -> None:
     assert np.flatnonzero(moved.any(1)).tolist() == list(IDS)
 
 
-def test_a_stack_of_tables_has_rows_of_its_own_in_each() -> None:
+def test_a_stack_of_tables_has_rows_for_each_table() -> None:
     params = {"tables": normal(3, 9, 4)}
     adapter = lj.init(jax.random.key(0), params, {"tables": lj.Rows(ids=IDS, axes="bio")})
     assert adapter["tables"].rows.shape == (3, 2, 4)
 
     def apply(params: Any, tokens: jax.Array) -> jax.Array:
-        def turn(x: jax.Array, table: jax.Array) -> Any:
+        def step(x: jax.Array, table: jax.Array) -> Any:
             return jnp.tanh(x + table[tokens]), None
 
-        return jax.lax.scan(turn, jnp.zeros((*tokens.shape, 4)), params["tables"])[0]
+        return jax.lax.scan(step, jnp.zeros((*tokens.shape, 4)), params["tables"])[0]
 
     assert_law(apply, params, trained(jax.random.key(1), adapter), TOKENS)
 
@@ -96,11 +96,11 @@ def test_the_table_is_neither_copied_nor_differentiated() -> None:
     adapter = lj.init(jax.random.key(0), params, {"table": lj.Rows(ids=IDS)})
     apply = lj.lora(lambda p, tokens: p["table"][tokens])
     jaxpr = jax.make_jaxpr(jax.grad(lambda adapter: jnp.sum(apply(params, adapter, TOKENS) ** 2)))(adapter)
-    made = [str(var.aval) for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
-    assert made and not [aval for aval in made if "[50,4]" in aval]
+    shapes = [str(var.aval) for eqn in jaxpr.jaxpr.eqns for var in eqn.outvars]
+    assert shapes and not [aval for aval in shapes if "[50,4]" in aval]
 
 
-def test_a_checkpoint_keeps_them(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_contains_the_rows(tmp_path: pathlib.Path) -> None:
     params = {"table": normal(9, 4)}
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), params, {"table": lj.Rows(ids=IDS)}))
     lj.save(tmp_path / "adapter", adapter, base=params)
@@ -126,13 +126,13 @@ def test_a_checkpoint_keeps_them(tmp_path: pathlib.Path) -> None:
     ],
     ids=["out of range", "negative", "twice", "none", "no list", "text", "no integers"],
 )
-def test_rows_that_a_table_has_not_are_an_error(ids: Any, text: str) -> None:
+def test_rows_outside_the_table_are_an_error(ids: Any, text: str) -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), {"table": normal(9, 4)}, {"table": lj.Rows(ids=ids)})
     assert str(caught.value) == text
 
 
-def test_a_kernel_that_is_no_table_is_an_error() -> None:
+def test_a_kernel_that_is_not_a_table_is_an_error() -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), {"out": normal(2, 3, 4)}, {"out": lj.Rows(ids=(1,), axes="iio")})
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""The rules by kind, each against the dense kernel: contractions, convolutions, moves."""
+"""The rules for contractions, convolutions and moves, against merged kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Contraction:
         size = st.integers(1, 3)
         self.kernel = [draw(size) for _ in self.roles]
         uses = [draw(st.sampled_from(["summed", "batch", "free"])) for _ in self.roles]
-        # An axis of x is one of the kernel's, by number, or, negative, its own.
+        # An axis of x is the number of an axis of the kernel, or negative.
         own = {-1 - number: draw(size) for number in range(draw(st.integers(0, 2)))}
         met = [axis for axis, use in enumerate(uses) if use != "free"]
         x_axes = draw(st.permutations([*met, *own]))
@@ -42,9 +42,9 @@ class Contraction:
         self.kernel_first = draw(st.booleans())
         self.dimension_numbers = []
         for kind in ("summed", "batch"):
-            ours = draw(st.permutations([axis for axis, use in enumerate(uses) if use == kind]))
-            theirs = [x_axes.index(axis) for axis in ours]
-            self.dimension_numbers.append((ours, theirs) if self.kernel_first else (theirs, ours))
+            kernel_axes = draw(st.permutations([axis for axis, use in enumerate(uses) if use == kind]))
+            positions = [x_axes.index(axis) for axis in kernel_axes]
+            self.dimension_numbers.append((kernel_axes, positions) if self.kernel_first else (positions, kernel_axes))
         pairs = [("float64", "float64"), ("float32", "float32"), ("float32", "bfloat16")]
         self.dtypes = draw(st.sampled_from(pairs))
         wide = "float64" if "float64" in self.dtypes else "float32"
@@ -57,7 +57,7 @@ class Contraction:
     @property
     def rank(self) -> int:
         def width(role: str) -> int:
-            return math.prod(size for size, its in zip(self.kernel, self.roles, strict=True) if its == role)
+            return math.prod(size for size, letter in zip(self.kernel, self.roles, strict=True) if letter == role)
 
         return min(2, width("i"), width("o"))
 
@@ -69,20 +69,20 @@ class Contraction:
 
 
 @given(st.composite(Contraction)())
-def test_any_contraction_is_that_of_the_formed_kernel(case: Contraction) -> None:
+def test_any_contraction_matches_the_merged_kernel(case: Contraction) -> None:
     w_dtype, x_dtype = case.dtypes
     with jax.enable_x64(True):
         params = {"w": normal(*case.kernel, dtype=w_dtype)}
-        its = adapted(params, {"w": case.roles}, rank=case.rank, dtype=w_dtype)
-        # An x in bfloat16 is the same number for both; it takes nothing from the precision of the result.
-        assert_law(case.apply, params, its, normal(*case.x, seed=1, dtype=x_dtype), dtype=w_dtype)
+        adapter = adapted(params, {"w": case.roles}, rank=case.rank, dtype=w_dtype)
+        # An x in bfloat16 is exact for both and does not reduce the precision of the result.
+        assert_law(case.apply, params, adapter, normal(*case.x, seed=1, dtype=x_dtype), dtype=w_dtype)
 
 
 def einsum(equation: str, w: jax.Array, x: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, w)
 
 
-# What models write: the equation, the shapes of the kernel and of x, and the roles of the kernel's axes.
+# Contractions of models: the equation, the shapes of the kernel and of x, and the axes of the kernel.
 EINSUMS = {
     equation: Case(functools.partial(einsum, equation), kernel, [x], roles, axes)
     for equation, kernel, x, roles, axes in [
@@ -112,12 +112,12 @@ CONTRACTIONS = EINSUMS | {
 
 
 @pytest.mark.parametrize("name", CONTRACTIONS)
-def test_a_contraction_as_models_write_it_is_that_of_the_formed_kernel(name: str) -> None:
+def test_contractions_of_models_match_the_merged_kernel(name: str) -> None:
     assert_case(CONTRACTIONS[name])
 
 
 @pytest.mark.parametrize("precision", [lax.Precision.HIGHEST, lax.DotAlgorithmPreset.F32_F32_F32])
-def test_the_thin_products_are_as_precise_as_the_base_s(precision: Any) -> None:
+def test_low_rank_products_have_the_precision_of_the_base(precision: Any) -> None:
     case = Case(lambda w, x: lax.dot(x, w, precision=precision), (4, 5), [(3, 4)], "io")
     jaxpr = jax.make_jaxpr(lj.lora(case.apply, form="factored"))(case.params, case.adapter, *case.arrays)
     dots = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
@@ -136,7 +136,7 @@ NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
 CONVOLUTIONS = {
     "plain": Case(convolution(window_strides=(1, 1), padding="SAME", **NHWC), (3, 2, 3, 4), [(2, 5, 4, 3)], "iiio"),
     "strided": Case(convolution(window_strides=(2, 3), padding="VALID", **NHWC), (3, 2, 3, 4), [(2, 7, 8, 3)], "iiio"),
-    "padded, also by less than nothing": Case(
+    "padded, also by negative amounts": Case(
         convolution(window_strides=(1, 1), padding=((2, 1), (-1, 0)), **NHWC), (3, 2, 3, 4), [(2, 5, 4, 3)], "iiio"
     ),
     "dilated window": Case(
@@ -205,7 +205,7 @@ CONVOLUTIONS = {
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_a_convolution_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_convolution_matches_the_merged_kernel(name: str) -> None:
     assert_case(CONVOLUTIONS[name])
 
 
@@ -222,7 +222,7 @@ MOVES = {
     "regrouping of inputs": Case(
         lambda w, x: jnp.einsum("bhk,hko->bo", x, w.reshape(3, 4, 5)), (6, 2, 5), [(3, 3, 4)], "iio"
     ),
-    "axes of size 1, put in and out": Case(
+    "axes of size 1, inserted and removed": Case(
         lambda w, x: x @ w.reshape(1, 4, 1, 5, 1).squeeze((0, 2)).reshape(4, 5), (4, 5), [(3, 4)], "io"
     ),
     "axes of size 1 of other roles": Case(lambda w, x: x @ w.reshape(4, 5), (1, 4, 1, 5), [(3, 4)], "bibo", "oibo"),
@@ -255,16 +255,16 @@ MOVES = {
     "a column": Case(lambda w, x: x @ w[:, 2], (4, 5), [(3, 4)], "ib", "io"),
     "reversed": Case(lambda w, x: x @ jnp.flip(w), (4, 5), [(3, 4)], "io"),
     "layers reversed": Case(lambda w, x: jnp.einsum("lbi,lio->lbo", x, w[::-1]), (2, 4, 5), [(2, 3, 4)], "bio"),
-    "turned by a quarter": Case(lambda w, x: x @ jnp.rot90(w), (5, 4), [(3, 4)], "oi"),
-    "cut into parts": Case(lambda w, x: [x @ part for part in jnp.split(w, 3, 1)], (4, 6), [(3, 4)], "io"),
-    "cut into unequal parts of the input": Case(
+    "rotated by 90 degrees": Case(lambda w, x: x @ jnp.rot90(w), (5, 4), [(3, 4)], "oi"),
+    "split into parts": Case(lambda w, x: [x @ part for part in jnp.split(w, 3, 1)], (4, 6), [(3, 4)], "io"),
+    "split into unequal parts of the input": Case(
         lambda w, x: [x[:, :4] @ part[:4] for part in jnp.split(w, (5,))], (9, 5), [(3, 4)], "io"
     ),
     "a part of the layers": Case(
         lambda w, x: jnp.einsum("lbi,lio->lbo", x, jnp.split(w, (1,))[1]), (3, 4, 5), [(2, 3, 4)], "bio"
     ),
     "padded with zeros": Case(lambda w, x: x @ jnp.pad(w, ((1, 0), (2, 3))), (3, 5), [(3, 4)], "io"),
-    "padded with ones, cut and spread out": Case(
+    "padded with ones, cropped and dilated": Case(
         lambda w, x: x @ lax.pad(w, 1.0, ((-1, 0, 1), (2, -1, 2))), (4, 5), [(3, 6)], "io"
     ),
     "a layer more": Case(
@@ -281,7 +281,7 @@ MOVES = {
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_a_moved_kernel_is_the_formed_kernel_moved(name: str) -> None:
+def test_a_moved_kernel_matches_the_moved_merged_kernel(name: str) -> None:
     assert_case(MOVES[name])
 
 
@@ -310,7 +310,7 @@ class Moves:
     def _move(self, draw: Any, axes: list[tuple[str, int]]) -> list[tuple[str, int]]:
         """Adds one move that is allowed for these axes, and returns the axes after it."""
         count = len(axes)
-        # Axes of one role may be merged; one of size 1 has any.
+        # Axes of one role may be merged; an axis of size 1 has any role.
         merged = [
             at for at in range(count - 1) if axes[at][0] == axes[at + 1][0] or 1 in (axes[at][1], axes[at + 1][1])
         ]
@@ -386,13 +386,13 @@ class Moves:
 
 @settings(max_examples=25)
 @given(st.composite(Moves)())
-def test_any_moves_before_a_contraction_are_those_of_the_formed_kernel(case: Moves) -> None:
+def test_any_moves_before_a_contraction_match_the_merged_kernel(case: Moves) -> None:
     params = {"w": normal(*case.kernel)}
-    its = adapted(params, {"w": case.roles}, rank=1)
-    assert_law(case.apply, params, its, normal(*case.x, seed=1))
+    adapter = adapted(params, {"w": case.roles}, rank=1)
+    assert_law(case.apply, params, adapter, normal(*case.x, seed=1))
 
 
-def test_nothing_is_learned_through_stop_gradient() -> None:
+def test_gradients_stop_at_stop_gradient() -> None:
     case = MOVES["stop_gradient"]
     gradient = jax.grad(lambda ad: jnp.sum(lj.lora(case.apply)(case.params, ad, *case.arrays)))(case.adapter)
     assert not any(leaf.any() for leaf in jax.tree.leaves(gradient))
@@ -413,12 +413,12 @@ CASTS: dict[str, Callable[..., jax.Array]] = {
 
 
 @pytest.mark.parametrize("name", CASTS)
-def test_a_cast_kernel_is_the_formed_kernel_cast(name: str) -> None:
+def test_a_cast_kernel_matches_the_cast_merged_kernel(name: str) -> None:
     assert_case(Case(CASTS[name], (4, 5), [(3, 4)], "io"), dtype="bfloat16")
 
 
-def test_a_cast_leaves_the_factors_in_their_own_dtype_until_they_are_used() -> None:
-    # A base kept in float16 and used in float32 takes no digit from the adapter.
+def test_a_cast_does_not_change_the_dtype_of_the_factors() -> None:
+    # A base stored in float16 and used in float32 does not reduce the precision of the adapter.
     case = Case(lambda w, x: x @ w.astype(jnp.float16).astype(jnp.float32), (4, 5), [(3, 4)], "io")
     case_without_w = case.params | {"w": jnp.zeros((4, 5))}
     exact = Case(lambda w, x: x @ w, (4, 5), [(3, 4)], "io")
@@ -437,13 +437,13 @@ SPECS = {
     "every axis": PartitionSpec("x", "y"),
     "the first axis": PartitionSpec("x"),
     "two on one axis": PartitionSpec(None, ("y", "x")),
-    "one axis left open": PartitionSpec(PartitionSpec.UNCONSTRAINED, "y"),
+    "one unconstrained axis": PartitionSpec(PartitionSpec.UNCONSTRAINED, "y"),
 }
 
 
 @pytest.mark.parametrize("under", ["NamedSharding", "set_mesh", "scan"])
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_constrained_kernel_gives_what_the_formed_kernel_gives(spec: str, under: str) -> None:
+def test_a_constrained_kernel_matches_the_merged_kernel(spec: str, under: str) -> None:
     sharding = SPECS[spec] if under == "set_mesh" else NamedSharding(mesh(), SPECS[spec])
 
     def multiply(w: jax.Array, x: jax.Array) -> jax.Array:
@@ -459,7 +459,7 @@ def test_a_constrained_kernel_gives_what_the_formed_kernel_gives(spec: str, unde
         assert_case(case)
 
 
-def test_a_constraint_on_a_kernel_is_one_on_the_axes_of_its_factors() -> None:
+def test_a_constraint_on_a_kernel_constrains_the_factors() -> None:
     def constrain(w: jax.Array, x: jax.Array) -> jax.Array:
         spec = PartitionSpec(None, "x", PartitionSpec.UNCONSTRAINED)
         return jnp.einsum("bi,lio->lbo", x, lax.with_sharding_constraint(w, NamedSharding(mesh(), spec)))
@@ -512,7 +512,7 @@ LINEN: dict[str, tuple[nn.Module, jax.Array, Roles]] = {
 
 
 @pytest.mark.parametrize("name", LINEN)
-def test_a_layer_of_linen_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_layer_of_linen_matches_the_merged_kernel(name: str) -> None:
     module, x, roles = LINEN[name]
     shapes = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
     params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=2, size=0.5), shapes)
@@ -544,7 +544,7 @@ NNX: dict[str, tuple[Callable[[nnx.Rngs], nnx.Module], Callable[..., Any], jax.A
 
 
 @pytest.mark.parametrize("name", NNX)
-def test_a_layer_of_nnx_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_layer_of_nnx_matches_the_merged_kernel(name: str) -> None:
     make, call, x, roles = NNX[name]
     graph, state = nnx.split(make(nnx.Rngs(0)))
     apply = lambda state, x: call(nnx.merge(graph, state), x)  # noqa: E731
@@ -553,7 +553,7 @@ def test_a_layer_of_nnx_is_that_of_the_formed_kernel(name: str) -> None:
     assert_law(apply, state, adapted(state, roles), x)
 
 
-# What `kernels` finds, and what is never made
+# Roles and shapes
 
 ALL = {
     f"{kind}: {name}": case
@@ -567,12 +567,12 @@ ALL = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+def test_kernels_finds_the_role_of_each_axis(name: str) -> None:
     case = ALL[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
 @pytest.mark.parametrize("name", CONVOLUTIONS)
-def test_no_array_of_the_kernel_s_shape_is_made_for_a_convolution(name: str) -> None:
+def test_a_convolution_materializes_no_array_of_the_kernel_s_shape(name: str) -> None:
     case = CONVOLUTIONS[name]
     assert case.kernel not in shapes_made(lj.lora(case.apply, form="factored"), case.params, case.adapter, *case.arrays)

@@ -1,4 +1,4 @@
-"""A kernel times a number, or times an array that is constant along its inputs or outputs, keeps its factors."""
+"""A kernel times a scalar, or times an array that is constant along inputs or outputs, keeps its factors."""
 
 from __future__ import annotations
 
@@ -50,23 +50,23 @@ ARRAYS = {
     "times what comes into a jit": matrix(lambda w, x, c: x @ jax.jit(lambda w: w * c)(w), ()),
     "times a column of outputs": matrix(lambda w, x, c: x @ (w * c), (5,)),
     "divided by a column of inputs": matrix(lambda w, x, c: x @ (w / (3 + c)), (4, 1)),
-    "times one for each head": Case(
+    "times a scalar per head": Case(
         lambda w, x, c: jnp.einsum("bd,dhk->bhk", x, w * c[:, None]), (4, 2, 3), [X, (2,)], "ioo"
     ),
-    "times one for each layer": Case(
+    "times a scalar per layer": Case(
         lambda w, x, c: jnp.einsum("lbd,ldk->lbk", x, w * c[:, None, None]), (2, 4, 5), [(2, *X), (2,)], "bio"
     ),
-    "times one for each layer and output": Case(
+    "times a scalar per layer and output": Case(
         lambda w, x, c: jnp.einsum("lbd,ldk->lbk", x, w * c[:, None]), (2, 4, 5), [(2, *X), (2, 5)], "bio"
     ),
-    "layers not in front, times one for each": Case(
+    "layers not first, times a scalar per layer": Case(
         lambda w, x, c: jnp.einsum("lbd,dlk->lbk", x, w * c[:, None]), (4, 2, 5), [(2, *X), (2,)], "ibo"
     ),
     "one layer times many numbers": Case(
         lambda w, x, c: jnp.einsum("lbd,ldk->lbk", x, w * c[:, None, None]), (1, 4, 5), [(2, *X), (2,)], None, "bio"
     ),
-    "times one for each example, by vmap": matrix(lambda w, x, c: jax.vmap(lambda x, c: x @ (w * c))(x, c), (3,)),
-    "times one for each layer, by vmap": Case(
+    "times a scalar per example, by vmap": matrix(lambda w, x, c: jax.vmap(lambda x, c: x @ (w * c))(x, c), (3,)),
+    "times a scalar per layer, by vmap": Case(
         lambda w, x, c: jax.vmap(lambda w, x, c: x @ (w * c))(w, x, c), (3, 4, 5), [X, (3,)], "bio"
     ),
     "times a number that a scan carries": matrix(
@@ -77,18 +77,18 @@ SCALED = NUMBERS | ARRAYS
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_a_scaled_kernel_is_the_formed_kernel_scaled(name: str) -> None:
+def test_a_scaled_kernel_matches_the_scaled_merged_kernel(name: str) -> None:
     assert_case(SCALED[name])
 
 
 @pytest.mark.parametrize("name", SCALED)
-def test_kernels_sees_through_a_scale(name: str) -> None:
+def test_kernels_ignores_a_scale(name: str) -> None:
     case = SCALED[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
 @pytest.mark.parametrize("name", ["times two", "halved", "negated", "times an argument", "times a column of outputs"])
-def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
+def test_a_scaled_kernel_works_outside_jit_and_under_vmap(name: str) -> None:
     case = SCALED[name]
     x, *rest = case.arrays
     run = functools.partial(lj.lora(case.apply), case.params, case.adapter)
@@ -98,14 +98,14 @@ def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, case in SCALED.items() if "b" not in (case.axes or case.roles)])
-def test_nothing_of_the_kernel_s_shape_is_made_but_the_base_scaled_as_the_model_does(name: str) -> None:
+def test_only_the_scaled_base_has_the_shape_of_the_kernel(name: str) -> None:
     case = SCALED[name]
     jaxpr = jax.make_jaxpr(lj.lora(case.apply, form="factored"))(case.params, case.adapter, *case.arrays)
-    made = {eqn.primitive.name for eqn in jaxpr.eqns if case.kernel in {var.aval.shape for var in eqn.outvars}}
-    assert made <= {"mul", "div", "neg", "jit"}
+    primitives = {eqn.primitive.name for eqn in jaxpr.eqns if case.kernel in {var.aval.shape for var in eqn.outvars}}
+    assert primitives <= {"mul", "div", "neg", "jit"}
 
 
-def test_a_number_joins_the_scale_and_adds_no_operation() -> None:
+def test_a_scalar_joins_the_scale_and_adds_no_equation() -> None:
     plain, scaled = (matrix(call) for call in (lambda w, x: x @ w, lambda w, x: x @ (w * 2.0)))
     row, other = (lj.explain(case.apply, case.params, case.adapter, *case.arrays).rows[0] for case in (plain, scaled))
     assert row.flops == other.flops
@@ -123,7 +123,7 @@ def test_a_number_joins_the_scale_and_adds_no_operation() -> None:
 
 @pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16")], ids=str)
 @pytest.mark.parametrize("name", ["times two", "times an argument", "times a column of outputs"])
-def test_a_scale_takes_no_digit_from_factors_of_another_dtype(name: str, dtypes: tuple[str, str]) -> None:
+def test_a_scale_does_not_round_factors_of_another_dtype(name: str, dtypes: tuple[str, str]) -> None:
     case, (w_dtype, factor_dtype) = SCALED[name], dtypes
     params = {"w": normal(4, 5, dtype=w_dtype)}
     arrays = [array.astype(w_dtype) for array in case.arrays]
@@ -139,15 +139,15 @@ def test_a_traced_scale_is_applied_to_the_factors_in_the_wider_dtype() -> None:
     assert_close(got, exact * c.astype(jnp.bfloat16).astype(jnp.float32), FORWARD)
 
 
-def test_a_gradient_in_the_scale_is_that_of_the_formed_kernel() -> None:
+def test_the_gradient_of_a_scale_matches_the_merged_kernel() -> None:
     case = SCALED["times an argument"]
     x, c = case.arrays
     got = jax.grad(lambda c: lj.lora(case.apply)(case.params, case.adapter, x, c).sum())(c)
-    formed = lj.merge(case.params, case.adapter)
-    assert_close(got, jax.grad(lambda c: case.apply(formed, x, c).sum())(c))
+    merged = lj.merge(case.params, case.adapter)
+    assert_close(got, jax.grad(lambda c: case.apply(merged, x, c).sum())(c))
 
 
-def test_a_leaf_that_scales_a_kernel_is_read_and_the_kernel_stays_one() -> None:
+def test_a_leaf_that_scales_a_kernel_is_read() -> None:
     params = {"kernel": normal(4, 5), "scale": normal(5, seed=3), "norm": normal(4, seed=4)}
 
     def model(params: Any, x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The benchmark of scale measures, notices what must not be, and writes its page."""
+"""The benchmark of scale measures memory and communication, finds regressions, and writes its page."""
 
 import json
 import types
@@ -47,7 +47,7 @@ def test_a_row_is_written_into_the_page(row, tmp_path, monkeypatch, capsys):
     assert "| 70B   | 8 (2 × 4) |" in capsys.readouterr().out
 
 
-def test_the_ratios_are_those_of_the_figures(row):
+def test_ratios_match_the_measurements(row):
     [_, cells] = scale_report.memory([row])
     assert cells[-1] == f"{row['lora']['peak'] / row['full']['peak']:.2f}"
     assert row["lora"]["peak"] < row["full"]["peak"]
@@ -55,7 +55,7 @@ def test_the_ratios_are_those_of_the_figures(row):
 
 
 def compiled(mesh, stack_at, *, dtype=None):
-    """A loop over a stack of kernels, as a step; the stack is sharded otherwise before it, and cast."""
+    """A step that loops over a stack of kernels after resharding and casting it."""
     leaf = TINY.shapes(mesh)["blocks"]["up"]
 
     def loop(stack, x):
@@ -67,12 +67,12 @@ def compiled(mesh, stack_at, *, dtype=None):
     return types.SimpleNamespace(compiled=jax.jit(loop).lower(leaf, x).compile(compiler_options("cpu")))
 
 
-def test_a_gather_of_all_layers_is_noticed(mesh):
+def test_a_gather_of_all_layers_is_found(mesh):
     scale.check(TINY, mesh, compiled(mesh, P(None, "data", "model")))
     with pytest.raises(AssertionError, match="all layers are gathered at once"):
         scale.check(TINY, mesh, compiled(mesh, P(None, None, "model")))
 
 
-def test_a_copy_of_the_base_in_float32_is_noticed(mesh):
+def test_a_copy_of_the_base_in_float32_is_found(mesh):
     with pytest.raises(AssertionError, match="the base is copied in float32"):
         scale.check(TINY, mesh, compiled(mesh, P(None, "data", "model"), dtype=jnp.float32))

@@ -1,6 +1,6 @@
-"""All that takes an adapter, on bases of every dtype. `make settings` runs it under each of JAX's strict settings.
+"""All functions that accept an adapter, on bases of every dtype. `make settings` runs it under JAX's strict settings.
 
-Nothing here promotes a dtype or a rank by itself, so that what does is the package.
+The tests promote no dtype or rank implicitly, so that a failure is an implicit promotion in the package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import lora_jax as lj
 from lora_jax import adaptive, analysis, optim, starts
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-# What rounding may take, relative to the largest element.
+# The rounding error, relative to the largest element.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 7e-2, "float8_e5m2": 0.13}
 
 VARIANTS: dict[str, Callable[..., Any]] = {
@@ -37,7 +37,7 @@ VARIANTS: dict[str, Callable[..., Any]] = {
 }
 
 
-# Without a setting, other tests hold the same.
+# Without a setting, other tests cover the same.
 settings_only = pytest.mark.slow
 
 
@@ -46,7 +46,7 @@ def in_dtypes(*dtypes: Any) -> Any:
 
 
 def model(dtype: Any) -> tuple[dict[str, jax.Array], Callable[..., jax.Array], jax.Array]:
-    """A stack of two layers, a function that runs through it, and what it is called with."""
+    """A stack of two layers, a model that scans it, and its input."""
     params = {"stack": normal(2, 6, 6, size=0.5, dtype=dtype)}
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -56,7 +56,7 @@ def model(dtype: Any) -> tuple[dict[str, jax.Array], Callable[..., jax.Array], j
 
 
 def adapter_of(params: Any, variant: str = "LoRA", *, dtype: Any = jnp.float32) -> Any:
-    """An adapter that does something: each array away from its start."""
+    """An adapter whose arrays differ from their initial values."""
     rule = VARIANTS[variant](axes="bio")
     adapter = lj.init(jax.random.key(0), params, {"stack": rule}, param_dtype=dtype)
     leaves, treedef = jax.tree.flatten(adapter)
@@ -81,7 +81,7 @@ def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtyp
     params, apply, x = model(dtype)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     adapter = adapter_of(params, variant)
-    if variant == "DoRA":  # its magnitude starts as the norm of each column
+    if variant == "DoRA":  # the initial magnitude is the norm of each column
         start = lj.init(jax.random.key(0), params, {"stack": VARIANTS[variant](axes="bio")})["stack"]
         assert_near(start.magnitude, jnp.linalg.norm(wide["stack"], axis=1), 1e-5)
     exact = lj.merge(wide, adapter)
@@ -101,7 +101,7 @@ def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtyp
         return jnp.sum(jnp.sin(out)), out
 
     gradient, out = jax.jit(jax.grad(total, has_aux=True))(adapter)
-    if variant not in ("Full", "LoRABias"):  # the model sees these in the dtype of the base
+    if variant not in ("Full", "LoRABias"):  # the model receives these in the dtype of the base
         assert_near(out, apply(exact, x), 1e-4)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
     lj.explain(apply, params, adapter, x, strict=True)
@@ -109,7 +109,7 @@ def test_a_base_of_every_dtype_is_adapted_merged_and_restored(variant: str, dtyp
 
 @settings_only
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_an_adapter_in_sixteen_bits_is_merged_and_trained(variant: str) -> None:
+def test_a_16_bit_adapter_is_merged_and_trained(variant: str) -> None:
     params, apply, x = model(jnp.float32)
     adapter = adapter_of(params, variant, dtype=jnp.bfloat16)
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapter)
@@ -119,7 +119,7 @@ def test_an_adapter_in_sixteen_bits_is_merged_and_trained(variant: str) -> None:
 
 
 @in_dtypes(E4M3)
-def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
+def test_initializations_work_for_a_base_of_every_dtype(dtype: Any) -> None:
     params, apply, x = model(dtype)
     adapter, key = adapter_of(params), jax.random.key(1)
     loss = lambda params, x: jnp.sum(apply(params, x))  # noqa: E731
@@ -136,15 +136,15 @@ def test_starts_are_made_for_a_base_of_every_dtype(dtype: Any) -> None:
     }
     for name, start in started.items():
         assert start.params["stack"].dtype == dtype, name
-        # The base as it was, up to a rounding of the residue and one of the sum.
-        whole = lj.merge(start.params, start.adapter)["stack"]
-        assert_near(whole, params["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
+        # The original base, up to the rounding of the residual and of the sum.
+        merged = lj.merge(start.params, start.adapter)["stack"]
+        assert_near(merged, params["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
     plain = starts.as_plain(params, started["pissa"].adapter, *started["pissa"])
     assert_near(lj.merge(params, plain)["stack"], params["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
 
 
 @in_dtypes(E4M3)
-def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: Any) -> None:
+def test_measures_of_a_base_of_every_dtype_match_float32(dtype: Any) -> None:
     params, _, _ = model(dtype)
     wide = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     adapter = adapter_of(params)
@@ -154,25 +154,25 @@ def test_what_is_measured_of_a_base_of_every_dtype_is_what_float32_gives(dtype: 
     assert analysis.singular_values(adapter)["stack"].shape == (2, 2)
     assert analysis.subspace_similarity(adapter, adapter)["stack"].shape == (2, 2, 2)
     merged = lj.merge(params, adapter)
-    extracted, left = lj.extract(params, merged, {"stack": lj.LoRA(rank=4, alpha=3, axes="bio")})
+    extracted, residual = lj.extract(params, merged, {"stack": lj.LoRA(rank=4, alpha=3, axes="bio")})
     assert_near(lj.merge(params, extracted)["stack"], merged["stack"], 2 * TOLERANCE[jnp.dtype(dtype).name])
     smaller, _ = lj.compress(extracted, 1)
-    assert smaller["stack"].a.shape == (2, 6, 1) and left["stack"].shape == (2,)
+    assert smaller["stack"].a.shape == (2, 6, 1) and residual["stack"].shape == (2,)
 
 
 @settings_only
 @in_dtypes(jnp.bfloat16)
 @pytest.mark.parametrize("variant", ["LoRA", "AdaLoRA", "DoRA"])
-def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
+def test_every_optimizer_takes_a_step(variant: str, dtype: Any) -> None:
     params, apply, x = model(jnp.float32)
     adapter = adapter_of(params, variant, dtype=dtype)
     gradient = jax.grad(lambda adapter: jnp.sum(lj.lora(apply)(params, adapter, x)))(adapter)
-    whole, its = {"base": params, "adapter": adapter}, {"base": params, "adapter": gradient}
+    both, gradients = {"base": params, "adapter": adapter}, {"base": params, "adapter": gradient}
     for tx, before, back in (
         (optax.chain(optax.sgd(0.1), optim.lora_plus(16)), adapter, gradient),
         (optim.lora_fa(optax.sgd(0.1)), adapter, gradient),
         (optax.chain(optim.riemannian(), optax.sgd(0.1)), adapter, gradient),
-        (optim.freeze_base(optax.sgd(0.1)), whole, its),
+        (optim.freeze_base(optax.sgd(0.1)), both, gradients),
     ):
         updates, _ = jax.jit(tx.update)(back, tx.init(before), before)
         assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(updates))
@@ -180,7 +180,7 @@ def test_every_optimiser_takes_a_step(variant: str, dtype: Any) -> None:
 
 @settings_only
 @in_dtypes(jnp.bfloat16)
-def test_a_rank_is_adapted(dtype: Any) -> None:
+def test_ranks_are_adapted(dtype: Any) -> None:
     params, apply, x = model(jnp.float32)
     adapter = adapter_of(params, "AdaLoRA", dtype=dtype)
     tx = adaptive.ada_lora(optax.sgd(0.1), end=2, warmup=0, settle=0, total=1)
@@ -192,13 +192,13 @@ def test_a_rank_is_adapted(dtype: Any) -> None:
     after = optax.apply_updates(adapter, updates)
     assert int(jnp.count_nonzero(after["stack"].e)) == 2
     small = adaptive.compact(after)
-    got, expected = (lj.merge(params, its)["stack"] for its in (small, after))
+    got, expected = (lj.merge(params, part)["stack"] for part in (small, after))
     assert_near(got, expected, TOLERANCE[jnp.dtype(dtype).name])
 
 
 @settings_only
 @pytest.mark.parametrize("name", ["mlp", "scanned_transformer", "conv_net", "equinox_net"])
-def test_models_obey_the_law(name: str) -> None:
+def test_models_obey_the_laws(name: str) -> None:
     zoo_model = ZOO[name](jax.random.key(0), jnp.float32)
     kernels = lj.kernels(zoo_model.apply, zoo_model.params, *zoo_model.args)
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), zoo_model.params, zoo_model.spec, kernels=kernels))

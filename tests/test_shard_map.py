@@ -1,4 +1,4 @@
-"""Models that place their own work on devices: `shard_map`, shardings of a `jit`, `vmap` with `spmd_axis_name`."""
+"""Models that distribute their computation: `shard_map`, shardings of a `jit`, `vmap` with `spmd_axis_name`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def stack(w: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def feed_forward(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Megatron's: hidden units on devices, up and down again."""
+    """The feed-forward layer of Megatron, with sharded hidden units."""
     return lax.psum(jnp.tanh(x @ w) @ w.T, "x")
 
 
@@ -107,7 +107,7 @@ SHARD_MAPS = {
         [X],
         "oi",
     ),
-    "gathered beside each other": Case(
+    "gathered and concatenated": Case(
         mapped(
             lambda w, x: jnp.einsum("td,edf->tef", x, lax.all_gather(w, "x", axis=0)), P(None, "x"), P("x"), out=P("x")
         ),
@@ -126,7 +126,7 @@ SHARD_MAPS = {
         [X],
         "bio",
     ),
-    "gathered outputs beside each other, in the middle": Case(
+    "gathered outputs, concatenated in the middle": Case(
         mapped(
             lambda w, x: jnp.einsum("td,def->tef", x, lax.all_gather(w, "x", axis=1)), P(None, "x"), P("x"), out=P("x")
         ),
@@ -137,13 +137,13 @@ SHARD_MAPS = {
 }
 
 
-def both_gathered(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Rows from the devices along one axis of the mesh, columns from those along the other, in two steps."""
+def gathered_along_both_axes(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Gathers rows along one axis of the mesh and columns along the other."""
     return x @ lax.all_gather(lax.all_gather(w, "x", axis=0, tiled=True), "y", axis=1, tiled=True)
 
 
 def gathered_in_parts(w: jax.Array, x: jax.Array) -> jax.Array:
-    """An axis that is on all devices, from those along one axis of the mesh after the other."""
+    """Gathers an axis that is sharded over all devices, one axis of the mesh at a time."""
     return x @ lax.all_gather(lax.all_gather(w, "y", axis=0, tiled=True), "x", axis=0, tiled=True)
 
 
@@ -176,19 +176,19 @@ def unchecked(function: Callable[..., Any], *in_specs: P, out: P, kernel: Any = 
 UNCHECKED = {
     "inputs": unchecked(gathered(0), P("x"), P("x"), out=P("x")),
     "outputs": unchecked(gathered(1), P(None, "x"), P("x"), out=P("x")),
-    "outputs, beside cut inputs": unchecked(
+    "outputs, with sharded inputs": unchecked(
         lambda w, x: lax.psum(x @ lax.all_gather(w, "x", axis=1, tiled=True), "y"), P("y", "x"), P(None, "y"), out=P()
     ),
-    "inputs and outputs": unchecked(both_gathered, P("x", "y"), P("x"), out=P("x")),
+    "inputs and outputs": unchecked(gathered_along_both_axes, P("x", "y"), P("x"), out=P("x")),
     "inputs from all devices": unchecked(gathered(0, name=("x", "y")), P(("x", "y")), P("x"), out=P("x")),
     "inputs from all devices, in two steps": unchecked(gathered_in_parts, P(("x", "y")), P("x"), out=P("x")),
     "what all devices have": unchecked(
         lambda w, x: x @ lax.all_gather(w, "x", axis=0, tiled=True)[:8], P(), P("x"), out=P("x")
     ),
-    "beside each other": unchecked(
+    "concatenated": unchecked(
         lambda w, x: jnp.einsum("td,edf->tef", x, lax.all_gather(w, "x", axis=0)), P(None, "x"), P("x"), out=P("x")
     ),
-    "beside each other, then outputs": unchecked(
+    "concatenated, then outputs": unchecked(
         lambda w, x: jnp.einsum(
             "td,edf->tef", x, lax.all_gather(lax.all_gather(w, "x", axis=0), "y", axis=2, tiled=True)
         ),
@@ -207,17 +207,17 @@ SHARD_MAPS |= {f"unchecked, gathered {name}": case for name, case in UNCHECKED.i
 
 
 @pytest.mark.parametrize("name", SHARD_MAPS)
-def test_a_shard_map_gives_what_it_gives_with_the_formed_kernel(name: str) -> None:
+def test_a_shard_map_matches_the_merged_kernel(name: str) -> None:
     assert_case(SHARD_MAPS[name])
 
 
 @pytest.mark.parametrize("name", SHARD_MAPS)
-def test_kernels_tells_the_role_of_each_axis(name: str) -> None:
+def test_kernels_finds_the_role_of_each_axis(name: str) -> None:
     case = SHARD_MAPS[name]
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
 
 
-def test_factors_come_as_they_are_cut_where_shardings_are_types() -> None:
+def test_factors_on_an_explicit_mesh_keep_their_shardings() -> None:
     explicit = mesh(AxisType.Explicit)
     place = lambda x, spec: jax.device_put(x, NamedSharding(explicit, spec))  # noqa: E731
 
@@ -229,14 +229,14 @@ def test_factors_come_as_they_are_cut_where_shardings_are_types() -> None:
         assert_law(apply, params, adapted(params, {"w": "io"}), x)
 
 
-def cut_in_half(w: jax.Array, x: jax.Array) -> jax.Array:
-    """Each device works on its own part of a kernel that all of them have."""
+def split_by_device(w: jax.Array, x: jax.Array) -> jax.Array:
+    """Each device slices a replicated kernel."""
     first = lax.axis_index("x") * 3
     return x @ lax.dynamic_slice_in_dim(w, first, 3, axis=1)
 
 
-def test_a_part_that_a_device_takes_by_its_own_number_is_that_of_the_formed_kernel() -> None:
-    assert_case(Case(mapped(cut_in_half, P(), P("y"), out=P("y", "x")), (8, 12), [X], "io"))
+def test_a_slice_by_device_index_matches_the_merged_kernel() -> None:
+    assert_case(Case(mapped(split_by_device, P(), P("y"), out=P("y", "x")), (8, 12), [X], "io"))
 
 
 # Shardings of a `jit`
@@ -274,10 +274,10 @@ SHARDINGS = {
         [X],
         "bio",
     ),
-    "of a kernel that comes back": Case(
+    "of a kernel that is returned": Case(
         lambda w, x: x @ jax.jit(lambda w: w.T, out_shardings=sharding(None, "x"))(w), (12, 8), [X], "oi"
     ),
-    "of a kernel that comes back beside an array": Case(
+    "of a kernel that is returned with an array": Case(
         lambda w, x: multiply(*jax.jit(lambda w, x: (w, x + 1), out_shardings=(sharding("x"), None))(w, x)),
         (8, 12),
         [X],
@@ -287,7 +287,7 @@ SHARDINGS = {
 
 
 @pytest.mark.parametrize("name", SHARDINGS)
-def test_a_jit_with_shardings_gives_what_it_gives_with_the_formed_kernel(name: str) -> None:
+def test_a_jit_with_shardings_matches_the_merged_kernel(name: str) -> None:
     case = SHARDINGS[name]
     assert_case(case)
     assert lj.kernels(case.apply, case.params, *case.arrays)["w"].axes == case.roles
@@ -298,7 +298,7 @@ def jit_equation(case: Case) -> Any:
     return next(eqn for eqn in jaxpr.eqns if eqn.primitive.name == "jit")
 
 
-def test_a_sharding_of_the_kernel_is_one_of_the_axes_of_its_factors() -> None:
+def test_a_sharding_of_the_kernel_applies_to_the_factors() -> None:
     asked = {
         var.aval.shape: sharding.spec
         for var, sharding in zip(
@@ -311,7 +311,7 @@ def test_a_sharding_of_the_kernel_is_one_of_the_axes_of_its_factors() -> None:
     assert asked == {(2, 8, 8): P("y", "x"), (2, 8, 2): P("y", "x", None), (2, 2, 8): P("y", None, None)}
 
 
-def test_a_kernel_that_a_jit_may_destroy_is_kept_for_its_caller() -> None:
+def test_a_kernel_that_a_jit_donates_is_kept() -> None:
     case = Case(lambda w, x: jax.jit(multiply, donate_argnums=(0, 1))(w, x + 1), (4, 4), [(4, 4)], "io")
     assert_case(case)
     assert jit_equation(case).params["donated_invars"] == (False, False, False, True)
@@ -350,7 +350,7 @@ SPMD = {
 
 
 @pytest.mark.parametrize("name", SPMD)
-def test_a_vmap_over_devices_inside_the_model_is_that_of_the_formed_kernel(name: str) -> None:
+def test_a_vmap_over_devices_inside_the_model_matches_the_merged_kernel(name: str) -> None:
     case = SPMD[name]
     with jax.set_mesh(mesh()):
         assert_case(case)
@@ -358,7 +358,7 @@ def test_a_vmap_over_devices_inside_the_model_is_that_of_the_formed_kernel(name:
 
 
 @pytest.mark.parametrize("axes", [(None, 0), (0, None), (0, 0)], ids=["x", "adapters", "both"])
-def test_a_vmap_over_devices_around_the_model_is_that_of_the_merged_model(axes: Any) -> None:
+def test_a_vmap_over_devices_around_the_model_matches_the_merged_model(axes: Any) -> None:
     case = Case(constrained, (8, 12), [(4, 3, 8)], "io")
     adapter = case.adapter if axes[0] is None else jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), case.adapter)
     (x,) = case.arrays if axes[1] == 0 else (case.arrays[0][0],)
@@ -374,7 +374,7 @@ def test_a_vmap_over_devices_around_the_model_is_that_of_the_merged_model(axes: 
 
 
 def test_a_gathered_kernel_keeps_its_gain() -> None:
-    """DoRA's gain is one for each output: the same on all devices where inputs are cut, and cut where outputs are."""
+    """DoRA has a gain per output: replicated if inputs are sharded, and sharded if outputs are."""
     params, x = {"w": normal(8, 12)}, normal(*X, seed=1)
     adapter = lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=2, alpha=3, axes="io")})
     adapter = jax.tree.map(lambda leaf: leaf + normal(*leaf.shape, seed=2, size=0.2), adapter)

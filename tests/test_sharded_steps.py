@@ -1,6 +1,6 @@
-"""Training steps on a mesh: what one device computes, and nothing on the wire that LoRA by hand would not send.
+"""Training steps on a mesh match one device and send no more bytes than LoRA by hand.
 
-The bytes are read from the compiled program. They are those of the compiler for CPUs, which sums with all-reduces.
+The bytes are read from the program that is compiled for CPUs, which sums with all-reduces.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ CLOSE = {"float32": 1e-5}
 
 
 class Layout(NamedTuple):
-    """How a decoder lies on eight devices.
+    """The shardings of a decoder on eight devices.
 
     Attributes:
-      axes: of the mesh, with their sizes.
-      width: along which the axes of the width are cut.
-      heads: along which heads and hidden units are.
-      layers: along which the stack of layers is.
-      batch: along which the examples are.
+      axes: the axes of the mesh and their sizes.
+      width: the mesh axes that shard the width.
+      heads: the mesh axes that shard heads and hidden units.
+      layers: the mesh axes that shard the stack of layers.
+      batch: the mesh axes that shard the examples.
     """
 
     axes: dict[str, int]
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
         return jax.make_mesh(tuple(self.axes.values()), tuple(self.axes), axis_types=(AxisType.Auto,) * len(self.axes))
 
     def shardings(self, params: Any) -> Any:
-        """Those of the parameters."""
+        """The shardings of the parameters."""
         into, out = (self.width, self.heads), (self.heads, self.width)
         kernels = dict.fromkeys(("query", "key", "value", "up"), into) | {"out": (self.heads, None, self.width)}
         kernels |= {"down": out, "embedding": out}
@@ -68,9 +68,9 @@ class Layout(NamedTuple):
         return unflatten_dict({path: place(path) for path in flat}, sep="/")
 
     def constrained(self, loss: Any) -> Any:
-        """The loss of a model whose activations are cut along the batch alone, as a model for a mesh says of them.
+        """The loss of a model with activations constrained to be sharded only along the batch.
 
-        Without that the compiler would rather sum activations than gather kernels.
+        Without the constraint, the compiler sums activations instead of gathering kernels.
         """
         if self.batch is None:
             return loss
@@ -107,37 +107,39 @@ METHODS: dict[str, Callable[[models.Case], models.Method]] = {
 
 @functools.cache
 def case(rank: int = SIZE.rank) -> models.Case:
-    """A decoder of random numbers, none of which has to be compiled."""
+    """A decoder with random parameters, made without compilation."""
     model, tokens = models.Decoder(SIZE, scanned=True), (7 * jnp.arange(64) % SIZE.vocabulary).reshape(8, 8)
-    params = drawn(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
+    params = random_params(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
     spec = {"**/{query,key,value,out,up,down}/kernel": lj.LoRA(rank=rank, alpha=models.ALPHA)}
     kernels = lj.kernels(models.plain(model), params, tokens)
     adapter = jax.eval_shape(lambda key: lj.init(key, params, spec, kernels=kernels), jax.random.key(0))
-    return models.Case(model.clone(size=models.Size(**{**vars(SIZE), "rank": rank})), params, drawn(adapter), tokens)
+    return models.Case(
+        model.clone(size=models.Size(**{**vars(SIZE), "rank": rank})), params, random_params(adapter), tokens
+    )
 
 
-def drawn(shapes: Any) -> Any:
+def random_params(shapes: Any) -> Any:
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten([normal(*leaf.shape, seed=number, size=0.2) for number, leaf in enumerate(leaves)])
 
 
 class Step(NamedTuple):
-    """What a step gave, and what its program sends."""
+    """The results of a step, and the collectives of its program."""
 
     loss: jax.Array
     trained: Any
     sent: list[Collective]
 
     def bytes(self, kind: str) -> int:
-        return sum(each.times * each.bytes for each in self.sent if each.kind == kind)
+        return sum(collective.times * collective.bytes for collective in self.sent if collective.kind == kind)
 
     @property
     def wire(self) -> int:
-        return sum(each.wire for each in self.sent)
+        return sum(collective.wire for collective in self.sent)
 
     @property
     def largest_gather(self) -> int:
-        return max((each.result for each in self.sent if each.kind == "all-gather"), default=0)
+        return max((collective.result for collective in self.sent if collective.kind == "all-gather"), default=0)
 
 
 def update(loss: Any) -> Any:
@@ -186,7 +188,7 @@ def on_one_device() -> Step:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_on_a_mesh_is_that_on_one_device(layout: str) -> None:
+def test_a_step_on_a_mesh_matches_one_device(layout: str) -> None:
     step, expected = sharded(layout, "lora()"), on_one_device()
     assert_close((step.loss, step.trained), (expected.loss, expected.trained), CLOSE)
 
@@ -202,8 +204,8 @@ def bytes_of(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_gradients_are_summed_over_the_devices_for_the_adapter_alone() -> None:
-    """Twice the rank, twice the bytes; besides there is the loss."""
+def test_only_gradients_of_the_adapter_are_summed_over_devices() -> None:
+    """Bytes are proportional to the rank, plus those of the loss."""
     loss = 4
     few, many, full = (
         sharded("data parallel", method, rank).bytes("all-reduce")
@@ -217,7 +219,7 @@ def test_gradients_are_summed_over_the_devices_for_the_adapter_alone() -> None:
 def test_an_fsdp_step_gathers_one_kernel_of_one_layer_at_a_time() -> None:
     step = sharded("FSDP", "lora()")
     assert step.largest_gather == 4 * SIZE.width * SIZE.hidden
-    # What is summed is the gradient of the adapter, and the norm of its shards.
+    # The gradient of the adapter and the norm of its shards are summed.
     assert step.bytes("all-reduce") <= sharded("data parallel", "lora()").bytes("all-reduce") + 64
 
 
@@ -237,19 +239,19 @@ def mean_loss(adapter: Any, params: Any, x: jax.Array) -> jax.Array:
 
 
 def averaged(trained: Any, state: Any, params: Any, x: jax.Array) -> Any:
-    """A step of which each device takes its own examples."""
+    """A step in which each device has its examples, and gradients are averaged."""
     value, gradient = jax.value_and_grad(mean_loss)(trained, params, x)
     value, gradient = lax.pmean((value, gradient), "data")
     updates, state = TX.update(gradient, state, trained)
     return optax.apply_updates(trained, updates), state, value
 
 
-def together(trained: Any, state: Any, params: Any, x: jax.Array) -> Any:
-    """A step of the loss of all examples, whose gradient JAX sums by itself."""
+def joint(trained: Any, state: Any, params: Any, x: jax.Array) -> Any:
+    """A step with the loss of all examples, whose gradient JAX sums."""
     return update(lambda *args: lax.pmean(mean_loss(*args), "data"))(trained, state, params, x)
 
 
-def test_a_pmapped_step_is_that_on_one_device() -> None:
+def test_a_pmapped_step_matches_one_device() -> None:
     adapter = adapted(PARAMS, {"up": "io", "down": "io"})
     everywhere = jax_utils.replicate((adapter, TX.init(adapter), PARAMS))
     step = jax.pmap(averaged, axis_name="data")
@@ -257,13 +259,13 @@ def test_a_pmapped_step_is_that_on_one_device() -> None:
     trained, _, value = program(*everywhere, X.reshape(8, 2, 8))
     expected = run(mean_loss, adapter, PARAMS, X)
     assert_close(jax_utils.unreplicate((value, trained)), (expected.loss, expected.trained), CLOSE)
-    (sent,) = {each.kind for each in testing.collectives(program)}
+    (sent,) = {collective.kind for collective in testing.collectives(program)}
     assert sent == "all-reduce"
-    assert sum(each.bytes for each in testing.collectives(program)) == bytes_of(adapter) + value[0].nbytes
+    assert sum(collective.bytes for collective in testing.collectives(program)) == bytes_of(adapter) + value[0].nbytes
 
 
-@pytest.mark.parametrize(("step", "checked"), [(averaged, False), (together, True)])
-def test_a_step_in_a_shard_map_is_that_on_one_device(step: Any, checked: bool) -> None:
+@pytest.mark.parametrize(("step", "checked"), [(averaged, False), (joint, True)])
+def test_a_step_in_a_shard_map_matches_one_device(step: Any, checked: bool) -> None:
     adapter = adapted(PARAMS, {"up": "io", "down": "io"})
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     mapped = jax.shard_map(
@@ -273,38 +275,38 @@ def test_a_step_in_a_shard_map_is_that_on_one_device(step: Any, checked: bool) -
     trained, _, value = program(adapter, TX.init(adapter), PARAMS, X)
     expected = run(mean_loss, adapter, PARAMS, X)
     assert_close((value, trained), (expected.loss, expected.trained), CLOSE)
-    assert {each.kind for each in testing.collectives(program)} == {"all-reduce"}
-    assert sum(each.bytes for each in testing.collectives(program)) == bytes_of(adapter) + value.nbytes
+    assert {collective.kind for collective in testing.collectives(program)} == {"all-reduce"}
+    assert sum(collective.bytes for collective in testing.collectives(program)) == bytes_of(adapter) + value.nbytes
 
 
-# A pipeline: each stage has a layer, and hands on what it makes
+# A pipeline: each stage has a layer and sends its output to the next stage
 
 STAGES = 8
 
 
 def pipeline(params: Any, x: jax.Array) -> jax.Array:
-    """Micro-batches, (count, examples, width), go from stage to stage; in each turn of the loop each takes one."""
+    """Micro-batches, (count, examples, width), pass through the stages; each stage processes one per iteration."""
     mesh = jax.make_mesh((STAGES,), ("stage",), axis_types=(AxisType.Auto,))
     onwards = [(stage, stage + 1) for stage in range(STAGES - 1)]
 
     def stages(w: jax.Array, x: jax.Array) -> jax.Array:
-        def turn(held: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        def tick(held: jax.Array, number: jax.Array) -> tuple[jax.Array, jax.Array]:
             first = x[jnp.minimum(number, len(x) - 1)]
             y = jnp.tanh(jnp.where(lax.axis_index("stage") == 0, first, held) @ w[0])
             return lax.ppermute(y, "stage", onwards), y
 
         start = lax.pcast(jnp.zeros_like(x[0]), "stage", to="varying")
-        return lax.scan(turn, start, jnp.arange(len(x) + STAGES - 1))[1][None]
+        return lax.scan(tick, start, jnp.arange(len(x) + STAGES - 1))[1][None]
 
-    made = jax.shard_map(stages, mesh=mesh, in_specs=(P("stage"), P()), out_specs=P("stage"))(params["layers"], x)
-    return made[-1, STAGES - 1 :]
+    outputs = jax.shard_map(stages, mesh=mesh, in_specs=(P("stage"), P()), out_specs=P("stage"))(params["layers"], x)
+    return outputs[-1, STAGES - 1 :]
 
 
 def in_order(params: Any, x: jax.Array) -> jax.Array:
     return lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])[0]
 
 
-def test_a_pipelined_step_is_that_of_the_layers_in_order_and_hands_on_nothing_more() -> None:
+def test_a_pipelined_step_matches_sequential_layers_and_sends_only_activations() -> None:
     params, x = {"layers": normal(STAGES, 8, 8, size=0.5)}, normal(3, 4, 8, seed=1)
     adapter = adapted(params, {"layers": "bio"})
 
@@ -321,15 +323,17 @@ def test_a_pipelined_step_is_that_of_the_layers_in_order_and_hands_on_nothing_mo
     step = jax.jit(jax.value_and_grad(functools.partial(loss, pipeline)))
     assert_close(step(adapter, params), expected, CLOSE)
     assert testing.wire_bytes(step, adapter, params) == testing.wire_bytes(jax.jit(jax.value_and_grad(dense)), params)
-    turns = [each for each in testing.collectives(step, adapter, params) if each.times > 1]
-    assert {(each.kind, each.bytes, each.times) for each in turns} == {("collective-permute", x[0].nbytes, 10)}
+    repeated = [collective for collective in testing.collectives(step, adapter, params) if collective.times > 1]
+    assert {(collective.kind, collective.bytes, collective.times) for collective in repeated} == {
+        ("collective-permute", x[0].nbytes, 10)
+    }
 
 
-# Where shardings are types
+# Explicit meshes
 
 
 def decoder(params: Any, tokens: jax.Array) -> jax.Array:
-    """A decoder that says of each kernel along which axes of the mesh it is gathered, and of sums where they go."""
+    """A decoder with explicit shardings of gathered kernels and of sums."""
 
     def block(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
         into = {name: jax.reshard(layer[name], P(None, "model", *more)) for name, more in INTO.items()}
@@ -353,7 +357,7 @@ SHAPES = {"query": (8, 4, 2), "key": (8, 4, 2), "value": (8, 4, 2), "up": (8, 16
 ROLES = dict.fromkeys(("query", "key", "value"), "bioo") | {"up": "bio", "out": "biio", "down": "bio"}
 
 
-def step_of_types(*devices: int) -> Step:
+def explicit_step(*devices: int) -> Step:
     mesh = jax.make_mesh(devices, ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
     at = {name: P(None, "data", "model") for name in INTO} | {"out": P(None, "model", None, "data")}
     at |= {"down": P(None, "model", "data"), "embedding": P("model", "data")}
@@ -372,7 +376,7 @@ def step_of_types(*devices: int) -> Step:
         return run(loss, adapter, params, tokens)
 
 
-def test_a_step_where_shardings_are_types_is_that_on_one_device() -> None:
-    step, expected = step_of_types(2, 4), step_of_types(1, 1)
+def test_a_step_on_an_explicit_mesh_matches_one_device() -> None:
+    step, expected = explicit_step(2, 4), explicit_step(1, 1)
     assert step.sent and not expected.sent
     assert_close((step.loss, step.trained), (expected.loss, expected.trained), CLOSE)

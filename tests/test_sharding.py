@@ -1,4 +1,4 @@
-"""Where adapters go on a mesh, and models whose parameters are on one: by shardings, and where these are types."""
+"""Shardings of adapters, and models with sharded parameters on automatic and explicit meshes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def on_mesh(*spec: Any, kind: AxisType = AxisType.Auto) -> NamedSharding:
 
 
 def specs(tree: Any) -> Any:
-    """The specs in a tree of shardings, or of arrays."""
+    """The partition specs of a tree of shardings or arrays."""
     return jax.tree.map(lambda x: x if isinstance(x, P) else getattr(x, "sharding", x).spec, tree)
 
 
@@ -70,13 +70,13 @@ GIVEN = {
     "specs": lambda: SPECS,
     "shardings": lambda: NAMED,
     "arrays": lambda: placed(PARAMS, NAMED),
-    "shapes": lambda: jax.tree.map(lambda x, its: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=its), PARAMS, NAMED),
+    "shapes": lambda: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), PARAMS, NAMED),
     "the top of the tree": lambda: NAMED | {"query": on_mesh("data", "model"), "layers": P("data", None, "model")},
 }
 
 
 @pytest.mark.parametrize("name", GIVEN)
-def test_a_factor_is_cut_along_the_axes_that_it_has_of_its_kernel(name: str) -> None:
+def test_factors_are_sharded_along_the_axes_of_the_kernel(name: str) -> None:
     found = lj.sharding.like_base(shapes(), GIVEN[name]())
     assert {path: specs(part.arrays) for path, part in found.items()} == {
         "query/kernel": {"a": P("data", None), "b": P(None, "model", None)},
@@ -86,31 +86,31 @@ def test_a_factor_is_cut_along_the_axes_that_it_has_of_its_kernel(name: str) -> 
     }
     assert jax.tree.structure(found) == jax.tree.structure(shapes())
     if name != "specs" and name != "the top of the tree":
-        assert all(its.mesh == mesh() for its in jax.tree.leaves(found))
+        assert all(sharding.mesh == mesh() for sharding in jax.tree.leaves(found))
 
 
-def test_one_sharding_may_be_that_of_all_parameters() -> None:
+def test_one_sharding_may_apply_to_all_parameters() -> None:
     found = lj.sharding.like_base({"head/kernel": shapes()["head/kernel"]}, on_mesh("model"))
     assert specs(found["head/kernel"].arrays) == {"a": P("model", None), "b": P(None, None)}
 
 
-def test_arrays_on_one_device_leave_the_adapter_there() -> None:
+def test_an_adapter_of_arrays_on_one_device_stays_there() -> None:
     found = lj.sharding.like_base(shapes(), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), PARAMS))
-    assert {its.device_set == {jax.devices()[0]} for its in jax.tree.leaves(found)} == {True}
+    assert {sharding.device_set == {jax.devices()[0]} for sharding in jax.tree.leaves(found)} == {True}
 
 
-def test_the_state_of_an_optimiser_goes_with_its_adapter() -> None:
+def test_optimizer_state_is_sharded_like_the_adapter() -> None:
     for tx in (optax.adamw(1e-3), optax.chain(optax.clip_by_global_norm(1.0), optax.adafactor(1e-3))):
         state = jax.eval_shape(tx.init, shapes())
         found = lj.sharding.like_base(state, NAMED)
         assert jax.tree.structure(found) == jax.tree.structure(state)
-        jax.tree.map(lambda x, its: its.shard_shape(x.shape), state, found)  # raises where one does not fit
+        jax.tree.map(lambda x, sharding: sharding.shard_shape(x.shape), state, found)  # raises if one does not fit
     found = lj.sharding.like_base(jax.eval_shape(optax.adamw(1e-3).init, shapes()), NAMED)
     assert jax.tree.leaves(found[0].mu) == jax.tree.leaves(lj.sharding.like_base(shapes(), NAMED))
     assert found[0].count == on_mesh()
 
 
-def test_only_part_of_an_adapter_may_have_a_state() -> None:
+def test_optimizer_state_may_cover_a_part_of_the_adapter() -> None:
     tx = optax.masked(optax.trace(0.9), lambda ad: jax.tree_util.tree_map_with_path(lambda k, _: k[-1].name == "b", ad))
     found = lj.sharding.like_base(jax.eval_shape(tx.init, shapes()), SPECS)
     trace = found.inner_state.trace["query/kernel"]
@@ -123,7 +123,7 @@ RULES = (("embed", None), ("mlp", "model"), ("heads", "model"))
 
 
 class Boxed(nn.Module):
-    """A model as libraries write them: the axes of its parameters are named."""
+    """A model with named axes of its parameters."""
 
     box: Callable[..., Any]
     names: tuple[Any, ...]
@@ -143,7 +143,7 @@ class InNNX(nnx.Module):
 
 
 class Boxes(NamedTuple):
-    """A model with boxed parameters, and what says where they go."""
+    """A model with boxed parameters, and their shardings."""
 
     apply: Callable[..., Any]
     params: Any
@@ -184,7 +184,7 @@ BOXES = {
 
 
 @pytest.mark.parametrize("name", BOXES)
-def test_what_boxes_say_of_the_kernel_holds_for_its_factors(name: str) -> None:
+def test_boxed_shardings_of_kernels_apply_to_factors(name: str) -> None:
     _, params, kernel, given = BOXES[name]()
     adapter = lj.init(jax.random.key(1), params, {kernel: lj.LoRA(rank=2, alpha=4)})
     assert specs(lj.sharding.like_base(adapter, given(params))[kernel].arrays) == {
@@ -194,14 +194,14 @@ def test_what_boxes_say_of_the_kernel_holds_for_its_factors(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["nn.get_sharding", "nn.logical_to_mesh_sharding", "a state on the mesh"])
-def test_a_model_with_boxed_parameters_is_adapted_as_it_is(name: str) -> None:
+def test_a_model_with_boxed_parameters_can_be_adapted(name: str) -> None:
     apply, params, kernel, _ = BOXES[name]()
     adapter = trained(jax.random.key(2), lj.init(jax.random.key(1), params, {kernel: lj.LoRA(rank=2, alpha=4)}))
     with jax.set_mesh(mesh()):
         assert_law(apply, params, adapter, normal(4, 8))
 
 
-def test_logical_names_may_be_translated_afterwards() -> None:
+def test_logical_names_can_be_translated_afterwards() -> None:
     _, params, kernel, _ = BOXES["nn.logical_to_mesh_sharding"]()
     adapter = lj.init(jax.random.key(1), params, {kernel: lj.LoRA(rank=2, alpha=4)})
     found = lj.sharding.like_base(adapter, nn.get_partition_spec(params))
@@ -209,10 +209,10 @@ def test_logical_names_may_be_translated_afterwards() -> None:
     assert nn.logical_to_mesh_sharding(found, mesh(), RULES)[kernel].b == on_mesh(None, "model")
 
 
-# What does not fit
+# Errors
 
 
-def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so() -> None:
+def test_an_axis_that_the_devices_do_not_divide_is_replicated_and_reported() -> None:
     params = {"kernel": jnp.ones((6, 32)), "bias": jnp.ones(32)}
     adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4), "bias": lj.Full()})
     shardings = {"kernel": on_mesh("model", "data"), "bias": on_mesh(("data", "model"))}
@@ -240,7 +240,7 @@ def test_an_axis_that_the_devices_do_not_divide_stays_whole_and_explain_says_so(
 KERNEL = {"kernel": lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.zeros((8, 2)), b=jnp.zeros((2, 4)))}
 WRONG = {
     "no sharding for it": (KERNEL, {"kernels": P()}, "there is none for 'kernel'.\n  The nearest paths: 'kernels'"),
-    "shapes alone": (
+    "only shapes": (
         KERNEL,
         {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32)},
         "carry axis names: `nn.get_sharding",
@@ -261,17 +261,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_sharding_that_cannot_be_the_base_s_is_an_error(name: str) -> None:
+def test_an_invalid_sharding_of_the_base_is_an_error(name: str) -> None:
     adapter, given, message = WRONG[name]
     with pytest.raises(lj.AdapterError, match=message):
         lj.sharding.like_base(adapter, given)
 
 
-# The start
+# Initialization
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_init_makes_each_shard_where_it_lives(kind: AxisType) -> None:
+def test_init_makes_each_shard_on_its_device(kind: AxisType) -> None:
     spec = {path: variant for path, variant in SPEC.items() if variant.needs_axes}
 
     def init(key: jax.Array) -> Any:
@@ -286,21 +286,21 @@ def test_init_makes_each_shard_where_it_lives(kind: AxisType) -> None:
     assert testing.wire_bytes(make, key).total() == 0
     memory = program.memory_analysis()
     assert memory.argument_size_in_bytes == jax.random.key_data(key).nbytes
-    made = make(key)
-    leaves = list(zip(jax.tree.leaves(made), jax.tree.leaves(shardings), strict=True))
-    assert all(x.sharding.is_equivalent_to(its, x.ndim) for x, its in leaves)
-    assert_few_ulp(jax.device_get(made), jax.device_get(init(key)), 2)
+    adapter = make(key)
+    leaves = list(zip(jax.tree.leaves(adapter), jax.tree.leaves(shardings), strict=True))
+    assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x, sharding in leaves)
+    assert_few_ulp(jax.device_get(adapter), jax.device_get(init(key)), 2)
 
 
-# Where shardings are types
+# Explicit meshes
 
 
 def scanned(layer: Callable[..., Any]) -> Callable[..., Any]:
     return lambda w, x: lax.scan(lambda x, w: (layer(w, x), None), x, w)[0]
 
 
-def whole(w: jax.Array) -> jax.Array:
-    """What a model cut along inputs does before it multiplies."""
+def gathered(w: jax.Array) -> jax.Array:
+    """Gathers a kernel that is sharded along inputs."""
     return jax.reshard(w, P(*(None,) * w.ndim))
 
 
@@ -317,7 +317,7 @@ class Typed(NamedTuple):
 
 EXPLICIT = {
     "outputs": Typed(lambda w, x: jnp.tanh(x @ w) + 1.0, (8, 12), "io", P(None, "model")),
-    "inputs, gathered": Typed(lambda w, x: jnp.tanh(x @ whole(w)), (8, 12), "io", P("data")),
+    "inputs, gathered": Typed(lambda w, x: jnp.tanh(x @ gathered(w)), (8, 12), "io", P("data")),
     "inputs, summed": Typed(
         lambda w, x: jnp.tanh(jnp.einsum("td,df->tf", x, w, out_sharding=P("data"))),
         (8, 12),
@@ -362,7 +362,7 @@ EXPLICIT = {
         scanned(lambda w, x: jax.reshard(jnp.tanh(x @ w), P("data"))), (3, 8, 8), "bio", P(None, None, "model")
     ),
     "layers, inputs gathered, again": Typed(
-        scanned(jax.checkpoint(lambda w, x: jnp.tanh(x @ whole(w)))), (3, 8, 8), "bio", P(None, "data")
+        scanned(jax.checkpoint(lambda w, x: jnp.tanh(x @ gathered(w)))), (3, 8, 8), "bio", P(None, "data")
     ),
     "transposed": Typed(lambda w, x: x @ w.T, (12, 8), "oi", P("model")),
     "axes merged": Typed(lambda w, x: x @ w.reshape(8, 12), (8, 4, 3), "ioo", P(None, "model")),
@@ -375,7 +375,7 @@ EXPLICIT = {
         "io",
         P(None, "model"),
     ),
-    "beside a leaf": Typed(
+    "concatenated with a leaf": Typed(
         lambda w, x: x @ jnp.concatenate([w, jnp.ones((8, 4), out_sharding=P(None, "model"))], 1),
         (8, 12),
         "io",
@@ -432,7 +432,7 @@ def typed(name: str) -> tuple[Callable[..., Any], Any, Any, jax.Array]:
 
 
 @pytest.mark.parametrize("name", EXPLICIT)
-def test_where_shardings_are_types_it_is_the_formed_kernel_s_result_and_gradient(name: str) -> None:
+def test_on_an_explicit_mesh_result_and_gradient_match_the_merged_kernel(name: str) -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         apply, params, adapter, x = typed(name)
         assert_law(apply, params, adapter, x)
@@ -440,7 +440,7 @@ def test_where_shardings_are_types_it_is_the_formed_kernel_s_result_and_gradient
 
 @pytest.mark.parametrize("form", ["factored", "merged", "hybrid"])
 @pytest.mark.parametrize("name", ["inputs, summed and scattered", "out of heads", "layers, inputs gathered, again"])
-def test_where_shardings_are_types_every_form_has_the_base_s_type(name: str, form: Any) -> None:
+def test_on_an_explicit_mesh_every_form_has_the_type_of_the_base(name: str, form: Any) -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         apply, params, adapter, x = typed(name)
         loss = lambda adapter: jnp.sum(jnp.sin(lj.lora(apply, form=form)(params, adapter, x)))  # noqa: E731
@@ -451,13 +451,13 @@ def test_where_shardings_are_types_every_form_has_the_base_s_type(name: str, for
         assert list(map(jax.typeof, jax.tree.leaves(gradient))) == list(map(jax.typeof, jax.tree.leaves(adapter)))
 
 
-def test_a_step_outside_of_jit_follows_the_types_too() -> None:
+def test_an_eager_step_works_on_an_explicit_mesh() -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         apply, params, adapter, x = typed("outputs")
         assert_close(lj.lora(apply)(params, adapter, x), apply(lj.merge(params, adapter), x))
 
 
-def test_what_drops_is_where_the_activation_is() -> None:
+def test_dropout_masks_have_the_sharding_of_the_activation() -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         apply, params, adapter, x = typed("outputs")
         spec = {"w": lj.LoRA(rank=8, alpha=4, dropout=0.5)}
@@ -468,8 +468,8 @@ def test_what_drops_is_where_the_activation_is() -> None:
         assert not jnp.array_equal(some, others)
 
 
-def test_a_product_by_group_is_where_the_base_s_is() -> None:
-    """Its value alone: JAX has no derivative of it there."""
+def test_a_ragged_product_has_the_sharding_of_the_base() -> None:
+    """Compares only the value: JAX has no derivative of it on an explicit mesh."""
     with jax.set_mesh(mesh(AxisType.Explicit)):
         params, x = (
             {"w": jax.device_put(normal(2, 8, 12), on_mesh(None, None, "model", kind=AxisType.Explicit))},
@@ -485,7 +485,7 @@ def test_a_product_by_group_is_where_the_base_s_is() -> None:
 
 
 class Megatron(nnx.Module):
-    """Hidden units on devices, and the sum over them where the activation goes."""
+    """A layer with sharded hidden units, and a sum with the sharding of the activation."""
 
     def __init__(self, rngs: nnx.Rngs) -> None:
         def start(*names: Any) -> Any:
@@ -499,7 +499,7 @@ class Megatron(nnx.Module):
         return self.down(nnx.gelu(self.up(x)), out_sharding=P("data", None))
 
 
-def test_a_model_of_nnx_that_names_its_shardings_is_adapted_as_it_is() -> None:
+def test_an_nnx_model_with_sharding_names_can_be_adapted() -> None:
     with jax.set_mesh(mesh(AxisType.Explicit)):
         graph, state = nnx.split(Megatron(nnx.Rngs(0)))
         adapter = trained(jax.random.key(2), lj.init(jax.random.key(1), state, {"**/kernel": lj.LoRA(rank=2, alpha=4)}))
@@ -509,7 +509,7 @@ def test_a_model_of_nnx_that_names_its_shardings_is_adapted_as_it_is() -> None:
         assert_law(lambda state, x: nnx.merge(graph, state)(x), state, adapter, x)
 
 
-def test_attention_of_linen_with_examples_on_devices_is_adapted_as_it_is() -> None:
+def test_linen_attention_with_sharded_examples_can_be_adapted() -> None:
     model = nn.MultiHeadDotProductAttention(num_heads=4)
     with jax.set_mesh(mesh(AxisType.Explicit)):
         x = jax.device_put(normal(8, 5, 16), on_mesh("data", kind=AxisType.Explicit))

@@ -1,4 +1,4 @@
-"""Which variant each leaf gets, and the text of every error a spec can be."""
+"""Which variant each leaf gets, and the texts of all errors of specs."""
 
 import re
 from typing import Any
@@ -60,22 +60,22 @@ def error(spec: Any, params: Any = PARAMS, **kwargs: Any) -> str:
     ids=str,
 )
 def test_the_first_pattern_that_matches_decides(spec: Any, expected: Any) -> None:
-    if expected is None:  # a compiled expression that matches a part of a path only
+    if expected is None:  # a compiled expression that matches only a part of a path
         assert "'head/k' matches none of 7." in error(spec)
     else:
         assert chosen(spec) == expected
 
 
-def test_a_leaf_that_no_rule_names_is_left_alone() -> None:
+def test_a_leaf_that_matches_no_rule_is_frozen() -> None:
     assert list(init({"head/kernel": LORA})) == [HEAD]
 
 
-def test_full_takes_vectors_and_scales() -> None:
+def test_full_adapts_vectors_and_scales() -> None:
     params = {"norm": {"scale": jnp.ones(4), "bias": jnp.zeros(4)}}
     assert list(init({"norm/*": lj.Full()}, params)) == ["norm/bias", "norm/scale"]
 
 
-def test_the_order_of_the_adapter_is_that_of_the_tree_and_not_of_the_spec() -> None:
+def test_the_adapter_has_the_order_of_the_tree_and_not_of_the_spec() -> None:
     assert list(init({"head/**": OTHER, "**/kernel": LORA})) == [QUERY, VALUE, HEAD]
 
 
@@ -95,14 +95,14 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_paths() -> 
 
 @pytest.mark.parametrize("rule", [LORA, lj.Full(), None], ids=str)
 @pytest.mark.parametrize("pattern", ["**/qurey/kernel", re.compile("query/kernel")], ids=["glob", "expression"])
-def test_every_rule_must_match_whatever_it_says(rule: Any, pattern: Any) -> None:
+def test_every_rule_must_match_a_leaf(rule: Any, pattern: Any) -> None:
     text = pattern if isinstance(pattern, str) else pattern.pattern
     assert error({"head/kernel": LORA, pattern: rule}).startswith(
         f"Expected every rule to match a leaf; {text!r} matches none of 7.\n"
     )
 
 
-def test_a_rule_after_which_nothing_is_left_is_an_error_that_names_the_earlier_ones() -> None:
+def test_a_rule_without_remaining_leaves_is_an_error_with_the_earlier_rules() -> None:
     spec = {"head/*": None, "encoder/**/kernel": OTHER, "**/{query,value}/*": lj.Full(), re.compile(".*kernel"): LORA}
     assert error(spec) == (
         "Expected every rule to have an effect; '.*kernel' has none, because earlier rules match all 3 leaves that it "
@@ -112,19 +112,19 @@ def test_a_rule_after_which_nothing_is_left_is_an_error_that_names_the_earlier_o
     )
 
 
-def test_a_rule_may_act_on_a_part_of_what_it_matches() -> None:
+def test_a_rule_may_apply_to_some_of_its_matches() -> None:
     assert chosen({"**/query/kernel": LORA, "encoder/**/kernel": OTHER}) == {QUERY: LORA, VALUE: OTHER}
 
 
 @pytest.mark.parametrize("value", [lj.LoRA, "LoRA", 8, {"rank": 8}, jnp.float32], ids=str)
-def test_a_value_that_is_no_variant_is_an_error(value: Any) -> None:
+def test_a_value_that_is_not_a_variant_is_an_error(value: Any) -> None:
     assert error({"**/kernel": value}) == (
         f"Expected a variant such as LoRA(rank=8, alpha=16), or None, for '**/kernel'; got {value!r}."
     )
 
 
 @pytest.mark.parametrize("spec", [LORA, ["**/kernel"], None, "**/kernel"], ids=str)
-def test_a_spec_that_is_no_mapping_is_an_error(spec: Any) -> None:
+def test_a_spec_that_is_not_a_mapping_is_an_error(spec: Any) -> None:
     assert error(spec) == f"Expected a spec, a mapping such as {{'**/kernel': LoRA(rank=8, alpha=16)}}; got {spec!r}."
 
 
@@ -142,7 +142,7 @@ def test_a_spec_that_adapts_nothing_is_an_error(spec: Any) -> None:
     ],
     ids=["bias", "norm scale", "norm bias"],
 )
-def test_a_vector_for_a_low_rank_variant_is_an_error_that_says_what_to_write(
+def test_a_vector_under_a_low_rank_variant_is_an_error_with_advice(
     pattern: Any, path: str, sizes: tuple[int, ...]
 ) -> None:
     name = path.split("/")[-1]
@@ -160,19 +160,19 @@ def test_a_vector_for_a_low_rank_variant_is_an_error_that_says_what_to_write(
 
 @pytest.mark.parametrize("name", ["bias", "scale", "mean", "var"])
 @pytest.mark.parametrize("sizes", [(12, 8), (2, 12, 8)], ids=str)
-def test_a_stack_of_vectors_is_vectors_still(name: str, sizes: tuple[int, ...]) -> None:
+def test_a_stack_of_vectors_is_not_a_matrix(name: str, sizes: tuple[int, ...]) -> None:
     params = {"layers": {"kernel": shape(12, 8, 8), name: shape(*sizes)}}
     text = error({"layers/*": lj.LoRA(rank=2, alpha=4)}, params)
     assert f"'layers/{name}' of shape {sizes}, by the rule 'layers/*': it is a vector" in text
 
 
-def test_axes_in_the_rule_make_a_kernel_of_any_matrix() -> None:
+def test_axes_in_the_rule_make_any_matrix_a_kernel() -> None:
     adapter = init({"bias": lj.LoRA(rank=2, alpha=4, axes="io")}, {"bias": shape(12, 8)})
     assert adapter["bias"].a.shape == (12, 2)
 
 
 @pytest.mark.parametrize("rank", [4, 100])
-def test_a_rank_that_is_too_large_is_an_error_with_the_rules_to_write(rank: int) -> None:
+def test_a_rank_that_is_too_large_is_an_error_with_suggested_rules(rank: int) -> None:
     assert error({"head/kernel": lj.LoRA(rank=rank, alpha=4)}) == (
         "Cannot adapt 'head/kernel' of shape (8, 3), by the rule 'head/kernel': "
         f"rank={rank} is too large; with axes 'io' it can be at most 3.\n"
@@ -182,7 +182,7 @@ def test_a_rank_that_is_too_large_is_an_error_with_the_rules_to_write(rank: int)
     )
 
 
-def test_all_leaves_that_cannot_be_adapted_come_in_one_error() -> None:
+def test_one_error_lists_all_leaves_that_cannot_be_adapted() -> None:
     params = PARAMS | {
         "step": shape(dtype=jnp.int32),
         "text": "gpt",
@@ -246,25 +246,25 @@ def test_a_leaf_that_is_not_floating_point_is_an_error(dtype: Any, variant: Any)
     )
 
 
-def test_a_random_key_is_not_a_leaf_to_adapt() -> None:
+def test_a_random_key_cannot_be_adapted() -> None:
     assert error({"**": lj.Full()}, {"dropout": jax.random.key(0)}).startswith(
         "Cannot adapt 'dropout' of shape (), by the rule '**': it is not floating-point, but key<fry>.\n"
     )
 
 
-def test_a_leaf_that_is_no_array_is_an_error() -> None:
+def test_a_leaf_that_is_not_an_array_is_an_error() -> None:
     assert error({"**": lj.Full()}, {"temperature": 0.5, "kernel": jnp.ones((2, 2))}) == (
         "Cannot adapt 'temperature', by the rule '**': it is not an array, but 0.5.\n"
         "  Put a rule before it that leaves it frozen: {'temperature': None}."
     )
 
 
-def test_a_leaf_that_is_no_array_may_lie_beside_adapted_ones() -> None:
+def test_a_frozen_leaf_may_be_something_other_than_an_array() -> None:
     params = {"temperature": 0.5, "name": "gpt", "kernel": np.ones((2, 2), np.float32)}
     assert list(init({"kernel": LORA}, params)) == ["kernel"]
 
 
-def test_more_than_two_axes_without_roles_are_an_error_that_offers_both_ways_out() -> None:
+def test_more_than_two_axes_without_roles_are_an_error_with_two_remedies() -> None:
     assert error({"**/kernel": lj.RSLoRA(rank=2, alpha=4)}, {"query": {"kernel": shape(8, 2, 4)}}) == (
         "Cannot adapt 'query/kernel' of shape (8, 2, 4), by the rule '**/kernel': which of its 3 axes are inputs, "
         "outputs or batch is not known.\n"
@@ -274,13 +274,13 @@ def test_more_than_two_axes_without_roles_are_an_error_that_offers_both_ways_out
     )
 
 
-def test_both_ways_out_lead_out() -> None:
+def test_both_remedies_work() -> None:
     params = {"query": {"kernel": shape(8, 2, 4)}}
     kernels = lj.kernels(lambda p, x: jnp.einsum("td,dhk->thk", x, p["query"]["kernel"]), params, shape(5, 8))
     traced = init({"**/kernel": LORA}, params, kernels=kernels)
-    told = init({"**/kernel": lj.LoRA(rank=2, alpha=4, axes="ioo")}, params)
-    assert traced["query/kernel"].axes == told["query/kernel"].axes == "ioo"
-    assert jax.tree.structure(traced) == jax.tree.structure(told)
+    stated = init({"**/kernel": lj.LoRA(rank=2, alpha=4, axes="ioo")}, params)
+    assert traced["query/kernel"].axes == stated["query/kernel"].axes == "ioo"
+    assert jax.tree.structure(traced) == jax.tree.structure(stated)
 
 
 @pytest.mark.parametrize("axes", ["io", "iooo", "iox", "IOO", "", "i o"])
@@ -312,7 +312,7 @@ def test_kernels_traced_with_other_parameters_are_an_error() -> None:
 
 CANNOT_TELL = {
     "never used": (lambda w, x: x, "the call that was traced does not use it", ""),
-    "read whole": (
+    "opaque use": (
         lambda w, x: x @ jnp.exp(w),
         "`exp` reads it whole first, at {line}",
         " Then `lora` must be allowed to materialize it: lora(apply, materialize=['w']).",
@@ -321,7 +321,7 @@ CANNOT_TELL = {
 
 
 @pytest.mark.parametrize("name", CANNOT_TELL)
-def test_roles_that_tracing_cannot_tell_are_an_error_that_says_why(name: str) -> None:
+def test_roles_that_tracing_cannot_find_are_an_error_with_the_reason(name: str) -> None:
     call, reason, more = CANNOT_TELL[name]
     kernels = lj.kernels(lambda params, x: call(params["w"], x), {"w": shape(4, 4)}, shape(5, 4))
     code = call.__code__
@@ -369,34 +369,34 @@ RULES = {
 
 
 def test_a_spec_made_from_kernels_has_exact_paths_and_axes() -> None:
-    made = lj.spec(FOUND, RULES)
-    assert made == {
+    expanded = lj.spec(FOUND, RULES)
+    assert expanded == {
         "layers/out": lj.DoRA(rank=8, alpha=1, axes="biio"),
         "layers/query": lj.LoRA(rank=2, alpha=4, axes="bioo"),
         "layers/scale": lj.Full(),
     }
-    assert repr(made) == (
+    assert repr(expanded) == (
         "{'layers/out': DoRA(rank=8, alpha=1, axes='biio'), 'layers/query': LoRA(rank=2, alpha=4, axes='bioo'), "
         "'layers/scale': Full()}"
     )
 
 
-def test_what_is_printed_of_a_spec_is_the_spec() -> None:
-    made = lj.spec(FOUND, RULES)
-    assert eval(repr(made), vars(lj)) == made
+def test_a_spec_prints_as_an_expression() -> None:
+    expanded = lj.spec(FOUND, RULES)
+    assert eval(repr(expanded), vars(lj)) == expanded
 
 
-def test_a_spec_made_from_kernels_makes_the_adapter_that_its_rules_make() -> None:
+def test_a_spec_made_from_kernels_gives_the_same_adapter() -> None:
     params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), STACKED)
     one, other = init(lj.spec(FOUND, RULES), params), init(RULES, params, kernels=FOUND)
     assert jax.tree.structure(one) == jax.tree.structure(other)
     assert all(map(np.array_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
 
 
-def test_axes_of_a_variant_outrank_those_of_kernels_in_a_spec_too() -> None:
+def test_axes_of_a_variant_override_those_of_kernels() -> None:
     assert lj.spec(FOUND, {"head": lj.LoRA(rank=2, alpha=4, axes="oi")})["head"].axes == "oi"
 
 
-def test_a_spec_made_from_kernels_raises_what_init_would() -> None:
+def test_a_spec_made_from_kernels_raises_the_errors_of_init() -> None:
     with pytest.raises(lj.SpecError, match=r"^Cannot adapt 'layers/scale' of shape \(3, 8\), by the rule '\*\*/scale'"):
         lj.spec(FOUND, {"**/scale": LORA})

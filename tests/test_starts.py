@@ -1,4 +1,4 @@
-"""Starts: after each the model is what it was, whatever the axes of its kernels; and each does what it is made for."""
+"""Initializations keep the function of the model for all axes of kernels, and match their definitions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lora_jax import starts
 
 LORA, RSLORA = lj.LoRA(rank=2, alpha=3), lj.RSLoRA(rank=2, alpha=1)
 
-# A kernel of each layout: its shape, its variant.
+# The shape and variant of a kernel of each layout.
 KERNELS: dict[str, tuple[tuple[int, ...], Any]] = {
     "dense": ((6, 5), LORA),
     "query": ((6, 2, 4), lj.RSLoRA(rank=2, alpha=1, axes="ioo")),
@@ -93,7 +93,7 @@ def seen_by(params: Any, adapter: Any, batch: Any) -> Any:
 
 
 def by_eva(params: Any, adapter: Any) -> Any:
-    """A lookup meets no activations, so an embedding keeps its start."""
+    """Embeddings keep their initialization, because lookups have no activations."""
     seen = seen_by(params, adapter, BATCH)
     params, new = starts.eva(params, {path: part for path, part in adapter.items() if path != "embedding"}, seen)
     return params, adapter | new
@@ -121,8 +121,8 @@ def matrices(array: Any, layout: str) -> np.ndarray:
     """A kernel, `(layers, in, out)`."""
     axes = adapter_of()[layout].axes
     array = np.asarray(array, np.float64)
-    order = [axis for role in "bio" for axis, its in enumerate(axes) if its == role]
-    sizes = [math.prod(array.shape[axis] for axis, its in enumerate(axes) if its == role) for role in "bio"]
+    order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
+    sizes = [math.prod(array.shape[axis] for axis, letter in enumerate(axes) if letter == role) for role in "bio"]
     return array.transpose(order).reshape(sizes)
 
 
@@ -137,7 +137,7 @@ def assert_near(got: Any, expected: Any, tolerance: float = 1e-5) -> None:
     np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance * max(np.abs(expected).max(), 1e-6))
 
 
-# What holds for every start
+# All initializations
 
 
 @functools.cache
@@ -158,13 +158,13 @@ def outputs(name: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("layout", KERNELS)
 @pytest.mark.parametrize("start", STARTS)
-def test_after_a_start_the_model_is_what_it_was(start: str, layout: str) -> None:
+def test_every_initialization_keeps_the_model(start: str, layout: str) -> None:
     got, expected = outputs(start)
     assert_close(got[layout], expected[layout])
 
 
 @pytest.mark.parametrize("start", STARTS)
-def test_a_start_moves_the_adapted_kernels_of_the_base_or_nothing(start: str) -> None:
+def test_an_initialization_changes_only_adapted_kernels_of_the_base(start: str) -> None:
     params, adapter = started(start)
     for path, leaf in PARAMS.items():
         moves = start in MOVING and path in KERNELS
@@ -179,7 +179,7 @@ def test_a_start_moves_the_adapted_kernels_of_the_base_or_nothing(start: str) ->
 
 @pytest.mark.parametrize("start", MOVING)
 @pytest.mark.parametrize("layout", ["dense", "stack along 1"])
-def test_a_base_in_bfloat16_is_off_by_one_rounding_of_the_residue(start: str, layout: str) -> None:
+def test_a_bfloat16_base_differs_by_one_rounding_of_the_residual(start: str, layout: str) -> None:
     params = {layout: PARAMS[layout].astype(jnp.bfloat16)}
     adapter = {layout: adapter_of()[layout]}
     function = STARTS[start]
@@ -192,46 +192,46 @@ def test_a_base_in_bfloat16_is_off_by_one_rounding_of_the_residue(start: str, la
     a, b = factors(adapter[layout])
     error = matrices(residue, layout) + adapter[layout].variant.scale * a @ b - matrices(params[layout], layout)
     assert (np.abs(error) <= 2**-8 * np.abs(matrices(residue, layout)) + 1e-6).all()
-    assert np.abs(error).max() > 1e-5  # or there was nothing to see
+    assert np.abs(error).max() > 1e-5  # otherwise the test would be trivial
 
 
-def test_a_start_keeps_what_it_is_given() -> None:
+def test_an_initialization_keeps_variants_dtypes_and_order() -> None:
     params = {"dense": np.asarray(PARAMS["dense"]), "bias": [np.ones(5)]}
     adapter = lj.init(jax.random.key(0), params, {"dense": LORA}, param_dtype=jnp.bfloat16)
     before = jax.tree.map(np.array, (adapter, params))
     moved, new = starts.pissa(params, adapter)
     assert isinstance(moved["dense"], np.ndarray) and moved["bias"][0] is params["bias"][0]
     assert new["dense"].a.dtype == new["dense"].b.dtype == jnp.bfloat16
-    assert_near(lj.merge(moved, new)["dense"], params["dense"])  # the residue is that of the factors as they are kept
+    assert_near(lj.merge(moved, new)["dense"], params["dense"])  # the residual is computed from the stored factors
     jax.tree.map(np.testing.assert_array_equal, before, (adapter, params))
 
 
-def test_a_start_under_jit_is_the_start() -> None:
+def test_an_initialization_under_jit_is_the_same() -> None:
     eager = starts.pissa(PARAMS, {"dense": adapter_of()["dense"]})
     assert_near(eager.params["dense"], started("pissa").params["dense"])
     same, _ = starts.gaussian(jax.random.key(1), PARAMS, adapter_of())
     assert same is PARAMS
 
 
-def test_each_path_draws_its_own_numbers_whatever_else_is_adapted() -> None:
+def test_random_values_of_a_path_do_not_depend_on_other_paths() -> None:
     for name in ("gaussian", "kaiming", "orthogonal", "randomized pissa"):
-        _, alone = STARTS[name](PARAMS, {"dense": adapter_of()["dense"]})
-        assert_near(alone["dense"].a, started(name).adapter["dense"].a)
+        _, single = STARTS[name](PARAMS, {"dense": adapter_of()["dense"]})
+        assert_near(single["dense"].a, started(name).adapter["dense"].a)
     adapter = started("gaussian").adapter
     assert not np.array_equal(adapter["stack"].a[0], adapter["stack"].a[1])
     assert not np.array_equal(adapter["stack"].a, adapter["experts"].a)
 
 
-# What each start is made for
+# Single initializations
 
 
-def test_gaussian_and_kaiming_draw_what_they_say() -> None:
+def test_gaussian_and_kaiming_have_their_distributions() -> None:
     params = {"w": jnp.zeros((3, 400, 60))}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=8, alpha=16, axes="bio")})
     gaussian = starts.gaussian(jax.random.key(5), params, adapter).adapter["w"]
     assert float(gaussian.a.std()) == pytest.approx(1 / 8, rel=0.05)
     assert float(gaussian.a.mean()) == pytest.approx(0, abs=0.01)
-    assert float(jnp.abs(gaussian.a).max()) > 3 / 8  # no uniform has this
+    assert float(jnp.abs(gaussian.a).max()) > 3 / 8  # a uniform distribution has none
     kaiming = starts.kaiming(jax.random.key(0), params, adapter).adapter["w"]
     assert np.array_equal(kaiming.a, adapter["w"].a)
     again = starts.kaiming(jax.random.key(1), params, adapter).adapter["w"]
@@ -241,14 +241,14 @@ def test_gaussian_and_kaiming_draw_what_they_say() -> None:
 
 
 @pytest.mark.parametrize("layout", KERNELS)
-def test_orthogonal_factors_have_no_product_and_both_get_a_gradient(layout: str) -> None:
+def test_orthogonal_factors_have_a_zero_product_and_nonzero_gradients(layout: str) -> None:
     part = started("orthogonal").adapter[layout]
     a, b = factors(part)
     assert np.abs(a @ b).max() <= 1e-7 and np.abs(a).max() > 0.01 and np.abs(b).max() > 0.01
 
 
 @pytest.mark.parametrize("layout", KERNELS)
-def test_pissa_takes_the_best_approximation_of_its_rank(layout: str) -> None:
+def test_pissa_uses_the_best_approximation_of_the_rank(layout: str) -> None:
     w = matrices(PARAMS[layout], layout)
     u, s, vt = np.linalg.svd(w, full_matrices=False)
     best = u[:, :, :2] * s[:, None, :2] @ vt[:, :2]
@@ -257,10 +257,10 @@ def test_pissa_takes_the_best_approximation_of_its_rank(layout: str) -> None:
         a, b = factors(adapter[layout])
         assert_near(adapter[layout].variant.scale * a @ b, best, tolerance)
         assert_near(matrices(params[layout], layout), w - best, tolerance)
-        assert_near(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=2))  # the root of S/s for each
+        assert_near(np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=2))  # √(S/s) for both factors
 
 
-def test_randomized_pissa_comes_as_near_as_it_is_iterated() -> None:
+def test_randomized_pissa_improves_with_iterations() -> None:
     spectrum = jnp.arange(1, 61) ** -0.5
     q1, q2 = (jnp.linalg.qr(normal(60, 60, seed=seed))[0] for seed in (1, 2))
     params = {"w": q1 * spectrum @ q2}
@@ -274,11 +274,11 @@ def test_randomized_pissa_comes_as_near_as_it_is_iterated() -> None:
 
 
 @pytest.mark.parametrize("layout", KERNELS)
-def test_olora_has_orthonormal_rows_and_takes_the_first_columns_whole(layout: str) -> None:
+def test_olora_uses_the_qr_decomposition(layout: str) -> None:
     a, b = factors(started("olora").adapter[layout])
     assert_near(b @ b.transpose(0, 2, 1), np.broadcast_to(np.eye(2), (len(b), 2, 2)))
     w = matrices(PARAMS[layout], layout)
-    q = np.linalg.qr(w.transpose(0, 2, 1))[0][:, :, :2]  # of the whole kernel
+    q = np.linalg.qr(w.transpose(0, 2, 1))[0][:, :, :2]  # of the full kernel
     assert_near(a @ b, w @ q @ q.transpose(0, 2, 1))
     assert_near((a @ b)[:, :2], w[:, :2])
 
@@ -288,18 +288,18 @@ def gradient_of() -> Any:
     return jax.jit(lambda params, ad: starts.gradients(loss, params, ad, BATCH))(PARAMS, adapter_of())
 
 
-def test_gradients_are_those_of_the_adapted_kernels() -> None:
+def test_gradients_match_the_adapted_kernels() -> None:
     expected = jax.jit(jax.grad(loss))(PARAMS, BATCH)
     assert_close(gradient_of(), {path: expected[path] for path in KERNELS})
 
 
 @pytest.mark.parametrize("layout", KERNELS)
-def test_the_first_step_after_lora_ga_goes_where_the_gradient_does(layout: str) -> None:
+def test_the_first_step_after_lora_ga_follows_the_gradient(layout: str) -> None:
     _, adapter = started("lora_ga")
     part = adapter[layout]
     a, b = factors(part)
     g, s, rate = matrices(gradient_of()[layout], layout), part.variant.scale, 1e-4
-    # One step of gradient descent on both factors.
+    # One gradient step on both factors.
     a_new, b_new = a - rate * s * g @ b.transpose(0, 2, 1), b - rate * s * a.transpose(0, 2, 1) @ g
     step = s * (a_new @ b_new - a @ b)
     u, singular, vt = np.linalg.svd(g, full_matrices=False)
@@ -317,7 +317,7 @@ def test_lora_ga_does_not_depend_on_the_size_of_the_gradient() -> None:
     assert_near(np.abs(wider.a), 2 * np.abs(one.a), 1e-4)
 
 
-def test_gradients_in_bfloat16_are_added_in_float32() -> None:
+def test_bfloat16_gradients_are_added_in_float32() -> None:
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
     found = starts.gradients(lambda p, x: jnp.sum(x @ p["w"]), params, adapter, jnp.ones((1, 2), jnp.bfloat16))
@@ -328,7 +328,7 @@ def test_gradients_in_bfloat16_are_added_in_float32() -> None:
 
 
 def windows(x: np.ndarray, size: tuple[int, ...], strides: tuple[int, ...], padding: Any) -> np.ndarray:
-    """All windows of an image, `(rows, …size, channels)`, by hand."""
+    """All windows of an image, `(rows, …size, channels)`."""
     x = np.pad(x, [(0, 0), *padding, (0, 0)])
     places = [range(0, n - k + 1, stride) for n, k, stride in zip(x.shape[1:-1], size, strides, strict=True)]
     found = []
@@ -339,8 +339,8 @@ def windows(x: np.ndarray, size: tuple[int, ...], strides: tuple[int, ...], padd
 
 @functools.cache
 def inputs() -> dict[str, np.ndarray]:
-    """What meets each kernel, `(layers, rows, in)`, by hand."""
-    batch = {name: np.asarray(its, np.float64) for name, its in BATCH.items()}
+    """The activations of each kernel, `(layers, rows, in)`, computed by hand."""
+    batch = {name: np.asarray(x, np.float64) for name, x in BATCH.items()}
     x = batch["tokens"]
     stacks = {}
     for name in ("stack", "stack along 1"):
@@ -370,30 +370,30 @@ MET = [layout for layout in KERNELS if layout != "embedding"]
 
 
 @pytest.mark.parametrize("layout", MET)
-def test_activations_are_what_meets_the_kernel(layout: str) -> None:
-    x, its = inputs()[layout], seen()[layout]
-    assert_near(its.gram, x.transpose(0, 2, 1) @ x)
-    assert_near(its.total, x.sum(1))
-    assert_near(its.count, np.full(len(x), x.shape[1]))
+def test_activations_match_the_inputs_of_the_kernel(layout: str) -> None:
+    x, statistics = inputs()[layout], seen()[layout]
+    assert_near(statistics.gram, x.transpose(0, 2, 1) @ x)
+    assert_near(statistics.total, x.sum(1))
+    assert_near(statistics.count, np.full(len(x), x.shape[1]))
 
 
 @pytest.mark.parametrize("layout", MET)
-def test_eva_starts_with_the_directions_that_explain_most(layout: str) -> None:
+def test_eva_uses_the_directions_that_explain_most(layout: str) -> None:
     x, (a, b) = inputs()[layout], factors(started("eva")[1][layout])
     _, s, vt = np.linalg.svd(x - x.mean(1, keepdims=True), full_matrices=False)
-    assert_near(a @ a.transpose(0, 2, 1), vt[:, :2].transpose(0, 2, 1) @ vt[:, :2], 1e-3)  # the same span
+    assert_near(a @ a.transpose(0, 2, 1), vt[:, :2].transpose(0, 2, 1) @ vt[:, :2], 1e-3)  # the same subspace
     captured = np.square((x - x.mean(1, keepdims=True)) @ a).sum(1)
     assert_near(captured, np.square(s[:, :2]))
     assert not b.any()
 
 
 def one_kernel(apply: Callable[..., Any], w: Any, *args: Any, axes: str | None = None, **options: Any) -> Any:
-    """Activations of a function of one kernel; the span of `eva` without the mean where options say so."""
+    """The activations of a function of one kernel or, with options, `a` from `eva`."""
     params = {"w": w}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1, axes=axes)})
     run = jax.jit(lambda params, *args: starts.activations(lambda p, *xs: apply(p["w"], *xs), params, adapter, *args))
-    its = run(params, *args)
-    return starts.eva(params, adapter, its, **options).adapter["w"].a if options else its["w"]
+    statistics = run(params, *args)
+    return starts.eva(params, adapter, statistics, **options).adapter["w"].a if options else statistics["w"]
 
 
 X, W = normal(5, 4, seed=1) + 1.0, normal(4, 4, seed=2)
@@ -402,7 +402,7 @@ Y = np.tanh(np.asarray(X) @ np.asarray(W))
 MASK = jnp.array([1.0, 0.0, 0.0, 1.0])
 
 
-def test_without_the_mean_the_directions_are_those_of_the_activations() -> None:
+def test_eva_without_centering_uses_the_uncentered_directions() -> None:
     a = one_kernel(lambda w, x: x @ w, W, X, centered=False)
     assert_near(np.abs(a[:, 0]), np.abs(np.linalg.svd(np.asarray(X))[2][0]), 1e-4)
 
@@ -418,7 +418,7 @@ USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {
     "scaled": (lambda w, x: x @ (3.0 * w), 9 * XX, 5),
     "scaled by an array": (lambda w, x: x @ (w * x[0][:, None]), XX * np.outer(X[0], X[0]), 5),
     "masked": (lambda w, x: x @ (w * MASK[:, None] * MASK), XX * np.outer(MASK, MASK), 5),
-    "beside another": (lambda w, x: x @ jnp.concatenate([w, 2 * jnp.ones((4, 3))], 1), XX, 5),
+    "concatenated with another": (lambda w, x: x @ jnp.concatenate([w, 2 * jnp.ones((4, 3))], 1), XX, 5),
     "under another": (lambda w, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([jnp.ones((4, 4)), w]), XX, 5),
     "reshaped": (lambda w, x: jnp.einsum("tij,ijo->to", x.reshape(5, 2, 2), w.reshape(2, 2, 4)), XX, 5),
     "heads that keep their tokens": (
@@ -426,20 +426,20 @@ USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {
         2 * XX,
         10,
     ),
-    "also read whole": (lambda w, x: (x @ w) + jnp.tanh(w).sum(), XX, 5),
+    "with an opaque use": (lambda w, x: (x @ w) + jnp.tanh(w).sum(), XX, 5),
     "integers": (lambda w, x: jnp.round(x).astype(jnp.int32) @ w, np.round(X).T @ np.round(X), 5),
 }
 
 
 @pytest.mark.parametrize("use", USES)
-def test_activations_are_seen_however_the_kernel_is_used(use: str) -> None:
+def test_activations_are_recorded_for_every_use(use: str) -> None:
     apply, gram, count = USES[use]
-    its = one_kernel(apply, W, X)
-    assert_near(its.gram[0], gram)
-    assert its.count[0] == pytest.approx(count)
+    statistics = one_kernel(apply, W, X)
+    assert_near(statistics.gram[0], gram)
+    assert statistics.count[0] == pytest.approx(count)
 
 
-# How two kernels are put together, the shape of the second, what meets either, and how often.
+# How two kernels are combined, the shape of the second, the activations of each, and the number of uses.
 TOGETHER: dict[str, tuple[Callable[..., Any], tuple[int, ...], Any, Any, int]] = {
     "along outputs": (lambda v, w, x: x @ jnp.concatenate([v, w], 1), (4, 2), X, X, 1),
     "along inputs": (
@@ -455,34 +455,34 @@ TOGETHER: dict[str, tuple[Callable[..., Any], tuple[int, ...], Any, Any, int]] =
 
 
 @pytest.mark.parametrize("how", TOGETHER)
-def test_kernels_that_are_put_together_have_activations_of_their_own(how: str) -> None:
+def test_combined_kernels_have_separate_activations(how: str) -> None:
     apply, shape, x_v, x_w, times = TOGETHER[how]
     params = {"v": normal(4, 3, seed=3), "w": normal(*shape, seed=4)}
     adapter = lj.init(jax.random.key(0), params, {"*": lj.LoRA(rank=1, alpha=1)})
     run = jax.jit(lambda params, x: starts.activations(lambda p, x: apply(p["v"], p["w"], x), params, adapter, x))
     found = run(params, X)
-    for its, x in ((found["v"], np.asarray(x_v)), (found["w"], np.asarray(x_w))):
-        assert_near(its.gram[0], times * x.T @ x)
-        assert_near(its.total[0], times * x.sum(0))
-        assert_near(its.count[0], times * 5)
+    for statistics, x in ((found["v"], np.asarray(x_v)), (found["w"], np.asarray(x_w))):
+        assert_near(statistics.gram[0], times * x.T @ x)
+        assert_near(statistics.total[0], times * x.sum(0))
+        assert_near(statistics.count[0], times * 5)
 
 
-def test_activations_of_a_batch_on_eight_devices_are_those_of_the_batch() -> None:
+def test_activations_of_a_sharded_batch_match_the_batch() -> None:
     x = normal(16, 4, seed=1)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    its = one_kernel(lambda w, x: jnp.tanh(x @ w), W, jax.device_put(x, sharding))
-    assert_near(its.gram[0], np.asarray(x).T @ np.asarray(x))
-    assert its.count[0] == 16
+    statistics = one_kernel(lambda w, x: jnp.tanh(x @ w), W, jax.device_put(x, sharding))
+    assert_near(statistics.gram[0], np.asarray(x).T @ np.asarray(x))
+    assert statistics.count[0] == 16
 
 
-def test_activations_in_a_shard_map_are_in_the_proportions_of_the_batch() -> None:
+def test_activations_in_a_shard_map_are_proportional_to_those_of_the_batch() -> None:
     x, w, out = normal(16, 4, seed=1) + 1, normal(4, 6, seed=2), PartitionSpec("data", "model")
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     specs = (PartitionSpec(None, "model"), PartitionSpec("data"))
-    its = one_kernel(jax.shard_map(lambda w, x: jnp.tanh(x @ w), mesh=mesh, in_specs=specs, out_specs=out), w, x)
-    assert_near(its.gram[0] / its.count[0], np.asarray(x).T @ np.asarray(x) / 16)
-    assert_near(its.total[0] / its.count[0], np.asarray(x).mean(0))
+    statistics = one_kernel(jax.shard_map(lambda w, x: jnp.tanh(x @ w), mesh=mesh, in_specs=specs, out_specs=out), w, x)
+    assert_near(statistics.gram[0] / statistics.count[0], np.asarray(x).T @ np.asarray(x) / 16)
+    assert_near(statistics.total[0] / statistics.count[0], np.asarray(x).mean(0))
 
 
 @st.composite
@@ -498,27 +498,27 @@ def contractions(draw: Any) -> tuple[str, str, str, str]:
 
 @settings(max_examples=12)
 @given(contractions())
-def test_activations_of_any_contraction_are_those_of_its_inputs(case: tuple[str, str, str, str]) -> None:
+def test_activations_of_any_contraction_match_its_inputs(case: tuple[str, str, str, str]) -> None:
     roles, letters, x_letters, out = case
     sizes = dict(zip("abcdn", (2, 3, 2, 4, 5), strict=True))
-    x, w = (normal(*(sizes[c] for c in its), seed=n) for n, its in enumerate((x_letters, letters)))
-    its = one_kernel(lambda w, x: jnp.einsum(f"{x_letters},{letters}->{out}", x, w), w, x, axes=roles)
-    batch, inner = ("".join(c for c, role in zip(letters, roles, strict=True) if role == its) for its in "bi")
-    own = "".join(c for c in batch if c in x_letters)  # layers that meet activations of their own
+    x, w = (normal(*(sizes[c] for c in operand), seed=n) for n, operand in enumerate((x_letters, letters)))
+    statistics = one_kernel(lambda w, x: jnp.einsum(f"{x_letters},{letters}->{out}", x, w), w, x, axes=roles)
+    batch, inner = ("".join(c for c, role in zip(letters, roles, strict=True) if role == kind) for kind in "bi")
+    own = "".join(c for c in batch if c in x_letters)  # layers with different activations
     gram = np.einsum(f"{x_letters},{x_letters.translate(primed(inner))}->{own}{inner}{inner.upper()}", x, x)
     gram = gram[tuple(slice(None) if c in own else None for c in batch)]
     d = math.prod(sizes[c] for c in inner)
     every = [sizes[c] for c in batch + inner + inner]
-    assert_near(its.gram, np.broadcast_to(gram, every).reshape(-1, d, d))
+    assert_near(statistics.gram, np.broadcast_to(gram, every).reshape(-1, d, d))
     rows = math.prod(sizes[c] for c in x_letters if c not in inner + batch)
-    assert_near(its.count, np.full(its.count.shape, rows))
+    assert_near(statistics.count, np.full(statistics.count.shape, rows))
 
 
 def primed(letters: str) -> dict[int, str]:
     return {ord(c): c.upper() for c in letters}
 
 
-def test_under_jit_the_backward_pass_is_nothing_but_the_sums() -> None:
+def test_activations_under_jit_compute_only_the_sums() -> None:
     tokens, d, d_mlp = 64, 16, 48
     params = {"up": normal(d, d_mlp), "down": normal(d_mlp, d)}
     adapter = jax.eval_shape(lambda key: lj.init(key, params, {"*": LORA}), jax.random.key(0))
@@ -529,54 +529,56 @@ def test_under_jit_the_backward_pass_is_nothing_but_the_sums() -> None:
     run = jax.jit(lambda params, x: starts.activations(apply, params, adapter, x))
     compiled = run.lower(params, jnp.ones((tokens, d))).compile()
     forward, gram = 2 * tokens * 2 * d * d_mlp, 2 * tokens * (d * (d + 2) + d_mlp * (d_mlp + 2))
-    # x·a and xᵀ·(x·a); the rest is elementwise, and the two sums of rank 1.
+    # x·a and xᵀ·(x·a); the rest is elementwise, or sums of rank 1.
     assert compiled.cost_analysis()["flops"] < 1.05 * (forward + 2 * gram)
 
 
-def test_activations_of_products_by_group_are_those_of_each_group() -> None:
+def test_activations_of_a_ragged_product_are_per_group() -> None:
     sizes, w = jnp.array([2, 0, 2]), normal(3, 4, 4, seed=5)
-    its = one_kernel(lambda w, x, sizes: lax.ragged_dot(x, w, sizes), w, X, sizes, axes="bio")
-    parts = [np.asarray(X)[rows] for rows in (slice(0, 2), slice(0, 0), slice(2, 4))]  # the fifth is no one's
-    assert_near(its.gram, np.stack([x.T @ x for x in parts]))
-    assert_near(its.total, np.stack([x.sum(0) for x in parts]))
-    assert_near(its.count, [2, 0, 2])
+    statistics = one_kernel(lambda w, x, sizes: lax.ragged_dot(x, w, sizes), w, X, sizes, axes="bio")
+    parts = [
+        np.asarray(X)[rows] for rows in (slice(0, 2), slice(0, 0), slice(2, 4))
+    ]  # the fifth row belongs to no group
+    assert_near(statistics.gram, np.stack([x.T @ x for x in parts]))
+    assert_near(statistics.total, np.stack([x.sum(0) for x in parts]))
+    assert_near(statistics.count, [2, 0, 2])
 
 
-def test_experts_that_see_every_token_and_those_that_are_added_up() -> None:
+def test_activations_of_experts_with_shared_tokens() -> None:
     w = normal(3, 4, 4, seed=5)
-    its = one_kernel(lambda w, x: jnp.einsum("td,edf->etf", x, w), w, X, axes="bio")
-    assert_near(its.gram, np.stack([XX] * 3))
+    statistics = one_kernel(lambda w, x: jnp.einsum("td,edf->etf", x, w), w, X, axes="bio")
+    assert_near(statistics.gram, np.stack([XX] * 3))
     with pytest.raises(lj.AdapterError, match="along its input axes"):
         one_kernel(lambda w, x: jnp.einsum("etd,edf->tf", jnp.stack([x] * 3), w), w, X, axes="bio")
 
 
-def test_activations_in_bfloat16_are_summed_in_float32() -> None:
+def test_bfloat16_activations_are_summed_in_float32() -> None:
     x = (normal(3000, 4, seed=1) + 2).astype(jnp.bfloat16)
-    its = one_kernel(lambda w, x: x @ w, W.astype(jnp.bfloat16), x)
+    statistics = one_kernel(lambda w, x: x @ w, W.astype(jnp.bfloat16), x)
     wide = np.asarray(x, np.float64)
-    assert its.gram.dtype == jnp.float32
-    assert_near(its.gram[0], wide.T @ wide)
-    assert_near(its.total[0], wide.sum(0))
-    assert its.count[0] == 3000
+    assert statistics.gram.dtype == jnp.float32
+    assert_near(statistics.gram[0], wide.T @ wide)
+    assert_near(statistics.total[0], wide.sum(0))
+    assert statistics.count[0] == 3000
 
 
-def test_batches_are_added_and_neither_their_order_nor_their_size_matters() -> None:
+def test_activations_are_summed_over_batches_of_any_order_and_size() -> None:
     def run(x: jax.Array) -> Any:
         return one_kernel(lambda w, x: x @ w, W, x)
 
-    whole = run(X)
+    once = run(X)
     parts = jax.tree.map(jnp.add, run(X[3:]), run(X[:3]))
-    jax.tree.map(assert_near, parts, whole)
+    jax.tree.map(assert_near, parts, once)
 
 
-def test_a_model_whose_result_is_cut_off_from_the_kernel_is_not_taken_for_one_without_activations() -> None:
+def test_a_kernel_behind_stop_gradient_is_not_reported_as_unused() -> None:
     params, adapter = {"w": W}, lj.init(jax.random.key(0), {"w": W}, {"w": lj.LoRA(rank=1, alpha=1)})
-    cut = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), params, adapter, X)
+    unused = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), params, adapter, X)
     with pytest.raises(lj.AdapterError, match=r"(?s)met none.*'w': 1 of 1.*cannot be followed by reverse mode"):
-        starts.eva(params, adapter, cut)
+        starts.eva(params, adapter, unused)
 
 
-# Ranks dealt out
+# Distribution of ranks
 
 
 def explained(layout: str) -> np.ndarray:
@@ -585,10 +587,10 @@ def explained(layout: str) -> np.ndarray:
     return (variance / variance.sum(-1, keepdims=True)).mean(0)
 
 
-def test_eva_deals_the_ranks_out_by_the_variance_that_they_explain() -> None:
+def test_eva_distributes_ranks_by_explained_variance() -> None:
     adapter = {path: adapter_of()[path] for path in ("dense", "conv", "grouped", "transposed", "bias")}
     params, new = starts.eva(PARAMS, adapter, seen(), rho=2)
-    # Of 16 directions the 8 that explain the largest share of their own kernel's variance.
+    # The 8 of 16 directions that explain the largest fraction of the variance of their kernel.
     bids = [(share, path) for path in adapter if path != "bias" for share in explained(path)[:4]]
     won = [path for _, path in sorted(bids, reverse=True)[:8]]
     ranks = {path: part.variant.rank for path, part in new.items() if path != "bias"}
@@ -602,7 +604,7 @@ def test_eva_deals_the_ranks_out_by_the_variance_that_they_explain() -> None:
     assert_close(got, base()(lj.merge(params, trained(jax.random.key(0), new)), BATCH))
 
 
-def test_a_stack_takes_a_rank_for_each_layer_and_what_gets_none_is_left_out() -> None:
+def test_a_stack_needs_a_rank_per_layer_and_kernels_without_rank_are_dropped() -> None:
     narrow = {"stack": lj.LoRA(rank=1, alpha=1, axes="bio"), "dense": lj.LoRA(rank=1, alpha=1)}
     params = {path: PARAMS[path] for path in narrow}
     adapter = lj.init(jax.random.key(0), params, narrow)
@@ -613,7 +615,7 @@ def test_a_stack_takes_a_rank_for_each_layer_and_what_gets_none_is_left_out() ->
 
     _, won = starts.eva(params, adapter, {"stack": activations(steep, 3), "dense": activations(flat, 1)}, rho=4)
     assert {path: part.a.shape for path, part in won.items()} == {"stack": (3, 6, 1), "dense": (6, 1)}
-    # Each of the four that explain 1/6 is before the second of the steep ones: they take what the stack would.
+    # The four directions that explain 1/6 each come before the second steep one and use the ranks of the stack.
     _, won = starts.eva(params, adapter, {"stack": activations(flat, 3), "dense": activations(steep, 1)}, rho=4)
     assert {path: part.a.shape for path, part in won.items()} == {"stack": (3, 6, 1), "dense": (6, 1)}
     both = {"stack": activations(jnp.eye(6) / 7, 3), "dense": activations(jnp.diag(jnp.array([1.0, 1, 1, 1, 0, 0])), 1)}
@@ -621,11 +623,11 @@ def test_a_stack_takes_a_rank_for_each_layer_and_what_gets_none_is_left_out() ->
     assert {path: part.variant.rank for path, part in won.items()} == {"dense": 4}
 
 
-# Back to the base as it was
+# Conversion to an adapter of the original base
 
 
 @pytest.mark.parametrize("start", ["pissa", "olora", "lora_ga"])
-def test_a_trained_adapter_becomes_one_for_the_base_as_it_was(start: str) -> None:
+def test_as_plain_converts_a_trained_adapter_to_the_original_base(start: str) -> None:
     began = started(start)
     steps = trained(jax.random.key(7), began.adapter)
     after = jax.tree.map(lambda x, step: np.asarray(x) + 0.1 * np.asarray(step), began.adapter, steps)
@@ -640,13 +642,13 @@ def test_a_trained_adapter_becomes_one_for_the_base_as_it_was(start: str) -> Non
     assert_close(adapted()(PARAMS, plain, BATCH), adapted()(began.params, after, BATCH))
 
 
-def test_an_adapter_whose_base_did_not_move_stays_as_it_is() -> None:
+def test_as_plain_keeps_adapters_of_an_unchanged_base() -> None:
     began = starts.orthogonal(jax.random.key(0), PARAMS, {"dense": adapter_of()["dense"]})
     after = trained(jax.random.key(0), began.adapter)
     assert starts.as_plain(PARAMS, after, *began)["dense"] is after["dense"]
 
 
-def test_the_start_of_another_base_is_not_taken_back() -> None:
+def test_as_plain_refuses_the_initialization_of_another_base() -> None:
     part = {"dense": adapter_of()["dense"]}
     began = starts.pissa(PARAMS, part)
     other = PARAMS | {"dense": PARAMS["dense"] + 0.01}
@@ -660,7 +662,7 @@ def test_the_start_of_another_base_is_not_taken_back() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_start_of_a_base_is_known_again_in_its_precision(dtype: str) -> None:
+def test_as_plain_recognizes_the_base_up_to_its_precision(dtype: str) -> None:
     params = {"dense": PARAMS["dense"].astype(dtype)}
     began = starts.pissa(params, {"dense": adapter_of()["dense"]})
     starts.as_plain(params, began.adapter, *began)
@@ -676,7 +678,7 @@ def expect(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
         call()
 
 
-def test_what_cannot_be_meant_is_said() -> None:
+def test_invalid_arguments_are_errors() -> None:
     params, key = {"w": jnp.eye(6)}, jax.random.key(0)
 
     def adapter(**options: Any) -> Any:
@@ -693,9 +695,9 @@ def test_what_cannot_be_meant_is_said() -> None:
     expect(lj.AdapterError, "Expected the activations of every", lambda: starts.eva(params, odd, {}))
     expect(lj.AdapterError, "is not in `params`", lambda: starts.pissa({"v": params["w"]}, odd))
     expect(lj.AdapterError, "'w' is not in `started_params`", lambda: starts.as_plain(params, odd, {}, odd))
-    its = {"w": starts.Activations(jnp.eye(6)[None], jnp.zeros((1, 6)), jnp.ones(1))}
-    traced = jax.jit(lambda its: starts.eva(params, odd, its, rho=2))
-    expect(lj.AdapterError, "got a trace, which has none", lambda: traced(its))
+    statistics = {"w": starts.Activations(jnp.eye(6)[None], jnp.zeros((1, 6)), jnp.ones(1))}
+    traced = jax.jit(lambda statistics: starts.eva(params, odd, statistics, rho=2))
+    expect(lj.AdapterError, "got a trace, which has none", lambda: traced(statistics))
 
 
 SWAPPED: dict[str, Callable[[Any, Any, Any], Any]] = {
@@ -714,12 +716,12 @@ SWAPPED: dict[str, Callable[[Any, Any, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", SWAPPED)
-def test_arguments_in_another_order_are_an_error_that_says_the_order(name: str) -> None:
+def test_swapped_arguments_are_an_error_with_the_order(name: str) -> None:
     params, key = {"w": jnp.eye(6)}, jax.random.key(0)
     adapter = lj.init(key, params, {"w": LORA})
     expect(lj.AdapterError, "The arguments come in this order: first `", lambda: SWAPPED[name](key, params, adapter))
 
 
-def test_a_kernel_that_meets_no_activation_is_named() -> None:
+def test_a_kernel_without_activations_is_reported() -> None:
     with pytest.raises(lj.AdapterError, match=r"(?s)1 are not in this call.*'embedding', axes 'io'.*start otherwise"):
         starts.activations(model, PARAMS, adapter_of(), BATCH)

@@ -1,4 +1,4 @@
-"""Symbolic sizes, as `jax.export` has them: the exported function is that of the merged model at any size."""
+"""Symbolic sizes of `jax.export`: the exported function matches the merged model at any size."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Net(NamedTuple):
 
     Attributes:
       apply: the model.
-      shapes: of the parameters, by path.
-      axes: of the adapted ones.
-      args: for each argument its symbolic shape; integers, if it starts with an `i`.
+      shapes: the shapes of the parameters by path.
+      axes: the axes of adapted parameters.
+      args: the symbolic shape of each argument; an `i` in front means integers.
     """
 
     apply: Callable[..., Any]
@@ -75,12 +75,12 @@ def step(carry: Any, x: jax.Array) -> tuple[Any, None]:
 
 
 def recurrent(p: Any, x: jax.Array) -> jax.Array:
-    """A loop over tokens; nothing in it but their number is symbolic, so that JAX keeps its jaxpr for all exports."""
+    """A loop over tokens in which only the length is symbolic, so that JAX caches the jaxpr for all exports."""
     return lax.scan(step, (p["v"], p["w"], jnp.zeros((2, 8))), x)[0][-1]
 
 
 def generated(p: Any, x: jax.Array) -> jax.Array:
-    """As many iterations as there are tokens, of which no size is a number."""
+    """A loop with a symbolic number of iterations."""
     return lax.fori_loop(0, x.shape[1], lambda _, x: jnp.tanh(x @ p["w"]), x)
 
 
@@ -93,7 +93,7 @@ def experts(p: Any, x: jax.Array) -> jax.Array:
 
 
 def per_example(p: Any, x: jax.Array) -> jax.Array:
-    """A kernel that is repeated for each example, and merged with its axis."""
+    """A kernel that is repeated for each example, with the axes merged."""
     b, t, _ = x.shape
     w = jnp.broadcast_to(p["w"][:, None], (8, b * t, 8)).reshape(8, b, t, 8)
     return jnp.einsum("btd,dbte->bte", x, w)
@@ -115,7 +115,7 @@ NETS = {
         {"q": "ioo", "k": "ioo", "v": "ioo", "o": "iio"},
         ("b, t, 8",),
     ),
-    "side by side": Net(fused, SQUARE, IO, ("b, t, 8",)),
+    "concatenated": Net(fused, SQUARE, IO, ("b, t, 8",)),
     "a pair": Net(lambda p, x: x @ (p["w"] @ p["v"]), SQUARE, IO, ("b, t, 8",)),
     "convolution": Net(convolution, {"w": (3, 3, 4, 6)}, {"w": "iiio"}, ("b, h, w, 4",)),
     "lookup": Net(lambda p, ids: p["w"][ids] @ p["v"], {"w": (12, 8), "v": (8, 8)}, IO, ("ib, t",)),
@@ -125,7 +125,7 @@ NETS = {
     "generated": Net(generated, {"w": (8, 8)}, {"w": "io"}, ("b, t, 8",)),
     "branches": Net(branches, SQUARE, IO, ("b, t, 8",)),
     "experts": Net(experts, {"w": (3, 8, 8)}, {"w": "bio"}, ("3*b, 8",)),
-    "experts for each token": Net(
+    "experts per token": Net(
         lambda p, x, ids: jnp.einsum("btd,btdf->btf", x, p["w"][ids]),
         {"w": (3, 8, 6)},
         {"w": "bio"},
@@ -137,8 +137,8 @@ NETS = {
 SIZES = [{"b": 2, "t": 3, "h": 5, "w": 6}, {"b": 1, "t": 4, "h": 8, "w": 4}]
 
 
-def symbolic(net: Net) -> list[jax.ShapeDtypeStruct]:
-    """The arguments, in a scope of their own, as each export has them."""
+def symbolic_args(net: Net) -> list[jax.ShapeDtypeStruct]:
+    """The arguments in a new symbolic scope, as in each export."""
     scope = jax.export.SymbolicScope()
     return [
         jax.ShapeDtypeStruct(
@@ -149,7 +149,7 @@ def symbolic(net: Net) -> list[jax.ShapeDtypeStruct]:
     ]
 
 
-def concrete(net: Net, sizes: dict[str, int]) -> list[jax.Array]:
+def concrete_args(net: Net, sizes: dict[str, int]) -> list[jax.Array]:
     arrays = []
     for number, arg in enumerate(net.args):
         shape = eval(f"({arg.removeprefix('i')},)", {}, sizes)
@@ -159,70 +159,70 @@ def concrete(net: Net, sizes: dict[str, int]) -> list[jax.Array]:
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_an_exported_function_is_that_of_the_merged_model(name: str) -> None:
+def test_an_exported_function_matches_the_merged_model(name: str) -> None:
     net = NETS[name]
     params, adapter, merged = net.params, net.adapter, lj.merge(net.params, net.adapter)
     export = jax.export.export(jax.jit(lj.lora(net.apply)))
-    _, exported, plain = (export(params, each, *symbolic(net)) for each in (adapter, adapter, {}))
+    _, exported, plain = (export(params, ad, *symbolic_args(net)) for ad in (adapter, adapter, {}))
     for sizes in SIZES:
-        args = concrete(net, sizes)
+        args = concrete_args(net, sizes)
         assert_close(exported.call(params, adapter, *args), net.apply(merged, *args))
     assert_close(plain.call(params, {}, *args), net.apply(params, *args))
 
 
-def test_so_is_its_gradient() -> None:
+def test_an_exported_gradient_matches_the_merged_model() -> None:
     net = NETS["tied"]
     params, adapter = net.params, net.adapter
 
     def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
         return jax.grad(lambda adapter, params, *args: jnp.sum(jnp.sin(function(params, adapter, *args))))
 
-    exported = jax.export.export(jax.jit(gradient(lj.lora(net.apply))))(adapter, params, *symbolic(net))
+    exported = jax.export.export(jax.jit(gradient(lj.lora(net.apply))))(adapter, params, *symbolic_args(net))
     for sizes in SIZES:
-        args = concrete(net, sizes)
+        args = concrete_args(net, sizes)
         expected = gradient(lambda params, adapter, *args: net.apply(lj.merge(params, adapter), *args))
         assert_close(exported.call(adapter, params, *args), expected(adapter, params, *args), GRADIENT)
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_kernels_and_explain_tell_what_they_tell_of_concrete_sizes(name: str) -> None:
+def test_kernels_and_explain_match_concrete_sizes(name: str) -> None:
     net = NETS[name]
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), net.params)
     sizes = {"b": 3, "t": 2, "h": 8, "w": 6}
-    args = concrete(net, sizes)
-    found, expected = (lj.kernels(net.apply, shapes, *given) for given in (symbolic(net), args))
+    args = concrete_args(net, sizes)
+    found, expected = (lj.kernels(net.apply, shapes, *given) for given in (symbolic_args(net), args))
     assert {path: kernel.axes for path, kernel in found.items()} == {
         path: kernel.axes for path, kernel in expected.items()
     }
     rows, numbers = (
-        lj.explain(net.apply, shapes, net.adapter, *given, form="factored").rows for given in (symbolic(net), args)
+        lj.explain(net.apply, shapes, net.adapter, *given, form="factored").rows for given in (symbolic_args(net), args)
     )
-    turns = sizes["t"] if name == "generated" else 1  # a loop of an unknown length counts once
-    for row, its in zip(rows, numbers, strict=True):
-        assert (row.path, row.axes, row.parameters) == (its.path, its.axes, its.parameters)
-        assert eval(str(row.flops), {"floordiv": int.__floordiv__}, sizes) == its.flops / turns
+    iterations = sizes["t"] if name == "generated" else 1  # a loop of unknown length counts once
+    for row, numeric in zip(rows, numbers, strict=True):
+        assert (row.path, row.axes, row.parameters) == (numeric.path, numeric.axes, numeric.parameters)
+        assert eval(str(row.flops), {"floordiv": int.__floordiv__}, sizes) == numeric.flops / iterations
 
 
-def test_explain_shows_symbolic_counts_as_the_polynomials_that_they_are() -> None:
+def test_explain_shows_symbolic_flops_as_polynomials() -> None:
     net = NETS["dense, no batch"]
-    text = str(lj.explain(net.apply, net.params, net.adapter, *symbolic(net)))
+    text = str(lj.explain(net.apply, net.params, net.adapter, *symbolic_args(net)))
     assert "factored dot_general ×1" in text and "74*t" in text
     assert "forward:   74*t FLOPs added, the base's are 128*t" in text
-    assert "74*t" in lj.explain(net.apply, net.params, net.adapter, *symbolic(net))._repr_html_()
+    assert "74*t" in lj.explain(net.apply, net.params, net.adapter, *symbolic_args(net))._repr_html_()
 
 
-def test_any_form_can_be_asked_for() -> None:
+def test_every_form_can_be_exported() -> None:
     net = NETS["dense"]
-    params, adapter, args = net.params, net.adapter, concrete(net, SIZES[0])
+    params, adapter, args = net.params, net.adapter, concrete_args(net, SIZES[0])
     for form in ("factored", "hybrid", "merged"):
-        exported = jax.export.export(jax.jit(lj.lora(net.apply, form=form)))(params, adapter, *symbolic(net))
+        exported = jax.export.export(jax.jit(lj.lora(net.apply, form=form)))(params, adapter, *symbolic_args(net))
         assert_close(exported.call(params, adapter, *args), net.apply(lj.merge(params, adapter), *args))
 
 
-def test_plan_compiles_for_sizes_that_are_numbers() -> None:
+def test_plan_needs_concrete_sizes() -> None:
     net, mesh = NETS["dense"], jax.make_mesh((1,), ("x",))
     with pytest.raises(lj.SpecError) as error:
-        lj.plan(net.apply, net.params, {"w": lj.LoRA(rank=2, alpha=4)}, optax.sgd(1.0), mesh, *symbolic(net))
+        lj.plan(net.apply, net.params, {"w": lj.LoRA(rank=2, alpha=4)}, optax.sgd(1.0), mesh, *symbolic_args(net))
     assert str(error.value) == (
         "Expected known sizes, to compile for them; `abstract_args[0]` has the shape (b, t, 8).\n"
         "  Pass the sizes of one batch."

@@ -1,4 +1,4 @@
-"""Targets by name: what the traced model says each leaf is, and specs whose keys are targets."""
+"""Targets: the kinds of leaves that tracing finds, and specs with targets as keys."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def kinds(apply: Any, params: Any, *args: Any, **options: Any) -> dict[str | Non
     return dict(found)
 
 
-# Models whose names say nothing: `ATTENTION_NAMES` and `HEAD_NAMES` are not among them.
+# Models with names outside `ATTENTION_NAMES` and `HEAD_NAMES`.
 
 
 class Layer(nn.Module):
@@ -78,28 +78,28 @@ MLP = {"gate", "up", "down"}
 @pytest.mark.parametrize("fused", [False, True], ids=["query, key, value", "fused"])
 @pytest.mark.parametrize("end", ["untied", "tied", "none"])
 @pytest.mark.parametrize("how", ["unrolled", "scanned"])
-def test_a_transformer_is_told_apart_whatever_its_names(how: str, end: str, fused: bool) -> None:
+def test_kinds_of_a_transformer_do_not_depend_on_names(how: str, end: str, fused: bool) -> None:
     model = Decoder(how, fused, end)
     params = jax.eval_shape(model.init, jax.random.key(0), IDS)
     layers = ["layers"] if how == "scanned" else ["layer_0", "layer_1"]
 
-    def each(modules: set[str], name: str) -> set[str]:
+    def paths_in(modules: set[str], name: str) -> set[str]:
         return {f"{layer}/{module}/{name}" for layer in layers for module in modules}
 
     attention = FUSED if fused else ATTENTION
     expected = {
-        "attention": each(attention, "kernel"),
-        "mlp": each(MLP, "kernel"),
+        "attention": paths_in(attention, "kernel"),
+        "mlp": paths_in(MLP, "kernel"),
         "embedding": {"words/embedding"},
-        "norm": each({"before", "between"}, "scale") | each({"before"}, "bias") | {"last/scale", "last/bias"},
-        "bias": each(attention | {"up", "down"}, "bias"),
+        "norm": paths_in({"before", "between"}, "scale") | paths_in({"before"}, "bias") | {"last/scale", "last/bias"},
+        "bias": paths_in(attention | {"up", "down"}, "bias"),
     }
     if end == "untied":
         expected |= {"head": {"final/kernel"}, "bias": expected["bias"] | {"final/bias"}}
     assert kinds(model.apply, params, IDS) == expected
 
 
-def test_an_nnx_transformer() -> None:
+def test_kinds_of_an_nnx_transformer() -> None:
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.words = nnx.Embed(11, 8, rngs=rngs)
@@ -126,7 +126,7 @@ def test_an_nnx_transformer() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_convolutional_net_with_statistics(training: bool) -> None:
+def test_kinds_of_a_convolutional_net_with_statistics(training: bool) -> None:
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
@@ -151,7 +151,7 @@ def test_a_convolutional_net_with_statistics(training: bool) -> None:
     }
 
 
-# What the program tells, one thing at a time
+# Small functions
 
 W = {"a": jnp.ones((4, 4)), "b": jnp.ones((4, 4))}
 X = jnp.ones((3, 4))
@@ -169,7 +169,7 @@ def kind_of(apply: Any, params: Any, *args: Any) -> dict[str, str | None]:
         "the stream goes into a head": (lambda p, x: (x + x @ p["a"]) @ p["b"], ("mlp", "head")),
         "two results": (lambda p, x: (x @ p["a"], x @ p["b"]), ("mlp", "mlp")),
         "the loss of a head": (lambda p, x: jnp.mean(jax.nn.softmax(jnp.tanh(x @ p["a"]) @ p["b"])), ("mlp", "head")),
-        "its hidden layer is a result": (lambda p, x: ((h := jnp.tanh(x @ p["a"])), h @ p["b"]), ("mlp", "head")),
+        "a hidden layer that is a result": (lambda p, x: ((h := jnp.tanh(x @ p["a"])), h @ p["b"]), ("mlp", "head")),
         "integers are no product": (lambda p, x: jnp.argmax(jnp.tanh(x @ p["a"]) @ p["b"], -1), ("mlp", "mlp")),
         "a recurrence": (
             lambda p, x: lax.scan(lambda h, x: (jnp.tanh(x @ p["a"] + h @ p["b"]),) * 2, jnp.zeros(4), x)[1],
@@ -184,7 +184,7 @@ def kind_of(apply: Any, params: Any, *args: Any) -> dict[str, str | None]:
             ("attention", "attention"),
         ),
         "linear attention": (lambda p, x: x @ p["a"] @ ((x @ p["a"]).T @ (x @ p["b"])), ("attention", "attention")),
-        "scores alone are none": (lambda p, x: (x @ p["a"]) @ (x @ p["b"]).T, ("mlp", "mlp")),
+        "only scores are not attention": (lambda p, x: (x @ p["a"]) @ (x @ p["b"]).T, ("mlp", "mlp")),
         "weights of a router are none": (
             lambda p, x: jnp.einsum("te,td->ed", jax.nn.softmax(x @ p["a"]), x @ p["b"]),
             ("mlp", "mlp"),
@@ -199,7 +199,7 @@ def kind_of(apply: Any, params: Any, *args: Any) -> dict[str, str | None]:
         ),
     }.values(),
 )
-def test_linear_kernels_of_small_functions(apply: Any, expected: tuple[str, str]) -> None:
+def test_kinds_of_linear_kernels(apply: Any, expected: tuple[str, str]) -> None:
     assert tuple(kind_of(apply, W, X).values()) == expected
 
 
@@ -222,17 +222,17 @@ def test_a_loss_has_the_head_of_its_model() -> None:
         "subtracted": (lambda v, x: x - v, None),
         "after a root": (lambda v, x: x / jnp.sqrt(jnp.var(x)) + v, "norm"),
         "a root and something else": (lambda v, x: jnp.tanh(x / jnp.sqrt(jnp.var(x))) + v, "bias"),
-        "its exponential": (lambda v, x: x * jnp.exp(v), None),
+        "the exponential": (lambda v, x: x * jnp.exp(v), None),
         "cast": (lambda v, x: x + v.astype(jnp.bfloat16), "bias"),
         "contracted": (lambda v, x: x @ v, None),
         "unused": (lambda v, x: x, None),
     }.values(),
 )
-def test_vectors(apply: Any, expected: str | None) -> None:
+def test_kinds_of_vectors(apply: Any, expected: str | None) -> None:
     assert kind_of(lambda p, x: apply(p["v"], x), {"v": jnp.ones(4)}, X) == {"v": expected}
 
 
-def test_vectors_of_stacked_layers_are_no_kernels() -> None:
+def test_vectors_of_stacked_layers_are_not_kernels() -> None:
     params = {"w": jnp.ones((2, 4, 4)), "scale": jnp.ones((2, 4)), "shift": jnp.ones((2, 4)), "bias": jnp.ones((2, 4))}
 
     def layer(x: jax.Array, p: Any) -> tuple[jax.Array, None]:
@@ -247,7 +247,7 @@ def test_vectors_of_stacked_layers_are_no_kernels() -> None:
     }
 
 
-def test_a_position_is_neither_a_bias_nor_an_embedding_but_if_it_is_looked_up() -> None:
+def test_a_position_is_an_embedding_only_if_it_is_looked_up() -> None:
     params = {"at": jnp.ones((1, 3, 4)), "w": jnp.ones((4, 4))}
     x = jnp.ones((2, 3, 4))
     assert kind_of(lambda p, x: (x @ p["w"] + p["at"]).sum(), params, x)["at"] is None
@@ -255,8 +255,8 @@ def test_a_position_is_neither_a_bias_nor_an_embedding_but_if_it_is_looked_up() 
     assert kind_of(lambda p, x: (x @ p["w"] + p["at"][0, rows]).sum(), params, x)["at"] == "embedding"
 
 
-def test_a_kernel_that_is_called_query_s_predecessor_is_attention_by_its_name() -> None:
-    """Nothing in the program tells it from the layer before; its path does."""
+def test_an_ambiguous_kernel_is_attention_by_its_name() -> None:
+    """Only its path distinguishes it from the layer before."""
     params = {
         "attn": {"first": jnp.ones((4, 4)), "q": jnp.ones((4, 4)), "k": jnp.ones((4, 4))},
         "before": jnp.ones((4, 4)),
@@ -275,7 +275,7 @@ def test_a_kernel_that_is_called_query_s_predecessor_is_attention_by_its_name() 
     }
 
 
-def test_a_head_is_told_by_its_name_where_the_results_do_not_say() -> None:
+def test_an_ambiguous_head_is_found_by_its_name() -> None:
     params = {"lm_head": jnp.ones((4, 4)), "router": jnp.ones((4, 4))}
     assert kind_of(lambda p, x: (x @ p["lm_head"], x @ p["router"]), params, X) == {"lm_head": "head", "router": "mlp"}
 
@@ -307,7 +307,7 @@ def test_a_head_is_told_by_its_name_where_the_results_do_not_say() -> None:
         ("plain_function", {"mlp": {"0/experts"}, "head": {"1/0"}, "bias": {"1/1"}}),
     ],
 )  # fmt: skip
-def test_models_of_the_zoo(name: str, expected: Any, key: jax.Array) -> None:
+def test_kinds_of_models_of_the_zoo(name: str, expected: Any, key: jax.Array) -> None:
     model = ZOO[name](key, jnp.float32)
     assert kinds(model.apply, model.params, *model.args) == expected
 
@@ -360,7 +360,7 @@ def test_a_custom_kernel_that_gets_query_key_and_value_is_attention() -> None:
 # Specs
 
 
-def test_a_target_is_a_key_of_a_spec_and_the_first_that_matches_decides(key: jax.Array) -> None:
+def test_a_target_can_be_a_key_and_the_first_match_decides(key: jax.Array) -> None:
     params = jax.jit(Decoder().init)(key, IDS)
     found = lj.kernels(Decoder().apply, params, IDS)
     other = lj.DoRA(rank=1, alpha=1)
@@ -396,7 +396,7 @@ def test_targets_are_values() -> None:
         assert getattr(targets, target.name) is target
 
 
-def test_a_target_that_matches_nothing_is_an_error_that_counts_what_there_is() -> None:
+def test_a_target_that_matches_nothing_is_an_error_with_counts() -> None:
     found = lj.kernels(lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"], W, X)
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), W, {targets.attention: LORA}, kernels=found)
@@ -407,7 +407,7 @@ def test_a_target_that_matches_nothing_is_an_error_that_counts_what_there_is() -
     )
 
 
-def test_a_target_without_kernels_is_an_error_that_says_how_to_get_them() -> None:
+def test_a_target_without_kernels_is_an_error_with_advice() -> None:
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), W, {targets.all_linear: LORA})
     assert str(caught.value) == (

@@ -1,4 +1,4 @@
-"""One leaf that a model uses several times, transposed, cut, scaled, looked up: one adapter, gradients of every use."""
+"""A leaf with several uses, such as transposed or looked up, has one adapter with the sum of the gradients."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TIED = {
     "back scaled by the width": Case(lambda w, x: jnp.tanh(x @ w) @ (w.T / jnp.sqrt(5.0)), (4, 5), [X], "io"),
     "there, and back through half of it": Case(lambda w, x: jnp.tanh(x @ w[:, :3]) @ w[:, 2:].T, (4, 5), [X], "io"),
     "with both signs": Case(lambda w, x: jax.nn.relu(x @ w) - jax.nn.relu(x @ -w), (4, 5), [X], "io"),
-    "with both signs, side by side": Case(lambda w, x: jax.nn.relu(x @ jnp.hstack([w, -w])), (4, 5), [X], "io"),
+    "with both signs, concatenated": Case(lambda w, x: jax.nn.relu(x @ jnp.hstack([w, -w])), (4, 5), [X], "io"),
     "both ways round": Case(lambda w, x: x @ w + x @ jnp.flip(w), (4, 5), [X], "io"),
     "embedding and head": Case(lambda w, ids: jnp.tanh(w[ids]) @ w.T, (6, 5), [IDS], "io"),
     "embedding times a root, and head": Case(
         lambda w, ids: jnp.tanh((w * jnp.sqrt(5.0))[ids]) @ w.T, (6, 5), [IDS], "io"
     ),
     "embedding and part of the head": Case(lambda w, ids: jnp.tanh(w[ids]) @ w[2:4].T, (6, 5), [IDS], "io"),
-    "embedding and the head's rows that are asked for": Case(
+    "embedding and selected rows of the head": Case(
         lambda w, ids: jnp.einsum("btd,btd->bt", jnp.tanh(w[ids]), w[ids[:, ::-1]]), (6, 5), [IDS], "io"
     ),
     "one layer again and again": Case(
@@ -39,7 +39,7 @@ TIED = {
     "one of a fused kernel, and all of it": Case(
         lambda w, x: (x @ w[:, :2], x @ w, x @ w.reshape(4, 3, 2)[:, 1]), (4, 6), [X], "io"
     ),
-    "with its own product": Case(lambda w, x: x @ (w @ w.T) + x, (4, 5), [X], "oi", "io"),
+    "with the product with itself": Case(lambda w, x: x @ (w @ w.T) + x, (4, 5), [X], "oi", "io"),
     "in a branch, and after it": Case(
         lambda w, x: lax.cond(x[0, 0] > 0, lambda x: x @ w @ w.T, lambda x: x, x) @ w, (4, 5), [X], None, "io"
     ),
@@ -53,20 +53,20 @@ TIED = {
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_every_use_is_that_of_the_formed_kernel(name: str) -> None:
+def test_every_use_matches_the_merged_kernel(name: str) -> None:
     assert_case(TIED[name])
 
 
 @pytest.mark.parametrize("name", TIED)
-def test_kernels_takes_the_roles_in_which_the_kernel_meets_activations_first(name: str) -> None:
+def test_kernels_uses_the_roles_of_the_first_product_with_activations(name: str) -> None:
     case = TIED[name]
     assert case.roles in (None, lj.kernels(case.apply, case.params, *case.arrays)["w"].axes)
 
 
 @pytest.mark.parametrize(
-    "name", ["there and back", "embedding times a root, and head", "with both signs, side by side"]
+    "name", ["there and back", "embedding times a root, and head", "with both signs, concatenated"]
 )
-def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
+def test_tied_uses_work_outside_jit_and_under_vmap(name: str) -> None:
     case = TIED[name]
     (x,) = case.arrays
     run = functools.partial(lj.lora(case.apply), case.params, case.adapter)
@@ -75,15 +75,15 @@ def test_it_holds_outside_jit_and_under_vmap(name: str) -> None:
     assert_close(jax.vmap(run)(x), expected)
 
 
-def test_no_use_of_a_tied_embedding_forms_it() -> None:
+def test_no_use_of_a_tied_embedding_materializes_it() -> None:
     params = {"w": normal(70, 50)}
     adapter = adapted(params, {"w": "io"})
     model = lj.lora(lambda params, ids: jnp.tanh(params["w"][ids]) @ params["w"].T)
-    made = shapes_made(jax.grad(lambda ad: model(params, ad, jnp.array([1, 2, 3])).sum()), adapter)
-    assert not made & {(70, 50)}
+    shapes = shapes_made(jax.grad(lambda ad: model(params, ad, jnp.array([1, 2, 3])).sum()), adapter)
+    assert not shapes & {(70, 50)}
 
 
-def test_two_names_for_one_array_have_an_adapter_each() -> None:
+def test_two_paths_of_one_array_have_two_adapters() -> None:
     shared = normal(4, 4)
     params = {"one": shared, "two": shared}
     adapter = adapted(params, {"one": "io", "two": "oi"})
@@ -99,7 +99,7 @@ class Tied(nn.Module):
         return embed.attend(nn.Dense(6)(embed(ids) * jnp.sqrt(6.0)))
 
 
-def test_a_tied_embedding_of_linen() -> None:
+def test_a_tied_embedding_of_linen_matches_the_merged_kernel() -> None:
     ids = jnp.array(IDS)
     variables = Tied().init(jax.random.key(0), ids)
     roles = {"params/Embed_0/embedding": "io", "params/Dense_0/kernel": "io"}
@@ -108,7 +108,7 @@ def test_a_tied_embedding_of_linen() -> None:
     assert_law(Tied().apply, variables, adapted(variables, roles), ids)
 
 
-def test_a_layer_of_nnx_that_two_places_share() -> None:
+def test_a_shared_layer_of_nnx_matches_the_merged_kernel() -> None:
     class Shared(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
             self.first = nnx.Linear(4, 4, rngs=rngs)
@@ -125,7 +125,7 @@ def test_a_layer_of_nnx_that_two_places_share() -> None:
     assert len(lj.kernels(apply, state, x)[path].uses) == 2
 
 
-# Uses that differ in the roles they give
+# Uses that disagree about roles
 
 
 def normed(w: jax.Array) -> jax.Array:
@@ -142,7 +142,7 @@ def mlp(params: Any, x: jax.Array) -> jax.Array:
 
 
 def recurrent(params: Any, x: jax.Array) -> jax.Array:
-    """Applies its middle layer again and again, in a scan."""
+    """Applies the middle layer repeatedly in a scan."""
 
     def step(h: jax.Array, _: None) -> tuple[jax.Array, None]:
         return jnp.tanh(h @ params["middle"]), None
@@ -151,7 +151,7 @@ def recurrent(params: Any, x: jax.Array) -> jax.Array:
 
 
 def unpacked(params: Any, x: jax.Array) -> Any:
-    """The gradient and the divergence of it, by hand: of the last layer only the transpose is used."""
+    """The gradient and its divergence by hand, which use only the transpose of the last layer."""
     h = jnp.tanh(x @ params["first"])
     return ((1 - h**2) * params["last"][:, 0]) @ params["first"].T
 
@@ -170,7 +170,7 @@ MLP = {"first": (3, 5), "middle": (5, 5), "last": (5, 1)}
 IO = dict.fromkeys(MLP, "io")
 Roles = dict[str, str | None]
 DIFFERING: dict[str, tuple[Any, dict[str, tuple[int, ...]], list[tuple[int, ...]], Roles]] = {
-    "a kernel over its norm": (lambda p, x: x @ (p["w"] / normed(p["w"])), {"w": (4, 5)}, [X], {"w": "io"}),
+    "a kernel divided by its norm": (lambda p, x: x @ (p["w"] / normed(p["w"])), {"w": (4, 5)}, [X], {"w": "io"}),
     "a norm, in jit, and then the product in remat": (
         lambda p, x: jax.checkpoint(lambda w, x: x @ w)(p["w"], x) / jax.jit(normed)(p["w"]),
         {"w": (4, 5)},
@@ -207,7 +207,7 @@ DIFFERING: dict[str, tuple[Any, dict[str, tuple[int, ...]], list[tuple[int, ...]
         lambda p, x, ids: (x @ p["w"].T, jnp.tanh(p["w"][ids.astype(int)]) @ p["w"].T), {"w": (6, 5)}, [(3, 5), (3,)],
         {"w": None},
     ),
-    "of constants alone": (lambda p: jnp.ones((3, 4)) @ p["w"], {"w": (4, 5)}, [], {"w": "io"}),
+    "of constants only": (lambda p: jnp.ones((3, 4)) @ p["w"], {"w": (4, 5)}, [], {"w": "io"}),
     "of arrays that are closed over": (
         lambda p: (normal(3, 4) @ p["w"]) / normed(p["w"]), {"w": (4, 5)}, [], {"w": "io"}
     ),
@@ -220,7 +220,7 @@ DIFFERING: dict[str, tuple[Any, dict[str, tuple[int, ...]], list[tuple[int, ...]
 
 
 @pytest.mark.parametrize("name", DIFFERING)
-def test_kernels_tells_forward_uses_from_others(name: str) -> None:
+def test_kernels_distinguishes_forward_uses_from_others(name: str) -> None:
     apply, shapes, args, roles = DIFFERING[name]
     params = {path: normal(*shape) for path, shape in shapes.items()}
     found = lj.kernels(apply, params, *[normal(*shape) for shape in args])
@@ -229,10 +229,10 @@ def test_kernels_tells_forward_uses_from_others(name: str) -> None:
 
 
 @pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
-@pytest.mark.parametrize("name", ["a kernel over its norm", "a Laplacian through a scan"])
-def test_a_model_whose_uses_differ_is_that_of_the_formed_kernels(name: str, variant: Any) -> None:
+@pytest.mark.parametrize("name", ["a kernel divided by its norm", "a Laplacian through a scan"])
+def test_a_model_with_different_uses_matches_merged_kernels(name: str, variant: Any) -> None:
     apply, shapes, args, _ = DIFFERING[name]
-    if "norm" in name:  # taken of the kernel that is adapted, which is formed for it
+    if "norm" in name:  # the norm materializes the adapted kernel
         apply = lambda p, x: x @ p["w"] / lax.stop_gradient(normed(p["w"]))  # noqa: E731
     params = {path: normal(*shape, size=0.5) for path, shape in shapes.items()}
     xs = [normal(*shape, seed=3) for shape in args]
@@ -242,7 +242,7 @@ def test_a_model_whose_uses_differ_is_that_of_the_formed_kernels(name: str, vari
     assert_law(apply, params, adapter, *xs)
 
 
-def test_uses_that_say_equally_much_and_differ_are_an_error_that_lists_them() -> None:
+def test_contradictory_uses_are_an_error_that_lists_them() -> None:
     first = lambda w, x: x[:, :5] @ w.T  # noqa: E731
     other = lambda w, x: x[:, 1:] @ w  # noqa: E731
     params, x = {"w": normal(4, 5), "v": normal(5, 5)}, normal(3, 5)
@@ -250,7 +250,7 @@ def test_uses_that_say_equally_much_and_differ_are_an_error_that_lists_them() ->
     def apply(p: Any, x: jax.Array) -> Any:
         return first(p["w"], x), other(p["w"], x), first(p["w"], 2 * x), x @ p["v"]
 
-    found = lj.kernels(apply, params, x)  # itself no error: nobody may want to adapt it
+    found = lj.kernels(apply, params, x)  # not an error, because the leaf may stay frozen
     assert (found["w"].axes, found["v"].axes) == (None, "io")
     with pytest.raises(lj.SpecError) as caught:
         lj.init(jax.random.key(0), params, {"*": lj.DoRA(rank=2, alpha=4)}, kernels=found)
@@ -263,25 +263,25 @@ def test_uses_that_say_equally_much_and_differ_are_an_error_that_lists_them() ->
     assert f"\n    'io' by `dot_general` at {lines[1]}" in text
     assert text.count("dot_general") == 2
     assert text.endswith("\n  Leave it out of the spec ({'w': None}), or write the axes there: DoRA(..., axes=...).")
-    told = {"w": lj.DoRA(rank=2, alpha=4, axes="io"), "v": lj.DoRA(rank=2, alpha=4)}
-    assert lj.init(jax.random.key(0), params, told, kernels=found)["w"].magnitude.shape == (5,)
+    stated = {"w": lj.DoRA(rank=2, alpha=4, axes="io"), "v": lj.DoRA(rank=2, alpha=4)}
+    assert lj.init(jax.random.key(0), params, stated, kernels=found)["w"].magnitude.shape == (5,)
 
 
 def test_a_spectral_norm_of_linen_whose_state_is_an_argument_is_not_guessed() -> None:
     model, x = nn.SpectralNorm(nn.Dense(6)), jnp.ones((4, 8))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, update_stats=False))
 
-    def apart(params: Any, state: Any, x: jax.Array) -> Any:
+    def split_call(params: Any, state: Any, x: jax.Array) -> Any:
         return model.apply({"params": params, "batch_stats": state}, x, update_stats=False)
 
-    together = lj.kernels(functools.partial(model.apply, update_stats=False), variables, x)
-    assert together["params/layer_instance/kernel"].axes == "io"
-    found = lj.kernels(apart, variables["params"], variables["batch_stats"], x)["layer_instance/kernel"]
+    joint = lj.kernels(functools.partial(model.apply, update_stats=False), variables, x)
+    assert joint["params/layer_instance/kernel"].axes == "io"
+    found = lj.kernels(split_call, variables["params"], variables["batch_stats"], x)["layer_instance/kernel"]
     assert found.axes is None
     assert "its uses disagree" in found.unknown
 
 
-def test_what_is_computed_and_dropped_tells_roles_and_is_no_use() -> None:
+def test_unused_results_give_roles_but_are_not_uses() -> None:
     def apply(p: Any, x: jax.Array) -> jax.Array:
         _ = x @ p["w"]
         return x

@@ -1,4 +1,4 @@
-"""The example's data: what is read, how it is split, how it is batched."""
+"""The data of the example: loading, splitting and batching."""
 
 import collections
 import hashlib
@@ -39,19 +39,19 @@ def test_the_split_is_the_same_in_every_run(data):
     again = trec.read()
     assert again.test.texts == data.test.texts
     assert np.array_equal(again.train.labels, data.train.labels)
-    # Recorded: on another split the accuracies of the README are of other questions.
+    # Recorded, because the accuracies in the README are for this split.
     digest = hashlib.sha256("\n".join(data.test.texts).encode()).hexdigest()
     assert digest == "6636dc6a7df29a5cbcc13b628de4a5b52527bf6b550a028f9735f469c958ea31"
 
 
-def test_the_split_depends_on_the_questions_alone_not_on_their_order(data):
+def test_the_split_does_not_depend_on_the_order_of_the_questions(data):
     order = np.random.default_rng(0).permutation(len(data.train.texts))
     shuffled = trec.Questions(tuple(data.train.texts[row] for row in order), data.train.labels[order])
     parts = [trec.split(questions, 100)[1] for questions in (data.train, shuffled)]
     assert set(parts[0].texts) == set(parts[1].texts)
 
 
-def test_a_file_with_other_contents_is_refused(tmp_path):
+def test_a_file_with_other_contents_is_an_error(tmp_path):
     path = tmp_path / "question_labels.txt"
     path.write_text("A:b What ?\nA:b What ?\nA:c Who ?\n", encoding="latin-1")
     with pytest.raises(ValueError, match="should hold 5382 distinct questions with 50 labels; it holds 2 with 2"):
@@ -86,7 +86,7 @@ def test_ordered_batches_hold_every_question_once(tokens):
             assert batch.labels[i] == tokens.labels[row]
 
 
-def test_training_batches_are_full_of_few_shapes_and_drawn_anew(tokens):
+def test_training_batches_are_full_have_few_shapes_and_are_reshuffled(tokens):
     rng = np.random.default_rng(0)
     epochs = [list(trec.training_batches(tokens, 32, rng)) for _ in range(2)]
     assert [len(epoch) for epoch in epochs] == [trec.batches_per_epoch(tokens, 32)] * 2

@@ -1,4 +1,4 @@
-"""Every variant against the merged kernel: in every use of a kernel, in every form, under every transformation."""
+"""Every variant matches merged kernels in every use, form and transformation."""
 
 from __future__ import annotations
 
@@ -36,26 +36,26 @@ VARIANTS: Mapping[str, Make] = {
 }
 
 
-def drawn(params: Any, variant: Any) -> Any:
-    """An adapter of all that there is of a kernel `w`, which does something."""
+def random_adapter(params: Any, variant: Any) -> Any:
+    """An adapter of a kernel `w` with nonzero arrays."""
     shapes = jax.eval_shape(lambda key, params: lj.init(key, params, {"w": variant}), jax.random.key(0), params)
     leaves, treedef = jax.tree.flatten(shapes)
     return treedef.unflatten([normal(*leaf.shape, seed=100 + at, size=0.4) for at, leaf in enumerate(leaves)])
 
 
-@pytest.mark.parametrize("variant", ["DoRA", "AdaLoRA", "VeRA"])  # LoRA, in far more uses: the tests of the rules
+@pytest.mark.parametrize("variant", ["DoRA", "AdaLoRA", "VeRA"])  # the tests of the rules cover LoRA
 @pytest.mark.parametrize("use", USES)
 def test_adapted_and_merged_are_the_same_function(use: str, variant: str) -> None:
     case = USES[use]
-    adapter = drawn(case.params, VARIANTS[variant](axes=case.axes or case.roles))
+    adapter = random_adapter(case.params, VARIANTS[variant](axes=case.axes or case.roles))
     assert_law(case.apply, case.params, adapter, *case.arrays)
 
 
 @pytest.mark.parametrize("form", [None, "hybrid", "merged"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_is_the_same_function_in_every_form(variant: str, form: Any) -> None:
+def test_all_forms_are_the_same_function(variant: str, form: Any) -> None:
     case = USES["a bias"]
-    adapter, adapted = drawn(case.params, VARIANTS[variant](axes="io")), lj.lora(case.apply, form=form)
+    adapter, adapted = random_adapter(case.params, VARIANTS[variant](axes="io")), lj.lora(case.apply, form=form)
     gradient = jax.grad(lambda ad: total(adapted(case.params, ad, *case.arrays)))(adapter)
     expected = jax.grad(lambda ad: total(case.apply(lj.merge(case.params, ad), *case.arrays)))(adapter)
     assert_close(gradient, expected, {"float32": 1e-4})
@@ -63,19 +63,19 @@ def test_it_is_the_same_function_in_every_form(variant: str, form: Any) -> None:
 
 @pytest.mark.parametrize("use", ["Dense", "a stack of layers", "a convolution", "an embedding"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_at_the_start_the_model_is_as_it_was(variant: str, use: str) -> None:
+def test_initialization_keeps_the_model(variant: str, use: str) -> None:
     case = USES[use]
     adapter = lj.init(jax.random.key(0), case.params, {"w": VARIANTS[variant](axes=case.roles)})
     assert_close(lj.lora(case.apply)(case.params, adapter, *case.arrays), case.apply(case.params, *case.arrays))
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
-@pytest.mark.parametrize("variant", ["DoRA", "VeRA"])  # LoRA and rsLoRA: test_laws.py
-def test_a_model_in_a_scan_is_that_of_merged_kernels(variant: str, transform: str, key: jax.Array) -> None:
+@pytest.mark.parametrize("variant", ["DoRA", "VeRA"])  # test_laws.py covers LoRA and rsLoRA
+def test_a_scanned_model_matches_merged_kernels(variant: str, transform: str, key: jax.Array) -> None:
     model = ZOO["scanned_transformer"](jax.random.key(0), jnp.float32)
     kernels = lj.kernels(model.apply, model.params, *model.args)
     adapter = lj.init(key, model.params, {"**/kernel": VARIANTS[variant]()}, kernels=kernels)
-    # Where they started, moved a little: a magnitude that is noise alone would be divided by.
+    # Close to the initial values, because random magnitudes near zero would be divided by.
     adapter = jax.tree.map(lambda leaf, noise: leaf + noise, adapter, trained(key, adapter, size=0.2))
     assert_tree_close(*under(transform, model, adapter))
 
@@ -83,14 +83,14 @@ def test_a_model_in_a_scan_is_that_of_merged_kernels(variant: str, transform: st
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_base_in_bfloat16_keeps_its_dtype(variant: str) -> None:
     params, x = {"w": normal(64, 32, dtype="bfloat16")}, normal(8, 64, seed=1, dtype="bfloat16")
-    adapter = drawn(params, VARIANTS[variant](axes="io"))
+    adapter = random_adapter(params, VARIANTS[variant](axes="io"))
     assert_law(lambda params, x: x @ params["w"], params, adapter, x, dtype="bfloat16")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_it_is_saved_and_restored(variant: str, tmp_path: Path) -> None:
+def test_every_variant_is_saved_and_restored(variant: str, tmp_path: Path) -> None:
     params = {"w": normal(4, 5)}
-    adapter = drawn(params, VARIANTS[variant](axes="io"))
+    adapter = random_adapter(params, VARIANTS[variant](axes="io"))
     lj.save(tmp_path / "adapter", adapter, base=params)
     restored = lj.restore(tmp_path / "adapter", base=params)
     assert bits(restored) == bits(adapter)
@@ -99,32 +99,32 @@ def test_it_is_saved_and_restored(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model")])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_where_shardings_are_types_it_is_the_same_function(variant: str, spec: P) -> None:
+def test_the_function_is_the_same_on_an_explicit_mesh(variant: str, spec: P) -> None:
     params, x = {"w": normal(8, 8, size=0.5), "other": normal(8, 8, seed=3)}, normal(3, 8, seed=2)
-    adapter = drawn(params, VARIANTS[variant](axes="io"))
+    adapter = random_adapter(params, VARIANTS[variant](axes="io"))
     apply = lambda p, x: x @ jnp.concatenate([p["w"], p["other"]], 1)  # noqa: E731
     expected = jax.grad(lambda ad: total(apply(lj.merge(params, ad), x)))(adapter)
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, NamedSharding(mesh, spec))
-        cut = jax.device_put(adapter, lj.sharding.like_base(adapter, NamedSharding(mesh, spec)))
-        gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, x))))(cut)
+        sharded = jax.device_put(adapter, lj.sharding.like_base(adapter, NamedSharding(mesh, spec)))
+        gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, x))))(sharded)
     assert_close(jax.device_get(gradient), jax.device_get(expected), {"float32": 1e-4})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_dropout_key_drops_activations_and_without_one_nothing_is_dropped(variant: str) -> None:
+def test_dropout_applies_only_with_a_key(variant: str) -> None:
     case = USES["Dense"]
-    adapter = drawn(case.params, VARIANTS[variant](axes="io", dropout=0.5))
-    whole = drawn(case.params, VARIANTS[variant](axes="io"))
+    adapter = random_adapter(case.params, VARIANTS[variant](axes="io", dropout=0.5))
+    without_dropout = random_adapter(case.params, VARIANTS[variant](axes="io"))
     adapted = lj.lora(case.apply)
-    expected = adapted(case.params, whole, *case.arrays)
+    expected = adapted(case.params, without_dropout, *case.arrays)
     assert bits(adapted(case.params, adapter, *case.arrays)) == bits(expected)
     dropped = adapted(case.params, adapter, *case.arrays, dropout_key=jax.random.key(0))
     assert float(jnp.abs(dropped - expected).max()) > 1e-3
 
 
-# Their numbers
+# Fields
 
 MADE: Mapping[str, Mapping[str, Any]] = {
     "LoRA": {"rank": 2, "alpha": 3, "dropout": 0.5, "clip_rank": True},
@@ -140,7 +140,7 @@ MADE: Mapping[str, Mapping[str, Any]] = {
 FIELDS = [(name, field) for name, fields in MADE.items() for field in fields]
 
 
-def test_every_field_of_every_variant_is_among_them() -> None:
+def test_every_field_of_every_variant_is_tested() -> None:
     classes = {name: its for name, its in vars(_variants).items() if isinstance(its, type)}
     assert {name: {field.name for field in dataclasses.fields(its)} - {"axes"} for name, its in classes.items()} == {
         name: set(fields) for name, fields in MADE.items()
@@ -151,17 +151,17 @@ def test_every_field_of_every_variant_is_among_them() -> None:
 @pytest.mark.parametrize(
     "array", [np.asarray, jnp.asarray, lambda value: np.asarray(value)[()]], ids=["np", "jnp", "scalar"]
 )
-def test_numbers_of_numpy_and_jax_become_those_of_python(name: str, array: Any) -> None:
+def test_numpy_and_jax_scalars_become_python_numbers(name: str, array: Any) -> None:
     plain = getattr(lj, name)(**MADE[name])
-    made = getattr(lj, name)(**{field: array(value) for field, value in MADE[name].items()})
-    assert made == plain
-    assert (hash(made), repr(made)) == (hash(plain), repr(plain))
-    values = [value for field in MADE[name] for value in np.atleast_1d(np.asarray(getattr(made, field), object))]
+    converted = getattr(lj, name)(**{field: array(value) for field, value in MADE[name].items()})
+    assert converted == plain
+    assert (hash(converted), repr(converted)) == (hash(plain), repr(plain))
+    values = [value for field in MADE[name] for value in np.atleast_1d(np.asarray(getattr(converted, field), object))]
     assert {type(value) for value in values} <= {int, float, bool}
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
-def test_a_value_that_is_no_such_number_is_an_error(name: str, field: str) -> None:
+def test_a_value_of_another_type_is_an_error(name: str, field: str) -> None:
     make = lambda value: getattr(lj, name)(**{**MADE[name], field: value})  # noqa: E731
     wrong = ["2", None, jnp.ones((2, 2)), float("nan"), float("inf"), 2j, lj.LoRA]
     wrong += [2, 0.5] if isinstance(MADE[name][field], bool) else [True, np.True_, jnp.bool_(True)]
@@ -173,7 +173,7 @@ def test_a_value_that_is_no_such_number_is_an_error(name: str, field: str) -> No
 
 
 @pytest.mark.parametrize(("name", "field"), FIELDS)
-def test_a_traced_value_is_an_error_that_says_so(name: str, field: str) -> None:
+def test_a_traced_value_is_an_error_with_the_reason(name: str, field: str) -> None:
     def make(value: Any) -> jax.Array:
         getattr(lj, name)(**{**MADE[name], field: value})
         return value
@@ -182,42 +182,44 @@ def test_a_traced_value_is_an_error_that_says_so(name: str, field: str) -> None:
         jax.jit(make)(MADE[name][field] if not isinstance(MADE[name][field], tuple) else jnp.arange(2))
 
 
-def test_an_alpha_of_numpy_trains_and_is_saved_as_one_of_python_is(tmp_path: Path) -> None:
+def test_a_numpy_alpha_trains_and_is_saved_like_a_python_one(tmp_path: Path) -> None:
     params, x = {"w": normal(4, 5)}, normal(3, 4)
-    adapter = drawn(params, lj.LoRA(rank=np.int64(2), alpha=np.float32(0.5)))
+    adapter = random_adapter(params, lj.LoRA(rank=np.int64(2), alpha=np.float32(0.5)))
     step = jax.jit(jax.grad(lambda ad, x: total(lj.lora(lambda p, x: x @ p["w"])(params, ad, x))))
-    assert jax.tree.structure(step(adapter, x)) == jax.tree.structure(drawn(params, lj.LoRA(rank=2, alpha=0.5)))
+    assert jax.tree.structure(step(adapter, x)) == jax.tree.structure(
+        random_adapter(params, lj.LoRA(rank=2, alpha=0.5))
+    )
     lj.save(tmp_path / "adapter", adapter, base=params)
     assert lj.restore(tmp_path / "adapter", base=params)["w"].variant == lj.LoRA(rank=2, alpha=0.5)
 
 
-def test_a_tree_map_checks_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    adapter = drawn({"w": normal(4, 5)}, lj.LoRA(rank=2, alpha=3))
-    monkeypatch.setattr(lj.LoRA, "__post_init__", None)  # calling it would raise
+def test_a_tree_map_does_not_validate_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = random_adapter({"w": normal(4, 5)}, lj.LoRA(rank=2, alpha=3))
+    monkeypatch.setattr(lj.LoRA, "__post_init__", None)  # a call would raise
     assert jax.tree.map(lambda leaf: leaf, adapter)["w"].variant is adapter["w"].variant
 
 
-# At most a rank
+# Clipped ranks
 
 
 @pytest.mark.parametrize("name", ["LoRA", "RSLoRA", "DoRA", "AdaLoRA", "ALoRA"])
-def test_a_rank_that_is_clipped_is_that_of_the_same_variant_written_for_the_kernel(name: str, tmp_path: Path) -> None:
+def test_a_clipped_rank_equals_an_explicit_rank(name: str, tmp_path: Path) -> None:
     options = {"invocation": (1,)} if name == "ALoRA" else {}
     make = functools.partial(getattr(lj, name), alpha=6, **options)
     params = {"wide": normal(8, 9), "narrow": normal(8, 3), "stack": normal(5, 2, 8)}
     spec = {"stack": make(rank=4, clip_rank=True, axes="bio"), "**": make(rank=4, clip_rank=True)}
-    alone = {"stack": make(rank=2, axes="bio"), "narrow": make(rank=3), "wide": make(rank=4)}
+    expected = {"stack": make(rank=2, axes="bio"), "narrow": make(rank=3), "wide": make(rank=4)}
     adapter = lj.init(jax.random.key(0), params, spec)
-    assert bits(adapter) == bits(lj.init(jax.random.key(0), params, alone))
+    assert bits(adapter) == bits(lj.init(jax.random.key(0), params, expected))
     assert {path: part.variant for path, part in adapter.items()} == {
-        path: dataclasses.replace(variant, axes=None) for path, variant in alone.items()
+        path: dataclasses.replace(variant, axes=None) for path, variant in expected.items()
     }
     lj.save(tmp_path / "adapter", adapter, base=params)
     restored = lj.restore(tmp_path / "adapter", base=params)
     assert jax.tree.structure(restored) == jax.tree.structure(adapter)
 
 
-def test_clipped_ranks_show_in_explain_and_hold_for_starts_and_compression() -> None:
+def test_clipped_ranks_are_used_by_explain_initializations_and_compression() -> None:
     params = {"w": normal(8, 3)}
     apply = lambda p, x: x @ p["w"]  # noqa: E731
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=8, alpha=6, clip_rank=True)})
@@ -229,7 +231,7 @@ def test_clipped_ranks_show_in_explain_and_hold_for_starts_and_compression() -> 
     assert lj.compress(started.adapter, 2)[0]["w"].variant == lj.LoRA(rank=2, alpha=6)
 
 
-def test_an_adapter_with_a_rank_left_open_is_an_error() -> None:
+def test_an_adapter_with_an_unresolved_rank_is_an_error() -> None:
     arrays = lj.init(jax.random.key(0), {"w": normal(8, 3)}, {"w": lj.LoRA(rank=3, alpha=6)})["w"].arrays
     adapter = {"w": lj.Adapter(lj.LoRA(rank=8, alpha=6, clip_rank=True), "io", **arrays)}
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""VeRA: what is trained, and the matrices that are not."""
+"""VeRA: the trained vectors and the frozen random matrices."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from law import assert_close, normal
 
 import lora_jax as lj
 
-# Of `A`: what is trained with it is lost if it changes.
+# Values of `A`. Adapters that were trained with other values would be useless.
 GOLDEN = [[0.23375988, -0.99867034], [-0.83515, 0.16250539]]
 
 
 def frozen(variant: lj.VeRA, d_in: int, d_out: int) -> tuple[Any, Any]:
-    """`A`, (in, rank), and `B`, (rank, out), as merging shows them: with one of the `lambda_d` at a time."""
+    """`A`, (in, rank), and `B`, (rank, out), recovered by merging with one entry of `lambda_d` at a time."""
     params = {"w": jnp.zeros((d_in, d_out))}
     products = []
     for which in range(variant.rank):
@@ -29,33 +29,33 @@ def frozen(variant: lj.VeRA, d_in: int, d_out: int) -> tuple[Any, Any]:
     return np.stack(products)
 
 
-def test_it_is_the_equation_of_the_paper() -> None:
+def test_vera_matches_the_equation_of_the_paper() -> None:
     variant, x = lj.VeRA(rank=5, seed=3), normal(2, 4, seed=1)
     params = {"w": normal(4, 6)}
     part = lj.Adapter(variant, "io", lambda_b=normal(6, seed=2), lambda_d=normal(5, seed=4))
-    outer = frozen(variant, 4, 6)  # the product of a column of A and a row of B, for each place of the rank
+    outer = frozen(variant, 4, 6)  # the outer product of a column of A and a row of B, for each index of the rank
     low_rank = jnp.einsum("nd,rdf,r,f->nf", x, outer, part.lambda_d, part.lambda_b)
     assert_close(lj.lora(lambda p, x: x @ p["w"])(params, {"w": part}, x), x @ params["w"] + low_rank)
 
 
-def test_the_matrices_are_of_rank_one_each_and_as_large_as_kaiming_s() -> None:
+def test_the_outer_products_have_the_variance_of_kaiming_uniform() -> None:
     outer = frozen(lj.VeRA(rank=40, seed=0), 30, 20)
     singular = np.linalg.svd(outer, compute_uv=False)
     assert (singular[:, 1] < 1e-5 * singular[:, 0]).all()
     bound_a, bound_b = math.sqrt(6 / 30), math.sqrt(6 / 40)
     assert 0.9 * bound_a * bound_b < np.abs(outer).max() <= bound_a * bound_b
-    # Of a product of two uniform numbers the variance is that of each, b²/3, multiplied.
+    # The variance of a product of two uniform variables is the product of their variances, b²/3 each.
     np.testing.assert_allclose(outer.std(), bound_a * bound_b / 3, rtol=0.05)
 
 
-def test_all_kernels_have_the_first_rows_of_the_same_matrices() -> None:
+def test_all_kernels_use_the_first_rows_of_the_same_matrices() -> None:
     variant = lj.VeRA(rank=3, seed=7)
     small, large = frozen(variant, 4, 5), frozen(variant, 9, 8)
     np.testing.assert_allclose(small, large[:, :4, :5] * math.sqrt(9 / 4), rtol=1e-5)
     assert np.abs(frozen(lj.VeRA(rank=3, seed=8), 4, 5) - small).max() > 0.05
 
 
-def test_the_matrices_are_the_same_on_every_machine_and_whatever_numbers_the_user_draws() -> None:
+def test_the_matrices_are_reproducible() -> None:
     variant = lj.VeRA(rank=2, seed=5)
     expected = np.asarray(variant._frozen(0, 2, fan_in=6))
     np.testing.assert_allclose(expected, GOLDEN, rtol=1e-6)
@@ -63,7 +63,7 @@ def test_the_matrices_are_the_same_on_every_machine_and_whatever_numbers_the_use
         np.testing.assert_array_equal(variant._frozen(0, 2, fan_in=6), expected)
 
 
-def test_the_layers_of_a_stack_share_them_and_have_vectors_of_their_own() -> None:
+def test_the_layers_of_a_stack_share_matrices_and_have_separate_vectors() -> None:
     variant, params = lj.VeRA(rank=3, seed=0, axes="bio"), {"w": jnp.zeros((2, 4, 5))}
     part = lj.init(jax.random.key(0), params, {"w": variant})["w"]
     assert (part.lambda_b.shape, part.lambda_d.shape) == ((2, 5), (2, 3))
@@ -72,7 +72,7 @@ def test_the_layers_of_a_stack_share_them_and_have_vectors_of_their_own() -> Non
     assert_close(2 * first, second)
 
 
-def test_what_is_trained_and_kept_are_the_vectors() -> None:
+def test_only_the_vectors_are_trained_and_saved() -> None:
     params = {"w": normal(64, 48)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.VeRA(rank=256, seed=0)})
     assert {name: array.shape for name, array in adapter["w"].arrays.items()} == {"lambda_b": (48,), "lambda_d": (256,)}
@@ -82,7 +82,7 @@ def test_what_is_trained_and_kept_are_the_vectors() -> None:
     assert (row.variant, row.parameters, row.rank) == ("VeRA", 48 + 256, 256)
 
 
-def test_merged_it_can_be_taken_out_again() -> None:
+def test_unmerge_restores_the_base() -> None:
     params = {"w": normal(6, 5)}
     part = lj.Adapter(lj.VeRA(rank=4, seed=0), "io", lambda_b=normal(5, seed=1), lambda_d=normal(4, seed=2))
     merged = lj.merge(params, {"w": part})
@@ -91,7 +91,7 @@ def test_merged_it_can_be_taken_out_again() -> None:
     assert_close(restored["w"], params["w"])
 
 
-def test_the_compiler_makes_the_matrices_in_the_program_and_does_not_keep_them() -> None:
+def test_the_matrices_are_computed_in_the_program_and_not_stored() -> None:
     params = {"w": jnp.zeros((256, 128))}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.VeRA(rank=64, seed=0)})
     step = jax.jit(lj.lora(lambda p, x: x @ p["w"]))
@@ -114,6 +114,6 @@ def test_the_compiler_makes_the_matrices_in_the_program_and_does_not_keep_them()
         ),
     ],
 )
-def test_what_cannot_be_meant_is_an_error(options: dict[str, Any], text: str) -> None:
+def test_invalid_options_are_errors(options: dict[str, Any], text: str) -> None:
     with pytest.raises(lj.SpecError, match=re.escape(text)):
         lj.init(jax.random.key(0), {"w": jnp.ones((3, 4))}, {"w": lj.VeRA(**options)})

@@ -1,4 +1,4 @@
-"""The count of what devices send each other: against programs whose bytes are known, and against texts of compilers."""
+"""Bytes sent between devices, against programs with known bytes and against texts of compilers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def mapped(function: Callable[..., Any], into: P, out: P) -> Callable[..., Any]:
     return jax.shard_map(function, mesh=mesh(), in_specs=into, out_specs=out, check_vma=False)
 
 
-def turns(x: jax.Array) -> jax.Array:
+def five_sums(x: jax.Array) -> jax.Array:
     return lax.scan(lambda x, _: (lax.psum(x, "y") / 4, None), x, length=5)[0]
 
 
 def nested(x: jax.Array) -> jax.Array:
-    return lax.scan(lambda x, _: (turns(x), None), x, length=3)[0]
+    return lax.scan(lambda x, _: (five_sums(x), None), x, length=3)[0]
 
 
 def either(x: jax.Array) -> jax.Array:
@@ -42,7 +42,7 @@ def either(x: jax.Array) -> jax.Array:
 both = ("x", "y")
 exchange = functools.partial(lax.ppermute, axis_name="x", perm=[(0, 1), (1, 0)])
 
-# 256 numbers in float32 on eight devices: 128 bytes on each, 512 on the four of an axis together.
+# 256 float32 values on eight devices: 128 bytes on each, 512 on the four devices of an axis.
 SHARDED = {
     "all-reduce of two": (mapped(lambda x: lax.psum(x, "x"), P(both), P()), {"all-reduce": 128}),
     "all-reduce of four": (mapped(lambda x: lax.psum(x, "y"), P(both), P()), {"all-reduce": 2 * 3 * 128 // 4}),
@@ -57,7 +57,7 @@ SHARDED = {
         {"all-to-all": 3 * 128 // 4},
     ),
     "collective-permute": (mapped(exchange, P(both), P(both)), {"collective-permute": 128}),
-    "a loop": (mapped(turns, P(both), P()), {"all-reduce": 5 * 192}),
+    "a loop": (mapped(five_sums, P(both), P()), {"all-reduce": 5 * 192}),
     "a loop in a loop": (mapped(nested, P(both), P()), {"all-reduce": 15 * 192}),
     "a conditional": (mapped(either, P(both), P()), {"all-reduce": 192}),
     "of bytes": (
@@ -69,25 +69,25 @@ SHARDED = {
         {"all-gather": 3 * 128},
     ),
     "nothing": (mapped(jnp.sin, P(both), P(both)), {}),
-    # What the partitioner adds; XLA names the axes of a mesh then.
+    # Collectives that the partitioner adds, in which XLA names the axes of the mesh.
     "partitioned": (lambda x: jnp.sum(x.reshape(8, 32), 0), {"all-reduce": 2 * 7 * 128 // 8}),
 }
 
 
 @pytest.mark.parametrize("name", SHARDED)
-def test_the_bytes_of_a_program_by_hand(name: str) -> None:
+def test_bytes_match_a_count_by_hand(name: str) -> None:
     function, expected = SHARDED[name]
     x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=NamedSharding(mesh(), P(both)))
     assert testing.wire_bytes(function, x) == expected
 
 
-def test_a_collective_says_all_about_itself() -> None:
+def test_a_collective_has_kind_bytes_and_count() -> None:
     x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=NamedSharding(mesh(), P(both)))
     (found,) = testing.collectives(SHARDED["all-gather"][0], x)
     assert (found.kind, found.bytes, found.result, found.group, found.times) == ("all-gather", 128, 512, 4, 1)
 
 
-def test_a_loop_that_stops_by_what_it_computes_is_refused_if_it_sends() -> None:
+def test_a_loop_of_unknown_length_is_an_error_if_it_sends() -> None:
     def sends(x: jax.Array) -> jax.Array:
         return lax.while_loop(lambda x: x[0] < 9, lambda x: lax.psum(x, "y"), x)
 
@@ -102,7 +102,7 @@ def test_a_loop_that_stops_by_what_it_computes_is_refused_if_it_sends() -> None:
     assert testing.wire_bytes(mapped(does_not, P(both), P(both)), x) == {}
 
 
-# What compilers for other devices write
+# Texts of compilers for other devices
 
 HEAD = """\
 HloModule jit_f, is_scheduled=true, num_partitions=8
@@ -146,7 +146,7 @@ TEXTS = {
         ),
         ("all-reduce", 128 + 24, 2),
     ),
-    "a computation that runs beside": (
+    "an asynchronous computation": (
         text(
             "  %s = ((f32[32]{0}), f32[8]{0}, u32[]) async-start(%x), calls=%beside\n"
             "  %u = ((f32[32]{0}), f32[8]{0}, u32[]) async-update(%s), calls=%beside\n"
@@ -165,14 +165,14 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_the_text_of_another_compiler(name: str) -> None:
+def test_bytes_of_texts_of_other_compilers(name: str) -> None:
     program, expected = TEXTS[name]
     (found,) = collectives(program)
     assert (found.kind, found.bytes, found.group) == expected
     assert found.wire > 0 or found.group == 1
 
 
-def test_what_goes_to_the_host_is_not_on_the_wire() -> None:
+def test_transfers_to_the_host_are_not_counted() -> None:
     sent = "  %t = token[] after-all()\n  %s = (f32[32]{0}, u32[], token[]) send(%x, %t), channel_id=1"
     assert collectives(text(f"{sent}, is_host_transfer=true")) == []
     with pytest.raises(NotImplementedError, match=r"bytes follow from their shapes; got `send`"):

@@ -1,4 +1,4 @@
-"""A model as a function of its adapter, and the transformations of JAX under which the laws are tested."""
+"""A model as a function of its adapter, and the JAX transformations under which the laws are tested."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,11 +17,11 @@ Call = Callable[[Any, jax.Array], Any]  # (adapter, batch) -> arrays
 
 
 def call(apply: Callable[..., Any], model: Model) -> Call:
-    """The model as a function of the adapter and the batch; what it returns that is no array is left out."""
+    """The model as a function of the adapter and the batch, without results that are not arrays."""
     leaves, treedef = jax.tree.flatten((model.params, model.args[1:]))
 
     def run(adapter: Any, batch: jax.Array) -> Any:
-        params, rest = jax.tree.unflatten(treedef, leaves)  # new: NNX refuses the variables of another trace
+        params, rest = jax.tree.unflatten(treedef, leaves)  # a copy, because NNX refuses the variables of another trace
         out = apply(params, adapter, batch, *rest)
         return [as_numbers(leaf) for leaf in jax.tree.leaves(out) if isinstance(leaf, jax.Array)]
 
@@ -29,51 +29,51 @@ def call(apply: Callable[..., Any], model: Model) -> Call:
 
 
 def as_numbers(array: jax.Array) -> jax.Array:
-    """A PRNG key, as a stateful model returns it, is not to be compared or summed."""
+    """Replaces a PRNG key, which stateful models return, by the integers that represent it."""
     return jax.random.key_data(array) if jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key) else array
 
 
 def loss(run: Call) -> Call:
-    """A number to differentiate, and the result."""
+    """A function that returns a scalar to differentiate, and the result."""
 
-    def of(adapter: Any, batch: jax.Array) -> Any:
+    def compute_loss(adapter: Any, batch: jax.Array) -> Any:
         out = run(adapter, batch)
         return total(out), out
 
-    return of
+    return compute_loss
 
 
 def gradient(run: Call) -> Call:
-    """The adapter's gradient, and the result."""
+    """A function that returns the adapter's gradient and the result."""
     return jax.grad(loss(run), has_aux=True)
 
 
 def law(model: Model, *adapters: Any, compiled: bool = True) -> list[tuple[Any, Any]]:
-    """For each adapter gradient and result with adapted kernels, and with merged ones; all run one program."""
+    """For each adapter, gradient and result with adapted and with merged kernels; all adapters run one program."""
     adapted = call(lj.lora(model.apply), model)
     if compiled:
         chex.clear_trace_counter()
         adapted = chex.assert_max_traces(adapted, n=1)
     merged = call(dense(model.apply), model)
 
-    # Both in one, as compiling is what takes the time.
-    def both(adapter: Any, batch: jax.Array) -> Any:
+    # One program, because compilation takes most of the time.
+    def compute(adapter: Any, batch: jax.Array) -> Any:
         return gradient(adapted)(adapter, batch), gradient(merged)(adapter, batch)
 
-    run = jax.jit(both) if compiled else without_compiling(both)
+    run = jax.jit(compute) if compiled else without_compiling(compute)
     return [run(adapter, model.args[0]) for adapter in adapters]
 
 
 def under(transform: str, model: Model, adapter: Any) -> tuple[Any, Any, dict[str, float]]:
-    """Results of a transformed model with adapted kernels and with merged ones, and their tolerances."""
+    """Results of a transformed model with adapted kernels and with merged kernels, and the tolerances."""
     function, table = TRANSFORMS[transform]
     runs = call(lj.lora(model.apply), model), call(dense(model.apply), model)
 
-    def both(adapter: Any, batch: jax.Array) -> Any:
+    def compute(adapter: Any, batch: jax.Array) -> Any:
         return [function(run, adapter, batch) for run in runs]
 
     eager = transform in ("eager", "pmap")
-    got, expected = (both if eager else without_compiling(both))(adapter, model.args[0])
+    got, expected = (compute if eager else without_compiling(compute))(adapter, model.args[0])
     return got, expected, table
 
 

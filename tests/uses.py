@@ -1,4 +1,4 @@
-"""The ways in which models use a kernel, a small case of each."""
+"""A small case of each way in which models use a kernel."""
 
 from __future__ import annotations
 
@@ -37,10 +37,12 @@ USES = {
     "experts by group": Case(
         lambda w, x: lax.ragged_dot(x, w, jnp.array([2, 0, 3], jnp.int32)), (3, 4, 5), [(5, 4)], "bio"
     ),
-    "one expert for each token": Case(
+    "one expert per token": Case(
         lambda w, x, ids: jnp.einsum("td,tdf->tf", x, w[ids]), (3, 4, 5), [(2, 4), [2, 0]], "bio"
     ),
     "a fused kernel, split": Case(lambda w, x: jnp.split(x @ w, 2, 1)[1] * (x @ w[:, :3]), (4, 6), [(3, 4)], "io"),
-    "put beside another": Case(lambda w, x, other: x @ jnp.concatenate([w, other], 1), (4, 6), [(3, 4), (4, 2)], "io"),
+    "concatenated with another": Case(
+        lambda w, x, other: x @ jnp.concatenate([w, other], 1), (4, 6), [(3, 4), (4, 2)], "io"
+    ),
     "transposed, scaled, reversed": Case(lambda w, x: (3 * w[:, ::-1].T) @ x, (4, 6), [(4, 3)], "io"),
 }

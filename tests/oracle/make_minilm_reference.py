@@ -29,13 +29,13 @@ SENTENCES = (
 
 
 def bert_model() -> BertModel:
-    """`transformers`' BertModel in evaluation mode, filled strictly with the weights that `minilm` reads."""
+    """`transformers`' BertModel in evaluation mode, with exactly the weights that `minilm` loads."""
     weights = minilm.installed_file(minilm.DISTRIBUTION, minilm.WEIGHTS)
     sizes = json.loads((weights.parent / "config.json").read_text())
     model = BertModel(BertConfig(**sizes)).eval()
     tensors = {name: torch.from_numpy(array.copy()) for name, array in minilm.load_file(weights).items()}
     left_over = model.load_state_dict(tensors, strict=False)
-    # `position_ids` is stored in the file but is no parameter of today's BertModel.
+    # `position_ids` is in the file but is not a parameter of current versions of BertModel.
     assert not left_over.missing_keys, left_over
     assert set(left_over.unexpected_keys) <= {"embeddings.position_ids"}, left_over
     return model
@@ -51,7 +51,7 @@ def hidden_states(model: BertModel, ids: NDArray[np.integer], mask: NDArray[np.b
 def tokens_of(sentences: tuple[str, ...]) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Token ids and mask of some sentences, both `(sentences, tokens)`, padded to the longest."""
     tokenizer = Tokenizer.from_file(str(minilm.installed_file(minilm.DISTRIBUTION, minilm.TOKENIZER)))
-    tokenizer.enable_padding()  # to the longest; the file itself pads to 128
+    tokenizer.enable_padding()  # to the longest, while the file's settings pad to 128
     encodings = tokenizer.encode_batch(list(sentences))
     ids = np.array([encoding.ids for encoding in encodings], np.int32)
     return ids, np.array([encoding.attention_mask for encoding in encodings], bool)

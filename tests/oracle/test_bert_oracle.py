@@ -1,4 +1,4 @@
-"""Live comparison of the example's encoder with `transformers`' BertModel on the same weights; `make test-oracle`."""
+"""Compares the encoder of the example with `transformers`' BertModel on the same weights; `make test-oracle`."""
 
 import jax
 import make_minilm_reference as reference
@@ -33,7 +33,7 @@ def test_hidden_states_of_random_tokens_at_full_length_equal_transformers(bert, 
     assert difference[mask].max() <= 1e-4
 
 
-def test_the_recorded_reference_is_what_transformers_says_today(bert):
+def test_the_recorded_reference_matches_current_transformers(bert):
     with np.load(reference.REFERENCE) as recorded:
         ids, mask, hidden = recorded["ids"], recorded["mask"], recorded["hidden"]
     assert np.array_equal(ids, reference.tokens_of(reference.SENTENCES)[0])

@@ -1,6 +1,6 @@
-"""Live comparison of AdaLoRA with PEFT's: layers, budget, importance, masks, orthogonality; `make test-oracle`.
+"""Compares AdaLoRA with PEFT: layers, budget, importance, masks, orthogonality; `make test-oracle`.
 
-PEFT divides the scale by r + 1e-5, which the tolerance has room for.
+PEFT divides the scale by r + 1e-5, which is within the tolerance.
 """
 
 import types
@@ -23,7 +23,7 @@ SHAPES = {"first": (12, 10), "second": (10, 8)}
 SCHEDULE = {"end": 3, "warmup": 2, "settle": 3, "total": 12}
 
 
-def drawn(*shape, seed):
+def random_array(*shape, seed):
     return (np.random.default_rng(seed).standard_normal(shape) / 3).astype(np.float32)
 
 
@@ -32,7 +32,7 @@ class Net(nn.Module):
         super().__init__()
         self.first, self.second = (nn.Linear(*shape, bias=False) for shape in SHAPES.values())
         for seed, name in enumerate(SHAPES):
-            getattr(self, name).weight.data = torch.from_numpy(drawn(*SHAPES[name], seed=seed).T.copy())
+            getattr(self, name).weight.data = torch.from_numpy(random_array(*SHAPES[name], seed=seed).T.copy())
 
     def forward(self, x):
         return self.second(torch.tanh(self.first(x)))
@@ -42,7 +42,7 @@ class Conv(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), bias=False)
-        self.layer.weight.data = torch.from_numpy(drawn(3, 2, 6, 8, seed=0).transpose(3, 2, 0, 1).copy())
+        self.layer.weight.data = torch.from_numpy(random_array(3, 2, 6, 8, seed=0).transpose(3, 2, 0, 1).copy())
 
     def forward(self, x):
         return self.layer(x)
@@ -58,23 +58,25 @@ def conv(params, x):
 
 
 MODELS = {
-    "dense": (Net, net, {name: ("io", shape) for name, shape in SHAPES.items()}, drawn(5, 12, seed=9)),
-    "conv": (Conv, conv, {"layer": ("iiio", (3, 2, 6, 8))}, drawn(2, 6, 9, 7, seed=9)),
+    "dense": (Net, net, {name: ("io", shape) for name, shape in SHAPES.items()}, random_array(5, 12, seed=9)),
+    "conv": (Conv, conv, {"layer": ("iiio", (3, 2, 6, 8))}, random_array(2, 6, 9, 7, seed=9)),
 }
 
 
-def ours(name):
-    """The parameters, and an adapter that does something."""
+def lora_jax_case(name):
+    """The parameters and an adapter with nonzero arrays."""
     kernels = MODELS[name][2]
-    params = {path: jnp.asarray(drawn(*shape, seed=seed)) for seed, (path, (_, shape)) in enumerate(kernels.items())}
+    params = {
+        path: jnp.asarray(random_array(*shape, seed=seed)) for seed, (path, (_, shape)) in enumerate(kernels.items())
+    }
     spec = {path: lj.AdaLoRA(rank=RANK, alpha=ALPHA, axes=axes) for path, (axes, _) in kernels.items()}
     shapes = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
     leaves, treedef = jax.tree.flatten(shapes)
-    return params, treedef.unflatten([jnp.asarray(drawn(*x.shape, seed=20 + at)) for at, x in enumerate(leaves)])
+    return params, treedef.unflatten([jnp.asarray(random_array(*x.shape, seed=20 + at)) for at, x in enumerate(leaves)])
 
 
-def as_theirs(part):
-    """Our arrays in the shapes of theirs, by name."""
+def as_peft(part):
+    """The arrays in PEFT's shapes, by PEFT's names."""
     order = (3, 2, 0, 1) if part.axes == "iiio" else (1, 0)
     a = np.asarray(part.a).transpose(order).reshape(RANK, -1)
     return {"lora_A": a, "lora_E": np.asarray(part.e)[:, None], "lora_B": np.asarray(part.b).T}
@@ -84,16 +86,16 @@ def arrays(layer):
     return {name: getattr(layer, name)["default"] for name in ("lora_A", "lora_E", "lora_B")}
 
 
-def theirs(name, adapter, **options):
-    """PEFT's model with the same numbers, and its layers by path."""
+def peft_case(name, adapter, **options):
+    """PEFT's model with the same values, and the layers by path."""
     config = peft.AdaLoraConfig(
         init_r=RANK, lora_alpha=ALPHA, target_modules=list(adapter), **{"target_r": 1, "total_step": 100} | options
     )
     model = peft.get_peft_model(MODELS[name][0](), config)
     layers = {path: getattr(model.base_model.model, path) for path in adapter}
     for path, layer in layers.items():
-        for its, array in as_theirs(adapter[path]).items():
-            arrays(layer)[its].data = torch.from_numpy(array.copy())
+        for name, array in as_peft(adapter[path]).items():
+            arrays(layer)[name].data = torch.from_numpy(array.copy())
     return model, layers
 
 
@@ -105,47 +107,47 @@ def near(got, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_result_and_gradients_are_peft_s(name):
-    (params, adapter), (_, call, _, x) = ours(name), MODELS[name]
-    model, layers = theirs(name, adapter)
+def test_result_and_gradients_match_peft(name):
+    (params, adapter), (_, call, _, x) = lora_jax_case(name), MODELS[name]
+    model, layers = peft_case(name, adapter)
     expected = model(torch.from_numpy(x))
     near(lj.lora(call)(params, adapter, x), expected.detach().numpy())
     torch.sum(torch.sin(expected)).backward()
     gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(call)(params, ad, x))))(adapter)
     for path, layer in layers.items():
-        for its, array in as_theirs(gradient[path]).items():
-            near(array, arrays(layer)[its].grad.numpy())
+        for name, array in as_peft(gradient[path]).items():
+            near(array, arrays(layer)[name].grad.numpy())
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_merged_weights_are_peft_s(name):
-    params, adapter = ours(name)
-    model, _ = theirs(name, adapter)
+def test_merged_weights_match_peft(name):
+    params, adapter = lora_jax_case(name)
+    model, _ = peft_case(name, adapter)
     merged = model.merge_and_unload()
     for path, kernel in lj.merge(params, adapter).items():
         weight = getattr(merged, path).weight.detach().numpy()
         near(kernel, weight.transpose((2, 3, 1, 0) if weight.ndim == 4 else (1, 0)))
 
 
-def test_what_peft_adds_to_the_rank_is_all_that_differs():
-    _, adapter = ours("dense")
-    _, layers = theirs("dense", adapter)
-    its = layers["first"].double().get_delta_weight("default").detach().numpy().T
+def test_the_only_difference_from_peft_is_the_offset_of_the_rank():
+    _, adapter = lora_jax_case("dense")
+    _, layers = peft_case("dense", adapter)
+    delta = layers["first"].double().get_delta_weight("default").detach().numpy().T
     part = adapter["first"]
     a, e, b = (np.asarray(x, np.float64) for x in (part.a, part.e, part.b))
-    near(its, part.variant.scale * (a * e) @ b * RANK / (RANK + 1e-5), 1e-9)
+    near(delta, part.variant.scale * (a * e) @ b * RANK / (RANK + 1e-5), 1e-9)
 
 
-def test_it_starts_as_peft_does():
+def test_initialization_matches_peft():
     torch.manual_seed(0)
     model = peft.get_peft_model(
         nn.Sequential(nn.Linear(800, 600)), peft.AdaLoraConfig(init_r=12, target_modules=["0"], total_step=9)
     )
-    its = arrays(model.base_model.model[0])
+    expected = arrays(model.base_model.model[0])
     part = lj.init(jax.random.key(0), {"w": jnp.ones((800, 600))}, {"w": lj.AdaLoRA(rank=12, alpha=8)})["w"]
-    for array, other in ((part.a, its["lora_A"]), (part.b, its["lora_B"])):
+    for array, other in ((part.a, expected["lora_A"]), (part.b, expected["lora_B"])):
         assert float(array.std()) == pytest.approx(float(other.detach().std()), rel=0.05)
-    assert not part.e.any() and not its["lora_E"].any()
+    assert not part.e.any() and not expected["lora_E"].any()
 
 
 # The budget
@@ -155,15 +157,21 @@ def test_it_starts_as_peft_does():
     ("rank", "end", "warmup", "settle", "total"),
     [(12, 4, 5, 10, 100), (8, 7, 0, 0, 40), (64, 1, 17, 23, 333), (3, 1, 1, 1, 3), (12, 3, 2, 3, 11)],
 )
-def test_the_budget_is_peft_s_but_where_floats_miss_a_whole_number(rank, end, warmup, settle, total):
+def test_the_budget_matches_peft_except_for_rounding_of_integers(rank, end, warmup, settle, total):
     config = peft.AdaLoraConfig(
         init_r=rank, target_r=end, tinit=warmup, tfinal=settle, total_step=total, target_modules=list(SHAPES)
     )
     allocator = peft.get_peft_model(Net(), config).base_model.rankallocator
-    its = {"start": allocator.init_bgt, "end": allocator.target_bgt, "warmup": warmup, "settle": settle, "total": total}
-    assert (its["start"], its["end"]) == (2 * rank, 2 * end)
+    schedule = {
+        "start": allocator.init_bgt,
+        "end": allocator.target_bgt,
+        "warmup": warmup,
+        "settle": settle,
+        "total": total,
+    }
+    assert (schedule["start"], schedule["end"]) == (2 * rank, 2 * end)
     steps = range(total + 3)
-    got = adaptive.budget(np.arange(len(steps)), **its).tolist()
+    got = adaptive.budget(np.arange(len(steps)), **schedule).tolist()
     for step, mine in zip(steps, got, strict=True):
         budget, _ = allocator.budget_schedule(step)
         remains = 1 - Fraction(step - warmup, total - settle - warmup)
@@ -178,29 +186,29 @@ def test_the_budget_is_peft_s_but_where_floats_miss_a_whole_number(rank, end, wa
 
 def slope(adapter, step):
     leaves, treedef = jax.tree.flatten(adapter)
-    return treedef.unflatten([jnp.asarray(drawn(*x.shape, seed=100 * step + at)) for at, x in enumerate(leaves)])
+    return treedef.unflatten([jnp.asarray(random_array(*x.shape, seed=100 * step + at)) for at, x in enumerate(leaves)])
 
 
-def give(layers, gradient):
+def set_gradients(layers, gradient):
     for path, layer in layers.items():
-        for its, array in as_theirs(gradient[path]).items():
-            arrays(layer)[its].grad = torch.from_numpy(array.copy())
+        for name, array in as_peft(gradient[path]).items():
+            arrays(layer)[name].grad = torch.from_numpy(array.copy())
 
 
-def test_importance_and_masks_are_peft_s_after_some_steps():
-    _, adapter = ours("dense")
-    model, layers = theirs("dense", adapter)
+def test_importance_and_masks_match_peft_after_some_steps():
+    _, adapter = lora_jax_case("dense")
+    model, layers = peft_case("dense", adapter)
     allocator = model.base_model.rankallocator
     importance = adaptive.unmeasured(adapter)
     for step in range(1, 6):
         gradient = slope(adapter, step)
-        give(layers, gradient)
+        set_gradients(layers, gradient)
         allocator.update_ipt(model.base_model.model)
         importance = adaptive.measure(importance, gradient, adapter)
     measured = zip(importance, (allocator.exp_avg_ipt, allocator.exp_avg_unc), strict=True)
-    for its, expected in measured:
-        for path, part in its.items():
-            for name, array in as_theirs(part).items():
+    for mean, expected in measured:
+        for path, part in mean.items():
+            for name, array in as_peft(part).items():
                 near(array, expected[f"{path}.{name}.default"].numpy())
     for budget in (7, 5, 2, 1):
         pattern = allocator.mask_to_budget(model.base_model.model, budget)
@@ -211,23 +219,23 @@ def test_importance_and_masks_are_peft_s_after_some_steps():
             near(pruned[path].e, arrays(layer)["lora_E"].detach().numpy().ravel())
 
 
-def test_of_equal_scores_peft_keeps_none_and_we_as_many_as_the_budget_has():
-    _, adapter = ours("dense")
-    model, layers = theirs("dense", adapter)
+def test_with_equal_scores_peft_keeps_none_and_lora_jax_the_budget():
+    _, adapter = lora_jax_case("dense")
+    model, layers = peft_case("dense", adapter)
     importance = adaptive.unmeasured(adapter)
-    give(layers, jax.tree.map(jnp.zeros_like, adapter))
+    set_gradients(layers, jax.tree.map(jnp.zeros_like, adapter))
     allocator = model.base_model.rankallocator
     allocator.update_ipt(model.base_model.model)
     pattern = allocator.mask_to_budget(model.base_model.model, 3)
     assert sum(map(sum, pattern.values())) == 0
-    assert sum(int(its.sum()) for its in adaptive.keep(adaptive.scores(importance), 3).values()) == 3
+    assert sum(int(mask.sum()) for mask in adaptive.keep(adaptive.scores(importance), 3).values()) == 3
 
 
-def test_a_whole_training_goes_as_with_peft_s_allocator():
-    """PEFT's parts in the order of the paper: importance where the gradient is, then the step, then the masks."""
-    params, adapter = ours("dense")
+def test_training_matches_peft_s_allocator():
+    """Uses PEFT's functions in the order of the paper: importance at the gradient, then the step, then the masks."""
+    params, adapter = lora_jax_case("dense")
     options = {"tinit": SCHEDULE["warmup"], "tfinal": SCHEDULE["settle"], "total_step": SCHEDULE["total"], "deltaT": 2}
-    model, layers = theirs("dense", adapter, **options)
+    model, layers = peft_case("dense", adapter, **options)
     allocator, inner = model.base_model.rankallocator, model.base_model.model
     allocator.target_bgt = SCHEDULE["end"]
     sgd = torch.optim.SGD([x for layer in layers.values() for x in arrays(layer).values()], lr=0.3)
@@ -238,7 +246,7 @@ def test_a_whole_training_goes_as_with_peft_s_allocator():
         gradient = slope(adapter, step)
         updates, state = update(gradient, state, adapter)
         adapter = optax.apply_updates(adapter, updates)
-        give(layers, gradient)
+        set_gradients(layers, gradient)
         allocator.update_ipt(inner)
         sgd.step()
         budget, masks = allocator.budget_schedule(step)
@@ -247,10 +255,10 @@ def test_a_whole_training_goes_as_with_peft_s_allocator():
         elif masks or step == last:
             pattern = allocator.mask_to_budget(inner, budget)
         for path, layer in layers.items():
-            for its, array in as_theirs(adapter[path]).items():
-                other = arrays(layer)[its].detach().numpy()
+            for name, array in as_peft(adapter[path]).items():
+                other = arrays(layer)[name].detach().numpy()
                 near(array, other)
-                assert its != "lora_E" or ((array == 0) == (other == 0)).all(), step
+                assert name != "lora_E" or ((array == 0) == (other == 0)).all(), step
     small = adaptive.compact(adapter)
     assert sum(part.variant.rank for part in small.values()) == SCHEDULE["end"]
     x = MODELS["dense"][3]
@@ -260,18 +268,22 @@ def test_a_whole_training_goes_as_with_peft_s_allocator():
 # Orthogonality
 
 
-def test_orthogonality_is_the_sum_of_squares_of_what_peft_takes_the_mean_of():
-    _, adapter = ours("dense")
+def test_orthogonality_sums_the_squares_of_the_norms_that_peft_averages():
+    _, adapter = lora_jax_case("dense")
 
     class WithLoss(Net):
         def forward(self, x):
             return types.SimpleNamespace(loss=super().forward(x).sum() * 0)
 
-    model, _ = theirs("dense", adapter, orth_reg_weight=0.5)
-    its = [x for layer in (model.base_model.model.first, model.base_model.model.second) for x in arrays(layer).values()]
+    model, _ = peft_case("dense", adapter, orth_reg_weight=0.5)
+    factors = [
+        x for layer in (model.base_model.model.first, model.base_model.model.second) for x in arrays(layer).values()
+    ]
     model.base_model.model.__class__ = WithLoss
     penalty = float(model.base_model(torch.from_numpy(MODELS["dense"][3])).loss.detach())
-    grams = [x @ x.T if x.shape[0] == RANK else x.T @ x for x in (y.detach().numpy() for y in its) if 1 not in x.shape]
+    grams = [
+        x @ x.T if x.shape[0] == RANK else x.T @ x for x in (y.detach().numpy() for y in factors) if 1 not in x.shape
+    ]
     norms = [np.linalg.norm(gram - np.eye(RANK)) for gram in grams]
     assert len(norms) == 4
     assert penalty == pytest.approx(0.5 * sum(norms) / 4, rel=1e-5)

@@ -1,6 +1,6 @@
-"""Live comparison of the starts with PEFT's on the same weights; `make test-oracle`.
+"""Compares the initializations with PEFT on the same weights; `make test-oracle`.
 
-Not compared is what PEFT draws by torch's generator, and LoRA-GA's scaling, in which it differs from the authors' code.
+Random values of torch's generator and the scaling of LoRA-GA, where PEFT differs from the authors' code, are excluded.
 """
 
 import jax
@@ -57,8 +57,8 @@ def config(start, rslora=False, **options):
     )
 
 
-def theirs(model, name):
-    """Their A, B and base, as kernels: transposed."""
+def peft_kernels(model, name):
+    """PEFT's A, B and base, transposed to kernels."""
     layer = getattr(model.base_model.model, name)
     arrays = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.base_layer.weight
     return [array.detach().numpy().T for array in arrays]
@@ -70,23 +70,23 @@ def assert_near(got, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_the_factors_and_the_residue_are_peft_s(start, rslora):
+def test_factors_and_residual_match_peft(start, rslora):
     base = params()
     model = peft.get_peft_model(Net(), config(start, rslora))
     moved, new = getattr(starts, start)(base, adapter(base, rslora))
     for name in NAMES:
-        a, b, residue = theirs(model, name)
+        a, b, residue = peft_kernels(model, name)
         part = new[f"{name}/kernel"]
         assert_near(part.a @ part.b, a @ b)
-        assert_near(np.abs(part.a), np.abs(a), 1e-4)  # up to the sign of each direction
+        assert_near(np.abs(part.a), np.abs(a), 1e-4)  # equal up to the sign of each direction
         assert_near(np.abs(part.b), np.abs(b), 1e-4)
         assert_near(moved[name]["kernel"], residue)
 
 
-@pytest.mark.filterwarnings("ignore:.*changes the base weights")  # said whenever a second adapter is loaded
+@pytest.mark.filterwarnings("ignore:.*changes the base weights")  # PEFT warns when a second adapter is loaded
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("start", ["pissa", "olora"])
-def test_a_trained_start_becomes_the_plain_adapter_that_peft_saves(start, rslora, tmp_path):
+def test_as_plain_matches_the_adapter_that_peft_saves(start, rslora, tmp_path):
     base = params()
     torch.manual_seed(0)
     model = peft.get_peft_model(Net(), config(start, rslora))
@@ -94,9 +94,9 @@ def test_a_trained_start_becomes_the_plain_adapter_that_peft_saves(start, rslora
     model.save_pretrained(tmp_path / "start")
     began = getattr(starts, start)(base, adapter(base, rslora))
     after = {}
-    for number, name in enumerate(NAMES):  # the same training of both, which are equal up to signs: those of PEFT
+    for number, name in enumerate(NAMES):  # PEFT's signs for both, then the same training
         rng = np.random.default_rng(number)
-        a, b, _ = (array.copy() for array in theirs(model, name))
+        a, b, _ = (array.copy() for array in peft_kernels(model, name))
         a += 0.1 * rng.standard_normal(a.shape).astype(np.float32)
         b += 0.1 * rng.standard_normal(b.shape).astype(np.float32)
         layer = getattr(model.base_model.model, name)
@@ -107,46 +107,46 @@ def test_a_trained_start_becomes_the_plain_adapter_that_peft_saves(start, rslora
     model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     saved = load_file(tmp_path / "plain" / "adapter_model.safetensors")
     plain = starts.as_plain(base, after, *began)
-    its = peft.PeftConfig.from_pretrained(tmp_path / "plain")
+    saved_config = peft.PeftConfig.from_pretrained(tmp_path / "plain")
     for name in NAMES:
         a, b = (saved[f"base_model.model.{name}.lora_{factor}.weight"].T for factor in "AB")
         part = plain[f"{name}/kernel"]
         assert part.a.shape == a.shape and part.b.shape == b.shape
-        assert part.variant.rank == its.r
-        assert part.variant.alpha == pytest.approx(its.lora_alpha)
+        assert part.variant.rank == saved_config.r
+        assert part.variant.alpha == pytest.approx(saved_config.lora_alpha)
         assert_near(part.a @ part.b, a @ b, 1e-4)
 
 
 def batch():
-    """Of unequal spread, so that the leading directions stand apart, and of a mean that is not zero."""
+    """A batch with distinct variances, for distinct leading directions, and a nonzero mean."""
     rng = np.random.default_rng(1)
     return (rng.standard_normal((128, D_IN)) * np.geomspace(8, 0.0001, D_IN) + 0.5).astype(np.float32)
 
 
-def test_eva_finds_the_directions_and_the_ranks_that_peft_does():
+def test_eva_finds_the_same_directions_and_ranks_as_peft():
     base = params()
     torch.manual_seed(0)
     eva_config = EvaConfig(rho=2.0, use_label_mask=False)
     model = peft.get_peft_model(Net(), config("eva", eva_config=eva_config), low_cpu_mem_usage=True)
-    options = dict.fromkeys(["prepare_model_inputs_fn", "prepare_layer_inputs_fn"])  # every row is taken
+    options = dict.fromkeys(["prepare_model_inputs_fn", "prepare_layer_inputs_fn"])  # use every row
     loader = [{"x": torch.from_numpy(batch())}]
     peft.initialize_lora_eva_weights(model, loader, show_progress_bar=False, **options)
-    ours = adapter(base)
-    seen = starts.activations(apply, base, ours, jnp.asarray(batch()))
-    _, new = starts.eva(base, ours, seen, rho=2)
+    fresh = adapter(base)
+    seen = starts.activations(apply, base, fresh, jnp.asarray(batch()))
+    _, new = starts.eva(base, fresh, seen, rho=2)
     for name in NAMES:
-        a, b, _ = theirs(model, name)
+        a, b, _ = peft_kernels(model, name)
         part = new[f"{name}/kernel"]
         layer = getattr(model.base_model.model, name)
         assert part.variant.rank == a.shape[1]
         assert part.variant.scale == pytest.approx(layer.scaling["default"])
         assert not b.any()
         cosines = np.abs(np.sum(np.asarray(part.a) * a, 0))
-        assert cosines.min() > 0.99, cosines  # their decomposition is a randomized one, and stops at 0.99
-    assert {part.variant.rank for part in new.values()} != {RANK}, new  # ranks have gone from one to the other
+        assert cosines.min() > 0.99, cosines  # PEFT's decomposition is randomized and stops at 0.99
+    assert {part.variant.rank for part in new.values()} != {RANK}, new  # ranks are redistributed
 
 
-def test_lora_ga_has_peft_s_directions_and_not_its_lengths():
+def test_lora_ga_has_the_directions_of_peft_with_another_scaling():
     base, x = params(), batch()
 
     def train_step():
@@ -160,10 +160,10 @@ def test_lora_ga_has_peft_s_directions_and_not_its_lengths():
     gradient = starts.gradients(lambda params, x: (apply(params, x) ** 2).sum(), base, adapter(base), jnp.asarray(x))
     _, new = starts.lora_ga(base, adapter(base), gradient)
     for name, (_, d_out) in NAMES.items():
-        a, b, _ = theirs(model, name)
+        a, b, _ = peft_kernels(model, name)
         part = new[f"{name}/kernel"]
-        for ours, its in ((np.asarray(part.a), a), (np.asarray(part.b).T, b.T)):
-            cosines = np.abs((ours * its).sum(0)) / (np.linalg.norm(ours, axis=0) * np.linalg.norm(its, axis=0))
+        for got, expected in ((np.asarray(part.a), a), (np.asarray(part.b).T, b.T)):
+            cosines = np.abs((got * expected).sum(0)) / (np.linalg.norm(got, axis=0) * np.linalg.norm(expected, axis=0))
             assert cosines.min() > 0.999, cosines
         c = d_out**0.25 / 4
         assert_near(np.linalg.norm(part.a, axis=0), np.full(RANK, c))
@@ -172,7 +172,7 @@ def test_lora_ga_has_peft_s_directions_and_not_its_lengths():
         assert np.ptp(np.linalg.norm(b, axis=1)) > 0.01  # and what it multiplies with
 
 
-def test_drawn_factors_are_spread_as_peft_s_are():
+def test_random_factors_have_the_variance_of_peft():
     class Wide(nn.Module):
         def __init__(self):
             super().__init__()
@@ -180,11 +180,11 @@ def test_drawn_factors_are_spread_as_peft_s_are():
 
     torch.manual_seed(0)
     base = {"first": {"kernel": jnp.zeros((2000, 40))}}
-    ours = adapter(base)
+    fresh = adapter(base)
     for start, function in (("gaussian", starts.gaussian), (True, starts.kaiming), ("orthogonal", starts.orthogonal)):
         options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["first"], init_lora_weights=start)
-        a, b, _ = theirs(peft.get_peft_model(Wide(), options), "first")
-        part = function(ours, base, jax.random.key(0)).adapter["first/kernel"]
+        a, b, _ = peft_kernels(peft.get_peft_model(Wide(), options), "first")
+        part = function(fresh, base, jax.random.key(0)).adapter["first/kernel"]
         assert float(part.a.std()) == pytest.approx(a.std(), rel=0.1)
         assert float(part.b.std()) == pytest.approx(b.std(), rel=0.3)
         assert np.abs(part.a @ part.b).max() < 1e-6 and np.abs(a @ b).max() < 1e-6

@@ -1,4 +1,4 @@
-"""Live comparison with PEFT's trainable tokens, and of what it counts as trainable; `make test-oracle`."""
+"""Compares `Rows` with PEFT's trainable tokens, and counts of trainable parameters; `make test-oracle`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ TABLE = (np.random.default_rng(0).standard_normal((ROWS, WIDTH)) / 3).astype(np.
 CHANGE = (np.random.default_rng(1).standard_normal((len(IDS), WIDTH)) / 3).astype(np.float32)
 
 
-class Tied(nn.Module):
-    """A table, a matrix, and the table again as the head."""
+class Net(nn.Module):
+    """A table and a matrix."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Tied(nn.Module):
         return torch.tanh(self.mix(self.embed(tokens)))
 
 
-def tied(params, tokens):
+def net(params, tokens):
     return jnp.tanh(params["embed"][tokens] @ params["mix"])
 
 
@@ -41,17 +41,17 @@ def near(got, expected):
     np.testing.assert_allclose(got, expected.detach().numpy(), rtol=0, atol=2e-6)
 
 
-def test_rows_are_peft_s_trainable_tokens():
+def test_rows_match_trainable_tokens_of_peft():
     config = peft.TrainableTokensConfig(token_indices=list(IDS), target_modules=["embed"])
-    model = peft.get_peft_model(Tied(), config)
+    model = peft.get_peft_model(Net(), config)
     rows = model.base_model.model.embed.trainable_tokens_delta["default"]
-    rows.data = torch.from_numpy(TABLE[list(IDS)] + CHANGE)  # PEFT keeps the rows, we what is added to them
+    rows.data = torch.from_numpy(TABLE[list(IDS)] + CHANGE)  # PEFT stores the rows, `Rows` the change
     start = lj.init(jax.random.key(0), PARAMS, {"embed": lj.Rows(ids=IDS)})["embed"]
     adapter = {"embed": lj.Adapter(start.variant, start.axes, rows=jnp.asarray(CHANGE))}
     expected = model(torch.from_numpy(TOKENS))
-    near(lj.lora(tied)(PARAMS, adapter, TOKENS), expected)
+    near(lj.lora(net)(PARAMS, adapter, TOKENS), expected)
     torch.sum(torch.sin(expected)).backward()
-    gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(tied)(PARAMS, ad, TOKENS))))(adapter)
+    gradient = jax.grad(lambda ad: jnp.sum(jnp.sin(lj.lora(net)(PARAMS, ad, TOKENS))))(adapter)
     near(gradient["embed"].rows, rows.grad)
     near(lj.merge(PARAMS, adapter)["embed"], model.merge_and_unload().embed.weight)
 
@@ -64,7 +64,7 @@ def test_rows_are_peft_s_trainable_tokens():
     ],
     ids=["LoRA", "DoRA"],
 )
-def test_as_many_numbers_are_trained(variant, config):
+def test_trainable_parameters_match_peft(variant, config):
     adapter = lj.init(jax.random.key(0), PARAMS, {"*": variant})
-    trainable, _ = peft.get_peft_model(Tied(), config).get_nb_trainable_parameters()
-    assert lj.explain(tied, PARAMS, adapter, TOKENS).parameters == trainable
+    trainable, _ = peft.get_peft_model(Net(), config).get_nb_trainable_parameters()
+    assert lj.explain(net, PARAMS, adapter, TOKENS).parameters == trainable

@@ -1,4 +1,4 @@
-"""Live comparison of the variants with the same in PEFT: results, gradients, merges; `make test-oracle`."""
+"""Compares results, gradients and merges of the variants with PEFT; `make test-oracle`."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import lora_jax as lj
 RANK, ALPHA, BATCH = 4, 6, 5
 
 
-def drawn(*shape, seed):
+def random_array(*shape, seed):
     return (np.random.default_rng(seed).standard_normal(shape) / 3).astype(np.float32)
 
 
@@ -21,8 +21,8 @@ class Dense(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(12, 10)
-        self.layer.weight.data = torch.from_numpy(drawn(12, 10, seed=0).T.copy())
-        self.layer.bias.data = torch.from_numpy(drawn(10, seed=1))
+        self.layer.weight.data = torch.from_numpy(random_array(12, 10, seed=0).T.copy())
+        self.layer.bias.data = torch.from_numpy(random_array(10, seed=1))
 
     def forward(self, x):
         return self.layer(x)
@@ -32,8 +32,8 @@ class Conv(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Conv2d(6, 8, (3, 2), stride=(2, 1), bias=True)
-        self.layer.weight.data = torch.from_numpy(drawn(3, 2, 6, 8, seed=0).transpose(3, 2, 0, 1).copy())
-        self.layer.bias.data = torch.from_numpy(drawn(8, seed=1))
+        self.layer.weight.data = torch.from_numpy(random_array(3, 2, 6, 8, seed=0).transpose(3, 2, 0, 1).copy())
+        self.layer.bias.data = torch.from_numpy(random_array(8, seed=1))
 
     def forward(self, x):
         return self.layer(x)
@@ -43,7 +43,7 @@ class Table(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Embedding(12, 10)
-        self.layer.weight.data = torch.from_numpy(drawn(12, 10, seed=0))
+        self.layer.weight.data = torch.from_numpy(random_array(12, 10, seed=0))
 
     def forward(self, ids):
         return self.layer(ids)
@@ -64,8 +64,8 @@ def table(params, ids):
 
 
 LAYERS = {
-    "dense": (Dense, dense, "io", (12, 10), drawn(BATCH, 12, seed=2)),
-    "conv": (Conv, conv, "iiio", (3, 2, 6, 8), drawn(2, 6, 9, 7, seed=2)),
+    "dense": (Dense, dense, "io", (12, 10), random_array(BATCH, 12, seed=2)),
+    "conv": (Conv, conv, "iiio", (3, 2, 6, 8), random_array(2, 6, 9, 7, seed=2)),
     "embedding": (Table, table, "io", (12, 10), np.array([0, 11, 3, 3])),
 }
 VARIANTS = {
@@ -73,31 +73,31 @@ VARIANTS = {
     "rsLoRA": (lj.RSLoRA, {"use_rslora": True}),
     "DoRA": (lj.DoRA, {"use_dora": True}),
     "DoRA, rank-stabilized": (
-        lambda **its: lj.DoRA(rank_stabilized=True, **its),
+        lambda **fields: lj.DoRA(rank_stabilized=True, **fields),
         {"use_dora": True, "use_rslora": True},
     ),
 }
 
 
-def ours(name, variant):
-    """The parameters, an adapter that does something, and its function."""
+def lora_jax_case(name, variant):
+    """The parameters, an adapter with nonzero arrays, the model and its input."""
     _, call, axes, shape, x = LAYERS[name]
-    params = {"kernel": jnp.asarray(drawn(*shape, seed=0)), "bias": jnp.asarray(drawn(shape[-1], seed=1))}
+    params = {"kernel": jnp.asarray(random_array(*shape, seed=0)), "bias": jnp.asarray(random_array(shape[-1], seed=1))}
     make = VARIANTS[variant][0](rank=RANK, alpha=ALPHA, axes=axes)
     start = lj.init(jax.random.key(0), params, {"kernel": make})["kernel"]
-    arrays = {its: drawn(*array.shape, seed=7 + at) for at, (its, array) in enumerate(start.arrays.items())}
+    arrays = {key: random_array(*array.shape, seed=7 + at) for at, (key, array) in enumerate(start.arrays.items())}
     if "magnitude" in arrays:
         arrays["magnitude"] = np.abs(arrays["magnitude"]) + 0.5
     return params, {"kernel": lj.Adapter(start.variant, start.axes, **arrays)}, call, x
 
 
-def theirs(name, variant, part):
-    """PEFT's model with the same numbers."""
+def peft_case(name, variant, part):
+    """PEFT's model with the same values, and the adapted layer."""
     model = LAYERS[name][0]()
     options = dict(r=RANK, lora_alpha=ALPHA, target_modules=["layer"], init_lora_weights=False)
     model = peft.get_peft_model(model, peft.LoraConfig(**options, **VARIANTS[variant][1]))
     layer = model.base_model.model.layer
-    a, b = (torch.from_numpy(np.asarray(part.arrays[its])) for its in "ab")
+    a, b = (torch.from_numpy(np.asarray(part.arrays[factor])) for factor in "ab")
     if name == "embedding":
         layer.lora_embedding_A["default"].data = a.T.contiguous()
         layer.lora_embedding_B["default"].data = b.T.contiguous()
@@ -118,9 +118,9 @@ def near(got, expected, tolerance=2e-5):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_result_and_gradients_are_peft_s(name, variant):
-    params, adapter, call, x = ours(name, variant)
-    model, layer = theirs(name, variant, adapter["kernel"])
+def test_result_and_gradients_match_peft(name, variant):
+    params, adapter, call, x = lora_jax_case(name, variant)
+    model, layer = peft_case(name, variant, adapter["kernel"])
     expected = model(torch.from_numpy(x))
     near(lj.lora(call)(params, adapter, x), expected.detach().numpy())
     torch.sum(torch.sin(expected)).backward()
@@ -140,16 +140,16 @@ def test_result_and_gradients_are_peft_s(name, variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_merged_weights_are_peft_s(name, variant):
-    params, adapter, *_ = ours(name, variant)
-    model, _ = theirs(name, variant, adapter["kernel"])
+def test_merged_weights_match_peft(name, variant):
+    params, adapter, *_ = lora_jax_case(name, variant)
+    model, _ = peft_case(name, variant, adapter["kernel"])
     weight = model.merge_and_unload().layer.weight.detach().numpy()
     as_kernel = {"dense": (1, 0), "conv": (2, 3, 1, 0), "embedding": (0, 1)}
     near(lj.merge(params, adapter)["kernel"], weight.transpose(as_kernel[name]))
 
 
-def test_dora_starts_from_peft_s_magnitude():
-    params, adapter, *_ = ours("dense", "DoRA")
+def test_initial_magnitude_of_dora_matches_peft():
+    params, adapter, *_ = lora_jax_case("dense", "DoRA")
     start = lj.init(jax.random.key(0), params, {"kernel": adapter["kernel"].variant})["kernel"]
     model = peft.get_peft_model(
         Dense(), peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["layer"], use_dora=True)

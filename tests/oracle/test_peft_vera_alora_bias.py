@@ -1,4 +1,4 @@
-"""Live comparison with PEFT's VeRA, aLoRA and bias on B: results, gradients, merges; `make test-oracle`."""
+"""Compares results, gradients and merges of VeRA, aLoRA and a bias on B with PEFT; `make test-oracle`."""
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ INVOCATION = (7, 8)
 IDS = np.array([[1, 7, 8, 5, 3], [7, 8, 2, 7, 8], [7, 1, 8, 7, 3], [7, 8, 0, 0, 7]])
 
 
-def drawn(*shape, seed):
+def random_array(*shape, seed):
     return (np.random.default_rng(seed).standard_normal(shape) / 3).astype(np.float32)
 
 
-PARAMS = {"kernel": drawn(IN, OUT, seed=0), "bias": drawn(OUT, seed=1)}
-X = drawn(len(IDS), IDS.shape[1], IN, seed=2)
+PARAMS = {"kernel": random_array(IN, OUT, seed=0), "bias": random_array(OUT, seed=1)}
+X = random_array(len(IDS), IDS.shape[1], IN, seed=2)
 
 
 class Dense(nn.Module):
@@ -40,10 +40,10 @@ def dense(params, x):
 
 
 def init(spec):
-    """An adapter that does something."""
+    """An adapter with nonzero arrays."""
     adapter = lj.init(jax.random.key(0), PARAMS, spec)
     leaves, treedef = jax.tree.flatten(adapter)
-    return treedef.unflatten([jnp.asarray(drawn(*leaf.shape, seed=7 + at)) for at, leaf in enumerate(leaves)])
+    return treedef.unflatten([jnp.asarray(random_array(*leaf.shape, seed=7 + at)) for at, leaf in enumerate(leaves)])
 
 
 def gradients(adapter, **options):
@@ -66,7 +66,7 @@ def near(got, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
-def test_a_bias_on_b_is_peft_s(rank_stabilized):
+def test_a_bias_on_b_matches_peft(rank_stabilized):
     variant = (lj.RSLoRA if rank_stabilized else lj.LoRA)(rank=RANK, alpha=ALPHA)
     adapter = init({"kernel": variant, "bias": lj.LoRABias(scale=variant.scale)})
     model, layer = lora_model(adapter["kernel"], lora_bias=True, init_lora_weights=False, use_rslora=rank_stabilized)
@@ -78,18 +78,18 @@ def test_a_bias_on_b_is_peft_s(rank_stabilized):
     near(gradient["kernel"].a.T, layer.lora_A["default"].weight.grad)
     near(gradient["kernel"].b.T, layer.lora_B["default"].weight.grad)
     near(gradient["bias"].bias, layer.lora_B["default"].bias.grad)
-    merged, whole = lj.merge(PARAMS, adapter), model.merge_and_unload().layer
-    near(merged["kernel"].T, whole.weight)
-    near(merged["bias"], whole.bias)
+    merged, merged_layer = lj.merge(PARAMS, adapter), model.merge_and_unload().layer
+    near(merged["kernel"].T, merged_layer.weight)
+    near(merged["bias"], merged_layer.bias)
 
 
-def test_vera_is_peft_s_with_the_same_matrices():
+def test_vera_matches_peft_with_the_same_matrices():
     variant = lj.VeRA(rank=RANK, seed=0)
     adapter = init({"kernel": variant})
     config = peft.VeraConfig(r=RANK, target_modules=["layer"], d_initial=0.1, init_weights=False)
     model = peft.get_peft_model(Dense(), config)
     layer, part = model.base_model.model.layer, adapter["kernel"]
-    # PEFT draws its own from torch's generator; the method's are the same in distribution alone.
+    # PEFT uses torch's generator, whose matrices have the same distribution but other values.
     layer.vera_A["default"] = torch.from_numpy(np.array(variant._frozen(0, IN, fan_in=IN)).T.copy())
     layer.vera_B["default"] = torch.from_numpy(np.array(variant._frozen(1, OUT, fan_in=RANK)))
     layer.vera_lambda_d["default"].data = torch.from_numpy(np.array(part.lambda_d))
@@ -103,7 +103,7 @@ def test_vera_is_peft_s_with_the_same_matrices():
     near(lj.merge(PARAMS, adapter)["kernel"].T, model.merge_and_unload().layer.weight)
 
 
-def test_vera_starts_as_peft_s():
+def test_initialization_of_vera_matches_peft():
     config = peft.VeraConfig(r=64, target_modules=["layer"])
     layer = peft.get_peft_model(Dense(), config).base_model.model.layer
     variant = lj.VeRA(rank=64, seed=0)
@@ -118,7 +118,7 @@ def test_vera_starts_as_peft_s():
         np.testing.assert_allclose(np.std(got), expected.std().item(), rtol=0.1)
 
 
-def test_alora_is_peft_s():
+def test_alora_matches_peft():
     adapter = init({"kernel": lj.ALoRA(rank=RANK, alpha=ALPHA, invocation=INVOCATION)})
     options = {"alora_invocation_tokens": list(INVOCATION), "task_type": "CAUSAL_LM", "init_lora_weights": False}
     model, layer = lora_model(adapter["kernel"], **options)

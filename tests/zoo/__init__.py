@@ -1,4 +1,4 @@
-"""The models on which the laws are tested: each an apply function that knows nothing of LoRA."""
+"""Models for the laws. Each is an apply function without LoRA."""
 
 from . import linen, nnx, others
 from .model import Make as Make

@@ -1,4 +1,4 @@
-"""Models that nobody here wrote: `transformers` for Flax, unmodified, with weights drawn from small configurations."""
+"""Unmodified models of `transformers` for Flax, with random weights and small configurations."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SIZES = {
 IMAGES = {"image_size": 8, "patch_size": 4}
 
 
-def drawn(model: Any, key: jax.Array) -> Any:
-    """Weights as the model's own initialization draws them."""
+def random_params(model: Any, key: jax.Array) -> Any:
+    """Weights of the model's initialization."""
     return jax.jit(model.init_weights, static_argnums=1)(key, model.input_shape)
 
 
@@ -40,11 +40,13 @@ def images(key: jax.Array, size: int = 8) -> jax.Array:
 
 
 def language_model(model: Any, key: jax.Array, spec: Spec) -> Model:
-    return Model(lambda params, ids: model(ids, params=params).logits, drawn(model, key), (sentences(key),), spec)
+    return Model(
+        lambda params, ids: model(ids, params=params).logits, random_params(model, key), (sentences(key),), spec
+    )
 
 
 def gpt2(key: jax.Array) -> Model:
-    """Kernels stored (out, in), query, key and value in one; the embedding is the head."""
+    """Kernels are (out, in); query, key and value are fused; the embedding is the head."""
     config = hf.GPT2Config(n_positions=8, n_embd=12, n_layer=1, n_head=2, **WORDS)
     return language_model(
         hf.FlaxGPT2LMHeadModel(config, _do_init=False), key, EVERY_KERNEL | {"**/wte/embedding": LORA}
@@ -65,7 +67,7 @@ def bert(key: jax.Array) -> Model:
         return model(ids, params=params, train=True, dropout_rng=key).logits
 
     spec = EVERY_KERNEL | {"**/word_embeddings/embedding": LORA}
-    return Model(apply, drawn(model, key), (sentences(key), key), spec)
+    return Model(apply, random_params(model, key), (sentences(key), key), spec)
 
 
 def roberta(key: jax.Array) -> Model:
@@ -75,7 +77,9 @@ def roberta(key: jax.Array) -> Model:
 
 def vit(key: jax.Array) -> Model:
     model = hf.FlaxViTForImageClassification(hf.ViTConfig(num_labels=3, **IMAGES, **SIZES), _do_init=False)
-    return Model(lambda params, x: model(x, params=params).logits, drawn(model, key), (images(key),), EVERY_KERNEL)
+    return Model(
+        lambda params, x: model(x, params=params).logits, random_params(model, key), (images(key),), EVERY_KERNEL
+    )
 
 
 def whisper(key: jax.Array) -> Model:
@@ -96,22 +100,22 @@ def whisper(key: jax.Array) -> Model:
         return model(sound, decoder_input_ids=ids, params=params).logits
 
     sound = jax.random.normal(key, (8, 4, 12))
-    return Model(apply, drawn(model, key), (sound, sentences(key)), EVERY_KERNEL)
+    return Model(apply, random_params(model, key), (sound, sentences(key)), EVERY_KERNEL)
 
 
 def clip(key: jax.Array) -> Model:
-    """A text and an image encoder; their product, each with each, is scaled by a parameter."""
+    """A text and an image encoder; the similarities are scaled by a parameter."""
     config = hf.CLIPConfig(text_config=WORDS | SIZES, vision_config=IMAGES | SIZES, projection_dim=8)
     model = hf.FlaxCLIPModel(config, input_shape=((1, 5), (1, 8, 8, 3)), _do_init=False)
 
     def apply(params: Any, ids: jax.Array, images: jax.Array) -> jax.Array:
         return model(ids, images, params=params).logits_per_image
 
-    return Model(apply, drawn(model, key), (sentences(key), images(key)), EVERY_KERNEL)
+    return Model(apply, random_params(model, key), (sentences(key), images(key)), EVERY_KERNEL)
 
 
 def resnet(key: jax.Array) -> Model:
-    """In training: the running statistics come back beside the result."""
+    """In training: the running statistics are part of the result."""
     config = hf.ResNetConfig(embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", num_labels=3)
     model = hf.FlaxResNetForImageClassification(config, input_shape=(1, 16, 16, 3), _do_init=False)
 
@@ -119,7 +123,7 @@ def resnet(key: jax.Array) -> Model:
         out, stats = model(x, params=params, train=True)
         return out.logits, stats
 
-    return Model(apply, drawn(model, key), (images(key, 16),), EVERY_KERNEL)
+    return Model(apply, random_params(model, key), (images(key, 16),), EVERY_KERNEL)
 
 
 MODELS: dict[str, Callable[[jax.Array], Model]] = {

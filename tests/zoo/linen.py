@@ -1,4 +1,4 @@
-"""Linen: modules as Flax users write them."""
+"""Linen modules."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lora_jax import Full, LoRA, RSLoRA
 from .model import LORA, Model
 
 
-def initialised(model: nn.Module, key: jax.Array, x: jax.Array, dtype: Any) -> Any:
-    """The variables of a Linen model, drawn in float32 and cast: orthogonal kernels have no bfloat16 routine."""
+def initialize(model: nn.Module, key: jax.Array, x: jax.Array, dtype: Any) -> Any:
+    """The variables of a Linen model, cast from float32, because orthogonal kernels have no bfloat16 routine."""
     variables = jax.jit(model.init)(key, x)
     return jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
 
@@ -29,7 +29,7 @@ def mlp(key: jax.Array, dtype: Any) -> Model:
 
     x = jax.random.normal(key, (8, 12), dtype)
     return Model(
-        MLP().apply, initialised(MLP(), key, x, dtype), (x,), {"**/Dense_0/kernel": LORA, "**/Dense_1/*": Full()}
+        MLP().apply, initialize(MLP(), key, x, dtype), (x,), {"**/Dense_0/kernel": LORA, "**/Dense_1/*": Full()}
     )
 
 
@@ -62,7 +62,7 @@ def transformer(key: jax.Array, dtype: Any) -> Model:
         "**/down/*": None,
     }
     return Model(
-        Transformer().apply, initialised(Transformer(), key, x, dtype), (x,), spec | {"**/{up,down}/kernel": LORA}
+        Transformer().apply, initialize(Transformer(), key, x, dtype), (x,), spec | {"**/{up,down}/kernel": LORA}
     )
 
 
@@ -74,7 +74,7 @@ def scanned_transformer(key: jax.Array, dtype: Any) -> Model:
             return layers(dtype, name="layers")(x, None)[0]
 
     x = jax.random.normal(key, (8, 5, 12), dtype)
-    return Model(Transformer().apply, initialised(Transformer(), key, x, dtype), (x,), {"**/kernel": LORA})
+    return Model(Transformer().apply, initialize(Transformer(), key, x, dtype), (x,), {"**/kernel": LORA})
 
 
 def tied_embedding(key: jax.Array, dtype: Any) -> Model:
@@ -85,7 +85,7 @@ def tied_embedding(key: jax.Array, dtype: Any) -> Model:
             return embed.attend(nn.Dense(12, dtype=dtype, param_dtype=dtype)(embed(tokens)))
 
     tokens = jax.random.randint(key, (8, 4), 0, 17)
-    return Model(Tied().apply, initialised(Tied(), key, tokens, dtype), (tokens,), {"**/{embedding,kernel}": LORA})
+    return Model(Tied().apply, initialize(Tied(), key, tokens, dtype), (tokens,), {"**/{embedding,kernel}": LORA})
 
 
 def conv_net(key: jax.Array, dtype: Any) -> Model:
@@ -102,13 +102,13 @@ def conv_net(key: jax.Array, dtype: Any) -> Model:
     def apply(variables: Any, x: jax.Array) -> Any:
         return ConvNet().apply(variables, x, mutable=["batch_stats"])
 
-    return Model(apply, initialised(ConvNet(), key, x, dtype), (x,), {"params/Conv_*/kernel": LORA})
+    return Model(apply, initialize(ConvNet(), key, x, dtype), (x,), {"params/Conv_*/kernel": LORA})
 
 
 def lstm(key: jax.Array, dtype: Any) -> Model:
     model = nn.RNN(nn.LSTMCell(6, dtype=dtype))
     x = jax.random.normal(key, (8, 5, 4), dtype)
-    return Model(model.apply, initialised(model, key, x, dtype), (x,), {"**/kernel": LORA})
+    return Model(model.apply, initialize(model, key, x, dtype), (x,), {"**/kernel": LORA})
 
 
 def minilm_encoder(key: jax.Array, dtype: Any) -> Model:
@@ -125,11 +125,11 @@ def gru(key: jax.Array, dtype: Any) -> Model:
     common = {"dtype": dtype, "param_dtype": dtype, "recurrent_kernel_init": start}
     model = nn.Bidirectional(nn.RNN(nn.GRUCell(4, **common)), nn.RNN(nn.SimpleCell(4, **common)))
     x = jax.random.normal(key, (8, 5, 4), dtype)
-    return Model(model.apply, initialised(model, key, x, dtype), (x,), {"**/kernel": LORA})
+    return Model(model.apply, initialize(model, key, x, dtype), (x,), {"**/kernel": LORA})
 
 
 def experts(key: jax.Array, dtype: Any) -> Model:
-    """A mixture of experts: each token goes to the one that it scores highest, as far as that has room."""
+    """A mixture of experts: each token is routed to the expert with the highest score, up to its capacity."""
 
     class Experts(nn.Module):
         @nn.compact
@@ -144,11 +144,11 @@ def experts(key: jax.Array, dtype: Any) -> Model:
             return x + jnp.einsum("becd,btec,bte->btd", out, seats, scores)
 
     x = jax.random.normal(key, (8, 7, 6), dtype)
-    return Model(Experts().apply, initialised(Experts(), key, x, dtype), (x,), {"params/{up,down}": LORA})
+    return Model(Experts().apply, initialize(Experts(), key, x, dtype), (x,), {"params/{up,down}": LORA})
 
 
 def decoding(key: jax.Array, dtype: Any) -> Model:
-    """Attention that reads one token at a time and keeps the keys and values of those before in a mutable cache."""
+    """Attention over one token at a time, with a mutable cache of keys and values."""
     attention = nn.MultiHeadDotProductAttention(num_heads=2, decode=True, dtype=dtype, param_dtype=dtype)
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
@@ -162,16 +162,16 @@ def decoding(key: jax.Array, dtype: Any) -> Model:
         return jax.lax.scan(step, empty, x.swapaxes(0, 1))[1]
 
     x = jax.random.normal(key, (8, 5, 6), dtype)
-    params = initialised(attention, key, x, dtype)["params"]
+    params = initialize(attention, key, x, dtype)["params"]
     return Model(apply, params, (x,), {"{query,key,value,out}/kernel": LORA})
 
 
 def optimized_lstm(key: jax.Array, dtype: Any) -> Model:
-    """Its kernels are put side by side before they meet the activation: four in one product."""
+    """Its four kernels are concatenated for one product."""
     start = nn.initializers.lecun_normal()
     model = nn.RNN(nn.OptimizedLSTMCell(4, dtype=dtype, param_dtype=dtype, recurrent_kernel_init=start))
     x = jax.random.normal(key, (8, 5, 4), dtype)
-    return Model(model.apply, initialised(model, key, x, dtype), (x,), {"**/kernel": LORA})
+    return Model(model.apply, initialize(model, key, x, dtype), (x,), {"**/kernel": LORA})
 
 
 def grouped_conv(key: jax.Array, dtype: Any) -> Model:
@@ -185,4 +185,4 @@ def grouped_conv(key: jax.Array, dtype: Any) -> Model:
 
     x = jax.random.normal(key, (8, 7, 6), dtype)
     spec = {"params/depthwise/kernel": LoRA(rank=1, alpha=2), "params/*/kernel": LORA}
-    return Model(Net().apply, initialised(Net(), key, x, dtype), (x,), spec)
+    return Model(Net().apply, initialize(Net(), key, x, dtype), (x,), spec)

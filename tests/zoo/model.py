@@ -1,4 +1,4 @@
-"""What a member of the zoo is."""
+"""The interface of the models of the zoo."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Model:
 
     Attributes:
       apply: `apply(params, *args)`.
-      params: what it is called with.
-      args: the rest of the call; a batch first.
-      spec: what is adapted.
+      params: the parameters.
+      args: the other arguments; a batch first.
+      spec: the spec of the adapter.
     """
 
     apply: Callable[..., Any]
@@ -36,5 +36,5 @@ Make = Callable[[jax.Array, Any], Model]
 
 
 def framework(name: str) -> Any:
-    """A module of the extra `models`; without it, the test is skipped."""
+    """Imports a module of the extra `models`; skips the test if it is missing."""
     return pytest.importorskip(name, reason=f"needs {name}, of the extra `models`")

@@ -1,4 +1,4 @@
-"""NNX: the model is split, and its parameters' state is the tree that is adapted."""
+"""NNX models, which are split; the state of the parameters is adapted."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def nnx_transformer(key: jax.Array, dtype: Any) -> Model:
 
 
 class Layer(nnx.Module):
-    """One layer with state: running statistics, and a stream of keys for dropout."""
+    """A layer with running statistics and a stream of keys for dropout."""
 
     def __init__(self, dtype: Any, *, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(6, 6, rngs=rngs, dtype=dtype, param_dtype=dtype)
@@ -50,7 +50,7 @@ class Layer(nnx.Module):
 
 
 def stateful(net: nnx.Module, x: jax.Array, spec: Any) -> Model:
-    """A network whose state besides its parameters comes in as an argument and goes out as a result."""
+    """A network whose other state is an argument and a result."""
     graph, params, state = nnx.split(net, nnx.Param, ...)
 
     def apply(params: Any, x: jax.Array, state: Any) -> Any:

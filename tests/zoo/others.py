@@ -1,4 +1,4 @@
-"""Frameworks that are not Flax, and none at all."""
+"""Models of other frameworks, and a plain function."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .model import LORA, Model, Spec, framework
 
 
 def cast(tree: Any, dtype: Any) -> Any:
-    """A tree with its floating-point numbers in another dtype."""
+    """Casts the floating-point leaves of a tree."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
@@ -56,7 +56,7 @@ def haiku_stack(key: jax.Array, dtype: Any) -> Model:
 
 
 def equinox(model: Any, args: Any, dtype: Any, spec: Spec) -> Model:
-    """An Equinox model of one example: its arrays are the tree, the rest is put back in the call."""
+    """An Equinox model of one example; its arrays are the parameters, and the call combines them with the rest."""
     eqx = framework("equinox")
     params, static = eqx.partition(model, eqx.is_inexact_array)
     return Model(lambda params, x: jax.vmap(eqx.combine(params, static))(x), cast(params, dtype), args, spec)

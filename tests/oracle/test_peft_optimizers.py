@@ -1,6 +1,6 @@
-"""Live comparison of LoRA+, LoRA-FA and Riemannian preconditioning with PEFT's, array by array; `make test-oracle`.
+"""Compares LoRA+, LoRA-FA and Riemannian preconditioning with PEFT, array by array; `make test-oracle`.
 
-Where PEFT departs from the papers, its own result is had here by masks, so that nothing else can differ.
+Where PEFT differs from the papers, masks reproduce its result, so that nothing else differs.
 """
 
 import jax
@@ -20,7 +20,7 @@ RANK, ALPHA, STEPS, EPS = 4, 6, 3, 1e-12
 RATE, DECAY, RATIO, EMBEDDING_RATE = 0.01, 0.1, 16, 0.002
 
 
-def drawn(*shape, seed):
+def random_array(*shape, seed):
     return (np.random.default_rng(seed).standard_normal(shape) / 3).astype(np.float32)
 
 
@@ -33,7 +33,10 @@ class Net(nn.Module):
 
 SHAPES = {"embed": (9, 8), "first": (8, 7), "second": (7, 6), "head": (6, 5)}
 PARAMS = {
-    name: {"kernel": jnp.asarray(drawn(*shape, seed=at)), "bias": jnp.asarray(drawn(shape[1], seed=10 + at))}
+    name: {
+        "kernel": jnp.asarray(random_array(*shape, seed=at)),
+        "bias": jnp.asarray(random_array(shape[1], seed=10 + at)),
+    }
     for at, (name, shape) in enumerate(SHAPES.items())
 }
 LORA = lj.LoRA(rank=RANK, alpha=ALPHA)
@@ -43,24 +46,24 @@ WHOLE = {"first/bias": lj.Full(), "second/bias": lj.Full(), "head/*": lj.Full()}
 
 def filled(adapter, seed):
     leaves, treedef = jax.tree.flatten(adapter)
-    return treedef.unflatten([jnp.asarray(drawn(*x.shape, seed=seed + at)) for at, x in enumerate(leaves)])
+    return treedef.unflatten([jnp.asarray(random_array(*x.shape, seed=seed + at)) for at, x in enumerate(leaves)])
 
 
-def made(spec):
-    """An adapter that does something, and a gradient for each step."""
+def random_case(spec):
+    """An adapter with nonzero arrays, and a gradient for each step."""
     adapter = filled(lj.init(jax.random.key(0), PARAMS, spec), 30)
     return adapter, [filled(adapter, 100 * step) for step in range(1, STEPS + 1)]
 
 
-def theirs(adapter):
-    """PEFT's model with the same numbers, and its parameter for each of our arrays."""
+def peft_case(adapter):
+    """PEFT's model with the same values, and its parameter for each array of the adapter."""
     whole = {"bias": "lora_only", "modules_to_save": ["head"]} if "head/kernel" in adapter else {}
     layers = [path.split("/")[0] for path in adapter if path in FACTORS]
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, **whole)
     model = peft.get_peft_model(Net(), config)
     found = {(path, name): parameter(model, path, name) for path, part in adapter.items() for name in part.arrays}
-    for (path, name), its in found.items():
-        its.data = torch.from_numpy(np.asarray(adapter[path].arrays[name]).T.copy())
+    for (path, name), peft_array in found.items():
+        peft_array.data = torch.from_numpy(np.asarray(adapter[path].arrays[name]).T.copy())
     return model, found
 
 
@@ -84,19 +87,19 @@ def after(tx, adapter, gradients):
     return adapter
 
 
-def step_theirs(optimizer, found, gradients):
+def step_peft(optimizer, found, gradients):
     for gradient in gradients:
-        for (path, name), its in found.items():
-            if its.requires_grad:
-                its.grad = torch.from_numpy(np.asarray(gradient[path].arrays[name]).T.copy())
+        for (path, name), peft_array in found.items():
+            if peft_array.requires_grad:
+                peft_array.grad = torch.from_numpy(np.asarray(gradient[path].arrays[name]).T.copy())
         optimizer.step()
 
 
 def distances(adapter, found):
-    """How far each array is from PEFT's, against its largest number."""
+    """The distance of each array from PEFT's, relative to the largest element."""
     far = {}
-    for (path, name), its in found.items():
-        other = its.detach().numpy().T
+    for (path, name), peft_array in found.items():
+        other = peft_array.detach().numpy().T
         far[f"{path}.{name}"] = float(np.abs(adapter[path].arrays[name] - other).max() / np.abs(other).max())
     return far
 
@@ -113,15 +116,15 @@ def adamw(**options):
 
 
 def loraplus(adapter, gradients):
-    model, found = theirs(adapter)
+    model, found = peft_case(adapter)
     options = {"loraplus_weight_decay": DECAY, "loraplus_lr_embedding": EMBEDDING_RATE, "eps": EPS}
     optimizer = create_loraplus_optimizer(model, torch.optim.AdamW, lr=RATE, loraplus_lr_ratio=RATIO, **options)
-    step_theirs(optimizer, found, gradients)
+    step_peft(optimizer, found, gradients)
     return found
 
 
-def test_lora_plus_trains_the_factors_of_linear_layers_and_whole_matrices_as_peft_does():
-    adapter, gradients = made(FACTORS | WHOLE)
+def test_lora_plus_matches_peft_for_factors_of_linear_layers_and_full_matrices():
+    adapter, gradients = random_case(FACTORS | WHOLE)
     found = loraplus(adapter, gradients)
     got = after(optax.chain(adamw(), optim.lora_plus(RATIO)), adapter, gradients)
     others = {"embed/kernel.a", "embed/kernel.b", "first/bias.value", "second/bias.value", "head/bias.value"}
@@ -129,9 +132,9 @@ def test_lora_plus_trains_the_factors_of_linear_layers_and_whole_matrices_as_pef
     assert all(distance > 1e-3 for name, distance in distances(got, found).items() if name in others)
 
 
-def test_what_peft_does_otherwise_is_a_matter_of_masks():
-    """Vectors at the rate of `b` and without decay, factors of an embedding at a rate of their own."""
-    adapter, gradients = made(FACTORS | WHOLE)
+def test_masks_reproduce_the_differences_of_peft():
+    """PEFT trains vectors at the rate of `b` without decay, and factors of an embedding at a separate rate."""
+    adapter, gradients = random_case(FACTORS | WHOLE)
     found = loraplus(adapter, gradients)
     tx = optax.chain(
         adamw(mask=optim.select(exclude="*/bias")),
@@ -146,19 +149,19 @@ def test_what_peft_does_otherwise_is_a_matter_of_masks():
 
 
 def lora_fa(adapter, gradients, decay, monkeypatch):
-    monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)  # it would multiply in bfloat16
-    model, found = theirs(adapter)
+    monkeypatch.setattr(lorafa, "is_bf16_available", lambda: False)  # PEFT would multiply in bfloat16
+    model, found = peft_case(adapter)
     optimizer = lorafa.create_lorafa_optimizer(model, r=RANK, lora_alpha=ALPHA, lr=RATE, weight_decay=decay)
     optimizer.param_groups[0]["eps"] = EPS
-    step_theirs(optimizer, found, gradients)
+    step_peft(optimizer, found, gradients)
     return found
 
 
 LINEAR = {path: LORA for path in ("first/kernel", "second/kernel")}
 
 
-def test_lora_fa_steps_as_peft_does(monkeypatch):
-    adapter, gradients = made(LINEAR)
+def test_lora_fa_steps_match_peft(monkeypatch):
+    adapter, gradients = random_case(LINEAR)
     found = lora_fa(adapter, gradients, 0.0, monkeypatch)
     got = after(optim.lora_fa(optax.adam(RATE, eps=EPS)), adapter, gradients)
     assert differing(got, found) == set()
@@ -167,13 +170,13 @@ def test_lora_fa_steps_as_peft_does(monkeypatch):
         assert float(abs(part.b - adapter[path].b).max()) > RATE
 
 
-def test_lora_fa_in_peft_decays_what_the_step_has_moved(monkeypatch):
-    """AdamW decays what was there before the step; the difference is of second order in the rate."""
-    adapter, gradients = made(LINEAR)
+def test_lora_fa_in_peft_decays_after_the_step(monkeypatch):
+    """AdamW decays the values before the step; the difference is of second order in the rate."""
+    adapter, gradients = random_case(LINEAR)
     found = lora_fa(adapter, gradients[:1], DECAY, monkeypatch)
     stepped = after(optim.lora_fa(optax.adam(RATE, eps=EPS)), adapter, gradients[:1])
     decayed = jax.tree.map(lambda x: x * (1 - RATE * DECAY), stepped)
-    assert differing(decayed, found) == {"first/kernel.a", "second/kernel.a"}  # which neither moves
+    assert differing(decayed, found) == {"first/kernel.a", "second/kernel.a"}  # not trained by either
     got = after(optim.lora_fa(adamw()), adapter, gradients[:1])
     for path, part in got.items():
         move = stepped[path].b - adapter[path].b
@@ -185,28 +188,28 @@ def test_lora_fa_in_peft_decays_what_the_step_has_moved(monkeypatch):
 
 
 def riemannian(adapter, gradients):
-    model, found = theirs(adapter)
+    model, found = peft_case(adapter)
     options = {"reg": 0.01, "eps": EPS, "weight_decay": DECAY}
     optimizer = create_riemannian_optimizer(model, torch.optim.AdamW, lr=RATE, **options)
-    step_theirs(optimizer, found, gradients)
+    step_peft(optimizer, found, gradients)
     return found
 
 
-def test_riemannian_steps_are_peft_s_but_for_an_embedding_which_it_leaves_out():
-    adapter, gradients = made(FACTORS | WHOLE)
+def test_riemannian_steps_match_peft_except_for_embeddings():
+    adapter, gradients = random_case(FACTORS | WHOLE)
     found = riemannian(adapter, gradients)
     got = after(optax.chain(optim.riemannian(damping=0.01), adamw()), adapter, gradients)
     assert differing(got, found) == {"embed/kernel.a", "embed/kernel.b"}
-    alone = after(adamw(), adapter, gradients)
-    assert not {"embed/kernel.a", "embed/kernel.b"} & differing(alone, found)
-    assert {"first/kernel.a", "first/kernel.b"} < differing(alone, found, 1e-3)
+    unpreconditioned = after(adamw(), adapter, gradients)
+    assert not {"embed/kernel.a", "embed/kernel.b"} & differing(unpreconditioned, found)
+    assert {"first/kernel.a", "first/kernel.b"} < differing(unpreconditioned, found, 1e-3)
 
 
 @pytest.mark.parametrize("damping", [1e-2, 1.0])
-def test_the_preconditioned_gradients_are_peft_s(damping):
-    adapter, gradients = made(LINEAR)
-    model, found = theirs(adapter)
+def test_preconditioned_gradients_match_peft(damping):
+    adapter, gradients = random_case(LINEAR)
+    model, found = peft_case(adapter)
     optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=0.1, reg=damping)
-    step_theirs(optimizer, found, gradients)
+    step_peft(optimizer, found, gradients)
     got = after(optax.chain(optim.riemannian(damping=damping), optax.sgd(0.1)), adapter, gradients)
     assert differing(got, found) == set()
