@@ -107,7 +107,7 @@ def test_every_damage_to_any_file_is_found_by_its_checksum(twins: tuple[Path, Pa
     for item in (one / "5" / "adapter", one / "5" / "state"):
         for file in files(item):
             name, content = file.relative_to(item).as_posix(), file.read_bytes()
-            for damage, changed in damages(file, other).items() if file.name not in _checksums.LATER else ():
+            for damage, changed in damages(file, other).items() if file.name not in _checksums.UNCHECKED else ():
                 with damaged(file, changed), pytest.raises(lj.CheckpointError) as error:
                     _checksums.verify(epath.Path(item))
                 assert f"{name!r}" in str(error.value), (damage, str(error.value))
@@ -124,14 +124,14 @@ def test_no_damage_of_any_kind_gives_other_numbers(twins: tuple[Path, Path]) -> 
     expected = got(one)
     assert bits(expected) == bits(training(1))
     for item in ("adapter", "state"):
-        own = [file for file in files(one / "5" / item) if file.name not in _checksums.LATER]
+        own = [file for file in files(one / "5" / item) if file.name not in _checksums.UNCHECKED]
         for number, kind in enumerate(damages(own[0], other)):
             file = own[number % len(own)]
             changed = [*damages(file, other).values()][number % len(damages(file, other))]
             with damaged(file, changed), pytest.raises(lj.CheckpointError) as error:
                 got(one)
             assert f"{file.relative_to(one / '5' / item).as_posix()!r}" in str(error.value), (kind, str(error.value))
-    for file in (file for file in files(one) if file.name in _checksums.LATER):
+    for file in (file for file in files(one) if file.name in _checksums.UNCHECKED):
         for changed in dict.fromkeys(damages(file, other).values()):
             with damaged(file, changed):
                 assert bits(got(one)) == bits(expected)
@@ -150,7 +150,7 @@ def test_no_damage_to_any_file_gives_other_numbers(twins: tuple[Path, Path]) -> 
                     assert bits(got(one)) == bits(expected)
                     counts["the same numbers"] += 1
                     # What Orbax keeps of a step besides its items.
-                    assert name.name in _checksums.LATER, f"{name}, {damage}: nobody noticed"
+                    assert name.name in _checksums.UNCHECKED, f"{name}, {damage}: nobody noticed"
                 except lj.CheckpointError as error:
                     inside = name.relative_to("5", name.parts[1]).as_posix()
                     assert f"{inside!r}" in str(error), (damage, str(error))
@@ -171,7 +171,7 @@ def test_a_file_of_another_checkpoint_is_named(twins: tuple[Path, Path], tmp_pat
             (tmp_path / item / inside).parent.mkdir(exist_ok=True)
             if file.name != _checksums.NAME:
                 shutil.copy(file, tmp_path / item / inside)
-        with pytest.raises(lj.CheckpointError, match=r"'manifest.ocdbt' has changed\n|is none of its files"):
+        with pytest.raises(lj.CheckpointError, match=r"'manifest.ocdbt' has changed\n|is not a file of this"):
             got(tmp_path / item)
 
 
@@ -181,7 +181,7 @@ def test_a_file_that_was_not_written_is_named_unless_it_is_the_system_s(twins: t
     (item / ".DS_Store").write_bytes(b"\0")
     assert bits(restore(one, base=None)) == bits(training(1)[0])
     (item / "array_metadatas" / "process_1").write_text("{}")
-    with pytest.raises(lj.CheckpointError, match="'array_metadatas/process_1' is none of its files"):
+    with pytest.raises(lj.CheckpointError, match="'array_metadatas/process_1' is not a file of this checkpoint"):
         restore(one, base=None)
     (item / "array_metadatas" / "process_1").unlink()
     (item / ".DS_Store").unlink()
@@ -193,7 +193,7 @@ def test_the_checksums_are_those_of_sha256sum(twins: tuple[Path, Path]) -> None:
     item = twins[0] / "5" / "state"
     checked = subprocess.run(["sha256sum", "--check", "--strict", _checksums.NAME], cwd=item, capture_output=True)
     assert checked.returncode == 0
-    own = [file for file in files(item) if file.name not in {_checksums.NAME, *_checksums.LATER}]
+    own = [file for file in files(item) if file.name not in {_checksums.NAME, *_checksums.UNCHECKED}]
     assert checked.stdout.count(b": OK\n") == len(own) > 8
 
 

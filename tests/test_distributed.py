@@ -134,7 +134,7 @@ def test_the_losses_are_those_of_one_device(stages: Stages, tmp_path: Path) -> N
 
 def test_all_processes_name_a_file_that_has_changed(few: Stages) -> None:
     for error in few.said["damaged"]:
-        assert "Expected a whole checkpoint" in error
+        assert "Expected a complete checkpoint" in error
         assert re.search(r"'d/\w+' has changed", error)
 
 

@@ -546,7 +546,7 @@ def test_experts_that_see_every_token_and_those_that_are_added_up() -> None:
     w = normal(3, 4, 4, seed=5)
     its = one_kernel(lambda w, x: jnp.einsum("td,edf->etf", x, w), w, X, axes="bio")
     assert_near(its.gram, np.stack([XX] * 3))
-    with pytest.raises(lj.AdapterError, match="along its input axes"):
+    with pytest.raises(lj.AdapterError, match="along the kernel's input axes"):
         one_kernel(lambda w, x: jnp.einsum("etd,edf->tf", jnp.stack([x] * 3), w), w, X, axes="bio")
 
 
@@ -572,7 +572,7 @@ def test_batches_are_added_and_neither_their_order_nor_their_size_matters() -> N
 def test_a_model_whose_result_is_cut_off_from_the_kernel_is_not_taken_for_one_without_activations() -> None:
     params, adapter = {"w": W}, lj.init(jax.random.key(0), {"w": W}, {"w": lj.LoRA(rank=1, alpha=1)})
     cut = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), params, adapter, X)
-    with pytest.raises(lj.AdapterError, match=r"(?s)met none.*'w': 1 of 1.*cannot be followed by reverse mode"):
+    with pytest.raises(lj.AdapterError, match=r"(?s)layers without any.*'w': 1 of 1.*reverse mode cannot"):
         starts.eva(params, adapter, cut)
 
 
@@ -650,12 +650,12 @@ def test_the_start_of_another_base_is_not_taken_back() -> None:
     part = {"dense": adapter_of()["dense"]}
     began = starts.pissa(PARAMS, part)
     other = PARAMS | {"dense": PARAMS["dense"] + 0.01}
-    with pytest.raises(lj.AdapterError, match=r"(?s)1 kernels differ.*'dense': the start and its base are not"):
+    with pytest.raises(lj.AdapterError, match=r"(?s)1 kernels differ.*'dense': `started_params` with `started"):
         starts.as_plain(other, began.adapter, *began)
-    with pytest.raises(lj.AdapterError, match="'dense': not in the start"):
+    with pytest.raises(lj.AdapterError, match="'dense': not in `started_adapter`"):
         starts.as_plain(PARAMS, began.adapter, began.params, {})
     wider = {"dense": lj.Adapter(lj.LoRA(rank=2, alpha=5), "io", **began.adapter["dense"].arrays)}
-    with pytest.raises(lj.AdapterError, match=r"alpha=5\) after training, LoRA\(rank=2, alpha=3\) at the start"):
+    with pytest.raises(lj.AdapterError, match=r"alpha=5\) in `adapter`, LoRA\(rank=2, alpha=3\) in `started_adapter`"):
         starts.as_plain(PARAMS, wider, *began)
 
 
@@ -695,7 +695,7 @@ def test_what_cannot_be_meant_is_said() -> None:
     expect(lj.AdapterError, "'w' is not in `started_params`", lambda: starts.as_plain(params, odd, {}, odd))
     its = {"w": starts.Activations(jnp.eye(6)[None], jnp.zeros((1, 6)), jnp.ones(1))}
     traced = jax.jit(lambda its: starts.eva(params, odd, its, rho=2))
-    expect(lj.AdapterError, "got a trace, which has none", lambda: traced(its))
+    expect(lj.AdapterError, "got traced arrays", lambda: traced(its))
 
 
 SWAPPED: dict[str, Callable[[Any, Any, Any], Any]] = {
@@ -721,5 +721,5 @@ def test_arguments_in_another_order_are_an_error_that_says_the_order(name: str) 
 
 
 def test_a_kernel_that_meets_no_activation_is_named() -> None:
-    with pytest.raises(lj.AdapterError, match=r"(?s)1 are not in this call.*'embedding', axes 'io'.*start otherwise"):
+    with pytest.raises(lj.AdapterError, match=r"(?s)does not do so for 1 kernels.*'embedding', axes 'io'"):
         starts.activations(model, PARAMS, adapter_of(), BATCH)
