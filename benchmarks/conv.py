@@ -1,7 +1,6 @@
 """A convolutional net, trained with `lora()`, with LoRA by hand, with merged kernels, and by full fine-tuning.
 
-The kernel of a convolution is small relative to its activations, so at a high rank factors need more FLOPs than a
-materialized kernel.
+The kernel is small relative to the activations, so at a high rank factors need more FLOPs than a materialized kernel.
 """
 
 from __future__ import annotations

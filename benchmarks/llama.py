@@ -83,8 +83,8 @@ def loss(params: Any, tokens: Array) -> Array:
         return None, jax.nn.logsumexp(logits, axis=-1) - picked
 
     split = functools.partial(_split, chunks=CHUNKS)
-    targets = jnp.roll(tokens, -1, 1)
-    _, losses = lax.scan(jax.checkpoint(chunk_loss, prevent_cse=False), None, (split(x), split(targets)))
+    chunks = (split(x), split(jnp.roll(tokens, -1, 1)))
+    _, losses = lax.scan(jax.checkpoint(chunk_loss, prevent_cse=False), None, chunks)
     return losses.mean()
 
 

@@ -71,9 +71,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=DEFAULTS, default="small")
     parser.add_argument("--rounds", type=int, help="how many times each step is compiled")
     parser.add_argument("--steps", type=int, help="number of steps to time")
-    parser.add_argument(
-        "--only", action="append", choices=names, help="only this library and the named one; repeatable"
-    )
+    parser.add_argument("--only", action="append", choices=names, help="this library and the named one; repeatable")
     parser.add_argument("--quick", action="store_true", help="without the table of capabilities")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--read", type=Path, help="read the figures from here instead of measuring")

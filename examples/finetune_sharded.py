@@ -177,7 +177,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
 def run(given: argparse.Namespace) -> None:
     """Trains, and prints the test accuracy."""
     began = time.perf_counter()
-    # The compiler derives all shardings from those of the base.
+    # With Auto axes, the compiler derives all other shardings from those of the base.
     mesh = jax.make_mesh((given.data, given.model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     data = trec.read()
     if given.short:
@@ -215,18 +215,12 @@ def main() -> None:
     """Parses the command line and runs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("sharded_output"), help="folder of the checkpoints")
-    parser.add_argument("--data", type=int, default=2, help="number of devices along which batches are sharded")
-    parser.add_argument(
-        "--model", type=int, default=4, help="number of devices along which heads and hidden units are sharded"
-    )
+    parser.add_argument("--data", type=int, default=2, help="devices along which batches are sharded")
+    parser.add_argument("--model", type=int, default=4, help="devices along which hidden units are sharded")
     parser.add_argument("--fsdp", action="store_true", help="shard the base along `data`, too")
-    parser.add_argument(
-        "--simulate", type=int, default=8, help="number of simulated CPU devices; 0 to use real devices"
-    )
+    parser.add_argument("--simulate", type=int, default=8, help="simulated CPU devices; 0 to use real ones")
     parser.add_argument("--distributed", action="store_true", help="one of several processes: jax.distributed")
-    parser.add_argument(
-        "--dtype", type=jnp.dtype, default=jnp.dtype("float32"), help="dtype of the encoder and its computation"
-    )
+    parser.add_argument("--dtype", type=jnp.dtype, default=jnp.dtype("float32"), help="dtype of the encoder")
     parser.add_argument("--accumulate", type=int, default=1, help=f"number of batches of {BATCH} questions per update")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--steps", type=int, help="number of steps, instead of --epochs")

@@ -191,11 +191,7 @@ def predict(layers: int) -> Callable[..., Array]:
 def train(
     configuration: Configuration, seed: int, scale: Scale, data: Data, bar: Any, keep: Path | None
 ) -> dict[str, Any]:
-    """Trains and tests one configuration with one seed.
-
-    Returns:
-      The result, without the settings.
-    """
+    """Trains and tests one configuration with one seed; returns the result without the settings."""
     began = time.perf_counter()
     batches = list(itertools.islice(epochs(data.train, seed), scale.steps))
     adapter, params = initialize(configuration, seed, scale.layers)
@@ -243,9 +239,7 @@ def run_all(
     wanted: list[tuple[Path, Configuration, int]], scale: Scale, data: Data, keep: Callable[[str, int], Path | None]
 ) -> list[dict[str, Any]]:
     """Runs all configurations that have no result yet, and returns all results."""
-    plan = [
-        (path, configuration, seed, settings(configuration, seed, scale, data)) for path, configuration, seed in wanted
-    ]
+    plan = [(*run, settings(*run[1:], scale, data)) for run in wanted]  # path, configuration, seed, settings
     results = {path: finished(path, expected) for path, _, _, expected in plan}
     missing = [entry for entry in plan if results[entry[0]] is None]
     console.print(f"{len(plan)} runs of {scale.steps} steps; {len(plan) - len(missing)} of them are finished.")
@@ -258,10 +252,9 @@ def run_all(
     )
     with bar:
         for number, (path, configuration, seed, expected) in enumerate(missing, start=1):
-            bar.set_description_str(f"run {number} of {len(missing)}: {configuration.name}, seed {seed}", refresh=False)
-            results[path] = {"settings": expected} | train(
-                configuration, seed, scale, data, bar, keep(configuration.name, seed)
-            )
+            name = configuration.name
+            bar.set_description_str(f"run {number} of {len(missing)}: {name}, seed {seed}", refresh=False)
+            results[path] = {"settings": expected} | train(configuration, seed, scale, data, bar, keep(name, seed))
             write(path, results[path])
     return [found for found in results.values() if found is not None]
 
@@ -281,8 +274,7 @@ def analyze(out: Path, layers: int) -> dict[str, Any]:
     }
     measured = {"8": lj.analysis.amplification(bases[0], small), "64": lj.analysis.amplification(bases[0], wide)}
     amplification = {
-        rank: over_layers({path: values._asdict() for path, values in found.items()})
-        for rank, found in measured.items()
+        rank: over_layers({path: row._asdict() for path, row in found.items()}) for rank, found in measured.items()
     }
     return {"similarity": similarity, "amplification": amplification}
 
@@ -311,15 +303,13 @@ def tune(out: Path, scale: Scale) -> None:
     wanted = []
     likeliest_first = itertools.zip_longest(*([(name, rate) for rate in rates] for name, rates in GRID.items()))
     for name, rate in filter(None, itertools.chain(*likeliest_first)):
-        configuration = dataclasses.replace(CONFIGURATIONS[name], rate=rate)
-        if name == "probe":
-            configuration = dataclasses.replace(configuration, head_rate=rate)
+        rates = {"rate": rate} | ({"head_rate": rate} if name == "probe" else {})
+        configuration = dataclasses.replace(CONFIGURATIONS[name], **rates)
         wanted.append((out / "tuning" / f"{name}-{rate:g}.json", configuration, TUNING_SEED))
     results = run_all(wanted, scale, data, lambda name, seed: None)
     for (_, configuration, _), found in zip(wanted, results, strict=True):
-        console.print(
-            f"{configuration.name:16}{configuration.rate:<8g}{found['accuracy']:7.1%}   loss {found['test_loss']:.3f}"
-        )
+        name, rate = configuration.name, configuration.rate
+        console.print(f"{name:16}{rate:<8g}{found['accuracy']:7.1%}   loss {found['test_loss']:.3f}")
 
 
 def reproduce(out: Path, scale: Scale) -> dict[str, Any]:
@@ -328,9 +318,9 @@ def reproduce(out: Path, scale: Scale) -> dict[str, Any]:
     test = trec.Questions(data.test.texts[:count], data.test.labels[:count])
     tokens = Data(trec.tokenize(data.train, scale.tokens), trec.tokenize(test, scale.tokens))
     wanted = [
-        (out / "runs" / f"{configuration.name}-{seed}.json", configuration, seed)
+        (out / "runs" / f"{name}-{seed}.json", configuration, seed)
         for seed in scale.seeds
-        for configuration in CONFIGURATIONS.values()
+        for name, configuration in CONFIGURATIONS.items()
     ]
     runs = run_all(
         wanted, scale, tokens, lambda name, seed: adapter_path(out, name, seed) if (name, seed) in ANALYZED else None

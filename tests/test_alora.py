@@ -168,7 +168,7 @@ def test_it_cannot_be_merged() -> None:
 def test_no_start_takes_its_factors_out_of_the_base_for_all_tokens() -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
-    with pytest.raises(lj.SpecError, match="At 'w': expected a variant that adapts every token"):
+    with pytest.raises(lj.SpecError, match="At 'w': expected a variant that adapts all tokens"):
         lj.starts.pissa(params, adapter)
 
 

@@ -222,7 +222,7 @@ def test_a_save_that_finds_no_room_says_so_and_leaves_the_one_before(full: tuple
     errors = full[1].split("\n\n")[:-1]
     assert len(errors) == len(LIMITS)
     for error in errors:
-        assert f"Expected to write a checkpoint; it could not be written, to {root}.\n" in error
+        assert f"Cannot write a checkpoint to {root}.\n" in error
         assert "File too large" in error
     assert bits(restore(root, base=None)) == bits(checkpoint_killed.adapter(1))
     save(root, checkpoint_killed.adapter(3), base=checkpoint_killed.BASE)

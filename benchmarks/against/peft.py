@@ -81,7 +81,7 @@ class Trial(NamedTuple):
     parameters: int
 
 
-def random_inputs(*shape: int) -> Tensor:
+def batch(*shape: int) -> Tensor:
     """Returns inputs for a program."""
     return torch.tensor(values("inputs", shape))
 
@@ -90,20 +90,14 @@ FIRST, KERNEL = {"target_modules": ["0"]}, {"target_parameters": ["0.kernel"]}
 TIED = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
 WORDS = torch.arange(10)[None] % 7
 TRIALS: dict[str, Trial] = {
-    "matrices": Trial(lambda: nn.Sequential(nn.Linear(8, 6)), FIRST, random_inputs(5, 8), 28),
-    "scan + remat": Trial(Blocks, {"target_modules": ["first", "second"]}, random_inputs(5, 8), 64),
-    "rank-3 attention": Trial(
-        lambda: nn.Sequential(Parameter("td,dhk->thk", 8, 2, 3)), KERNEL, random_inputs(5, 8), 28
-    ),
+    "matrices": Trial(lambda: nn.Sequential(nn.Linear(8, 6)), FIRST, batch(5, 8), 28),
+    "scan + remat": Trial(Blocks, {"target_modules": ["first", "second"]}, batch(5, 8), 64),
+    "rank-3 attention": Trial(lambda: nn.Sequential(Parameter("td,dhk->thk", 8, 2, 3)), KERNEL, batch(5, 8), 28),
     "embedding": Trial(lambda: nn.Sequential(nn.Embedding(12, 8)), FIRST, WORDS, 40),
     "tied embedding": Trial(Tied, TIED, WORDS, 40),
-    "convolution": Trial(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, 2)), FIRST, random_inputs(2, 3, 8, 8), 66),
-    "experts, einsum": Trial(
-        lambda: nn.Sequential(Parameter("etd,efd->etf", 3, 6, 8)), KERNEL, random_inputs(3, 5, 8), 84
-    ),
-    "bfloat16 base": Trial(
-        lambda: nn.Sequential(nn.Linear(8, 6)).bfloat16(), FIRST, random_inputs(5, 8).bfloat16(), 28
-    ),
+    "convolution": Trial(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, 2)), FIRST, batch(2, 3, 8, 8), 66),
+    "experts, einsum": Trial(lambda: nn.Sequential(Parameter("etd,efd->etf", 3, 6, 8)), KERNEL, batch(3, 5, 8), 84),
+    "bfloat16 base": Trial(lambda: nn.Sequential(nn.Linear(8, 6)).bfloat16(), FIRST, batch(5, 8).bfloat16(), 28),
 }
 
 

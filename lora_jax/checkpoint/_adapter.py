@@ -16,16 +16,7 @@ from .._errors import CheckpointError
 from ._arrays import to_jax
 from ._checksums import UNCHECKED
 from ._item import ItemHandler, no_checkpoint
-from ._manifest import (
-    Manifest,
-    abstract_adapter,
-    check_base,
-    check_savable,
-    describe,
-    dumps,
-    loads,
-    restore_targets,
-)
+from ._manifest import Manifest, abstract, check_base, check_savable, describe, dumps, loads, restore_targets
 
 Path = str | os.PathLike[str]
 
@@ -59,7 +50,7 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
     args = AdapterSave(adapter, base=base)
     _ = args.manifest  # raises before any file is written
     root = _absolute(path)
-    step = _newest(root)
+    step = _latest(root)
     _refuse_others(root)
     options = ocp.CheckpointManagerOptions(
         preservation_policy=ocp.checkpoint_managers.LatestN(1),
@@ -74,7 +65,7 @@ def save(path: Path, adapter: Adapters, *, base: Any) -> None:
     except (OSError, ValueError) as error:  # TensorStore raises ValueError if the disk is full
         raise CheckpointError(
             f"Cannot write a checkpoint to {root}.\n  {type(error).__name__}: {error}\n"
-            "  The previous checkpoint is complete. Make the directory writable or free space, and save again."
+            "  A previous checkpoint is still complete. Make the directory writable or free space, and save again."
         ) from error
 
 
@@ -94,7 +85,7 @@ def restore(path: Path, *, base: Any, shardings: Any = None, allow_base_mismatch
       Load the base that the adapter was trained on, or pass allow_base_mismatch=True to use this one.
 
     Args:
-      path: the path that was passed to `save`, or the directory of a `CheckpointManager` with an `AdapterSave` as item
+      path: the path that `save` wrote to, or the directory of a `CheckpointManager` with an `AdapterSave` as item
         `adapter`, whose latest step is restored.
       base: the tree that the adapter will be used with. It is compared with the base that the adapter was saved with:
         paths, shapes, dtypes in JAX, and sampled values of the adapted and all floating-point leaves. None skips the
@@ -114,12 +105,12 @@ def restore(path: Path, *, base: Any, shardings: Any = None, allow_base_mismatch
     root = _absolute(path)
     args = AdapterRestore(base=base, shardings=shardings, allow_base_mismatch=allow_base_mismatch)
     while True:
-        step = _newest(root)
+        step = _latest(root)
         try:
             return _read(root if step is None else root / str(step) / _ITEM, args)
         except (OSError, ValueError):
             # Another process may have saved a newer step and deleted this one in the meantime.
-            if _newest(root) == step:
+            if _latest(root) == step:
                 raise
 
 
@@ -137,7 +128,7 @@ class AdapterHandler(ItemHandler):
         manifest = loads(self.verified(directory), directory)
         if args.base is not None:
             check_base(manifest, args.base, allow_base_mismatch=args.allow_base_mismatch, where=directory)
-        target = restore_targets(abstract_adapter(manifest, directory), args.shardings, directory)
+        target = restore_targets(abstract(manifest, directory), args.shardings, directory)
         adapter: dict[str, Adapter] = jax.tree.map(to_jax, self.read(directory, target))
         return adapter
 
@@ -214,12 +205,12 @@ def _absolute(path: Path) -> epath.Path:
     return epath.Path(path).expanduser().absolute()
 
 
-def _newest(root: epath.Path) -> int | None:
+def _latest(root: epath.Path) -> int | None:
     """Returns the latest complete step in a directory."""
     if not root.is_dir():
         return None
-    newest = ocp.path.step.latest_step_metadata(root, ocp.path.step.standard_name_format())
-    return None if newest is None else int(newest.step)
+    latest = ocp.path.step.latest_step_metadata(root, ocp.path.step.standard_name_format())
+    return None if latest is None else int(latest.step)
 
 
 def _refuse_others(root: epath.Path) -> None:

@@ -36,7 +36,7 @@ _RENAMED = {"rank_stabilised": "rank_stabilized"}
 
 
 def check_savable(adapter: Adapters, base: Any) -> None:
-    """Raises `CheckpointError` if `adapter` does not belong to `base` or cannot be saved. Reads no values of `base`."""
+    """Raises `CheckpointError` if `adapter` does not belong to `base` or cannot be saved; reads no values."""
     check_adapter(adapter, "Save other trees separately, with StateSave.", CheckpointError)
     if not adapter:
         raise CheckpointError("Expected an adapter to save, with at least one leaf; got an empty one.")
@@ -95,7 +95,7 @@ def loads(text: bytes, where: object, format_name: str = FORMAT) -> dict[str, An
     return manifest
 
 
-def abstract_adapter(manifest: Manifest, where: object) -> dict[str, Adapter]:
+def abstract(manifest: Manifest, where: object) -> dict[str, Adapter]:
     """Returns the adapter with a `ShapeDtypeStruct` in place of each array.
 
     Raises:
@@ -154,7 +154,7 @@ def _check_part(path: str, part: Adapter) -> None:
 
 def _describe_part(part: Adapter) -> dict[str, Any]:
     fields = {field.name: getattr(part.variant, field.name) for field in dataclasses.fields(part.variant) if field.init}
-    if not fields.get("clip_rank", True):  # version 1 of the format does not have this field
+    if not fields.get("clip_rank", True):  # only set in specs; version 1 of the format has no such field
         del fields["clip_rank"]
     arrays = {name: describe_array(array) for name, array in part.arrays.items()}
     scale = {"scale": part.variant.scale} if isinstance(part.variant, LowRank) else {}

@@ -2,11 +2,10 @@
 
     params, adapter = starts.pissa(params, adapter)
 
-Each function initializes all low-rank leaves of the adapter, for any axes, each layer and expert of a stack
-separately. Other leaves are returned unchanged. To initialize kernels in different ways, pass each function a part of
-the adapter: `{path: part for path, part in adapter.items() if …}`. The model computes the same function before and
-after, up to rounding. `pissa`, `olora` and `lora_ga` change the base, and the adapter belongs to the base that they
-return; `as_plain` converts it to an adapter on the original base.
+Each function initializes all low-rank leaves of the adapter, each layer and expert of a stack separately, and returns
+other leaves unchanged. To initialize kernels in different ways, pass each function a part of the adapter:
+`{path: part for path, part in adapter.items() if …}`. The model computes the same function as before, up to rounding.
+`pissa`, `olora` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base.
 """
 
 from ._activations import Activations as Activations

@@ -48,8 +48,7 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
 
     Raises:
       AdapterError: if the adapters do not fit the bases or each other; if `started_params` with `started_adapter` is
-        not `params`, which means that another base was initialized. Not checked under `jit`, where arrays have no
-        values.
+        not `params`, except under `jit`, where arrays have no values to compare.
     """
     leaves, changed = flatten(params)[0], flatten(started_params)[0]
     check(changed, started_adapter, tree="started_params")

@@ -71,9 +71,8 @@ class Leaf:
     def adapter(self, a: Array, b: Array) -> Adapter:
         """Replaces the factors by `(layers, in, rank)` and `(layers, rank, out)`; the rank may change."""
         part = self.part
-        factors = as_factors(a, b, part.axes, self.w.shape)
-        cast = {name: factor.astype(part.arrays[name].dtype) for name, factor in factors.items()}
-        return Adapter(self.variant.at_rank(a.shape[-1]), part.axes, **{**part.arrays, **cast})
+        new = {name: x.astype(part.arrays[name].dtype) for name, x in as_factors(a, b, part.axes, self.w.shape).items()}
+        return Adapter(self.variant.at_rank(a.shape[-1]), part.axes, **{**part.arrays, **new})
 
     def error(self, text: str) -> SpecError:
         """Returns an error about this leaf."""
@@ -95,8 +94,7 @@ def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: 
     leaves, treedef = flatten(params)
     adapted = low_rank_leaves(adapter, leaves)
     for leaf in adapted:
-        # The diagonal is initialized to zero, so the gradients of the factors would be zero, too.
-        if leaf.variant.diagonal(leaf.part.arrays) is not None:
+        if leaf.variant.diagonal(leaf.part.arrays) is not None:  # initialized to zero, so A·B would have no effect
             raise leaf.error(f"expected a variant whose update is s·A·B; {leaf.variant} has a diagonal in addition")
     with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in bfloat16 by default
         new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in adapted}
@@ -104,9 +102,7 @@ def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: 
         return Start(params, new)
     for leaf in adapted:
         if leaf.variant.some_tokens:
-            raise leaf.error(
-                f"expected a variant that adapts every token, because the base changes for all; got {leaf.variant}"
-            )
+            raise leaf.error(f"expected a variant that adapts all tokens, as the base changes; got {leaf.variant}")
     # Subtracts the factors after their cast, so that their rounding errors stay in the base.
     residual = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
     if bad := too_large(leaves, new, residual, taken=True):
