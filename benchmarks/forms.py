@@ -22,7 +22,7 @@ import models
 from decoder import Method
 from sizes import SMALL
 from step import metadata
-from timing import initial_args, jitted, timed
+from timing import copied_args, jitted, timed
 
 from lora_jax import testing
 from lora_jax._transform.contraction import costs
@@ -81,14 +81,14 @@ def measure(case: Any, module: Any, *, steps: int) -> dict[str, dict[str, float]
     figures: dict[str, dict[str, float]] = {}
     programs: dict[str, Any] = {}
     for name, method in made.items():
-        args = (*initial_args(method), case.tokens)
+        args = (*copied_args(method), case.tokens)
         figures[name] = {"flops": testing.flops(method.step, *args)}
         programs[name] = jitted(method).lower(*args).compile()
         figures[name]["temporary"] = programs[name].memory_analysis().temp_size_in_bytes
     with exhaustive():
         method = module.through_lora(case)
         figures["fewest FLOPs"] = {"flops": testing.flops(method.step, *method.initial_args(), case.tokens)}
-    args_of = {name: initial_args(method) for name, method in made.items()}
+    args_of = {name: copied_args(method) for name, method in made.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(steps + 1 if steps else 0):
         for name, program in programs.items():

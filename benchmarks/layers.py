@@ -17,7 +17,7 @@ import jax
 import models
 from sizes import SMALL
 from step import metadata
-from timing import initial_args, jitted, timed
+from timing import copied_args, jitted, timed
 
 SIZE = dataclasses.replace(SMALL, width=64, hidden=256, vocabulary=512, length=64)
 METHODS = {"LoRA by hand": models.by_hand, "lora()": models.through_lora}
@@ -28,7 +28,7 @@ def measure(layers: int, *, rounds: int) -> dict[str, dict[str, float]]:
     """Returns median seconds of each part, with all caches cleared before; the methods are interleaved."""
     one = models.case(dataclasses.replace(SIZE, layers=layers), scanned=False)
     methods = {name: make(one) for name, make in METHODS.items()}
-    args = {name: (*initial_args(method), one.tokens) for name, method in methods.items()}
+    args = {name: (*copied_args(method), one.tokens) for name, method in methods.items()}
     seconds: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in METHODS}
     for _ in range(rounds):
         for name, method in methods.items():

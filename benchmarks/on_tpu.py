@@ -27,7 +27,7 @@ import models
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from sizes import SMALL
-from timing import initial_args, jitted
+from timing import copied_args, jitted
 
 TOPOLOGY = "v5e:2x4"
 METHODS = ("LoRA by hand", "lora()", "lora(form='factored')", "W0 + s·A·B each step", "full fine-tuning")
@@ -62,7 +62,7 @@ def measure(case: Any, sharding: Any) -> dict[str, dict[str, float]]:
     makes = forms.methods(models)
     for name in METHODS:
         method = makes[name](case)
-        program = jitted(method).lower(*jax.tree.map(shape, (*initial_args(method), case.tokens))).compile()
+        program = jitted(method).lower(*jax.tree.map(shape, (*copied_args(method), case.tokens))).compile()
         cost = program.cost_analysis()
         figures[name] = {
             "FLOPs": cost["flops"],  # counts a loop body once

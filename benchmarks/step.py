@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from models import METHODS, Case, case
 from sizes import BASE, SMALL, Size
-from timing import initial_args, jitted, timed
+from timing import copied_args, jitted, timed
 
 from lora_jax import testing
 
@@ -78,7 +78,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 def measure(case: Case, *, rounds: int, steps: int) -> dict[str, Figures]:
     """Measures all methods on a case. They are interleaved, so that other load on the machine affects all of them."""
     methods = {name: make(case) for name, make in METHODS.items()}
-    args = {name: initial_args(method) for name, method in methods.items()}
+    args = {name: copied_args(method) for name, method in methods.items()}
     lower: dict[str, list[float]] = {name: [] for name in methods}
     lowered = {}
     for _ in range(rounds):

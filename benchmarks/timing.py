@@ -23,7 +23,7 @@ def jitted(method: Method) -> Any:
     return jax.jit(method.step, donate_argnums=(1, 2))
 
 
-def initial_args(method: Method) -> list[Any]:
+def copied_args(method: Method) -> list[Any]:
     """Returns copies of the arguments of the first step, because a step donates arrays that methods share."""
     frozen, trained, state = method.initial_args()
     return [frozen, *jax.tree_util.tree_map(jnp.copy, (trained, state))]

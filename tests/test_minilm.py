@@ -87,9 +87,8 @@ def test_loading_lists_every_missing_left_over_and_misshapen_tensor():
         minilm.rename_tensors(tensors, tiny_template())
     assert str(error.value).splitlines()[1:] == [
         "  missing: 'embeddings.LayerNorm.bias', for 'embeddings/norm/bias'",
-        "  left over: 'cls.bias' of shape (3,)",
-        "  shape: 'encoder.layer.0.intermediate.dense.weight' should be (12, 8) for 'layer_0/mlp/up/kernel'; "
-        "it is (8, 12)",
+        "  unexpected: 'cls.bias' of shape (3,)",
+        "  shape: 'encoder.layer.0.intermediate.dense.weight' is (8, 12); expected (12, 8) for 'layer_0/mlp/up/kernel'",
     ]
 
 

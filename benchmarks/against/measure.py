@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from decoder import Method
-from timing import initial_args, jitted, timed
+from timing import copied_args, jitted, timed
 
 from . import BY_HAND, FULL
 from .cases import Case
@@ -33,7 +33,7 @@ def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int)
         return results
 
     methods = for_each("build", builds, lambda name: builds[name](case))
-    args = for_each("copy", methods, lambda name: initial_args(methods[name]))
+    args = for_each("copy", methods, lambda name: copied_args(methods[name]))
     counts = for_each("count", args, lambda name: flops(methods[name].step, *args[name], case.inputs))
     compile_seconds: dict[str, list[float]] = {name: [] for name in counts}
     programs: dict[str, Any] = {name: None for name in counts}

@@ -28,8 +28,8 @@ from ._leaf import Leaf, low_rank_leaves
 class Activations:
     """Sums over the input activations of one kernel: rows x of width d, separately for each layer of a stack.
 
-    Add the sums of two batches elementwise: `jax.tree.map(jnp.add, one, other)`. The sums are in float32, so directions
-    whose variance is below about 1e-6 of the largest variance, or of the squared mean, are rounding errors.
+    Add the sums of two batches elementwise: `jax.tree.map(jnp.add, one, other)`. In float32, directions whose variance
+    is below about 1e-6 of the largest variance, or of the squared mean, are rounding errors.
 
     Attributes:
       gram: Σ xᵀx, `(layers, d, d)`.
@@ -42,7 +42,7 @@ class Activations:
     count: Array
 
     def covariance(self, *, centered: bool) -> Array:
-        """Returns Σ xᵀx / count, minus the product of the means if `centered`."""
+        """Returns Σ xᵀx / count, minus the outer product of the mean if `centered`."""
         count = jnp.maximum(self.count, 1)[:, None, None]
         mean = self.total[:, :, None] / count
         return self.gram / count - (mean * mean.mT if centered else 0)

@@ -34,8 +34,8 @@ def eva(
     result does not depend on the order or the size of the batches. The base is unchanged.
 
     With `rho` above 1, ranks are reallocated. The budget is the sum of the ranks, where one more rank of a stack costs
-    one for each layer. It goes to the directions, among those of all kernels, that explain the largest shares Λⱼ/ΣΛ of
-    the variance of their kernel; no kernel gets more than ρ times its rank. The scale of each adapter stays the same.
+    one for each layer. It is spent on the directions, among those of all kernels, with the largest shares Λⱼ/ΣΛ of the
+    variance of their kernel; no kernel gets more than ρ times its rank. The scale of each adapter stays the same.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
