@@ -1,6 +1,6 @@
-"""A convolutional net, and the ways to train it: through `lora()`, with LoRA by hand, merged in each step, whole.
+"""A convolutional net, trained with `lora()`, with LoRA by hand, with merged kernels, and by full fine-tuning.
 
-A convolution's kernel is small against its activations, so that a wide rank costs more by factors than formed.
+The kernel is small relative to the activations, so at a high rank factors need more FLOPs than a materialized kernel.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 import optax
 from decoder import Loss, Method
 from jax import Array, lax
-from models import as_collection, formed
+from models import as_collection, materialize
 from sizes import ALPHA
 
 import lora_jax as lj
 
-NUMBERS = ("NHWC", "HWIO", "NHWC")
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 
 class ByHand(nn.Module):
-    """`nn.Conv` of a 3 × 3 window, with LoRA written into it: the window with A, then B at each position."""
+    """`nn.Conv` with a 3 × 3 window and LoRA: a convolution with A, then a product with B at each position."""
 
     features: int
     strides: int = 1
@@ -35,13 +35,13 @@ class ByHand(nn.Module):
         kernel, bias = (self.get_variable("params", name) for name in ("kernel", "bias"))
         a, b = (self.get_variable("adapter", name) for name in ("a", "b"))
         convolve = functools.partial(
-            lax.conv_general_dilated, window_strides=(self.strides,) * 2, padding="SAME", dimension_numbers=NUMBERS
+            lax.conv_general_dilated, window_strides=(self.strides,) * 2, padding="SAME", dimension_numbers=DIMENSIONS
         )
         return convolve(x, kernel) + (convolve(x, a) * (ALPHA / self.rank)) @ b + bias
 
 
 class ConvNet(nn.Module):
-    """Six convolutions, of which two halve the image, and a head."""
+    """Six convolutions, two of them with stride 2, and a head."""
 
     width: int = 64
     conv: Callable[..., nn.Module] = functools.partial(nn.Conv, kernel_size=(3, 3))
@@ -56,17 +56,17 @@ class ConvNet(nn.Module):
 
 
 class Case(NamedTuple):
-    """The net with its weights, an adapter of all its convolutions but the first, and images."""
+    """The net with its weights, an adapter for all convolutions except the first, and images."""
 
     model: ConvNet
     params: Any
     adapter: dict[str, lj.Adapter]
-    tokens: Array  # as the decoder's case calls its batch
+    tokens: Array  # named as in the decoder's case
     rank: int
 
 
 def case(*, rank: int = 64, images: int = 16, size: int = 32) -> Case:
-    """Makes the net; `b` is not zero, so that the adapter acts."""
+    """Returns the net with a nonzero adapter."""
     model, batch = ConvNet(), jax.random.normal(jax.random.key(0), (images, size, size, 3))
     params = jax.jit(model.init)(jax.random.key(1), batch)["params"]
     spec = {"conv_{1,2,3,4,5}/kernel": lj.LoRA(rank=rank, alpha=ALPHA, axes="iiio")}
@@ -76,22 +76,22 @@ def case(*, rank: int = 64, images: int = 16, size: int = 32) -> Case:
 
 
 def loss_of(logits: Array) -> Array:
-    """The images have no labels; any target will do to count and to time."""
+    """Returns a loss with arbitrary labels, which do not affect FLOPs or time."""
     labels = jnp.arange(logits.shape[0]) % 10
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def through_lora(case: Case, *, form: Any = None) -> Method:
-    """The net as it stands, through `lora()`."""
+    """The unmodified net, with `lora()`."""
     adapted = lj.lora(_plain(case.model), form=form)
     return Method(lambda adapter, params, x: loss_of(adapted(params, adapter, x)), case.adapter, case.params)
 
 
 def by_hand(case: Case) -> Method:
-    """The net with LoRA written into its layers."""
+    """The net with LoRA in its layers."""
     first = functools.partial(nn.Conv, kernel_size=(3, 3))
     adapted = functools.partial(ByHand, rank=case.rank)
-    model = case.model.clone(conv=lambda **its: (first if its["name"] == "conv_0" else adapted)(**its))
+    model = case.model.clone(conv=lambda **options: (first if options["name"] == "conv_0" else adapted)(**options))
 
     def loss(adapter: Any, params: Any, x: Array) -> Array:
         return loss_of(model.apply({"params": params, "adapter": adapter}, x))
@@ -100,12 +100,12 @@ def by_hand(case: Case) -> Method:
 
 
 def merged(case: Case) -> Method:
-    """The net as it stands, of kernels that are formed in each step."""
+    """The unmodified net, with kernels that are materialized in each step."""
     apply = _plain(case.model)
-    return Method(lambda ad, params, x: loss_of(apply(formed(params, ad), x)), case.adapter, case.params)
+    return Method(lambda ad, params, x: loss_of(apply(materialize(params, ad), x)), case.adapter, case.params)
 
 
-def whole(case: Case) -> Method:
+def full_fine_tuning(case: Case) -> Method:
     """Full fine-tuning."""
     apply = _plain(case.model)
     loss: Loss = lambda params, frozen, x: loss_of(apply(params, x))  # noqa: E731

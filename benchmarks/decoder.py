@@ -1,6 +1,6 @@
-"""One decoder, with a free choice of the layers that LoRA adapts, and the step that trains it.
+"""A decoder whose adapted layers can be replaced, and the training step.
 
-Knows no library for LoRA, so that it runs on every version of JAX that one of them needs.
+It imports no LoRA library, so that it runs on the JAX version that each of them needs.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from sizes import ALPHA, Size
 
 
 class ByHand(nn.Module):
-    """`nn.DenseGeneral` with LoRA written into it; A and B are variables of a collection of their own.
+    """`nn.DenseGeneral` with LoRA; A and B are variables of a separate collection.
 
-    x·W + ((x·A)·s)·B + bias, or, as where a finished layer is wrapped, x·W + bias + ((x·A)·s)·B: the compiler may
-    fuse the two in different ways.
+    x·W + ((x·A)·s)·B + bias, or, as when a finished layer is wrapped, x·W + bias + ((x·A)·s)·B. The compiler may fuse
+    them differently.
     """
 
     features: int | tuple[int, ...]
@@ -34,18 +34,18 @@ class ByHand(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        summed = 1 if isinstance(self.axis, int) else len(self.axis)
+        contracted = 1 if isinstance(self.axis, int) else len(self.axis)
         kernel, bias = (self.get_variable("params", name).astype(self.dtype) for name in ("kernel", "bias"))
         a, b = (self.get_variable("adapter", name).astype(self.dtype) for name in ("a", "b"))
         x = x.astype(self.dtype)
-        y = _times(x, kernel, summed)
-        low_rank = _times(_times(x, a, summed) * (ALPHA / self.rank), b, 1)
+        y = _contract(x, kernel, contracted)
+        low_rank = _contract(_contract(x, a, contracted) * (ALPHA / self.rank), b, 1)
         return y + bias + low_rank if self.bias_first else y + low_rank + bias
 
 
-def _times(x: Array, w: Array, summed: int) -> Array:
-    """Multiplies the last axes of x with the first of w."""
-    return lax.dot_general(x, w, ((range(x.ndim - summed, x.ndim), range(summed)), ((), ())))
+def _contract(x: Array, w: Array, axes: int) -> Array:
+    """Contracts the last axes of x with the first axes of w."""
+    return lax.dot_general(x, w, ((range(x.ndim - axes, x.ndim), range(axes)), ((), ())))
 
 
 class Attention(nn.Module):
@@ -65,7 +65,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a norm of its own; a carry of `scan`, too."""
+    """Attention and an MLP, each after a norm; also the body of a scan."""
 
     size: Size
     dense: Callable[..., nn.Module]
@@ -79,13 +79,13 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder as of GPT-2: its layers written out one by one, or one layer scanned and rematerialized.
+    """A GPT-2-like decoder with unrolled layers, or with scanned and rematerialized ones.
 
     Attributes:
-      size: its sizes.
-      scanned: whether it is scanned.
+      size: the sizes of the model and the batch.
+      scanned: whether the layers are scanned.
       tied: whether the head is the embedding.
-      dtype: of the parameters and of the computation.
+      dtype: the dtype of the parameters and of the computation.
       dense: the class of the layers that LoRA adapts.
     """
 
@@ -105,7 +105,7 @@ class Decoder(nn.Module):
         )
         dense, norm = functools.partial(self.dense, **dtypes), functools.partial(nn.LayerNorm, **dtypes)
         if self.scanned:
-            # Inside a scan nothing can be merged with the second evaluation, so it need not be prevented.
+            # In a scan, common subexpressions of forward and backward pass cannot be merged anyway.
             axes = {"params": 0, "adapter": 0}
             blocks = nn.scan(nn.remat(Block, prevent_cse=False), axes, split_rngs={"params": True}, length=size.layers)
             x, _ = blocks(size, dense, norm, name="blocks")(x, None)
@@ -119,14 +119,14 @@ class Decoder(nn.Module):
 
 
 def on_matrices(layer: Callable[..., nn.Module]) -> Callable[..., Callable[[Array], Array]]:
-    """Makes layers whose kernel is a matrix, as in GPT-2: axes of what they read, and of what they give, are joined."""
+    """Returns layers whose kernel is a matrix, as in GPT-2: input axes are flattened to one, and so are output axes."""
 
     def make(features: int | tuple[int, ...], axis: int | tuple[int, ...] = -1, **options: Any) -> Any:
-        summed = 1 if isinstance(axis, int) else len(axis)
+        contracted = 1 if isinstance(axis, int) else len(axis)
         out = (features,) if isinstance(features, int) else features
 
         def call(x: Array) -> Array:
-            y = layer(math.prod(out), **options)(x.reshape(*x.shape[: x.ndim - summed], -1))
+            y = layer(math.prod(out), **options)(x.reshape(*x.shape[: x.ndim - contracted], -1))
             return y.reshape(*y.shape[:-1], *out)
 
         return call
@@ -134,18 +134,18 @@ def on_matrices(layer: Callable[..., nn.Module]) -> Callable[..., Callable[[Arra
     return make
 
 
-Loss = Callable[[Any, Any, Array], Array]  # (what is trained, what is frozen, tokens)
+Loss = Callable[[Any, Any, Array], Array]  # (trained, frozen, tokens)
 
 
 class Method(NamedTuple):
-    """A way to train: a loss, what it is differentiated in, and what stays as it is."""
+    """A training method: a loss, the trained arrays, and the frozen arrays."""
 
     loss: Loss
     trained: Any
     frozen: Any
 
-    def start(self) -> tuple[Any, Any, optax.OptState]:
-        """The first arguments of `step`."""
+    def initial_args(self) -> tuple[Any, Any, optax.OptState]:
+        """Returns the arguments of the first `step`."""
         return self.frozen, self.trained, optimizer().init(self.trained)
 
     def step(
@@ -158,15 +158,15 @@ class Method(NamedTuple):
 
 
 def optimizer() -> optax.GradientTransformation:
-    """The optimizer of all the methods."""
+    """Returns the optimizer of all methods."""
     return optax.adamw(1e-3)
 
 
 def plain(model: nn.Module) -> Callable[[Any, Array], Array]:
-    """`apply(params, tokens)` of a model."""
+    """Returns `apply(params, tokens)` of a model."""
     return lambda params, tokens: model.apply({"params": params}, tokens)
 
 
 def cross_entropy(logits: Array, tokens: Array) -> Array:
-    """The loss of predicting each next token."""
+    """Returns the mean loss of predicting each next token."""
     return optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1].astype(jnp.float32), tokens[:, 1:]).mean()

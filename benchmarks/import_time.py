@@ -1,4 +1,4 @@
-"""What `import lora_jax` costs over `import jax, flax`; fails if it is more than the limit.
+"""The time of `import lora_jax` in addition to `import jax, flax`; fails above a limit.
 
 Usage:
     python benchmarks/import_time.py
@@ -15,11 +15,11 @@ from typing import NamedTuple
 BASE = "import jax, flax"
 IMPORT = "import lora_jax"
 LIMIT = 100  # milliseconds
-MARK = "lora_jax starts here"
+MARK = "import of lora_jax"
 
 
 class Import(NamedTuple):
-    """A line of `python -X importtime`: milliseconds in a module itself, and with what it loads."""
+    """A line of `python -X importtime`: milliseconds in a module, without and with its imports."""
 
     module: str
     own: float
@@ -27,12 +27,12 @@ class Import(NamedTuple):
 
 
 def fresh(code: str, *options: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a new interpreter."""
+    """Runs code in a new process."""
     return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=True)
 
 
 def milliseconds(*statements: str) -> list[float]:
-    """The time of each statement, one after the other in one new process."""
+    """Returns the time of each statement, run in order in one new process."""
     lines = ["import time", "clock = time.perf_counter"]
     for statement in statements:
         lines += ["start = clock()", statement, "print(1e3 * (clock() - start))"]
@@ -40,7 +40,7 @@ def milliseconds(*statements: str) -> list[float]:
 
 
 def imports() -> list[Import]:
-    """What `import lora_jax` loads that `import jax, flax` has not, the slowest first; the best of three processes."""
+    """Returns the modules that `import lora_jax` adds, slowest first; the best times of three processes."""
     code = f"{BASE}\nimport sys\nprint({MARK!r}, file=sys.stderr)\n{IMPORT}"
     best: dict[str, Import] = {}
     for _ in range(3):
@@ -54,21 +54,21 @@ def imports() -> list[Import]:
 
 
 def main() -> int:
-    """Measures, prints; returns 1 if the limit is passed."""
+    """Measures and prints; returns 1 if the limit is exceeded."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=9, help="new processes for each of the two measurements")
+    parser.add_argument("--processes", type=int, default=9, help="processes for each measurement")
     given = parser.parse_args()
-    milliseconds(BASE, IMPORT)  # writes the bytecode of what was never imported
-    after, alone, without = [], [], []
+    milliseconds(BASE, IMPORT)  # writes the bytecode of modules that were never imported
+    after, together, without = [], [], []
     for _ in range(given.processes):
         after.append(milliseconds(BASE, IMPORT)[1])
-        alone.append(milliseconds(f"{BASE}; {IMPORT}")[0])
+        together.append(milliseconds(f"{BASE}; {IMPORT}")[0])
         without.append(milliseconds(BASE)[0])
     cost = statistics.median(after)
     print(f"{BASE:42} {statistics.median(without):7.1f} ms")
-    print(f"{BASE + ', lora_jax':42} {statistics.median(alone):7.1f} ms")
-    print(f"{IMPORT + ', after the others':42} {cost:7.1f} ms   of at most {LIMIT} ms")
-    print(f"\nMedians of {given.processes} processes. The slowest of what it loads, in ms (with what they load):")
+    print(f"{BASE + ', lora_jax':42} {statistics.median(together):7.1f} ms")
+    print(f"{IMPORT + ', after the others':42} {cost:7.1f} ms   (limit: {LIMIT} ms)")
+    print(f"\nMedians of {given.processes} processes. The slowest modules, in ms (with their imports):")
     for row in imports()[:8]:
         print(f"  {row.module:40} {row.own:6.1f} ({row.total:.1f})")
     return int(cost > LIMIT)

@@ -1,7 +1,7 @@
-"""A decoder as Llama 3's, a plain function of a tree of shapes: scanned, rematerialized, sharded; nothing has values.
+"""A Llama-3-like decoder as a function of a tree of shapes: scanned, rematerialized and sharded, without any LoRA.
 
-Grouped-query attention with rotary positions, SwiGLU, RMSNorm; a loss in pieces, as the logits of a long vocabulary are
-larger than all else. Written as one would write it without knowing of LoRA.
+Grouped-query attention with rotary positions, SwiGLU, RMSNorm. The loss is computed in chunks of the sequence, because
+the logits of a large vocabulary are larger than all other arrays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-PIECES = 4  # of a sequence, in the loss
+CHUNKS = 4  # of a sequence, in the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Llama:
         return self.width // self.heads
 
     def shapes(self, mesh: Mesh, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-        """The parameters, cut over `data` along the model's width (FSDP) and over `model` along the other axis."""
+        """Returns the parameters, sharded over `data` along the width (FSDP) and over `model` along another axis."""
 
         def leaf(*axes: tuple[int, str | None]) -> jax.ShapeDtypeStruct:
             sizes, names = zip(*axes, strict=True)
@@ -64,37 +64,38 @@ class Llama:
 
 
 def tokens(mesh: Mesh, batch: int, length: int) -> jax.ShapeDtypeStruct:
-    """A batch, cut over `data`."""
+    """Returns the shape of a batch, sharded over `data`."""
     return jax.ShapeDtypeStruct((batch, length), jnp.int32, sharding=NamedSharding(mesh, P("data")))
 
 
 def loss(params: Any, tokens: Array) -> Array:
-    """The mean cross-entropy of each next token."""
-    x = _at(params["embedding"][tokens], "data")
+    """Returns the mean loss of predicting each next token."""
+    x = _shard(params["embedding"][tokens], "data")
     x, _ = lax.scan(jax.checkpoint(_block, prevent_cse=False), x, params["blocks"])
     x = _norm(x, params["norm"])
-    head = _at(params["head"], None, "model")  # gathered once, not once for each piece
+    head = _shard(params["head"], None, "model")  # gathered once, not once per chunk
 
-    def piece(_: None, its: tuple[Array, Array]) -> tuple[None, Array]:
-        x, targets = its
-        logits = _at((x @ head).astype(jnp.float32), "data", None, "model")
-        # A sum over the vocabulary stays on the devices that have its parts; a lookup would gather the logits.
+    def chunk_loss(_: None, chunk: tuple[Array, Array]) -> tuple[None, Array]:
+        x, targets = chunk
+        logits = _shard((x @ head).astype(jnp.float32), "data", None, "model")
+        # A sum over the vocabulary keeps the logits sharded; a lookup would gather them.
         picked = jnp.sum(jnp.where(jnp.arange(logits.shape[-1]) == targets[..., None], logits, 0), axis=-1)
         return None, jax.nn.logsumexp(logits, axis=-1) - picked
 
-    pieces = functools.partial(_pieces, count=PIECES)
-    _, losses = lax.scan(jax.checkpoint(piece, prevent_cse=False), None, (pieces(x), pieces(jnp.roll(tokens, -1, 1))))
+    split = functools.partial(_split, chunks=CHUNKS)
+    chunks = (split(x), split(jnp.roll(tokens, -1, 1)))
+    _, losses = lax.scan(jax.checkpoint(chunk_loss, prevent_cse=False), None, chunks)
     return losses.mean()
 
 
-def _block(x: Array, its: Any) -> tuple[Array, None]:
-    h = _norm(x, its["norm_1"])
-    query, key, value = (jnp.einsum("btd,dhk->bthk", h, its[name]) for name in ("query", "key", "value"))
-    h = jax.nn.dot_product_attention(_rotated(query), _rotated(key), value, is_causal=True)
-    x = x + _at(jnp.einsum("bthk,hkd->btd", h, its["out"]), "data")
-    h = _norm(x, its["norm_2"])
-    h = jax.nn.silu(h @ its["gate"]) * (h @ its["up"])
-    return x + _at(h @ its["down"], "data"), None
+def _block(x: Array, layer: Any) -> tuple[Array, None]:
+    h = _norm(x, layer["norm_1"])
+    query, key, value = (jnp.einsum("btd,dhk->bthk", h, layer[name]) for name in ("query", "key", "value"))
+    h = jax.nn.dot_product_attention(_rotate(query), _rotate(key), value, is_causal=True)
+    x = x + _shard(jnp.einsum("bthk,hkd->btd", h, layer["out"]), "data")
+    h = _norm(x, layer["norm_2"])
+    h = jax.nn.silu(h @ layer["gate"]) * (h @ layer["up"])
+    return x + _shard(h @ layer["down"], "data"), None
 
 
 def _norm(x: Array, scale: Array) -> Array:
@@ -102,8 +103,8 @@ def _norm(x: Array, scale: Array) -> Array:
     return (y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + 1e-5)).astype(x.dtype) * scale
 
 
-def _rotated(x: Array, base: float = 500_000.0) -> Array:
-    """Turns pairs of features by an angle that grows with the position."""
+def _rotate(x: Array, base: float = 500_000.0) -> Array:
+    """Applies rotary position embeddings."""
     half = x.shape[-1] // 2
     angle = jnp.arange(x.shape[1])[:, None, None] * base ** (-jnp.arange(half) / half)
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
@@ -111,11 +112,11 @@ def _rotated(x: Array, base: float = 500_000.0) -> Array:
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
 
 
-def _at(x: Array, *axes: str | None) -> Array:
+def _shard(x: Array, *axes: str | None) -> Array:
     return lax.with_sharding_constraint(x, P(*axes))
 
 
-def _pieces(x: Array, count: int) -> Array:
-    """Cuts the sequences into pieces, the first axis of the result."""
+def _split(x: Array, chunks: int) -> Array:
+    """Splits sequences into chunks, along the first axis of the result."""
     batch, length, *rest = x.shape
-    return jnp.moveaxis(x.reshape(batch, count, length // count, *rest), 1, 0)
+    return jnp.moveaxis(x.reshape(batch, chunks, length // chunks, *rest), 1, 0)

@@ -1,6 +1,6 @@
-"""One decoder, and four ways to train it: through `lora()`, with LoRA by hand in the model, merged in each step, whole.
+"""A decoder, trained with `lora()`, with LoRA by hand, with merged kernels, and by full fine-tuning.
 
-The weights and the values of the adapter are the same in all of them.
+All methods use the same weights and the same values of the adapter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import lora_jax as lj
 
 
 class Case(NamedTuple):
-    """A model with its weights, an adapter for it, and tokens."""
+    """A model with its weights, an adapter, and tokens."""
 
     model: Decoder
     params: Any
@@ -29,7 +29,7 @@ class Case(NamedTuple):
 
 
 def case(size: Size, *, scanned: bool, tied: bool = True, dtype: Any = jnp.float32) -> Case:
-    """Makes a model, and an adapter in float32 for all the kernels of its layers; `b` is not zero, so that it acts."""
+    """Returns a model, and a nonzero float32 adapter for all kernels of its layers."""
     model = Decoder(size, scanned=scanned, tied=tied, dtype=dtype)
     for_params, for_tokens, for_adapter, for_b = jax.random.split(jax.random.key(0), 4)
     tokens = jax.random.randint(for_tokens, (size.batch, size.length), 0, size.vocabulary)
@@ -46,7 +46,7 @@ def case(size: Size, *, scanned: bool, tied: bool = True, dtype: Any = jnp.float
 
 
 def through_lora(case: Case, *, form: Any = None) -> Method:
-    """The model as it stands, through `lora()`."""
+    """The unmodified model, with `lora()`."""
     adapted = lj.lora(plain(case.model), form=form)
 
     def loss(adapter: Any, params: Any, tokens: Array) -> Array:
@@ -56,7 +56,7 @@ def through_lora(case: Case, *, form: Any = None) -> Method:
 
 
 def by_hand(case: Case, *, bias_first: bool = False) -> Method:
-    """The model with LoRA written into its layers."""
+    """The model with LoRA in its layers."""
     model = case.model.clone(dense=functools.partial(ByHand, rank=case.model.size.rank, bias_first=bias_first))
 
     def loss(adapter: Any, params: Any, tokens: Array) -> Array:
@@ -66,43 +66,43 @@ def by_hand(case: Case, *, bias_first: bool = False) -> Method:
 
 
 def merged(case: Case) -> Method:
-    """The model as it stands, of kernels `W0 + s·A·B` that are formed in each step."""
+    """The unmodified model, with kernels `W0 + s·A·B` that are materialized in each step."""
     apply = plain(case.model)
 
     def loss(adapter: Any, params: Any, tokens: Array) -> Array:
-        return cross_entropy(apply(formed(params, adapter), tokens), tokens)
+        return cross_entropy(apply(materialize(params, adapter), tokens), tokens)
 
     return Method(loss, case.adapter, case.params)
 
 
-def whole(case: Case) -> Method:
-    """Full fine-tuning: no adapter, every parameter trained."""
+def full_fine_tuning(case: Case) -> Method:
+    """Full fine-tuning: trains every parameter, without an adapter."""
     apply = plain(case.model)
 
     def loss(params: Any, frozen: None, tokens: Array) -> Array:
-        del frozen  # nothing is
+        del frozen  # nothing is frozen
         return cross_entropy(apply(params, tokens), tokens)
 
     return Method(loss, case.params, None)
 
 
-def formed(params: Any, adapter: Mapping[str, lj.Adapter]) -> Any:
-    """The parameters with `W0 + s·A·B` in place of each adapted kernel, as one would write it."""
+def materialize(params: Any, adapter: Mapping[str, lj.Adapter]) -> Any:
+    """Returns the parameters with `W0 + s·A·B` in place of each adapted kernel."""
     kernels = flatten_dict(params, sep="/")
-    its = {path: kernels[path] + _delta(part).astype(kernels[path].dtype) for path, part in adapter.items()}
-    return unflatten_dict(kernels | its, sep="/")
+    merged = {path: kernels[path] + _delta(part).astype(kernels[path].dtype) for path, part in adapter.items()}
+    return unflatten_dict(kernels | merged, sep="/")
 
 
 def _delta(part: lj.Adapter) -> Array:
     letters = "wxyzuv"[: len(part.axes)]
-    batch, summed, out = (
-        "".join(x for x, role in zip(letters, part.axes, strict=True) if role == its) for its in "bio"
+    batch, contracted, out = (
+        "".join(letter for letter, axis in zip(letters, part.axes, strict=True) if axis == role) for role in "bio"
     )
-    return jnp.einsum(f"{batch}{summed}r,{batch}r{out}->{letters}", part.a * part.variant.scale, part.b)
+    return jnp.einsum(f"{batch}{contracted}r,{batch}r{out}->{letters}", part.a * part.variant.scale, part.b)
 
 
 def as_collection(adapter: Mapping[str, lj.Adapter]) -> Any:
-    """The arrays of an adapter as the collection of variables that the layers by hand read."""
+    """Returns the arrays of an adapter as the collection of variables of `ByHand`."""
     flat = {
         f"{path.removesuffix('kernel')}{name}": x for path, part in adapter.items() for name, x in part.arrays.items()
     }
@@ -114,5 +114,5 @@ METHODS: dict[str, Callable[[Case], Method]] = {
     "by hand, bias first": functools.partial(by_hand, bias_first=True),
     "lora()": through_lora,
     "W0 + s·A·B each step": merged,
-    "full fine-tuning": whole,
+    "full fine-tuning": full_fine_tuning,
 }

@@ -124,7 +124,7 @@ def jax_step(method: str, size: Size, *, scanned: bool, dtype: str, steps: int) 
     import jax
     import jax.numpy as jnp
     import models
-    from timing import jitted, start_of, timed
+    from timing import jitted, copied_args, timed
 
     case = models.case(size, scanned=scanned, dtype=jnp.dtype(dtype))
     if method == "qwix":
@@ -132,9 +132,9 @@ def jax_step(method: str, size: Size, *, scanned: bool, dtype: str, steps: int) 
 
         trained = build(_as_peers_see_it(case))
     else:
-        makes = {"by hand": models.by_hand, "lora": models.through_lora, "full": models.whole}
+        makes = {"by hand": models.by_hand, "lora": models.through_lora, "full": models.full_fine_tuning}
         trained = makes[method](case)
-    arguments = start_of(trained)
+    arguments = copied_args(trained)
     begin = time.perf_counter()
     program = jitted(trained).lower(*arguments, case.tokens).compile()
     compiled = time.perf_counter() - begin

@@ -1,18 +1,18 @@
-"""What the compiler of a TPU makes of a training step in each form, against LoRA by hand; no TPU is needed.
+"""A training step compiled for a TPU in each form of evaluation, relative to LoRA by hand; no TPU is needed.
 
-The compiler comes as a package, and needs an environment of its own: with it, JAX looks for a TPU at every start.
+Use a separate environment: with the package `libtpu`, JAX looks for a TPU whenever it is initialized.
 
 Usage:
     pip install -e ".[test]" libtpu
     python benchmarks/on_tpu.py
-    python benchmarks/on_tpu.py --batch 32 --length 512 --only "rank 8"     # minutes for each case
+    python benchmarks/on_tpu.py --batch 32 --length 512 --only "rank 8"     # some minutes per case
 """
 
 from __future__ import annotations
 
 import os
 
-# Nothing is run: there is no machine to ask what kind of TPU it has, and arrays stay on the CPU.
+# No TPU is present: the compiler must not query its type, and arrays stay on the CPU.
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 
@@ -27,15 +27,15 @@ import models
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from sizes import SMALL
-from timing import jitted, start_of
+from timing import copied_args, jitted
 
 TOPOLOGY = "v5e:2x4"
 METHODS = ("LoRA by hand", "lora()", "lora(form='factored')", "W0 + s·A·B each step", "full fine-tuning")
-UNITS = {"operations": (1e9, "G"), "temporary": (1e6, "MB"), "accessed": (1e6, "MB")}
+UNITS = {"FLOPs": (1e9, "G"), "temporary": (1e6, "MB"), "accessed": (1e6, "MB")}
 
 
 def cases(batch: int, length: int) -> dict[str, Any]:
-    """Decoders; the adapter is in float32 whatever the weights are in."""
+    """Returns decoders with float32 adapters."""
 
     def decoder(width: int, rank: int, *, scanned: bool = False, dtype: Any = jnp.float32) -> Any:
         size = dataclasses.replace(SMALL, batch=batch, length=length, width=width, hidden=4 * width, rank=rank)
@@ -53,7 +53,7 @@ def cases(batch: int, length: int) -> dict[str, Any]:
 
 
 def measure(case: Any, sharding: Any) -> dict[str, dict[str, float]]:
-    """The compiler's figures of all the ways to train a case."""
+    """Returns the compiler's figures for all methods of a case."""
 
     def shape(x: Any) -> Any:
         return jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x), sharding=sharding)
@@ -62,27 +62,27 @@ def measure(case: Any, sharding: Any) -> dict[str, dict[str, float]]:
     makes = forms.methods(models)
     for name in METHODS:
         method = makes[name](case)
-        program = jitted(method).lower(*jax.tree.map(shape, (*start_of(method), case.tokens))).compile()
+        program = jitted(method).lower(*jax.tree.map(shape, (*copied_args(method), case.tokens))).compile()
         cost = program.cost_analysis()
         figures[name] = {
-            "operations": cost["flops"],  # the body of a loop once
+            "FLOPs": cost["flops"],  # counts a loop body once
             "temporary": program.memory_analysis().temp_size_in_bytes,
             "accessed": cost["bytes accessed"],
         }
     return figures
 
 
-def row(its: dict[str, float], reference: dict[str, float]) -> str:
-    """The figures of the reference, or the ratios to them."""
-    if its is reference:
-        return "".join(f"{its[name] / size:>11.2f} {unit:2}" for name, (size, unit) in UNITS.items())
-    return "".join(f"{'× ' + format(its[name] / reference[name], '.3f'):>14}" for name in UNITS)
+def row(figures: dict[str, float], reference: dict[str, float]) -> str:
+    """Returns absolute figures for the reference, and ratios for the others."""
+    if figures is reference:
+        return "".join(f"{figures[name] / size:>11.2f} {unit:2}" for name, (size, unit) in UNITS.items())
+    return "".join(f"{'× ' + format(figures[name] / reference[name], '.3f'):>14}" for name in UNITS)
 
 
 def main() -> None:
     """Compiles and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--batch", type=int, default=SMALL.batch)
     parser.add_argument("--length", type=int, default=SMALL.length)
     given = parser.parse_args()
@@ -91,8 +91,8 @@ def main() -> None:
         if given.only in title:
             figures = measure(make(), sharding)
             print(f"\n{title:50}" + "".join(f"{name:>14}" for name in UNITS))
-            for name, its in figures.items():
-                print(f"{name:50}{row(its, figures['LoRA by hand'])}", flush=True)
+            for name, found in figures.items():
+                print(f"{name:50}{row(found, figures['LoRA by hand'])}", flush=True)
 
 
 if __name__ == "__main__":

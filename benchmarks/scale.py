@@ -1,11 +1,11 @@
-"""What training Llama-3-like models of 8 and 70 billion parameters takes of each of 8 to 256 devices, from `plan`.
+"""Memory, FLOPs and communication of training Llama-3-like models of 8B and 70B parameters, from `plan`.
 
-Nothing is allocated and nothing is run: the devices are simulated, or those of a TPU topology that is not there.
+Nothing is allocated or run: the 8 to 256 devices are simulated, or belong to a TPU topology that is not attached.
 
 Usage:
-    python benchmarks/scale.py --write-docs                        # all the tables of docs/scale.md; some minutes
+    python benchmarks/scale.py --write-docs                        # all tables of docs/scale.md; some minutes
     python benchmarks/scale.py --only 8B --devices 8               # one row
-    python benchmarks/scale.py --topology v5p --json tpu.json      # by the TPU's compiler; needs `pip install libtpu`
+    python benchmarks/scale.py --topology v5p --json tpu.json      # with the TPU compiler; needs `pip install libtpu`
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ RANK, LENGTH = 16, 2048
 
 
 def mesh_of(devices: int, topology: str | None) -> Mesh:
-    """Simulated devices of the CPU; or those of a TPU topology, such as v5p's."""
+    """Returns a mesh of simulated CPU devices, or of a TPU topology such as v5p."""
     if topology is None:
         found = jax.devices()[:devices]
     else:
@@ -64,8 +64,8 @@ def measure(
     length: int = LENGTH,
     loss: Callable[..., Any] = llama.loss,
 ) -> dict[str, Any]:
-    """Plans one step: `sequences` for each row of the mesh, LoRA on all kernels of the blocks, AdamW."""
-    before = alive()
+    """Plans one step: `sequences` per row of the mesh, LoRA on all kernels of the blocks, AdamW."""
+    before = live_bytes()
     found = lj.plan(
         loss,
         model.shapes(mesh),
@@ -74,8 +74,8 @@ def measure(
         mesh,
         llama.tokens(mesh, sequences * mesh.shape["data"], length),
     )
-    made = alive() - before
-    assert made < 1_000_000, f"{made} bytes are allocated"
+    allocated = live_bytes() - before
+    assert allocated < 1_000_000, f"{allocated} bytes are allocated"
     check(model, mesh, found.lora)
     return {
         "devices": mesh.size,
@@ -91,32 +91,32 @@ def measure(
 
 
 def figures(step: Any) -> dict[str, Any]:
-    """The fields of a step that are numbers."""
-    kept = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
-    del kept["compiled"], kept["collectives"]
-    return kept | {"wire": step.wire and dict(step.wire), "largest_gather": step.largest_gather}
+    """Returns the fields of a step that JSON can hold."""
+    fields = {field.name: getattr(step, field.name) for field in dataclasses.fields(step)}
+    del fields["compiled"], fields["collectives"]
+    return fields | {"wire": step.wire and dict(step.wire), "largest_gather": step.largest_gather}
 
 
-def alive() -> int:
-    """The bytes of all arrays on devices."""
+def live_bytes() -> int:
+    """Returns the bytes of all arrays on devices."""
     return sum(array.nbytes for array in jax.live_arrays())
 
 
 def check(model: Llama, mesh: Mesh, step: Any) -> None:
-    """No gather of all the layers at once; no copy of the base in float32 beside a loop."""
+    """Asserts that the step does not gather all layers at once, nor carry a float32 copy of the base in a loop."""
     text = step.compiled.as_text()
     gathers = re.findall(r"= \(?\w+\[([\d,]+)\]\S* all-gather", text)
-    whole = stacked(model, mesh, cut=[(), ("data",), ("model",)])
-    stacks = [sizes for sizes in map(numbers, gathers) if sizes in whole]
+    replicated = stack_sizes(model, mesh, sharded=[(), ("data",), ("model",)])
+    stacks = [sizes for sizes in map(parse_sizes, gathers) if sizes in replicated]
     assert not stacks, f"all layers are gathered at once: {stacks}"
     carried = re.findall(r"f32\[([\d,]+)\]", " ".join(re.findall(r"= (\(.*?\)) while\(", text)))
-    shards = stacked(model, mesh, cut=[("data", "model")])
-    copies = [sizes for sizes in map(numbers, carried) if sizes in shards]
+    shards = stack_sizes(model, mesh, sharded=[("data", "model")])
+    copies = [sizes for sizes in map(parse_sizes, carried) if sizes in shards]
     assert not copies, f"the base is copied in float32: {copies}"
 
 
-def stacked(model: Llama, mesh: Mesh, *, cut: Sequence[tuple[str, ...]]) -> list[list[int]]:
-    """The sizes of the stacks of kernels where they are cut along these axes of the mesh and no others."""
+def stack_sizes(model: Llama, mesh: Mesh, *, sharded: Sequence[tuple[str, ...]]) -> list[list[int]]:
+    """Returns the sorted sizes of the stacks of kernels, sharded along only these axes of the mesh."""
     stacks = [leaf for leaf in model.shapes(mesh)["blocks"].values() if leaf.ndim > 2]
     return [
         sorted(
@@ -124,24 +124,24 @@ def stacked(model: Llama, mesh: Mesh, *, cut: Sequence[tuple[str, ...]]) -> list
             for size, name in zip(leaf.shape, leaf.sharding.spec, strict=True)
         )
         for leaf in stacks
-        for names in cut
+        for names in sharded
     ]
 
 
-def numbers(text: str) -> list[int]:
+def parse_sizes(text: str) -> list[int]:
     return sorted(map(int, text.split(",")))
 
 
 def main() -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Measures, prints, and writes the requested files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", choices=MODELS, action="append", help="this model; more than once")
+    parser.add_argument("--only", choices=MODELS, action="append", help="only this model; repeatable")
     parser.add_argument("--devices", type=int, choices=MESHES, nargs="*", default=list(MESHES))
-    parser.add_argument("--topology", help="of TPUs in place of simulated devices, such as v5p")
-    parser.add_argument("--growth", action="store_true", help="also how it grows in layers, rank and tokens")
+    parser.add_argument("--topology", help="a TPU topology such as v5p instead of simulated devices")
+    parser.add_argument("--growth", action="store_true", help="also vary layers, rank and tokens")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--read", type=Path, nargs="+", help="measure nothing: read the figures from these files")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/scale.md; with --growth")
+    parser.add_argument("--read", type=Path, nargs="+", help="read the figures from these files instead of measuring")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/scale.md; implies --growth")
     given = parser.parse_args()
     results = read(given.read) if given.read else run(given)
     print("\n" + tables(results))
@@ -154,51 +154,52 @@ def main() -> None:
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Measures one row after the other."""
+    """Measures all rows."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(MESHES))
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # of a topology there is no machine to ask
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # the topology is not attached
     rows = []
     for name in given.only or MODELS:
         for devices in given.devices:
             rows.append({"model": name, **measure(MODELS[name], mesh_of(devices, given.topology))})
-            print(said(rows[-1]), file=sys.stderr, flush=True)
+            print(describe(rows[-1]), file=sys.stderr, flush=True)
     growth: dict[str, list[dict[str, Any]]] = {}
     if given.growth or given.write_docs:
         mesh = mesh_of(64, given.topology)
         for what, values in SWEEPS.items():
-            growth[what] = [grown(what, value, mesh) for value in values]
+            growth[what] = [measure_change(what, value, mesh) for value in values]
     return {"versions": {"jax": jax.__version__}, "rows": rows, "growth": growth}
 
 
-def grown(what: str, value: int, mesh: Mesh) -> dict[str, Any]:
-    """The model of 70 billion parameters with one thing changed."""
+def measure_change(what: str, value: int, mesh: Mesh) -> dict[str, Any]:
+    """Measures the 70B model with one size changed."""
     model = MODELS["70B"]
     if what == "layers":
         model, options = dataclasses.replace(model, layers=value), {}
     else:
         options = {what: value}
     row = {"model": "70B", **measure(model, mesh, **options)}
-    print(what, said(row), file=sys.stderr, flush=True)
+    print(what, describe(row), file=sys.stderr, flush=True)
     return row
 
 
 def read(paths: list[Path]) -> dict[str, Any]:
-    """The figures of several runs, put together."""
+    """Reads the figures of several runs."""
     runs = [json.loads(path.read_text()) for path in paths]
     return {
         "versions": runs[0]["versions"],
         "rows": [row for run in runs for row in run["rows"]],
-        "growth": {what: its for run in runs for what, its in run["growth"].items()},
+        "growth": {what: rows for run in runs for what, rows in run["growth"].items()},
     }
 
 
-def said(row: dict[str, Any]) -> str:
-    """One row, in words."""
+def describe(row: dict[str, Any]) -> str:
+    """Returns one row as a sentence."""
     seconds = row["lora"]["seconds"] + row["full"]["seconds"]
     return (
-        f"{row['model']} of {row['layers']} layers, rank {row['rank']}, {row['sequences']} × {LENGTH} tokens a row, "
-        f"{row['devices']} devices ({row['kind']}): {row['lora']['peak'] / 1e9:.2f} GB a device, {seconds:.1f} s, "
+        f"{row['model']} of {row['layers']} layers, rank {row['rank']}, "
+        f"{row['sequences']} × {LENGTH} tokens per mesh row, {row['devices']} devices ({row['kind']}): "
+        f"{row['lora']['peak'] / 1e9:.2f} GB per device, {seconds:.1f} s, "
         f"{row['resident'] / 1e9:.2f} GB resident"
     )
 

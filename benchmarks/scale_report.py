@@ -1,4 +1,4 @@
-"""The figures of `scale.py` as tables, as a picture, and as a part of a page."""
+"""Tables, plot and page section with the figures of `scale.py`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]  # the figures of one plan, as in JSON
+Row = dict[str, Any]  # the figures of one plan, from JSON
 
 SWEEPS = {"layers": [10, 20, 40, 80], "rank": [4, 16, 64, 256], "sequences": [1, 2, 4, 8]}
 TITLES = {"layers": "layers", "rank": "rank", "sequences": "sequences per row of the mesh"}
@@ -20,26 +20,26 @@ def tera(count: float) -> str:
     return f"{count / 1e12:.1f}"
 
 
-def sent(step: Row) -> float | None:
+def bytes_sent(step: Row) -> float | None:
     return None if step["wire"] is None else sum(step["wire"].values())
 
 
 def pair(row: Row, value: Callable[[Row], float | None], show: Callable[[Any], str]) -> str:
-    """Of LoRA and of full fine-tuning."""
+    """Returns the values for LoRA and for full fine-tuning."""
     return f"{show(value(row['lora']))} / {show(value(row['full']))}"
 
 
-def place(row: Row) -> list[str]:
+def setup(row: Row) -> list[str]:
     return [row["model"], f"{row['devices']} ({row['mesh']['data']} × {row['mesh']['model']})", row["kind"]]
 
 
 def memory(rows: list[Row]) -> list[list[str]]:
-    """What one device holds, in gigabytes."""
+    """Returns the table of the memory of one device, in gigabytes."""
     lines = [["model", "devices", "compiler", "parameters", "adapter", "optimizer", "temporary", "peak", "ratio"]]
     for row in rows:
         lines.append(
             [
-                *place(row),
+                *setup(row),
                 gigabytes(row["lora"]["parameters"]),
                 gigabytes(row["lora"]["adapter"]),
                 *(
@@ -53,22 +53,22 @@ def memory(rows: list[Row]) -> list[list[str]]:
 
 
 def work(rows: list[Row]) -> list[list[str]]:
-    """What one device does and sends, and what compiling took; of what the program tells."""
-    heads = ["operations, 10¹²", "ratio", "sent, GB", "of it all-reduce", "ratio", "largest gather, GB"]
+    """Returns the table of FLOPs, bytes sent and compilation, of programs whose bytes sent are known."""
+    heads = ["TFLOPs", "ratio", "sent, GB", "all-reduce, GB", "ratio", "largest gather, GB"]
     lines = [["model", "devices", *heads, "compile, s", "resident, GB"]]
     for row in rows:
         if row["lora"]["wire"] is None:
             continue
-        ours, full = row["lora"], row["full"]
+        lora, full = row["lora"], row["full"]
         lines.append(
             [
-                *place(row)[:2],
-                pair(row, lambda step: step["operations"] / step["devices"], tera),
-                f"{ours['operations'] / full['operations']:.2f}",
-                pair(row, sent, gigabytes),
+                *setup(row)[:2],
+                pair(row, lambda step: step["flops"] / step["devices"], tera),
+                f"{lora['flops'] / full['flops']:.2f}",
+                pair(row, bytes_sent, gigabytes),
                 pair(row, lambda step: step["wire"].get("all-reduce", 0), gigabytes),
-                f"{sent(ours) / sent(full):.2f}",  # type: ignore[operator]
-                gigabytes(ours["largest_gather"]),
+                f"{bytes_sent(lora) / bytes_sent(full):.2f}",  # type: ignore[operator]
+                gigabytes(lora["largest_gather"]),
                 pair(row, lambda step: step["seconds"], lambda s: f"{s:.1f}"),
                 gigabytes(row["resident"]),
             ]
@@ -77,28 +77,28 @@ def work(rows: list[Row]) -> list[list[str]]:
 
 
 def growth(what: str, rows: list[Row]) -> list[list[str]]:
-    """How the figures move with one size."""
+    """Returns the table of the figures for several values of one size."""
     lines: list[tuple[str, Callable[[Row], str]]] = [
         (TITLES[what], lambda row: str(row[what])),
         ("adapter, GB", lambda row: f"{row['lora']['adapter'] / 1e9:.3f}"),
         ("temporary, GB", lambda row: pair(row, lambda step: step["temporary"], gigabytes)),
         ("peak, GB", lambda row: pair(row, lambda step: step["peak"], gigabytes)),
-        ("operations, 10¹²", lambda row: pair(row, lambda step: step["operations"] / step["devices"], tera)),
-        ("sent, GB", lambda row: pair(row, sent, gigabytes)),
+        ("TFLOPs", lambda row: pair(row, lambda step: step["flops"] / step["devices"], tera)),
+        ("sent, GB", lambda row: pair(row, bytes_sent, gigabytes)),
         ("compile, s", lambda row: pair(row, lambda step: step["seconds"], lambda s: f"{s:.1f}")),
     ]
     return [[title, *map(show, rows)] for title, show in lines]
 
 
 def aligned(lines: list[list[str]]) -> str:
-    """A table in Markdown that reads well as text, too."""
+    """Returns an aligned Markdown table."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
     return "\n".join([rows[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *rows[1:]])
 
 
 def tables(results: Row) -> str:
-    """All that was measured."""
+    """Returns all tables."""
     parts = [aligned(memory(results["rows"]))] if results["rows"] else []
     if len(lines := work(results["rows"])) > 1:
         parts.append(aligned(lines))
@@ -107,25 +107,25 @@ def tables(results: Row) -> str:
 
 
 def document(results: Row, picture: str) -> str:
-    """The part of the page that is written again with each measurement."""
+    """Returns the generated section of the page."""
     kinds = " and ".join(sorted({row["kind"] for row in results["rows"]}))
     parts = [
-        f"By the compilers of jax {results['versions']['jax']} for {kinds}; 'TPU v5' is JAX's name for a v5p.",
-        "## Memory\n\nGB of one device, LoRA / full fine-tuning; the ratio is that of the peaks.",
+        f"From the compilers of jax {results['versions']['jax']} for {kinds}; 'TPU v5' is JAX's name for a v5p.",
+        "## Memory\n\nGB per device, LoRA / full fine-tuning; the ratio is that of the peaks.",
         aligned(memory(results["rows"])),
-        "## Operations, bytes sent, compiling\n\nOf one simulated device and one step, LoRA / full fine-tuning; "
-        "operations are those of the whole step over the number\nof devices. *Resident* is the most that the process "
-        "that planned it has ever held.",
+        "## FLOPs, bytes sent, compilation\n\nFor one simulated device and one step, LoRA / full fine-tuning. "
+        "FLOPs are those of the whole step divided by the number\nof devices. *Resident* is the peak memory of the "
+        "planning process.",
         aligned(work(results["rows"])),
-        "## How it grows\n\nThe 70B shape on 64 simulated devices (8 × 8), one size changed at a time.",
+        "## Growth\n\nThe 70B shape on 64 simulated devices (8 × 8), one size changed at a time.",
         *(aligned(growth(what, rows)) for what, rows in results["growth"].items()),
-        f"![Peak bytes of a device, against devices, layers, rank and sequences]({picture})",
+        f"![Peak bytes of a device, by devices, layers, rank and sequences]({picture})",
     ]
     return "\n\n".join(parts)
 
 
 def plot(results: Row, path: Path) -> None:
-    """Draws the peak against each size."""
+    """Plots the peak against each size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -142,6 +142,6 @@ def plot(results: Row, path: Path) -> None:
         axis.set_xlabel(TITLES.get(what, what))
         axis.set_ylim(bottom=0)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("peak of a device, GB")
+    axes[0].set_ylabel("peak per device, GB")
     axes[0].legend(frameon=False)
     figure.savefig(path, dpi=130)

@@ -1,4 +1,4 @@
-"""The sizes of the models that are measured; needs no JAX, so that every environment can read it."""
+"""Model sizes for the benchmarks. Does not import JAX, so that every environment can import it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ ALPHA = 16.0
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """The sizes of a model and of its batch."""
+    """The sizes of a model and its batch."""
 
     layers: int
     width: int

@@ -1,4 +1,4 @@
-"""What a training step costs: LoRA through `lora()`, by hand, merged in each step, and full fine-tuning.
+"""The cost of a training step with `lora()`, LoRA by hand, merged kernels, and full fine-tuning.
 
 Usage:
     python benchmarks/step.py
@@ -26,13 +26,13 @@ import numpy as np
 from jax import Array
 from models import METHODS, Case, case
 from sizes import BASE, SMALL, Size
-from timing import jitted, start_of, timed
+from timing import copied_args, jitted, timed
 
 from lora_jax import testing
 
 
 class Plan(NamedTuple):
-    """A size, how often each step is traced, and for how many steps it is timed."""
+    """A size, how many times each step is traced, and how many steps are timed."""
 
     size: Size
     rounds: int
@@ -45,16 +45,16 @@ REFERENCE = "LoRA by hand"
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a step costs.
+    """The cost of a step.
 
     Attributes:
-      operations: on the jaxpr, the bodies of loops times their length.
-      compiled: the compiler's count, which takes the body of a loop once.
-      temporary: bytes beside arguments and results, by the compiler's account; the trained arrays and the state of the
-        optimizer are donated, as in training.
-      lower: seconds to trace and lower, all caches cleared; the median.
-      compile: seconds, once.
-      step: seconds; the median.
+      flops: counted on the jaxpr, loop bodies times their number of iterations.
+      compiled: the compiler's count of FLOPs, which counts a loop body once.
+      temporary: bytes in addition to arguments and results, as reported by the compiler. The trained arrays and the
+        optimizer state are donated, as in training.
+      lower: seconds to trace and lower with cleared caches; the median.
+      compile: seconds to compile; measured once.
+      step: seconds per step; the median.
     """
 
     flops: int
@@ -66,8 +66,8 @@ class Figures:
 
 
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "operations": ("operations", lambda n: f"{n / 1e9:.2f} G"),
-    "compiled": ("compiled op.", lambda n: f"{n / 1e9:.2f} G"),
+    "flops": ("FLOPs", lambda n: f"{n / 1e9:.2f} G"),
+    "compiled": ("compiled", lambda n: f"{n / 1e9:.2f} G"),
     "temporary": ("temporary", lambda n: f"{n / 1e6:.1f} MB"),
     "lower": ("trace+lower", lambda s: f"{s:.2f} s"),
     "compile": ("compile", lambda s: f"{s:.2f} s"),
@@ -76,9 +76,9 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 
 
 def measure(case: Case, *, rounds: int, steps: int) -> dict[str, Figures]:
-    """Measures all the methods on a case; they take turns, so that a busy moment of the machine meets them alike."""
+    """Measures all methods on a case. They are interleaved, so that other load on the machine affects all of them."""
     methods = {name: make(case) for name, make in METHODS.items()}
-    args = {name: start_of(method) for name, method in methods.items()}
+    args = {name: copied_args(method) for name, method in methods.items()}
     lower: dict[str, list[float]] = {name: [] for name in methods}
     lowered = {}
     for _ in range(rounds):
@@ -103,7 +103,7 @@ def measure(case: Case, *, rounds: int, steps: int) -> dict[str, Figures]:
 
 
 def run(programs: dict[str, Any], args: dict[str, list[Any]], case: Case, *, steps: int) -> dict[str, list[float]]:
-    """Trains with each program in turn, and returns the seconds of each step but the first. `args` are used up."""
+    """Returns the seconds of each step except the first. The programs are interleaved; `args` are donated."""
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for number in range(steps + 1):
         losses = {}
@@ -118,22 +118,22 @@ def run(programs: dict[str, Any], args: dict[str, list[Any]], case: Case, *, ste
 
 
 def check_losses(losses: dict[str, Array]) -> None:
-    """Makes sure that all train the same function; full fine-tuning alone starts without the adapter's."""
+    """Asserts that all methods train the same function, except full fine-tuning, which has no adapter."""
     for name, loss in losses.items():
         if name != "full fine-tuning":
             np.testing.assert_allclose(loss, losses[REFERENCE], rtol=1e-2, err_msg=name)
 
 
 def table(title: str, figures: dict[str, Figures]) -> str:
-    """The figures of one case: those of the reference as they are, the others as ratios to them."""
+    """Returns the table of one case: absolute figures of the reference, ratios for the others."""
     reference = figures[REFERENCE]
     width = max(map(len, figures))
     lines = [f"{title:{width}}" + "".join(f"{head:>14}" for head, _ in COLUMNS.values())]
-    for name, its in figures.items():
+    for name, row in figures.items():
         cells = [
-            show(getattr(its, column))
-            if its is reference
-            else f"× {getattr(its, column) / getattr(reference, column):.3f}"
+            show(getattr(row, column))
+            if row is reference
+            else f"× {getattr(row, column) / getattr(reference, column):.3f}"
             for column, (_, show) in COLUMNS.items()
         ]
         lines.append(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
@@ -141,18 +141,18 @@ def table(title: str, figures: dict[str, Figures]) -> str:
 
 
 def plot(path: Path, results: dict[str, dict[str, Figures]]) -> None:
-    """Draws the ratios of operations, temporary bytes and time."""
+    """Plots the ratios of FLOPs, temporary bytes and time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"operations": "operations", "temporary": "temporary bytes", "step": "time of a step"}
+    panels = {"flops": "FLOPs", "temporary": "temporary bytes", "step": "time of a step"}
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.2), sharey=True, layout="constrained")
     height = 0.8 / len(METHODS)
     for axis, (column, title) in zip(axes, panels.items(), strict=True):
         for number, name in enumerate(METHODS):
-            values = [getattr(its[name], column) / getattr(its[REFERENCE], column) for its in results.values()]
+            values = [getattr(rows[name], column) / getattr(rows[REFERENCE], column) for rows in results.values()]
             axis.barh([row + number * height for row in range(len(results))], values, height, label=name)
         axis.axvline(1, color="black", linewidth=0.8)
         axis.set_title(title, fontsize=10)
@@ -164,8 +164,8 @@ def plot(path: Path, results: dict[str, dict[str, Figures]]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def about(size_name: str, size: Size) -> dict[str, Any]:
-    """What the figures were measured with."""
+def metadata(size_name: str, size: Size) -> dict[str, Any]:
+    """Returns the command, versions, device and sizes of the measurement."""
     packages = ("jax", "jaxlib", "flax", "optax")
     return {
         "command": shlex.join(["python", *sys.argv]),
@@ -177,16 +177,16 @@ def about(size_name: str, size: Size) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Measures, prints, and writes the requested files."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=PLANS, default="small")
-    parser.add_argument("--rounds", type=int, help="how often each step is traced")
-    parser.add_argument("--steps", type=int, help="how many steps each method is timed for")
+    parser.add_argument("--rounds", type=int, help="how many times each step is traced")
+    parser.add_argument("--steps", type=int, help="steps to time for each method")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="draw the ratios here, as PNG")
+    parser.add_argument("--plot", type=Path, help="write a plot of the ratios here, as PNG")
     given = parser.parse_args()
     size, rounds, steps = PLANS[given.size]
-    header = about(given.size, size)
+    header = metadata(given.size, size)
     print(header["command"])
     print(", ".join(f"{name} {version}" for name, version in header["versions"].items()), "·", header["device"])
     print(", ".join(f"{name} {value}" for name, value in header["size"].items() if name != "name"))
@@ -197,10 +197,10 @@ def main() -> None:
             one = case(size, scanned=scanned, dtype=dtype)
             results[title] = measure(one, rounds=given.rounds or rounds, steps=given.steps or steps)
             print("\n" + table(title, results[title]), flush=True)
-    print("\nThe compiler's count takes the body of a loop once: compare it among unrolled models only.")
+    print("\nThe compiler counts a loop body once: compare its FLOPs for unrolled models only.")
     if given.json:
         cases = {
-            title: {name: dataclasses.asdict(its) for name, its in figures.items()}
+            title: {name: dataclasses.asdict(row) for name, row in figures.items()}
             for title, figures in results.items()
         }
         given.json.write_text(json.dumps(header | {"cases": cases}, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""A step, jitted as in training, and what a call takes."""
+"""Jits a step as in training, and times calls."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from decoder import Method
 
 
 def timed(call: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and the result, waited for."""
+    """Returns the seconds until the result is ready, and the result."""
     start = time.perf_counter()
     result = jax.block_until_ready(call())
     return time.perf_counter() - start, result
 
 
 def jitted(method: Method) -> Any:
-    """The step as in training: what it replaces is donated."""
+    """Returns the jitted step, which donates trained arrays and optimizer state."""
     return jax.jit(method.step, donate_argnums=(1, 2))
 
 
-def start_of(method: Method) -> list[Any]:
-    """The arguments of the first step, copied: methods share the case's arrays, and a step donates its own."""
-    frozen, trained, state = method.start()
+def copied_args(method: Method) -> list[Any]:
+    """Returns copies of the arguments of the first step, because a step donates arrays that methods share."""
+    frozen, trained, state = method.initial_args()
     return [frozen, *jax.tree_util.tree_map(jnp.copy, (trained, state))]

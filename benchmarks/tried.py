@@ -1,7 +1,7 @@
-"""What LoRA by hand leaves on the table, tried: which of it pays.
+"""Possible optimizations of LoRA by hand, measured.
 
-1. One skinny product for kernels that read the same activation: x·[Aq Ak Av], cut in three.
-2. The rank-r activations made again in the backward pass instead of kept.
+1. One product for kernels that read the same activation: x·[Aq Ak Av], split in three.
+2. Recomputing the rank-r activations in the backward pass.
 3. No gradient of the activations below the first adapted layer.
 
 Usage:
@@ -29,14 +29,14 @@ Loss = Callable[[Any, Any, Array], Array]
 
 
 class Trial(NamedTuple):
-    """Ways to take one gradient, the first of which is the reference: `loss(adapter, base, x)`."""
+    """Losses `loss(adapter, base, x)` that compute the same values; the first one is the reference."""
 
-    ways: dict[str, Loss]
+    losses: dict[str, Loss]
     args: tuple[Any, Any, Array]
 
 
 def attention(width: int, rank: int, tokens: int, layers: int = 4) -> Trial:
-    """The queries, keys and values of some layers; what they are used for is all the same in both ways."""
+    """Returns losses with queries, keys and values of some layers, and the same operations on them."""
     keys = jax.random.split(jax.random.key(0), 4)
     base = jax.random.normal(keys[0], (layers, 3, width, width)) / width**0.5
     adapter = {
@@ -45,48 +45,53 @@ def attention(width: int, rank: int, tokens: int, layers: int = 4) -> Trial:
     }
     x = jax.random.normal(keys[3], (tokens, width))
 
-    def run(three: Callable[..., list[Array]]) -> Loss:
+    def loss_with(project: Callable[..., list[Array]]) -> Loss:
         def loss(adapter: Any, base: Any, x: Array) -> Array:
             for layer in range(layers):
-                query, key, value = three(x, base[layer], adapter["a"][layer], adapter["b"][layer])
+                query, key, value = project(x, base[layer], adapter["a"][layer], adapter["b"][layer])
                 x = jnp.tanh(query * jax.nn.sigmoid(key)) + value
             return x.sum()
 
         return loss
 
-    def apart(x: Array, w: Array, a: Array, b: Array) -> list[Array]:
+    def separate(x: Array, w: Array, a: Array, b: Array) -> list[Array]:
         return [x @ w[i] + ((x @ a[i]) * 2.0) @ b[i] for i in range(3)]
 
-    def together(x: Array, w: Array, a: Array, b: Array) -> list[Array]:
+    def joined(x: Array, w: Array, a: Array, b: Array) -> list[Array]:
         thin = jnp.split((x @ jnp.concatenate(a, 1)) * 2.0, 3, 1)
         return [x @ w[i] + thin[i] @ b[i] for i in range(3)]
 
-    def again(x: Array, w: Array, a: Array, b: Array) -> list[Array]:
+    def recomputed(x: Array, w: Array, a: Array, b: Array) -> list[Array]:
         thin = jax.checkpoint(lambda x, a, b: ((x @ a) * 2.0) @ b)
         return [x @ w[i] + thin(x, a[i], b[i]) for i in range(3)]
 
-    ways = {"each with its own": run(apart), "one skinny product": run(together), "rank-r made again": run(again)}
-    return Trial(ways, (adapter, base, x))
+    losses = {
+        "separate products": loss_with(separate),
+        "one product": loss_with(joined),
+        "rank-r activations recomputed": loss_with(recomputed),
+    }
+    return Trial(losses, (adapter, base, x))
 
 
 def last_layer(layers: int = 8) -> Trial:
-    """A decoder of which all layers are adapted, or the last alone."""
+    """Returns losses of a decoder whose layers are all adapted, or only the last one."""
     size = dataclasses.replace(SMALL, layers=layers)
     one = models.case(size, scanned=False)
     last = {path: part for path, part in one.adapter.items() if path.startswith(f"block_{layers - 1}/")}
     loss = models.through_lora(one).loss
 
-    def of(adapter: Any) -> Loss:
+    def sum_of_gradient(adapter: Any) -> Loss:
         return lambda _, params, tokens: jax.tree.reduce(
             lambda total, leaf: total + leaf.sum(), jax.grad(loss)(adapter, params, tokens), 0.0
         )
 
-    return Trial({"all layers": of(one.adapter), "the last alone": of(last)}, (None, one.params, one.tokens))
+    losses = {"all layers": sum_of_gradient(one.adapter), "only the last layer": sum_of_gradient(last)}
+    return Trial(losses, (None, one.params, one.tokens))
 
 
 def measure(trial: Trial, *, steps: int, gradient: bool) -> dict[str, tuple[int, int, float]]:
-    """Operations, temporary bytes and seconds of each way; they take turns."""
-    functions = {name: jax.grad(loss) if gradient else loss for name, loss in trial.ways.items()}
+    """Returns FLOPs, temporary bytes and seconds of each loss or its gradient; the runs are interleaved."""
+    functions = {name: jax.grad(loss) if gradient else loss for name, loss in trial.losses.items()}
     compiled = {name: jax.jit(function).lower(*trial.args).compile() for name, function in functions.items()}
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(steps + 1):
@@ -105,7 +110,7 @@ def measure(trial: Trial, *, steps: int, gradient: bool) -> dict[str, tuple[int,
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=15, help="how many times each way is timed")
+    parser.add_argument("--steps", type=int, default=15, help="how many times each program is timed")
     given = parser.parse_args()
     trials = {
         "query, key, value, d = 256, rank 8, 512 tokens": (attention(256, 8, 512), True),
@@ -116,14 +121,10 @@ def main() -> None:
     for title, (trial, gradient) in trials.items():
         figures = measure(trial, steps=given.steps, gradient=gradient)
         reference = next(iter(figures.values()))
-        print(f"\n{title:50}{'operations':>12}{'temporary':>12}{'time':>10}")
-        for name, its in figures.items():
-            print(
-                f"{name:50}"
-                + "".join(
-                    f"{'× ' + format(one / other, '.3f'):>11} " for one, other in zip(its, reference, strict=True)
-                )
-            )
+        print(f"\n{title:50}{'FLOPs':>12}{'temporary':>12}{'time':>10}")
+        for name, row in figures.items():
+            ratios = (f"× {value / other:.3f}" for value, other in zip(row, reference, strict=True))
+            print(f"{name:50}" + "".join(f"{ratio:>11} " for ratio in ratios))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a training step of each variant takes beside LoRA's of the same rank; nothing runs, all is read from compilers.
+"""FLOPs and temporary bytes of a training step of each variant, relative to LoRA; nothing is run.
 
 Usage:
-    python benchmarks/variants.py                                    # the CPU's compiler; 2 to 4 minutes on 2 cores
-    python benchmarks/variants.py --batch 16 --length 512 --tpu      # a TPU's, as `on_tpu.py`, in its environment
+    python benchmarks/variants.py                                    # the CPU compiler; 2 to 4 minutes on 2 cores
+    python benchmarks/variants.py --batch 16 --length 512 --tpu      # the TPU compiler; environment as for `on_tpu.py`
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 if "--tpu" in sys.argv:
-    import on_tpu  # first: it says that there is no TPU, before JAX looks for one
+    import on_tpu  # sets environment variables before JAX looks for a TPU
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def method(size: Size, variant: Any, **options: Any) -> tuple[Method, jax.ShapeDtypeStruct]:
-    """The step that trains a variant on all the kernels of the decoder's layers, factored, and its tokens: shapes."""
+    """Returns a factored step that trains a variant on all kernels of the layers, and its tokens, as shapes."""
     model = Decoder(size, **options)
     apply, tokens = plain(model), jax.ShapeDtypeStruct((size.batch, size.length), jnp.int32)
     params = jax.eval_shape(lambda key, tokens: model.init(key, tokens)["params"], jax.random.key(0), tokens)
@@ -58,12 +58,12 @@ def method(size: Size, variant: Any, **options: Any) -> tuple[Method, jax.ShapeD
     return Method(loss, adapter, params), tokens
 
 
-def figures(its: Method, tokens: Any, sharding: Any) -> tuple[float, float]:
-    """Operations, counted on the jaxpr, and temporary bytes, by the compiler's account."""
-    args = (*jax.eval_shape(its.start), tokens)
+def figures(method: Method, tokens: Any, sharding: Any) -> tuple[float, float]:
+    """Returns FLOPs, counted on the jaxpr, and temporary bytes, as reported by the compiler."""
+    args = (*jax.eval_shape(method.initial_args), tokens)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    program = jitted(its).lower(*args).compile()
-    return testing.flops(its.step, *args), program.memory_analysis().temp_size_in_bytes
+    program = jitted(method).lower(*args).compile()
+    return testing.flops(method.step, *args), program.memory_analysis().temp_size_in_bytes
 
 
 def main() -> None:
@@ -71,8 +71,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--batch", type=int, default=SMALL.batch)
     parser.add_argument("--length", type=int, default=SMALL.length)
-    parser.add_argument("--only", default="", help="cases whose name holds this")
-    parser.add_argument("--tpu", action="store_true", help="by the compiler of a TPU v5e")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e")
     given = parser.parse_args()
     device = jax.devices()[0]
     if given.tpu:
@@ -82,15 +82,15 @@ def main() -> None:
     for title, options in CASES.items():
         if given.only not in title:
             continue
-        print(f"\n{title:34}{'operations':>14}{'temporary':>14}")
+        print(f"\n{title:34}{'FLOPs':>14}{'temporary':>14}")
         reference: tuple[float, float] | None = None
         for name, variant in VARIANTS.items():
-            its = figures(*method(size, variant, **options), SingleDeviceSharding(device))
+            row = figures(*method(size, variant, **options), SingleDeviceSharding(device))
             if reference is None:
-                reference = its
-                print(f"{name:34}{its[0] / 1e9:>12.2f} G{its[1] / 1e6:>11.1f} MB", flush=True)
+                reference = row
+                print(f"{name:34}{row[0] / 1e9:>12.2f} G{row[1] / 1e6:>11.1f} MB", flush=True)
             else:
-                ratios = (f"× {one / other:.3f}" for one, other in zip(its, reference, strict=True))
+                ratios = (f"× {one / other:.3f}" for one, other in zip(row, reference, strict=True))
                 print(f"{name:34}" + "".join(f"{ratio:>14}" for ratio in ratios), flush=True)
 
 

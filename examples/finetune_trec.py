@@ -1,7 +1,7 @@
 """Fine-tunes all-MiniLM-L6-v2 on TREC's 50 question types with LoRA, on the CPU, in a few minutes.
 
     make demo                                   # the whole demo: outputs in demo_output/
-    python examples/finetune_trec.py            # the same; slower, as the Makefile also sets options of malloc
+    python examples/finetune_trec.py            # the same without the Makefile's malloc options; slower
     python examples/finetune_trec.py --short    # every stage on a small part of the data, under a minute
 
 Stages: majority class and a linear probe on the frozen features; LoRA of rank 8 on every attention and MLP kernel,
@@ -42,14 +42,14 @@ import matplotlib.pyplot as plt
 SPEC = {
     "**/attention/*/kernel": lj.LoRA(rank=8, alpha=16),
     "**/mlp/*/kernel": lj.LoRA(rank=8, alpha=16),
-    "**/classifier/*": lj.Full(),  # the head starts from random numbers: low rank has nothing to build on
+    "**/classifier/*": lj.Full(),  # the head is random, so a low-rank update would not be enough
 }
 SEED = 0
 BATCH = 32
 EPOCHS = 4
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP = 0.06  # of all steps
-SMOOTHING = 0.1  # of the labels; chosen on 1,000 held-out training questions: 90.8 % after 4 epochs, 89.6 % without
+SMOOTHING = 0.1  # label smoothing; chosen on 1,000 held-out training questions: 90.8 % after 4 epochs, 89.6 % without
 TOLERANCE = 1e-4  # merged against adapted logits, relative to the largest logit
 
 MODEL = minilm.Classifier(trec.LABELS, minilm.Encoder())
@@ -59,22 +59,22 @@ console = Console(highlight=False)
 
 
 class Scale(NamedTuple):
-    """How much of everything a run takes."""
+    """The size of a run."""
 
     train_questions: int
     test_questions: int
     steps: int | None  # None: `EPOCHS` epochs
-    max_tokens: int  # longer questions are truncated; one of `trec.LENGTHS`: each is compiled for separately
+    max_tokens: int  # longer questions are truncated; one of `trec.LENGTHS`
     evaluations: int  # on the test questions, spread evenly over the steps
-    promised: float  # least test accuracy
+    expected: float  # minimum test accuracy
 
 
-WHOLE = Scale(4_882, test_questions=500, steps=None, max_tokens=trec.LENGTHS[-1], evaluations=4, promised=0.89)
-SHORT = Scale(128, test_questions=64, steps=8, max_tokens=trec.LENGTHS[0], evaluations=2, promised=0.0)
+FULL = Scale(4_882, test_questions=500, steps=None, max_tokens=trec.LENGTHS[-1], evaluations=4, expected=0.89)
+SHORT = Scale(128, test_questions=64, steps=8, max_tokens=trec.LENGTHS[0], evaluations=2, expected=0.0)
 
 
 class Curve(NamedTuple):
-    """What the learning-curve figure shows: `(questions seen, value)` for every batch, and for every evaluation."""
+    """The learning curve: `(questions seen, value)` for every batch and every evaluation."""
 
     loss: list[tuple[int, float]]
     accuracy: list[tuple[int, float]]
@@ -88,7 +88,7 @@ def init_head(key: Array) -> Any:
 
 
 def base_params() -> dict[str, Any]:
-    """The frozen base, as `MODEL.apply` takes it: the published encoder and a random head."""
+    """Returns the frozen base: the published encoder and a random head."""
     return {"params": {"encoder": minilm.load_encoder(), "classifier": init_head(jax.random.key(SEED))}}
 
 
@@ -100,25 +100,25 @@ def evaluate(apply: Apply, tokens: trec.Tokens) -> NDArray[np.float32]:
 
 
 def accuracy(logits: NDArray[np.float32], labels: NDArray[np.int32]) -> float:
-    """Share of rows of `logits`, `(questions, classes)`, whose largest entry is at the label, `(questions,)`."""
+    """Returns the accuracy of `logits`, `(questions, classes)`, on `labels`, `(questions,)`."""
     return float((logits.argmax(-1) == labels).mean())
 
 
 def probe(params: Any, train: trec.Tokens, test: trec.Tokens) -> float:
-    """Test accuracy of logistic regression on the frozen encoder's mean-pooled features."""
-    from sklearn.linear_model import LogisticRegression  # takes a second to import; `check` doesn't need it
+    """Returns the test accuracy of logistic regression on the frozen encoder's mean-pooled features."""
+    from sklearn.linear_model import LogisticRegression  # slow to import, and only needed here
 
     embed = jax.jit(lambda params, ids, mask: MODEL.apply(params, ids, mask, method="embed"))
     features = [evaluate(lambda ids, mask: embed(params, ids, mask), tokens) for tokens in (train, test)]
-    with threadpool_limits(1):  # the matrices are small: with two threads most of the time is spent waiting
+    with threadpool_limits(1):  # the matrices are small, so more threads are slower
         regression = LogisticRegression(max_iter=1_000).fit(features[0], train.labels)
     return float(regression.score(features[1], test.labels))
 
 
 def make_step(apply: Apply, tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any, Array]]:
-    """One update of the adapter: `(params, adapter, opt_state, ids, mask, labels) -> (adapter, opt_state, loss)`.
+    """Returns one update: `(params, adapter, opt_state, ids, mask, labels) -> (adapter, opt_state, loss)`.
 
-    The base is an argument, so that it is no constant of the compiled step; only the adapter is differentiated.
+    Only the adapter is differentiated. The base is an argument, so that it is not a constant of the compiled step.
     """
 
     def loss_of(adapter: Any, params: Any, ids: Array, mask: Array, labels: Array) -> Array:
@@ -157,7 +157,7 @@ def train(
         total=steps * BATCH,
         desc="LoRA",
         unit=" questions",
-        mininterval=0.5 if sys.stderr.isatty() else 15,  # a log file wants few lines
+        mininterval=0.5 if sys.stderr.isatty() else 15,  # few lines in a log file
         bar_format="{desc} {percentage:3.0f} % {bar:24} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
     )
     with bar:
@@ -173,31 +173,31 @@ def train(
 
 
 def _epochs(tokens: trec.Tokens) -> Iterator[trec.Batch]:
-    """Batches of one epoch after another, without end."""
+    """Yields batches of one epoch after another, indefinitely."""
     rng = np.random.default_rng(SEED)
     while True:
         yield from trec.training_batches(tokens, BATCH, rng)
 
 
 def draw(curve: Curve, *, majority: float, probe: float, path: Path) -> None:
-    """Draws loss and test accuracy over the questions seen, as a PNG."""
+    """Plots loss and test accuracy by questions seen, as a PNG."""
     seen, loss = (np.array(values) for values in zip(*curve.loss, strict=True))
     window = max(1, min(25, len(loss) // 4))
     smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    blue, orange, grey = "#3b6ea5", "#d1702f", "#8a8a8a"
+    blue, orange, gray = "#3b6ea5", "#d1702f", "#8a8a8a"
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
     top.plot(seen, loss, color=blue, alpha=0.25, linewidth=0.8, label="each batch")
-    centre = seen[(window - 1) // 2 :][: len(smooth)]
-    top.plot(centre, smooth, color=blue, linewidth=1.8, label=f"mean of {window} batches")
+    center = seen[(window - 1) // 2 :][: len(smooth)]
+    top.plot(center, smooth, color=blue, linewidth=1.8, label=f"mean of {window} batches")
     top.set_ylabel("training loss (smoothed cross-entropy)")
     top.set_ylim(bottom=0)
     top.legend(frameon=False)
     at, values = zip(*curve.accuracy, strict=True)
     bottom.plot(at, [100 * value for value in values], color=orange, marker="o", markersize=4, linewidth=1.8)
     for value, name in ((probe, "linear probe"), (majority, "majority class")):
-        bottom.axhline(100 * value, color=grey, linewidth=1, linestyle="--")
+        bottom.axhline(100 * value, color=gray, linewidth=1, linestyle="--")
         bottom.annotate(f"{name} {value:.1%}", (1, 100 * value), (-4, 4), ("axes fraction", "data"), "offset points",
-                        ha="right", va="bottom", color=grey)  # fmt: skip
+                        ha="right", va="bottom", color=gray)  # fmt: skip
     bottom.annotate(f"LoRA {values[-1]:.1%}", (at[-1], 100 * values[-1]), (0, 7), textcoords="offset points",
                     ha="right", va="bottom", color=orange)  # fmt: skip
     bottom.set_ylabel("test accuracy (%)")
@@ -214,7 +214,7 @@ def draw(curve: Curve, *, majority: float, probe: float, path: Path) -> None:
 
 
 def check(out: Path, scale: Scale) -> None:
-    """Restores the adapter, merges it, and compares the merged model with the adapted one that was trained.
+    """Restores and merges the adapter, and compares the merged model with the adapted model of training.
 
     Runs in a new process. Writes the difference and the accuracy to `check.json` in `out`.
 
@@ -222,7 +222,7 @@ def check(out: Path, scale: Scale) -> None:
       RuntimeError: if the logits differ by more than `TOLERANCE`.
     """
     params = base_params()
-    test_tokens = trec.tokenise(_first(trec.read().test, scale.test_questions), scale.max_tokens)
+    test_tokens = trec.tokenize(_first(trec.read().test, scale.test_questions), scale.max_tokens)
     merged_params = lj.merge(params, lj.restore(out / "adapter", base=params))
     apply = jax.jit(MODEL.apply)
     merged = evaluate(lambda ids, mask: apply(merged_params, ids, mask), test_tokens)
@@ -232,18 +232,18 @@ def check(out: Path, scale: Scale) -> None:
     (out / "check.json").write_text(json.dumps(result, indent=2) + "\n")
     if not difference <= TOLERANCE:
         raise RuntimeError(
-            f"Expected the logits of the restored and merged model to equal those of the adapted model to {TOLERANCE} "
-            f"of the largest logit; they differ by {difference:.2e} on {len(merged)} test questions ({out})."
+            f"Expected the logits of the restored and merged model to equal those of the adapted model within "
+            f"{TOLERANCE} of the largest logit; got a difference of {difference:.2e} ({out})."
         )
 
 
 def run(out: Path, scale: Scale) -> None:
-    """Runs every stage, printing as it goes; see the module's first lines."""
+    """Runs every stage; see the module's docstring."""
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
     data = trec.read()
     train_set, test_set = _first(data.train, scale.train_questions), _first(data.test, scale.test_questions)
-    train_tokens, test_tokens = (trec.tokenise(questions, scale.max_tokens) for questions in (train_set, test_set))
+    train_tokens, test_tokens = (trec.tokenize(questions, scale.max_tokens) for questions in (train_set, test_set))
     params = base_params()
     console.print(f"all-MiniLM-L6-v2, {_count(params) / 1e6:.1f} M parameters, on {jax.default_backend()}")
     console.print(
@@ -252,9 +252,9 @@ def run(out: Path, scale: Scale) -> None:
 
     most_common = int(np.bincount(train_set.labels).argmax())
     majority = float((test_set.labels == most_common).mean())
-    _say(f"majority class, {data.names[most_common]}", majority)
+    _print_accuracy(f"majority class, {data.names[most_common]}", majority)
     probed = probe(params, train_tokens, test_tokens)
-    _say("linear probe, frozen encoder", probed)
+    _print_accuracy("linear probe, frozen encoder", probed)
 
     example = next(trec.ordered_batches(test_tokens, BATCH))
     kernels = lj.kernels(MODEL.apply, params, example.ids, example.mask)
@@ -262,13 +262,13 @@ def run(out: Path, scale: Scale) -> None:
     report = lj.explain(MODEL.apply, params, adapter, example.ids, example.mask)
     (out / "explain.txt").write_text(f"{report}\n")
     console.print(
-        f"\nLoRA on {len(adapter)} of {len(kernels)} leaves: {report.parameters:,} numbers to train, "
-        f"{report.parameters / report.base_parameters:.2%} of the base; leaf by leaf in {out / 'explain.txt'}",
+        f"\nLoRA on {len(adapter)} of {len(kernels)} leaves: {report.parameters:,} trainable parameters, "
+        f"{report.parameters / report.base_parameters:.2%} of the base; by leaf in {out / 'explain.txt'}",
         soft_wrap=True,
     )
     adapter, curve, logits = train(params, adapter, scale, train_tokens, test_tokens)
     trained = accuracy(logits, test_tokens.labels)
-    _say("LoRA, rank 8", trained)
+    _print_accuracy("LoRA, rank 8", trained)
     draw(curve, majority=majority, probe=probed, path=out / "learning_curve.png")
 
     lj.save(out / "adapter", adapter, base=params)
@@ -292,13 +292,13 @@ def run(out: Path, scale: Scale) -> None:
     table.add_row("adapter on disk", f"{on_disk / 1e6:.2f} MB = {on_disk / base_on_disk:.2%}")
     table.add_row("adapter in memory", f"{_bytes(adapter) / 1e6:.2f} MB = {_bytes(adapter) / _bytes(params):.2%}")
     console.print(table)
-    if trained < scale.promised:
-        raise RuntimeError(f"LoRA should reach {scale.promised:.1%} of the test questions; it reached {trained:.1%}.")
-    console.print(f"{out / 'learning_curve.png'}; {time.perf_counter() - start:.0f} s in all", soft_wrap=True)
+    if trained < scale.expected:
+        raise RuntimeError(f"Expected a test accuracy of at least {scale.expected:.1%}; got {trained:.1%}.")
+    console.print(f"{out / 'learning_curve.png'}; {time.perf_counter() - start:.0f} s in total", soft_wrap=True)
 
 
 def compile_quickly() -> None:
-    """Turns off XLA's costly optimizations, for runs of a few steps. Call it before the first use of JAX's backend."""
+    """Disables XLA's expensive optimizations, for runs of a few steps. Call it before JAX's backend is initialized."""
     options = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {options}"
 
@@ -307,8 +307,8 @@ def _first(questions: trec.Questions, count: int) -> trec.Questions:
     return trec.Questions(questions.texts[:count], questions.labels[:count])
 
 
-def _say(what: str, share: float) -> None:
-    console.print(f"test accuracy, {what:<30}{share:6.1%}")
+def _print_accuracy(name: str, value: float) -> None:
+    console.print(f"test accuracy, {name:<30}{value:6.1%}")
 
 
 def _count(tree: Any) -> int:
@@ -320,15 +320,15 @@ def _bytes(tree: Any) -> int:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line and runs."""
     parser = argparse.ArgumentParser(description="Fine-tunes all-MiniLM-L6-v2 on TREC with LoRA.")
-    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="folder of the outputs (demo_output)")
+    parser.add_argument("--out", type=Path, default=Path("demo_output"), help="output folder (demo_output)")
     parser.add_argument("--short", action="store_true", help="every stage, on a small part of the data")
-    parser.add_argument("--check", action="store_true", help="only restore, merge and compare what a run left in --out")
+    parser.add_argument("--check", action="store_true", help="only restore, merge and compare the results in --out")
     arguments = parser.parse_args()
     if arguments.short:
         compile_quickly()
-    (check if arguments.check else run)(arguments.out, SHORT if arguments.short else WHOLE)
+    (check if arguments.check else run)(arguments.out, SHORT if arguments.short else FULL)
 
 
 if __name__ == "__main__":

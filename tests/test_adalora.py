@@ -215,7 +215,7 @@ def test_initializations_of_two_factors_are_errors(start: Any) -> None:
     with pytest.raises(lj.SpecError) as caught:
         start(params, lj.init(jax.random.key(0), params, {"w": VARIANT}))
     assert str(caught.value) == (
-        "At 'w': expected a variant whose update is s·A·B alone; AdaLoRA(rank=2, alpha=4) has a start of its own."
+        "At 'w': expected a variant whose update is s·A·B; AdaLoRA(rank=2, alpha=4) has a diagonal in addition."
     )
 
 

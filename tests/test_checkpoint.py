@@ -200,11 +200,11 @@ UNSAVABLE: dict[str, tuple[Any, str]] = {
     "shapes": ({"query/kernel": SHAPE}, "Expected arrays to save; got ShapeDtypeStruct as 'a' at 'query/kernel'"),
     "variant": (
         {"query/kernel": lj.Adapter(Mine(rank=2, alpha=4), "ioo", **KERNEL.arrays)},
-        f"one of {', '.join(_VARIANTS)}; got Mine(rank=2, alpha=4) at 'query/kernel'",
+        "which are restored by name; got Mine(rank=2, alpha=4) at 'query/kernel'",
     ),
     "path": (
         {"quary/kernel": KERNEL},
-        "1 of the adapter's 1 paths are not in `base`.\n  'quary/kernel'; the nearest are 'query/kernel'",
+        "1 of the adapter's 1 paths are not in `base`.\n  'quary/kernel'; the closest paths are 'query/kernel'",
     ),
 }
 
@@ -226,7 +226,7 @@ def test_a_save_under_jit_is_an_error(tmp_path: Path) -> None:
 def test_saving_donated_arrays_is_an_error() -> None:
     adapter = {"query/kernel": jax.tree.map(jnp.copy, KERNEL)}
     jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(adapter))
-    with pytest.raises(lj.CheckpointError, match="'a' at 'query/kernel' is gone: it was donated to a jitted function"):
+    with pytest.raises(lj.CheckpointError, match="'a' at 'query/kernel' is deleted, because it was donated to"):
         AdapterSave(adapter, base=make_base())
 
 
@@ -271,13 +271,13 @@ STRUCTURES: dict[str, tuple[Any, str]] = {
 CONTENTS: dict[str, tuple[Any, str]] = {
     "values": (
         changed(lambda base: base["layers"][1].update(bias=jnp.ones(8))),
-        "  'layers/1/bias' holds other values\n",
+        "  'layers/1/bias' has other values\n",
     ),
     "dtype": (
         changed(lambda base: base["layers"][0].update(bias=jnp.zeros(8, jnp.float16))),
         "  'layers/0/bias' has dtype float16; it had float32\n",
     ),
-    "another": (jax.tree.map(lambda leaf: leaf + 1, make_base()), "differences: 5.\n"),
+    "another": (jax.tree.map(lambda leaf: leaf + 1, make_base()), "and 5 differences.\n"),
 }
 
 
@@ -287,8 +287,8 @@ def test_a_base_of_other_paths_or_shapes_is_an_error(name: str, allow: bool, sav
     base, text = STRUCTURES[name]
     got = error(saved, base=base, allow_base_mismatch=allow)
     assert text in got
-    assert f"Expected `base` to be the one that the adapter in {saved}" in got
-    assert "`allow_base_mismatch` allows other values and dtypes, never other paths or shapes." in got
+    assert f"Expected `base` to be the base that the adapter in {saved}" in got
+    assert "`allow_base_mismatch` allows other values and dtypes, not other paths or shapes." in got
 
 
 @pytest.mark.parametrize("name", CONTENTS)
@@ -296,13 +296,13 @@ def test_a_base_of_other_values_is_an_error_unless_allowed(name: str, saved: Pat
     base, text = CONTENTS[name]
     got = error(saved, base=base)
     assert text in got
-    assert "If others are meant: allow_base_mismatch=True." in got
+    assert "or pass allow_base_mismatch=True to use this one." in got
     assert_same(restore(saved, base=base, allow_base_mismatch=True), make_adapter())
 
 
 def test_many_differences_are_counted_and_the_first_are_shown(saved: Path) -> None:
     got = error(saved, base=make_base(depth=30))
-    assert "got another, of 61 leaves (it was 5), differences: 56." in got
+    assert "got another one, with 61 leaves (saved: 5) and 56 differences." in got
     assert "… and 48 more" in got
 
 
@@ -319,7 +319,7 @@ def test_the_fingerprint_changes_with_the_scale_and_with_any_row() -> None:
     kernel = np.random.default_rng(0).normal(size=(768, 768)).astype(np.float32)
     whole = _fingerprint.fingerprint(kernel)
     assert _fingerprint.fingerprint(kernel * np.float32(1.0001)) != whole
-    rows, columns = _fingerprint._places(kernel.shape)
+    rows, columns = _fingerprint._indices(kernel.shape)
     assert len(set(rows)) == len(set(columns)) == 64  # spread over distinct rows and columns
     assert _fingerprint.fingerprint(np.ones((8, 8))) != _fingerprint.fingerprint(np.eye(8))
 
@@ -343,7 +343,7 @@ def test_the_fingerprint_does_not_depend_on_the_sharding(shape: tuple[int, ...],
 def test_the_fingerprint_gathers_no_leaf() -> None:
     mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
     leaf = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=NamedSharding(mesh, P("x")))
-    compiled = _fingerprint._lookup.lower(leaf, _fingerprint._places(leaf.shape), NamedSharding(mesh, P())).compile()
+    compiled = _fingerprint._lookup.lower(leaf, _fingerprint._indices(leaf.shape), NamedSharding(mesh, P())).compile()
     assert "all-gather" not in compiled.as_text()
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 64 * 32
 
@@ -390,7 +390,7 @@ def test_changed_random_state_does_not_change_the_base(tmp_path: Path) -> None:
     save(tmp_path, adapter, base=nnx.state(model))
     assert_same(restore(tmp_path, base=nnx.state(Dropping(nnx.Rngs(0, dropout=7)))), adapter)
     assert_same(restore(tmp_path, base=nnx.state(model, nnx.Param)), adapter)
-    assert "'linear/kernel' holds other values" in error(tmp_path, base=nnx.state(Dropping(nnx.Rngs(1))))
+    assert "'linear/kernel' has other values" in error(tmp_path, base=nnx.state(Dropping(nnx.Rngs(1))))
 
 
 def test_only_weights_identify_a_base(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_only_weights_identify_a_base(tmp_path: Path) -> None:
     for rest in ({}, other, {"more": np.arange(2)}):
         assert_same(restore(tmp_path, base=weights | rest), adapter)
     for name, value in {"packed": -weights["packed"], "norm": 0.25, "kernel": normal((4, 3), seed=1)}.items():
-        assert error(tmp_path, base=weights | {name: value}).count("holds other values") == 1
+        assert error(tmp_path, base=weights | {name: value}).count("has other values") == 1
     assert "'packed' has dtype int32; it had int8" in error(tmp_path, base=weights | {"packed": np.ones((4, 3), int)})
 
 
@@ -416,7 +416,7 @@ def test_a_base_is_compared_at_the_precision_of_jax(stored: str, current: str, t
     adapter = lj.init(jax.random.key(0), {"kernel": KINDS[stored]}, {"kernel": lj.LoRA(rank=2, alpha=4)})
     save(tmp_path, adapter, base={"kernel": KINDS[stored]})
     assert_same(restore(tmp_path, base={"kernel": KINDS[current]}), adapter)
-    assert "'kernel' holds other values" in error(tmp_path, base={"kernel": KINDS[current] + np.float32(1e-6)})
+    assert "'kernel' has other values" in error(tmp_path, base={"kernel": KINDS[current] + np.float32(1e-6)})
     with jax.enable_x64(True):
         assert "'kernel' has dtype float64; it had float32" in error(tmp_path, base={"kernel": WIDE})
 
@@ -426,7 +426,7 @@ def test_a_base_in_64_bits_is_compared_in_64_bits(tmp_path: Path) -> None:
         adapter = lj.init(jax.random.key(0), {"kernel": WIDE}, {"kernel": lj.LoRA(rank=2, alpha=4)})
         save(tmp_path, adapter, base={"kernel": WIDE})
         restore(tmp_path, base={"kernel": jnp.asarray(WIDE)})
-        assert "'kernel' holds other values" in error(tmp_path, base={"kernel": WIDE + 1e-12})
+        assert "'kernel' has other values" in error(tmp_path, base={"kernel": WIDE + 1e-12})
     restore(tmp_path, base={"kernel": WIDE})
 
 
@@ -438,7 +438,7 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         shapes.append(values.shape)
         return lookup(values, *args)
 
-    monkeypatch.setattr(_fingerprint, "_look_up", counted)
+    monkeypatch.setattr(_fingerprint, "_lookup", counted)
     return shapes
 
 
@@ -453,18 +453,18 @@ def test_the_fingerprint_of_a_base_is_computed_once(tmp_path: Path, monkeypatch:
     assert shapes[5:] == [(16, 8)]
     restore(tmp_path, base=base)
     assert len(shapes) == 6
-    assert "'layers/1/kernel' holds other values" in error(tmp_path, base=make_base())
+    assert "'layers/1/kernel' has other values" in error(tmp_path, base=make_base())
 
 
 def test_a_cached_fingerprint_is_not_used_for_another_array() -> None:
     gc.collect()
-    before = len(_fingerprint._found)
+    before = len(_fingerprint._cache)
     for number in range(50):  # most reuse the address of an earlier one
         leaf = jnp.full((4, 3), float(number))
         expected = _fingerprint.fingerprint(np.full((4, 3), number, np.float32))
         assert _fingerprint.fingerprint(leaf) == _fingerprint.fingerprint(leaf) == expected
     del leaf
-    assert len(_fingerprint._found) == before
+    assert len(_fingerprint._cache) == before
     leaf = np.zeros((4, 3), np.float32)
     zeros = _fingerprint.fingerprint(leaf)
     leaf[1, 1] = 1  # a NumPy array may change
@@ -475,7 +475,7 @@ def test_a_base_that_was_donated_is_an_error(tmp_path: Path) -> None:
     base = make_base()
     save(tmp_path, make_adapter(), base=base)
     jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(jnp.negative, tree), donate_argnums=0)(base))
-    with pytest.raises(lj.CheckpointError, match="'layers/0/bias' is gone: it was donated to a jitted function"):
+    with pytest.raises(lj.CheckpointError, match="'layers/0/bias' is deleted, because it was donated to"):
         save(tmp_path, make_adapter(), base=base)
 
 
@@ -496,6 +496,16 @@ def test_a_run_stored_by_version_1_is_restored() -> None:
     assert bits(restored.state) == bits(stored_run.state())
 
 
+def test_a_field_of_a_variant_is_read_by_its_former_name(tmp_path: Path) -> None:
+    base = {"kernel": normal((4, 3))}
+    adapter = lj.init(jax.random.key(0), base, {"kernel": lj.DoRA(rank=2, alpha=4, rank_stabilized=True)})
+    save(tmp_path, adapter, base=base)
+    variant = json.loads((tmp_path / "0" / "adapter" / "adapter.json").read_text())["adapter"]["kernel"]["variant"]
+    variant["rank_stabilised"] = variant.pop("rank_stabilized")
+    edit(tmp_path, lambda m: m["adapter"]["kernel"].update(variant=variant))
+    assert_same(restore(tmp_path, base=base), adapter)
+
+
 def test_a_base_described_by_version_1_is_checked_by_its_weights() -> None:
     base = stored_run.base()
     others = {"dropout": {"count": jnp.uint32(9), "key": jax.random.key(1)}}
@@ -505,7 +515,7 @@ def test_a_base_described_by_version_1_is_checked_by_its_weights() -> None:
     head = {"kernel": base["head"]["kernel"] + 1e-12, "mask": base["head"]["mask"]}
     changes = {"embedding": -base["embedding"], "packed": -base["packed"], "head": head}
     for name, value in changes.items():
-        assert f"'{name}{'/kernel' * (name == 'head')}' holds other values" in error(
+        assert f"'{name}{'/kernel' * (name == 'head')}' has other values" in error(
             stored_run.STORED, base=base | {name: value}
         )
 
@@ -573,19 +583,19 @@ def test_shardings_that_do_not_fit_are_an_error(saved: Path) -> None:
 
 
 def test_restoring_without_a_checkpoint_is_an_error(tmp_path: Path) -> None:
-    assert f"Expected a checkpoint that lora_jax wrote; there is none, at {tmp_path}/no." in error(tmp_path / "no")
-    assert "there is a directory without one" in error(tmp_path)
+    assert f"lora_jax wrote, at {tmp_path}/no; the directory does not exist." in error(tmp_path / "no")
+    assert "the directory contains none" in error(tmp_path)
     (tmp_path / "0.orbax-checkpoint-tmp").mkdir()
     got = error(tmp_path)
-    assert "there is only one whose save was stopped before its end" in got
-    assert "Give the path that `save` was given, or the directory of a CheckpointManager" in got
+    assert "contains only an incomplete one, whose save was interrupted" in got
+    assert "Pass the path that `save` wrote to, or the directory of a CheckpointManager" in got
 
 
 def test_a_checkpoint_of_another_kind_is_an_error(tmp_path: Path) -> None:
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(0, args=ocp.args.StandardSave({"w": jnp.ones(3)}))
         manager.wait_until_finished()
-    assert f"wrote; there is none, at {tmp_path}/0/adapter." in error(tmp_path)
+    assert f"wrote, at {tmp_path}/0/adapter; the directory does not exist." in error(tmp_path)
 
 
 def replace(manifest: Any, path: str, **fields: Any) -> None:
@@ -597,29 +607,29 @@ EDITS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "no version": (lambda m: m.pop("version"), "got version None"),
     "other format": (
         lambda m: m.update(format="peft"),
-        "Expected a manifest of the format 'lora_jax.adapter'; got another",
+        "Expected a manifest of format 'lora_jax.adapter'; got another format",
     ),
     "unknown variant": (
         lambda m: replace(m, "query/kernel", name="Unknown"),
-        f"among {', '.join(_VARIANTS)}; got 'Unknown' at 'query/kernel', in ",
+        f"one of the variants {', '.join(_VARIANTS)}; got 'Unknown' at 'query/kernel', in ",
     ),
     "unknown field": (
         lambda m: replace(m, "query/kernel", beta=1),
-        "its manifest does not say what it should (TypeError(",
+        "its manifest has unexpected contents (TypeError(",
     ),
     "edited alpha": (
         lambda m: replace(m, "query/kernel", alpha=8),
-        "Expected LoRA(rank=2, alpha=8) to have the scale 8.0 that it was saved with; got 4.0 at 'query/kernel'",
+        "Expected LoRA(rank=2, alpha=8) to have the saved scale 8.0; got 4.0 at 'query/kernel'",
     ),
-    "no adapter": (lambda m: m.pop("adapter"), "its manifest does not say what it should (KeyError('adapter'))"),
-    "no base": (lambda m: m.pop("base"), "its manifest does not say what it should (KeyError('base'))"),
+    "no adapter": (lambda m: m.pop("adapter"), "its manifest has unexpected contents (KeyError('adapter'))"),
+    "no base": (lambda m: m.pop("base"), "its manifest has unexpected contents (KeyError('base'))"),
     "other shape": (
         lambda m: m["adapter"]["layers/0/bias"]["arrays"]["value"].update(shape=[9]),
-        "ValueError: float32[8] where the manifest says float32[9]",
+        "ValueError: got float32[8]; the manifest has float32[9]",
     ),
     "float64": (
         lambda m: m["adapter"]["layers/0/bias"]["arrays"]["value"].update(dtype="float64"),
-        "JAX would cut float64 down at 'layers/0/bias'",
+        "Expected to restore float64 at 'layers/0/bias'",
     ),
 }
 
@@ -640,7 +650,7 @@ def test_a_corrupt_manifest_is_an_error(copy: Path) -> None:
         file.write_bytes(damaged)
         assert "'adapter.json' has changed" in error(copy)
         _checksums.write(epath.Path(file.parent))
-        assert "Expected a whole checkpoint; its manifest is no JSON" in error(copy)
+        assert "Expected a complete checkpoint; its manifest is not valid JSON" in error(copy)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ def test_losses_match_one_device(stages: Stages, tmp_path: Path) -> None:
 
 def test_all_processes_report_a_changed_file(few: Stages) -> None:
     for error in few.results["damaged"]:
-        assert "Expected a whole checkpoint" in error
+        assert "Expected a complete checkpoint" in error
         assert re.search(r"'d/\w+' has changed", error)
 
 

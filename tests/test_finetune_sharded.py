@@ -15,7 +15,7 @@ import trec
 @pytest.fixture(scope="module")
 def tokens() -> trec.Tokens:
     questions = trec.read().test
-    return trec.tokenise(questions)
+    return trec.tokenize(questions)
 
 
 @pytest.mark.parametrize("step", [0, 3, 17])

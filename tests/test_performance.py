@@ -81,7 +81,7 @@ def steps(scanned, dtype):
     one = case(scanned, dtype)
 
     def run(method):
-        frozen, trained, state = method.start()
+        frozen, trained, state = method.initial_args()
         args = (frozen, *jax.tree.map(jnp.copy, (trained, state)), one.tokens)
         program = jax.jit(method.step, donate_argnums=(1, 2)).lower(*args).compile()
         _, state, loss = program(*args)
@@ -110,7 +110,7 @@ def test_a_step_takes_no_more_memory_than_lora_by_hand(scanned, dtype):
 @pytest.mark.parametrize(("dtype", "tied"), [("float32", True), ("bfloat16", True), ("float32", False)])
 def test_a_step_takes_no_more_flops_than_lora_by_hand(scanned, dtype, tied):
     one = case(scanned, dtype, tied=tied)
-    measured, by_hand = (testing.flops(m.step, *m.start(), one.tokens) for m in library_and_by_hand(one))
+    measured, by_hand = (testing.flops(m.step, *m.initial_args(), one.tokens) for m in library_and_by_hand(one))
     assert measured <= by_hand
 
 
@@ -186,7 +186,7 @@ def test_a_large_rank_in_a_convolutional_net_takes_far_fewer_flops_than_by_hand(
         make(one) for make in (conv.through_lora, functools.partial(conv.through_lora, form="factored"), conv.by_hand)
     )
     measured, same, reference = (
-        testing.flops(method.step, *method.start(), one.tokens) for method in (planned, factored, by_hand)
+        testing.flops(method.step, *method.initial_args(), one.tokens) for method in (planned, factored, by_hand)
     )
     assert measured <= 0.65 * reference
     assert same <= 1.005 * reference

@@ -336,7 +336,7 @@ def test_an_initialization_that_overflows_the_base_is_an_error() -> None:
     w = 440 * jnp.array([[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, 1.0], [-1.0, 1.0, 1.0, 1.0]])
     params = {"w": w.astype(E4M3)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
-    with pytest.raises(lj.AdapterError, match="what is left of each kernel to fit its dtype; 1 overflow"):
+    with pytest.raises(lj.AdapterError, match="`W0 - s·A·B` to be finite in the dtype of each kernel; 1 overflow"):
         lj.starts.olora(params, {"w": lj.Adapter(lj.LoRA(rank=1, alpha=-3), "io", **adapter["w"].arrays)})
 
 

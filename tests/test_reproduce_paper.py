@@ -135,7 +135,9 @@ def test_a_killed_reproduction_runs_only_what_is_missing(tmp_path: Path, trained
 def test_a_result_of_other_settings_is_an_error(tmp_path: Path, trained: list[tuple[str, int]]) -> None:
     with pytest.raises(KeyboardInterrupt):
         runs(tmp_path)
-    with pytest.raises(ValueError, match=r"0\.json is of a run with other settings.*\n  rate: 0\.\d+ there, 7\.0 now"):
+    with pytest.raises(
+        ValueError, match=r"0\.json has the .* other settings.*\n  rate: 0\.\d+ in the file, 7\.0 expected"
+    ):
         runs(tmp_path, rate=7.0)
     assert len(trained) == 2
 
@@ -198,7 +200,7 @@ def test_a_table_shows_each_configuration_against_the_first() -> None:
 
 @pytest.mark.parametrize(
     ("value", "error", "word"),
-    [(2.1, 1.0, "more"), (-2.1, 1.0, "less"), (-1.9, 0.1, "noise"), (5.0, 2.6, "noise"), (3.0, math.nan, "noise")],
+    [(2.1, 1.0, "higher"), (-2.1, 1.0, "lower"), (-1.9, 0.1, "noise"), (5.0, 2.6, "noise"), (3.0, math.nan, "noise")],
 )
 def test_a_difference_counts_if_it_is_two_points_and_twice_its_error(value: float, error: float, word: str) -> None:
     assert paper_report.verdict(paper_report.Estimate(value, error)) == word
@@ -208,8 +210,8 @@ def test_the_summary_classifies_every_difference() -> None:
     wrong = {"lora-q": [0], "full": [], "probe": [1], "bias": [0, 1, 2, 3]}
     results = {"runs": [run(name, seed, questions) for name, questions in wrong.items() for seed in (0, 1)]}
     assert paper_report.summary(results, ("lora-q", "full", "probe", "bias")) == (
-        "**Against LoRA on q at rank 72.** Less accurate: biases alone (BitFit) (−75.0 ± 25.0). "
-        "Not to be told from it: full fine-tuning; linear probe."
+        "**Compared with LoRA on q at rank 72.** Less accurate: biases only (BitFit) (−75.0 ± 25.0). "
+        "No significant difference: full fine-tuning; linear probe."
     )
 
 
@@ -218,7 +220,7 @@ def test_the_summary_classifies_every_difference() -> None:
 
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Any]:
-    return json.loads(paper_report.KEPT.read_text())
+    return json.loads(paper_report.STORED.read_text())
 
 
 def test_the_page_shows_the_stored_results(stored: dict[str, Any]) -> None:
@@ -227,7 +229,7 @@ def test_the_page_shows_the_stored_results(stored: dict[str, Any]) -> None:
 
 
 def test_a_page_without_a_mark_for_a_table_is_an_error(stored: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="should have one place `<!-- ranks -->` … `<!-- end -->`; it has 0"):
+    with pytest.raises(ValueError, match=r"Expected one section `<!-- ranks -->` … `<!-- end -->` in .*; got 0"):
         paper_report.filled(paper_report.PAGE.read_text().replace("<!-- ranks -->", ""), stored)
 
 
@@ -235,10 +237,10 @@ def test_stored_results_match_the_configurations(stored: dict[str, Any]) -> None
     found = {(run["settings"]["name"], run["settings"]["seed"]): run["settings"] for run in stored["runs"]}
     seeds = {seed for _, seed in found}
     assert set(found) == {(name, seed) for name in CONFIGURATIONS for seed in seeds}
-    assert seeds <= set(reproduce_paper.WHOLE.seeds)
+    assert seeds <= set(reproduce_paper.FULL.seeds)
     data = reproduce_paper.Data(tokens(4_882), tokens(500))
     for (name, seed), settings in found.items():
-        assert settings == reproduce_paper.settings(CONFIGURATIONS[name], seed, reproduce_paper.WHOLE, data)
+        assert settings == reproduce_paper.settings(CONFIGURATIONS[name], seed, reproduce_paper.FULL, data)
 
 
 def test_the_figures_are_drawn(stored: dict[str, Any], tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ LAYOUTS = {
 METHODS: dict[str, Callable[[models.Case], models.Method]] = {
     "lora()": functools.partial(models.through_lora, form="factored"),
     "by hand": models.by_hand,
-    "full": models.whole,
+    "full": models.full_fine_tuning,
 }
 
 

@@ -1,10 +1,10 @@
-"""Who is measured, in which environment. One file for each, all with the same face:
+"""The measured libraries and their environments. There is one file per library, with these functions:
 
-    build(case) -> Method    # a loss, what is trained, what stays frozen; the case's values in the library's own form
-    merge(case) -> params    # for the model as it stands, if the library can
-    dense(case) -> Method    # as `build`, where the library forms kernels only if told to
+    build(case) -> Method    # a loss, trained arrays and frozen arrays, with the values of the case
+    merge(case) -> params    # for the unmodified model; missing if the library cannot merge
+    dense(case) -> Method    # as `build`, with materialization allowed; missing if the library has no such option
 
-Needs nothing but Python; `pins/ENVIRONMENT.txt` says what each environment holds.
+Imports only the standard library. `pins/ENVIRONMENT.txt` lists the packages of each environment.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Peer(NamedTuple):
-    """A library: its name, its file here, its distribution on PyPI."""
+    """A library: its name, its file in this folder, and its distribution on PyPI."""
 
     name: str
     module: str
@@ -21,7 +21,7 @@ class Peer(NamedTuple):
 
 
 BY_HAND, AGAIN, BIAS_FIRST = "by hand", "by hand, again", "by hand, bias first"
-MERGED, WHOLE = "W0 + s·A·B each step", "full fine-tuning"
+MERGED, FULL = "W0 + s·A·B each step", "full fine-tuning"
 
 ENVIRONMENTS: dict[str, tuple[Peer, ...]] = {
     "jax": (

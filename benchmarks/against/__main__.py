@@ -1,4 +1,4 @@
-"""Measures what one environment holds, in a process of its own: `python -m against ENVIRONMENT --out FILE`."""
+"""Measures the libraries of one environment: `python -m against ENVIRONMENT --out FILE`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .figures import Figures, first_line
 
 
 def versions(distributions: set[str]) -> dict[str, str]:
-    """The versions of those that are installed."""
+    """Returns the versions of the distributions that are installed."""
     found = {"python": platform.python_version()}
     for name in sorted(distributions):
         try:
@@ -30,7 +30,7 @@ def versions(distributions: set[str]) -> dict[str, str]:
 
 
 def jax_environment(given: argparse.Namespace) -> dict[str, Any]:
-    """Measures the references and the libraries of an environment with JAX."""
+    """Measures the references and the libraries of a JAX environment."""
     from .by_hand import METHODS
     from .capabilities import capabilities
     from .cases import MEASURED
@@ -48,12 +48,12 @@ def jax_environment(given: argparse.Namespace) -> dict[str, Any]:
     size = getattr(sizes, given.size.upper())
     options = {"rounds": given.rounds, "steps": given.steps}
     cases = {title: measure(make(size), builds, **options) | missing for title, make in MEASURED.items()}
-    tried = {} if given.quick else {name: capabilities(name, library) for name, library in libraries.items()}
-    return {"cases": cases, "capabilities": tried}
+    supported = {} if given.quick else {name: capabilities(name, library) for name, library in libraries.items()}
+    return {"cases": cases, "capabilities": supported}
 
 
 def main() -> None:
-    """Measures, and writes the file."""
+    """Measures, and writes the figures to a file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("environment", choices=ENVIRONMENTS)
     parser.add_argument("--size", default="small")
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as JSON has it."""
+    """Converts figures to JSON values."""
     if isinstance(value, Figures):
         return dataclasses.asdict(value)
     raise TypeError(f"Expected figures; got {value!r}")

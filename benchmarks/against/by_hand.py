@@ -1,4 +1,4 @@
-"""What libraries are measured by: LoRA written into the model, formed in each step, and full fine-tuning."""
+"""The references: LoRA by hand, kernels materialized in each step, and full fine-tuning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from decoder import ByHand, Method, on_matrices
 from flax.traverse_util import unflatten_dict
 from jax import Array
 
-from . import AGAIN, BIAS_FIRST, BY_HAND, MERGED, WHOLE
+from . import AGAIN, BIAS_FIRST, BY_HAND, FULL, MERGED
 from .cases import Case
 
 
 def by_hand(case: Case, *, bias_first: bool = False) -> Method:
-    """x·W + ((x·A)·s)·B + bias in the layers themselves."""
+    """x·W + ((x·A)·s)·B + bias, written into the layers."""
     layer = functools.partial(ByHand, rank=case.rank, bias_first=bias_first)
     matrices = all(factors.roles.strip("b") == "io" for factors in case.adapter.values())
     model = case.model.clone(dense=on_matrices(layer) if matrices else layer)
@@ -32,17 +32,17 @@ def by_hand(case: Case, *, bias_first: bool = False) -> Method:
 
 
 def merged(case: Case) -> Method:
-    """The model as it stands, of kernels `W0 + s·A·B` that are formed in each step; the oracle of all the others."""
+    """The unmodified model, with kernels `W0 + s·A·B` materialized in each step; the reference for all values."""
     adapter = {path: (factors.a, factors.b) for path, factors in case.adapter.items()}
 
     def loss(adapter: Any, params: Any, inputs: Array) -> Array:
-        return case.loss(case.apply(formed(case._replace(params=params), adapter), inputs), inputs)
+        return case.loss(case.apply(materialize(case._replace(params=params), adapter), inputs), inputs)
 
     return Method(loss, adapter, case.params)
 
 
-def formed(case: Case, adapter: Any) -> Any:
-    """The parameters with `(a, b)` of each path folded in."""
+def materialize(case: Case, adapter: Any) -> Any:
+    """Returns the parameters with `(a, b)` merged into the kernel of each path."""
     kernels = case.kernels()
     for path, (a, b) in adapter.items():
         delta = case.adapter[path]._replace(a=a * case.scale, b=b).delta()
@@ -50,11 +50,11 @@ def formed(case: Case, adapter: Any) -> Any:
     return unflatten_dict(kernels, sep="/")
 
 
-def whole(case: Case) -> Method:
-    """Full fine-tuning: no adapter, every parameter trained."""
+def full_fine_tuning(case: Case) -> Method:
+    """Full fine-tuning: trains every parameter, without an adapter."""
 
     def loss(params: Any, frozen: None, inputs: Array) -> Array:
-        del frozen  # nothing is
+        del frozen  # nothing is frozen
         return case.loss(case.apply(params, inputs), inputs)
 
     return Method(loss, case.params, None)
@@ -65,5 +65,5 @@ METHODS: dict[str, Callable[[Case], Method]] = {
     AGAIN: by_hand,
     BIAS_FIRST: functools.partial(by_hand, bias_first=True),
     MERGED: merged,
-    WHOLE: whole,
+    FULL: full_fine_tuning,
 }

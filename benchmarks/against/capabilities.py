@@ -1,4 +1,4 @@
-"""What a library can adapt: each is tried on a small program, and compared with the kernels formed."""
+"""What a library can adapt: small programs, compared with the same programs with materialized kernels."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ MERGING = "merging back"
 
 
 class Outcome(NamedTuple):
-    """Numbers that tell whether two methods are the same, whatever the form and the scale of their factors.
+    """Values that are equal for equivalent methods, whatever the layout and scale of their factors.
 
     Attributes:
-      loss: at the values of the case.
-      slope: of the loss, when all that is trained grows by one factor: Σ g·x.
-      size: Σ |g·x|, by which the slope is judged.
-      tolerance: relative.
+      loss: the loss at the values of the case.
+      slope: Σ g·x over the trained arrays x and their gradients g.
+      size: Σ |g·x|, to which differences of slopes are relative.
+      tolerance: the relative tolerance.
     """
 
     loss: float
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     tolerance: float
 
     def agrees(self, other: Outcome) -> bool:
-        """Whether the two are the same to the accuracy of their dtype."""
+        """Returns whether both are equal within the tolerance."""
         return abs(self.loss - other.loss) <= self.tolerance * abs(other.loss) and (
             abs(self.slope - other.slope) <= 10 * self.tolerance * other.size
         )
@@ -46,48 +46,48 @@ def outcome(method: Method, case: Case) -> Outcome:
     leaves = zip(*map(jax.tree_util.tree_leaves, (gradient, method.trained)), strict=True)
     products = [one.astype(jnp.float32) * other.astype(jnp.float32) for one, other in leaves]
     half = any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree_util.tree_leaves(case.params))
-    slope, size = (sum(float(jnp.sum(of(x))) for x in products) for of in (jnp.asarray, jnp.abs))
+    slope, size = (sum(float(jnp.sum(function(x))) for x in products) for function in (jnp.asarray, jnp.abs))
     return Outcome(float(loss), slope, size, 2e-3 if half else 1e-5)
 
 
 @functools.cache
-def program(what: str) -> tuple[Case, Outcome]:
-    """A program, and what it gives with its kernels formed."""
-    case = CAPABILITIES[what]()
+def program(name: str) -> tuple[Case, Outcome]:
+    """Returns a program, and its outcome with materialized kernels."""
+    case = CAPABILITIES[name]()
     return case, outcome(merged(case), case)
 
 
-def tried(build: Callable[[Case], Method], what: str) -> str:
-    """Yes, or why not."""
-    case, expected = program(what)
+def support(build: Callable[[Case], Method], name: str) -> str:
+    """Returns "yes", or the reason why the library does not support a program."""
+    case, expected = program(name)
     try:
         method = build(case)
         if not outcome(method, case).agrees(expected):
             return "runs, but computes another function"
-    except Exception as error:  # of any library
+    except Exception as error:  # libraries raise errors of any type
         return first_line(error)
     dtypes = {leaf.dtype.name for leaf in jax.tree_util.tree_leaves(method.trained)}
     return YES if dtypes == {"float32"} else f"the adapter is in {', '.join(sorted(dtypes))}"
 
 
 def merging(peer: Any) -> str:
-    """Whether the model as it stands gives the loss of the adapted one, once the adapter is merged."""
+    """Returns "yes" if the unmodified model has the expected loss after merging, else the reason."""
     case, expected = program("matrices")
     if not hasattr(peer, "merge"):
-        return "has no function for it"
+        return "has no function to merge"
     try:
         loss = float(case.loss(case.apply(peer.merge(case), case.inputs), case.inputs))
     except Exception as error:
         return first_line(error)
-    return YES if expected._replace(loss=loss).agrees(expected) else "gives another function"
+    return YES if expected._replace(loss=loss).agrees(expected) else "computes another function"
 
 
 def capabilities(name: str, peer: Any) -> dict[str, str]:
-    """Tries everything with one library."""
+    """Tries all programs with one library."""
     found = {}
-    for what in CAPABILITIES:
-        progress(f"try {what}: {name}")
-        found[what] = tried(peer.build, what)
-        if found[what] != YES and hasattr(peer, "dense") and tried(peer.dense, what) == YES:
-            found[what] = "only if told that it may form the kernel"
+    for program_name in CAPABILITIES:
+        progress(f"try {program_name}: {name}")
+        found[program_name] = support(peer.build, program_name)
+        if found[program_name] != YES and hasattr(peer, "dense") and support(peer.dense, program_name) == YES:
+            found[program_name] = "only if materializing the kernel is allowed"
     return found | {MERGING: merging(peer)}

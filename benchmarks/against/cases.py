@@ -1,4 +1,4 @@
-"""Programs to adapt: two decoders that are measured, and one small program for each capability."""
+"""Programs to adapt: two decoders to measure, and a small program for each capability."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .values import tokens, values
 
 
 def by_role(roles: str, axes: Iterable[Any]) -> list[list[Any]]:
-    """Something of each axis, sorted into batch, input and output."""
+    """Groups a property of each axis by role: batch, input, output."""
     pairs = list(zip(roles, axes, strict=True))
-    return [[axis for role, axis in pairs if role == its] for its in "bio"]
+    return [[value for role, value in pairs if role == wanted] for wanted in "bio"]
 
 
 class Factors(NamedTuple):
     """The low-rank factors of one kernel.
 
     Attributes:
-      roles: of the kernel's axes: `b` batch, `i` input, `o` output.
+      roles: the roles of the kernel's axes: `b` batch, `i` input, `o` output.
       a: `(batch…, in…, rank)`.
       b: `(batch…, rank, out…)`.
     """
@@ -37,16 +37,16 @@ class Factors(NamedTuple):
     b: Array
 
     def delta(self) -> Array:
-        """`A·B`, in the kernel's shape."""
+        """Returns `A·B` in the kernel's shape."""
         letters = "wxyzuv"[: len(self.roles)]
-        batch, summed, out = map("".join, by_role(self.roles, letters))
-        return jnp.einsum(f"{batch}{summed}r,{batch}r{out}->{letters}", self.a, self.b)
+        batch, contracted, out = map("".join, by_role(self.roles, letters))
+        return jnp.einsum(f"{batch}{contracted}r,{batch}r{out}->{letters}", self.a, self.b)
 
 
 class Case(NamedTuple):
-    """A Linen model with its weights, the factors for some of its kernels, what it reads, and its loss.
+    """A Linen model with its weights, factors for some of its kernels, inputs and loss.
 
-    The factors act as `W0 + scale·A·B`.
+    A kernel with factors is `W0 + scale·A·B`.
     """
 
     model: nn.Module
@@ -62,16 +62,16 @@ class Case(NamedTuple):
         return ALPHA / self.rank
 
     def apply(self, params: Any, inputs: Array) -> Array:
-        """The model as it stands."""
+        """Applies the unmodified model."""
         return plain(self.model)(params, inputs)
 
     def kernels(self) -> dict[str, Array]:
-        """The leaves by their paths."""
+        """Returns the leaves by path."""
         return flatten_dict(self.params, sep="/")
 
 
 class Experts(nn.Module):
-    """A perceptron for each group of rows, their kernels one parameter `(experts, in, out)`."""
+    """A linear layer for each group of rows, with one kernel `(experts, in, out)`."""
 
     experts: int = 3
 
@@ -83,7 +83,7 @@ class Experts(nn.Module):
 
 
 class MappedExperts(nn.Module):
-    """The same perceptrons, one `nn.Dense` under `nn.vmap`."""
+    """The same layers as one `nn.Dense` under `nn.vmap`."""
 
     experts: int = 3
 
@@ -94,7 +94,7 @@ class MappedExperts(nn.Module):
 
 
 class Images(nn.Module):
-    """A convolution, 3 by 3 with stride 2, and its nonlinearity."""
+    """A convolution, 3 × 3 with stride 2, and a nonlinearity."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -102,7 +102,7 @@ class Images(nn.Module):
 
 
 def make(model: nn.Module, targets: Mapping[str, str], inputs: Any, loss: Any, rank: int, dtype: Any = None) -> Case:
-    """Fills a model and the factors of the targets, `{end of a path: roles}`, with their values."""
+    """Returns a case with values for the model and for the factors of the targets, `{end of a path: roles}`."""
     inputs = jnp.asarray(inputs)
     shapes = flatten_dict(jax.eval_shape(model.init, jax.random.PRNGKey(0), inputs)["params"], sep="/")
     params = {path: jnp.asarray(values(path, leaf.shape), leaf.dtype) for path, leaf in shapes.items()}
@@ -116,9 +116,9 @@ def make(model: nn.Module, targets: Mapping[str, str], inputs: Any, loss: Any, r
 
 
 def factors(path: str, shape: tuple[int, ...], roles: str, rank: int) -> Factors:
-    """The factors of one kernel, in float32."""
-    batch, summed, out = by_role(roles, shape)
-    a, b = values(f"{path}/a", (*batch, *summed, rank)), values(f"{path}/b", (*batch, rank, *out))
+    """Returns the factors of one kernel, in float32."""
+    batch, contracted, out = by_role(roles, shape)
+    a, b = values(f"{path}/a", (*batch, *contracted, rank)), values(f"{path}/b", (*batch, rank, *out))
     return Factors(roles, jnp.asarray(a), jnp.asarray(b))
 
 
@@ -134,7 +134,7 @@ def decoder(
     dtype: Any = jnp.float32,
     targets: Mapping[str, str] | None = None,
 ) -> Case:
-    """A decoder, adapted in all the layers of its blocks, or in `targets`."""
+    """Returns a decoder, adapted in all layers of its blocks, or in `targets`."""
     roles = dict.fromkeys(LAYERS, "io")
     if not matrices:
         roles |= {"query": "ioo", "key": "ioo", "value": "ioo", "out": "iio"}
@@ -149,7 +149,7 @@ def decoder(
 
 
 MEASURED: dict[str, Callable[[Size], Case]] = {
-    "layers written out": decoder,
+    "unrolled layers": decoder,
     "scan + remat": lambda size: decoder(size, scanned=True),
 }
 
@@ -157,8 +157,8 @@ EMBEDDING = {"embedding/embedding": "io"}
 
 
 def squares(y: Array, x: Array) -> Array:
-    """A loss that every output tells in."""
-    del x  # nothing is to be predicted
+    """Returns a loss that depends on every output."""
+    del x  # nothing is predicted
     return jnp.mean(y**2)
 
 

@@ -1,4 +1,4 @@
-"""What is measured of a step, and of a trial: needs nothing but Python."""
+"""The measured figures of a step. Imports only the standard library."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ START = time.perf_counter()
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """What a training step costs; None where it cannot be measured.
+    """The cost of a training step; None for what cannot be measured.
 
     Attributes:
-      steps: seconds of each step; the methods of an environment take turns.
-      operations: floating-point operations, the bodies of loops times their length.
-      temporary: bytes beside arguments and results.
-      optimizer: bytes of the state of the optimizer.
-      compile: seconds to trace, lower and compile, each time; likewise in turns.
-      loss: of the first step.
+      steps: seconds of each step; the methods of an environment are interleaved.
+      flops: FLOPs, loop bodies times their number of iterations.
+      temporary: bytes in addition to arguments and results.
+      optimizer: bytes of the optimizer state.
+      compile: seconds of each tracing, lowering and compilation; also interleaved.
+      loss: the loss of the first step.
     """
 
     steps: list[float]
@@ -31,16 +31,16 @@ class Figures:
 
 
 class UnfitError(Exception):
-    """A library that has no place for an adapter; the words are ours, not the library's."""
+    """A library makes no adapter of the needed shape. Raised here, not by the library."""
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line of moderate length."""
+    """Returns the first line of an error, truncated."""
     name = "" if isinstance(error, UnfitError) else f"{type(error).__name__}: "
     line = f"{name}{str(error).strip()}".split("\n")[0]
     return line if len(line) <= 160 else f"{line[:159]}…"
 
 
 def progress(text: str) -> None:
-    """Says what is being done, and how long it has been going on."""
+    """Prints the current stage and the elapsed time."""
     print(f"{time.perf_counter() - START:5.0f} s  {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Gives a library's own adapter the values of a case; refuses where it has no place for them."""
+"""Converts the factors of a case to the shapes of a library's adapter."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from jax import Array
 from .figures import UnfitError
 
 
-def fitted(path: str, value: Array, made: Mapping[str, Any]) -> Array:
-    """`value` in the shape and dtype of the leaf that the library made at `path`."""
-    if path not in made:
-        raise UnfitError("makes no adapter, and says nothing")
-    leaf = made[path]
+def fitted(path: str, value: Array, leaves: Mapping[str, Any]) -> Array:
+    """Returns `value` in the shape and dtype of the library's leaf at `path`."""
+    if path not in leaves:
+        raise UnfitError("makes no adapter and raises no error")
+    leaf = leaves[path]
     if math.prod(leaf.shape) != value.size:
-        raise UnfitError(f"makes a factor of shape {leaf.shape}, where {value.shape} is needed")
+        raise UnfitError(f"makes a factor of shape {leaf.shape} instead of {value.shape}")
     return value.reshape(leaf.shape).astype(leaf.dtype)

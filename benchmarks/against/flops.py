@@ -1,4 +1,4 @@
-"""The library's count of operations, on the versions of JAX that the library itself does not run on, too."""
+"""The library's FLOP counter, also for JAX versions that the library does not support."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 if jax.__version_info__ < (0, 10):
-    # The count needs three types of JAX's and nothing else; older versions have them in another place.
+    # The counter imports only three types of `_compat`, which older versions have in another module.
     package, compat = types.ModuleType("lora_jax"), types.ModuleType("lora_jax._compat")
     package.__path__ = [str(Path(__file__).parents[2] / "lora_jax")]
     compat.ClosedJaxpr, compat.Jaxpr, compat.JaxprEqn = jax.core.ClosedJaxpr, jax.core.Jaxpr, jax.core.JaxprEqn
@@ -21,5 +21,5 @@ count = importlib.import_module("lora_jax._report.flops").flops
 
 
 def flops(fn: Any, *args: Any) -> int:
-    """Counts a call's floating-point operations on its jaxpr, the bodies of loops times their length."""
+    """Returns the FLOPs of a call, counted on its jaxpr, loop bodies times their number of iterations."""
     return int(count(jax.make_jaxpr(fn)(*args)))

@@ -1,4 +1,4 @@
-"""This library: the model as it stands, through `lora()`."""
+"""lora_jax: the unmodified model, with `lora()`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .cases import Case
 
 
 def adapter_of(case: Case) -> dict[str, lj.Adapter]:
-    """The factors as an adapter."""
+    """Returns the factors as an adapter."""
     variant = lj.LoRA(rank=case.rank, alpha=ALPHA)
     return {path: lj.Adapter(variant, roles, a=a, b=b) for path, (roles, a, b) in case.adapter.items()}
 
@@ -30,5 +30,5 @@ def build(case: Case) -> Method:
 
 
 def merge(case: Case) -> Any:
-    """Parameters for the model as it stands."""
+    """Returns parameters for the unmodified model."""
     return lj.merge(case.params, adapter_of(case))

@@ -16,20 +16,20 @@ from .fit import fitted
 
 
 def weights_of(case: Case) -> dict[str, lorax.LoraWeight]:
-    """A `LoraWeight` for each adapted kernel; its `b` is on the side of the input, its `a` on that of the output."""
+    """Returns a `LoraWeight` for each adapted kernel; its `b` has the input axis, its `a` the output axis."""
     kernels = case.kernels()
     spec = {path: case.rank if path in case.adapter else lorax.LORA_FREEZE for path in kernels}
-    made = lorax.init_lora(kernels, spec, jax.random.PRNGKey(0), alpha=ALPHA)
+    initial = lorax.init_lora(kernels, spec, jax.random.PRNGKey(0), alpha=ALPHA)
     weights = {}
     for path, factors in case.adapter.items():
-        shapes = {"a": made[path].a, "b": made[path].b}
+        shapes = {"a": initial[path].a, "b": initial[path].b}
         a, b = fitted("a", factors.b, shapes), fitted("b", factors.a, shapes)
         weights[path] = lorax.LoraWeight(w=kernels[path], a=a, b=b, alpha=ALPHA)
     return weights
 
 
 def build(case: Case) -> Method:
-    """Trains `a` and `b`, and differentiates in nothing else."""
+    """Trains `a` and `b`, and differentiates only with respect to them."""
     weights = weights_of(case)
     trained = {path: (weight.a, weight.b) for path, weight in weights.items()}
 
@@ -43,6 +43,6 @@ def build(case: Case) -> Method:
 
 
 def merge(case: Case) -> Any:
-    """Parameters for the model as it stands."""
+    """Returns parameters for the unmodified model."""
     params = unflatten_dict(case.kernels() | weights_of(case), sep="/")
     return lorax.merge_params(params, destructive=False)

@@ -1,4 +1,4 @@
-"""Measures JAX methods on one case; they take turns, so that a busy moment of the machine meets them alike."""
+"""Measures JAX methods on one case, interleaved, so that other load on the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ from typing import Any
 
 import jax
 from decoder import Method
-from timing import jitted, start_of, timed
+from timing import copied_args, jitted, timed
 
-from . import BY_HAND, WHOLE
+from . import BY_HAND, FULL
 from .cases import Case
 from .figures import Figures, first_line, progress
 from .flops import flops
 
 Build = Callable[[Case], Method]
-Result = Figures | str  # what it costs, or why it cannot be had
+Result = Figures | str  # the figures, or why they cannot be measured
 
 
 def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int) -> dict[str, Result]:
-    """Builds, compiles `rounds` times and runs for `steps` steps; what fails is left out from there on."""
+    """Builds each method, compiles it `rounds` times and runs `steps` steps. Methods that fail are not continued."""
     failed: dict[str, Result] = {}
 
-    def each(what: str, names: Any, do: Callable[[str], Any]) -> dict[str, Any]:
-        done = {}
+    def for_each(stage: str, names: Any, function: Callable[[str], Any]) -> dict[str, Any]:
+        results = {}
         for name in names:
-            progress(f"{what}: {name}")
+            progress(f"{stage}: {name}")
             try:
-                done[name] = do(name)
-            except Exception as error:  # of any library
+                results[name] = function(name)
+            except Exception as error:  # libraries raise errors of any type
                 failed[name] = first_line(error)
-        return done
+        return results
 
-    methods = each("build", builds, lambda name: builds[name](case))
-    args = each("start", methods, lambda name: start_of(methods[name]))
-    counts = each("count", args, lambda name: flops(methods[name].step, *args[name], case.inputs))
-    took: dict[str, list[float]] = {name: [] for name in counts}
+    methods = for_each("build", builds, lambda name: builds[name](case))
+    args = for_each("copy", methods, lambda name: copied_args(methods[name]))
+    counts = for_each("count", args, lambda name: flops(methods[name].step, *args[name], case.inputs))
+    compile_seconds: dict[str, list[float]] = {name: [] for name in counts}
     programs: dict[str, Any] = {name: None for name in counts}
     for _ in range(rounds):
-        found = each("compile", programs, lambda name: compiled(methods[name], args[name], case))
+        found = for_each("compile", programs, lambda name: compile_step(methods[name], args[name], case))
         programs = {name: program for name, (_, program) in found.items()}
         for name, (seconds, _) in found.items():
-            took[name].append(seconds)
+            compile_seconds[name].append(seconds)
     losses, seconds = run(programs, args, case, steps=steps)
     figures = {
         name: Figures(
@@ -49,7 +49,7 @@ def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int)
             flops=counts[name],
             temporary=int(program.memory_analysis().temp_size_in_bytes),
             optimizer=sum(leaf.nbytes for leaf in jax.tree_util.tree_leaves(args[name][2])),
-            compile=took[name],
+            compile=compile_seconds[name],
             loss=losses[name],
         )
         for name, program in programs.items()
@@ -58,14 +58,14 @@ def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int)
     return {name: (figures | failed | other)[name] for name in builds}
 
 
-def compiled(method: Method, args: list[Any], case: Case) -> tuple[float, Any]:
-    """Seconds to trace, lower and compile, with nothing remembered, and the program."""
+def compile_step(method: Method, args: list[Any], case: Case) -> tuple[float, Any]:
+    """Returns the seconds to trace, lower and compile with cleared caches, and the program."""
     jax.clear_caches()
     return timed(lambda: jitted(method).lower(*args, case.inputs).compile())
 
 
 def run(programs: Mapping[str, Any], args: dict[str, list[Any]], case: Case, *, steps: int) -> tuple[dict, dict]:
-    """Trains with each program in turn; the loss of the first step, and the seconds of each step but the first."""
+    """Runs the programs interleaved; returns the losses of the first step and the seconds of all others."""
     losses: dict[str, float] = {}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     names = list(programs)
@@ -78,11 +78,11 @@ def run(programs: Mapping[str, Any], args: dict[str, list[Any]], case: Case, *, 
                 seconds[name].append(took)
             else:
                 losses[name] = float(loss)
-        names = names[1:] + names[:1]  # what runs before one may warm or cool its caches
+        names = names[1:] + names[:1]  # the preceding program affects the processor's caches
     return losses, seconds
 
 
 def disagreeing(losses: Mapping[str, float]) -> list[str]:
-    """Those that do not train the function of LoRA by hand; full fine-tuning starts without the adapter's."""
+    """Returns the methods with another first loss than LoRA by hand, except full fine-tuning, which has no adapter."""
     expected = losses[BY_HAND]
-    return [name for name, loss in losses.items() if name != WHOLE and abs(loss - expected) > 1e-3 * abs(expected)]
+    return [name for name, loss in losses.items() if name != FULL and abs(loss - expected) > 1e-3 * abs(expected)]

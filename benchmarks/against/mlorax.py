@@ -1,4 +1,4 @@
-"""MLoRAx: forms `W0 + s·A·B` for every kernel whose path contains a given string, in each call."""
+"""MLoRAx: materializes `W0 + s·A·B` in each call, for every kernel whose path contains a given string."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from .cases import Case
 from .fit import fitted
 
 
-def start(case: Case, params: Any) -> tuple[Any, Callable[..., Array], Callable[[Any], Any]]:
-    """What is trained, at its start, the function of it, and what merges it. The base is a constant of both."""
+def initialize(case: Case, params: Any) -> tuple[Any, Callable[..., Array], Callable[[Any], Any]]:
+    """Returns the initial trained tree, the adapted function and the merging function. Both close over the base."""
     rules = [path.replace("/", ".") for path in case.adapter]
     spec = mlorax.LoRASpec(rank=case.rank, rules=rules, alpha=ALPHA, logger_level="WARNING")
     return mlorax.lora_init(spec, None, params=params, apply_fn=case.apply)
 
 
 def trained_of(case: Case) -> Any:
-    """The values of the case in its tree."""
-    made = flatten_dict(jax.eval_shape(lambda: start(case, case.params)[0]), sep="/")
+    """Returns the values of the case in MLoRAx's tree."""
+    leaves = flatten_dict(jax.eval_shape(lambda: initialize(case, case.params)[0]), sep="/")
     trained = {
-        path: fitted(path, getattr(factors, name), made)
+        path: fitted(path, getattr(factors, name), leaves)
         for kernel, factors in case.adapter.items()
         for name in "ab"
         for path in [f"{kernel}/$lora$/{name}"]
@@ -36,15 +36,15 @@ def trained_of(case: Case) -> Any:
 
 
 def build(case: Case) -> Method:
-    """Trains its tree; the base is given to it inside the step, so that it is no constant of the compiled program."""
+    """Trains MLoRAx's tree. It is initialized inside the step, so that the base is not a constant of the program."""
 
     def loss(trained: Any, frozen: Any, inputs: Array) -> Array:
-        _, apply, _ = start(case, frozen)
+        _, apply, _ = initialize(case, frozen)
         return case.loss(apply(trained, inputs=inputs), inputs)
 
     return Method(loss, trained_of(case), case.params)
 
 
 def merge(case: Case) -> Any:
-    """Parameters for the model as it stands."""
-    return start(case, case.params)[2](trained_of(case))
+    """Returns parameters for the unmodified model."""
+    return initialize(case, case.params)[2](trained_of(case))

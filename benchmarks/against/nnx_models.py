@@ -1,4 +1,4 @@
-"""The programs of `cases.py` as NNX modules, their layers to choose; their paths are those of the Linen models."""
+"""The programs of `cases.py` as NNX modules with replaceable layers and the paths of the Linen models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Axes = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Layers:
-    """Makes the layers that LoRA may adapt. All take `(what it reads, what it gives, rngs=…, dtypes…)`."""
+    """Constructors of the layers that LoRA may adapt: `(in_features, out_features, rngs=…, dtypes…)`."""
 
     dense: Callable[..., nnx.Module] = nnx.Linear
     dense_general: Callable[..., nnx.Module] = nnx.LinearGeneral
@@ -32,7 +32,7 @@ class Layers:
 
 
 class Attention(nnx.Module):
-    """Causal self-attention, of matrices or of rank-3 kernels."""
+    """Causal self-attention, with matrices or rank-3 kernels."""
 
     def __init__(self, size: Size, dense: Callable[..., Any], *, matrices: bool) -> None:
         heads = (size.heads, size.width // size.heads)
@@ -52,7 +52,7 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and a perceptron, each after a norm of its own."""
+    """Attention and an MLP, each after a norm."""
 
     def __init__(self, size: Size, layers: Layers, *, matrices: bool, dtypes: Any, rngs: nnx.Rngs) -> None:
         options = {"rngs": rngs, **dtypes}
@@ -68,7 +68,7 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """A decoder as `decoder.Decoder`."""
+    """The counterpart of `decoder.Decoder`."""
 
     def __init__(self, like: LinenDecoder, layers: Layers, *, matrices: bool, rngs: nnx.Rngs) -> None:
         size, self.scanned, self.tied = like.size, like.scanned, like.tied
@@ -99,10 +99,10 @@ class Decoder(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """A perceptron for each group of rows, in one einsum."""
+    """A linear layer for each group of rows, in one einsum."""
 
     def __init__(self, layers: Layers, rngs: nnx.Rngs) -> None:
-        del layers  # it has none
+        del layers  # the kernel is a parameter, not a layer
         self.kernel = nnx.Param(nnx.initializers.normal()(rngs.params(), (3, 8, 6)))
 
     def __call__(self, x: Array) -> Array:
@@ -110,7 +110,7 @@ class Experts(nnx.Module):
 
 
 class MappedExperts(nnx.Module):
-    """The same perceptrons, one layer under `nnx.vmap`."""
+    """The same layers as one layer under `nnx.vmap`."""
 
     def __init__(self, layers: Layers, rngs: nnx.Rngs) -> None:
         self.dense = nnx.vmap(lambda rngs: layers.dense(8, 6, use_bias=False, rngs=rngs))(rngs.split(3))
@@ -120,7 +120,7 @@ class MappedExperts(nnx.Module):
 
 
 class Images(nnx.Module):
-    """A convolution and its nonlinearity."""
+    """A convolution and a nonlinearity."""
 
     def __init__(self, layers: Layers, rngs: nnx.Rngs) -> None:
         self.conv = layers.conv(3, 6, (3, 3), strides=2, rngs=rngs)
@@ -130,20 +130,20 @@ class Images(nnx.Module):
 
 
 def model_of(case: cases.Case, layers: Layers = Layers()) -> nnx.Module:
-    """The NNX twin of a case's model, with its weights; what LoRA adds has shapes only as yet."""
+    """Returns the NNX counterpart of a case's model, with its weights; factors of LoRA are still shapes."""
     if isinstance(case.model, LinenDecoder):
         make = functools.partial(Decoder, case.model, layers, matrices=case.model.dense is not nn.DenseGeneral)
     else:
-        twins = {cases.Experts: Experts, cases.MappedExperts: MappedExperts, cases.Images: Images}
-        make = functools.partial(twins[type(case.model)], layers)
+        counterparts = {cases.Experts: Experts, cases.MappedExperts: MappedExperts, cases.Images: Images}
+        make = functools.partial(counterparts[type(case.model)], layers)
     model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
-    # A layer inside a wrapper has the wrapper's name and one more.
-    held = {path.replace("/base_module/", "/"): path for path, _ in leaves_of(model)}
-    return with_values(model, {held[path]: value for path, value in case.kernels().items()})
+    # The path of a wrapped layer has one more name than that of the layer.
+    paths = {path.replace("/base_module/", "/"): path for path, _ in leaves_of(model)}
+    return with_values(model, {paths[path]: value for path, value in case.kernels().items()})
 
 
 def with_values(model: nnx.Module, values: dict[str, Array]) -> nnx.Module:
-    """The model with new values at some paths."""
+    """Returns the model with new values at some paths."""
     graph, state = nnx.split(model)
     new = [
         (path, leaf.replace(values["/".join(map(str, path))]) if "/".join(map(str, path)) in values else leaf)
@@ -153,18 +153,18 @@ def with_values(model: nnx.Module, values: dict[str, Array]) -> nnx.Module:
 
 
 def leaves_of(model: nnx.Module, *kinds: Any) -> list[tuple[str, Any]]:
-    """The variables of some kinds, or all, with their paths."""
+    """Returns the variables of some types, or all, with their paths."""
     flat = nnx.to_flat_state(nnx.state(model, *kinds))
     return [("/".join(map(str, path)), leaf.get_value()) for path, leaf in flat]
 
 
 def trainable(model: nnx.Module) -> list[tuple[str, Any]]:
-    """What LoRA has added, with its paths."""
+    """Returns the variables that LoRA added, with their paths."""
     return leaves_of(model, nnx.LoRAParam)
 
 
 def method(case: cases.Case, model: nnx.Module) -> Method:
-    """Trains the `nnx.LoRAParam`s of a model and nothing else of it."""
+    """Trains only the `nnx.LoRAParam`s of a model."""
     graph, trained, frozen = nnx.split(model, nnx.LoRAParam, ...)
 
     def loss(trained: Any, frozen: Any, inputs: Array) -> Array:

@@ -1,4 +1,4 @@
-"""PEFT on PyTorch: it replaces the modules of the names that it is given."""
+"""PEFT on PyTorch, which replaces modules by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ YES = "yes"
 
 @torch.no_grad()
 def adapt(model: nn.Module, targets: Collection[str], rank: int, factors: Callable[..., tuple[Tensor, Tensor]]) -> Any:
-    """The model with LoRA in the linear layers of these names, and the values of the factors."""
+    """Returns the model with LoRA in the named linear layers, with the given factors."""
     config = peft.LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=list(targets))
     adapted = peft.get_peft_model(model, config)
     for name, layer in adapted.base_model.model.named_modules():
@@ -31,7 +31,7 @@ def adapt(model: nn.Module, targets: Collection[str], rank: int, factors: Callab
 
 
 class Tied(nn.Module):
-    """An embedding that is its own head, said in the way that PEFT reads."""
+    """A tied embedding and head, declared as PEFT expects."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Tied(nn.Module):
         self._tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
 
     def get_input_embeddings(self) -> nn.Module:
-        """The embedding."""
+        """Returns the embedding, as PEFT expects."""
         return self.embed_tokens
 
     def forward(self, x: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Tied(nn.Module):
 
 
 class Parameter(nn.Module):
-    """One parameter of three axes, in one einsum."""
+    """A parameter with three axes, in one einsum."""
 
     def __init__(self, equation: str, *shape: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Parameter(nn.Module):
 
 
 class Blocks(nn.Module):
-    """Two layers, each evaluated again in the backward pass; PyTorch has no scan."""
+    """Two checkpointed layers; PyTorch has no scan."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,16 +73,16 @@ class Blocks(nn.Module):
 
 
 class Trial(NamedTuple):
-    """A program, what of it is to be adapted, what it reads, and how many numbers an adapter of rank 2 has."""
+    """A program, PEFT's options for its target, inputs, and the number of parameters of an adapter of rank 2."""
 
     model: Callable[[], nn.Module]
     target: dict[str, Any]
     inputs: Tensor
-    numbers: int
+    parameters: int
 
 
-def numbers(*shape: int) -> Tensor:
-    """What a program reads."""
+def batch(*shape: int) -> Tensor:
+    """Returns inputs for a program."""
     return torch.tensor(values("inputs", shape))
 
 
@@ -90,19 +90,19 @@ FIRST, KERNEL = {"target_modules": ["0"]}, {"target_parameters": ["0.kernel"]}
 TIED = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True}
 WORDS = torch.arange(10)[None] % 7
 TRIALS: dict[str, Trial] = {
-    "matrices": Trial(lambda: nn.Sequential(nn.Linear(8, 6)), FIRST, numbers(5, 8), 28),
-    "scan + remat": Trial(Blocks, {"target_modules": ["first", "second"]}, numbers(5, 8), 64),
-    "rank-3 attention": Trial(lambda: nn.Sequential(Parameter("td,dhk->thk", 8, 2, 3)), KERNEL, numbers(5, 8), 28),
+    "matrices": Trial(lambda: nn.Sequential(nn.Linear(8, 6)), FIRST, batch(5, 8), 28),
+    "scan + remat": Trial(Blocks, {"target_modules": ["first", "second"]}, batch(5, 8), 64),
+    "rank-3 attention": Trial(lambda: nn.Sequential(Parameter("td,dhk->thk", 8, 2, 3)), KERNEL, batch(5, 8), 28),
     "embedding": Trial(lambda: nn.Sequential(nn.Embedding(12, 8)), FIRST, WORDS, 40),
     "tied embedding": Trial(Tied, TIED, WORDS, 40),
-    "convolution": Trial(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, 2)), FIRST, numbers(2, 3, 8, 8), 66),
-    "experts, einsum": Trial(lambda: nn.Sequential(Parameter("etd,efd->etf", 3, 6, 8)), KERNEL, numbers(3, 5, 8), 84),
-    "bfloat16 base": Trial(lambda: nn.Sequential(nn.Linear(8, 6)).bfloat16(), FIRST, numbers(5, 8).bfloat16(), 28),
+    "convolution": Trial(lambda: nn.Sequential(nn.Conv2d(3, 6, 3, 2)), FIRST, batch(2, 3, 8, 8), 66),
+    "experts, einsum": Trial(lambda: nn.Sequential(Parameter("etd,efd->etf", 3, 6, 8)), KERNEL, batch(3, 5, 8), 84),
+    "bfloat16 base": Trial(lambda: nn.Sequential(nn.Linear(8, 6)).bfloat16(), FIRST, batch(5, 8).bfloat16(), 28),
 }
 
 
-def tried(trial: Trial) -> str:
-    """Adapts a program, and compares it with the same one once merged."""
+def support(trial: Trial) -> str:
+    """Returns "yes" if PEFT adapts and merges a program correctly, else the reason."""
     torch.manual_seed(0)
     try:
         config = peft.LoraConfig(r=2, lora_alpha=ALPHA, init_lora_weights=False, **trial.target)
@@ -111,24 +111,24 @@ def tried(trial: Trial) -> str:
         loss = model(trial.inputs).float().square().mean()
         gradients = torch.autograd.grad(loss, trained, materialize_grads=True)
         merged = model.merge_and_unload()(trial.inputs).float().square().mean()
-    except Exception as error:  # of the library
+    except Exception as error:  # PEFT raises errors of any type
         return first_line(error)
-    # A factor that two layers share is one storage, in two orders of its axes.
+    # Two layers may share the storage of a factor, transposed.
     count = sum({x.untyped_storage().data_ptr(): x.numel() for x in trained}.values())
     dtypes = {str(x.dtype).removeprefix("torch.") for x in trained}
-    if count != trial.numbers:
-        return f"makes an adapter of {count} numbers, where {trial.numbers} are needed"
+    if count != trial.parameters:
+        return f"makes an adapter of {count} parameters instead of {trial.parameters}"
     if not all(map(torch.any, gradients)):
-        return "a factor gets no gradient"
+        return "a factor has no gradient"
     if not torch.allclose(loss, merged, rtol=3e-2 if trial.inputs.dtype == torch.bfloat16 else 1e-4):
-        return "runs, but gives another function once merged"
+        return "runs, but computes another function after merging"
     return YES if dtypes == {"float32"} else f"the adapter is in {', '.join(sorted(dtypes))}"
 
 
 def capabilities() -> dict[str, str]:
-    """Tries everything; each trial merges, so that the first answers for merging, too."""
+    """Runs all trials. Each of them merges, so the first one also tests merging."""
     found = {}
-    for what, trial in TRIALS.items():
-        progress(f"try {what}: PEFT")
-        found[what] = tried(trial)
+    for name, trial in TRIALS.items():
+        progress(f"try {name}: PEFT")
+        found[name] = support(trial)
     return found | {"merging back": found["matrices"]}

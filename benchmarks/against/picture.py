@@ -1,4 +1,4 @@
-"""The ratios as a picture."""
+"""A plot of the ratios to LoRA by hand."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from . import BY_HAND, ENVIRONMENTS
 from .report import OWN, cases, ratio
 
-PANELS = {"operations": "operations", "temporary": "temporary bytes", "steps": "time of a step"}
-WIDEST = 2.5  # a ratio beyond it is cut off, and written
+PANELS = {"flops": "FLOPs", "temporary": "temporary bytes", "steps": "time of a step"}
+WIDEST = 2.5  # larger ratios are truncated; the label has the value
 
 
 def bars(results: dict[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """For each case the figures of each method and of LoRA by hand in its environment; references of JAX's only."""
+    """Returns, by case and method, its figures and those of LoRA by hand in its environment."""
     found: dict[str, dict[str, tuple[Any, Any]]] = {}
     for environment, title, rows in cases(results):
         peers = {peer.name for peer in ENVIRONMENTS[environment]}
@@ -24,7 +24,7 @@ def bars(results: dict[str, Any]) -> dict[str, dict[str, tuple[Any, Any]]]:
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Draws a row of panels for each case."""
+    """Plots a row of panels for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -46,17 +46,17 @@ def plot(results: dict[str, Any], path: Path) -> None:
 
 
 def panel(axis: Any, column: str, rows: dict[str, tuple[Any, Any]]) -> None:
-    """One figure of all the methods."""
+    """Plots one figure of all methods."""
     libraries = {peer.name for peers in ENVIRONMENTS.values() for peer in peers}
     for place, (name, (row, reference)) in enumerate(rows.items()):
-        its = ratio(column, row, reference) if isinstance(row, dict) else None
-        if its is None:
-            axis.text(0, place, " cannot" if isinstance(row, str) else " not measured", va="center", fontsize=7)
+        found = ratio(column, row, reference) if isinstance(row, dict) else None
+        if found is None:
+            axis.text(0, place, " fails" if isinstance(row, str) else " not measured", va="center", fontsize=7)
             continue
-        colour = "C0" if name == OWN else "C1" if name in libraries else "0.75"
-        end = min(its.value, WIDEST)
-        axis.barh(place, end, color=colour, xerr=its.spread or None, error_kw={"linewidth": 0.8})
-        axis.text(min(end + its.spread, WIDEST), place, f" {its.value:.2f}", va="center", fontsize=7)
+        color = "C0" if name == OWN else "C1" if name in libraries else "0.75"
+        end = min(found.value, WIDEST)
+        axis.barh(place, end, color=color, xerr=found.spread or None, error_kw={"linewidth": 0.8})
+        axis.text(min(end + found.spread, WIDEST), place, f" {found.value:.2f}", va="center", fontsize=7)
     axis.set_yticks(range(len(rows)), rows, fontsize=8)
     axis.invert_yaxis()
     axis.set_xlim(0, min(max(axis.get_xlim()[1] * 1.08, 1.2), WIDEST * 1.1))

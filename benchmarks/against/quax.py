@@ -17,7 +17,7 @@ from .fit import fitted
 
 
 def arrays_of(case: Case, *, allow_materialise: bool = False) -> dict[str, LoraArray]:
-    """A `LoraArray` for each adapted kernel. It has no alpha: the scale goes into `b`."""
+    """Returns a `LoraArray` for each adapted kernel. There is no alpha, so `b` is multiplied by the scale."""
     arrays = {}
     for path, factors in case.adapter.items():
         kernel = case.kernels()[path]
@@ -28,11 +28,11 @@ def arrays_of(case: Case, *, allow_materialise: bool = False) -> dict[str, LoraA
 
 
 def build(case: Case, *, allow_materialise: bool = False) -> Method:
-    """Trains `a` and `b`, set apart from the rest as is done with Equinox."""
+    """Trains `a` and `b`, partitioned from the other arrays with Equinox."""
     arrays = arrays_of(case, allow_materialise=allow_materialise)
-    none = {path: jax.tree.map(lambda _: False, array) for path, array in arrays.items()}
-    trains = {path: eqx.tree_at(factors_of, its, (True, True)) for path, its in none.items()}
-    spec = dict.fromkeys(case.kernels(), False) | trains
+    frozen_masks = {path: jax.tree.map(lambda _: False, array) for path, array in arrays.items()}
+    masks = {path: eqx.tree_at(factors_of, mask, (True, True)) for path, mask in frozen_masks.items()}
+    spec = dict.fromkeys(case.kernels(), False) | masks
     trained, frozen = eqx.partition(unflatten_dict(case.kernels() | arrays, sep="/"), unflatten_dict(spec, sep="/"))
 
     def loss(trained: Any, frozen: Any, inputs: Array) -> Array:
@@ -42,16 +42,16 @@ def build(case: Case, *, allow_materialise: bool = False) -> Method:
 
 
 def dense(case: Case) -> Method:
-    """The same, where kernels may be formed."""
+    """The same, with materialization allowed."""
     return build(case, allow_materialise=True)
 
 
 def factors_of(array: LoraArray) -> tuple[Array, Array]:
-    """What is trained of it."""
+    """Returns the trained arrays."""
     return array.a, array.b
 
 
 def merge(case: Case) -> Any:
-    """Parameters for the model as it stands; `materialize` is refused unless it was allowed from the start."""
+    """Returns parameters for the unmodified model. Quax has to allow materialization when it makes the array."""
     merged = {path: array.materialise() for path, array in arrays_of(case, allow_materialise=True).items()}
     return unflatten_dict(case.kernels() | merged, sep="/")

@@ -1,4 +1,4 @@
-"""Qwix on Linen: its provider intercepts the operations of the modules that a pattern names."""
+"""Qwix on Linen, whose provider intercepts the operations of modules that match a pattern."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .fit import fitted
 
 
 def provider(case: Case) -> qwix.LoraProvider:
-    """A rule for the modules of the adapted kernels."""
+    """Returns a provider for the modules of the adapted kernels."""
     modules = "|".join(re.escape(path.rpartition("/")[0]) for path in case.adapter)
     return qwix.LoraProvider(module_path=modules, rank=case.rank, alpha=ALPHA)
 
 
 def build(case: Case) -> Method:
-    """Trains the parameters that the intercepted model adds, and no others."""
+    """Trains only the parameters that the intercepted model adds."""
     model = qwix.apply_lora_to_model(case.model, provider(case))
-    made = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), case.inputs)["params"], sep="/")
+    leaves = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), case.inputs)["params"], sep="/")
     trained = {
-        f"{path}_lora_{name}": fitted(f"{path}_lora_{name}", getattr(factors, name), made)
+        f"{path}_lora_{name}": fitted(f"{path}_lora_{name}", getattr(factors, name), leaves)
         for path, factors in case.adapter.items()
         for name in "ab"
     }

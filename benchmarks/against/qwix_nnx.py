@@ -1,4 +1,4 @@
-"""Qwix on NNX: as on Linen, but the model is called once, and keeps what is trained in itself."""
+"""Qwix on NNX, which calls the model once and stores the factors in it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .qwix_linen import provider
 
 
 def build(case: Case) -> Method:
-    """Trains the `nnx.LoRAParam`s that it adds."""
+    """Trains the `nnx.LoRAParam`s that Qwix adds."""
     model = qwix.apply_lora_to_model(model_of(case), provider(case), case.inputs, rngs=rngs_for(case))
-    made = dict(trainable(model))
+    leaves = dict(trainable(model))
     values = {
-        f"{path}_lora_{name}": fitted(f"{path}_lora_{name}", getattr(factors, name), made)
+        f"{path}_lora_{name}": fitted(f"{path}_lora_{name}", getattr(factors, name), leaves)
         for path, factors in case.adapter.items()
         for name in "ab"
     }
@@ -25,7 +25,7 @@ def build(case: Case) -> Method:
 
 
 def rngs_for(case: Case) -> nnx.Rngs:
-    """A key for each layer of a stack that `nnx.scan` or `nnx.vmap` takes apart: it takes the keys apart with it."""
+    """Returns one key, or for a stack a key per layer, because `nnx.scan` and `nnx.vmap` also map over keys."""
     stacks = {factors.a.shape[0] for factors in case.adapter.values() if factors.roles.startswith("b")}
-    whole = not stacks or isinstance(case.model, Experts)
-    return nnx.Rngs(0) if whole else nnx.Rngs(0).split(stacks.pop())
+    unmapped = not stacks or isinstance(case.model, Experts)
+    return nnx.Rngs(0) if unmapped else nnx.Rngs(0).split(stacks.pop())

@@ -1,4 +1,4 @@
-"""The same decoder and step in PyTorch: by hand, in full, and with PEFT; eager, as PEFT is used."""
+"""The same decoder and step in PyTorch, eager: LoRA by hand, full fine-tuning, and PEFT."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import sizes
 import torch
 from sizes import ALPHA, Size
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812  its usual name
+from torch.nn import functional as F  # noqa: N812  the usual name
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import BY_HAND, ENVIRONMENTS, WHOLE, peft
+from . import BY_HAND, ENVIRONMENTS, FULL, peft
 from .figures import Figures, first_line, progress
 from .values import tokens, values
 
@@ -40,7 +40,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and a perceptron, each after a norm of its own."""
+    """Attention and an MLP, each after a norm."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A decoder whose head is its embedding."""
+    """A decoder with a tied embedding."""
 
     def __init__(self, size: Size, *, remat: bool = False) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Decoder(nn.Module):
 
 
 class ByHand(nn.Module):
-    """A linear layer with LoRA written into it: x·W + ((x·A)·s)·B + bias."""
+    """A linear layer with LoRA: x·W + bias + ((x·A)·s)·B."""
 
     def __init__(self, layer: nn.Linear, a: Tensor, b: Tensor, scale: float) -> None:
         super().__init__()
@@ -86,24 +86,24 @@ class ByHand(nn.Module):
 
 
 def path_of(name: str) -> str:
-    """The Flax path of a PyTorch module."""
+    """Returns the Flax path of a PyTorch module."""
     return name.replace(".", "/")
 
 
 def tensor(path: str, *shape: int) -> Tensor:
-    """The values of a path, in the shape that Flax has."""
+    """Returns the values of a path, in Flax's shape."""
     return torch.tensor(values(path, shape))
 
 
-def factors_of(name: str, reads: int, gives: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors of a linear layer, as PyTorch has them: (rank, in), (out, rank)."""
+def factors_of(name: str, d_in: int, d_out: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns the factors of a linear layer in PyTorch's layout: (rank, in), (out, rank)."""
     path = f"{path_of(name)}/kernel"
-    return tensor(f"{path}/a", reads, rank).T.contiguous(), tensor(f"{path}/b", rank, gives).T.contiguous()
+    return tensor(f"{path}/a", d_in, rank).T.contiguous(), tensor(f"{path}/b", rank, d_out).T.contiguous()
 
 
 @torch.no_grad()
 def decoder(size: Size, **options: Any) -> Decoder:
-    """The decoder with the values that its Flax twin has."""
+    """Returns the decoder with the values of its Flax counterpart."""
     model = Decoder(size, **options)
     for name, module in model.named_modules():
         path = path_of(name)
@@ -119,12 +119,12 @@ def decoder(size: Size, **options: Any) -> Decoder:
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """The linear layers of the blocks, with their names."""
+    """Returns the linear layers of the blocks, with their names."""
     return ((name, layer) for name, layer in list(model.named_modules()) if isinstance(layer, nn.Linear))
 
 
 def by_hand(size: Size, **options: Any) -> nn.Module:
-    """LoRA written into the layers."""
+    """Returns the decoder with LoRA in its layers."""
     model = decoder(size, **options).requires_grad_(False)
     for name, layer in adapted_layers(model):
         a, b = factors_of(name, layer.in_features, layer.out_features, size.rank)
@@ -133,18 +133,18 @@ def by_hand(size: Size, **options: Any) -> nn.Module:
 
 
 def with_peft(size: Size, **options: Any) -> nn.Module:
-    """LoRA by PEFT, with the values of the case."""
+    """Returns the decoder with PEFT's LoRA, with the values of the case."""
     return peft.adapt(decoder(size, **options), TARGETS, size.rank, factors_of)
 
 
 def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The loss of predicting each next token."""
+    """Returns the mean loss of predicting each next token."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten().long())
 
 
 @dataclasses.dataclass
 class Training:
-    """A model, its optimizer, and its batch."""
+    """A model with an optimizer and a batch."""
 
     model: nn.Module
     tokens: Tensor
@@ -154,7 +154,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(trained, lr=1e-3, weight_decay=1e-4)
 
     def step(self) -> float:
-        """One step of AdamW; the loss before it."""
+        """Takes one step of AdamW, and returns the loss before it."""
         self.optimizer.zero_grad()
         loss = cross_entropy(self.model(self.tokens), self.tokens)
         loss.backward()
@@ -162,27 +162,27 @@ class Training:
         return loss.item()
 
     def saved(self) -> int:
-        """Bytes that the forward pass keeps for the backward pass, beside the parameters."""
-        held = {x.data_ptr() for x in self.model.parameters()}
+        """Returns the bytes that the forward pass saves for the backward pass, without the parameters."""
+        parameters = {x.data_ptr() for x in self.model.parameters()}
         found: dict[int, int] = {}
 
         def pack(x: Tensor) -> Tensor:
-            if x.untyped_storage().data_ptr() not in held:
+            if x.untyped_storage().data_ptr() not in parameters:
                 found[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
             return x
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             loss = cross_entropy(self.model(self.tokens), self.tokens)
-        del loss  # kept until here, so that no address is used twice
+        del loss  # kept alive until here, so that no address is reused
         return sum(found.values())
 
     def state_bytes(self) -> int:
-        """Bytes of the optimizer's state."""
-        return sum(x.nbytes for its in self.optimizer.state.values() for x in its.values())
+        """Returns the bytes of the optimizer state."""
+        return sum(x.nbytes for state in self.optimizer.state.values() for x in state.values())
 
 
 def measure(size: Size, builds: dict[str, Callable[..., nn.Module]], steps: int, **options: Any) -> dict[str, Any]:
-    """Measures the methods in turns."""
+    """Measures the methods, interleaved."""
     batch = torch.tensor(tokens(size.vocabulary, (size.batch, size.length)))
     found: dict[str, Any] = {}
     training = {}
@@ -190,34 +190,34 @@ def measure(size: Size, builds: dict[str, Callable[..., nn.Module]], steps: int,
         progress(f"build: {name}")
         try:
             training[name] = Training(build(size, **options), batch)
-        except Exception as error:  # of the library
+        except Exception as error:  # PEFT raises errors of any type
             found[name] = first_line(error)
-    saved = {name: its.saved() for name, its in training.items()}
+    saved = {name: trainer.saved() for name, trainer in training.items()}
     flops, losses = {}, {}
-    for name, its in training.items():
+    for name, trainer in training.items():
         with FlopCounterMode(display=False) as counter:
-            losses[name] = its.step()
+            losses[name] = trainer.step()
         flops[name] = counter.get_total_flops()
     seconds: dict[str, list[float]] = {name: [] for name in training}
     for number in range(steps):
         progress(f"step {number + 1} of {steps}")
-        for name, its in training.items():
+        for name, trainer in training.items():
             start = time.perf_counter()
-            its.step()
+            trainer.step()
             seconds[name].append(time.perf_counter() - start)
-    for name, its in training.items():
-        figures = Figures(seconds[name], flops[name], saved[name], its.state_bytes(), None, losses[name])
+    for name, trainer in training.items():
+        figures = Figures(seconds[name], flops[name], saved[name], trainer.state_bytes(), None, losses[name])
         found[name] = dataclasses.asdict(figures)
     return found
 
 
 def torch_environment(given: argparse.Namespace) -> dict[str, Any]:
-    """Measures the references and PEFT; PyTorch has no scan, so its blocks are written out and checkpointed."""
+    """Measures the references and PEFT. PyTorch has no scan, so its blocks are unrolled and checkpointed."""
     (peer,) = ENVIRONMENTS["torch"]
-    builds = {BY_HAND: by_hand, WHOLE: decoder, peer.name: with_peft}
+    builds = {BY_HAND: by_hand, FULL: decoder, peer.name: with_peft}
     size = getattr(sizes, given.size.upper())
     cases = {
-        "layers written out": measure(size, builds, given.steps),
+        "unrolled layers": measure(size, builds, given.steps),
         "scan + remat": measure(size, builds, given.steps, remat=True),
     }
     return {"cases": cases, "capabilities": {} if given.quick else {peer.name: peft.capabilities()}}

@@ -1,4 +1,4 @@
-"""The numbers of every array: a function of its path and shape, so that all environments have the same; NumPy only."""
+"""Values of arrays as a function of path and shape, the same in all environments. Imports only NumPy."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 
 
 def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Random numbers such as a trained model might hold; the factor `b` is not zero, so that an adapter acts.
+    """Returns random values as in a trained model, with nonzero `b`.
 
-    A stack of layers, `blocks/…`, holds what the layers `block_0/…`, `block_1/…` hold.
+    A stack of layers, `blocks/…`, has the values of the layers `block_0/…`, `block_1/…`.
     """
     if path.startswith("blocks/"):
         return np.stack([values(path.replace("blocks", f"block_{n}", 1), shape[1:]) for n in range(shape[0])])
@@ -20,5 +20,5 @@ def values(path: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def tokens(vocabulary: int, shape: tuple[int, int]) -> np.ndarray:
-    """A batch of random tokens."""
+    """Returns a batch of random tokens."""
     return np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)

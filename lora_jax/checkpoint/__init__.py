@@ -1,8 +1,8 @@
-"""Checkpoints on Orbax: the adapter and a readable manifest, and nothing of the base but its fingerprint.
+"""Checkpoints on Orbax: the adapter, a readable manifest, and a fingerprint of the base instead of the base.
 
-`save` and `restore` are for an adapter on its own. `AdapterSave` and `AdapterRestore`, of which they are made, put one
-into a `CheckpointManager`; `StateSave` and `StateRestore` put optimizer state, step and key beside it. Every file has a
-checksum. `import lora_jax` does not load this module, nor Orbax.
+`save` and `restore` handle one adapter. `AdapterSave` and `AdapterRestore` make an adapter an item of a
+`CheckpointManager`; `StateSave` and `StateRestore` do the same for optimizer state, step and key. Every file has a
+checksum. `import lora_jax` imports neither this module nor Orbax.
 """
 
 from ._adapter import AdapterHandler as AdapterHandler

@@ -1,4 +1,4 @@
-"""One array of a checkpoint: what it is described as, what it must be to be saved, and what it is read as."""
+"""One array of a checkpoint: its description, the checks before it is saved, and how it is read."""
 
 from __future__ import annotations
 
@@ -12,55 +12,55 @@ from jax.sharding import Sharding
 from .._errors import CheckpointError
 
 
-def described(leaf: Any) -> dict[str, Any]:
-    """Shape and dtype, as JSON keeps them; of what is no array, its type."""
+def describe_array(leaf: Any) -> dict[str, Any]:
+    """Returns shape and dtype as JSON values; for a leaf that is not an array, the type in place of the dtype."""
     shape, dtype = getattr(leaf, "shape", ()), getattr(leaf, "dtype", type(leaf).__name__)
     return {"shape": list(shape), "dtype": str(dtype)}
 
 
 def check_values(array: Any, name: str) -> None:
-    """Raises `CheckpointError` if it is no array, or one without values."""
+    """Raises `CheckpointError` if `array` is not an array, or has no values."""
     if not isinstance(array, jax.Array | np.ndarray) or isinstance(array, jax.core.Tracer):
         raise CheckpointError(
             f"Expected arrays to save; got {type(array).__name__} as {name}.\n"
-            "  Save outside `jit` and `eval_shape`, where there are values."
+            "  Save outside `jit` and `eval_shape`, where arrays have values."
         )
-    check_there(array, "arrays to save", name)
+    check_not_deleted(array, "arrays to save", name)
 
 
-def check_there(array: Any, expected: str, name: str) -> None:
-    """Raises `CheckpointError` if an array's values are gone."""
+def check_not_deleted(array: Any, expected: str, name: str) -> None:
+    """Raises `CheckpointError` if an array was deleted."""
     if isinstance(array, jax.Array) and array.is_deleted():
         raise CheckpointError(
-            f"Expected {expected}; {name} is gone: it was donated to a jitted function.\n"
-            "  Save what that function returned, or save before the call."
+            f"Expected {expected}; {name} is deleted, because it was donated to a jitted function.\n"
+            "  Save the result of that function, or save before the call."
         )
 
 
-def check_width(dtype: Any, path: str, where: object) -> None:
-    """Raises `CheckpointError` if JAX would make fewer bits of each number."""
+def check_dtype(dtype: Any, path: str, where: object) -> None:
+    """Raises `CheckpointError` if JAX would convert the dtype to one with fewer bits."""
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise CheckpointError(
-            f"Expected to restore arrays as they were saved; JAX would cut {dtype} down at {path}, in {where}.\n"
-            "  Enable 64 bits: jax.config.update('jax_enable_x64', True)."
+            f"Expected to restore {dtype} at {path}, in {where}; without 64-bit types, JAX would truncate it.\n"
+            "  Enable 64-bit types: jax.config.update('jax_enable_x64', True)."
         )
 
 
-def place(array: Any, sharding: Sharding | None) -> Any:
-    """What an array shall be read as.
+def restore_target(array: Any, sharding: Sharding | None) -> Any:
+    """Returns what Orbax reads an array to: a shape with a sharding, or without a sharding a NumPy array.
 
     Raises:
-      ValueError: if the sharding is none, is on no devices, or does not divide the array.
+      ValueError: if `sharding` is not a `Sharding`, has an abstract mesh, or does not divide the array.
     """
     if sharding is None:
         return np.empty(array.shape, array.dtype)
     if not isinstance(sharding, Sharding):
-        raise ValueError(f"{sharding!r} is no Sharding")
-    _ = sharding.device_set  # raises if its mesh is abstract
+        raise ValueError(f"{sharding!r} is not a Sharding")
+    _ = sharding.device_set  # raises if the mesh is abstract
     sharding.shard_shape(array.shape)  # raises if it does not divide the array
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
-def settled(array: Any) -> jax.Array:
-    """An array that was read; from NumPy it goes to the default device, committed to none."""
+def to_jax(array: Any) -> jax.Array:
+    """Converts a NumPy array to an uncommitted JAX array."""
     return jnp.array(array) if isinstance(array, np.ndarray) else array

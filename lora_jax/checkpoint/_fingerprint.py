@@ -1,7 +1,7 @@
-"""A base model's fingerprint: every leaf's shape and dtype, and of each weight a digest of a few dozen values.
+"""The fingerprint of a base: shape and dtype of every leaf, and a digest of up to 64 values of each weight.
 
-Cheap whatever the size: values are read by index, and no leaf is ever copied or gathered whole. The same on every
-backend, wherever the leaves are, and however many processes share them.
+Values are read by index, so no leaf is copied or gathered, whatever its size. The fingerprint does not depend on the
+backend, the sharding or the number of processes.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.paths import differences, flatten
 from .._core.values import in_device_memory
-from ._arrays import check_there, described
+from ._arrays import check_not_deleted, describe_array
 
-# path -> {"shape": […], "dtype": "…", "content": "…"}; without content if it is no weight, or only its shape is known
+# path -> {"shape": […], "dtype": "…", "content": "…"}, without "content" for leaves that are not weights or not arrays
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
 _SAMPLES = 64
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples spread evenly, and along no row or column
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples are spread evenly, not along a row or column
 
 
 def fingerprint(base: Any, adapted: Collection[str] = ()) -> dict[str, dict[str, Any]]:
-    """Describes every leaf of a tree, by path, in what JSON can hold, at the precision at which JAX takes it.
+    """Returns a description of every leaf by path, in JSON values, with the dtypes that JAX would use.
 
     Args:
       base: the tree.
-      adapted: paths of leaves that are weights whatever their dtype is.
+      adapted: paths of leaves that count as weights whatever their dtype.
     """
     found: dict[str, dict[str, Any]] = {
-        path: {**described(leaf), "dtype": _in_jax(_dtype(leaf))} for path, leaf in flatten(base)[0].items()
+        path: {**describe_array(leaf), "dtype": _in_jax(_dtype(leaf))} for path, leaf in flatten(base)[0].items()
     }
     for path, values in _samples(weights_of(base, adapted)).items():
         found[path]["content"] = _digest(values, found[path]["dtype"])
@@ -45,24 +45,24 @@ def fingerprint(base: Any, adapted: Collection[str] = ()) -> dict[str, dict[str,
 
 
 def weights_of(base: Any, adapted: Collection[str]) -> dict[str, Any]:
-    """The leaves that an adapter depends on: those that are adapted, and all of floating-point numbers.
+    """Returns the leaves that an adapter depends on: adapted leaves, and all floating-point leaves.
 
-    The state of a model holds more than that, such as keys and counts of its random streams, steps, masks and names.
+    The other leaves of a model's state, such as PRNG keys, counters, steps and masks, do not affect the adapter.
     """
     leaves = flatten(base)[0]
     return {path: leaf for path, leaf in leaves.items() if path in adapted or _is_inexact(_dtype(leaf))}
 
 
 def saved_weights(saved: Fingerprint, adapted: Collection[str]) -> Fingerprint:
-    """What a fingerprint says of the same."""
+    """Returns the same leaves of a fingerprint."""
     return {path: leaf for path, leaf in saved.items() if path in adapted or _is_inexact(leaf["dtype"])}
 
 
 def structural_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[str]:
-    """What differs in paths and shapes between the weights that were saved and those that are given, a line each."""
+    """Returns a line for each difference in paths and shapes between the saved and the given weights."""
     return differences(
         {repr(path): tuple(leaf["shape"]) for path, leaf in saved.items()},
-        {repr(path): tuple(described(leaf)["shape"]) for path, leaf in given.items()},
+        {repr(path): tuple(describe_array(leaf)["shape"]) for path, leaf in given.items()},
         only_one="is not in `base`",
         only_other="is in `base` and was not when the adapter was saved",
         unlike="has shape {other}; it had {one}",
@@ -70,16 +70,16 @@ def structural_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list
 
 
 def content_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[str]:
-    """What differs in dtypes and values, of weights with the same paths, a line each; values where both are known."""
+    """Returns a line for each difference in dtype or values between weights with the same paths."""
     lines = []
     samples = _samples({path: leaf for path, leaf in given.items() if "content" in saved[path]})
     for path, leaf in given.items():
         was, got = saved[path]["dtype"], _dtype(leaf)
         if _in_jax(was) != _in_jax(got):
             lines.append(f"{path!r} has dtype {_in_jax(got)}; it had {_in_jax(was)}")
-        # lora_jax 0.1 took the digest of NumPy's float64 as it is; with that, only NumPy's float64 can be compared.
+        # lora_jax 0.1.0 computed the digest of NumPy's float64 in float64, which only NumPy's float64 can reproduce.
         elif path in samples and was in (got, _in_jax(got)) and _digest(samples[path], was) != saved[path]["content"]:
-            lines.append(f"{path!r} holds other values")
+            lines.append(f"{path!r} has other values")
     return lines
 
 
@@ -87,78 +87,78 @@ def content_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[st
 
 
 def _dtype(leaf: Any) -> str:
-    dtype: str = described(leaf)["dtype"]
+    dtype: str = describe_array(leaf)["dtype"]
     return dtype
 
 
-def _number(dtype: str) -> np.dtype[Any] | None:
-    """The dtype of numbers that has this name: NumPy's, JAX's, or of a Python number."""
+def _numeric(dtype: str) -> np.dtype[Any] | None:
+    """Returns the dtype of this name, of NumPy, JAX or a Python number; None if it is not numeric."""
     try:
         found = jnp.dtype(dtype)
-    except TypeError:  # a random key's, or the name of another type
+    except TypeError:  # a PRNG key's dtype, or another type
         return None
     return found if jnp.issubdtype(found, np.number) else None
 
 
 def _is_inexact(dtype: str) -> bool:
-    number = _number(dtype)
-    return number is not None and jnp.issubdtype(number, np.inexact)
+    numeric = _numeric(dtype)
+    return numeric is not None and jnp.issubdtype(numeric, np.inexact)
 
 
 def _in_jax(dtype: str) -> str:
-    """The dtype that JAX gives such numbers: without 64 bits, NumPy's float64 is float32."""
-    number = _number(dtype)
-    return dtype if number is None else str(jax.dtypes.canonicalize_dtype(number))
+    """Returns the dtype that JAX converts to: without `jax_enable_x64`, float32 for NumPy's float64."""
+    numeric = _numeric(dtype)
+    return dtype if numeric is None else str(jax.dtypes.canonicalize_dtype(numeric))
 
 
 # Samples of values
 
-# What was found in each array that still exists, by its id, with a weak reference to the array, which does not change.
-# All processes hold the same arrays, so that all of them look up together, or none does.
-_found: dict[int, tuple[weakref.ref[Array], Array]] = {}
+# The samples of JAX arrays by `id`, valid while the weak reference to the array is alive. JAX arrays are immutable. All
+# processes have the same entries, so either all of them or none run the lookup.
+_cache: dict[int, tuple[weakref.ref[Array], Array]] = {}
 
 
 def _samples(leaves: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """The sampled values of all leaves that have values to read; all are asked for before one is waited for."""
-    with jax.set_mesh(None), jax.enable_x64(True):  # a mesh in context would be imposed on every lookup
+    """Returns samples of all leaves that have values; all lookups are dispatched before waiting for the first."""
+    with jax.set_mesh(None), jax.enable_x64(True):  # a mesh in the context would apply to every lookup
         samples = {path: sample for path, leaf in leaves.items() if (sample := _sample(path, leaf)) is not None}
     return {path: np.asarray(values).view(dtype) for path, (values, dtype) in samples.items()}
 
 
 def _sample(path: str, leaf: Any) -> tuple[Any, Any] | None:
-    """A leaf's sampled values, or their bits, and what they shall be read as; None if there are no values."""
+    """Returns the sampled values of a leaf, or their bits, and their dtype; None if the leaf has no values."""
     if isinstance(leaf, np.ndarray | np.generic | float | complex):
         values = np.asarray(leaf)
-        return values[_places(values.shape)], values.dtype
+        return values[_indices(values.shape)], values.dtype
     if not isinstance(leaf, Array) or jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
         return None
-    check_there(leaf, "the values of `base`", repr(path))
-    reference, found = _found.get(id(leaf), (None, None))
+    check_not_deleted(leaf, "the values of `base`", repr(path))
+    reference, sample = _cache.get(id(leaf), (None, None))
     if reference is None or reference() is not leaf:
-        key, found = id(leaf), _sample_array(leaf)
-        _found[key] = weakref.ref(leaf, lambda _: _found.pop(key, None)), found
-    return found, leaf.dtype
+        key, sample = id(leaf), _sample_array(leaf)
+        _cache[key] = weakref.ref(leaf, lambda _: _cache.pop(key, None)), sample
+    return sample, leaf.dtype
 
 
 def _sample_array(leaf: Array) -> Any:
     if not leaf.size:
         return np.zeros(0, leaf.dtype)
-    places = _places(leaf.shape)
+    indices = _indices(leaf.shape)
     sharding = leaf.sharding
-    if sharding.memory_kind == "pinned_host" and leaf.is_fully_addressable:  # near, and out of the device's reach
-        return np.asarray(leaf)[places]
-    # Each device looks up what it holds, and the finds are summed; said explicitly, for meshes of explicit axes.
-    everywhere = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
-    return _lookup(in_device_memory(leaf), places, everywhere)
+    if sharding.memory_kind == "pinned_host" and leaf.is_fully_addressable:  # devices cannot compute on host memory
+        return np.asarray(leaf)[indices]
+    # Each device reads from its own shard, and the results are summed. Explicit mesh axes require an output sharding.
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else None
+    return _lookup(in_device_memory(leaf), indices, replicated)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _lookup(values: Any, places: tuple[Any, ...], sharding: Any) -> Any:
-    return _bits(values).at[places].get(out_sharding=sharding)
+def _lookup(values: Any, indices: tuple[Any, ...], sharding: Any) -> Any:
+    return _bits(values).at[indices].get(out_sharding=sharding)
 
 
 def _bits(values: Array) -> Array:
-    """Floating-point numbers as integers: those, any device can add to zero without a change."""
+    """Returns floating-point values as integers, for which the sum with zeros is exact on every device."""
     if not jnp.issubdtype(values.dtype, np.floating) or (bits := jnp.finfo(values.dtype).bits) < 8:
         return values
     return jax.lax.bitcast_convert_type(values, jnp.dtype(f"uint{bits}"))
@@ -167,12 +167,12 @@ def _bits(values: Array) -> Array:
 def _digest(values: np.ndarray[Any, Any], dtype: str) -> str:
     with np.errstate(over="ignore"):
         values = values.astype(jnp.dtype(dtype))
-    values = np.where(values == 0, np.zeros_like(values), values)  # −0 is 0
+    values = np.where(values == 0, np.zeros_like(values), values)  # −0 equals 0
     return hashlib.blake2b(values.tobytes(), digest_size=8).hexdigest()
 
 
-def _places(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], ...]:
-    """Indices of all elements of a small array, or of `_SAMPLES` of a large one, the same on every machine."""
+def _indices(shape: tuple[int, ...]) -> tuple[np.ndarray[Any, Any], ...]:
+    """Returns the indices of all elements of a small array, or of `_SAMPLES` elements of a large one."""
     size = int(np.prod(shape, dtype=np.int64))
     flat = range(size) if size <= _SAMPLES else [(k * _GOLDEN % 2**64) * size >> 64 for k in range(_SAMPLES)]
     return np.unravel_index(np.array(flat, np.int64), shape) if shape else ()

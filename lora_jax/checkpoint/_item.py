@@ -1,4 +1,4 @@
-"""One item of an Orbax checkpoint: arrays as Orbax keeps any tree, a readable description, and checksums of it all."""
+"""One item of an Orbax checkpoint: arrays in Orbax's format, a readable description, and checksums of all files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import _checksums
 
 
 class ItemHandler(ocp.AsyncCheckpointHandler, abc.ABC):  # type: ignore[misc]
-    """Writes and reads one item; what is in it, its children say.
+    """The base class of the handlers of an adapter and a state.
 
     Attributes:
       description: the name of the file that describes the arrays.
@@ -30,10 +30,10 @@ class ItemHandler(ocp.AsyncCheckpointHandler, abc.ABC):  # type: ignore[misc]
 
     @abc.abstractmethod
     def parts(self, args: Any) -> tuple[dict[str, Any], str]:
-        """The arrays to write, and the text that describes them."""
+        """Returns the arrays to write, and the text that describes them."""
 
     async def async_save(self, directory: epath.Path, args: Any) -> Sequence[Future]:
-        """Copies the arrays to the host, and goes on writing in the background."""
+        """Copies the arrays to the host, and writes them in the background."""
         arrays, text = self.parts(args)
 
         async def write() -> None:
@@ -43,41 +43,41 @@ class ItemHandler(ocp.AsyncCheckpointHandler, abc.ABC):  # type: ignore[misc]
         return [*(writes or ()), CommitFutureAwaitingContractedSignals(write(), name=f"lora_jax {self.description}")]
 
     def save(self, directory: epath.Path, args: Any) -> None:
-        """Writes all at once."""
+        """Writes the arrays and the description, and waits for them."""
         arrays, text = self.parts(args)
         self._describe(directory, text)
         self._arrays.save(directory, args=ocp.args.StandardSave(arrays))
 
     def finalize(self, directory: epath.Path) -> None:
-        """Called by Orbax, in the first process alone, when all processes have written."""
+        """Writes the checksums. Orbax calls this in the first process only, after all processes have written."""
         self._arrays.finalize(directory)
         _checksums.write(directory)
 
     def close(self) -> None:
-        """Called by Orbax at the end."""
+        """Closes the handler of the arrays."""
         self._arrays.close()
 
     def verified(self, directory: epath.Path) -> bytes:
-        """The description of an item of which every byte is as it was written.
+        """Verifies the checksums and returns the description.
 
         Raises:
-          CheckpointError: if there is none, or one of its files has changed.
+          CheckpointError: if there is no item, or one of its files has changed.
         """
         if not any((directory / name).exists() for name in (self.description, _checksums.NAME)):
-            raise nothing_there(directory)
+            raise no_checkpoint(directory)
         _checksums.verify(directory)
         return bytes((directory / self.description).read_bytes())
 
     def read(self, directory: epath.Path, target: Any) -> Any:
-        """Reads the arrays as `target`, which `place` has made, says."""
+        """Reads the arrays to `target`, a tree of `restore_target`s."""
         try:
             restored = self._arrays.restore(directory, args=ocp.args.StandardRestore(target))
-            return jax.tree.map(_as_promised, target, restored)
-        except Exception as error:  # Orbax and TensorStore raise a dozen kinds for what is missing or damaged
+            return jax.tree.map(_check_array, target, restored)
+        except Exception as error:  # Orbax and TensorStore raise many types for missing or damaged files
             raise CheckpointError(
-                f"Expected a whole checkpoint; its arrays cannot be read, in {directory}.\n"
+                f"Expected a complete checkpoint; its arrays cannot be read, in {directory}.\n"
                 f"  {type(error).__name__}: {textwrap.shorten(str(error), 300)}\n"
-                "  Copy the directory again, whole, or restore another checkpoint."
+                "  Copy the complete directory again, or restore another checkpoint."
             ) from error
 
     def _describe(self, directory: epath.Path, text: str) -> None:
@@ -85,21 +85,21 @@ class ItemHandler(ocp.AsyncCheckpointHandler, abc.ABC):  # type: ignore[misc]
             (directory / self.description).write_text(text)
 
 
-def _as_promised(target: Any, array: Any) -> Any:
+def _check_array(target: Any, array: Any) -> Any:
     if (array.shape, array.dtype) != (target.shape, target.dtype):
-        raise ValueError(f"{array.dtype}{list(array.shape)} where the manifest says {target.dtype}{list(target.shape)}")
+        raise ValueError(f"got {array.dtype}{list(array.shape)}; the manifest has {target.dtype}{list(target.shape)}")
     return array
 
 
-def nothing_there(where: epath.Path) -> CheckpointError:
-    """The error for a place without a checkpoint."""
+def no_checkpoint(where: epath.Path) -> CheckpointError:
+    """Returns the error for a path without a checkpoint."""
     if not where.is_dir():
-        what = "there is none"
+        found = "does not exist"
     elif any("orbax-checkpoint-tmp" in entry.name for entry in where.iterdir()):
-        what = "there is only one whose save was stopped before its end"
+        found = "contains only an incomplete one, whose save was interrupted"
     else:
-        what = "there is a directory without one"
+        found = "contains none"
     return CheckpointError(
-        f"Expected a checkpoint that lora_jax wrote; {what}, at {where}.\n"
-        "  Give the path that `save` was given, or the directory of a CheckpointManager with an item named `adapter`."
+        f"Expected a checkpoint that lora_jax wrote, at {where}; the directory {found}.\n"
+        "  Pass the path that `save` wrote to, or the directory of a CheckpointManager with an item named `adapter`."
     )

@@ -1,4 +1,4 @@
-"""What training needs besides the adapter, as an item of a checkpoint: optimizer state, step, key, data position."""
+"""Training state as an item of a checkpoint: optimizer state, step, PRNG key, position in the data."""
 
 from __future__ import annotations
 
@@ -14,30 +14,27 @@ from etils import epath
 
 from .._core.paths import differences
 from .._errors import CheckpointError, listed
-from ._arrays import check_values, check_width, described, place, settled
+from ._arrays import check_dtype, check_values, describe_array, restore_target, to_jax
 from ._item import ItemHandler
 from ._manifest import dumps, header, loads
 
 _FORMAT = "lora_jax.state"
-_PLAIN = (bool, int, float, str)  # kept in the description: JSON gives them back as they were
+_PLAIN = (bool, int, float, str)  # stored in the description, because JSON preserves them exactly
 
 
 class StateHandler(ItemHandler):
-    """Writes and reads one state for Orbax.
-
-    Orbax finds it by `StateSave` and `StateRestore`; there is no need to name it.
-    """
+    """Orbax's handler for one state; Orbax selects it by `StateSave` and `StateRestore`."""
 
     description = "state.json"
 
     def parts(self, args: StateSave) -> tuple[dict[str, Any], str]:
-        """The arrays by path, keys as their data, and what each leaf is."""
+        """Returns the arrays by path, PRNG keys as their data, and the description of each leaf."""
         leaves = _leaves(args.state)
         manifest = header(_FORMAT) | {"state": {path: _describe(leaf) | _value(leaf) for path, leaf in leaves.items()}}
         return {path: _data(leaf) for path, leaf in leaves.items() if not isinstance(leaf, _PLAIN)}, dumps(manifest)
 
     def restore(self, directory: epath.Path, args: StateRestore) -> Any:
-        """Checks the files, then the structure, and reads each array to where the one that it shall be like lies."""
+        """Verifies the files, checks the structure, and reads the arrays to the shardings of `like`."""
         saved = loads(self.verified(directory), directory, _FORMAT)["state"]
         like = _leaves(args.like)
         _check(saved, like, directory)
@@ -47,47 +44,47 @@ class StateHandler(ItemHandler):
         return jax.tree.unflatten(jax.tree.structure(args.like), values)
 
     def metadata(self, directory: epath.Path) -> Mapping[str, Any]:
-        """The description."""
+        """Returns the description."""
         return loads((directory / self.description).read_bytes(), directory, _FORMAT)
 
 
 @ocp.args.register_with_handler(StateHandler, for_save=True)
 @dataclasses.dataclass(eq=False)
 class StateSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
-    """Saves the state of training as one item of a `CheckpointManager`, beside the adapter.
+    """Saves training state as one item of a `CheckpointManager`; see `AdapterSave`.
 
     Attributes:
-      state: any tree of arrays, random keys, and Python numbers and texts, such as optimizer state, step, key and
+      state: any tree of arrays, PRNG keys, and Python numbers and strings, such as optimizer state, step, key and
         position in the data.
 
     Raises:
-      CheckpointError: if a leaf is none of these, was donated, or is an array without elements.
+      CheckpointError: if a leaf is of another type, was donated, or is an array without elements.
     """
 
     state: Any = dataclasses.field(repr=False)
 
     def __post_init__(self) -> None:
-        """Checks the state here: an error in the middle of Orbax's save would leave threads behind."""
+        """Checks the state now, because an error during Orbax's save would leave threads running."""
         arrays = {path: leaf for path, leaf in _leaves(self.state).items() if not isinstance(leaf, _PLAIN)}
         for path, leaf in arrays.items():
             check_values(leaf, path)
         if not arrays or (empty := [path for path, leaf in arrays.items() if not leaf.size]):
-            got = f"empty ones, {', '.join(empty)}" if arrays else "none"
+            got = f"empty arrays, {', '.join(empty)}" if arrays else "no arrays"
             raise CheckpointError(
-                f"Expected a state with arrays that hold something, as Orbax cannot save others; got {got}.\n"
-                "  Leave them out; for Python values alone there is Orbax's JsonSave."
+                f"Expected a state with nonempty arrays, because Orbax cannot save others; got {got}.\n"
+                "  Leave empty arrays out. Save a state of Python values only with Orbax's JsonSave."
             )
 
 
 @ocp.args.register_with_handler(StateHandler, for_restore=True)
 @dataclasses.dataclass(eq=False)
 class StateRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
-    """Restores the state of training, bit for bit, to where the state that it shall be like lies.
+    """Restores training state bit for bit, with the shardings of `like`.
 
     Attributes:
-      like: a state of the same structure, shapes and dtypes, such as that of a run that begins. An array is restored
-        with the sharding of the one in its place, which may differ from the one that was saved; it is committed to no
-        device if that one is not. `ShapeDtypeStruct`s serve as well.
+      like: a state of the same structure, shapes and dtypes, such as the initial state of a run; arrays or
+        `ShapeDtypeStruct`s. Each array gets the sharding of its counterpart in `like`, which may differ from the saved
+        one, and is uncommitted if its counterpart is.
     """
 
     like: Any = dataclasses.field(repr=False)
@@ -95,10 +92,10 @@ class StateRestore(ocp.args.CheckpointArgs):  # type: ignore[misc]
 
 def _leaves(state: Any) -> dict[str, Any]:
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path): _array(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(path): _to_array(leaf) for path, leaf in leaves}
 
 
-def _array(leaf: Any) -> Any:
+def _to_array(leaf: Any) -> Any:
     return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
 
 
@@ -109,11 +106,11 @@ def _is_key(leaf: Any) -> bool:
 def _describe(leaf: Any) -> dict[str, Any]:
     if isinstance(leaf, _PLAIN):
         return {"type": type(leaf).__name__}
-    return described(leaf)
+    return describe_array(leaf)
 
 
 def _value(leaf: Any) -> dict[str, Any]:
-    """What a description says besides of a leaf that has a value."""
+    """Returns what a description has in addition for Python values and PRNG keys."""
     if isinstance(leaf, _PLAIN):
         return {"value": leaf}
     return {"impl": str(jax.random.key_impl(leaf))} if _is_key(leaf) else {}
@@ -124,18 +121,18 @@ def _data(leaf: Any) -> Any:
 
 
 def _target(like: Any, path: str, where: object) -> Any:
-    """What to read: the same shape and dtype, in the same place, if anybody has said where that one lies."""
+    """Returns what Orbax reads an array to: the shape, dtype and, if committed, sharding of `like`."""
     array = jax.eval_shape(_data, like) if _is_key(like) else jax.ShapeDtypeStruct(like.shape, like.dtype)
     if not isinstance(like, np.ndarray):
-        check_width(array.dtype, path, where)
+        check_dtype(array.dtype, path, where)
     sharding = getattr(like, "sharding", None) if getattr(like, "committed", True) else None
     try:
-        return place(array, sharding)
+        return restore_target(array, sharding)
     except ValueError as error:
         raise CheckpointError(
-            f"Expected `like` to say where an array shall lie; at {path} it says {sharding}.\n"
+            f"Expected `like` to have a sharding on devices that divides the array at {path}; got {sharding}.\n"
             f"  {error}\n"
-            "  Give arrays that lie there, or `ShapeDtypeStruct`s with a sharding over devices, or with none."
+            "  Pass arrays, or `ShapeDtypeStruct`s with such a sharding or without any."
         ) from error
 
 
@@ -144,22 +141,22 @@ def _leaf(like: Any, read: Any, saved: Mapping[str, Any]) -> Any:
         return saved["value"]
     if isinstance(like, np.ndarray):
         return read
-    return jax.random.wrap_key_data(settled(read), impl=saved["impl"]) if _is_key(like) else settled(read)
+    return jax.random.wrap_key_data(to_jax(read), impl=saved["impl"]) if _is_key(like) else to_jax(read)
 
 
 def _check(saved: Mapping[str, Mapping[str, Any]], like: Mapping[str, Any], where: object) -> None:
-    """Raises `CheckpointError` with the first differences between what was saved and what it shall be like."""
+    """Raises `CheckpointError` with the first differences between the saved state and `like`."""
     given = {path: _describe(leaf) for path, leaf in like.items()}
-    was = {path: {name: its[name] for name in its if name not in ("value", "impl")} for path, its in saved.items()}
+    types = {path: {k: v for k, v in leaf.items() if k not in ("value", "impl")} for path, leaf in saved.items()}
     if found := differences(
-        was,
+        types,
         given,
         only_one="is not in `like`",
         only_other="is in `like` and was not saved",
         unlike="was {one}; in `like` it is {other}",
     ):
         raise CheckpointError(
-            f"Expected `like` to be a state as the one in {where}; got one of {len(given)} leaves (it was {len(was)}), "
-            f"differences: {len(found)}.\n{listed(found)}\n"
-            "  Make it as it was made for the run that was saved: the same optimizer, for the same adapter."
+            f"Expected `like` to have the structure, shapes and dtypes of the state in {where}; got {len(given)} "
+            f"leaves (saved: {len(saved)}) and {len(found)} differences.\n{listed(found)}\n"
+            "  Create it as in the run that was saved: the same optimizer, for the same adapter."
         )

@@ -1,12 +1,11 @@
-"""Starts other than `init`'s: pure functions from an adapter and its base to an adapter, and a base to train it on.
+"""Alternatives to the initialization of `init`: pure functions of a base and an adapter.
 
     params, adapter = starts.pissa(params, adapter)
 
-Each acts on all low-rank adapters that it is given, whatever the axes of their kernels, each layer and expert of a
-stack by itself; the rest of an adapter is passed on. To start kernels in several ways, give each function a part:
-`{path: part for path, part in adapter.items() if …}`. After each the model computes what it did before, up to rounding.
-`pissa`, `olora` and `lora_ga` move the base: the adapter then belongs to the parameters that they return, until
-`as_plain` makes it one for the base as it was.
+Each function initializes all low-rank leaves of the adapter, each layer and expert of a stack separately, and returns
+other leaves unchanged. To initialize kernels in different ways, pass each function a part of the adapter:
+`{path: part for path, part in adapter.items() if …}`. The model computes the same function as before, up to rounding.
+`pissa`, `olora` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base.
 """
 
 from ._activations import Activations as Activations

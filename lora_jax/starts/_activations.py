@@ -1,4 +1,4 @@
-"""What the activations that meet each adapted kernel are like: sums over a call, as a start by data needs them."""
+"""Statistics of the input activations of each adapted kernel, for data-dependent initialization."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from ._leaf import Leaf, low_rank_leaves
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
-    """Sums over the rows x, of the width d of its input axes, that meet one kernel; each layer of a stack has its own.
+    """Sums over the input activations of one kernel: rows x of width d, separately for each layer of a stack.
 
-    Those of two batches are added number by number: `jax.tree.map(jnp.add, one, other)`. Of what is summed in float32,
-    a direction is rounding where its variance is below about 1e-6 of the largest, or of the square of the mean.
+    Add the sums of two batches elementwise: `jax.tree.map(jnp.add, one, other)`. In float32, directions whose variance
+    is below about 1e-6 of the largest variance, or of the squared mean, are rounding errors.
 
     Attributes:
       gram: Σ xᵀx, `(layers, d, d)`.
       total: Σ x, `(layers, d)`.
-      count: how many there are, `(layers,)`.
+      count: the number of rows, `(layers,)`.
     """
 
     gram: Array
@@ -42,7 +42,7 @@ class Activations:
     count: Array
 
     def covariance(self, *, centered: bool) -> Array:
-        """The gram matrix, from which the mean has been taken if it is to be centered, for each row."""
+        """Returns Σ xᵀx / count, minus the outer product of the mean if `centered`."""
         count = jnp.maximum(self.count, 1)[:, None, None]
         mean = self.total[:, :, None] / count
         return self.gram / count - (mean * mean.mT if centered else 0)
@@ -51,12 +51,11 @@ class Activations:
 def activations(
     apply: Callable[..., Any], params: Any, adapter: Adapters, *args: Any, **kwargs: Any
 ) -> dict[str, Activations]:
-    """Sums up what one call of a model multiplies each adapted kernel with, for `eva`; the base alone computes.
+    """Returns sums over the input activations of each adapted kernel in one call of the model, for `eva`.
 
-    The model is traced as `lora` does, and need not know. In place of the gradient of each factor `A` the call's
-    transpose returns the sums: reverse mode adds them up over layers, uses, iterations of a scan and devices. The
-    backward pass computes nothing else, and under `jit` nothing of it is left but the sums. Streams of batches are
-    added:
+    The model is traced as in `lora`, and evaluated with the base only. The gradient of each factor `A` is defined as
+    these sums, so reverse mode adds them over layers, uses, iterations of a scan and devices. Under `jit`, the rest of
+    the backward pass is eliminated. Add the sums of several batches:
 
         seen = jax.tree.map(jnp.add, seen, measure(params, batch))
 
@@ -71,49 +70,50 @@ def activations(
            [ 2.,  4.]], dtype=float32), Array([4., 2.], dtype=float32), Array([2.], dtype=float32))
 
     Args:
-      apply: the model, `apply(params, *args, **kwargs)`. Some result must be floating-point, and depend on the kernels
-        in a way that reverse mode follows: not through `stop_gradient`, `argmax`, or a `while_loop`.
-      params: the parameter tree that the adapter was made for.
-      adapter: says which kernels, and which of their axes are inputs.
-      *args: as the model takes them, such as a batch; padding counts as what it is.
-      **kwargs: likewise.
+      apply: the model, `apply(params, *args, **kwargs)`. A floating-point result must depend on the kernels through
+        operations that reverse mode can differentiate: not `stop_gradient`, `argmax`, or a `while_loop`.
+      params: the parameter tree that the adapter was initialized for.
+      adapter: determines the kernels and their input axes.
+      *args: arguments of the model, such as a batch. Padding is not excluded.
+      **kwargs: keyword arguments of the model.
 
     Returns:
-      `Activations` by path, in float32 or what is wider. They take d² numbers for each layer: give a part of the
-      adapter, `{path: adapter[path] for path in …}`, where that is much.
+      `Activations` by path, in float32 or wider. They have d² elements for each layer; for wide kernels, pass a part
+      of the adapter at a time, `{path: adapter[path] for path in …}`.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`; if a kernel meets no activation in this call, as one from
-        which rows are looked up, or which is multiplied from its output side alone.
+      AdapterError: if the adapter does not fit `params`; if the model multiplies no activation with a kernel along its
+        input axes, for example because it only looks up rows.
     """
     leaves = {leaf.path: leaf for leaf in low_rank_leaves(adapter, flatten(params)[0])}
     taps = {path: tap(base_of(as_jax(leaf.w)), leaf.part.axes, path) for path, leaf in leaves.items()}
     program, log = trace(apply, params, args, kwargs), list[Use]()
-    # Where a kernel is read whole, as by a penalty on its norm, it is formed: with its tap it is what it was.
+    # An operation without a rule, such as a penalty on the norm, reads the materialized kernel, which equals the base.
     settings = Settings(materialize=("**",), observe=True, log=log)
 
     def run(columns: Mapping[str, Array]) -> list[Array]:
         kernels = {path: dataclasses.replace(kernel, a=columns[path]) for path, kernel in taps.items()}
         results = jax.tree.leaves(program.run(kernels, settings))
-        return [its for its in results if isinstance(its, jax.Array) and jnp.issubdtype(its.dtype, jnp.inexact)]
+        return [leaf for leaf in results if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)]
 
-    results, transposed = jax.vjp(run, {path: kernel.a for path, kernel in taps.items()})
+    results, backward = jax.vjp(run, {path: kernel.a for path, kernel in taps.items()})
     _check(leaves, log)
-    (sums,) = transposed([jnp.zeros_like(its) for its in results])
-    return {path: _activations(found.reshape(*leaves[path].shape[:2], -1)) for path, found in sums.items()}
+    (sums,) = backward([jnp.zeros_like(result) for result in results])
+    return {path: _split_columns(columns.reshape(*leaves[path].shape[:2], -1)) for path, columns in sums.items()}
 
 
-def _activations(sums: Array) -> Activations:
-    """The sums that the columns of a tap are for, `(layers, d, d + 2)`."""
+def _split_columns(sums: Array) -> Activations:
+    """Splits the gradient of a tap, `(layers, d, d + 2)`, into the three sums."""
     return Activations(sums[..., :-2], sums[..., -2], sums[..., -1].max(-1, initial=0))
 
 
 def _check(leaves: Mapping[str, Leaf], log: list[Use]) -> None:
-    met = {use.path for use in log if use.kind == OBSERVED}
-    if unmet := [f"{path!r}, axes {leaf.part.axes!r}" for path, leaf in leaves.items() if path not in met]:
+    observed = {use.path for use in log if use.kind == OBSERVED}
+    if missing := [f"{path!r}, axes {leaf.part.axes!r}" for path, leaf in leaves.items() if path not in observed]:
         raise AdapterError(
-            f"Expected each adapted kernel to be multiplied with activations along its input axes; {len(unmet)} are "
-            f"not in this call.\n{listed(unmet)}\n"
-            "  Rows that are looked up, and kernels that are formed, meet none that can be seen.\n"
-            "  Leave them out here, and let them start otherwise: {path: part for path, part in adapter.items() if …}."
+            "Expected the model to multiply each adapted kernel with an activation along the kernel's input axes; "
+            f"this call does not do so for {len(missing)} kernels.\n{listed(missing)}\n"
+            "  Embedding lookups and materialized kernels cannot be measured.\n"
+            "  Leave these kernels out, {path: part for path, part in adapter.items() if …}, and initialize them in "
+            "another way."
         )

@@ -1,4 +1,4 @@
-"""Takes back a start that moved the base: what was trained, as an adapter on the base as it was."""
+"""Converts an adapter on a changed base to an adapter on the original base."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from ._leaf import Leaf, low_rank_leaves
 
 
 def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapter: Adapters) -> dict[str, Adapter]:
-    """Turns an adapter on a moved base into one of twice the rank on the base as it was, which it can share.
+    """Converts a trained adapter on a changed base to an adapter of twice the rank on the original base.
 
         W + s·A·B = (W0 - s·A₀·B₀) + s·A·B = W0 + s·[A, A₀]·[B; -B₀]
 
-    After `pissa`, `olora` or `lora_ga` an adapter belongs to a base of its own; this makes it one for the public base.
-    It is exact: α is set so that the scale stays the same at rank 2r, 2α for LoRA and √2·α for rsLoRA. Leaves whose
-    base did not move keep their adapter.
+    An adapter that `pissa`, `olora` or `lora_ga` initialized belongs to the base that they returned; the result belongs
+    to the original base. The conversion is exact: α is such that the scale stays the same at rank 2r, 2α for LoRA and
+    √2·α for rsLoRA. The adapter of an unchanged kernel is returned as it is.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -38,57 +38,59 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
     {'kernel': Adapter(LoRA(rank=2, alpha=8.0), 'io', a=float32[4, 2], b=float32[2, 4])}
 
     Args:
-      params: the base as it was before the start.
-      adapter: after training.
-      started_params: the base that the start returned.
-      started_adapter: the adapter that it returned, before training.
+      params: the original base.
+      adapter: the adapter after training.
+      started_params: the base that the initialization returned.
+      started_adapter: the adapter that the initialization returned, before training.
 
     Returns:
-      The adapter for `params`. Where rounding moved a base in 16 bits, the sum is that of the exact residue.
+      The adapter for `params`. For a base in 16 bits, the sum does not contain the rounding of the changed base.
 
     Raises:
-      AdapterError: if the adapters do not fit the bases or each other, or `started_params` with `started_adapter` are
-        not `params`: the start was that of another base. Under `jit` there are no values, and this is not checked.
+      AdapterError: if the adapters do not fit the bases or each other; if `started_params` with `started_adapter` is
+        not `params`, except under `jit`, where arrays have no values to compare.
     """
-    leaves, moved = flatten(params)[0], flatten(started_params)[0]
-    check(moved, started_adapter, tree="started_params")
-    check(moved, adapter, tree="started_params")
-    starts = {leaf.path: leaf for leaf in low_rank_leaves(started_adapter, leaves)}
-    _check(adapter, starts, moved)
+    leaves, changed = flatten(params)[0], flatten(started_params)[0]
+    check(changed, started_adapter, tree="started_params")
+    check(changed, adapter, tree="started_params")
+    initial = {leaf.path: leaf for leaf in low_rank_leaves(started_adapter, leaves)}
+    _check(adapter, initial, changed)
     plain = dict(adapter)
-    for path, leaf in starts.items():
-        if path in adapter and not _equal(leaf.w, moved[path]):
-            plain[path] = _joined(adapter[path], leaf.part)
+    for path, leaf in initial.items():
+        if path in adapter and not _equal(leaf.w, changed[path]):
+            plain[path] = _concatenate(adapter[path], leaf.part)
     return plain
 
 
-def _joined(trained: Adapter, started: Adapter) -> Adapter:
-    """The trained factors beside those of the start, with a minus before one."""
-    variant: Any = started.variant
-    place = axes_of_b(started.axes).index(RANK)
-    a = jnp.concatenate([trained.a, started.a], -1)
-    b = jnp.concatenate([trained.b, -started.b], place)
-    return Adapter(variant.at_rank(2 * variant.rank), started.axes, **{**trained.arrays, "a": a, "b": b})
+def _concatenate(trained: Adapter, initial: Adapter) -> Adapter:
+    variant: Any = initial.variant
+    rank_axis = axes_of_b(initial.axes).index(RANK)
+    a = jnp.concatenate([trained.a, initial.a], -1)
+    b = jnp.concatenate([trained.b, -initial.b], rank_axis)
+    return Adapter(variant.at_rank(2 * variant.rank), initial.axes, **{**trained.arrays, "a": a, "b": b})
 
 
-def _check(adapter: Adapters, starts: dict[str, Leaf], moved: dict[str, Any]) -> None:
+def _check(adapter: Adapters, initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
     wrong = [
-        f"{path!r}: {adapter[path].variant} after training, {leaf.part.variant} at the start"
-        for path, leaf in starts.items()
+        f"{path!r}: {adapter[path].variant} in `adapter`, {leaf.part.variant} in `started_adapter`"
+        for path, leaf in initial.items()
         if path in adapter and adapter[path].variant != leaf.part.variant
     ]
     wrong += [
-        f"{path!r}: not in the start" for path in adapter if adapter[path].variant.needs_axes and path not in starts
+        f"{path!r}: not in `started_adapter`"
+        for path in adapter
+        if adapter[path].variant.needs_axes and path not in initial
     ]
     wrong += [
-        f"{path!r}: the start and its base are not `params`"
-        for path, leaf in starts.items()
-        if not _equal(leaf.w, moved[path]) and not _restores(leaf, moved[path])
+        f"{path!r}: `started_params` with `started_adapter` is not `params`"
+        for path, leaf in initial.items()
+        if not _equal(leaf.w, changed[path]) and not _restores(leaf, changed[path])
     ]
     if wrong:
         raise AdapterError(
-            f"Expected an adapter that was trained from this start of this base; {len(wrong)} kernels differ.\n"
-            f"{listed(wrong)}\n  Give what the start was given, and what it returned: "
+            "Expected `adapter` to be trained from `started_adapter`, which was initialized from `params`; "
+            f"{len(wrong)} kernels differ.\n{listed(wrong)}\n"
+            "  Pass the original base and both results of the initialization: "
             "started = pissa(params, adapter); as_plain(params, trained, *started)."
         )
 
@@ -97,18 +99,18 @@ def _equal(one: Any, other: Any) -> bool:
     return one is other or (is_concrete(one) and is_concrete(other) and equal(one, other))
 
 
-def _restores(leaf: Leaf, moved: Any) -> bool:
-    """Whether a moved kernel with its start is the base, up to the roundings of both."""
-    if not (is_concrete(leaf.w) and is_concrete(moved)):
+def _restores(leaf: Leaf, changed: Any) -> bool:
+    """Returns whether a changed kernel plus its initial update is the original kernel, up to rounding."""
+    if not (is_concrete(leaf.w) and is_concrete(changed)):
         return True
     with jax.ensure_compile_time_eval(), keep_float64(leaf.w):
-        return bool(_near_base(*on_same_devices(leaf.w, moved, fold(moved, leaf.part))))
+        return bool(_is_near(*on_same_devices(leaf.w, changed, fold(changed, leaf.part))))
 
 
 @jax.jit
-def _near_base(base: Array, residue: Array, restored: Array) -> Array:
+def _is_near(base: Array, residual: Array, restored: Array) -> Array:
     eps = max(float(jnp.finfo(dtype).eps) for dtype in (base.dtype, jnp.float32))
-    wide = widest(jnp.float32, base.dtype, residue.dtype)
-    base, residue, restored = (array.astype(wide) for array in (base, residue, restored))
-    largest = jnp.maximum(abs(base).max(), abs(residue).max())
+    wide = widest(jnp.float32, base.dtype, residual.dtype)
+    base, residual, restored = (array.astype(wide) for array in (base, residual, restored))
+    largest = jnp.maximum(abs(base).max(), abs(residual).max())
     return abs(restored - base).max() <= 8 * eps * largest

@@ -14,7 +14,7 @@ from .._core.paths import flatten
 from .._core.values import is_concrete, on_host
 from .._errors import AdapterError, SpecError, listed
 from ._activations import Activations
-from ._leaf import Leaf, Start, low_rank_leaves, start
+from ._leaf import Leaf, Start, initialize, low_rank_leaves
 
 
 def eva(
@@ -25,17 +25,17 @@ def eva(
     rho: float = 1.0,
     centered: bool = True,
 ) -> Start:
-    """Starts `A` with the directions in which the kernel's inputs vary most, and gives rank to where they vary most.
+    """Initializes `A` with the directions in which the kernel's inputs vary most, and can reallocate ranks.
 
         Σ xᵀx / n - x̄ᵀx̄ = V·Λ·Vᵀ,   A = V[:, 1…r],   B = 0
 
-    (Paischer et al. 2024, arXiv:2410.07170). The columns of `A` are the leading right singular vectors of all
-    activations together, with their mean taken away as in the authors' and PEFT's incremental PCA; here the sums are
-    kept whole, so that the result depends neither on the order nor on the size of the batches. The base stays.
+    (Paischer et al. 2024, arXiv:2410.07170). The columns of `A` are the leading right singular vectors of the
+    activations, centered as in the incremental PCA of the authors and of PEFT. Here the complete sums are kept, so the
+    result does not depend on the order or the size of the batches. The base is unchanged.
 
-    With `rho` above 1 the ranks are dealt out anew. The budget is the sum of the ranks (a stack of layers takes one
-    rank for each layer at a time); it goes to the directions, of all kernels, that explain the largest share Λⱼ/ΣΛ of
-    their own kernel's variance, up to ρ times its rank for each. The scale of each adapter stays.
+    With `rho` above 1, ranks are reallocated. The budget is the sum of the ranks, where one more rank of a stack costs
+    one for each layer. It is spent on the directions, among those of all kernels, with the largest shares Λⱼ/ΣΛ of the
+    variance of their kernel; no kernel gets more than ρ times its rank. The scale of each adapter stays the same.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -48,65 +48,64 @@ def eva(
     Array([0.1, 1. ], dtype=float32)
 
     Args:
-      params: the parameter tree that the adapter was made for.
+      params: the parameter tree that the adapter was initialized for.
       adapter: from `init`; its factors are replaced.
-      activations: by path, of one batch or summed over several.
-      rho: ρ, how many times its rank an adapter may get. 1 keeps the ranks and works under `jit`; PEFT's default is 2.
-      centered: whether the mean is taken away; without, the directions are those of the activations themselves.
+      activations: by path, from `activations`; of one batch, or summed over several.
+      rho: ρ, by how much a rank may grow. 1 keeps the ranks and works under `jit`; PEFT's default is 2.
+      centered: whether the mean of the activations is subtracted.
 
     Returns:
-      `params` as they were, and the adapter, without the leaves that get rank 0.
+      `params` unchanged, and the adapter, without the leaves that are allocated rank 0.
 
     Raises:
       SpecError: if `rho` is below 1.
-      AdapterError: if the adapter does not fit `params`, or `activations` not the adapter; if they have seen nothing;
-        if ranks are to be dealt out under `jit`, where shapes cannot depend on values.
+      AdapterError: if the adapter does not fit `params`, or `activations` does not fit the adapter; if `activations`
+        has no rows for a layer; if `rho` is above 1 under `jit`, where shapes cannot depend on values.
     """
     if not rho >= 1:
         raise SpecError(f"Expected rho to be 1, which keeps the ranks, or more; got rho={rho!r}.")
     leaves = {leaf.path: leaf for leaf in low_rank_leaves(adapter, flatten(params)[0])}
     _check(leaves, activations)
-    found = {path: _principal(activations[path].covariance(centered=centered)) for path in leaves}
+    components = {path: _principal_components(activations[path].covariance(centered=centered)) for path in leaves}
     ranks = {path: leaf.variant.rank for path, leaf in leaves.items()}
     if rho > 1:
-        ranks = _dealt(leaves, {path: its.explained for path, its in found.items()}, rho)
+        ranks = _allocate(leaves, {path: found.explained for path, found in components.items()}, rho)
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
         (layers, _, d_out), rank = leaf.shape, ranks[leaf.path]
-        return found[leaf.path].directions[:, :, :rank], jnp.zeros((layers, rank, d_out))
+        return components[leaf.path].directions[:, :, :rank], jnp.zeros((layers, rank, d_out))
 
-    left = {path: part for path, part in adapter.items() if ranks.get(path) != 0}
-    return start(params, left, method)
+    return initialize(params, {path: part for path, part in adapter.items() if ranks.get(path) != 0}, method)
 
 
-class _Principal(NamedTuple):
-    """The principal directions of activations, `(layers, d, d)`, and the share of the variance of each."""
+class _Components(NamedTuple):
+    """Principal directions, `(layers, d, d)`, and the share of the variance that each explains, `(layers, d)`."""
 
     directions: Array
     explained: Array
 
 
-def _principal(covariance: Array) -> _Principal:
+def _principal_components(covariance: Array) -> _Components:
     variances, directions = jnp.linalg.eigh(covariance)  # in ascending order
     variances = jnp.maximum(variances[:, ::-1], 0)
-    whole = jnp.maximum(variances.sum(-1, keepdims=True), jnp.finfo(variances.dtype).tiny)
-    return _Principal(directions[:, :, ::-1], variances / whole)
+    total = jnp.maximum(variances.sum(-1, keepdims=True), jnp.finfo(variances.dtype).tiny)
+    return _Components(directions[:, :, ::-1], variances / total)
 
 
-def _dealt(leaves: Mapping[str, Leaf], explained: Mapping[str, Array], rho: float) -> dict[str, int]:
-    """Deals the ranks out by the shares of variance that each explains; of a stack, by the mean of its layers."""
-    if not all(is_concrete(its) for its in jax.tree.leaves(dict(explained))):
+def _allocate(leaves: Mapping[str, Leaf], explained: Mapping[str, Array], rho: float) -> dict[str, int]:
+    """Allocates ranks to the directions with the largest shares of variance, for a stack the mean over its layers."""
+    if not all(is_concrete(shares) for shares in jax.tree.leaves(dict(explained))):
         raise AdapterError(
-            "Expected values to deal the ranks out by; got a trace, which has none.\n"
+            "Expected concrete activations, because rho > 1 makes the ranks depend on values; got traced arrays.\n"
             "  Call eva outside `jit`, or with rho=1."
         )
-    bids: list[tuple[float, str]] = []
+    candidates: list[tuple[float, str]] = []
     for path, leaf in leaves.items():
         most = min(round(rho * leaf.variant.rank), *leaf.shape[1:])
-        bids += [(float(share), path) for share in on_host(explained[path]).mean(0)[:most]]
+        candidates += [(float(share), path) for share in on_host(explained[path]).mean(0)[:most]]
     budget = sum(leaf.variant.rank * leaf.shape[0] for leaf in leaves.values())
     ranks = dict.fromkeys(leaves, 0)
-    for _, path in sorted(bids, key=lambda bid: -bid[0]):
+    for _, path in sorted(candidates, key=lambda candidate: -candidate[0]):
         if (cost := leaves[path].shape[0]) <= budget:
             ranks[path] += 1
             budget -= cost
@@ -117,17 +116,17 @@ def _check(leaves: Mapping[str, Leaf], activations: Mapping[str, Activations]) -
     missing = [repr(path) for path in leaves if path not in activations]
     if missing:
         raise AdapterError(
-            f"Expected the activations of every adapted kernel; {len(missing)} are not there.\n{listed(missing)}\n"
-            "  activations(apply, params, adapter, *args) returns them."
+            f"Expected the activations of every adapted kernel; {len(missing)} are not in `activations`.\n"
+            f"{listed(missing)}\n  activations(apply, params, adapter, *args) returns them."
         )
-    unseen = [
+    empty = [
         f"{path!r}: {int((count == 0).sum())} of {count.size}"
         for path in leaves
         if is_concrete(count := activations[path].count) and bool((count == 0).any())
     ]
-    if unseen:
+    if empty:
         raise AdapterError(
-            f"Expected every layer of each kernel to have met activations; {len(unseen)} kernels have layers that met "
-            f"none.\n{listed(unseen)}\n"
-            "  Add up more batches; or what the model does with their products cannot be followed by reverse mode."
+            f"Expected activations of every layer; {len(empty)} kernels have layers without any.\n{listed(empty)}\n"
+            "  Add more batches. If that does not help, the model's results depend on these layers only through "
+            "operations that reverse mode cannot differentiate."
         )

@@ -1,4 +1,4 @@
-"""What every start acts on: one adapted leaf as a stack of matrices, and a new adapter made of new factors."""
+"""An adapted leaf as a stack of matrices, and the replacement of its factors."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from .._merge.fold import overflows, unfold
 
 
 class Start(NamedTuple):
-    """What a start returns.
+    """The result of an initialization.
 
     Attributes:
-      params: the parameters that belong to the adapter: those that were given, or, where the start takes its factors
-        out of the base, a tree in which the adapted kernels are what is left, `W0 - s·A·B`.
-      adapter: with new factors; leaves that are trained whole keep their copy.
+      params: the base that belongs to the adapter: the one that was passed, or, if the initialization changes the base,
+        a tree whose adapted kernels are `W0 - s·A·B`.
+      adapter: the adapter with new factors; leaves without factors are unchanged.
     """
 
     params: Any
@@ -35,12 +35,12 @@ class Start(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One adapted kernel, its input axes taken as one, and its output axes, and its batch axes.
+    """One adapted kernel as a stack of matrices: batch, input and output axes are each flattened to one.
 
     Attributes:
-      path: where it is.
+      path: the path of the kernel.
       w: the kernel.
-      part: its adapter.
+      part: the adapter of the kernel.
     """
 
     path: str
@@ -49,7 +49,7 @@ class Leaf:
 
     @property
     def variant(self) -> LowRank:
-        """Its method, which has a rank and a scale."""
+        """The variant."""
         assert isinstance(self.part.variant, LowRank)
         return self.part.variant
 
@@ -61,66 +61,66 @@ class Leaf:
 
     @property
     def matrices(self) -> Array:
-        """The kernel, `(layers, in, out)`, in float32 or what is wider."""
+        """The kernel, `(layers, in, out)`, in float32 or wider."""
         return self.as_matrices(self.w)
 
     def as_matrices(self, array: Any) -> Array:
-        """An array of the kernel's shape, `(layers, in, out)`, in float32 or what is wider."""
+        """Reshapes an array of the kernel's shape to `(layers, in, out)`, in float32 or wider."""
         return kernel_matrix(array, self.part.axes).reshape(self.shape)
 
     def adapter(self, a: Array, b: Array) -> Adapter:
-        """The adapter with factors `(layers, in, rank)` and `(layers, rank, out)`, whose rank may be another."""
+        """Replaces the factors by `(layers, in, rank)` and `(layers, rank, out)`; the rank may change."""
         part = self.part
         new = {name: x.astype(part.arrays[name].dtype) for name, x in as_factors(a, b, part.axes, self.w.shape).items()}
         return Adapter(self.variant.at_rank(a.shape[-1]), part.axes, **{**part.arrays, **new})
 
     def error(self, text: str) -> SpecError:
-        """What is wrong with this leaf's variant for a start."""
+        """Returns an error about this leaf."""
         return SpecError(f"At {self.path!r}: {text}.")
 
 
 Method = Callable[[Leaf], tuple[Array, Array]]
 
 
-def start(params: Any, adapter: Adapters, method: Method, *, moves: bool = False) -> Start:
-    """Gives each low-rank adapter the factors of a method, which a base that moves loses.
+def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: bool = False) -> Start:
+    """Replaces the factors of each low-rank leaf.
 
     Args:
       params: the base.
       adapter: from `init`.
-      method: the factors of a leaf, `(layers, in, rank)` and `(layers, rank, out)`.
-      moves: whether the factors are taken out of the base.
+      method: returns the factors of a leaf, `(layers, in, rank)` and `(layers, rank, out)`.
+      changes_base: whether to subtract `s·A·B` from the base.
     """
     leaves, treedef = flatten(params)
     adapted = low_rank_leaves(adapter, leaves)
     for leaf in adapted:
-        if leaf.variant.diagonal(leaf.part.arrays) is not None:  # zero at the start: b would never learn, nor a
-            raise leaf.error(f"expected a variant whose update is s·A·B alone; {leaf.variant} has a start of its own")
-    with jax.default_matmul_precision("highest"):  # accelerators would multiply float32 in bfloat16
+        if leaf.variant.diagonal(leaf.part.arrays) is not None:  # initialized to zero, so A·B would have no effect
+            raise leaf.error(f"expected a variant whose update is s·A·B; {leaf.variant} has a diagonal in addition")
+    with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in bfloat16 by default
         new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in adapted}
-    if not moves:
+    if not changes_base:
         return Start(params, new)
     for leaf in adapted:
         if leaf.variant.some_tokens:
-            raise leaf.error(f"expected a variant for every token, as the base is moved for all; got {leaf.variant}")
-    # By the factors as they are kept: what rounding took from them stays in the base.
-    moved = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
-    if bad := overflows(leaves, new, moved, unfolded=True):
+            raise leaf.error(f"expected a variant that adapts all tokens, as the base changes; got {leaf.variant}")
+    # Subtracts the factors after their cast, so that their rounding errors stay in the base.
+    residual = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
+    if bad := overflows(leaves, new, residual, unfolded=True):
         raise AdapterError(
-            f"Expected what is left of each kernel to fit its dtype; {len(bad)} overflow.\n{listed(bad)}\n"
-            "  Cast the base to a wider dtype before, such as bfloat16 or float32."
+            f"Expected `W0 - s·A·B` to be finite in the dtype of each kernel; {len(bad)} overflow.\n{listed(bad)}\n"
+            "  Cast the base to a wider dtype first, such as bfloat16 or float32."
         )
-    return Start(unflatten(treedef, leaves | moved), new)
+    return Start(unflatten(treedef, leaves | residual), new)
 
 
 def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
-    """The leaves that have factors."""
+    """Checks the adapter, and returns its leaves that have factors."""
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
 
 
 def positive_scale(leaf: Leaf) -> float:
-    """The scale, where a method divides by it or takes its root."""
+    """Returns the scale. Raises if a method cannot divide by it or take its root."""
     if not (leaf.variant.scale > 0 and math.isfinite(leaf.variant.scale)):
-        raise leaf.error(f"expected a positive scale, which is divided by; got {leaf.variant}")
+        raise leaf.error(f"expected a positive scale, because the method divides by it; got {leaf.variant}")
     return leaf.variant.scale

@@ -14,18 +14,18 @@ from .._core.adapter import Adapters
 from .._core.contract import widest
 from .._core.paths import flatten, unflatten
 from .._errors import AdapterError, listed
-from ._leaf import Leaf, Start, low_rank_leaves, start
+from ._leaf import Leaf, Start, initialize, low_rank_leaves
 
 
 def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, gamma: float = 16.0) -> Start:
-    """Takes the factors from the gradient of the kernel, so that the first step goes where full fine-tuning's would.
+    """Initializes the factors so that the first step approximates a step of full fine-tuning.
 
         G = U·S·Vᵀ,   A = c·U[:, 1…r],   B = c·V[:, r+1…2r]ᵀ,   c = out^¼/√γ,   W = W0 - s·A·B
 
-    (Wang et al. 2024, arXiv:2407.05000). After one step of gradient descent the kernel has changed by -η·s²·c² times
-    the best approximation of G of rank 2r. The model computes what it did. The scaling c, on both factors alike, is
-    that of the paper's own code. PEFT's differs: it multiplies `B` by S, whose size is that of the loss, and leaves
-    `A` without c, so that the step is no multiple of an approximation of G.
+    (Wang et al. 2024, arXiv:2407.05000), where G is the gradient of the kernel. One step of gradient descent changes
+    the kernel by -η·s²·c² times the best approximation of G of rank 2r. Both factors are scaled by c, as in the
+    authors' code. PEFT multiplies `B` by S, which depends on the scale of the loss, and does not scale `A`; its first
+    step is not a multiple of the best approximation.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -38,18 +38,18 @@ def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, ga
     ((6, 2), (2, 5))
 
     Args:
-      params: the parameter tree that the adapter was made for. Not changed.
+      params: the parameter tree that the adapter was initialized for; not modified.
       adapter: from `init`; its factors are replaced.
-      gradient: that of each adapted kernel, by path, as `gradients` returns it; its size does not matter, so a sum
-        over a few batches is as good as their mean.
-      gamma: γ, the smaller the larger the factors.
+      gradient: the gradient of each adapted kernel, by path, from `gradients`. The result does not depend on its norm,
+        so a sum over a few batches works like their mean.
+      gamma: γ; a smaller value gives larger factors.
 
     Returns:
-      The base without the adapter, rounded as `pissa` says, and the adapter.
+      The changed base `W0 - s·A·B`, rounded as in `pissa`, and the adapter.
 
     Raises:
-      SpecError: if 2r is more than the kernel's inputs or outputs.
-      AdapterError: if the adapter does not fit `params`, or `gradient` not the adapter.
+      SpecError: if 2r is more than the number of inputs or outputs of a kernel.
+      AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter.
     """
     leaves = low_rank_leaves(adapter, flatten(params)[0])
     if missing := [repr(leaf.path) for leaf in leaves if leaf.path not in gradient]:
@@ -62,22 +62,22 @@ def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, ga
         rank, (_, d_in, d_out) = leaf.variant.rank, leaf.shape
         if 2 * rank > min(d_in, d_out):
             raise leaf.error(
-                f"expected a rank of at most {min(d_in, d_out) // 2}, half of what the gradient has; got rank={rank}"
+                f"expected a rank of at most {min(d_in, d_out) // 2}, half of the gradient's; got rank={rank}"
             )
         u, _, vt = jnp.linalg.svd(leaf.as_matrices(gradient[leaf.path]), full_matrices=False)
         c = d_out**0.25 / math.sqrt(gamma)
         return c * u[:, :, :rank], c * vt[:, rank : 2 * rank]
 
-    return start(params, adapter, method, moves=True)
+    return initialize(params, adapter, method, changes_base=True)
 
 
 def gradients(
     loss: Callable[..., Array], params: Any, adapter: Adapters, *args: Any, **kwargs: Any
 ) -> dict[str, Array]:
-    """The gradient of the adapted kernels alone, for `lora_ga`; the rest of the tree gets none.
+    """Returns the gradients of the adapted kernels of the base, for `lora_ga`; other leaves are not differentiated.
 
-    Those of several batches may be added: `jax.tree.map(jnp.add, one, other)`. They are float32 also where the base is
-    in 16 bits, so that no batch is rounded away.
+    Add the gradients of several batches: `jax.tree.map(jnp.add, one, other)`. They are in float32 or wider, also for a
+    base in 16 bits, so that small gradients are not rounded away in the sum.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -88,14 +88,14 @@ def gradients(
            [3., 3.]], dtype=float32)}
 
     Args:
-      loss: `loss(params, *args, **kwargs)`, a number: the loss of the unmodified model.
-      params: the parameter tree that the adapter was made for.
-      adapter: says which kernels.
-      *args: as the loss takes them, such as a batch.
-      **kwargs: likewise.
+      loss: `loss(params, *args, **kwargs)`, the scalar loss of the unmodified model.
+      params: the parameter tree that the adapter was initialized for.
+      adapter: determines the kernels.
+      *args: arguments of the loss, such as a batch.
+      **kwargs: keyword arguments of the loss.
 
     Returns:
-      The gradients, by path.
+      The gradients by path, each of the shape of its kernel.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -104,8 +104,8 @@ def gradients(
     kernels = {leaf.path: jnp.asarray(leaf.w) for leaf in low_rank_leaves(adapter, leaves)}
     wide = {path: w.astype(widest(w.dtype, jnp.float32)) for path, w in kernels.items()}
 
-    def of_kernels(wide: Mapping[str, Array]) -> Array:
-        own = {path: w.astype(kernels[path].dtype) for path, w in wide.items()}
-        return loss(unflatten(treedef, leaves | own), *args, **kwargs)
+    def loss_of_kernels(wide: Mapping[str, Array]) -> Array:
+        cast = {path: w.astype(kernels[path].dtype) for path, w in wide.items()}
+        return loss(unflatten(treedef, leaves | cast), *args, **kwargs)
 
-    return jax.grad(of_kernels)(wide)
+    return jax.grad(loss_of_kernels)(wide)

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._core.adapter import Adapters
-from ._leaf import Leaf, Start, start
+from ._leaf import Leaf, Start, initialize
 
 
 def olora(params: Any, adapter: Adapters) -> Start:
-    """Takes the factors from a QR decomposition of the kernel, and leaves the rest in the base.
+    """Initializes the factors from a QR decomposition of the kernel, and subtracts them from the base.
 
         W0ᵀ = Q·R,   B = Q_rᵀ,   A = R_rᵀ,   W = W0 - s·A·B
 
-    (Büyükakyüz 2024, arXiv:2406.01775; the transposes of the paper's, as Flax computes `x @ W`). The rows of `B` are
-    orthonormal. Nothing is divided by s, as in the paper and in PEFT. The model computes what it did.
+    (Büyükakyüz 2024, arXiv:2406.01775; transposed, because Flax computes `x @ W`). The rows of `B` are orthonormal.
+    The factors are not divided by s, as in the paper and in PEFT.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -29,11 +29,11 @@ def olora(params: Any, adapter: Adapters) -> Start:
            [0., 1.]], dtype=float32)
 
     Args:
-      params: the parameter tree that the adapter was made for. Not changed.
+      params: the parameter tree that the adapter was initialized for; not modified.
       adapter: from `init`; its factors are replaced.
 
     Returns:
-      The base without the adapter, rounded as `pissa` says, and the adapter.
+      The changed base `W0 - s·A·B`, rounded as in `pissa`, and the adapter.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -41,8 +41,8 @@ def olora(params: Any, adapter: Adapters) -> Start:
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
         w = leaf.matrices
-        # The first r columns of Q are those of the first r columns of W0ᵀ, and A = W0·Q_r.
+        # Q_r depends only on the first r columns of W0ᵀ, and A = W0·Q_r.
         q = jnp.linalg.qr(w[:, : leaf.variant.rank].mT)[0]
         return w @ q, q.mT
 
-    return start(params, adapter, method, moves=True)
+    return initialize(params, adapter, method, changes_base=True)

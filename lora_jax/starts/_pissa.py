@@ -12,18 +12,17 @@ from .._core.adapter import Adapters
 from .._core.keys import key_for
 from .._core.linalg import SVD, factors_from_svd
 from .._errors import SpecError
-from ._leaf import Leaf, Start, positive_scale, start
+from ._leaf import Leaf, Start, initialize, positive_scale
 
-_OVERSAMPLED = 10  # columns beyond the rank: with them the first r directions are nearly the exact ones (Halko et al.)
+_OVERSAMPLING = 10  # columns in addition to the rank, for accuracy (Halko et al.)
 
 
 def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Array | None = None) -> Start:
-    """Takes the kernel's r largest singular values for the factors, and leaves the rest in the base.
+    """Initializes the factors with the kernel's r largest singular values, and subtracts them from the base.
 
         W0 = U·S·Vᵀ,   A = U_r·√(S_r/s),   B = √(S_r/s)·V_rᵀ,   W = W0 - s·A·B
 
-    (Meng et al. 2024, arXiv:2404.02948). What is trained is the principal part, what is frozen the residue. The model
-    computes what it did.
+    (Meng et al. 2024, arXiv:2404.02948). The principal part is trained, and the residual is frozen.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -34,19 +33,19 @@ def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Arra
     Array([0., 2., 1.], dtype=float32)
 
     Args:
-      params: the parameter tree that the adapter was made for. Not changed.
+      params: the parameter tree that the adapter was initialized for; not modified.
       adapter: from `init`; its factors are replaced.
-      niter: None for an exact decomposition; otherwise the number of power iterations of a randomized one (Halko et
-        al. 2011, arXiv:0909.4061): the more, the nearer to the exact one, and far quicker than it on large kernels.
-      key: PRNG key for the randomized one; consumed.
+      niter: the number of power iterations of a randomized decomposition (Halko et al. 2011, arXiv:0909.4061), which is
+        much faster on large kernels; more iterations are more accurate. None for the exact decomposition.
+      key: PRNG key for the randomized decomposition; consumed.
 
     Returns:
-      The base without the adapter, and the adapter. Each moved kernel is computed in float32 and rounded once to its
-      own dtype: a base in bfloat16 starts off by as much as one rounding of the residue, at most 2⁻⁸ of each of its
-      elements. Cast the base to float32 before, if that matters.
+      The changed base `W0 - s·A·B`, and the adapter. Each changed kernel is computed in float32 and rounded once to its
+      dtype. For bfloat16 the initial error is at most 2⁻⁸ of each element of the residual; cast the base to float32
+      first where that matters.
 
     Raises:
-      SpecError: if there is `niter` without `key` or `key` without `niter`; if a scale is not positive.
+      SpecError: if only one of `niter` and `key` is given; if a scale is not positive.
       AdapterError: if the adapter does not fit `params`.
     """
     if (niter is None) != (key is None):
@@ -63,12 +62,12 @@ def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Arra
             svd = randomized_svd(key_for(key, leaf.path), w, rank, niter)
         return factors_from_svd(svd, rank, scale)
 
-    return start(params, adapter, method, moves=True)
+    return initialize(params, adapter, method, changes_base=True)
 
 
 def randomized_svd(key: Array, w: Array, rank: int, niter: int) -> SVD:
-    """The singular values and vectors of matrices, the first `rank` of them nearly exact, by subspace iteration."""
-    columns = min(rank + _OVERSAMPLED, *w.shape[-2:])
+    """Returns an approximate SVD by subspace iteration, accurate for the `rank` largest singular values."""
+    columns = min(rank + _OVERSAMPLING, *w.shape[-2:])
     q = _orthonormal(w @ jax.random.normal(key, (w.shape[-1], columns), w.dtype))
     for _ in range(niter):
         q = _orthonormal(w @ _orthonormal(w.mT @ q))

@@ -1,4 +1,4 @@
-"""Starts that look at shapes only: drawn factors whose product is zero. The base stays as it is."""
+"""Initializations that depend only on shapes: random factors with A·B = 0. The base is unchanged."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jax import Array
 
 from .._core.adapter import Adapters
 from .._core.keys import key_for
-from ._leaf import Leaf, Start, start
+from ._leaf import Leaf, Start, initialize
 
 
 def gaussian(key: Array, params: Any, adapter: Adapters) -> Start:
-    """Draws `A` from N(0, 1/r²), as the paper does from a normal distribution (Hu et al. 2021, arXiv:2106.09685).
+    """Draws `A` from N(0, 1/r²) and sets `B` to zero (Hu et al. 2021, arXiv:2106.09685).
 
-    `B` is zero. The paper leaves the deviation open; 1/r is Hugging Face PEFT's `"gaussian"`.
+    The paper does not specify the standard deviation; 1/r is that of PEFT's `"gaussian"`.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -27,12 +27,12 @@ def gaussian(key: Array, params: Any, adapter: Adapters) -> Start:
     Array(False, dtype=bool)
 
     Args:
-      key: PRNG key; consumed. Each path folds its name into it.
-      params: the parameter tree that the adapter was made for.
+      key: PRNG key; consumed. Folded with each path.
+      params: the parameter tree that the adapter was initialized for.
       adapter: from `init`; its factors are replaced.
 
     Returns:
-      `params` as they were, and the adapter.
+      `params` unchanged, and the adapter.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -41,17 +41,17 @@ def gaussian(key: Array, params: Any, adapter: Adapters) -> Start:
     def method(leaf: Leaf) -> tuple[Array, Array]:
         layers, d_in, d_out = leaf.shape
         rank = leaf.variant.rank
-        drawn = jax.random.normal(key_for(key, leaf.path), (layers, d_in, rank))
-        return drawn / rank, jnp.zeros((layers, rank, d_out))
+        normal = jax.random.normal(key_for(key, leaf.path), (layers, d_in, rank))
+        return normal / rank, jnp.zeros((layers, rank, d_out))
 
-    return start(params, adapter, method)
+    return initialize(params, adapter, method)
 
 
 def kaiming(key: Array, params: Any, adapter: Adapters) -> Start:
-    """Draws `A` uniform in ±1/√fan_in, as `init` does already: a fresh start of an adapter by another key.
+    """Draws `A` from U(±1/√fan_in) and sets `B` to zero, as `init` does.
 
-    `B` is zero. The bound is that of Microsoft's loralib and of PEFT, `kaiming_uniform_(a=√5)`; He's own would be √6
-    times as wide. The fan-in is that of the input axes alone: layers and experts do not count.
+    The bound is that of Microsoft's loralib and of PEFT, `kaiming_uniform_(a=√5)`; that of He et al. is √6 times as
+    large. The fan-in is the size of the input axes, without layers and experts.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -62,12 +62,12 @@ def kaiming(key: Array, params: Any, adapter: Adapters) -> Start:
     Array(True, dtype=bool)
 
     Args:
-      key: PRNG key; consumed. Each path folds its name into it.
-      params: the parameter tree that the adapter was made for.
+      key: PRNG key; consumed. Folded with each path.
+      params: the parameter tree that the adapter was initialized for.
       adapter: from `init`; its factors are replaced.
 
     Returns:
-      `params` as they were, and the adapter.
+      `params` unchanged, and the adapter.
 
     Raises:
       AdapterError: if the adapter does not fit `params`.
@@ -79,16 +79,16 @@ def kaiming(key: Array, params: Any, adapter: Adapters) -> Start:
         rank = leaf.variant.rank
         return arrays["a"].reshape(layers, d_in, rank), arrays["b"].reshape(layers, rank, d_out)
 
-    return start(params, adapter, method)
+    return initialize(params, adapter, method)
 
 
 def orthogonal(key: Array, params: Any, adapter: Adapters) -> Start:
-    """Draws `A` and `B`, neither zero, in two halves of the rank that are orthogonal to each other, so that A·B = 0.
+    """Draws nonzero `A` and `B` in orthogonal halves of the rank, so that A·B = 0.
 
         A = N₁·Q₁/10,   B = Q₂ᵀ·N₂/10,   [Q₁; Q₂] an orthogonal (r, r),   N₁, N₂ normal
 
-    From the first step both factors get a gradient. Datta's note, datta0.github.io/posts/rethink-lora-init; the tenth
-    is that of PEFT's `"orthogonal"`, which takes the odd and the even rows of Q for the halves.
+    (Datta, datta0.github.io/posts/rethink-lora-init). Both factors have a nonzero gradient from the first step. The
+    factor 1/10 is that of PEFT's `"orthogonal"`, which uses the odd and the even rows of Q as halves.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -99,13 +99,12 @@ def orthogonal(key: Array, params: Any, adapter: Adapters) -> Start:
     True
 
     Args:
-      key: PRNG key; consumed. Each path folds its name into it.
-      params: the parameter tree that the adapter was made for.
+      key: PRNG key; consumed. Folded with each path.
+      params: the parameter tree that the adapter was initialized for.
       adapter: from `init`; its factors are replaced.
 
     Returns:
-      `params` as they were, and the adapter. In 16 bits, which `param_dtype` may ask for, A·B is zero but for what
-      rounding makes of it.
+      `params` unchanged, and the adapter. With a `param_dtype` of 16 bits, A·B is zero only up to rounding.
 
     Raises:
       SpecError: if a rank is odd.
@@ -116,7 +115,7 @@ def orthogonal(key: Array, params: Any, adapter: Adapters) -> Start:
         layers, d_in, d_out = leaf.shape
         rank = leaf.variant.rank
         if rank % 2:
-            raise leaf.error(f"expected an even rank, half of it for each factor; got rank={rank}")
+            raise leaf.error(f"expected an even rank, because each factor uses one half; got rank={rank}")
         for_a, for_b, for_q = jax.random.split(key_for(key, leaf.path), 3)
         half = rank // 2
         q = jnp.linalg.qr(jax.random.normal(for_q, (layers, rank, rank)))[0]
@@ -124,4 +123,4 @@ def orthogonal(key: Array, params: Any, adapter: Adapters) -> Start:
         b = q[:, half:].mT @ jax.random.normal(for_b, (layers, half, d_out))
         return a / 10, b / 10
 
-    return start(params, adapter, method)
+    return initialize(params, adapter, method)
