@@ -35,12 +35,12 @@ def exhaustive() -> Iterator[None]:
     """Makes the planner take the fewest operations, whatever the memory."""
     before = _plan.TOLERANCE
     _plan.TOLERANCE = 1.0
-    _plan.cheapest.cache_clear()
+    _plan.choose_form.cache_clear()
     try:
         yield
     finally:
         _plan.TOLERANCE = before
-        _plan.cheapest.cache_clear()
+        _plan.choose_form.cache_clear()
 
 
 def decoder(width: int, rank: int, layers: int = 2, *, scanned: bool = False) -> Callable[[], Any]:

@@ -310,10 +310,10 @@ def test_kernels_traced_with_other_parameters_are_an_error() -> None:
 
 
 CANNOT_TELL = {
-    "never used": (lambda w, x: x, "the call that was traced does not use it", ""),
+    "never used": (lambda w, x: x, "the traced call does not use it", ""),
     "read whole": (
         lambda w, x: x @ jnp.exp(w),
-        "`exp` reads it whole first, at {line}",
+        "`exp` reads the whole array first, at {line}",
         " Then `lora` has to materialize the kernel there: lora(apply, materialize=['w']).",
     ),
 }

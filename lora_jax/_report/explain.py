@@ -18,11 +18,11 @@ from .._core.uses import Use
 from .._core.variant import LowRank
 from .._errors import AdapterError, listed, refuse_keywords
 from .._transform.contraction.costs import FormName
-from .._transform.kernels import agree, by_path, found_in
+from .._transform.kernels import find_kernels, group_by_path, roles_agree
 from .._transform.kinds import kinds
-from .._transform.program import Program, trace, watch
-from .._transform.refusal import Refusal, error, to_list
-from .._transform.settings import CustomDerivatives, settings_of
+from .._transform.program import Program, collect_uses, trace
+from .._transform.refusal import Refusal, materializable_paths, refusal_error
+from .._transform.settings import CustomDerivatives, make_settings
 from ..sharding import placements
 from .explanation import Explanation, Row
 from .flops import flops
@@ -86,15 +86,17 @@ def explain(
     refuse_keywords("explain", unexpected)
     check(flatten(params)[0], adapter)  # first: with swapped arguments the trace would fail somewhere in the model
     program = trace(apply, params, args, kwargs or {})
-    leaves = program.arrays_of_params
+    leaves = program.param_arrays
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # A leaf that is trained as a whole has no factors; what stands for it tells whether and where it is used.
     whole = {path: PlainKernel.of(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
-    settings = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals)
-    uses = by_path(watch(program, kernels | whole, settings))
+    settings = make_settings(
+        materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals
+    )
+    uses = group_by_path(collect_uses(program, kernels | whole, settings))
     if strict and refusals:
-        raise error(refusals)
+        raise refusal_error(refusals)
     given = flatten(shardings)[0]
     places = {} if shardings is None else {path: placements(path, part, given) for path, part in adapter.items()}
     facts = _Facts(
@@ -176,11 +178,11 @@ def _prepared(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, int]:
 def _traced(program: Program, adapter: Adapters, uses: Mapping[str, Sequence[Use]]) -> dict[str, str]:
     """The roles that the model gives the axes of leaves, where they are others; looked at where a use is otherwise."""
     doubtful = [path for path, part in adapter.items() if any(_is_otherwise(use, part) for use in uses.get(path, ()))]
-    found = found_in(program, doubtful) if doubtful else {}
+    found = find_kernels(program, doubtful) if doubtful else {}
     return {
         path: kernel.axes
         for path, kernel in found.items()
-        if kernel.axes is not None and not agree(adapter[path].axes, kernel.axes, kernel.shape)
+        if kernel.axes is not None and not roles_agree(adapter[path].axes, kernel.axes, kernel.shape)
     }
 
 
@@ -217,7 +219,7 @@ def _undivided(path: str, places: Adapter, part: Adapter) -> Iterator[str]:
 
 def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
     """Such as `lora` raises for 2 kernels; to materialize them: materialize=['a', 'b']."""
-    listed = to_list(refusals)
+    listed = materializable_paths(refusals)
     strict = [path for refusal in refusals if not refusal.allowable for path in refusal.paths]
     if listed:
         yield f"`lora` raises an error for {len(listed)} leaves; to materialize them there: materialize={listed}"
