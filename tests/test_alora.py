@@ -126,17 +126,14 @@ def test_dropout_drops_of_the_active_tokens_alone() -> None:
 
 
 REFUSED = {
-    "a lookup": (
-        lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)],
-        "here it is not multiplied with one activation per token",
-    ),
+    "a lookup": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "not multiplied with one activation per token"),
     "a sum": (lambda p, x: x + jnp.sum(p["w"]), "no low-rank rule"),
-    "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "here it is not multiplied with one activation per token"),
+    "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "not multiplied with one activation per token"),
     "the last token alone": (lambda p, x: x[:, -1] @ p["w"], r"expected token axes of shape \(3, 5\), .*; got \(3,\)"),
     "tokens first": (lambda p, x: jnp.swapaxes(x, 0, 1) @ p["w"], r"got \(5, 3\)"),
     "experts by group": (
         lambda p, x: lax.ragged_dot(x.reshape(15, 4), p["w"][None], jnp.array([15], jnp.int32)),
-        "here it is not multiplied with one activation per token",
+        "not multiplied with one activation per token",
     ),
 }
 

@@ -33,7 +33,7 @@ def python_without_values(apply: Callable[..., Any]) -> Iterator[None]:
         yield
     except _NEEDS_VALUES as error:
         raise TracingError(
-            f"Cannot trace {_quoted_name(apply)}: its Python code needs the value of an array, which is not known "
+            f"Cannot trace {_name(apply)}: its Python code needs the value of an array, which is not known "
             f"while it is traced ({type(error).__name__}).\n"
             f"  at {raised_at(error)}\n"
             "  Adapt what can be traced, such as the step inside a loop: `lora(step)`; or run the loop on "
@@ -50,7 +50,7 @@ def check_keywords(apply: Callable[..., Any], names: Sequence[str], function: st
         return
     if clashing := [name for name in names if name in parameters]:
         raise SpecError(
-            f"Expected {_quoted_name(apply)} to have no parameter named {clashing[0]!r}, which is a keyword argument "
+            f"Expected {_name(apply)} to have no parameter named {clashing[0]!r}, which is a keyword argument "
             f"of the function that `{function}` returns.\n"
             f"  Wrap it: lora(lambda params, *args, mine=None: apply(params, *args, {clashing[0]}=mine))."
         )
@@ -71,14 +71,13 @@ def check_statics(apply: Callable[..., Any], statics: Sequence[Any], out_def: Py
         paths = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_unflatten(out_def, range(len(statics))))[0]
         where, kind = jax.tree_util.keystr(paths[number][0]), type(static).__qualname__
         raise TracingError(
-            f"Expected {_quoted_name(apply)} to return arrays, pytrees of arrays, or values without arrays; its "
-            f"result{where} is a `{kind}`, which is not a pytree, and contains the traced array "
-            f"{jax.typeof(tracer)}.\n"
+            f"Expected {_name(apply)} to return arrays, pytrees of arrays, or values without arrays; its result{where} "
+            f"is a `{kind}`, which is not a pytree, and contains the traced array {jax.typeof(tracer)}.\n"
             "  Register the type as a pytree, as with `jax.tree_util.register_dataclass`, or return its arrays."
         )
 
 
-def _quoted_name(apply: Callable[..., Any]) -> str:
+def _name(apply: Callable[..., Any]) -> str:
     return f"`{getattr(apply, '__qualname__', type(apply).__qualname__)}`"
 
 

@@ -18,7 +18,6 @@ from .._compat import (
     Jaxpr,
     JaxprEqn,
     Literal,
-    Primitive,
     Var,
     context_of,
     evaluate,
@@ -49,7 +48,7 @@ def base_value(value: Value) -> Any:
 
 
 NO_RULE = "it has no low-rank rule"
-OWN_DERIVATIVE = "the model defines it for an array"
+CUSTOM = "it is defined for arrays, and has no low-rank rule"
 # Kinds of uses besides those of `Use.kind`.
 OBSERVED = "observed"  # its activations are summed
 REFUSED = "refused"  # it has no low-rank form
@@ -61,17 +60,11 @@ class NoRule(Exception):  # noqa: N818  (the interpreter catches it)
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """The equation that a rule evaluates, and the settings.
-
-    Attributes:
-      settings: of the interpretation, at this equation.
-      eqn: the equation.
-      evidence: the evidence of its uses, by path.
-    """
+    """The equation that a rule evaluates, and the settings of the interpretation there."""
 
     settings: Settings
     eqn: JaxprEqn
-    evidence: Mapping[str, Evidence] = dataclasses.field(default_factory=dict)
+    evidence: Mapping[str, Evidence] = dataclasses.field(default_factory=dict)  # of the uses in `eqn`, by path
 
     @classmethod
     def of(cls, settings: Settings, eqn: JaxprEqn, operands: Sequence[Value], *, live: bool) -> Site:
@@ -159,7 +152,7 @@ class Site:
             self.log_use(value, "factored", roles=roles)
         return as_array(base_value(value))
 
-    def require_array(self, value: Value, reason: str) -> Array:
+    def to_array(self, value: Value, reason: str) -> Array:
         """Materializes a kernel if the caller allows that, refuses it otherwise; returns an array as it is."""
         return materialize_or_refuse(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
 
@@ -269,11 +262,11 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
         try:
             function = rule_of(eqn.primitive)
             if function is None:
-                raise NoRule(_no_rule(eqn.primitive))
+                raise NoRule(CUSTOM if is_custom(eqn.primitive.name) else NO_RULE)
             out = function(site, *operands, **parameters(eqn, *parameter_names(function)))
             results = list(out) if eqn.primitive.multiple_results else [out]
         except NoRule as reason:
-            arrays = [site.require_array(operand, str(reason)) for operand in operands]
+            arrays = [site.to_array(operand, str(reason)) for operand in operands]
             inputs = {var: x for var, x in zip(eqn.invars, arrays, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(inputs), eqn.outvars, list(inputs.values()))
     for var, result in zip(eqn.outvars, results, strict=True):
@@ -281,7 +274,3 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
         expected: Any = var.aval
         assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
     return results
-
-
-def _no_rule(primitive: Primitive) -> str:
-    return OWN_DERIVATIVE if is_custom(primitive.name) else NO_RULE

@@ -58,9 +58,8 @@ def lora(
         kernel is small relative to the activations. With None, a kernel that the model uses in 16 bits is factored,
         because a small update would be rounded away. A kernel that the model uses in fewer bits, such as fp8, is always
         factored; its low-rank term is computed in bfloat16 or wider, with at least the range of the base's result.
-        None and `"hybrid"` use a `custom_jvp`, which `jax.experimental.jet` does not support; there None is
-        `"factored"`. Transformations of a function that is already traced (`jet` of a `jit`, `sparsify`) require
-        `form="factored"`.
+        None and `"hybrid"` use a `custom_jvp`. Under `jax.experimental.jet`, which does not support it, None is
+        `"factored"`; a function that is already traced (`jet` of a `jit`, `sparsify`) requires `form="factored"`.
 
     Returns:
       `adapted(params, adapter, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of `apply`.

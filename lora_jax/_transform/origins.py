@@ -38,11 +38,11 @@ class Origins:
         for path in {path for operand in paths for path in operand}:
             others = [position for position, operand in enumerate(paths) if path not in operand]
             visits = [[marks[position] for position in others] for marks in self.operands.get(place, ())]
-            rank = max((self._rank(path, marks) for marks in visits), default=0)
-            found[path] = Evidence(rank, place not in self.transposed)
+            meets = max((self._meets(path, marks) for marks in visits), default=0)
+            found[path] = Evidence(meets, place not in self.transposed)
         return found
 
-    def _rank(self, path: str, others: Sequence[int]) -> int:
+    def _meets(self, path: str, others: Sequence[int]) -> int:
         """`Evidence.meets`, given the marks of the other operands."""
         marks = union(others)
         if not marks & INPUTS:

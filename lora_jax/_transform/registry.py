@@ -24,8 +24,8 @@ def rule(primitive: Primitive | str, kind: Kind) -> Callable[[Rule], Rule]:
 
     Args:
       primitive: the primitive, or its name if JAX does not export it.
-      kind: the kind of the result: the base's result plus a low-rank term, a kernel again, or the result of a function
-        that is rebuilt. `docs/rules.md` is made of the kinds and the first lines of the rules' docstrings.
+      kind: whether the result has a low-rank term, is a kernel again, or is that of a rebuilt function. `docs/rules.md`
+        lists the rules by kind, with the first lines of their docstrings.
     """
 
     name = primitive if isinstance(primitive, str) else primitive.name

@@ -73,7 +73,7 @@ CustomDerivatives = Literal["refuse", "materialize"]
 def make_settings(
     *, materialize: Sequence[Pattern], custom_derivatives: CustomDerivatives, form: FormName | None, **others: Any
 ) -> Settings:
-    """Returns the settings with the options of the caller.
+    """Returns the settings for the options of the caller.
 
     Raises:
       SpecError: if an option has an invalid value.

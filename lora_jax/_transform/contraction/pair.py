@@ -2,8 +2,7 @@
 
     (W1 + s1·A1·B1)·K2 = W1·K2 + s1·A1·(B1·K2)
 
-The first term is the product of an array and an adapted kernel. This file computes the second, for any dimension
-numbers.
+The first term is the product of an array and an adapted kernel. This file computes the second.
 """
 
 from __future__ import annotations
@@ -54,10 +53,8 @@ def multiply_kernels(
         return 2 * math.prod(sizes[label] for label in {*labels})
 
     def order_flops(order: tuple[Labelled, Labelled]) -> int:
-        first, second = order
-        return product_flops((*first.labels, *right_labels)) + product_flops(
-            (*thin_labels(first, second), *second.labels)
-        )
+        products = (*order[0].labels, *right_labels), (*thin_labels(*order), *order[1].labels)
+        return sum(map(product_flops, products))
 
     first, second = smallest(((a, b), (b, a)), key=order_flops)
     dtype = thin_dtype(left.w.dtype, right.w.dtype, like.dtype)

@@ -71,9 +71,8 @@ def _jit(
         run.__name__ = run.__qualname__ = name  # profiles show the model's name
         return jax.jit(run, compiler_options=dict(compiler_options_kvs) or None, **options)
 
-    function = (
-        site.settings.cached_function((jaxpr, name, tuple(compiler_options_kvs), *options.items()), build) or build()
-    )
+    key = (jaxpr, name, tuple(compiler_options_kvs), *options.items())
+    function = site.settings.cached_function(key, build) or build()
     return list(function(*operands))
 
 
@@ -116,9 +115,7 @@ def _compute_on(
     """`compute_on`, also for the products of the factors; a kernel as its result is refused."""
 
     def run(*operands: Value) -> tuple[Array, ...]:
-        return tuple(
-            site.require_array(out, "`compute_on` returns the kernel") for out in site.interpret(jaxpr, operands)
-        )
+        return tuple(site.to_array(out, "`compute_on` returns the kernel") for out in site.interpret(jaxpr, operands))
 
     options = None if compiler_options_json is None else json.loads(compiler_options_json)
     call = compute_on(
@@ -136,13 +133,11 @@ def _cond(
 
     def run(branch: ClosedJaxpr, *operands: Value) -> list[Array]:
         # Branches must return the same types, and another branch may return an array here.
-        return [
-            site.require_array(out, "a branch returns the kernel itself") for out in site.interpret(branch, operands)
-        ]
+        return [site.to_array(out, "a branch returns the kernel itself") for out in site.interpret(branch, operands)]
 
     calls = [functools.partial(run, branch) for branch in branches]
     if branches_platforms is None:
-        return lax.switch(site.require_array(index, "the kernel chooses the branch"), calls, *operands)
+        return lax.switch(site.to_array(index, "the kernel chooses the branch"), calls, *operands)
     # `lax.platform_dependent` chooses the branch when the program is compiled.
     default = [call for call, platforms in zip(calls, branches_platforms, strict=True) if platforms is None]
     named = {

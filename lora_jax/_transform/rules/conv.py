@@ -42,18 +42,16 @@ def _conv_general_dilated(
         raise NoRule("a convolution with batch groups")
     w_out, w_in, *windows = dimension_numbers.rhs_spec
     roles = "".join("o" if axis == w_out else "i" for axis in range(rhs.w.ndim))
-    lhs = site.require_array(lhs, "the input of a convolution")  # logs a leaf without factors
+    lhs = site.to_array(lhs, "the input of a convolution")  # logs a leaf without factors
     sizes = [lhs.shape[axis] for axis in dimension_numbers.lhs_spec[2:]]
-    padding_argument = _padding_argument(
-        padding, sizes, [rhs.w.shape[axis] for axis in windows], window_strides, rhs_dilation
-    )
+    pads = _padding_argument(padding, sizes, [rhs.w.shape[axis] for axis in windows], window_strides, rhs_dilation)
 
     def convolve(x: Array, w: Array) -> Array:
         return lax.conv_general_dilated(
             x,
             w,
             window_strides,
-            padding_argument,
+            pads,
             lhs_dilation=lhs_dilation,
             rhs_dilation=rhs_dilation,
             dimension_numbers=dimension_numbers,
@@ -72,20 +70,18 @@ def _conv_general_dilated(
         raise NoRule(f"the convolution has the axes {roles!r}, the adapter {adapter_roles!r}")
     y: Any = site.eqn.outvars[0].aval
     window = map(WindowAxis, window_strides, padding, lhs_dilation, rhs_dilation)
-    factored = FactoredConv(
+    conv = FactoredConv(
         kernel.abstract,
         dict(zip(windows, window, strict=True)),
         dimension_numbers,
         feature_group_count,
         precision,
         y,
-        padding_argument if isinstance(padding_argument, str) else None,
+        pads if isinstance(pads, str) else None,
     )
     narrow = is_narrow(kernel.w.dtype) or is_narrow(y.dtype)
-    costs = factored.costs(lhs.shape, y.shape)
-    contraction = Contraction(
-        convolve, factored.low_rank, factored.x_times_a, costs, precision, *factored.labels, narrow
-    )
+    costs = conv.costs(lhs.shape, y.shape)
+    contraction = Contraction(convolve, conv.low_rank, conv.x_times_a, costs, precision, *conv.labels, narrow)
     return site.contract(kernel, lhs, contraction, roles=roles)
 
 

@@ -113,8 +113,7 @@ def _roles(x: Value, summed: Sequence[int], batch: Sequence[int]) -> str:
 def _labels(dimension_numbers: Any, side: int, w_ndim: int, x_ndim: int) -> tuple[Labels, Labels]:
     """Returns the labels of the axes of x and of the product, where the kernel is the operand `side`.
 
-    Axes of the kernel are labeled by their numbers. An axis of x has the label of the kernel's axis that it is
-    multiplied with, or else its number plus that of the kernel's axes.
+    An axis of x has the number of the kernel's axis that it is multiplied with, or else a number after these.
     """
     summed, batch = dimension_numbers
     x_axes, w_axes = ((*summed[operand], *batch[operand]) for operand in (1 - side, side))

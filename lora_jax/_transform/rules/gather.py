@@ -48,7 +48,7 @@ def _gather(
     kernel = operand
     lookup = _Lookup(kernel.w.shape, dimension_numbers, slice_sizes, mode)
     lookup.check()
-    indices = site.require_array(indices, "the adapted kernel is the index")
+    indices = site.to_array(indices, "the adapted kernel is the index")
     hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
 
     def look_up(fill_value: Any) -> Change:
@@ -57,7 +57,7 @@ def _gather(
     result: Any = site.eqn.outvars[0].aval
     labels = lookup.labels(result.ndim)
     if not isinstance(kernel, AdaptedKernel):
-        return _look_up_plain(site, kernel, lookup, look_up(fill_value), indices, labels)
+        return _look_up_leaf(site, kernel, lookup, look_up(fill_value), indices, labels)
     a = lookup.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
     b = lookup.take(Labelled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
     gain = None if kernel.gain is None else lookup.take(gain_of(kernel), indices, hints)
@@ -86,10 +86,8 @@ def _gather(
     a, b = _cast(a, dtype), _cast(b, dtype)
     thin = smallest((a, b), key=lambda factor: factor.array.size)
     other = b if thin is a else a
-    thin_first = set(labels[:1]) <= set(thin.labels)  # so that the result needs no transpose
-    low_rank = multiply_second(
-        kernel, thin, other, labels, kernel_first=not thin_first, precision=None, like=jax.typeof(y)
-    )
+    left, like = set(labels[:1]) <= set(thin.labels), jax.typeof(y)  # on the left, so that no transpose is needed
+    low_rank = multiply_second(kernel, thin, other, labels, kernel_first=not left, precision=None, like=like)
     site.log_use(
         kernel,
         "factored",
@@ -115,17 +113,17 @@ def _cast(factor: Labelled, dtype: Any) -> Labelled:
     return factor._replace(array=factor.array.astype(dtype))
 
 
-def _look_up_plain(
-    site: Site, kernel: PlainKernel, lookup: _Lookup, change: Change, indices: Array, labels: Labels
+def _look_up_leaf(
+    site: Site, leaf: PlainKernel, lookup: _Lookup, change: Change, indices: Array, labels: Labels
 ) -> Value:
     """Looks up in a leaf without factors; a result with two of its axes stays a kernel, as it may be contracted."""
     roles = lookup.roles if "o" in lookup.roles else ""
-    if sum(bool(kernel.roles[axis]) for axis in lookup.remaining) < 2:
-        site.log_use(kernel, "factored", roles=roles)
-        return use(change, kernel.w, indices)
-    kept = tuple(kernel.roles[label] if label < kernel.w.ndim else frozenset[Label]() for label in labels)
-    w = changed(kernel.w, change, indices)
-    return dataclasses.replace(kernel, w=w, roles=kept, lookup=site.make_uses(kernel, "factored", roles=roles))
+    if sum(bool(leaf.roles[axis]) for axis in lookup.remaining) < 2:
+        site.log_use(leaf, "factored", roles=roles)
+        return use(change, leaf.w, indices)
+    kept = tuple(leaf.roles[label] if label < leaf.w.ndim else frozenset[Label]() for label in labels)
+    w = changed(leaf.w, change, indices)
+    return dataclasses.replace(leaf, w=w, roles=kept, lookup=site.make_uses(leaf, "factored", roles=roles))
 
 
 def _look_up(w: Array, indices: Array, numbers: Any, sizes: Any, mode: Any, fill_value: Any, *hints: bool) -> Array:

@@ -1,7 +1,6 @@
 """Loops with adapted kernels, rebuilt by calling `lax.scan` and `lax.while_loop` again.
 
-A kernel in the carry that no iteration changes is a constant of the loop. Stacked kernels are sliced with their
-factors.
+A kernel in the carry that no iteration changes is a constant of the loop. Stacked factors are sliced as their kernel.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def _while(
 
     def condition(state: tuple[list[Any], Any]) -> Array:
         result = site.interpret(cond_jaxpr, [*cond_consts, *carry.with_constants(state[0])])[0]
-        return site.require_array(result, _CONDITION)
+        return site.to_array(result, _CONDITION)
 
     def step(state: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
         variable, iteration = state
@@ -140,7 +139,7 @@ class _Carry:
         """Returns the carry of the rebuilt loop: arrays, and None in place of a constant kernel."""
         reason = "the carry of a loop, which changes it"
         return [
-            self.site.require_array(x, reason) if kernel is None else None
+            self.site.to_array(x, reason) if kernel is None else None
             for kernel, x in zip(self.constants, carry, strict=True)
         ]
 

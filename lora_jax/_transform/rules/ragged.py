@@ -47,11 +47,11 @@ def _ragged_dot_general(
         raise NoRule("the adapted kernel is divided into groups")
     if not numbers.rhs_group_dimensions:
         raise NoRule("a contracted axis or a batch axis is divided into groups")
-    kernel, group_sizes = rhs, site.require_array(group_sizes, "the adapted kernel is `group_sizes`")
+    kernel, group_sizes = rhs, site.to_array(group_sizes, "the adapted kernel is `group_sizes`")
     (group,), (lhs_ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
     (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
     roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
-    lhs = site.require_array(lhs, "the left operand")  # logs a leaf without factors
+    lhs = site.to_array(lhs, "the left operand")  # logs a leaf without factors
 
     def product(x: Array, w: Array, sizes: Array) -> Array:
         return lax.ragged_dot_general(
@@ -74,9 +74,7 @@ def _ragged_dot_general(
     adapter_roles = "".join(kernel.roles)
     misfit = any((kernel.roles[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
     if group_sizes.ndim > 1 and misfit:
-        raise NoRule(
-            f"the product has groups for each batch element and the axes {roles!r}, the adapter {adapter_roles!r}"
-        )
+        raise NoRule(f"groups per batch element and the axes {roles!r}; the adapter has {adapter_roles!r}")
     check_all_tokens(kernel)
     w_axis_of = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.of(lhs)

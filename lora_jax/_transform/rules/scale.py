@@ -2,8 +2,7 @@
 
     c·(w + s·a·b) = c·w + s·(c·a)·b = c·w + s·a·(c·b)
 
-A scalar is multiplied into the scale. An array is multiplied into a factor that has all axes along which the array
-varies, the smaller one if both do.
+A scalar is multiplied into the scale, an array into the smaller factor that has all axes along which it varies.
 """
 
 from __future__ import annotations
@@ -45,7 +44,7 @@ def _mul(site: Site, x: Value, y: Value, *, out_dtype: Any) -> TrackedKernel:
         raise NoRule("a product that changes the dtype")
     kernel = smallest((x, y), key=_precedence)
     c = y if kernel is x else x
-    return _scaled(site, kernel, c, operator.mul)
+    return _scale_kernel(site, kernel, c, operator.mul)
 
 
 @rule(primitives.div_p, "moved")
@@ -53,7 +52,7 @@ def _div(site: Site, x: Value, y: Value) -> TrackedKernel:
     """As `mul`; a division by the kernel is refused."""
     if not isinstance(x, TrackedKernel):
         raise NoRule("the kernel is the divisor")
-    return _scaled(site, x, y, operator.truediv)
+    return _scale_kernel(site, x, y, operator.truediv)
 
 
 def _precedence(x: Value) -> tuple[bool, bool, int]:
@@ -61,19 +60,19 @@ def _precedence(x: Value) -> tuple[bool, bool, int]:
     return not isinstance(x, AdaptedKernel), not isinstance(x, TrackedKernel), -math.prod(np.shape(base_value(x)))
 
 
-def _scaled(site: Site, kernel: Any, c: Value, operation: Callable[..., Any]) -> TrackedKernel:
+def _scale_kernel(site: Site, kernel: Any, c: Value, operation: Callable[..., Any]) -> TrackedKernel:
     """Multiplies or divides a kernel by `c`, as `operation` does."""
     sizes = np.shape(base_value(c)) or (1,) * kernel.w.ndim
     varying = {axis for axis, size in enumerate(sizes) if may_exceed(size, 1)}
     shape = lax.broadcast_shapes(kernel.w.shape, sizes)
     if not isinstance(kernel, AdaptedKernel):
         _check_plain(kernel, shape, varying)
-        return kernel.with_base(Change(operation), site.require_array(c, ""))
+        return kernel.with_base(Change(operation), site.to_array(c, ""))
     axes = {"a": axes_of_a(kernel.roles), "b": axes_of_b(kernel.roles)}
     names = [name for name, factor_axes in axes.items() if varying <= set(factor_axes)]
     if not names:
         raise NoRule("a product with an array that varies along inputs and outputs")
-    c = site.require_array(c, "a product of two kernels, element by element")
+    c = site.to_array(c, "a product of two kernels, element by element")
     if np.ndim(c) == 0 and not isinstance(c, Array) and c:
         scaled = kernel.with_base(Change(operation, (c,), elementwise=True))
         return dataclasses.replace(scaled, scale=operation(kernel.scale, float(c)))

@@ -157,7 +157,7 @@ def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tu
         raise NoRule("the kernel is the padding value")
     if "gain" in kernel.factors and (isinstance(value, Array) or value != 0):
         raise NoRule("a kernel with a gain is padded with a value other than 0")
-    value = site.require_array(value, "the kernel is the padding value")
+    value = site.to_array(value, "the kernel is the padding value")
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after

@@ -37,12 +37,10 @@ def _shard_map(
     def run(*operands: Value) -> tuple[Array, ...]:
         operands = tuple(_mark_replicated(x, spec, newly_manual_axes) for x, spec in zip(operands, specs, strict=True))
         out = site.interpret(jaxpr, operands)
-        return tuple(site.require_array(result, "a shard_map returns the kernel") for result in out)
+        return tuple(site.to_array(result, "a shard_map returns the kernel") for result in out)
 
-    specs = tuple(
-        kernel_specs(x, spec) if isinstance(x, TrackedKernel) else spec
-        for x, spec in zip(operands, in_specs, strict=True)
-    )
+    pairs = zip(operands, in_specs, strict=True)
+    specs = tuple(kernel_specs(x, spec) if isinstance(x, TrackedKernel) else spec for x, spec in pairs)
     mapped = jax.shard_map(
         run,
         mesh=mesh,
