@@ -121,7 +121,7 @@ def test_the_counts_of_a_convolution_are_those_of_the_program(
     spec = {"w": lj.LoRA(rank=4, alpha=3, axes="iiio")}
     adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
     seen: list[Costs] = []
-    monkeypatch.setattr(_forms, "wanted", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
+    monkeypatch.setattr(_forms, "fixed_form", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
     for asked in (_plan.INFERENCE, _plan.TRAINING, Gradients(a=True, b=True), Gradients(x=True)):
         expected = counted(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
         assert _plan.flops(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
@@ -156,7 +156,7 @@ def test_a_model_is_within_a_percent_of_the_cheapest_mix_of_forms(monkeypatch: p
     mixes = []
     for mix in itertools.product([Form.FACTORED, Form.HYBRID, Form.MERGED], repeat=len(shapes)):
         its = dict(zip(shapes, mix, strict=True))
-        monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form, its=its: its[kernel.paths[0]])
+        monkeypatch.setattr(_forms, "fixed_form", lambda kernel, costs, form, its=its: its[kernel.paths[0]])
         mixes.append(count())
     assert len(set(mixes)) == 27
     assert planned <= 1.01 * min(mixes) < 0.9 * mixes[0]
