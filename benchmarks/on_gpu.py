@@ -124,7 +124,7 @@ def jax_step(method: str, size: Size, *, scanned: bool, dtype: str, steps: int) 
     import jax
     import jax.numpy as jnp
     import models
-    from timing import jitted, copied_args, timed
+    from timing import copied_args, jitted, timed
 
     case = models.case(size, scanned=scanned, dtype=jnp.dtype(dtype))
     if method == "qwix":

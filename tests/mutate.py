@@ -66,13 +66,13 @@ MUTATIONS = [
     # Forms and the choice between them: missing term, wrong tangent, wrong cost.
     Mutation("_transform/contraction/forms.py", "(self.base + x) + self.low_rank", "self.base + x", "laws"),
     Mutation("_transform/contraction/forms.py", "lambda: base(dx, kernel)", "lambda: base(dx, primals[1])", "plan"),
-    Mutation("_transform/contraction/forms.py", "times(x, gain.expand_to(contraction.x))", "x", "variants"),
-    Mutation("_transform/contraction/costs.py", "(asked.a + asked.b) * costs.formed", "costs.formed", "plan"),
-    Mutation("_transform/contraction/factored.py", "formed=2 * size(", "formed=size(", "plan"),
+    Mutation("_transform/contraction/forms.py", "apply_gain(x, gain.expand_to(contraction.x))", "x", "variants"),
+    Mutation("_transform/contraction/costs.py", "(gradients.a + gradients.b) * costs.delta", "costs.delta", "plan"),
+    Mutation("_transform/contraction/factored.py", "delta=2 * size(", "delta=size(", "plan"),
     # Control flow, `jit` and caches.
-    Mutation("_transform/rules/loops.py", "[x.for_use(turn) if", "[x if", "dropout"),
+    Mutation("_transform/rules/loops.py", "[x.for_use(iteration) if", "[x if", "dropout"),
     Mutation("_transform/rules/loops.py", "reverse=reverse", "reverse=False", "control_flow"),
-    Mutation("_transform/interpreter.py", "_in_use(read(atom), number)", "read(atom)", "dropout"),
+    Mutation("_transform/interpreter.py", "_fold_dropout(read(atom), number)", "read(atom)", "dropout"),
     Mutation(
         "_transform/rules/calls.py", "if donated and not isinstance(x, TrackedKernel)", "if donated", "control_flow"
     ),

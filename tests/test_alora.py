@@ -126,14 +126,14 @@ def test_dropout_applies_only_to_active_tokens() -> None:
 
 
 REFUSED = {
-    "a lookup": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "here it is not multiplied with activations"),
+    "a lookup": (lambda p, x: p["w"][jnp.zeros((3, 5), jnp.int32)], "not multiplied with one activation per token"),
     "a sum": (lambda p, x: x + jnp.sum(p["w"]), "no low-rank rule"),
-    "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "here it is not multiplied with activations"),
-    "only the last token": (lambda p, x: x[:, -1] @ p["w"], r"have the shape \(3, 5\), and here is \(3,\)"),
-    "tokens first": (lambda p, x: jnp.swapaxes(x, 0, 1) @ p["w"], r"and here is \(5, 3\)"),
+    "two kernels": (lambda p, x: x @ (p["w"] @ p["w"]), "not multiplied with one activation per token"),
+    "only the last token": (lambda p, x: x[:, -1] @ p["w"], r"expected token axes of shape \(3, 5\), .*; got \(3,\)"),
+    "tokens first": (lambda p, x: jnp.swapaxes(x, 0, 1) @ p["w"], r"got \(5, 3\)"),
     "experts by group": (
         lambda p, x: lax.ragged_dot(x.reshape(15, 4), p["w"][None], jnp.array([15], jnp.int32)),
-        "here it is not multiplied with activations",
+        "not multiplied with one activation per token",
     ),
 }
 
@@ -152,7 +152,7 @@ def test_uses_without_a_token_axis_are_errors_and_never_materialize(name: str) -
 def test_an_ambiguous_token_axis_is_an_error() -> None:
     params, x = {"w": normal(4, 4)}, normal(5, 5, 4, seed=1)
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
-    with pytest.raises(lj.UnsupportedError, match="would fit either way round; pad the tokens"):
+    with pytest.raises(lj.UnsupportedError, match="could be in either order; pad the tokens"):
         lj.lora(lambda p, x: x @ p["w"])(params, adapter, x, active_tokens=jnp.ones((5, 5), bool))
 
 

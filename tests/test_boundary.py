@@ -78,15 +78,15 @@ def test_a_result_that_hides_a_traced_array_is_refused(name: str) -> None:
     assert isinstance(error.value, TypeError)
     assert str(error.value) == (
         "Expected `test_a_result_that_hides_a_traced_array_is_refused.<locals>.<lambda>` to return arrays, pytrees of "
-        f"arrays, or values without arrays; its result['rest'][1] is a `{kind}`, which JAX does not know, and it holds "
+        f"arrays, or values without arrays; its result['rest'][1] is a `{kind}`, which is not a pytree, and contains "
         "the traced array float32[2,4].\n"
-        "  Register the type as a pytree, as by `jax.tree_util.register_dataclass`, or return its arrays."
+        "  Register the type as a pytree, as with `jax.tree_util.register_dataclass`, or return its arrays."
     )
 
 
 @pytest.mark.parametrize("inspect_model", [lj.kernels, lj.explain])
 def test_kernels_and_explain_refuse_it_too(inspect_model: Callable[..., Any]) -> None:
-    with pytest.raises(lj.TracingError, match="`Output`, which JAX does not know"):
+    with pytest.raises(lj.TracingError, match="`Output`, which is not a pytree"):
         inspect_model(lambda p, x: Output(x @ p["w"]), PARAMS, *([ADAPTER] if inspect_model is lj.explain else []), X)
 
 

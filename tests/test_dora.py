@@ -109,10 +109,10 @@ def test_initialization_needs_values() -> None:
 
 REFUSED = {
     "a product of two": (lambda p, x: x @ (p["w"] @ p["w"]), "a product of two kernels, of which one has a gain"),
-    "padding": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=2.0), "padded with something else"),
+    "padding": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=2.0), "a value other than 0"),
     "concatenated with another, along the inputs": (
         lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], jnp.ones((4, 4))], 0),
-        "side by side along their inputs",
+        "a concatenation along the inputs",
     ),
 }
 

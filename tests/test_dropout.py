@@ -174,7 +174,7 @@ def test_concatenated_kernels_share_a_mask_or_are_refused() -> None:
     assert low_rank_part(fused, (4, 5), (4, 5))(KEY, X).shape == (3, 10)
     apply, params, adapter = case(fused, (4, 5), (4, 5))
     adapter["w1"] = lj.Adapter(lj.LoRA(rank=2, alpha=3), "io", **adapter["w1"].arrays)
-    with pytest.raises(lj.UnsupportedError, match=r"kernels are put side by side whose dropouts are \[0.5, None\]"):
+    with pytest.raises(lj.UnsupportedError, match=r"a concatenation of kernels with the dropout rates \[0.5, None\]"):
         lj.lora(apply)(params, adapter, X, dropout_key=KEY)
 
 

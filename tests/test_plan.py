@@ -21,15 +21,15 @@ import lora_jax as lj
 from lora_jax import testing
 from lora_jax._transform.contraction import costs as _plan
 from lora_jax._transform.contraction import forms as _forms
-from lora_jax._transform.contraction.costs import Asked, Costs, Form, Passes, cheapest
+from lora_jax._transform.contraction.costs import Costs, Form, Gradients, Passes, choose_form
 
 FORMS = ["factored", "hybrid", "merged"]
-ALL_ASKED = [Asked(*some) for some in itertools.product([False, True], repeat=3)]
+ALL_ASKED = [Gradients(*some) for some in itertools.product([False, True], repeat=3)]
 
 
 def dot(n: int, d_in: int, d_out: int, rank: int) -> Costs:
     """The costs of `x @ w`, x (n, d_in), w (d_in, d_out)."""
-    base, first, second = (Passes.alike(2 * n * k * m) for k, m in ((d_in, d_out), (d_in, rank), (rank, d_out)))
+    base, first, second = (Passes.equal(2 * n * k * m) for k, m in ((d_in, d_out), (d_in, rank), (rank, d_out)))
     return Costs(base, first, second, 2 * d_in * rank * d_out, n * d_in, n * d_out, n * rank, d_in * (rank + d_out))
 
 
@@ -41,7 +41,7 @@ def abstract_case(n: int, d_in: int, d_out: int, rank: int) -> tuple[Any, Any, A
     return params, adapter, jax.ShapeDtypeStruct((n, d_in), jnp.float32)
 
 
-def count_flops(form: str | None, asked: Asked, params: Any, adapter: Any, x: Any, call: Any = jnp.matmul) -> int:
+def count_flops(form: str | None, asked: Gradients, params: Any, adapter: Any, x: Any, call: Any = jnp.matmul) -> int:
     """The FLOPs of a step with some gradients, from its jaxpr without unused equations."""
     apply = lj.lora(lambda params, x: call(x, params["w"]), form=form)
     part = adapter["w"]
@@ -70,14 +70,14 @@ SIZES = [(8, 16, 16, 2), (64, 16, 16, 2), (64, 16, 24, 12), (512, 32, 16, 4), (5
 
 @pytest.mark.parametrize("asked", ALL_ASKED, ids=lambda asked: "".join(n for n in asked._fields if getattr(asked, n)))
 @pytest.mark.parametrize("form", FORMS)
-def test_counts_match_the_program(form: str, asked: Asked) -> None:
+def test_counts_match_the_program(form: str, asked: Gradients) -> None:
     for sizes in SIZES:
         expected = count_flops(form, asked, *abstract_case(*sizes))
         assert _plan.flops(Form(form), dot(*sizes), asked) == pytest.approx(expected, rel=0.02), sizes
 
 
-@pytest.mark.parametrize("asked", [_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)])
-def test_the_planned_program_is_within_a_percent_of_the_cheapest_form(asked: Asked) -> None:
+@pytest.mark.parametrize("asked", [_plan.INFERENCE, _plan.TRAINING, Gradients(a=True, b=True), Gradients(x=True)])
+def test_the_planned_program_is_within_a_percent_of_the_cheapest_form(asked: Gradients) -> None:
     for sizes in SIZES:
         one = abstract_case(*sizes)
         cheapest = min(count_flops(form, asked, *one) for form in FORMS)
@@ -119,18 +119,18 @@ def test_counts_of_a_convolution_match_the_program(form: str, name: str, monkeyp
     spec = {"w": lj.LoRA(rank=4, alpha=3, axes="iiio")}
     adapter = jax.eval_shape(lambda: lj.init(jax.random.key(0), params, spec))
     seen: list[Costs] = []
-    monkeypatch.setattr(_forms, "wanted", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
-    for asked in (_plan.INFERENCE, _plan.TRAINING, Asked(a=True, b=True), Asked(x=True)):
+    monkeypatch.setattr(_forms, "fixed_form", lambda kernel, contraction, form: seen.append(contraction.costs) or form)
+    for asked in (_plan.INFERENCE, _plan.TRAINING, Gradients(a=True, b=True), Gradients(x=True)):
         expected = count_flops(form, asked, params, adapter, jax.ShapeDtypeStruct(x, jnp.float32), call)
         assert _plan.flops(Form(form), seen[-1], asked) == pytest.approx(expected, rel=0.03), asked
 
 
 @given(st.tuples(*[st.integers(1, 2000)] * 3, st.integers(1, 64)), st.sampled_from(ALL_ASKED))
-def test_the_plan_uses_the_least_memory_within_a_percent_of_the_cheapest(sizes: Any, asked: Asked) -> None:
+def test_the_plan_uses_the_least_memory_within_a_percent_of_the_cheapest(sizes: Any, asked: Gradients) -> None:
     costs = dot(*sizes)
     possible = list(Form) if any(asked) else [Form.FACTORED, Form.MERGED]
     totals = [_plan.flops(form, costs, asked) for form in possible]
-    chosen = possible.index(cheapest(costs, asked))
+    chosen = possible.index(choose_form(costs, asked))
     assert totals[chosen] <= 1.01 * min(totals)
     assert all(total > 1.01 * min(totals) for total in totals[:chosen])
 
@@ -154,7 +154,7 @@ def test_a_model_is_within_a_percent_of_the_cheapest_mix_of_forms(monkeypatch: p
     mixes = []
     for mix in itertools.product([Form.FACTORED, Form.HYBRID, Form.MERGED], repeat=len(shapes)):
         chosen = dict(zip(shapes, mix, strict=True))
-        monkeypatch.setattr(_forms, "wanted", lambda kernel, costs, form, chosen=chosen: chosen[kernel.paths[0]])
+        monkeypatch.setattr(_forms, "fixed_form", lambda kernel, costs, form, chosen=chosen: chosen[kernel.paths[0]])
         mixes.append(count())
     assert len(set(mixes)) == 27
     assert planned <= 1.01 * min(mixes) < 0.9 * mixes[0]
@@ -166,14 +166,14 @@ CHOICES = {
     "a long prompt": (dot(8192, 768, 768, 64), _plan.INFERENCE, Form.MERGED),
     "a wide rank": (dot(4096, 256, 256, 64), _plan.TRAINING, Form.HYBRID),
     "a rank as wide as the kernel": (dot(8192, 64, 64, 64), _plan.TRAINING, Form.MERGED),
-    "the first layer, whose input is data": (dot(8192, 64, 64, 64), Asked(a=True, b=True), Form.MERGED),
+    "the first layer, whose input is data": (dot(8192, 64, 64, 64), Gradients(a=True, b=True), Form.MERGED),
 }
 
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_the_planned_form_of(name: str) -> None:
     costs, asked, form = CHOICES[name]
-    assert cheapest(costs, asked) is form
+    assert choose_form(costs, asked) is form
 
 
 def test_products_that_are_always_factored_stay_plain_operations() -> None:
@@ -375,6 +375,6 @@ def test_under_jet_the_hybrid_form_is_refused() -> None:
     assert str(error.value) == (
         "Expected a form without a `custom_jvp`, which the transformation around the call, such as "
         "`jax.experimental.jet`, does not support; got form='hybrid'.\n"
-        "  Ask for 'factored' or 'merged', or for None, which is 'factored' there."
+        "  Use 'factored' or 'merged', or None, which is 'factored' there."
     )
     assert isinstance(error.value.__cause__, Exception)

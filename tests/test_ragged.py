@@ -118,7 +118,7 @@ def test_groups_along_a_contracted_axis_are_refused() -> None:
         [(3, 4), [1, 3]],
         "io",
     )
-    reason = "reaches `ragged_dot_general`: what is summed, or a batch, is divided into groups"
+    reason = "passes it to `ragged_dot_general`: a contracted axis or a batch axis is divided into groups"
     with pytest.raises(lj.UnsupportedError, match=reason):
         lj.lora(case.apply)(case.params, case.adapter, *case.arrays)
     got = lj.lora(case.apply, materialize=["w"])(case.params, case.adapter, *case.arrays)

@@ -25,7 +25,7 @@ from lora_jax.testing import shapes_made
 
 X = (3, 4)
 NO_RULE = "it has no low-rank rule"
-OWN_DERIVATIVE = "the model defines it for an array"
+CUSTOM = "it is defined for arrays, and has no low-rank rule"
 
 
 class Refusal(NamedTuple):
@@ -57,7 +57,7 @@ rounded.defjvps(lambda g, out, w: 2 * g)
 
 
 ON_DEVICES = {"mesh": jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))}
-OTHER_FACTOR = "it is gathered from devices on which its other factor differs, or may differ without `check_vma=True`"
+OTHER_FACTOR = "it is gathered from devices on which the other factor differs, or may differ without `check_vma=True`"
 GROUPED = {"dimension_numbers": ("NCH", "OIH", "NCH"), "batch_group_count": 2}
 REFUSALS = {
     "a sum with a number": matrix(lambda w, x: x @ (w + 1), "add"),
@@ -69,21 +69,21 @@ REFUSALS = {
     ),
     "a square": matrix(lambda w, x: x @ (w * w), "mul", "a product with an array that varies along inputs and outputs"),
     "a product with a column of itself": matrix(
-        lambda w, x: x @ (w * w[:, :1]), "mul", "another kernel is multiplied with it"
+        lambda w, x: x @ (w * w[:, :1]), "mul", "a product of two kernels, element by element"
     ),
-    "a reciprocal": matrix(lambda w, x: x @ (1 / w), "div", "something is divided by the kernel"),
+    "a reciprocal": matrix(lambda w, x: x @ (1 / w), "div", "the kernel is the divisor"),
     "concatenated kernels of different roles": matrix(
         lambda w, x: x @ jnp.hstack([w, w.T]),
         "concatenate",
-        "kernels are put side by side whose axes are 'io' and 'oi'",
+        "a concatenation of kernels with the axes 'io' and 'oi'",
     ),
     "a mask": matrix(lambda w, x: x @ lax.select(x.T @ x > 0, w, w.T), "select_n"),
     "a norm": matrix(lambda w, x: x * (w**2).sum(), "integer_pow"),
     "a sum": matrix(lambda w, x: x * w.sum(), "reduce_sum"),
     "a softmax": matrix(lambda w, x: x @ jnp.exp(w), "exp"),
-    "an activation": matrix(lambda w, x: x @ jax.nn.relu(w), "custom_jvp_call", OWN_DERIVATIVE),
-    "custom_vjp": matrix(lambda w, x: scaled(w, x), "custom_vjp_call", OWN_DERIVATIVE),
-    "custom_jvp": matrix(lambda w, x: x @ rounded(w), "custom_jvp_call", OWN_DERIVATIVE),
+    "an activation": matrix(lambda w, x: x @ jax.nn.relu(w), "custom_jvp_call", CUSTOM),
+    "custom_vjp": matrix(lambda w, x: scaled(w, x), "custom_vjp_call", CUSTOM),
+    "custom_jvp": matrix(lambda w, x: x @ rounded(w), "custom_jvp_call", CUSTOM),
     "a merge of input and output": matrix(
         lambda w, x: x @ w.reshape(8, 2)[:4],
         "reshape",
@@ -93,12 +93,12 @@ REFUSALS = {
     "a convolution in groups of the batch": Refusal(
         Case(lambda w, x: lax.conv_general_dilated(x, w, (1,), "SAME", **GROUPED), (4, 3, 3), [(2, 3, 5)], None, "oii"),
         "conv_general_dilated",
-        "a convolution in groups of the batch",
+        "a convolution with batch groups",
     ),
     "a ragged product over the kernel": Refusal(
         Case(lambda w, x, sizes: lax.ragged_dot(w, x, sizes), (4, 3), [(2, 3, 5), [1, 3]], None, "io"),
         "ragged_dot_general",
-        "the adapted kernel is what is divided into groups",
+        "the adapted kernel is divided into groups",
     ),
     "a ragged product with groups per batch": Refusal(
         Case(
@@ -109,27 +109,27 @@ REFUSALS = {
             "ibio",
         ),
         "ragged_dot_general",
-        "groups for each of a batch, with the axes 'bbio'; the adapter's are 'ibio'",
+        "groups per batch element and the axes 'bbio'; the adapter has 'ibio'",
     ),
     "a convolution of the kernel": Refusal(
         Case(lambda w, x: lax.conv(w, x, (1,), "SAME"), (2, 3, 5), [(4, 3, 3)], None, "oii"),
         "conv_general_dilated",
-        "the adapted kernel is what is convolved",
+        "the adapted kernel is the input of the convolution",
     ),
     "a convolution along other axes": Refusal(
         Case(lambda w, x: lax.conv(x, w, (1,), "SAME"), (4, 3, 2), [(2, 3, 5)], "oii", "ooi"),
         "conv_general_dilated",
-        "the axes of the kernel there are 'oii', the adapter's are 'ooi'",
+        "the convolution has the axes 'oii', the adapter 'ooi'",
     ),
     "a loop that changes it": matrix(
         lambda w, x: lax.fori_loop(0, 2, lambda _, wx: (wx[0].T, wx[1] @ wx[0]), (w, x))[1],
         "scan",
-        "a loop carries it and changes it",
+        "the carry of a loop, which changes it",
     ),
     "a loop that swaps it": matrix(
         lambda w, x: lax.fori_loop(0, 3, lambda _, c: (c[1], c[0], c[2] @ c[0]), (w, jnp.eye(4), x))[2],
         "scan",
-        "a loop carries it and changes it",
+        "the carry of a loop, which changes it",
     ),
     "a branch that returns it": matrix(
         lambda w, x: x @ lax.cond(x[0, 0] > 0, lambda: w, lambda: w.T), "cond", "a branch returns the kernel itself"
@@ -385,7 +385,7 @@ def test_one_error_lists_all_refused_kernels(jit: bool) -> None:
     text = str(error.value)
     assert text.startswith(
         "Cannot apply LoRA to 3 kernels:\n"
-        "  'a', passed to `custom_vjp_call`: the model defines it for an array.\n"
+        "  'a', passed to `custom_vjp_call`: it is defined for arrays, and has no low-rank rule.\n"
         f"    at {__file__}:"
     )
     assert "\n  'stack', passed to `custom_vjp_call`: " in text

@@ -311,10 +311,10 @@ def test_kernels_traced_with_other_parameters_are_an_error() -> None:
 
 
 CANNOT_TELL = {
-    "never used": (lambda w, x: x, "the call that was traced does not use it", ""),
+    "never used": (lambda w, x: x, "the traced call does not use it", ""),
     "opaque use": (
         lambda w, x: x @ jnp.exp(w),
-        "`exp` reads it whole first, at {line}",
+        "`exp` reads the whole array first, at {line}",
         " Then `lora` must be allowed to materialize it: lora(apply, materialize=['w']).",
     ),
 }

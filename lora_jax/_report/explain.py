@@ -18,11 +18,11 @@ from .._core.uses import Use
 from .._core.variant import LowRank
 from .._errors import AdapterError, listed, refuse_keywords
 from .._transform.contraction.costs import FormName
-from .._transform.kernels import agree, by_path, found_in
+from .._transform.kernels import find_kernels, group_by_path, roles_agree
 from .._transform.kinds import kinds
-from .._transform.program import Program, trace, watch
-from .._transform.refusal import Refusal, error, to_list
-from .._transform.settings import CustomDerivatives, settings_of
+from .._transform.program import Program, collect_uses, trace
+from .._transform.refusal import Refusal, materializable_paths, refusal_error
+from .._transform.settings import CustomDerivatives, make_settings
 from ..sharding import placements
 from .explanation import Explanation, Row
 from .flops import flops
@@ -86,15 +86,17 @@ def explain(
     refuse_keywords("explain", unexpected)
     check(flatten(params)[0], adapter)  # before tracing, which fails inside the model if arguments are swapped
     program = trace(apply, params, args, kwargs or {})
-    leaves = program.arrays_of_params
+    leaves = program.param_arrays
     kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
     # `Full` leaves have no factors; plain kernels in their place record how they are used.
     full = {path: PlainKernel.from_leaf(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []
-    settings = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals)
-    uses = by_path(watch(program, kernels | full, settings))
+    settings = make_settings(
+        materialize=materialize, custom_derivatives=custom_derivatives, form=form, refusals=refusals
+    )
+    uses = group_by_path(collect_uses(program, kernels | full, settings))
     if strict and refusals:
-        raise error(refusals)
+        raise refusal_error(refusals)
     base_shardings = flatten(shardings)[0]
     placed = {path: placements(path, part, base_shardings) for path, part in adapter.items() if shardings is not None}
     traced_axes = _traced_axes(program, adapter, uses)
@@ -175,11 +177,11 @@ def _variant_flops(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, in
 def _traced_axes(program: Program, adapter: Adapters, uses: Mapping[str, Sequence[Use]]) -> dict[str, str]:
     """Returns the roles of axes in the traced model, for the leaves where they differ from the adapter's."""
     unclear = [path for path, part in adapter.items() if any(_may_differ(use, part) for use in uses.get(path, ()))]
-    found = found_in(program, unclear) if unclear else {}
+    found = find_kernels(program, unclear) if unclear else {}
     return {
         path: kernel.axes
         for path, kernel in found.items()
-        if kernel.axes is not None and not agree(adapter[path].axes, kernel.axes, kernel.shape)
+        if kernel.axes is not None and not roles_agree(adapter[path].axes, kernel.axes, kernel.shape)
     }
 
 
@@ -215,7 +217,7 @@ def _undivided(path: str, placed: Adapter, part: Adapter) -> Iterator[str]:
 
 def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
     """Formats refusals like `lora` raises an error for 2 leaves; to materialize them: materialize=['a', 'b']."""
-    allowable = to_list(refusals)
+    allowable = materializable_paths(refusals)
     others = [path for refusal in refusals if not refusal.allowable for path in refusal.paths]
     if allowable:
         yield f"`lora` raises an error for {len(allowable)} leaves; to materialize them there: materialize={allowable}"

@@ -1,3 +1,3 @@
-"""The transform: `lora(apply)`, an interpreter of traced functions, and its rules by kind."""
+"""The transform: `lora(apply)`, the interpreter of traced functions, and the rules of the primitives."""
 
 from . import rules as rules

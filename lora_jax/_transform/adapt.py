@@ -1,4 +1,4 @@
-"""`adapt`: from a model and a spec to the adapted function and its adapter, in one call."""
+"""`adapt`: `kernels`, `init` and `lora` in one call."""
 
 from __future__ import annotations
 
@@ -49,23 +49,23 @@ def adapt(
     Args:
       apply: the model, `apply(params, *args, **kwargs)`.
       params: the parameter tree.
-      spec: as given to `init`; its keys are patterns, and targets such as `targets.all_linear`.
-      *args: the model's positional arguments, to trace it with; arrays may be `ShapeDtypeStruct`s.
+      spec: as in `init`; its keys are patterns, and targets such as `targets.all_linear`.
+      *args: the model's positional arguments, for tracing; arrays may be `ShapeDtypeStruct`s.
       key: PRNG key; consumed.
-      kwargs: the model's keyword arguments, likewise.
-      param_dtype: as given to `init`.
-      materialize: as given to `lora`.
-      custom_derivatives: as given to `lora`.
-      form: as given to `lora`.
-      **unexpected: none; the model's keyword arguments are in `kwargs`.
+      kwargs: the model's keyword arguments, for tracing; arrays may be `ShapeDtypeStruct`s.
+      param_dtype: as in `init`.
+      materialize: as in `lora`.
+      custom_derivatives: as in `lora`.
+      form: as in `lora`.
+      **unexpected: not allowed; the model's keyword arguments are passed in `kwargs`.
 
     Returns:
       `adapted(params, adapter, *args, **kwargs)`, as `lora` returns it, and the adapter. `adapted.kernels` is what
       `kernels` returns.
 
     Raises:
-      TypeError: for a keyword argument that is not in `kwargs`.
-      SpecError: where `init` or `lora` raises it.
+      TypeError: if there are other keyword arguments.
+      SpecError: if `init` or `lora` raises it.
       TracingError: if Python code of the model needs the value of an array.
     """
     refuse_keywords("adapt", unexpected)

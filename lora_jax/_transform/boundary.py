@@ -1,4 +1,4 @@
-"""What crosses the boundary of a trace: errors of Python code that needs values, results that hold traced arrays."""
+"""Errors at the boundary of a trace: Python code that needs values, and results that contain traced arrays."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _NEEDS_VALUES = (
 
 @contextlib.contextmanager
 def python_without_values(apply: Callable[..., Any]) -> Iterator[None]:
-    """Raises `TracingError` where `apply`, traced inside, needs the value of an array in Python."""
+    """Raises `TracingError` if the Python code of `apply`, traced inside, needs the value of an array."""
     try:
         yield
     except _NEEDS_VALUES as error:
         raise TracingError(
-            f"Cannot trace {_name(apply)}: its Python code needs the value of an array, which is not known while it is "
-            f"traced ({type(error).__name__}).\n"
+            f"Cannot trace {_name(apply)}: its Python code needs the value of an array, which is not known "
+            f"while it is traced ({type(error).__name__}).\n"
             f"  at {raised_at(error)}\n"
             "  Adapt what can be traced, such as the step inside a loop: `lora(step)`; or run the loop on "
             "`merge(params, adapter)`.\n"
@@ -42,38 +42,38 @@ def python_without_values(apply: Callable[..., Any]) -> Iterator[None]:
         ) from error
 
 
-def check_names(apply: Callable[..., Any], names: Sequence[str], function: str) -> None:
-    """Raises `SpecError` if `apply` has a parameter of its own that has the name of one of the library's keywords."""
+def check_keywords(apply: Callable[..., Any], names: Sequence[str], function: str) -> None:
+    """Raises `SpecError` if a parameter of `apply` has the name of one of the library's keyword arguments."""
     try:
         parameters = inspect.signature(apply).parameters
     except (TypeError, ValueError):  # some callables have no signature
         return
-    if taken := [name for name in names if name in parameters]:
+    if clashing := [name for name in names if name in parameters]:
         raise SpecError(
-            f"Expected {_name(apply)} to have no parameter named {taken[0]!r}, which is a keyword of what "
-            f"`{function}` returns.\n"
-            f"  Wrap it: lora(lambda params, *args, mine=None: apply(params, *args, {taken[0]}=mine))."
+            f"Expected {_name(apply)} to have no parameter named {clashing[0]!r}, which is a keyword argument "
+            f"of the function that `{function}` returns.\n"
+            f"  Wrap it: lora(lambda params, *args, mine=None: apply(params, *args, {clashing[0]}=mine))."
         )
 
 
 def check_statics(apply: Callable[..., Any], statics: Sequence[Any], out_def: PyTreeDef) -> None:
-    """Raises `TracingError` if a result of `apply` that is not an array holds one of the trace, which is over.
+    """Raises `TracingError` if a result of `apply` that is not an array contains an array of the finished trace.
 
     Args:
-      apply: the function, already traced.
-      statics: its results that are not arrays, and None in place of each that is.
-      out_def: how the results were put together.
+      apply: the traced function.
+      statics: the leaves of its result, with None in place of each array.
+      out_def: the tree of the result.
     """
     for number, static in enumerate(statics):
         tracer = _tracer_in(static)
-        if tracer is None or not _is_over(tracer):
+        if tracer is None or not _is_leaked(tracer):
             continue
-        places = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_unflatten(out_def, range(len(statics))))[0]
-        where, kind = jax.tree_util.keystr(places[number][0]), type(static).__qualname__
+        paths = jax.tree_util.tree_flatten_with_path(jax.tree_util.tree_unflatten(out_def, range(len(statics))))[0]
+        where, kind = jax.tree_util.keystr(paths[number][0]), type(static).__qualname__
         raise TracingError(
             f"Expected {_name(apply)} to return arrays, pytrees of arrays, or values without arrays; its result{where} "
-            f"is a `{kind}`, which JAX does not know, and it holds the traced array {jax.typeof(tracer)}.\n"
-            "  Register the type as a pytree, as by `jax.tree_util.register_dataclass`, or return its arrays."
+            f"is a `{kind}`, which is not a pytree, and contains the traced array {jax.typeof(tracer)}.\n"
+            "  Register the type as a pytree, as with `jax.tree_util.register_dataclass`, or return its arrays."
         )
 
 
@@ -82,25 +82,25 @@ def _name(apply: Callable[..., Any]) -> str:
 
 
 _PLAIN = (type(None), int, float, complex, str, bytes, type, types.ModuleType, types.CodeType, np.generic, jax.Array)
-_MOST = 10_000  # objects looked at; what holds more is no result of a model
+_MAX_OBJECTS = 10_000  # searched in one result
 
 
 def _tracer_in(value: Any) -> Tracer[Any] | None:
-    """A traced array that an object holds, in its attributes, its items or its closure; None if none is found."""
+    """Returns a traced array in the attributes, items or closure of an object, or None."""
     seen: dict[int, Any] = {}
     pending = [value]
-    while pending and len(seen) < _MOST:
+    while pending and len(seen) < _MAX_OBJECTS:
         x = pending.pop()
         if isinstance(x, Tracer):
             return x
         if not isinstance(x, _PLAIN) and id(x) not in seen:
             seen[id(x)] = x
-            pending += _held(x)
+            pending += _referents(x)
     return None
 
 
-def _held(x: Any) -> list[Any]:
-    """What an object refers to; of functions not the module that they are in, of JAX's objects not its caches."""
+def _referents(x: Any) -> list[Any]:
+    """Returns the objects that an object refers to, except globals of functions and caches of JAX."""
     if isinstance(x, types.FunctionType):
         return [x.__closure__, x.__defaults__, x.__kwdefaults__, vars(x)]
     if type(x).__module__.partition(".")[0] in ("jax", "jaxlib"):
@@ -108,8 +108,8 @@ def _held(x: Any) -> list[Any]:
     return gc.get_referents(x)
 
 
-def _is_over(tracer: Tracer[Any]) -> bool:
-    """Whether the trace is over that a traced array belongs to; one of a `jit` around the call lives on."""
+def _is_leaked(tracer: Tracer[Any]) -> bool:
+    """Whether the trace of an array is finished; that of a `jit` around the call is not."""
     try:
         lax.optimization_barrier(tracer)
     except jax.errors.UnexpectedTracerError:

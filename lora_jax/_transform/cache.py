@@ -1,4 +1,4 @@
-"""Rebuilt control flow, kept: outside `jit`, a second call would rebuild it, and JAX would compile it, again."""
+"""Caches rebuilt control flow, which a second call outside `jit` would otherwise rebuild and compile again."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ Function = Callable[..., Any]
 
 
 class ProgramCache:
-    """The functions that were rebuilt for one adapted function, the last used of them.
+    """A least-recently-used cache of the functions that were rebuilt for one adapted function.
 
-    It lives as long as the adapted function: with that, its programs, their constants and what was compiled go.
+    It is deleted with the adapted function, and with it the programs, their constants and their executables.
     """
 
-    def __init__(self, most: int = 1024) -> None:
+    def __init__(self, max_size: int = 1024) -> None:
         self._functions: collections.OrderedDict[Hashable, Function] = collections.OrderedDict()
-        self._most = most
+        self._max_size = max_size
 
     def get(self, key: Hashable, build: Callable[[], Function]) -> Function:
-        """The function that was built for an equal key, or a new one."""
+        """Returns the function that was built for an equal key, or builds it."""
         if key not in self._functions:
             self._functions[key] = build()
         self._functions.move_to_end(key)
-        while len(self._functions) > self._most:
+        while len(self._functions) > self._max_size:
             self._functions.popitem(last=False)
         return self._functions[key]
 
 
 def cached(rule: Function) -> Function:
-    """Makes of a rule one that gives JAX the same function for the same equation each time.
+    """Decorates a rule so that JAX receives the same function for the same equation in every call.
 
-    JAX keeps the jaxprs of inner functions, so that the parameters of the equation are the same from call to call.
+    JAX caches the jaxprs of inner functions, so the parameters of the equation are the same from call to call.
     """
 
     @functools.wraps(rule)
     def run(site: Any, *operands: Any, **params: Any) -> Any:
         def build() -> Function:
-            # Inlined: where the call is traced, nothing shows of it.
+            # Inlined, so that the jaxpr of a surrounding trace does not contain the call.
             return jax.jit(lambda *operands: rule(site, *operands, **params), inline=True)
 
-        # What the rule reads of its site: equations that agree in it are rebuilt as the first of them was.
+        # The key has everything that the rule reads from its site.
         key = (rule, user_line(site.eqn), *params.items())
-        function = site.settings.rebuilt(key, build)
+        function = site.settings.cached_function(key, build)
         return rule(site, *operands, **params) if function is None else function(*operands)
 
     return run

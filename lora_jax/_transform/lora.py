@@ -1,8 +1,9 @@
-"""`lora(apply)`: the function that the whole library is about."""
+"""`lora`: the transform that applies an adapter to a function."""
 
 from __future__ import annotations
 
 import dataclasses
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,12 @@ from .._core.adapter import Adapters
 from .._core.attach import attach, check_active
 from .._core.paths import Pattern, flatten
 from .._errors import LoRAError, SpecError
-from .boundary import check_names
+from .boundary import check_keywords
 from .cache import ProgramCache
 from .contraction.costs import Form, FormName
 from .contraction.forms import custom_jvp_works
 from .program import trace
-from .settings import CustomDerivatives, settings_of
+from .settings import CustomDerivatives, make_settings
 
 
 def lora(
@@ -28,13 +29,13 @@ def lora(
     custom_derivatives: CustomDerivatives = "refuse",
     form: FormName | None = None,
 ) -> Callable[..., Any]:
-    """Turns `apply(params, *args)` into `adapted(params, adapter, *args)`, in which kernels act as `W0 + s·A·B`.
+    """Transforms `apply(params, *args)` into `adapted(params, adapter, *args)`, in which kernels act as `W0 + s·A·B`.
 
         y = x·W0 + ((x·A)·s)·B
 
-    (Hu et al. 2021, arXiv:2106.09685). The model is traced as it stands and need not know. `params` is neither changed
-    nor copied; the adapter is the one thing to differentiate and optimize. The result composes with `jit`, `grad`,
-    `vmap`, `pmap`, `scan`, `remat` and shardings as `apply` does.
+    (Hu et al. 2021, arXiv:2106.09685). The model is traced and not modified. `params` is neither modified nor copied;
+    only the adapter is differentiated and optimized. The result composes with `jit`, `grad`, `vmap`, `pmap`, `scan`,
+    `remat` and shardings as `apply` does.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"dense": {"kernel": jnp.ones((4, 3))}}
@@ -44,55 +45,56 @@ def lora(
     Array([[4., 4., 4.]], dtype=float32)
 
     Args:
-      apply: any JAX function of a parameter tree and other arguments: `model.apply`, a plain function, one around
-        `nnx.merge`. Arguments and results that are no arrays (flags, strings, callables, None) stay Python values.
+      apply: any JAX function of a parameter tree and other arguments, such as `model.apply`, a plain function, or a
+        function that calls `nnx.merge`. Arguments and results that are not arrays (flags, strings, callables, None)
+        stay Python values.
       materialize: patterns of paths whose kernels may be materialized, as `W0 + s·A·B`, where the model passes them to
-        an operation that has no low-rank rule. `explain` says where that happens.
-      custom_derivatives: `"materialize"` allows that for every kernel that the model passes to a function with a
-        derivative of its own (`custom_vjp`, `custom_jvp`), or to a Pallas kernel.
-      form: how contractions are evaluated. `"factored"` is the equation above, which forms nothing of a kernel's size;
-        `"merged"` is x·(W0 + s·A·B); `"hybrid"` is merged in the forward pass and for the gradient of x, factored for
-        those of A and B. None takes for each contraction the form that needs the least memory among those within one
-        percent of the fewest operations: factored, unless the rank is wide against the kernel or the kernel small
-        against the activations. What is used in 16 bits stays factored, as a small update would be rounded away. What
-        is used in fewer, as a kernel cast to fp8 for its product, is factored whatever is asked for: the low-rank term
-        is computed in bfloat16 or wider, and never in a narrower range than that of the base's result.
-        The choice, like `"hybrid"`, needs a `custom_jvp`, which `jax.experimental.jet` does not support: there None
-        is `"factored"`. What transforms a function that is traced already (`jet` of a `jit`, `sparsify`) comes too late
-        for that: ask for `"factored"`.
+        an operation without a low-rank rule. `explain` shows where that happens.
+      custom_derivatives: `"materialize"` allows that for every kernel that the model passes to a function with a custom
+        derivative (`custom_vjp`, `custom_jvp`) or to a Pallas kernel.
+      form: how contractions are evaluated. `"factored"` is the equation above, which makes no array of the kernel's
+        size; `"merged"` is x·(W0 + s·A·B); `"hybrid"` is merged in the forward pass and for the gradient of x, and
+        factored for those of A and B. None selects, for each contraction, the form that needs the least memory among
+        those within one percent of the fewest FLOPs: factored, unless the rank is large relative to the kernel or the
+        kernel is small relative to the activations. With None, a kernel that the model uses in 16 bits is factored,
+        because a small update would be rounded away. A kernel that the model uses in fewer bits, such as fp8, is always
+        factored; its low-rank term is computed in bfloat16 or wider, with at least the range of the base's result.
+        None and `"hybrid"` use a `custom_jvp`. Under `jax.experimental.jet`, which does not support it, None is
+        `"factored"`; a function that is already traced (`jet` of a `jit`, `sparsify`) requires `form="factored"`.
 
     Returns:
       `adapted(params, adapter, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of `apply`.
       `adapter` is what `init` returns. `dropout_key` is a PRNG key for variants with `dropout`, folded for each path,
-      use and turn of a loop; without it nothing is dropped. `active_tokens` is for `ALoRA`: booleans, of the shape
-      that the axes of tokens have where its kernels are used, such as `(batch, tokens)`.
+      use and loop iteration; without it, no dropout is applied. `active_tokens` is for `ALoRA`: booleans with the
+      shape of the token axes where its kernels are used, such as `(batch, tokens)`.
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
       TracingError: at the call, if Python code of `apply` needs the value of an array, as in `if x.sum() > 0:`, or if
-        a result that JAX does not know holds one.
-      UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank form and is not
-        listed in `materialize`: the primitive, the path and the line of the model.
-      SpecError: if there is no such form; at the call, if the transformation around it does not support `"hybrid"`.
+        a result that is not a pytree contains one.
+      UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank rule and may not be
+        materialized; names the primitive, the path and the line of the model.
+      SpecError: if an argument has an invalid value; at the call, if a transformation does not support `"hybrid"`.
     """
-    check_names(apply, ("dropout_key", "active_tokens"), "lora")
-    asked = settings_of(materialize=materialize, custom_derivatives=custom_derivatives, form=form)
-    functions = ProgramCache()
+    if not (isinstance(apply, types.FunctionType) and apply in _adapted):  # of a nested one the outer takes them
+        check_keywords(apply, ("dropout_key", "active_tokens"), "lora")
+    options = make_settings(materialize=materialize, custom_derivatives=custom_derivatives, form=form)
+    cache = ProgramCache()
 
     def adapted(
         params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, active_tokens: Any = None, **kwargs: Any
     ) -> Any:
-        # First: what is wrong with the adapter is not the model's fault.
+        # Before the trace, so that an invalid adapter does not raise inside the model.
         kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
         check_active(adapter, active_tokens)
-        settings = dataclasses.replace(asked, cache=weakref.ref(functions))
+        settings = dataclasses.replace(options, cache=weakref.ref(cache))
         program = trace(apply, params, args, kwargs)
         try:
             return program.run(kernels, settings)
         except LoRAError:
             raise
         except Exception as error:
-            # `jet` fails at a `custom_jvp`, with an error that depends on JAX's version.
+            # `jet` fails at a `custom_jvp`, with an error that depends on the version of JAX.
             if settings.form not in (None, Form.HYBRID) or custom_jvp_works(jax.tree.leaves((program.arrays, kernels))):
                 raise
             if settings.form is None:
@@ -100,8 +102,12 @@ def lora(
             raise SpecError(
                 "Expected a form without a `custom_jvp`, which the transformation around the call, such as "
                 "`jax.experimental.jet`, does not support; got form='hybrid'.\n"
-                "  Ask for 'factored' or 'merged', or for None, which is 'factored' there."
+                "  Use 'factored' or 'merged', or None, which is 'factored' there."
             ) from error
 
     adapted.__name__ = f"lora({getattr(apply, '__name__', type(apply).__name__)})"
+    _adapted.add(adapted)
     return adapted
+
+
+_adapted: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()  # the functions that `lora` has returned

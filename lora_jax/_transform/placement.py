@@ -1,4 +1,4 @@
-"""Where the factors of a kernel go, given where it does: each axis as the kernel's, the rank on every device."""
+"""Partition specs and shardings of a kernel's factors: each axis is sharded as the kernel's, the rank is replicated."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from .interpreter import NoRule, Value
 
 
 def check_reduced(spec: PartitionSpec) -> None:
-    """Raises `NoRule` for a kernel that is still to be summed over devices."""
+    """Raises `NoRule` for a kernel that has not been summed over devices yet."""
     if spec.unreduced or spec.reduced:
-        raise NoRule("a kernel that is still to be summed over devices")
+        raise NoRule("a kernel that is not yet summed over devices")
 
 
-def specs(kernel: TrackedKernel, spec: Any) -> Any:
-    """The kernel with a `PartitionSpec` in place of each of its arrays, where `spec` is that of `w`.
+def kernel_specs(kernel: TrackedKernel, spec: Any) -> Any:
+    """Returns the kernel with a `PartitionSpec` in place of each of its arrays, given the spec of `w`.
 
-    A base that is no array has None, and may be anywhere.
+    A base that is not an array gets None, which leaves its sharding open.
     """
     check_reduced(spec)
-    factors: dict[str, Any] = {
-        name: factor_spec(layout(kernel.roles), spec) for name, (_, layout) in kernel.factors.items()
-    }
+    layouts = {name: layout(kernel.roles) for name, (_, layout) in kernel.factors.items()}
+    factors: dict[str, Any] = {name: factor_spec(axes, spec) for name, axes in layouts.items()}
     placed = dataclasses.replace(kernel, w=None if isinstance(kernel.w, Recorded) else spec, **factors)  # type: ignore
-    # What is no factor is the same on every device.
+    # Arrays other than factors, such as dropout keys, are replicated.
     return jax.tree.map(
         lambda leaf: leaf if isinstance(leaf, PartitionSpec) else PartitionSpec(),
         placed,
@@ -38,10 +37,10 @@ def specs(kernel: TrackedKernel, spec: Any) -> Any:
     )
 
 
-def shardings(value: Value, sharding: Any) -> Any:
-    """The shardings of a value's arrays, where `sharding` is that of `w`, or of the array."""
+def value_shardings(value: Value, sharding: Any) -> Any:
+    """Returns the shardings of a value's arrays, given the sharding of the array or of the kernel's `w`."""
     if not isinstance(value, TrackedKernel) or sharding is None:
         return sharding
     if not isinstance(sharding, NamedSharding):
         raise NoRule("a sharding of the kernel that does not name its axes")
-    return jax.tree.map(lambda spec: sharding.update(spec=spec), specs(value, sharding.spec))
+    return jax.tree.map(lambda spec: sharding.update(spec=spec), kernel_specs(value, sharding.spec))

@@ -1,4 +1,4 @@
-"""A call of `apply`, traced: its jaxpr over the arrays of its arguments, everything else left as Python values."""
+"""Traces a call of `apply`: arrays become inputs of a jaxpr, other arguments stay Python values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .._core.kernel import PlainKernel
 from .._core.paths import flatten, unflatten
 from .._core.uses import Use
 from .boundary import check_statics, python_without_values
-from .contraction.forms import traced_again
-from .interpreter import Value, interpret, materialized
-from .refusal import Refusal, Refused, error
+from .contraction.forms import traced_by_lora
+from .interpreter import Value, interpret, materialize_or_refuse
+from .refusal import Refusal, Refused, refusal_error
 from .settings import Settings
 
 
@@ -28,10 +28,10 @@ class Program:
     """One call of `apply(params, *args, **kwargs)`.
 
     Attributes:
-      jaxpr: from the arrays among the leaves of `params` and then of the other arguments, to the arrays of the result.
-      params: the leaves of `params` by path; those that are no arrays are not inputs of the jaxpr.
-      arrays: the arrays among the other arguments.
-      rebuild: puts the arrays of the result back among what else `apply` returned.
+      jaxpr: the traced function, from the arrays of `params` and of the other arguments to the arrays of the result.
+      params: the leaves of `params` by path; leaves that are not arrays are not inputs of the jaxpr.
+      arrays: the arrays of the other arguments.
+      rebuild: puts the arrays of the result back among the other values that `apply` returned.
     """
 
     jaxpr: ClosedJaxpr
@@ -40,49 +40,49 @@ class Program:
     rebuild: Callable[[Sequence[Any]], Any]
 
     @property
-    def arrays_of_params(self) -> dict[str, Any]:
+    def param_arrays(self) -> dict[str, Any]:
         """The leaves of `params` that are arrays, by path."""
         return {path: leaf for path, leaf in self.params.items() if is_array(leaf)}
 
     def run(self, kernels: Mapping[str, Value], settings: Settings) -> Any:
-        """Evaluates the call with adapted kernels in place of some parameters, and returns what `apply` would.
+        """Evaluates the call with adapted kernels in place of some parameters.
 
         Raises:
-          UnsupportedError: with all kernels that reach an operation without a low-rank form and are not listed.
+          UnsupportedError: if kernels reach an operation without a low-rank rule and may not be materialized there.
         """
-        leaves = [kernels.get(path, _plain(path, leaf)) for path, leaf in self.arrays_of_params.items()]
+        leaves = [kernels.get(path, _without_factors(path, leaf)) for path, leaf in self.param_arrays.items()]
         try:
             results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
-            returns = "return", "the function returns the kernel itself", "the result of `apply`"
-            return self.rebuild([materialized(settings, result, *returns) for result in results])
+            returned = "return", "the function returns the kernel itself", "the result of `apply`"
+            return self.rebuild([materialize_or_refuse(settings, result, *returned) for result in results])
         except Refused:
             refusals: list[Refusal] = []
-            watch(self, kernels, dataclasses.replace(settings, refusals=refusals))
-            raise error(refusals) from None
+            collect_uses(self, kernels, dataclasses.replace(settings, refusals=refusals))
+            raise refusal_error(refusals) from None
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is traced; Python numbers, strings and callables stay what they are, and arrays of text."""
+    """Whether a leaf is traced; Python scalars, strings, callables and NumPy arrays of text or objects are not."""
     if isinstance(leaf, np.ndarray):
         return leaf.dtype.kind not in "OSUMm"
     return isinstance(leaf, (jax.Array, jax.ShapeDtypeStruct, StoredLeaf))
 
 
-def _plain(path: str, leaf: Any) -> Any:
-    """A leaf without factors: itself, or what stands for an array."""
+def _without_factors(path: str, leaf: Any) -> Any:
+    """Returns a leaf that has no adapter as a value of the interpreter."""
     return PlainKernel.from_leaf(path, base_of(leaf)) if isinstance(leaf, StoredLeaf) else leaf
 
 
-def _as_traced(leaf: Any) -> Any:
-    """What the model is traced with in place of a leaf."""
+def _traceable(leaf: Any) -> Any:
+    """Returns the argument of `make_jaxpr` for a leaf."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, StoredLeaf) else leaf
 
 
 def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:
-    """Traces a call, once, without evaluating anything. Arrays may be shapes and dtypes only.
+    """Traces a call once, without evaluating it. Arrays may be `ShapeDtypeStruct`s.
 
     Raises:
-      TracingError: if Python code needs the value of an array, or if a result that is not an array holds one.
+      TracingError: if Python code needs the value of an array, or if a result that is not an array contains one.
     """
     leaves, params_def = flatten(params)
     others, others_def = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
@@ -92,15 +92,15 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
         arrays = iter(params_arrays)
         traced = {path: next(arrays) if is_array(leaf) else leaf for path, leaf in leaves.items()}
         arrays = iter(other_arrays)
-        given = [next(arrays) if is_array(leaf) else leaf for leaf in others]
-        args, kwargs = jax.tree_util.tree_unflatten(others_def, given)
+        others_traced = [next(arrays) if is_array(leaf) else leaf for leaf in others]
+        args, kwargs = jax.tree_util.tree_unflatten(others_def, others_traced)
         out, out_def = jax.tree_util.tree_flatten(apply(unflatten(params_def, traced), *args, **kwargs))
         returned.append(([None if isinstance(leaf, jax.Array) else leaf for leaf in out], out_def))
         return [leaf for leaf in out if isinstance(leaf, jax.Array)]
 
-    params_arrays = [_as_traced(leaf) for leaf in leaves.values() if is_array(leaf)]
+    params_arrays = [_traceable(leaf) for leaf in leaves.values() if is_array(leaf)]
     other_arrays = [leaf for leaf in others if is_array(leaf)]
-    with traced_again(True), python_without_values(apply):
+    with traced_by_lora(True), python_without_values(apply):
         jaxpr = jax.make_jaxpr(on_arrays)(params_arrays, other_arrays)
     statics, out_def = returned[-1]
     check_statics(apply, statics, out_def)
@@ -112,13 +112,13 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
     return Program(jaxpr, leaves, other_arrays, rebuild)
 
 
-def watch(program: Program, kernels: Mapping[str, Value], settings: Settings) -> list[Use]:
-    """How a call would use the kernels given for some of its parameters, from shapes alone."""
+def collect_uses(program: Program, kernels: Mapping[str, Value], settings: Settings) -> list[Use]:
+    """Returns how a call uses the kernels given for some of its parameters, from shapes only."""
     log: list[Use] = []
 
     def run(params: dict[str, Any], arrays: list[Any], kernels: Mapping[str, Value]) -> None:
         abstract = dataclasses.replace(program, params=program.params | params, arrays=arrays)
         abstract.run(kernels, dataclasses.replace(settings, log=log))
 
-    jax.eval_shape(run, program.arrays_of_params, program.arrays, kernels)
+    jax.eval_shape(run, program.param_arrays, program.arrays, kernels)
     return log

@@ -1,4 +1,4 @@
-"""What is said of kernels that reach an operation without a low-rank form: all of them in one error."""
+"""Builds the error for kernels that reach an operation without a low-rank rule: one error for all of them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class Refusal(NamedTuple):
     """A use of an adapted kernel for which there is no low-rank rule.
 
     Attributes:
-      paths: the leaves that the kernel is.
-      primitive: the operation that it reaches.
+      paths: the leaves that the kernel consists of.
+      primitive: the primitive that it reaches.
       reason: why there is no low-rank rule.
       line: the user's line.
       allowable: whether `materialize=` would allow it.
@@ -26,12 +26,12 @@ class Refusal(NamedTuple):
     allowable: bool
 
 
-class Refused(Exception):  # noqa: N818  (not an error: it sends the caller to collect all that would be refused)
-    """Raised where the first kernel would be refused, before anything is evaluated with it."""
+class Refused(Exception):  # noqa: N818  (the caller catches it and collects all refusals)
+    """Raised at the first kernel without a rule, before it is used."""
 
 
-def error(refusals: Sequence[Refusal]) -> UnsupportedError:
-    """One error for all uses that are refused, with the list that would allow them.
+def refusal_error(refusals: Sequence[Refusal]) -> UnsupportedError:
+    """Returns one error for all refused uses, with the argument `materialize=` that would allow them.
 
     Args:
       refusals: at least one; the first for each kernel is shown.
@@ -40,7 +40,7 @@ def error(refusals: Sequence[Refusal]) -> UnsupportedError:
     first = [refusal for number, refusal in enumerate(refusals) if refusal.paths not in paths[:number]]
     them = "it" if len(first) == 1 else "them"
     advice = f"Leave {them} out of the spec"
-    if listed := to_list(first):
+    if listed := materializable_paths(first):
         advice += f", or materialize {them} there: lora(apply, materialize={listed})"
     if any(is_custom(refusal.primitive) for refusal in first):
         advice += ".\n  For all custom derivatives: lora(apply, custom_derivatives='materialize')"
@@ -54,12 +54,12 @@ def error(refusals: Sequence[Refusal]) -> UnsupportedError:
 
 
 def is_custom(primitive: str) -> bool:
-    """Whether the model defines what the primitive does: a derivative of its own, or a kernel for an accelerator."""
+    """Whether a primitive is a function with a custom derivative, or a Pallas kernel."""
     return primitive.startswith(("custom_jvp", "custom_vjp", "pallas"))
 
 
-def to_list(refusals: Sequence[Refusal]) -> list[str]:
-    """The paths to list in `materialize=`, so that all kernels that can be materialized are."""
+def materializable_paths(refusals: Sequence[Refusal]) -> list[str]:
+    """Returns the paths that `materialize=` would have to list to allow all uses that it can allow."""
     return list(dict.fromkeys(path for refusal in refusals if refusal.allowable for path in refusal.paths))
 
 

@@ -17,13 +17,15 @@ RULES: dict[str, tuple[Kind, Rule]] = {}
 
 
 def rule(primitive: Primitive | str, kind: Kind) -> Callable[[Rule], Rule]:
-    """Registers how a primitive, or by its name one that JAX keeps to itself, acts on an `AdaptedKernel`.
+    """Registers how a primitive acts on an `AdaptedKernel`.
 
-    The kind says what becomes of the kernel: a low-rank term, a kernel again, or an operand of a function rebuilt
-    around it; the first line of the rule's doc-string says how. `docs/rules.md` is made of them.
+    The rule is called as `rule(site, *operands, **params)` and returns what the primitive returns: a value, or a list
+    of values. It names every parameter of its primitive, so that a parameter that a new JAX adds is an error.
 
-    The rule is called as `rule(site, *operands, **params)` and names every parameter of its primitive, so that one
-    which a new JAX adds is an error and not dropped. It returns what the primitive would: a value, or a list of values.
+    Args:
+      primitive: the primitive, or its name if JAX does not export it.
+      kind: whether the result has a low-rank term, is a kernel again, or is that of a rebuilt function. `docs/rules.md`
+        lists the rules by kind, with the first lines of their docstrings.
     """
 
     name = primitive if isinstance(primitive, str) else primitive.name
@@ -39,18 +41,18 @@ def rule(primitive: Primitive | str, kind: Kind) -> Callable[[Rule], Rule]:
 
 
 def rule_of(primitive: Primitive) -> Rule | None:
-    """The rule of a primitive, if there is one."""
+    """Returns the rule of a primitive, or None."""
     return RULES[primitive.name][1] if primitive.name in RULES else None
 
 
 def rules() -> dict[str, tuple[Kind, str]]:
-    """For each primitive with a rule: what becomes of a kernel there, and how."""
+    """Returns the kind and the first line of the docstring of each rule, by primitive."""
     return {name: (kind, (inspect.getdoc(function) or "").split("\n")[0]) for name, (kind, function) in RULES.items()}
 
 
 @functools.cache
-def named_by(rule: Rule) -> tuple[list[str], list[str]]:
-    """The parameters of a primitive that its rule needs, and those that it takes where they are given."""
+def parameter_names(rule: Rule) -> tuple[list[str], list[str]]:
+    """Returns the names of the parameters that a rule requires, and of those that it accepts."""
     named = [p for p in inspect.signature(rule).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     required = [p.name for p in named if p.default is inspect.Parameter.empty]
     return required, [p.name for p in named if p.name not in required]

@@ -1,4 +1,4 @@
-"""What holds for one whole interpretation: what the caller asks for, and where in the program it is."""
+"""The settings of an interpretation: the options of the caller, and the position in the program."""
 
 from __future__ import annotations
 
@@ -13,56 +13,55 @@ from .._core.paths import Pattern, matches_any
 from .._core.uses import Use
 from .._errors import SpecError
 from .cache import ProgramCache
-from .contraction.costs import Form, FormName, form_named
+from .contraction.costs import Form, FormName, form_from_name
 from .origins import Origins
 from .refusal import Refusal, is_custom
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What holds for one whole interpretation.
+    """The settings of an interpretation.
 
     Attributes:
       materialize: the paths that may be materialized where there is no low-rank rule.
-      custom_derivatives: whether all may be, where the model defines a derivative of its own, or a kernel of its own.
-      form: of all contractions; None for the cheapest of each.
-      log: of uses, if one is kept.
-      times: how often it runs in one call.
-      observe: whether the gradient of each kernel's factor `a` is to be sums over the activations that meet it.
-      refusals: a list, if kernels that have no low-rank form are to be noted there and the rest of the program gone
-        through; None if the first of them ends it.
-      cache: the functions that earlier calls rebuilt; None where there is only one call. A weak reference, so that a
-        rebuilt function, which knows its settings, does not keep all others alive.
-      origins: of the program's values, if each use is to say how much it tells of the roles of axes. What the program
-        computes and drops is then interpreted too: where only derivatives are used, the model's own uses are there.
-      within: the equations that it is inside of, as `origins` has them.
-      live: whether a result of the program depends on it.
+      custom_derivatives: whether all kernels may be materialized at a custom derivative or a Pallas kernel.
+      form: the form of all contractions; None for the cheapest of each.
+      log: the list to which uses are appended, if any.
+      repeats: how often the current function runs in one call.
+      observe: whether the gradient of each factor `a` is replaced by sums over activations.
+      refusals: the list to which refused kernels are appended; None to stop at the first one.
+      cache: the functions that earlier calls rebuilt; None if there is only one call. The reference is weak because
+        rebuilt functions close over their settings, and would otherwise keep the cache alive.
+      origins: the origins of the program's values, if uses are to have evidence. Equations whose results are dropped
+        are then interpreted too, because JAX leaves the forward pass of a gradient that way.
+      enclosing: the equations around the current function, as in `origins`.
+      live: whether a result of the program depends on the current function.
     """
 
     materialize: tuple[Pattern, ...] = ()
     custom_derivatives: bool = False
     form: Form | None = None
     log: list[Use] | None = None
-    times: int = 1
+    repeats: int = 1
     observe: bool = False
     refusals: list[Refusal] | None = None
     cache: weakref.ref[ProgramCache] | None = dataclasses.field(default=None, compare=False, repr=False)
     origins: Origins | None = None
-    within: tuple[int, ...] = ()
+    enclosing: tuple[int, ...] = ()
     live: bool = True
 
     def may_materialize(self, kernel: AdaptedKernel, primitive: str) -> bool:
-        """Whether a kernel can be materialized, and the caller has listed every leaf of it or such a primitive."""
+        """Whether the caller allows a kernel to be materialized at a primitive."""
         if kernel.active is not None:
-            return False  # there is no one kernel for all tokens
+            return False  # it differs between tokens
         if self.custom_derivatives and is_custom(primitive):
             return True
         return all(matches_any(path, self.materialize) for path in kernel.paths)
 
-    def rebuilt(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
-        """The function that was rebuilt for an equal key under equal settings, or a new one.
+    def cached_function(self, key: Hashable, build: Callable[[], Callable[..., Any]]) -> Callable[..., Any] | None:
+        """Returns the function built for an equal key under equal settings, or builds it.
 
-        None where none are kept: a body whose uses are logged has to be traced each time, or the log would miss it.
+        None if there is no cache, or if uses are logged, which requires that bodies are traced in each call.
         """
         functions = self.cache() if self.cache is not None and self.log is None else None
         return None if functions is None else functions.get((self, key), build)
@@ -71,13 +70,13 @@ class Settings:
 CustomDerivatives = Literal["refuse", "materialize"]
 
 
-def settings_of(
+def make_settings(
     *, materialize: Sequence[Pattern], custom_derivatives: CustomDerivatives, form: FormName | None, **others: Any
 ) -> Settings:
-    """The settings that a caller asks for.
+    """Returns the settings for the options of the caller.
 
     Raises:
-      SpecError: if one of them is none of its values.
+      SpecError: if an option has an invalid value.
     """
     if custom_derivatives not in get_args(CustomDerivatives):
         raise SpecError(
@@ -89,4 +88,4 @@ def settings_of(
             f"Expected a list of patterns for `materialize`; got {materialize!r}.\n  Write [{materialize!r}]."
         )
     allowed = custom_derivatives == "materialize"
-    return Settings(materialize=tuple(materialize), custom_derivatives=allowed, form=form_named(form), **others)
+    return Settings(materialize=tuple(materialize), custom_derivatives=allowed, form=form_from_name(form), **others)

@@ -1,1 +1,1 @@
-"""Contractions with an adapted kernel: the forms that they can take, what each costs, and the low-rank products."""
+"""Contractions with an adapted kernel: the three forms, the FLOPs of each, and the low-rank products."""

@@ -1,10 +1,11 @@
-"""Which form a contraction takes, by the FLOPs of each: a pure function of counts.
+"""Chooses the form of a contraction from FLOP counts.
 
-Three forms give one result. *Factored* is `x·W0 + ((x·A)·s)·B`, and materializes nothing of a kernel's size. *Merged*
-is `x·(W0 + s·A·B)`. *Hybrid* is merged in the forward pass and for the gradient of x, factored for those of A and B.
+Three forms compute the same result. *Factored* is `x·W0 + ((x·A)·s)·B` and materializes no array of the kernel's size.
+*Merged* is `x·(W0 + s·A·B)`. *Hybrid* is merged in the forward pass and for the gradient of x, and factored for the
+gradients of A and B.
 
-The factored form is the cheapest for a transformer at the usual ranks; the others are for a rank that is large against
-the kernel, or for a kernel that is small against the activations, as in a convolution.
+Factored needs the fewest FLOPs for a transformer at the usual ranks. The other forms need fewer if the rank is large
+relative to the kernel, or if the kernel is small relative to the activations, as in a convolution.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..._errors import SpecError
 
 
 class Form(enum.Enum):
-    """How a contraction with an adapted kernel is evaluated, in the order of the memory that it takes."""
+    """How a contraction with an adapted kernel is evaluated, in order of increasing memory."""
 
     FACTORED = "factored"
     HYBRID = "hybrid"
@@ -30,8 +31,8 @@ class Form(enum.Enum):
 FormName = Literal["factored", "hybrid", "merged"]
 
 
-def form_named(name: str | None) -> Form | None:
-    """The form that a caller asks for by its name."""
+def form_from_name(name: str | None) -> Form | None:
+    """Returns the form with a name; None for None, which lets `lora` choose."""
     names = [form.value for form in Form]
     if name is not None and name not in names:
         raise SpecError(f"Expected a form among {names}, or None for the cheapest; got form={name!r}.")
@@ -39,53 +40,53 @@ def form_named(name: str | None) -> Form | None:
 
 
 class Passes(NamedTuple):
-    """The operations of one product `x·w` in each pass that may be asked for.
+    """The FLOPs of one product `x·w` in each pass.
 
     Attributes:
-      forward: the product itself.
-      to_x: the product that carries the cotangent back to `x`.
-      to_w: the product that carries it back to `w`.
+      forward: the product.
+      grad_x: the product that computes the gradient of `x`.
+      grad_w: the product that computes the gradient of `w`.
     """
 
     forward: int
-    to_x: int
-    to_w: int
+    grad_x: int
+    grad_w: int
 
     @classmethod
-    def alike(cls, flops: int) -> Passes:
-        """Those of a `dot_general`, which are all three products over the same axes."""
+    def equal(cls, flops: int) -> Passes:
+        """The passes of a `dot_general`, which all have the same FLOPs."""
         return cls(flops, flops, flops)
 
 
 class Costs(NamedTuple):
-    """The operations of the products that the forms are made of.
+    """The FLOPs of the products that the forms consist of, and the sizes of the arrays.
 
     Attributes:
-      base: `x` with the kernel, formed or not.
-      first: `x` with the factor that it meets first.
-      second: that thin product with the other factor.
-      formed: `A` with `B`.
+      base: the product of `x` and the kernel, materialized or not.
+      first: the product of `x` and the factor that it is multiplied with first.
+      second: the product of that result, of rank r, and the other factor.
+      delta: the product `A·B`.
       x: the number of elements of `x`.
-      y: of the result.
-      thin: of the thin product.
-      sums: what forming the kernel takes beside that product: its scale, and the sum with the base's.
+      y: the number of elements of the result.
+      thin: the number of elements of the product of rank r.
+      adding: the FLOPs of `W0 + s·A·B` without the product: the scale and the sum.
     """
 
     base: Passes
     first: Passes
     second: Passes
-    formed: int
+    delta: int
     x: int
     y: int
     thin: int
-    sums: int
+    adding: int
 
 
-class Asked(NamedTuple):
-    """Of which operands the gradient is asked for; of none in a call that nobody differentiates.
+class Gradients(NamedTuple):
+    """The operands whose gradient is requested; none in a call that is not differentiated.
 
-    That of the base is not among them: it is frozen. Where base and adapter are one tree its gradient is asked for and
-    then dropped, and costs nothing.
+    The base is not among them, because it is frozen. If it is in one tree with the adapter, its gradient is requested
+    and then dropped, and costs nothing.
     """
 
     x: bool = False
@@ -93,56 +94,55 @@ class Asked(NamedTuple):
     b: bool = False
 
 
-INFERENCE = Asked()
-TRAINING = Asked(x=True, a=True, b=True)
+INFERENCE = Gradients()
+TRAINING = Gradients(x=True, a=True, b=True)
 
-# A form that takes less memory is preferred to the cheapest one as long as it costs at most this much more.
+# A form that needs less memory is preferred if it needs at most this many times the fewest FLOPs.
 TOLERANCE = 1.01
 
 
 @functools.lru_cache(maxsize=4096)
-def cheapest(costs: Costs, asked: Asked) -> Form:
-    """The form that takes the least memory among those within one percent of the fewest FLOPs."""
-    forms = [*Form] if any(asked) else [Form.FACTORED, Form.MERGED]
-    totals = {form: flops(form, costs, asked) for form in forms}
-    enough = TOLERANCE * min(totals.values())
-    return next(form for form in forms if totals[form] <= enough)
+def choose_form(costs: Costs, gradients: Gradients) -> Form:
+    """Returns the form that needs the least memory among those within one percent of the fewest FLOPs."""
+    forms = [*Form] if any(gradients) else [Form.FACTORED, Form.MERGED]
+    totals = {form: flops(form, costs, gradients) for form in forms}
+    limit = TOLERANCE * min(totals.values())
+    return next(form for form in forms if totals[form] <= limit)
 
 
-def flops(form: Form, costs: Costs, asked: Asked) -> int:
-    """Counts the floating-point operations of one contraction, forward and back to what is asked for."""
+def flops(form: Form, costs: Costs, gradients: Gradients) -> int:
+    """Counts the FLOPs of one contraction, forward pass and requested gradients."""
     if form is Form.FACTORED:
-        return _factored(costs, asked)
-    forming = costs.formed + costs.sums
-    total = costs.base.forward + forming + asked.x * costs.base.to_x
+        return _factored(costs, gradients)
+    total = costs.base.forward + costs.delta + costs.adding + gradients.x * costs.base.grad_x
     if form is Form.MERGED:
-        return total + (asked.a or asked.b) * costs.base.to_w + (asked.a + asked.b) * costs.formed
-    # Neither x·A nor its cotangent is there from anything else.
-    total += asked.a * (costs.second.to_x + costs.thin + costs.first.to_w)
-    return total + asked.b * (costs.first.forward + costs.thin + costs.second.to_w)
+        return total + (gradients.a or gradients.b) * costs.base.grad_w + (gradients.a + gradients.b) * costs.delta
+    # The forward pass computes neither x·A nor its cotangent.
+    total += gradients.a * (costs.second.grad_x + costs.thin + costs.first.grad_w)
+    return total + gradients.b * (costs.first.forward + costs.thin + costs.second.grad_w)
 
 
-def _factored(costs: Costs, asked: Asked) -> int:
+def _factored(costs: Costs, gradients: Gradients) -> int:
     base, first, second = costs.base, costs.first, costs.second
     total = base.forward + first.forward + second.forward + costs.thin + costs.y
-    total += asked.x * (base.to_x + first.to_x + costs.x)
-    total += (asked.x or asked.a) * (second.to_x + costs.thin)
-    return total + asked.a * first.to_w + asked.b * second.to_w
+    total += gradients.x * (base.grad_x + first.grad_x + costs.x)
+    total += (gradients.x or gradients.a) * (second.grad_x + costs.thin)
+    return total + gradients.a * first.grad_w + gradients.b * second.grad_w
 
 
-def added(form: Form, costs: Costs) -> int:
-    """The operations that a form adds to a forward pass without the adapter."""
+def added_flops(form: Form, costs: Costs) -> int:
+    """Counts the FLOPs that the adapter adds to a forward pass."""
     return flops(form, costs, INFERENCE) - costs.base.forward
 
 
 def always_factored(costs: Costs) -> bool:
-    """Whether no call, whatever is asked of it, has a better form: then nothing need be decided later.
+    """Whether factored is the form for every set of requested gradients.
 
-    Symbolic costs cannot be compared; they are factored.
+    True for symbolic costs, which cannot be compared.
     """
     if not all(map(is_known, jax.tree.leaves(costs))):
         return True
-    return all(cheapest(costs, asked) is Form.FACTORED for asked in _ALL_ASKED)
+    return all(choose_form(costs, gradients) is Form.FACTORED for gradients in _ALL_GRADIENTS)
 
 
-_ALL_ASKED = [Asked(x, a, b) for x in (False, True) for a in (False, True) for b in (False, True)]
+_ALL_GRADIENTS = [Gradients(x, a, b) for x in (False, True) for a in (False, True) for b in (False, True)]

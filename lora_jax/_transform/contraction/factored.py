@@ -1,6 +1,6 @@
-"""The low-rank product by itself: `((x·A)·s)·B`, thin side first.
+"""The low-rank term `((x·A)·s)·B`.
 
-The axes of a kernel are labelled by their numbers, so `axes_of_a` and `axes_of_b` are the labels of its factors.
+The axes of a kernel are labeled by their numbers, so `axes_of_a` and `axes_of_b` are the labels of its factors.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from ..._core.contract import Labelled, Labels, computable, contract, is_narrow,
 from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
 from ..._core.sizes import smallest
-from .costs import Costs, Form, Passes, added
+from .costs import Costs, Form, Passes, added_flops
 
 
 class Product(NamedTuple):
-    """A low-rank product, and the floating-point operations that it takes."""
+    """A low-rank product and its FLOPs."""
 
     array: Array
     flops: int
 
 
-def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
-    """`a` and `b`, labelled, in the dtype in which the model uses the kernel, of 16 bits at least."""
+def labeled_factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
+    """Returns `a` and `b` with labels, in the dtype in which the model uses the kernel, or bfloat16 if it is narrow."""
     dtype = computable(kernel.w.dtype)
     return (
         Labelled(kernel.a.astype(dtype), axes_of_a(kernel.roles)),
@@ -38,44 +38,44 @@ def factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
 
 
 def thin_dtype(x: Any, w: Any, y: Any) -> Any:
-    """The dtype of a product of rank r, by those of `x`, the kernel and the result: of the result's range at least."""
+    """Returns the dtype of the product of rank r, whose range is at least that of the result."""
     dtype = widest(x, w)
     return dtype if jnp.finfo(dtype).maxexp >= jnp.finfo(y).maxexp else widest(dtype, y)
 
 
 def precision_of_factors(precision: Any, x: Any, w: Any, y: Any) -> Any:
-    """The precision of the products with factors, by that of the product `x·w` with the result `y` and their dtypes.
+    """Returns the precision of the products with factors, given that of `x·w` and the dtypes of `x`, `w` and `y`.
 
-    It is the same, but for an algorithm that is made for operands which are narrow, or of a narrower range than `y`.
+    It is the same, except for an algorithm whose operands are narrow or have a narrower range than the result.
     """
     if isinstance(precision, lax.DotAlgorithm):
         types: tuple[Any, ...] = (precision.lhs_precision_type, precision.rhs_precision_type)
     elif isinstance(precision, lax.DotAlgorithmPreset):
         if precision == lax.DotAlgorithmPreset.DEFAULT:
             return precision
-        # Those that say nothing of the operands' types take any in 8 bits.
+        # Presets without operand types accept any 8-bit dtype.
         types = (*(precision.supported_lhs_types or [x]), *(precision.supported_rhs_types or [w]))
     else:
         return precision
-    fits = all(not is_narrow(its) and jnp.finfo(its).maxexp >= jnp.finfo(y).maxexp for its in types)
+    fits = all(not is_narrow(dtype) and jnp.finfo(dtype).maxexp >= jnp.finfo(y).maxexp for dtype in types)
     return precision if fits and not is_narrow(x) and not is_narrow(w) else None
 
 
-def low_rank(
+def low_rank_product(
     kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
 ) -> tuple[Callable[[Array, Array, Array], Array], Costs]:
-    """The product of `x` with `scale·a·b`, which is not formed, in the cheaper of the two orders.
+    """Returns a function that multiplies `x` with `scale·a·b` by its factors, in the order that needs fewer FLOPs.
 
     Args:
       kernel: the adapted kernel.
-      x: what it is multiplied with; an axis that has the label of a kernel's axis is summed, unless `out` has it too.
+      x: the operand; an axis with the label of a kernel's axis is contracted, unless `out` has that label.
       out: the labels of the result, in order.
-      kernel_first: whether the kernel is the left operand; its factors are then, too.
+      kernel_first: whether the kernel, and so each factor, is the left operand.
       precision: as in `dot_general`.
-      like: the type of the result; where that is narrow, the product is in bfloat16.
+      like: the type of the result; if that is narrow, the product is in bfloat16.
 
     Returns:
-      `multiply(x, a, b)`, which holds no array, and the operations of the contraction that it is a part of.
+      `multiply(x, a, b)`, which closes over no array, and the costs of the whole contraction.
     """
     kernel, x_labels, x_size = kernel.abstract, x.labels, x.array.size
     sizes = dict(zip(x_labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape))
@@ -85,36 +85,36 @@ def low_rank(
     def size(labels: Collection[int]) -> int:
         return math.prod(sizes[label] for label in labels)
 
-    def costs(one: Labels, other: Labels) -> Costs:
-        thin = {*x_labels, *one} & {*other, *out}
+    def costs(first: Labels, second: Labels) -> Costs:
+        thin = {*x_labels, *first} & {*second, *out}
         return Costs(
-            base=Passes.alike(2 * size({*x_labels, *axes})),
-            first=Passes.alike(2 * size({*x_labels, *one})),
-            second=Passes.alike(2 * size({*thin, *other})),
-            formed=2 * size({*axes, RANK}),
+            base=Passes.equal(2 * size({*x_labels, *axes})),
+            first=Passes.equal(2 * size({*x_labels, *first})),
+            second=Passes.equal(2 * size({*thin, *second})),
+            delta=2 * size({*axes, RANK}),
             x=x_size,
             y=size(out),
             thin=size(thin),
-            sums=kernel.a.size + kernel.w.size,
+            adding=kernel.a.size + kernel.w.size,
         )
 
     orders = {True: costs(labels_of_a, labels_of_b), False: costs(labels_of_b, labels_of_a)}
     a_first = smallest([*orders], key=lambda order: orders[order].first.forward + orders[order].second.forward)
 
     def multiply(array: Array, a: Array, b: Array) -> Array:
-        both = factors(dataclasses.replace(kernel, a=a, b=b))
-        one, other = both if a_first else both[::-1]
-        given = Labelled(array.astype(computable(array.dtype)), x_labels)
-        left, right = (one, given) if kernel_first else (given, one)
+        factors = labeled_factors(dataclasses.replace(kernel, a=a, b=b))
+        first, second = factors if a_first else factors[::-1]
+        x = Labelled(array.astype(computable(array.dtype)), x_labels)
+        left, right = (first, x) if kernel_first else (x, first)
         dtype = thin_dtype(array.dtype, kernel.w.dtype, like.dtype)
-        thin = contract(left, right, keep={*other.labels, *out}, precision=precision, dtype=dtype)
-        return expand(kernel, thin, other, out, kernel_first=kernel_first, precision=precision, like=like)
+        thin = contract(left, right, keep={*second.labels, *out}, precision=precision, dtype=dtype)
+        return multiply_second(kernel, thin, second, out, kernel_first=kernel_first, precision=precision, like=like)
 
     return multiply, orders[a_first]
 
 
 def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Callable[[Array, Array], Array]:
-    """The product of `x` with `a` alone; from there `b` would go to the labels of `out`."""
+    """Returns a function that multiplies `x` with `a` only, where the product with `b` would have the labels `out`."""
     labels, keep = axes_of_a(kernel.roles), {*axes_of_b(kernel.roles), *out}
 
     def multiply(x: Array, a: Array) -> Array:
@@ -123,15 +123,15 @@ def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Call
     return multiply
 
 
-def multiply(
+def multiply_low_rank(
     kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
 ) -> Product:
-    """`low_rank`, made at once."""
-    product, costs = low_rank(kernel, x, out, kernel_first=kernel_first, precision=precision, like=like)
-    return Product(product(x.array, kernel.a, kernel.b), added(Form.FACTORED, costs))
+    """Multiplies `x` with `scale·a·b` by its factors."""
+    product, costs = low_rank_product(kernel, x, out, kernel_first=kernel_first, precision=precision, like=like)
+    return Product(product(x.array, kernel.a, kernel.b), added_flops(Form.FACTORED, costs))
 
 
-def expand(
+def multiply_second(
     kernel: AdaptedKernel,
     thin: Labelled,
     factor: Labelled,
@@ -143,10 +143,9 @@ def expand(
 ) -> Array:
     """Scales the product of rank r and multiplies it with the second factor.
 
-    The axes of the result are `out`, its type is `like`, but bfloat16 where that is narrow.
-
-    The scale goes here, on the smallest array there is, and not on the output.
+    The result has the axes `out` and the type `like`, or bfloat16 if that is narrow.
     """
+    # The product of rank r is the smallest array, so scaling it needs the fewest FLOPs.
     scaled = thin._replace(array=thin.array * kernel.scale)
     left, right = (factor, scaled) if kernel_first else (scaled, factor)
     names = names_of(out, like)

@@ -1,11 +1,11 @@
-"""The three forms of a contraction with an adapted kernel, as functions of arrays, and the one that is taken.
+"""Evaluates a contraction with an adapted kernel in one of three forms:
 
     factored   y = x·W0 + ((x·A)·s)·B
     merged     y = x·W,   W = W0 + s·A·B
     hybrid     y = x·W,   dy = dx·W + x·dW0 + ((x·dA)·s)·B + ((x·A)·s)·dB
 
-All have the same values and derivatives. Where no form is the best in every case, the choice waits until the
-contraction is differentiated: only then is it known whose gradient is asked for.
+All have the same values and derivatives. If the best form depends on which gradients are requested, a `custom_jvp`
+delays the choice until the contraction is differentiated.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from jax.custom_derivatives import SymbolicZero
 from ..._core.base import Recorded, apply_to_base
 from ..._core.contract import Labelled, Labels, is_narrow, widest
 from ..._core.kernel import AdaptedKernel, gain_of, materialize
-from .costs import INFERENCE, TRAINING, Asked, Costs, Form, always_factored, cheapest
-from .tokens import of_active
+from .costs import INFERENCE, TRAINING, Costs, Form, Gradients, always_factored, choose_form
+from .tokens import mask_inactive
 
-# While another `lora` traces this one, its program is made of plain operations, which have rules. JAX knows it: what
-# it has cached of the model's inner functions outside is not found inside.
-traced_again = jax.make_user_context(default_value=False)
+# While another `lora` traces this one, contractions are evaluated with plain operations, because a `custom_jvp` has no
+# rule. The user context is part of JAX's cache keys, so that no trace from outside is reused inside.
+traced_by_lora = jax.make_user_context(default_value=False)
 
 
 def custom_jvp_works(arrays: Sequence[Any]) -> bool:
-    """Whether the transformations around a call support a `custom_jvp` of its arrays; `jax.experimental.jet` does not.
+    """Whether the transformations around a call support a `custom_jvp`; `jax.experimental.jet` does not.
 
-    Called only where something has failed: JAX has no way to ask, so that one is tried.
+    JAX has no query for that, so this evaluates one. Called only after a failure.
     """
 
     def double(*arrays: Array) -> list[Array]:
@@ -50,11 +50,11 @@ def custom_jvp_works(arrays: Sequence[Any]) -> bool:
 
 
 class Sum(NamedTuple):
-    """What the base gives and the low-rank term, not added yet.
+    """The base's result and the low-rank term, not added yet.
 
-    A bias that the model adds next is added to the base's part first. The compiler can then let each of the two
-    products accumulate onto what is there, and needs no array for the low-rank term by itself. Where the base's is
-    narrow, the low-rank term is in bfloat16, and so is the sum, before it is cast or the model casts it.
+    A bias that the model adds next is added to the base's result first. The compiler can then accumulate both products
+    into one array, and needs none for the low-rank term. If the base's result is narrow, the low-rank term and the sum
+    are in bfloat16 until the sum is cast.
     """
 
     base: Array
@@ -62,26 +62,26 @@ class Sum(NamedTuple):
 
     @property
     def total(self) -> Array:
-        """The sum, in the dtype of the low-rank term."""
+        """The sum in the dtype of the low-rank term."""
         return self.base.astype(self.low_rank.dtype) + self.low_rank
 
-    def plus(self, x: Any) -> Array:
-        """The sum, and what the model adds to it."""
+    def add(self, x: Any) -> Array:
+        """Adds both terms and `x`, which the model adds to the sum."""
         if not is_narrow(self.base.dtype):
             return (self.base + x) + self.low_rank
         return (self.total + jnp.asarray(x).astype(self.low_rank.dtype)).astype(self.base.dtype)
 
     def cast(self, dtype: Any) -> Sum:
-        """The same in another dtype."""
+        """Casts both terms."""
         return Sum(self.base.astype(dtype), self.low_rank.astype(dtype))
 
-    def waits_for(self, primitive: str) -> bool:
-        """Whether an operation takes it before it is added."""
+    def is_accepted_by(self, primitive: str) -> bool:
+        """Whether the rule of a primitive accepts the terms before they are added."""
         return primitive == "add" or (primitive == "convert_element_type" and is_narrow(self.base.dtype))
 
 
 def add_pending(value: Any) -> Any:
-    """What is not added yet, added; any other value as it is."""
+    """Adds the terms of a `Sum`; returns any other value as it is."""
     return value.total.astype(value.base.dtype) if isinstance(value, Sum) else value
 
 
@@ -89,19 +89,19 @@ class Contraction(NamedTuple):
     """A bilinear operation of `x` and a kernel.
 
     Attributes:
-      base: `base(x, w)`: the operation itself.
-      low_rank: `low_rank(x, a, b)`: the same with `s·a·b`, which is not formed.
-      thin: `thin(x, a)`: the product of rank r with `a` alone, in the dtype of the two, and the highest precision.
-      costs: the operations of its products.
+      base: `base(x, w)`, the operation.
+      low_rank: `low_rank(x, a, b)`, the operation with `s·a·b`, evaluated by its factors.
+      x_times_a: `x_times_a(x, a)`, the product of rank r with `a` only, in the wider dtype and the highest precision.
+      costs: the FLOPs of its products.
       precision: of its products.
-      x: the labels of the axes of `x`: one that meets an axis of the kernel has its number.
-      y: likewise of the result.
+      x: the labels of the axes of `x`; an axis that is multiplied with an axis of the kernel has its number.
+      y: the labels of the axes of the result.
       narrow: whether `x`, the kernel or the result has fewer than 16 bits.
     """
 
     base: Callable[[Array, Array], Array]
     low_rank: Callable[[Array, Array, Array], Array]
-    thin: Callable[[Array, Array], Array]
+    x_times_a: Callable[[Array, Array], Array]
     costs: Costs
     precision: Any
     x: Labels
@@ -109,109 +109,110 @@ class Contraction(NamedTuple):
     narrow: bool
 
 
-def wanted(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form | None:
-    """The form that a contraction takes whatever is asked of it; None where that depends.
+def fixed_form(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form | None:
+    """Returns the form of a contraction if it does not depend on the requested gradients, else None.
 
     Args:
       kernel: the adapted kernel.
-      contraction: with it.
-      form: what the caller wants for all of them; None for the cheapest.
+      contraction: a contraction with it.
+      form: the form that the caller requests for all contractions; None for the cheapest.
     """
     if contraction.narrow:  # the other forms would compute the factors' gradients in fewer than 16 bits
         return Form.FACTORED
     if form is not None:
         return form
-    if isinstance(kernel.w, Recorded):  # a merged kernel would be dense, and kept
+    if isinstance(kernel.w, Recorded):  # merged would keep a dequantized kernel for the backward pass
         return Form.FACTORED
-    # In 16 bits the sum of W0 and a small update is W0 again: what has been learnt would be rounded away.
-    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(contraction.costs) or traced_again.value:
+    # In 16 bits the sum of W0 and a small update would be rounded to W0.
+    if jnp.finfo(kernel.w.dtype).bits < 32 or always_factored(contraction.costs) or traced_by_lora.value:
         return Form.FACTORED
     return None
 
 
-def in_training(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form:
-    """The form in a training step that asks for the gradients of `x`, `a` and `b`."""
-    return wanted(kernel, contraction, form) or cheapest(contraction.costs, TRAINING)
+def form_in_training(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form:
+    """Returns the form in a training step, which requests the gradients of `x`, `a` and `b`."""
+    return fixed_form(kernel, contraction, form) or choose_form(contraction.costs, TRAINING)
 
 
-def contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
-    """The contraction of `x` with an adapted kernel, in the form that is wanted or else in the cheapest (`cheapest`).
+def evaluate_contraction(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
+    """Evaluates the contraction of `x` with an adapted kernel, in the form requested or else in that of `choose_form`.
 
-    A gain is that of the outputs: `x·(K ⊙ g) = (x·K) ⊙ g`. Where they are summed, as by a tied head, they are those of
-    `x`: `y·(K ⊙ g)ᵀ = (y ⊙ g)·Kᵀ`.
+    A gain multiplies the result, `x·(K ⊙ g) = (x·K) ⊙ g`. If the kernel's outputs are contracted, as by a tied head, it
+    multiplies `x`: `y·(K ⊙ g)ᵀ = (y ⊙ g)·Kᵀ`.
     """
     if kernel.gain is None:
-        return _contract(kernel, x, contraction, form)
-    gain, plain = _gain(kernel), dataclasses.replace(kernel, gain=None)
+        return _without_gain(kernel, x, contraction, form)
+    gain, plain = _squeezed_gain(kernel), dataclasses.replace(kernel, gain=None)
     if not set(gain.labels) <= set(contraction.y):
-        return _contract(plain, times(x, gain.expand_to(contraction.x)), contraction, form)
+        return _without_gain(plain, apply_gain(x, gain.expand_to(contraction.x)), contraction, form)
     g = gain.expand_to(contraction.y)
     if kernel.dropout is None:
-        return times(_contract(plain, x, contraction, form), g)
-    # As in DoRA's own code: what the gain changes of the base's part sees what is dropped, too.
+        return apply_gain(_without_gain(plain, x, contraction, form), g)
+    # As in DoRA's own code, the change of the base's result by the gain uses the activation after dropout.
     base, dropped = _base(kernel, x, contraction), kernel.dropout.apply(x)
-    seen = _base(kernel, dropped, contraction)
-    return base + (times(seen + contraction.low_rank(dropped, kernel.a, kernel.b), g) - seen)
+    base_dropped = _base(kernel, dropped, contraction)
+    return base + (apply_gain(base_dropped + contraction.low_rank(dropped, kernel.a, kernel.b), g) - base_dropped)
 
 
-def times(y: Array | Sum, gain: Array) -> Array:
-    """The product, in the wider of the two dtypes, as what `y` is."""
+def apply_gain(y: Array | Sum, gain: Array) -> Array:
+    """Multiplies `y` with a gain in the wider of the two dtypes, and casts to the dtype of `y`."""
     total, like = (y.total, y.base) if isinstance(y, Sum) else (y, y)
     dtype = widest(total.dtype, gain.dtype)
     return (total.astype(dtype) * gain.astype(dtype)).astype(like.dtype)
 
 
-def _gain(kernel: AdaptedKernel) -> Labelled:
-    """The gain without axes of size 1, along which there is one number for all."""
+def _squeezed_gain(kernel: AdaptedKernel) -> Labelled:
+    """The gain without its axes of size 1, which broadcast."""
     gain = gain_of(kernel)
-    ones = [place for place, size in enumerate(gain.array.shape) if size == 1]
-    return Labelled(lax.squeeze(gain.array, ones), tuple(x for at, x in enumerate(gain.labels) if at not in ones))
+    ones = [axis for axis, size in enumerate(gain.array.shape) if size == 1]
+    labels = tuple(label for axis, label in enumerate(gain.labels) if axis not in ones)
+    return Labelled(lax.squeeze(gain.array, ones), labels)
 
 
-def gain_misfit(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> str | None:
-    """Why a contraction cannot take the gain of a kernel, or None.
+def gain_problem(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> str | None:
+    """Returns why the gain of a kernel cannot be applied to a contraction, or None.
 
-    The outputs that have one are all kept, or all summed, with an `x` that has them one by one. A narrow `x` is not
-    multiplied with anything: its dtype may not hold the result.
+    The outputs that have a gain must be all kept, or all contracted with an `x` that has the same sizes. A narrow `x`
+    cannot be multiplied with a gain, because its dtype may not hold the result.
     """
     if kernel.gain is None:
         return None
     if kernel.dropout is not None and contraction.narrow:
-        return "a product in fewer than 16 bits in which something is dropped, of a kernel that has a gain"
-    if set(labels := _gain(kernel).labels) <= set(contraction.y):
+        return "a product in fewer than 16 bits with dropout, of a kernel that has a gain"
+    if set(labels := _squeezed_gain(kernel).labels) <= set(contraction.y):
         return None
     if is_narrow(x.dtype):
-        return "a product in fewer than 16 bits over the outputs that have a gain"
+        return "a product in fewer than 16 bits that contracts outputs with a gain"
     sizes = dict(zip(contraction.x, x.shape, strict=True))
     if all(sizes.get(label) == kernel.w.shape[label] for label in labels):
         return None
-    return "of the outputs that have a gain, some are summed"
+    return "a product that contracts only some of the outputs with a gain"
 
 
-def _contract(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
+def _without_gain(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
     low_rank, costs = contraction.low_rank, contraction.costs
-    if kernel.dropout is not None or kernel.active is not None:  # what the base sees is not what the factors see
-        seen = x if kernel.dropout is None else kernel.dropout.apply(x)
-        term = low_rank(seen, kernel.a, kernel.b)
-        term = term if kernel.active is None else of_active(kernel, term, contraction.y)
+    if kernel.dropout is not None or kernel.active is not None:  # no form but factored can express it
+        dropped = x if kernel.dropout is None else kernel.dropout.apply(x)
+        term = low_rank(dropped, kernel.a, kernel.b)
+        term = term if kernel.active is None else mask_inactive(kernel, term, contraction.y)
         return Sum(_base(kernel, x, contraction), term)
-    its = wanted(kernel, contraction, form)
-    if its is Form.FACTORED:
+    fixed = fixed_form(kernel, contraction, form)
+    if fixed is Form.FACTORED:
         return Sum(_base(kernel, x, contraction), low_rank(x, kernel.a, kernel.b))
     kernel, forms = kernel.with_array(), _Forms(kernel.abstract, contraction)
-    if its is Form.MERGED:
+    if fixed is Form.MERGED:
         return forms.merged(x, kernel.w, kernel.a, kernel.b)
     rules: dict[Form, Rule] = {
         Form.FACTORED: functools.partial(_jvp, forms.factored),
         Form.MERGED: functools.partial(_jvp, forms.merged),
         Form.HYBRID: forms.hybrid,
     }
-    merges = (its or cheapest(costs, INFERENCE)) is not Form.FACTORED
+    merges = (fixed or choose_form(costs, INFERENCE)) is not Form.FACTORED
     function = jax.custom_jvp(forms.merged if merges else forms.factored)
 
     def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
         x, _, a, b = (not isinstance(tangent, SymbolicZero) for tangent in tangents)
-        return rules[its or cheapest(costs, Asked(x, a, b))](primals, tangents)
+        return rules[fixed or choose_form(costs, Gradients(x, a, b))](primals, tangents)
 
     function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)
@@ -227,17 +228,17 @@ Rule = Callable[[Operands, Operands], tuple[Array, Array]]
 
 
 class _Forms(NamedTuple):
-    """The forms of one contraction, and the tangents of those whose tangents are not those of their values.
+    """The forms of one contraction as functions of arrays. `hybrid` returns a value and its tangent.
 
     Attributes:
-      kernel: its outline; the arrays are given in each call.
-      contraction: in two halves.
+      kernel: the abstract kernel.
+      contraction: a contraction with it.
     """
 
     kernel: AdaptedKernel
     contraction: Contraction
 
-    def formed(self, w: Array, a: Array, b: Array) -> Array:
+    def _materialize(self, w: Array, a: Array, b: Array) -> Array:
         kernel = dataclasses.replace(self.kernel, w=w, a=a, b=b)
         return materialize(kernel, precision=self.contraction.precision)
 
@@ -245,11 +246,11 @@ class _Forms(NamedTuple):
         return self.contraction.base(x, w) + self.contraction.low_rank(x, a, b)
 
     def merged(self, x: Array, w: Array, a: Array, b: Array) -> Array:
-        return self.contraction.base(x, self.formed(w, a, b))
+        return self.contraction.base(x, self._materialize(w, a, b))
 
     def hybrid(self, primals: Operands, tangents: Operands) -> tuple[Array, Array]:
         x, w, a, b = primals
-        kernel = self.formed(w, a, b)
+        kernel = self._materialize(w, a, b)
         return self.contraction.base(x, kernel), self._tangent(kernel, primals, tangents)
 
     def _tangent(self, kernel: Array, primals: Operands, tangents: Operands) -> Array:
@@ -266,14 +267,11 @@ class _Forms(NamedTuple):
 
 
 def _jvp(function: Callable[..., Array], primals: Operands, tangents: Operands) -> tuple[Array, Array]:
-    """The value and the tangent of a function, in what moves alone."""
-    moves = [not isinstance(tangent, SymbolicZero) for tangent in tangents]
+    """Returns the value of a function and its tangent, differentiating only operands whose tangent is not zero."""
+    nonzero = [number for number, tangent in enumerate(tangents) if not isinstance(tangent, SymbolicZero)]
 
-    def of_moving(*moving: Array) -> Array:
-        its = iter(moving)
-        return function(*(next(its) if moves_ else x for moves_, x in zip(moves, primals, strict=True)))
+    def of_nonzero(*arrays: Array) -> Array:
+        replaced = dict(zip(nonzero, arrays, strict=True))
+        return function(*(replaced.get(number, primal) for number, primal in enumerate(primals)))
 
-    moving, along = (
-        [x for moves_, x in zip(moves, operands, strict=True) if moves_] for operands in (primals, tangents)
-    )
-    return jax.jvp(of_moving, moving, along)
+    return jax.jvp(of_nonzero, [primals[number] for number in nonzero], [tangents[number] for number in nonzero])

@@ -1,4 +1,4 @@
-"""The rules, by kind; each registers itself for its primitives when it is imported."""
+"""The rules of the primitives. Importing a submodule registers its rules."""
 
 from . import calls as calls
 from . import concatenate as concatenate

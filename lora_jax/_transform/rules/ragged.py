@@ -1,8 +1,8 @@
-"""Products by group, as mixtures of experts make them: the rows of x, run by run, each with its own expert's kernel.
+"""Ragged products, as in mixtures of experts: each group of rows of x is multiplied with the kernel of its expert.
 
     y = ragged(x, W0) + ragged(ragged(x, A)·s, B)
 
-Usually the experts are a batch axis of the adapter. A factor that they share meets all rows alike.
+Usually the experts are a batch axis of the adapter. A factor that all experts share is multiplied with all rows.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..._core.base import apply_to_base
 from ..._core.contract import Labelled, Labels, computable, contract, sharding_of_product
 from ..._core.kernel import AdaptedKernel, TrackedKernel, gain_of
 from ..._core.placement import names_of
-from ..contraction.factored import factors, precision_of_factors, thin_dtype
-from ..contraction.forms import Sum, times
-from ..interpreter import NoRule, Site, Value, on_all_tokens
+from ..contraction.factored import labeled_factors, precision_of_factors, thin_dtype
+from ..contraction.forms import Sum, apply_gain
+from ..interpreter import NoRule, Site, Value, check_all_tokens
 from ..registry import rule
 
 
@@ -41,17 +41,17 @@ def _ragged_dot_general(
     group_offset: Any,
     out_sharding: Any,
 ) -> Value:
-    """As `dot_general`, each row with the factors of its own group; refused where the kernel is what is divided."""
+    """As `dot_general`, each row with the factors of its group; a kernel that is divided into groups is refused."""
     numbers = ragged_dot_dimension_numbers
     if not isinstance(rhs, TrackedKernel) or isinstance(lhs, AdaptedKernel):
-        raise NoRule("the adapted kernel is what is divided into groups")
+        raise NoRule("the adapted kernel is divided into groups")
     if not numbers.rhs_group_dimensions:
-        raise NoRule("what is summed, or a batch, is divided into groups")
-    kernel, group_sizes = rhs, site.array(group_sizes, "it divides into groups")
+        raise NoRule("a contracted axis or a batch axis is divided into groups")
+    kernel, group_sizes = rhs, site.to_array(group_sizes, "the adapted kernel is `group_sizes`")
     (group,), (lhs_ragged,) = numbers.rhs_group_dimensions, numbers.lhs_ragged_dimensions
     (lhs_summed, summed), (lhs_batch, batch) = numbers.dot_dimension_numbers
     roles = "".join("b" if axis in (group, *batch) else "i" if axis in summed else "o" for axis in range(kernel.w.ndim))
-    lhs = site.array(lhs, "it is divided into groups")  # a leaf without factors: noted
+    lhs = site.to_array(lhs, "the left operand")  # logs a leaf without factors
 
     def product(x: Array, w: Array, sizes: Array) -> Array:
         return lax.ragged_dot_general(
@@ -65,64 +65,64 @@ def _ragged_dot_general(
             out_sharding=out_sharding,
         )
 
-    def of_base() -> Array:
+    def base_product() -> Array:
         return apply_to_base(lambda w, x, sizes: product(x, w, sizes), kernel.w, lhs, group_sizes)
 
     if not isinstance(kernel, AdaptedKernel):
-        site.used(kernel, "factored", roles=roles)
-        return of_base()
-    its = "".join(kernel.roles)
+        site.log_use(kernel, "factored", roles=roles)
+        return base_product()
+    adapter_roles = "".join(kernel.roles)
     misfit = any((kernel.roles[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
     if group_sizes.ndim > 1 and misfit:
-        raise NoRule(f"groups for each of a batch, with the axes {roles!r}; the adapter's are {its!r}")
-    on_all_tokens(kernel)
-    met = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
+        raise NoRule(f"groups per batch element and the axes {roles!r}; the adapter has {adapter_roles!r}")
+    check_all_tokens(kernel)
+    w_axis_of = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.apply(lhs)
     x = Labelled(
         dropped.astype(computable(dropped.dtype)),
-        tuple(met.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)),
+        tuple(w_axis_of.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)),
     )
     x_rest = [label for label in x.labels if label >= kernel.w.ndim]
     w_rest = [axis for axis in range(kernel.w.ndim) if roles[axis] == "o"]
     out = (*batch, *x_rest, *w_rest)
     gain = None if kernel.gain is None else gain_of(kernel)
     if gain is not None and not set(gain.labels) <= {group, *out}:
-        raise NoRule("of the outputs that have a gain, some are summed")
+        raise NoRule("a product that contracts outputs with a gain")
     if gain is not None and kernel.dropout is not None:
-        raise NoRule("a product by group in which something is dropped, of a kernel that has a gain")
+        raise NoRule("a ragged product with dropout, of a kernel that has a gain")
     like: Any = site.eqn.outvars[0].aval
-    own = precision_of_factors(precision, lhs.dtype, kernel.w.dtype, like.dtype)
-    groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, own)
+    factor_precision = precision_of_factors(precision, lhs.dtype, kernel.w.dtype, like.dtype)
+    groups = _Groups(group, kernel.w.ndim + lhs_ragged, batch, group_sizes, group_offset, factor_precision)
     if site.settings.observe:
-        with_a = functools.partial(groups.thin, x.labels, its, {*out, *axes_of_b(its)})
-        return site.observe(kernel, lhs, product, with_a, group_sizes, roles=roles)
-    y = of_base()
-    a, b = factors(kernel)
-    first, second = (b, a) if all(its[axis] == "o" for axis in summed) else (a, b)
+        x_times_a = functools.partial(groups.x_times_a, x.labels, adapter_roles, {*out, *axes_of_b(adapter_roles)})
+        return site.observe(kernel, lhs, product, x_times_a, group_sizes, roles=roles)
+    y = base_product()
+    a, b = labeled_factors(kernel)
+    first, second = (b, a) if all(adapter_roles[axis] == "o" for axis in summed) else (a, b)
     dtype = thin_dtype(x.array.dtype, kernel.w.dtype, y.dtype)
     thin = groups.contract(x, first, keep={*second.labels, *out}, dtype=dtype)
     scaled = thin._replace(array=thin.array * kernel.scale)
     names = names_of(out, jax.typeof(y))
     low_rank = groups.contract(scaled, second, keep=out, dtype=computable(y.dtype), names=names).in_order(out)
-    # Beside the two products: the scale on the thin one, and the sum with the base's.
+    # The two products, the scale and the sum.
     flops = groups.flops(x, first) + groups.flops(thin, second) + thin.array.size + y.size
-    site.used(kernel, "factored", roles=roles, flops=flops)
+    site.log_use(kernel, "factored", roles=roles, flops=flops)
     if gain is None:
         return Sum(y, low_rank)
-    return times(Sum(y, low_rank), groups.of_each_row(gain, lhs.shape[lhs_ragged]).expand_to(out))
+    return apply_gain(Sum(y, low_rank), groups.select_by_row(gain, lhs.shape[lhs_ragged]).expand_to(out))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Groups:
-    """How the rows are divided.
+    """The groups of rows of a ragged product.
 
     Attributes:
       group: the kernel's axis of experts.
       ragged: the label of the rows.
-      batch: the kernel's batch axes, in the order in which `sizes` has them.
-      sizes: how many rows each expert has, one run after the other.
-      offset: as in `ragged_dot_general`.
-      precision: likewise.
+      batch: the kernel's batch axes, in the order of `sizes`.
+      sizes: the number of rows of each expert, which are contiguous.
+      offset: as `group_offset` in `ragged_dot_general`.
+      precision: as in `ragged_dot_general`.
     """
 
     group: int
@@ -141,13 +141,13 @@ class _Groups:
         dtype: Any = None,
         names: Mapping[int, Any] | None = None,
     ) -> Labelled:
-        """As `_contract.contract`, each row with its own expert's factor, if the factor has one for each."""
+        """As `_core.contract.contract`, but with the factor of its expert for each row, if there is one for each."""
         if self.group not in factor.labels:
             return contract(x, factor, keep=keep, precision=self.precision, dtype=dtype, names=names)
         shared = [label for label in x.labels if label in factor.labels]
         summed = [label for label in shared if label not in keep]
         batch = sorted((label for label in shared if label in keep), key=(*self.batch, *shared).index)
-        dot = [[[its.labels.index(label) for label in met] for its in (x, factor)] for met in (summed, batch)]
+        dot = [[[array.labels.index(label) for label in labels] for array in (x, factor)] for labels in (summed, batch)]
         rest = [label for label in (*x.labels, *factor.labels) if label not in (*shared, self.group)]
         numbers = lax.RaggedDotDimensionNumbers(dot, [x.labels.index(self.ragged)], [factor.labels.index(self.group)])
         array = lax.ragged_dot_general(
@@ -162,24 +162,24 @@ class _Groups:
         )
         return Labelled(array, (*batch, *rest))
 
-    def of_each_row(self, x: Labelled, rows: int) -> Labelled:
-        """What is kept for each expert, for each row: that of its own expert."""
+    def select_by_row(self, x: Labelled, rows: int) -> Labelled:
+        """Selects, for each row, the element of its expert."""
         if self.group not in x.labels:
             return x
-        one = Labelled(jnp.ones((rows, 1), x.array.dtype), (self.ragged, RANK))
+        ones = Labelled(jnp.ones((rows, 1), x.array.dtype), (self.ragged, RANK))
         factor = Labelled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
-        return self.contract(one, factor, keep={self.ragged, *x.labels})
+        return self.contract(ones, factor, keep={self.ragged, *x.labels})
 
-    def thin(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
-        """The product of rank r with `a` alone, for given sizes of the groups."""
+    def x_times_a(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
+        """Multiplies `x` with `a` only, for given sizes of the groups."""
         precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
         return precise.contract(Labelled(x, labels), Labelled(a, axes_of_a(roles)), keep=keep).array
 
     def flops(self, x: Labelled, factor: Labelled) -> int:
-        """Of a product; a row meets one expert's factor."""
-        alone = [
+        """Counts the FLOPs of a product; each row is multiplied with the factor of one expert."""
+        factor_sizes = [
             size
             for label, size in zip(factor.labels, factor.array.shape, strict=True)
             if label not in (*x.labels, self.group)
         ]
-        return 2 * x.array.size * math.prod(alone)
+        return 2 * x.array.size * math.prod(factor_sizes)

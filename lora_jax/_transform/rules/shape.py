@@ -1,6 +1,6 @@
-"""Operations that change a kernel's axes or type, and move the factors along: nothing is consumed, nothing formed.
+"""Operations that change the axes or the dtype of a kernel. The result is an adapted kernel again.
 
-Each rule says what happens to one factor, given which of the kernel's axes the factor's axes are before and after.
+Each rule changes one factor at a time, given the kernel axis of each of the factor's axes before and after.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def _transpose(site: Site, kernel: TrackedKernel, *, permutation: Axes) -> Track
     return kernel.moved(Change(lax.transpose, (tuple(permutation),)), roles, move)
 
 
-def _moved(sharding: Any, axes: Axes) -> Any:
-    """The sharding of a factor that has some of the axes of a kernel, if one is asked for."""
+def _factor_sharding(sharding: Any, axes: Axes) -> Any:
+    """Returns the sharding of a factor with some of the kernel's axes, given that of the kernel or None."""
     return None if sharding is None else sharding.update(spec=factor_spec(axes, sharding.spec))
 
 
@@ -48,7 +48,7 @@ def _moved(sharding: Any, axes: Axes) -> Any:
 def _broadcast_in_dim(
     site: Site, kernel: Value, *dynamic_shape: Any, shape: Axes, broadcast_dimensions: Axes, sharding: Any
 ) -> TrackedKernel:
-    """A new axis is one more output, along which `b` repeats."""
+    """A new axis is an output axis, along which `b` is broadcast."""
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
     del site
@@ -59,8 +59,8 @@ def _broadcast_in_dim(
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         rank = factor.shape[before.index(RANK)]
         sizes = [rank if axis == RANK else shape[axis] for axis in after]
-        places = [after.index(axis if axis == RANK else broadcast_dimensions[axis]) for axis in before]
-        return lax.broadcast_in_dim(factor, sizes, places, out_sharding=_moved(sharding, after))
+        dimensions = [after.index(axis if axis == RANK else broadcast_dimensions[axis]) for axis in before]
+        return lax.broadcast_in_dim(factor, sizes, dimensions, out_sharding=_factor_sharding(sharding, after))
 
     return kernel.moved(Change(_broadcast, (tuple(shape), tuple(broadcast_dimensions), sharding)), roles, move)
 
@@ -71,28 +71,28 @@ def _broadcast(w: Array, shape: Axes, dimensions: Axes, sharding: Any) -> Array:
 
 @rule(primitives.reshape_p, "moved")
 def _reshape(site: Site, kernel: Value, *dynamic_shape: Any, new_sizes: Axes, dimensions: Any, sharding: Any) -> Value:
-    """Axes of one role are split or merged, those of size 1 with any; a merge of inputs with outputs is refused."""
+    """Axes of one role are split or merged, axes of size 1 with any; a merge of inputs with outputs is refused."""
     if dynamic_shape:
         raise NoRule("a shape known only at run time")
-    if dimensions is not None:  # the order in which the axes are read
+    if dimensions is not None:  # a transpose before the reshape
         kernel = _transpose(site, kernel, permutation=dimensions)
     after_reshape = _roles_after if isinstance(kernel, AdaptedKernel) else _labels_after
     roles = after_reshape(kernel, new_sizes)
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         rank = factor.shape[before.index(RANK)]
-        its_sizes = [rank if axis == RANK else new_sizes[axis] for axis in after]
-        return lax.reshape(factor, its_sizes, out_sharding=_moved(sharding, after))
+        sizes = [rank if axis == RANK else new_sizes[axis] for axis in after]
+        return lax.reshape(factor, sizes, out_sharding=_factor_sharding(sharding, after))
 
-    return site.left(kernel.moved(Change(_reshaped, (tuple(new_sizes), sharding)), roles, move))
+    return site.materialize_row(kernel.moved(Change(_reshape_array, (tuple(new_sizes), sharding)), roles, move))
 
 
-def _reshaped(w: Array, sizes: Axes, sharding: Any) -> Array:
+def _reshape_array(w: Array, sizes: Axes, sharding: Any) -> Array:
     return lax.reshape(w, sizes, out_sharding=sharding)
 
 
 def _roles_after(kernel: AdaptedKernel, new_sizes: Axes) -> list[str]:
-    """The roles of a kernel's axes after a reshape. One of size 1 holds nothing, and has no role in what it joins."""
+    """Returns the roles of a kernel's axes after a reshape. An axis of size 1 can be merged with axes of any role."""
     shape = kernel.w.shape
     roles = [""] * len(new_sizes)
     for old, new in _blocks(shape, new_sizes):
@@ -102,27 +102,27 @@ def _roles_after(kernel: AdaptedKernel, new_sizes: Axes) -> list[str]:
             raise NoRule(f"a reshape from {shape} to {new_sizes} merges axes with the roles {role!r}")
         for place in new:
             roles[place] = role if not wide or new_sizes[place] != 1 else ""
-    # A kernel stays one if an axis is left for its inputs and one for its outputs.
+    # A new axis of size 1 becomes the input or the output if there is none otherwise.
     lost = [role for role in "io" if role in kernel.roles and role not in roles]
     return [role or (lost.pop() if lost else "o") for role in roles]
 
 
 def _labels_after(kernel: PlainKernel, new_sizes: Axes) -> list[frozenset[Label]]:
-    """Which axes of leaves each axis comes from after a reshape."""
+    """Returns the axes of leaves that each axis comes from after a reshape."""
     shape, labels = kernel.w.shape, [frozenset[Label]()] * len(new_sizes)
-    place = 0  # of the last axis so far
+    place = 0  # the last new axis so far
     for old, new in _blocks(shape, new_sizes):
         wide = [axis for axis in old if shape[axis] != 1]
         joined = frozenset[Label]().union(*(kernel.roles[axis] for axis in wide or old[:1]))
         for place in new:
             labels[place] = joined if not wide or new_sizes[place] != 1 else frozenset()
-        if not new and labels:  # gone into what is before it
+        if not new and labels:  # merged into the axis before it
             labels[place] |= joined
     return labels
 
 
 def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Pairs the smallest runs of axes of two shapes of one size that span the same elements.
+    """Pairs the smallest runs of axes that span the same elements, in two shapes of the same size.
 
     >>> _blocks((8, 4, 16), (8, 64)), _blocks((6, 4), (2, 3, 4))
     ([([0], [0]), ([1, 2], [1])], [([0], [0, 1]), ([1], [2])])
@@ -130,7 +130,7 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     blocks, i, j = [], 0, 0
     while i < len(old) or j < len(new):
         ends = itertools.product(range(min(i + 1, len(old)), len(old) + 1), range(min(j + 1, len(new)), len(new) + 1))
-        # Symbolic sizes are known to be equal, or they are not; which of two is larger is often unknown.
+        # Symbolic sizes can be tested for equality, but often not ordered.
         equal = [(k, m) for k, m in ends if math.prod(old[i:k]) == math.prod(new[j:m])]
         k, m = min(equal, key=sum, default=(len(old), len(new)))
         blocks.append(([*range(i, k)], [*range(j, m)]))
@@ -152,19 +152,18 @@ def _rev(site: Site, kernel: TrackedKernel, *, dimensions: Axes) -> TrackedKerne
 
 @rule(primitives.pad_p, "moved")
 def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tuple[int, int, int]]) -> TrackedKernel:
-    """The factors are padded with zeros; any other padding is refused."""
+    """The factors are padded with zeros, the base with any value; a kernel as the padding value is refused."""
     if not isinstance(kernel, TrackedKernel):
-        raise NoRule("the kernel is what is padded with")
+        raise NoRule("the kernel is the padding value")
     if "gain" in kernel.factors and (isinstance(value, Array) or value != 0):
-        raise NoRule("a kernel that has a gain is padded with something else than 0")
-    value = site.array(value, "the kernel is what is padded with")
+        raise NoRule("a kernel with a gain is padded with a value other than 0")
+    value = site.to_array(value, "the kernel is the padding value")
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after
         config = [(0, 0, 0) if axis == RANK else padding_config[axis] for axis in before]
-        return lax.pad(
-            factor, jnp.zeros((), factor.dtype), config
-        )  # whatever the base is padded with, nothing is added
+        # Zeros for any padding value: the low-rank term must not change it.
+        return lax.pad(factor, jnp.zeros((), factor.dtype), config)
 
     return kernel.moved(Change(lax.pad, (tuple(padding_config),)), kernel.roles, move, value)
 
@@ -173,24 +172,23 @@ def _pad(site: Site, kernel: Value, value: Value, *, padding_config: Sequence[tu
 def _convert_element_type(
     site: Site, kernel: TrackedKernel | Sum, *, new_dtype: Any, weak_type: bool, sharding: Any
 ) -> TrackedKernel | Sum:
-    """The factors keep their own dtype until they are used; a cast to whole numbers is refused."""
-    del site, weak_type  # what the model makes of the kernel next has a strong type either way
+    """The factors keep their dtype until they are consumed; a cast to an integer dtype is refused."""
+    del site, weak_type  # the next operation has a strong type either way
     if isinstance(kernel, Sum):
         if sharding is not None or is_narrow(new_dtype) or not jnp.issubdtype(new_dtype, jnp.floating):
-            raise NoRule("a cast of a sum")  # which is added first
+            raise NoRule("a cast of a sum")  # the sum is added first, then cast
         return kernel.cast(new_dtype)
     if not jnp.issubdtype(new_dtype, jnp.floating):
         raise NoRule(f"a cast to {jnp.dtype(new_dtype).name}")
     if sharding is not None:
         raise NoRule("a cast that also changes the sharding")
-    # The factors keep their own dtype until they are consumed: a base in bfloat16 takes nothing from them.
     return kernel.with_base(Change(lax.convert_element_type, (jnp.dtype(new_dtype),), elementwise=True))
 
 
 @rule(primitives.reduce_precision_p, "moved")
 def _reduce_precision(site: Site, kernel: TrackedKernel, *, exponent_bits: int, mantissa_bits: int) -> TrackedKernel:
     """The factors keep their precision."""
-    del site  # like a cast: the factors keep their precision
+    del site
     return kernel.with_base(Change(lax.reduce_precision, (exponent_bits, mantissa_bits), elementwise=True))
 
 
@@ -210,7 +208,7 @@ def _copy(site: Site, kernel: TrackedKernel) -> TrackedKernel:
 
 @rule(primitives.name_p, "moved")
 def _name(site: Site, kernel: TrackedKernel, *, name: str) -> TrackedKernel:
-    """The name goes to the base, for `remat` policies."""
+    """The base gets the name, for `remat` policies."""
     del site
     return kernel.with_base(Change(checkpoint_name, (name,), elementwise=True))
 
@@ -229,9 +227,8 @@ def _stop_gradient(site: Site, kernel: TrackedKernel) -> TrackedKernel:
 
 @rule("pvary", "moved")
 def _pvary(site: Site, kernel: TrackedKernel, *, axes: Sequence[str]) -> TrackedKernel:
-    """The base varies over the mesh; the factors follow where they meet what varies."""
-    del site
-    # What shard_map puts before a replicated kernel. The factors follow by themselves, where they meet what varies.
+    """The base varies over the mesh axes; the factors do when they are consumed."""
+    del site  # `shard_map` inserts it before a replicated kernel is consumed; JAX inserts it for the factors
     return kernel.with_base(Change(_vary, (tuple(axes),), elementwise=True))
 
 

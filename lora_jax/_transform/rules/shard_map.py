@@ -1,4 +1,4 @@
-"""Adapted kernels in a `shard_map`: their factors are cut as they are."""
+"""Adapted kernels in a `shard_map`: the factors are sharded as their kernel is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..._core.base import Change
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.placement import mesh_axes
 from ..interpreter import NoRule, Site, Value
-from ..placement import specs
+from ..placement import kernel_specs
 from ..registry import rule
 
 
@@ -29,38 +29,38 @@ def _shard_map(
     check_vma: bool,
     newly_manual_axes: Collection[str],
 ) -> list[Value]:
-    """`jax.shard_map`: the factors are cut as the kernel is, the rank is not."""
+    """`jax.shard_map`; the factors are sharded as the kernel is, and replicated along the rank."""
 
-    # What stands for an array has no axes to shard: it is one before.
+    # A stored leaf has no axes to shard, so it is dequantized before.
     operands = tuple(x.with_array() if isinstance(x, TrackedKernel) else x for x in operands)
 
     def run(*operands: Value) -> tuple[Array, ...]:
-        operands = tuple(_inside(x, place, newly_manual_axes) for x, place in zip(operands, places, strict=True))
+        operands = tuple(_mark_replicated(x, spec, newly_manual_axes) for x, spec in zip(operands, specs, strict=True))
         out = site.interpret(jaxpr, operands)
-        return tuple(site.array(result, "a shard_map returns the kernel") for result in out)
+        return tuple(site.to_array(result, "a shard_map returns the kernel") for result in out)
 
-    each = zip(operands, in_specs, strict=True)
-    places = tuple(specs(x, spec) if isinstance(x, TrackedKernel) else spec for x, spec in each)
+    pairs = zip(operands, in_specs, strict=True)
+    specs = tuple(kernel_specs(x, spec) if isinstance(x, TrackedKernel) else spec for x, spec in pairs)
     mapped = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=places,
+        in_specs=specs,
         out_specs=tuple(out_specs),
         axis_names=set(newly_manual_axes),
         check_vma=check_vma,
     )
     if AxisType.Explicit in mesh.axis_types:
-        # There an array has to come as it will be cut, and the user has seen to the kernel alone.
-        operands = jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), operands, places)
+        # An operand must already have the sharding of its spec, and the model reshards only the kernel.
+        operands = jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), operands, specs)
     return list(mapped(*operands))
 
 
-def _inside(x: Value, place: Any, manual_axes: Collection[str]) -> Value:
-    """An operand inside; a factor is the same over the axes of the mesh along which it is not cut."""
+def _mark_replicated(x: Value, specs: Any, manual_axes: Collection[str]) -> Value:
+    """Records in a kernel the mesh axes over which its factors are replicated."""
     if not isinstance(x, AdaptedKernel):
         return x
-    cut = {name: {axis for names in spec for axis in mesh_axes(names)} for name, (spec, _) in place.factors.items()}
-    return x.with_replicated({name: x.replicated_over(name) | ({*manual_axes} - cut[name]) for name in x.factors})
+    sharded = {name: {axis for names in spec for axis in mesh_axes(names)} for name, (spec, _) in specs.factors.items()}
+    return x.with_replicated({name: x.replicated_over(name) | ({*manual_axes} - sharded[name]) for name in x.factors})
 
 
 @rule(primitives.all_gather_p, "moved")
@@ -74,7 +74,7 @@ def _all_gather(
     axis_size: int,
     tiled: bool,
 ) -> TrackedKernel:
-    """The factors that have the axis are gathered."""
+    """The factors that have the axis are gathered, too."""
     del site, axis_size
     at, names = all_gather_dimension, tuple(axis_name)
 
@@ -88,16 +88,16 @@ def _all_gather(
     gathered = [name for name, (_, layout) in kernel.factors.items() if not tiled or at in layout(kernel.roles)]
     known = {name: kernel.replicated_over(name).union(() if axis_index_groups else names) for name in gathered}
     if not tiled:
-        # The devices' kernels side by side: a batch of them, whatever was cut.
+        # The kernels of the devices become a batch, whichever axes are sharded.
         roles = [*kernel.roles[:at], "b", *kernel.roles[at:]]
         stack = kernel.moved(change, roles, lambda factor, _, after: gather(factor, after.index(at)))
         return stack.with_replicated(known)
-    # Put together from pieces, the kernel is a product only if the other factor is the same for all of them.
+    # Concatenated shards are a product of two factors only if the other factor is the same on all devices.
     for name, (factor, _) in kernel.factors.items():
         same = kernel.replicated_over(name) | (varying(kernel.w) - varying(factor))
         if name not in gathered and not set(names) <= same:
             raise NoRule(
-                "it is gathered from devices on which its other factor differs, or may differ without `check_vma=True`"
+                "it is gathered from devices on which the other factor differs, or may differ without `check_vma=True`"
             )
 
     def move(factor: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Array:

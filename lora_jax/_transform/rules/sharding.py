@@ -1,4 +1,4 @@
-"""Requests to put a kernel somewhere on the mesh: its factors go along, each along the axes that it has."""
+"""Sharding constraints on a kernel: each factor is sharded along the axes that it has."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def _sharding_constraint(
     unconstrained_dims: Collection[int],
 ) -> TrackedKernel:
     """Each factor is constrained along the axes that it has."""
-    del site, context_mesh  # the equation's own context brings the mesh back
+    del site, context_mesh  # set by the context of the equation
     if layout is not None or not isinstance(sharding, NamedSharding):
-        raise NoRule("a constraint on the layout, or a sharding that does not name its axes")
-    given = (*sharding.spec, *(None,) * (kernel.w.ndim - len(sharding.spec)))
-    spec = [PartitionSpec.UNCONSTRAINED if axis in unconstrained_dims else names for axis, names in enumerate(given)]
-    return _placed(kernel, lax.with_sharding_constraint, sharding.update(spec=PartitionSpec(*spec)))
+        raise NoRule("a constraint on the layout, or a sharding without named axes")
+    padded = (*sharding.spec, *(None,) * (kernel.w.ndim - len(sharding.spec)))
+    spec = [PartitionSpec.UNCONSTRAINED if axis in unconstrained_dims else names for axis, names in enumerate(padded)]
+    return _place(kernel, lax.with_sharding_constraint, sharding.update(spec=PartitionSpec(*spec)))
 
 
 @rule("reshard", "moved")
 def _reshard(site: Site, kernel: TrackedKernel, *, dst_sharding: NamedSharding, concrete_mesh: Any) -> TrackedKernel:
     """Each factor is resharded along the axes that it has."""
     del site
-    return _placed(kernel, jax.reshard, NamedSharding(concrete_mesh or dst_sharding.mesh, dst_sharding.spec))
+    return _place(kernel, jax.reshard, NamedSharding(concrete_mesh or dst_sharding.mesh, dst_sharding.spec))
 
 
-def _placed(kernel: TrackedKernel, place: Any, sharding: NamedSharding) -> TrackedKernel:
+def _place(kernel: TrackedKernel, place: Any, sharding: NamedSharding) -> TrackedKernel:
     check_reduced(sharding.spec)
 
     def move(factor: Array, before: tuple[int, ...], after: tuple[int, ...]) -> Array:

@@ -1,6 +1,6 @@
-"""Slices of a kernel, and axes taken away: the same of each factor that has the axis.
+"""Slices of a kernel and removed axes: each factor that has the axis is sliced in the same way.
 
-What is left of a kernel without an input or an output axis is a lookup's result, and is formed.
+A kernel that loses its last input or output axis is the result of a lookup, and is materialized.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ Axes = tuple[int, ...]
 
 @rule(primitives.squeeze_p, "moved")
 def _squeeze(site: Site, kernel: TrackedKernel, *, dimensions: Axes) -> Value:
-    """The factors are squeezed; a row or column that is left alone is formed."""
+    """The factors are squeezed; a single row or column is materialized."""
 
     def move(factor: Array, before: Axes, after: Axes) -> Array:
         del after
         return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
 
     roles = [role for axis, role in enumerate(kernel.roles) if axis not in dimensions]
-    return site.left(kernel.moved(Change(lax.squeeze, (tuple(dimensions),)), roles, move))
+    return site.materialize_row(kernel.moved(Change(lax.squeeze, (tuple(dimensions),)), roles, move))
 
 
 @rule(primitives.slice_p, "moved")
 def _slice(
     site: Site, kernel: TrackedKernel, *, start_indices: Axes, limit_indices: Axes, strides: Axes | None
 ) -> TrackedKernel:
-    """The same slice of each factor that has the axis."""
+    """Each factor that has the axis is sliced in the same way."""
     del site
     steps = strides or (1,) * kernel.w.ndim
 
@@ -55,7 +55,7 @@ def _slice(
 
 @rule("unstack", "moved")
 def _unstack(site: Site, kernel: TrackedKernel, *, axis: int) -> list[Value]:
-    """Each part is such a slice, squeezed."""
+    """Each part is a slice, squeezed."""
     shape = kernel.w.shape
 
     def part(number: int) -> Value:
@@ -69,11 +69,11 @@ def _unstack(site: Site, kernel: TrackedKernel, *, axis: int) -> list[Value]:
 
 @rule("split", "moved")
 def _split(site: Site, kernel: TrackedKernel, *, sizes: Sequence[int], axis: int) -> list[TrackedKernel]:
-    """Each part is such a slice."""
+    """Each part is a slice."""
     del site
     ends = list(itertools.accumulate(sizes))
 
-    def cut(number: int) -> TrackedKernel:
+    def part(number: int) -> TrackedKernel:
         def move(factor: Array, before: Axes, after: Axes) -> Array:
             del after
             if axis not in before:
@@ -83,12 +83,12 @@ def _split(site: Site, kernel: TrackedKernel, *, sizes: Sequence[int], axis: int
         bounds = ends[number] - sizes[number], ends[number]
         return kernel.moved(Change(lax.slice_in_dim, (*bounds, 1, axis)), kernel.roles, move)
 
-    return [cut(number) for number in range(len(sizes))]
+    return [part(number) for number in range(len(sizes))]
 
 
 @rule(primitives.dynamic_slice_p, "moved")
 def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes) -> TrackedKernel:
-    """As `slice`, from a traced place."""
+    """As `slice`, with traced start indices."""
     del site
     if not isinstance(kernel, TrackedKernel) or any(isinstance(start, TrackedKernel) for start in starts):
         raise NoRule("the adapted kernel is an index")
@@ -97,17 +97,17 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
         del after
         first = [jnp.zeros_like(starts[0]) if axis == RANK else starts[axis] for axis in before]
         sizes = [factor.shape[place] if axis == RANK else slice_sizes[axis] for place, axis in enumerate(before)]
-        return _dynamic(factor, *first, tuple(sizes))
+        return _dynamic_slice_array(factor, *first, tuple(sizes))
 
-    # Each device may take another slice, of the factors that have the axis.
-    cuts = {axis for axis, start in enumerate(starts) if isinstance(start, Array)}
-    moving = {axis for axis in cuts if slice_sizes[axis] != kernel.w.shape[axis]}
-    differ = [name for name, (_, layout) in kernel.factors.items() if moving.intersection(layout(kernel.roles))]
-    moved = kernel.moved(Change(_dynamic, (tuple(slice_sizes),)), kernel.roles, move, *starts)
+    # The slices of the factors that have the axis may differ between devices.
+    traced = {axis for axis, start in enumerate(starts) if isinstance(start, Array)}
+    sliced = {axis for axis in traced if slice_sizes[axis] != kernel.w.shape[axis]}
+    differ = [name for name, (_, layout) in kernel.factors.items() if sliced.intersection(layout(kernel.roles))]
+    moved = kernel.moved(Change(_dynamic_slice_array, (tuple(slice_sizes),)), kernel.roles, move, *starts)
     return moved.with_replicated(dict.fromkeys(differ, ())) if isinstance(moved, AdaptedKernel) else moved
 
 
-def _dynamic(x: Array, *starts_and_sizes: Any) -> Array:
+def _dynamic_slice_array(x: Array, *starts_and_sizes: Any) -> Array:
     *starts, sizes = starts_and_sizes
-    # The public function would count a negative start from the end, as the model's own call did already.
+    # JAX has already converted negative starts of the model's call.
     return lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
