@@ -109,7 +109,7 @@ def test_each_leaf_follows_its_rule() -> None:
         "unmatched": None,
     }
     adapter, residual = lj.extract(base, tuned, spec)
-    assert list(adapter) == ["bias", "kernel"] and list(residual) == ["unmatched", "bias", "kernel", "other"]
+    assert list(adapter) == ["bias", "kernel"] and list(residual) == ["bias", "kernel", "other", "unmatched"]
     np.testing.assert_array_equal(adapter["bias"].value, tuned["bias"])
     assert {path: round(float(residual_norm), 6) for path, residual_norm in residual.items()} == {
         "unmatched": 1.0,

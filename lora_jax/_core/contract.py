@@ -19,7 +19,7 @@ from .placement import explicit_sharding, names_of, spec_by_label
 Labels = tuple[int, ...]
 
 
-class Labelled(NamedTuple):
+class Labeled(NamedTuple):
     """An array with a label for each axis."""
 
     array: Array
@@ -64,14 +64,14 @@ def widest(*dtypes: Any) -> Any:
 
 
 def contract(
-    x: Labelled,
-    y: Labelled,
+    x: Labeled,
+    y: Labeled,
     *,
     keep: Collection[int],
     precision: Any = None,
     dtype: Any = None,
     names: Mapping[int, Any] | None = None,
-) -> Labelled:
+) -> Labeled:
     """Multiplies two arrays and sums over the labels of both that are not in `keep`.
 
     The axes of the result are in the order of `dot_general`: batch, the rest of `x`, the rest of `y`. With explicit
@@ -93,11 +93,11 @@ def contract(
         preferred_element_type=dtype,
         out_sharding=sharding_of_product(x, y, labels, names),
     )
-    return Labelled(array, labels)
+    return Labeled(array, labels)
 
 
 def sharding_of_product(
-    x: Labelled, y: Labelled, labels: Sequence[int], names: Mapping[int, Any] | None = None
+    x: Labeled, y: Labeled, labels: Sequence[int], names: Mapping[int, Any] | None = None
 ) -> NamedSharding | None:
     """Returns the explicit sharding of a product: from `names`, or else from its operands. None if none is explicit."""
     for operand in (x, y):

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b
 from .base import Base, Change, abstract, apply_change, as_array, type_of
-from .contract import Labelled, contract, widest
+from .contract import Labeled, contract, widest
 from .dropout import Dropout
 from .placement import names_of
 from .uses import Use
@@ -186,8 +186,8 @@ def delta(kernel: AdaptedKernel, *, precision: Any = lax.Precision.HIGHEST) -> A
     """
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
     order = tuple(range(kernel.w.ndim))
-    a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
-    b = Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
+    a = Labeled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(kernel.roles))
+    b = Labeled(kernel.b.astype(dtype), axes_of_b(kernel.roles))
     names = names_of(order, type_of(kernel.w))
     return contract(a, b, keep=order, precision=precision, names=names).in_order(order)
 
@@ -206,8 +206,8 @@ def materialize(kernel: TrackedKernel, *, precision: Any = lax.Precision.HIGHEST
     return total.astype(w.dtype)
 
 
-def gain_of(kernel: AdaptedKernel) -> Labelled:
+def gain_of(kernel: AdaptedKernel) -> Labeled:
     """Returns the gain without its rank axis, labeled with the kernel's axes."""
     axes = axes_of_b(kernel.roles)
     rank = axes.index(RANK)
-    return Labelled(lax.squeeze(kernel.gain, [rank]), (*axes[:rank], *axes[rank + 1 :]))
+    return Labeled(lax.squeeze(kernel.gain, [rank]), (*axes[:rank], *axes[rank + 1 :]))

@@ -7,7 +7,7 @@ from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b, axes_with
 from .base import as_array
-from .contract import Labelled, contract, widest
+from .contract import Labeled, contract, widest
 from .kernel import AdaptedKernel
 
 _RANK_2 = RANK - 1  # a second label for the rank axis, for the Gram matrix of a factor
@@ -23,11 +23,11 @@ def norms(kernel: AdaptedKernel) -> Array:
     """
     roles = kernel.roles
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
-    w = Labelled(as_array(kernel.w).astype(dtype), tuple(range(kernel.w.ndim)))
-    a = Labelled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(roles))
-    b = Labelled(kernel.b.astype(dtype), axes_of_b(roles))
+    w = Labeled(as_array(kernel.w).astype(dtype), tuple(range(kernel.w.ndim)))
+    a = Labeled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(roles))
+    b = Labeled(kernel.b.astype(dtype), axes_of_b(roles))
     outputs = (*axes_with(roles, "b"), *axes_with(roles, "o"))
-    w_squared = Labelled(jnp.sum(jnp.square(w.array), axes_with(roles, "i")), tuple(sorted(outputs))).in_order(outputs)
+    w_squared = Labeled(jnp.sum(jnp.square(w.array), axes_with(roles, "i")), tuple(sorted(outputs))).in_order(outputs)
     a_2 = a._replace(labels=tuple(_RANK_2 if label == RANK else label for label in a.labels))
     high = lax.Precision.HIGHEST
     wa = contract(w, a, keep={*outputs, RANK}, precision=high).in_order(b.labels)

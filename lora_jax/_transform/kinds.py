@@ -252,7 +252,7 @@ class _Kinds(Walk):
 
 
 def _selects_rows(eqn: JaxprEqn, operands: Marks) -> bool:
-    """Whether a lookup selects rows; a single one only if its index depends on an input, and not on a loop's counter."""
+    """Whether a lookup selects rows; a single row only if its index depends on an input, not just on an iteration."""
     sizes = eqn.params["slice_sizes"]
     if eqn.primitive.name == "dynamic_slice":
         return len(_without_ones(sizes)) == 1 and any(mark & _INPUT for mark in operands[1:])

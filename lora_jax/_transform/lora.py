@@ -110,4 +110,4 @@ def lora(
     return adapted
 
 
-_adapted: weakref.WeakSet[types.FunctionType] = weakref.WeakSet()  # the functions that `lora` has returned
+_adapted: weakref.WeakSet[Callable[..., Any]] = weakref.WeakSet()  # the functions that `lora` has returned

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from jax import Array, lax
 
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.contract import Labelled, Labels, computable, contract, sharding_of_product
+from ..._core.contract import Labeled, Labels, computable, contract, sharding_of_product
 from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
 from .costs import Costs, Passes
@@ -86,7 +86,7 @@ class FactoredConv:
             for factor in labeled_factors(dataclasses.replace(self.kernel, a=a, b=b))
         ]
         first, second = factors if self.a_first else factors[::-1]
-        thin = self._step(Labelled(x.astype(dtype), into), first, w_in, RANK)
+        thin = self._step(Labeled(x.astype(dtype), into), first, w_in, RANK)
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
         return y.in_order(out).astype(computable(self.like.dtype))
 
@@ -94,8 +94,8 @@ class FactoredConv:
         """Convolves `x` with `a` only, if `a` is the first factor."""
         w_in = self.numbers.rhs_spec[1]
         precise = dataclasses.replace(self, precision=lax.Precision.HIGHEST)
-        labeled = Labelled(x, _labels(self.numbers.lhs_spec, w_in))
-        return precise._step(labeled, Labelled(a, axes_of_a(self.kernel.roles)), w_in, RANK).array
+        labeled = Labeled(x, _labels(self.numbers.lhs_spec, w_in))
+        return precise._step(labeled, Labeled(a, axes_of_a(self.kernel.roles)), w_in, RANK).array
 
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """Counts the FLOPs of the convolution, given the shapes of the input and of the result."""
@@ -130,11 +130,11 @@ class FactoredConv:
             adding=self.kernel.a.size + math.prod(w),
         )
 
-    def _step(self, x: Labelled, factor: Labelled, c_in: int, c_out: int) -> Labelled:
+    def _step(self, x: Labeled, factor: Labeled, c_in: int, c_out: int) -> Labeled:
         """Convolves `x` with a factor, from channels with the label `c_in` to channels with the label `c_out`."""
         return (self._first_step if c_out == RANK else self._second_step)(x, factor, c_in, c_out)
 
-    def _first_step(self, x: Labelled, factor: Labelled, c_in: int, c_out: int) -> Labelled:
+    def _first_step(self, x: Labeled, factor: Labeled, c_in: int, c_out: int) -> Labeled:
         """Convolves with the factor that all groups share."""
         x = self._split_groups(x, c_in, (_GROUP, c_in))
         if self._has_no_window(factor):
@@ -144,7 +144,7 @@ class FactoredConv:
         y = self._convolve(self._merge_groups(x, (batch, _GROUP), batch), factor, c_in, c_out)
         return self._split_groups(y, batch, (batch, _GROUP))
 
-    def _second_step(self, x: Labelled, factor: Labelled, c_in: int, c_out: int) -> Labelled:
+    def _second_step(self, x: Labeled, factor: Labeled, c_in: int, c_out: int) -> Labeled:
         """Convolves each group with its part of the factor."""
         if self._has_no_window(factor):
             parts = self._split_groups(factor, c_out, (_GROUP, c_out))
@@ -160,19 +160,19 @@ class FactoredConv:
         """The mesh axes of the result, by label, if its type has a sharding."""
         return names_of(_labels(self.numbers.out_spec, self.numbers.rhs_spec[0]), self.like)
 
-    def _has_no_window(self, factor: Labelled) -> bool:
+    def _has_no_window(self, factor: Labeled) -> bool:
         return self.window.keys().isdisjoint(factor.labels)
 
     def _convolve(
         self,
-        x: Labelled,
-        factor: Labelled,
+        x: Labeled,
+        factor: Labeled,
         c_in: int,
         c_out: int,
         *,
         groups: int = 1,
         names: Mapping[int, Any] | None = None,
-    ) -> Labelled:
+    ) -> Labeled:
         # Window axes that only the other factor has get size 1.
         absent = [axis for axis in self.window if axis not in factor.labels]
         w_labels = (*factor.labels, *absent)
@@ -196,22 +196,22 @@ class FactoredConv:
             precision=self.precision,
             out_sharding=sharding_of_product(x, factor, labels, names),
         )
-        return Labelled(y, labels)
+        return Labeled(y, labels)
 
-    def _split_groups(self, x: Labelled, label: int, parts: tuple[int, int]) -> Labelled:
+    def _split_groups(self, x: Labeled, label: int, parts: tuple[int, int]) -> Labeled:
         """Splits the axis with a label into two with the labels `parts`, one of which is `_GROUP`."""
         if self.groups == 1:
             return x
         at, shape = x.labels.index(label), x.array.shape
         sizes = [self.groups if part == _GROUP else shape[at] // self.groups for part in parts]
         array = lax.reshape(x.array, (*shape[:at], *sizes, *shape[at + 1 :]))
-        return Labelled(array, (*x.labels[:at], *parts, *x.labels[at + 1 :]))
+        return Labeled(array, (*x.labels[:at], *parts, *x.labels[at + 1 :]))
 
-    def _merge_groups(self, x: Labelled, parts: tuple[int, int], label: int) -> Labelled:
+    def _merge_groups(self, x: Labeled, parts: tuple[int, int], label: int) -> Labeled:
         """Merges the axes with the labels `parts` into one with the given label."""
         if self.groups == 1:
             return x
         labels = tuple(other for other in x.labels if other != _GROUP)
         at = labels.index(label)
         array = x.in_order((*labels[:at], *parts, *labels[at + 1 :]))
-        return Labelled(lax.collapse(array, at, at + 2), labels)
+        return Labeled(lax.collapse(array, at, at + 2), labels)

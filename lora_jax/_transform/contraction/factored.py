@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.contract import Labelled, Labels, computable, contract, is_narrow, widest
+from ..._core.contract import Labeled, Labels, computable, contract, is_narrow, widest
 from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
 from ..._core.sizes import smallest
@@ -28,12 +28,12 @@ class Product(NamedTuple):
     flops: int
 
 
-def labeled_factors(kernel: AdaptedKernel) -> tuple[Labelled, Labelled]:
+def labeled_factors(kernel: AdaptedKernel) -> tuple[Labeled, Labeled]:
     """Returns `a` and `b` with labels, in the dtype in which the model uses the kernel, or bfloat16 if it is narrow."""
     dtype = computable(kernel.w.dtype)
     return (
-        Labelled(kernel.a.astype(dtype), axes_of_a(kernel.roles)),
-        Labelled(kernel.b.astype(dtype), axes_of_b(kernel.roles)),
+        Labeled(kernel.a.astype(dtype), axes_of_a(kernel.roles)),
+        Labeled(kernel.b.astype(dtype), axes_of_b(kernel.roles)),
     )
 
 
@@ -62,7 +62,7 @@ def precision_of_factors(precision: Any, x: Any, w: Any, y: Any) -> Any:
 
 
 def low_rank_product(
-    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
+    kernel: AdaptedKernel, x: Labeled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
 ) -> tuple[Callable[[Array, Array, Array], Array], Costs]:
     """Returns a function that multiplies `x` with `scale·a·b` by its factors, in the order that needs fewer FLOPs.
 
@@ -104,7 +104,7 @@ def low_rank_product(
     def multiply(array: Array, a: Array, b: Array) -> Array:
         factors = labeled_factors(dataclasses.replace(kernel, a=a, b=b))
         first, second = factors if a_first else factors[::-1]
-        x = Labelled(array.astype(computable(array.dtype)), x_labels)
+        x = Labeled(array.astype(computable(array.dtype)), x_labels)
         left, right = (first, x) if kernel_first else (x, first)
         dtype = thin_dtype(array.dtype, kernel.w.dtype, like.dtype)
         thin = contract(left, right, keep={*second.labels, *out}, precision=precision, dtype=dtype)
@@ -118,13 +118,13 @@ def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Call
     labels, keep = axes_of_a(kernel.roles), {*axes_of_b(kernel.roles), *out}
 
     def multiply(x: Array, a: Array) -> Array:
-        return contract(Labelled(x, x_labels), Labelled(a, labels), keep=keep, precision=lax.Precision.HIGHEST).array
+        return contract(Labeled(x, x_labels), Labeled(a, labels), keep=keep, precision=lax.Precision.HIGHEST).array
 
     return multiply
 
 
 def multiply_low_rank(
-    kernel: AdaptedKernel, x: Labelled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
+    kernel: AdaptedKernel, x: Labeled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
 ) -> Product:
     """Multiplies `x` with `scale·a·b` by its factors."""
     product, costs = low_rank_product(kernel, x, out, kernel_first=kernel_first, precision=precision, like=like)
@@ -133,8 +133,8 @@ def multiply_low_rank(
 
 def multiply_second(
     kernel: AdaptedKernel,
-    thin: Labelled,
-    factor: Labelled,
+    thin: Labeled,
+    factor: Labeled,
     out: Labels,
     *,
     kernel_first: bool,

@@ -21,7 +21,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from ..._core.base import Recorded, apply_to_base
-from ..._core.contract import Labelled, Labels, is_narrow, widest
+from ..._core.contract import Labeled, Labels, is_narrow, widest
 from ..._core.kernel import AdaptedKernel, gain_of, materialize
 from .costs import INFERENCE, TRAINING, Costs, Form, Gradients, always_factored, choose_form
 from .tokens import mask_inactive
@@ -161,12 +161,12 @@ def apply_gain(y: Array | Sum, gain: Array) -> Array:
     return (total.astype(dtype) * gain.astype(dtype)).astype(like.dtype)
 
 
-def _squeezed_gain(kernel: AdaptedKernel) -> Labelled:
+def _squeezed_gain(kernel: AdaptedKernel) -> Labeled:
     """The gain without its axes of size 1, which broadcast."""
     gain = gain_of(kernel)
     ones = [axis for axis, size in enumerate(gain.array.shape) if size == 1]
     labels = tuple(label for axis, label in enumerate(gain.labels) if axis not in ones)
-    return Labelled(lax.squeeze(gain.array, ones), labels)
+    return Labeled(lax.squeeze(gain.array, ones), labels)
 
 
 def gain_problem(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> str | None:

@@ -15,7 +15,7 @@ import jax
 
 from ..._core.axes import RANK
 from ..._core.base import as_array
-from ..._core.contract import Labelled, Labels, computable, contract
+from ..._core.contract import Labeled, Labels, computable, contract
 from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
 from ..._core.sizes import smallest
@@ -44,7 +44,7 @@ def multiply_kernels(
     sizes = dict(zip(labels, left.w.shape, strict=True)) | dict(enumerate(right.w.shape))
     sizes[left_rank] = left.a.shape[-1]
 
-    def thin_labels(first: Labelled, second: Labelled) -> Labels:
+    def thin_labels(first: Labeled, second: Labeled) -> Labels:
         return tuple(
             label for label in dict.fromkeys((*first.labels, *right_labels)) if label in (*second.labels, *out)
         )
@@ -52,18 +52,18 @@ def multiply_kernels(
     def product_flops(labels: Collection[int]) -> int:
         return 2 * math.prod(sizes[label] for label in {*labels})
 
-    def order_flops(order: tuple[Labelled, Labelled]) -> int:
+    def order_flops(order: tuple[Labeled, Labeled]) -> int:
         products = (*order[0].labels, *right_labels), (*thin_labels(*order), *order[1].labels)
         return sum(map(product_flops, products))
 
     first, second = smallest(((a, b), (b, a)), key=order_flops)
     dtype = thin_dtype(left.w.dtype, right.w.dtype, like.dtype)
     keep = thin_labels(first, second)
-    right_base = Labelled(as_array(right.w).astype(computable(right.w.dtype)), right_labels)
+    right_base = Labeled(as_array(right.w).astype(computable(right.w.dtype)), right_labels)
     base = contract(first, right_base, keep=keep, precision=precision, dtype=dtype)
     plain = base.in_order(keep)
     low_rank = multiply_low_rank(right, first, keep, kernel_first=False, precision=precision, like=jax.typeof(plain))
-    thin = Labelled((plain + low_rank.array) * left.scale, keep)
+    thin = Labeled((plain + low_rank.array) * left.scale, keep)
     names = names_of(out, like)
     product = contract(second, thin, keep=out, precision=precision, dtype=computable(like.dtype), names=names)
     array = product.in_order(out)

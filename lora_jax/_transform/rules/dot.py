@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.base import apply_to_base, as_array
-from ..._core.contract import Labelled, Labels, is_narrow
+from ..._core.contract import Labeled, Labels, is_narrow
 from ..._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel
 from ..contraction.factored import low_rank_product, precision_of_factors, product_with_a
 from ..contraction.forms import Contraction, Sum, add_pending
@@ -80,7 +80,7 @@ def _dot_general(
     factor_precision = precision_of_factors(precision, *dtypes)
     low_rank, costs = low_rank_product(
         kernel,
-        Labelled(x, x_labels),
+        Labeled(x, x_labels),
         out,
         kernel_first=side == 0,
         precision=factor_precision,

@@ -17,7 +17,7 @@ from jax import Array, lax
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
 from ..._core.base import Change, apply_change, apply_to_base
-from ..._core.contract import Labelled, Labels, computable, is_narrow
+from ..._core.contract import Labeled, Labels, computable, is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, gain_of
 from ..._core.sizes import smallest
 from ..contraction.factored import multiply_second
@@ -58,8 +58,8 @@ def _gather(
     labels = lookup.labels(result.ndim)
     if not isinstance(kernel, AdaptedKernel):
         return _look_up_leaf(site, kernel, lookup, look_up(fill_value), indices, labels)
-    a = lookup.take(Labelled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
-    b = lookup.take(Labelled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
+    a = lookup.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
+    b = lookup.take(Labeled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
     gain = None if kernel.gain is None else lookup.take(gain_of(kernel), indices, hints)
     if {"i", "o"} <= {kernel.roles[axis] for axis in lookup.remaining}:
         roles = [
@@ -103,13 +103,13 @@ def _gather(
     return apply_gain(Sum(rows, low_rank), gain.expand_to(labels)) + lax.stop_gradient(y - rows)
 
 
-def _insert_rank(gain: Labelled, order: Labels) -> Array:
+def _insert_rank(gain: Labeled, order: Labels) -> Array:
     """Returns a gain with the axes of `b`, with size 1 for the rank."""
     at = order.index(RANK)
     return lax.expand_dims(gain.in_order((*order[:at], *order[at + 1 :])), [at])
 
 
-def _cast(factor: Labelled, dtype: Any) -> Labelled:
+def _cast(factor: Labeled, dtype: Any) -> Labeled:
     return factor._replace(array=factor.array.astype(dtype))
 
 
@@ -203,7 +203,7 @@ class _Lookup:
         index = iter(self._index_labels(ndim - len(numbers.offset_dims)))
         return tuple(next(kept) if axis in numbers.offset_dims else next(index) for axis in range(ndim))
 
-    def take(self, factor: Labelled, indices: Array, hints: dict[str, bool]) -> Labelled:
+    def take(self, factor: Labeled, indices: Array, hints: dict[str, bool]) -> Labeled:
         """Applies the lookup to a factor; returns it as it is if no column selects along its axes."""
         numbers, position = self.numbers, factor.labels.index
         columns = [column for column in self.columns if numbers.start_index_map[column] in factor.labels]
@@ -236,7 +236,7 @@ class _Lookup:
             fill_value=0,  # beyond the end, the result is the fill value of the base
             **(hints if complete else {}),  # fewer columns need not be sorted or unique
         )
-        return Labelled(array, (*index_labels, *kept))
+        return Labeled(array, (*index_labels, *kept))
 
     def _kept(self, axes: Sequence[int]) -> tuple[int, ...]:
         gone = (*self.numbers.collapsed_slice_dims, *self.numbers.operand_batching_dims)

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from ..._core.axes import RANK, axes_of_a, axes_of_b
 from ..._core.base import apply_to_base
-from ..._core.contract import Labelled, Labels, computable, contract, sharding_of_product
+from ..._core.contract import Labeled, Labels, computable, contract, sharding_of_product
 from ..._core.kernel import AdaptedKernel, TrackedKernel, gain_of
 from ..._core.placement import names_of
 from ..contraction.factored import labeled_factors, precision_of_factors, thin_dtype
@@ -78,7 +78,7 @@ def _ragged_dot_general(
     check_all_tokens(kernel)
     w_axis_of = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.apply(lhs)
-    x = Labelled(
+    x = Labeled(
         dropped.astype(computable(dropped.dtype)),
         tuple(w_axis_of.get(axis, kernel.w.ndim + axis) for axis in range(lhs.ndim)),
     )
@@ -134,13 +134,13 @@ class _Groups:
 
     def contract(
         self,
-        x: Labelled,
-        factor: Labelled,
+        x: Labeled,
+        factor: Labeled,
         *,
         keep: Collection[int],
         dtype: Any = None,
         names: Mapping[int, Any] | None = None,
-    ) -> Labelled:
+    ) -> Labeled:
         """As `_core.contract.contract`, but with the factor of its expert for each row, if there is one for each."""
         if self.group not in factor.labels:
             return contract(x, factor, keep=keep, precision=self.precision, dtype=dtype, names=names)
@@ -160,22 +160,22 @@ class _Groups:
             group_offset=self.offset,
             out_sharding=sharding_of_product(x, factor, (*batch, *rest), names),
         )
-        return Labelled(array, (*batch, *rest))
+        return Labeled(array, (*batch, *rest))
 
-    def select_by_row(self, x: Labelled, rows: int) -> Labelled:
+    def select_by_row(self, x: Labeled, rows: int) -> Labeled:
         """Selects, for each row, the element of its expert."""
         if self.group not in x.labels:
             return x
-        ones = Labelled(jnp.ones((rows, 1), x.array.dtype), (self.ragged, RANK))
-        factor = Labelled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
+        ones = Labeled(jnp.ones((rows, 1), x.array.dtype), (self.ragged, RANK))
+        factor = Labeled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
         return self.contract(ones, factor, keep={self.ragged, *x.labels})
 
     def x_times_a(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
         """Multiplies `x` with `a` only, for given sizes of the groups."""
         precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
-        return precise.contract(Labelled(x, labels), Labelled(a, axes_of_a(roles)), keep=keep).array
+        return precise.contract(Labeled(x, labels), Labeled(a, axes_of_a(roles)), keep=keep).array
 
-    def flops(self, x: Labelled, factor: Labelled) -> int:
+    def flops(self, x: Labeled, factor: Labeled) -> int:
         """Counts the FLOPs of a product; each row is multiplied with the factor of one expert."""
         factor_sizes = [
             size
