@@ -317,8 +317,8 @@ def test_only_the_structure_of_abstract_leaves_is_checked(saved: Path, tmp_path:
 
 def test_the_fingerprint_changes_with_the_scale_and_with_any_row() -> None:
     kernel = np.random.default_rng(0).normal(size=(768, 768)).astype(np.float32)
-    whole = _fingerprint.fingerprint(kernel)
-    assert _fingerprint.fingerprint(kernel * np.float32(1.0001)) != whole
+    original = _fingerprint.fingerprint(kernel)
+    assert _fingerprint.fingerprint(kernel * np.float32(1.0001)) != original
     rows, columns = _fingerprint._indices(kernel.shape)
     assert len(set(rows)) == len(set(columns)) == 64  # spread over distinct rows and columns
     assert _fingerprint.fingerprint(np.ones((8, 8))) != _fingerprint.fingerprint(np.eye(8))
@@ -645,8 +645,8 @@ def test_an_invalid_manifest_is_an_error(name: str, copy: Path) -> None:
 
 def test_a_corrupt_manifest_is_an_error(copy: Path) -> None:
     file = copy / "0" / "adapter" / "adapter.json"
-    whole = file.read_bytes()
-    for damaged in (b"", whole[: len(whole) // 2], b"\xff" + whole):
+    content = file.read_bytes()
+    for damaged in (b"", content[: len(content) // 2], b"\xff" + content):
         file.write_bytes(damaged)
         assert "'adapter.json' has changed" in error(copy)
         _checksums.write(epath.Path(file.parent))

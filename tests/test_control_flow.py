@@ -556,7 +556,7 @@ def lying_jvp(x: jax.Array) -> jax.Array:
 lying_jvp.defjvps(lambda g, out, x: 3 * g * jnp.cos(x))
 
 AROUND: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "beside a kernel": lambda lie: lambda w, x: lie(x @ w) @ w,
+    "next to a kernel": lambda lie: lambda w, x: lie(x @ w) @ w,
     "in jit": lambda lie: lambda w, x: jax.jit(lambda w, x: lie(x @ w) @ w)(w, x),
     "in remat": lambda lie: lambda w, x: jax.checkpoint(lambda w, x: lie(x @ w) @ w)(w, x),
     "in scan": lambda lie: lambda w, x: lax.scan(lambda x, _: (lie(x @ w), None), x, length=2)[0],

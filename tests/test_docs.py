@@ -43,5 +43,5 @@ def test_the_table_in_the_readme_matches_explain() -> None:
 def test_the_page_of_rules_matches_the_registry() -> None:
     names = runpy.run_path(str(ROOT / "docs" / "make_rules.py"))
     # JAX's list of primitives differs between versions.
-    written, made = (text.split("## Refused")[0] for text in (names["PAGE"].read_text(), names["page"]()))
-    assert written == made, "python docs/make_rules.py writes it again"
+    written, generated = (text.split("## Refused")[0] for text in (names["PAGE"].read_text(), names["page"]()))
+    assert written == generated, "python docs/make_rules.py writes it again"

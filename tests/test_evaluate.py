@@ -49,13 +49,13 @@ CALLS: dict[str, tuple[Callable[..., Any], list[Any]]] = {
     "rows, clipped": (lambda x, ids: jnp.take(x, ids, 1, mode="clip"), [X, IDS]),
     "rows, filled": (lambda x, ids: jnp.take(x, ids, 1, mode="fill", fill_value=7), [X, IDS]),
     "rows, wrapped": (lambda x, ids: jnp.take(x, ids, 1, mode="wrap"), [X, IDS]),
-    "a row of each": (along((0, 0), lambda x, i: x[i]), [X, np.array([0, 1, 2, 3])]),
+    "a row per example": (along((0, 0), lambda x, i: x[i]), [X, np.array([0, 1, 2, 3])]),
     "windows": (along((None, 0), lambda x, i: lax.dynamic_slice(x, (i, 0, i), (2, 4, 2))), [X, np.array([0, -9, 9])]),
     "the gradient of a lookup": (
         jax.grad(lambda x, ids: jnp.sum(jnp.sin(jnp.take(x, ids, 1, mode="clip")))),
         [X, IDS],
     ),
-    "the gradient of a lookup of each": (
+    "the gradient of a lookup per example": (
         jax.grad(lambda x, i: jnp.sum(jnp.sin(jax.vmap(lambda x, i: x[i])(x, i)))),
         [X, np.array([0, 1, 2, 3])],
     ),

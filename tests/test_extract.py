@@ -100,19 +100,19 @@ def test_the_factors_share_the_singular_values() -> None:
 
 
 def test_each_leaf_follows_its_rule() -> None:
-    names = ("kernel", "same", "unmatched", "other", "bias", "same_bias")
+    names = ("kernel", "same", "frozen", "other", "bias", "same_bias")
     base = {name: jnp.ones((4, 3)) for name in names}
     tuned = {name: leaf if "same" in name else 2 * leaf for name, leaf in base.items()}
     spec = {
         "{kernel,same}": lj.LoRA(rank=1, alpha=1),
         "{bias,same_bias}": lj.Full(),
-        "unmatched": None,
+        "frozen": None,
     }
     adapter, residual = lj.extract(base, tuned, spec)
-    assert list(adapter) == ["bias", "kernel"] and list(residual) == ["bias", "kernel", "other", "unmatched"]
+    assert list(adapter) == ["bias", "kernel"] and list(residual) == ["bias", "frozen", "kernel", "other"]
     np.testing.assert_array_equal(adapter["bias"].value, tuned["bias"])
     assert {path: round(float(residual_norm), 6) for path, residual_norm in residual.items()} == {
-        "unmatched": 1.0,
+        "frozen": 1.0,
         "bias": 0.0,
         "kernel": 0.0,
         "other": 1.0,

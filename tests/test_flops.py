@@ -47,7 +47,7 @@ BY_HAND = {
     "a batch of products": (lambda: jnp.einsum("bij,bjk->bik", ones(7, 5, 8), ones(7, 8, 3)), 7 * 2 * 5 * 8 * 3),
     "an outer product": (lambda: jnp.outer(ones(5), ones(3)), 5 * 3),
     "a product of integers": (lambda: lax.dot(jnp.ones((5, 8), int), jnp.ones((8, 3), int)), 2 * 5 * 8 * 3),
-    "a product for each group": (lambda: lax.ragged_dot(X, ones(2, 8, 3), jnp.array([2, 3])), 2 * 5 * 8 * 3),
+    "a ragged product": (lambda: lax.ragged_dot(X, ones(2, 8, 3), jnp.array([2, 3])), 2 * 5 * 8 * 3),
     "a convolution": (
         lambda: lax.conv_general_dilated(
             ones(2, 9, 9, 4), ones(3, 3, 4, 6), (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")

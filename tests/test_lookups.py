@@ -61,10 +61,8 @@ LOOKUPS = {
     "at, get, promised": Case(lambda w, ids: w.at[ids].get(mode="promise_in_bounds"), (6, 5), [[0, 5]], "io"),
     "rows and columns": Case(lambda w, i, j: w[i, j], (4, 5), [[0, 3, 1], [4, 0, 0]], None, "io"),
     "every row with every column": Case(lambda w, i, j: w[jnp.ix_(i, j)], (4, 5), [[0, 3, 1], [4, 0]], None, "io"),
-    "a row for each column": Case(
-        lambda w, ids: jnp.take_along_axis(w, ids, 0), (4, 3), [[[0, 3, 1], [2, -1, 2]]], "io"
-    ),
-    "a column for each row": Case(
+    "a row per column": Case(lambda w, ids: jnp.take_along_axis(w, ids, 0), (4, 3), [[[0, 3, 1], [2, -1, 2]]], "io"),
+    "a column per row": Case(
         lambda w, ids: jnp.take_along_axis(w, ids, 1, mode="clip"), (3, 4), [[[0], [3], [9]]], "oi", "io"
     ),
     "parts of rows, by vmap": Case(
@@ -86,7 +84,7 @@ LOOKUPS = {
         "oboi",
     ),
     "the same row of every layer": Case(lambda w, i: jnp.tanh(w[:, i]), (2, 6, 5), [3], None, "bio"),
-    "rows of one layer each": Case(lambda w, i, j: w[i, j], (2, 6, 5), [[0, 1, 1], [5, 0, 0]], "iio", "bio"),
+    "one row per layer index": Case(lambda w, i, j: w[i, j], (2, 6, 5), [[0, 1, 1], [5, 0, 0]], "iio", "bio"),
     "rows of heads": Case(lambda w, ids: jnp.tanh(w[ids]), (6, 2, 3), [INSIDE], "ioo"),
     "of rows of two leaves": Case(lambda w, ids: jnp.tanh(w[0][ids]) * w[1][ids], (2, 6, 5), [INSIDE], "bio"),
     "tied": Case(lambda w, ids: jnp.tanh(w[ids]) @ w.T, (6, 5), [INSIDE], "io"),
@@ -208,10 +206,10 @@ def test_selected_kernels_are_not_materialized(name: str) -> None:
     case = PICKED[name]
     x, ids = case.arrays
     jaxpr = jax.make_jaxpr(lj.lora(case.apply))(case.params, case.adapter, x, ids)
-    picked = jax.eval_shape(lambda w: w[ids, :, 2:5] if name.startswith("part") else w[ids], case.params["w"]).shape
-    picked = (4, 3, 2) if name == "heads" else picked
-    made = [eqn.primitive.name for eqn in jaxpr.eqns if picked in {var.aval.shape for var in eqn.outvars}]
-    assert set(made) <= {"gather", "jit"}
+    selected = jax.eval_shape(lambda w: w[ids, :, 2:5] if name.startswith("part") else w[ids], case.params["w"]).shape
+    selected = (4, 3, 2) if name == "heads" else selected
+    primitives = [eqn.primitive.name for eqn in jaxpr.eqns if selected in {var.aval.shape for var in eqn.outvars}]
+    assert set(primitives) <= {"gather", "jit"}
     assert case.kernel not in shapes_made(
         jax.grad(lambda ad: lj.lora(case.apply)(case.params, ad, x, ids).sum()), case.adapter
     )
@@ -253,16 +251,16 @@ def test_explain_shows_the_lookup_in_a_table_of_three_axes() -> None:
 
 
 def test_concatenated_rows_of_two_tables_are_uses_of_both() -> None:
-    params = {"one": normal(6, 2, 3), "two": normal(4, 2, 3), "whole": normal(2, 2, 3)}
+    params = {"one": normal(6, 2, 3), "two": normal(4, 2, 3), "frozen": normal(2, 2, 3)}
     ids = jnp.array([0, 2])
 
     def read(*parts: Callable[[Any], jax.Array]) -> dict[str, list[str]]:
         found = lj.kernels(lambda params: jnp.tanh(jnp.concatenate([part(params) for part in parts])), params)
         return {path: [use.primitive for use in kernel.uses] for path, kernel in found.items() if kernel.uses}
 
-    one, two, whole = lambda p: p["one"][ids], lambda p: p["two"][ids], lambda p: p["whole"]
+    one, two, frozen = lambda p: p["one"][ids], lambda p: p["two"][ids], lambda p: p["frozen"]
     assert read(one, two) == {"one": ["gather"], "two": ["gather"]}
-    assert read(one, whole) == {"one": ["tanh"], "whole": ["tanh"]}
+    assert read(one, frozen) == {"one": ["tanh"], "frozen": ["tanh"]}
 
 
 @pytest.mark.parametrize("vocabulary", [1, 7])
@@ -291,31 +289,33 @@ class Lookup:
         self.roles = "".join(draw(rest.flatmap(lambda roles: st.permutations(["i", "o", *roles]))))
         self.kernel = [draw(st.integers(1, 4)) for _ in self.roles]
         axes = range(len(self.roles))
-        kinds = [draw(st.sampled_from(["collapsed", "batching", "window", "whole", "named whole"])) for _ in axes]
+        kinds = [draw(st.sampled_from(["collapsed", "batching", "window", "full", "indexed full"])) for _ in axes]
         if "collapsed" not in kinds:
             kinds[draw(st.sampled_from(axes))] = "collapsed"
         batching = [axis for axis in axes if kinds[axis] == "batching"]
         free = [draw(st.integers(1, 3)) for _ in range(draw(st.integers(0, 2)))]
         index_axes = draw(st.permutations([*batching, *(-1 - number for number in range(len(free)))]))
         index_shape = [self.kernel[axis] if axis >= 0 else free[-1 - axis] for axis in index_axes]
-        picked = draw(st.permutations([axis for axis in axes if kinds[axis] in ("collapsed", "window", "named whole")]))
+        selected = draw(
+            st.permutations([axis for axis in axes if kinds[axis] in ("collapsed", "window", "indexed full")])
+        )
         self.sizes = [
-            size if "whole" in kind else draw(st.integers(1, size)) if kind == "window" else 1
+            size if "full" in kind else draw(st.integers(1, size)) if kind == "window" else 1
             for size, kind in zip(self.kernel, kinds, strict=True)
         ]
-        kept = [axis for axis in axes if kinds[axis] in ("window", "whole", "named whole")]
+        kept = [axis for axis in axes if kinds[axis] in ("window", "full", "indexed full")]
         ndim = len(index_shape) + len(kept)
         offsets = sorted(draw(st.permutations(range(ndim)))[: len(kept)])
         self.numbers = lax.GatherDimensionNumbers(
             offset_dims=tuple(offsets),
             collapsed_slice_dims=tuple(axis for axis in axes if kinds[axis] == "collapsed"),
-            start_index_map=tuple(picked),
+            start_index_map=tuple(selected),
             operand_batching_dims=tuple(batching),
             start_indices_batching_dims=tuple(index_axes.index(axis) for axis in batching),
         )
-        count = math.prod(index_shape) * len(picked)
+        count = math.prod(index_shape) * len(selected)
         self.mode = draw(st.sampled_from(["clip", "fill"]))
-        self.ids = np.reshape([draw(st.integers(-2, 5)) for _ in range(count)], [*index_shape, len(picked)])
+        self.ids = np.reshape([draw(st.integers(-2, 5)) for _ in range(count)], [*index_shape, len(selected)])
         kept_sizes, index_sizes = iter([self.sizes[axis] for axis in kept]), iter(index_shape)
         self.x = [next(kept_sizes) if axis in offsets else next(index_sizes) for axis in range(ndim)]
         self.summed = sorted(draw(st.sets(st.sampled_from(range(ndim))))) if ndim else []

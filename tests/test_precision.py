@@ -46,8 +46,8 @@ def experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
 
 
 def selected_experts(w: jax.Array, x: jax.Array, dtype: Any, y: Any) -> jax.Array:
-    picked = w.astype(dtype)[jnp.array([2, 0])]
-    return jnp.einsum("td,tdf->tf", x.astype(dtype), picked, preferred_element_type=y)
+    selected = w.astype(dtype)[jnp.array([2, 0])]
+    return jnp.einsum("td,tdf->tf", x.astype(dtype), selected, preferred_element_type=y)
 
 
 def convolution(**options: Any) -> Callable[..., jax.Array]:

@@ -54,10 +54,10 @@ PLAIN = {
     "two summed axes": Case(general((([0, 2], [3, 1]), ([], [])), 1, 0), (3, 2, 5, 4), [(4, 6, 2), SIZES], "bioi"),
     "a batch": Case(general((([2], [2]), ([0], [1])), 1, 0), (3, 2, 4, 5), [(2, 6, 4), SIZES], "bbio"),
     "a batch behind": Case(general((([0], [2]), ([2], [1])), 1, 0), (3, 2, 4, 5), [(4, 6, 2), SIZES], "bbio"),
-    "a batch, each with its groups": Case(
+    "a batch with groups per example": Case(
         general((([2], [2]), ([0], [1])), 1, 0), (3, 2, 4, 5), [(2, 6, 4), [SIZES, [1, 1, 1]]], "bbio"
     ),
-    "rows before, each with its groups": Case(
+    "leading rows with groups per row": Case(
         general((([2], [1]), ([], [])), 1, 0), (3, 4, 5), [(2, 6, 4), [SIZES, [1, 1, 1]]], "bio"
     ),
 }

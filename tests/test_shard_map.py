@@ -155,7 +155,7 @@ def gathered_by_layer(w: jax.Array, x: jax.Array) -> jax.Array:
     return lax.scan(lambda x, w: (gathered(0)(w, x), None), x, w)[0]
 
 
-def gathered_side_by_side(w: jax.Array, x: jax.Array) -> jax.Array:
+def gathered_and_concatenated(w: jax.Array, x: jax.Array) -> jax.Array:
     return x @ lax.all_gather(jnp.concatenate([w, 2 * w], axis=1), "x", axis=0, tiled=True)
 
 
@@ -199,7 +199,7 @@ UNCHECKED = {
     ),
     "in a remat of a jit": unchecked(gathered_in_a_jit, P("x"), P("x"), out=P("x")),
     "layer by layer": unchecked(gathered_by_layer, P(None, "x"), P("x"), out=P("x"), kernel=(3, 8, 8), roles="bio"),
-    "two kernels side by side": unchecked(gathered_side_by_side, P("x"), P("x"), out=P("x")),
+    "two kernels, concatenated": unchecked(gathered_and_concatenated, P("x"), P("x"), out=P("x")),
     "after moves": unchecked(gathered_after_moves, P("x"), P("x"), out=P("x")),
     "in groups of devices": unchecked(gathered_in_groups, P("x"), P(), out=P("x")),
 }

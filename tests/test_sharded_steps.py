@@ -170,15 +170,15 @@ def run(loss: Any, trained: Any, *args: Any, mesh: Mesh | None = None) -> Step:
 
 @functools.cache
 def sharded(layout: str, method: str, rank: int = SIZE.rank) -> Step:
-    its, one = LAYOUTS[layout], case(rank)
-    shardings = its.shardings(one.params)
+    placement, one = LAYOUTS[layout], case(rank)
+    shardings = placement.shardings(one.params)
     on_mesh = one._replace(
         params=jax.device_put(one.params, shardings),
         adapter=jax.device_put(one.adapter, lj.sharding.like_base(one.adapter, shardings)),
-        tokens=jax.device_put(one.tokens, NamedSharding(its.mesh, P(its.batch))),
+        tokens=jax.device_put(one.tokens, NamedSharding(placement.mesh, P(placement.batch))),
     )
     loss, trained, frozen = METHODS[method](on_mesh)
-    return run(its.constrained(loss), trained, frozen, on_mesh.tokens, mesh=its.mesh)
+    return run(placement.constrained(loss), trained, frozen, on_mesh.tokens, mesh=placement.mesh)
 
 
 @functools.cache

@@ -131,7 +131,7 @@ NETS = {
         {"w": "bio"},
         ("b, t, 8", "ib, t"),
     ),
-    "for each example": Net(per_example, {"w": (8, 8)}, {"w": "io"}, ("b, t, 8",)),
+    "per example": Net(per_example, {"w": (8, 8)}, {"w": "io"}, ("b, t, 8",)),
     "scaled": Net(scaled, {"w": (8, 8)}, {"w": "io"}, ("b, t, 8",)),
 }
 SIZES = [{"b": 2, "t": 3, "h": 5, "w": 6}, {"b": 1, "t": 4, "h": 8, "w": 4}]

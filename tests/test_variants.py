@@ -141,8 +141,8 @@ FIELDS = [(name, field) for name, fields in MADE.items() for field in fields]
 
 
 def test_every_field_of_every_variant_is_tested() -> None:
-    classes = {name: its for name, its in vars(_variants).items() if isinstance(its, type)}
-    assert {name: {field.name for field in dataclasses.fields(its)} - {"axes"} for name, its in classes.items()} == {
+    classes = {name: cls for name, cls in vars(_variants).items() if isinstance(cls, type)}
+    assert {name: {field.name for field in dataclasses.fields(cls)} - {"axes"} for name, cls in classes.items()} == {
         name: set(fields) for name, fields in MADE.items()
     }
 

@@ -41,7 +41,7 @@ PARAMS = {
 }
 LORA = lj.LoRA(rank=RANK, alpha=ALPHA)
 FACTORS = {"embed/kernel": LORA, "first/kernel": LORA, "second/kernel": LORA}
-WHOLE = {"first/bias": lj.Full(), "second/bias": lj.Full(), "head/*": lj.Full()}
+FULL = {"first/bias": lj.Full(), "second/bias": lj.Full(), "head/*": lj.Full()}
 
 
 def filled(adapter, seed):
@@ -57,9 +57,9 @@ def random_case(spec):
 
 def peft_case(adapter):
     """PEFT's model with the same values, and its parameter for each array of the adapter."""
-    whole = {"bias": "lora_only", "modules_to_save": ["head"]} if "head/kernel" in adapter else {}
+    extra = {"bias": "lora_only", "modules_to_save": ["head"]} if "head/kernel" in adapter else {}
     layers = [path.split("/")[0] for path in adapter if path in FACTORS]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, **whole)
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=layers, **extra)
     model = peft.get_peft_model(Net(), config)
     found = {(path, name): parameter(model, path, name) for path, part in adapter.items() for name in part.arrays}
     for (path, name), peft_array in found.items():
@@ -124,7 +124,7 @@ def loraplus(adapter, gradients):
 
 
 def test_lora_plus_matches_peft_for_factors_of_linear_layers_and_full_matrices():
-    adapter, gradients = random_case(FACTORS | WHOLE)
+    adapter, gradients = random_case(FACTORS | FULL)
     found = loraplus(adapter, gradients)
     got = after(optax.chain(adamw(), optim.lora_plus(RATIO)), adapter, gradients)
     others = {"embed/kernel.a", "embed/kernel.b", "first/bias.value", "second/bias.value", "head/bias.value"}
@@ -134,7 +134,7 @@ def test_lora_plus_matches_peft_for_factors_of_linear_layers_and_full_matrices()
 
 def test_masks_reproduce_the_differences_of_peft():
     """PEFT trains vectors at the rate of `b` without decay, and factors of an embedding at a separate rate."""
-    adapter, gradients = random_case(FACTORS | WHOLE)
+    adapter, gradients = random_case(FACTORS | FULL)
     found = loraplus(adapter, gradients)
     tx = optax.chain(
         adamw(mask=optim.select(exclude="*/bias")),
@@ -196,7 +196,7 @@ def riemannian(adapter, gradients):
 
 
 def test_riemannian_steps_match_peft_except_for_embeddings():
-    adapter, gradients = random_case(FACTORS | WHOLE)
+    adapter, gradients = random_case(FACTORS | FULL)
     found = riemannian(adapter, gradients)
     got = after(optax.chain(optim.riemannian(damping=0.01), adamw()), adapter, gradients)
     assert differing(got, found) == {"embed/kernel.a", "embed/kernel.b"}
