@@ -438,7 +438,7 @@ def lookups(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         shapes.append(values.shape)
         return lookup(values, *args)
 
-    monkeypatch.setattr(_fingerprint, "_look_up", counted)
+    monkeypatch.setattr(_fingerprint, "_lookup", counted)
     return shapes
 
 
