@@ -65,7 +65,7 @@ def paths(tree: Any) -> list[tuple[Any, Any]]:
 
 def part(variant: Any, axes: str, shape: tuple[int, ...]) -> lj.Adapter:
     dtype = jnp.bfloat16 if isinstance(variant, lj.RSLoRA) else jnp.float32
-    arrays = {name: jnp.asarray(ramp(*shape), dtype) for name, shape in variant.shapes(shape, axes).items()}
+    arrays = {name: jnp.asarray(ramp(*sizes), dtype) for name, sizes in variant.shapes(shape, axes).items()}
     return lj.Adapter(variant, axes, **arrays)
 
 

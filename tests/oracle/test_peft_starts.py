@@ -168,8 +168,8 @@ def test_lora_ga_has_the_directions_of_peft_with_another_scaling():
         c = d_out**0.25 / 4
         assert_near(np.linalg.norm(part.a, axis=0), np.full(RANK, c))
         assert_near(np.linalg.norm(part.b, axis=1), np.full(RANK, c))
-        assert_near(np.linalg.norm(a, axis=0), np.ones(RANK))  # PEFT does not scale A by c
-        assert np.ptp(np.linalg.norm(b, axis=1)) > 0.01  # PEFT scales B by singular values
+        assert_near(np.linalg.norm(a, axis=0), np.ones(RANK))  # PEFT does not scale A
+        assert np.ptp(np.linalg.norm(b, axis=1)) > 0.01  # PEFT scales the rows of B differently
 
 
 def test_random_factors_have_the_variance_of_peft():
