@@ -79,7 +79,7 @@ def test_an_unsupported_error_survives_pickling() -> None:
     assert (again.what, again.line, again.advice) == (caught.value.what, caught.value.line, caught.value.advice)
 
 
-def test_the_result_of_kernels_survives_pickling(adapter: dict[str, lj.Adapter]) -> None:
+def test_the_results_of_explain_and_kernels_survive_pickling(adapter: dict[str, lj.Adapter]) -> None:
     params = {"query": {"kernel": jnp.ones((4, 3))}, "head": {"bias": jnp.ones(3)}}
     call = (lambda p, x: x @ p["query"]["kernel"] + p["head"]["bias"]), params
     for found in (lj.explain(*call, adapter, jnp.ones((2, 4))), lj.kernels(*call, jnp.ones((2, 4)))):

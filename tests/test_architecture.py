@@ -265,7 +265,7 @@ def test_a_file_has_a_module_docstring() -> None:
 VAGUE = {"util", "utils", "helper", "helpers", "misc", "manager"}
 
 
-def test_no_file_has_a_meaningless_name() -> None:
+def test_no_file_or_definition_has_a_meaningless_name() -> None:
     defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     for file in FILES:
         names = [node.name for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, defined)]

@@ -141,7 +141,7 @@ def test_all_processes_report_a_changed_file(few: Stages) -> None:
 
 
 def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(few: Stages) -> None:
-    """Both use Orbax barriers, which must not have the same name."""
+    """Both wait at barriers of Orbax, which refuses a barrier that is already waited at."""
     assert few.results["save"][0] == {"run": ["2"], "single": ["2"]}
 
 

@@ -266,7 +266,7 @@ def test_the_first_pattern_that_matches_decides_the_rank() -> None:
     assert [float(residual_norm) == 0 for residual_norm in lost.values()] == [False, False, True]
 
 
-def test_compress_works_under_jit_and_keeps_dtypes_dropout_and_empty_adapters() -> None:
+def test_compress_works_under_jit_and_keeps_dtypes_and_dropout() -> None:
     _, adapter = random_case("bio", lj.LoRA(rank=4, alpha=5, axes="bio", dropout=0.1))
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), adapter)
     smaller, _ = jax.jit(lambda adapter: lj.compress(adapter, 2))(half)

@@ -643,7 +643,7 @@ def test_a_full_leaf_needs_the_base() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("size", [1e-4, 0.3, 30.0])
-def test_without_the_base_the_error_bound_holds_and_is_tight(dtype: Any, size: float) -> None:
+def test_without_the_base_the_error_bound_holds_and_is_not_loose(dtype: Any, size: float) -> None:
     params = {"kernel": jax.random.normal(jax.random.key(0), (64, 48)).astype(dtype)}
     adapter = adapter_of(a=jax.random.normal(jax.random.key(1), (64, 4)), b=size * jnp.ones((4, 48)))
     restored, bound = lj.unmerge_approximately(lj.merge(params, adapter), adapter)

@@ -178,7 +178,7 @@ def test_clipping_uses_the_norm_of_the_adapter() -> None:
     np.testing.assert_allclose(updates["adapter"]["a"], [-0.6, -0.8], rtol=1e-6)
 
 
-def test_gradients_of_the_base_may_be_infinite() -> None:
+def test_gradients_of_the_base_may_be_nonfinite() -> None:
     tree = {"base": {"kernel": jnp.ones(2)}, "adapter": {"a": jnp.ones(2)}}
     gradients = {"base": {"kernel": jnp.array([jnp.nan, jnp.inf])}, "adapter": {"a": jnp.ones(2)}}
     tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1)))

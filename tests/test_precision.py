@@ -291,7 +291,7 @@ def test_statistics_of_8_bit_activations_are_summed_in_float32() -> None:
         ((jnp.bfloat16, jnp.float16), jnp.float32),
     ],
 )
-def test_the_common_dtype_has_at_least_sixteen_bits(dtypes: Any, expected: Any) -> None:
+def test_widest_returns_a_dtype_of_at_least_16_bits(dtypes: Any, expected: Any) -> None:
     assert widest(*dtypes) == expected
 
 

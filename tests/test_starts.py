@@ -195,7 +195,7 @@ def test_a_bfloat16_base_differs_by_one_rounding_of_the_residual(start: str, lay
     assert np.abs(error).max() > 1e-5  # otherwise the test would be trivial
 
 
-def test_an_initialization_keeps_variants_dtypes_and_order() -> None:
+def test_an_initialization_keeps_dtypes_and_its_arguments() -> None:
     params = {"dense": np.asarray(PARAMS["dense"]), "bias": [np.ones(5)]}
     adapter = lj.init(jax.random.key(0), params, {"dense": LORA}, param_dtype=jnp.bfloat16)
     before = jax.tree.map(np.array, (adapter, params))
@@ -571,7 +571,7 @@ def test_activations_are_summed_over_batches_of_any_order_and_size() -> None:
     jax.tree.map(assert_near, parts, once)
 
 
-def test_a_kernel_behind_stop_gradient_is_not_reported_as_unused() -> None:
+def test_a_kernel_behind_stop_gradient_is_an_error_with_the_reason() -> None:
     params, adapter = {"w": W}, lj.init(jax.random.key(0), {"w": W}, {"w": lj.LoRA(rank=1, alpha=1)})
     unused = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), params, adapter, X)
     with pytest.raises(lj.AdapterError, match=r"(?s)layers without any.*'w': 1 of 1.*reverse mode cannot"):
