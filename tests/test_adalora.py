@@ -69,8 +69,7 @@ def make(name: str, dtype: str) -> tuple[Model, Any]:
     return model, jax.jit(lambda key, params: lj.init(key, params, spec, kernels=kernels))(key, model.params)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["scanned_transformer", "grouped_conv"])
+@pytest.mark.parametrize(("name", "dtype"), [("scanned_transformer", "float32"), ("grouped_conv", "bfloat16")])
 def test_initialization_keeps_the_model(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     jit = functools.partial(jax.jit, compiler_options={"xla_allow_excess_precision": False})

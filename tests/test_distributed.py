@@ -152,7 +152,7 @@ def test_kernels_sharded_over_processes_are_compared_on_their_devices(memory: st
         assert got["fingerprint"] == fingerprint(distributed_values.make_base())
         assert got["restored"]
         assert got["another base"].endswith("to be the merge of `base` and the adapter; 2 of 2 leaves are not.")
-        assert got["another start"].endswith("trained from this start of this base; 1 kernels differ.")
+        assert got["another start"].endswith("which was initialized from `params`; 1 kernels differ.")
         assert (got["rank as plain"], got["rank compact"]) == (4, 2)
         assert 0 < got["drift"] < 1e-5
 

@@ -346,5 +346,5 @@ def test_an_integer_kernel_is_refused(dtype: Any) -> None:
     with pytest.raises(lj.SpecError, match="not floating-point"):
         lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
     for call in (lj.merge, lambda params, adapter: lj.lora(lambda p: p["w"])(params, adapter)):
-        with pytest.raises(lj.AdapterError, match=f"'w' holds {jnp.dtype(dtype).name}; an adapter is of"):
+        with pytest.raises(lj.AdapterError, match=f"'w' has dtype {jnp.dtype(dtype).name}; an adapter needs"):
             call(params, rank_one(1.0))
