@@ -60,7 +60,7 @@ def laws() -> list[tuple[str, float, float]]:
 
     import lora_jax as lj
 
-    size = dataclasses.replace(TINY, width=48, hidden=64)
+    size = dataclasses.replace(TINY, layers=1)
     cases: dict[str, tuple[Callable[..., Any], Any, Any, Any]] = {}
     for name, options in {
         "decoder": {"scanned": False},
@@ -207,7 +207,7 @@ REFERENCE = "by hand"
 
 def measured(method: str, *, scanned: bool, short: bool) -> Figures:
     """Measures a method in this process."""
-    size, dtype = (TINY, "float32") if short else (LARGE, "bfloat16")
+    size, dtype = (dataclasses.replace(TINY, layers=1), "float32") if short else (LARGE, "bfloat16")
     return METHODS[method][2](method, size, scanned=scanned, dtype=dtype, steps=2 if short else STEPS)
 
 

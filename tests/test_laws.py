@@ -26,7 +26,7 @@ def make(name: str, dtype: str) -> tuple[Model, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["transformer", "lstm", "conv_net", "tied_embedding", "experts", "plain_function"])
+@pytest.mark.parametrize("name", ["transformer", "lstm", "conv_net", "experts"])
 def test_initialization_keeps_the_compiled_model(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     # Without this option XLA may round a bfloat16 sum at different points in the two programs.
@@ -37,7 +37,7 @@ def test_initialization_keeps_the_compiled_model(name: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["mlp", "conv_net", "tied_embedding", "experts", "equinox_net", "plain_function"])
+@pytest.mark.parametrize("name", ["conv_net", "tied_embedding", "experts"])
 def test_initialization_keeps_the_eager_model_bit_for_bit(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     with jax.disable_jit():
@@ -46,8 +46,13 @@ def test_initialization_keeps_the_eager_model_bit_for_bit(name: str, dtype: str)
     assert bits(got) == bits(base)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ZOO)
+# One model of each kind of layer: rounding depends on the rule, and not on the framework that the model is written in.
+BFLOAT16 = ["scanned_transformer", "tied_embedding", "grouped_conv", "lstm", "gru", "experts", "decoding", "nnx_stateful"]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(name, "float32") for name in ZOO] + [(name, "bfloat16") for name in BFLOAT16]
+)
 def test_the_adapted_model_and_gradients_match_merged_kernels(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)

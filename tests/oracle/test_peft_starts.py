@@ -184,7 +184,7 @@ def test_random_factors_have_the_variance_of_peft():
     for start, function in (("gaussian", starts.gaussian), (True, starts.kaiming), ("orthogonal", starts.orthogonal)):
         options = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["first"], init_lora_weights=start)
         a, b, _ = peft_kernels(peft.get_peft_model(Wide(), options), "first")
-        part = function(fresh, base, jax.random.key(0)).adapter["first/kernel"]
+        part = function(jax.random.key(0), base, fresh).adapter["first/kernel"]
         assert float(part.a.std()) == pytest.approx(a.std(), rel=0.1)
         assert float(part.b.std()) == pytest.approx(b.std(), rel=0.3)
         assert np.abs(part.a @ part.b).max() < 1e-6 and np.abs(a @ b).max() < 1e-6
