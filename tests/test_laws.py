@@ -47,7 +47,16 @@ def test_initialization_keeps_the_eager_model_bit_for_bit(name: str, dtype: str)
 
 
 # One model of each kind of layer: rounding depends on the rule, and not on the framework that the model is written in.
-BFLOAT16 = ["scanned_transformer", "tied_embedding", "grouped_conv", "lstm", "gru", "experts", "decoding", "nnx_stateful"]
+BFLOAT16 = [
+    "scanned_transformer",
+    "tied_embedding",
+    "grouped_conv",
+    "lstm",
+    "gru",
+    "experts",
+    "decoding",
+    "nnx_stateful",
+]
 
 
 @pytest.mark.parametrize(
