@@ -112,22 +112,26 @@ class Recorded:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return self.type.shape
+        return self._like.shape
 
     @property
     def dtype(self) -> Any:
         """The dtype of the array."""
-        return self.type.dtype
+        return self._like.dtype
 
     @property
     def ndim(self) -> int:
         """The number of axes of the array."""
-        return self.type.ndim
+        return len(self.shape)
 
     @property
     def size(self) -> int:
         """The number of elements of the array."""
-        return self.type.size
+        return math.prod(self.shape)
+
+    @property
+    def _like(self) -> Any:
+        return self.type if self.changes else self.leaf
 
     @property
     def is_sliceable(self) -> bool:

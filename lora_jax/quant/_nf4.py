@@ -162,6 +162,7 @@ class NF4(Format):
         before, inputs, after = w.shape[:start], w.shape[start:end], w.shape[end:]
         blocks = w.astype(jnp.float32).reshape(*before, -1, self.block, *after)
         scales = abs(blocks).max(start + 1)
+        scales = jnp.where(scales < jnp.inf, scales, jnp.nan)  # so that a block that is not finite is not hidden
         scaled = blocks / jnp.expand_dims(jnp.where(scales == 0, 1, scales), start + 1)
         codes = sum((scaled > bound).astype(jnp.uint8) for bound in _BOUNDS)
         pairs = jnp.asarray(codes).reshape(*before, -1, 2, *after)

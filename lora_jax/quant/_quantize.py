@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from .._core.base import StoredLeaf
@@ -59,10 +60,8 @@ def quantize(
         value that is not finite is NaN.
     """
     leaves, treedef = flatten(params)
-    if stored := [path for path, leaf in leaves.items() if isinstance(leaf, StoredLeaf)]:
-        spec = {**dict.fromkeys(stored), **spec}
     fitted = fit(spec, leaves, None if kernels is None else _rows_as_outputs(kernels), kind=Format)
-    _check_finite(leaves, fitted)
+    _check_arrays(leaves, fitted)
     for path, (_, format_, axes) in fitted.items():
         leaves[path] = _quantize_leaf(leaves[path], format_, axes, donate=donate)
     return unflatten(treedef, leaves)
@@ -113,8 +112,16 @@ def _rows_as_outputs(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
     return {path: swapped(kernel) for path, kernel in kernels.items()}
 
 
-def _check_finite(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
-    concrete = [path for path in fitted if is_concrete(leaves[path]) and hasattr(leaves[path], "__array__")]
+def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
+    if stored := [repr(path) for path in fitted if isinstance(leaves[path], StoredLeaf)]:
+        raise SpecError(
+            f"Expected arrays; {len(stored)} of the {len(fitted)} leaves that the spec matches are already quantized.\n"
+            f"{listed(stored)}\n  Put a rule before it that leaves them as they are, {{path: None}}, or call "
+            "quant.dequantize first. Nothing was quantized."
+        )
+    concrete = [
+        path for path in fitted if isinstance(leaves[path], jax.Array | np.ndarray) and is_concrete(leaves[path])
+    ]
     if bad := [repr(path) for path in concrete if not is_finite(leaves[path])]:
         raise SpecError(
             f"Expected finite kernels; {len(bad)} of {len(fitted)} contain NaN or infinity, for which there is no "

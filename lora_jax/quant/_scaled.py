@@ -87,6 +87,7 @@ class _PerChannel(Format):
         inputs = axes_with(axes, "i")
         wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
         scales = (abs(wide).max(inputs, keepdims=True) / self.largest).astype(jnp.float32)
+        scales = jnp.where(scales < jnp.inf, scales, jnp.nan)  # so that a channel that is not finite is not hidden
         scaled = wide.astype(jnp.float32) / jnp.where(scales == 0, 1, scales)
         return ScaledLeaf(self._round(scaled).astype(self.code_dtype), scales, None, jnp.dtype(w.dtype))
 
