@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from . import checkpoint as checkpoint
     from . import nnx as nnx
     from . import optim as optim
+    from . import quant as quant
     from . import sharding as sharding
     from . import starts as starts
     from . import testing as testing
@@ -89,6 +90,7 @@ __all__ = [
     "nnx",
     "optim",
     "plan",
+    "quant",
     "restore",
     "save",
     "sharding",
@@ -107,6 +109,7 @@ _LAZY = {
     "checkpoint": "checkpoint",
     "nnx": "nnx",
     "optim": "optim",
+    "quant": "quant",
     "sharding": "sharding",
     "starts": "starts",
     "testing": "testing",

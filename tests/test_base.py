@@ -41,6 +41,10 @@ class Split(StoredLeaf):
     def dtype(self) -> Any:
         return jnp.dtype(jnp.float32)
 
+    @property
+    def sliceable(self) -> bool:
+        return True
+
     def dequantize(self) -> jax.Array:
         return (self.high * 256 + self.low).astype(jnp.float32) / 2**16
 

@@ -22,23 +22,31 @@ class StoredLeaf(abc.ABC):
     """A parameter that is stored in another form than as an array.
 
     A `StoredLeaf` is one leaf of the parameter tree, and a registered pytree of the stored arrays. `shape` must be
-    derived from these arrays: slicing each of them along the leading axis, as `scan` does with a stack of layers, must
-    give a valid leaf.
+    derived from these arrays, so that it is right for slices of them.
+
+    Attributes:
+      dtype: the dtype of the represented array.
     """
+
+    dtype: Any
 
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
         """The shape of the represented array."""
 
-    @property
-    @abc.abstractmethod
-    def dtype(self) -> Any:
-        """The dtype of the represented array."""
-
     @abc.abstractmethod
     def dequantize(self) -> Array:
         """Returns the represented array."""
+
+    @property
+    @abc.abstractmethod
+    def sliceable(self) -> bool:
+        """Whether a slice of each stored array along its leading axis is the same slice of the represented array."""
+
+    def take(self, rows: Array) -> StoredLeaf | None:
+        """Returns the leaf of `array[rows]`, for `rows` with one axis; None if that needs the whole array."""
+        return jax.tree.map(lambda x: x[rows], self) if self.sliceable else None
 
     @property
     def ndim(self) -> int:
@@ -104,26 +112,39 @@ class Recorded:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return self.type.shape
+        return self._like.shape
 
     @property
     def dtype(self) -> Any:
         """The dtype of the array."""
-        return self.type.dtype
+        return self._like.dtype
 
     @property
     def ndim(self) -> int:
         """The number of axes of the array."""
-        return self.type.ndim
+        return len(self.shape)
 
     @property
     def size(self) -> int:
         """The number of elements of the array."""
-        return self.type.size
+        return math.prod(self.shape)
+
+    @property
+    def _like(self) -> Any:
+        return self.type if self.changes else self.leaf
 
     @property
     def is_sliceable(self) -> bool:
         """Whether a slice of the stored leaf represents the same slice of the array."""
+        return self.leaf.sliceable and self._is_elementwise
+
+    def take(self, rows: Array) -> Self | None:
+        """Returns the rows of the array along its leading axis; None if that needs the whole array."""
+        leaf = self.leaf.take(rows) if self._is_elementwise else None
+        return None if leaf is None else dataclasses.replace(self, leaf=leaf)
+
+    @property
+    def _is_elementwise(self) -> bool:
         return all(change.elementwise for change in self.changes) and not any(self.arrays)
 
 
@@ -169,7 +190,7 @@ class Concatenated(StoredLeaf):
 
     Attributes:
       parts: the bases.
-      axis: the axis of the concatenation.
+      axis: the axis of the concatenation, negative.
     """
 
     parts: tuple[Base, ...]
@@ -178,21 +199,28 @@ class Concatenated(StoredLeaf):
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the concatenation."""
-        first = self.parts[0].shape
-        return (*first[: self.axis], sum(part.shape[self.axis] for part in self.parts), *first[self.axis + 1 :])
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
 
     @property
     def dtype(self) -> Any:
         """The dtype of all parts."""
         return self.parts[0].dtype
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether all parts are, and another axis is concatenated than the leading one."""
+        sliceable = all(not isinstance(part, Recorded) or part.is_sliceable for part in self.parts)
+        return sliceable and self.axis > -self.ndim
+
     def dequantize(self) -> Array:
         """Returns the concatenation as an array."""
-        return jax.lax.concatenate([as_array(part) for part in self.parts], self.axis)
+        return jax.lax.concatenate([as_array(part) for part in self.parts], self.axis + self.ndim)
 
 
 def concatenate(parts: Sequence[Base], axis: int) -> Base:
     """Concatenates bases along an axis."""
     if any(isinstance(part, Recorded) for part in parts):
-        return Recorded(Concatenated(tuple(parts), axis))
+        return Recorded(Concatenated(tuple(parts), axis - parts[0].ndim))
     return jax.lax.concatenate(parts, axis)

@@ -26,12 +26,12 @@ class Choice(NamedTuple):
 
     Attributes:
       pattern: the key of the rule that decides, a pattern or a target.
-      variant: the variant of the rule; after `fit`, the variant for the adapter.
+      variant: the variant or format of the rule; after `fit`, that for the leaf.
       axes: the roles of the leaf's axes; empty if the variant does not need them, and before `fit`.
     """
 
     pattern: Key
-    variant: Variant
+    variant: Any
     axes: str = ""
 
 
@@ -81,10 +81,12 @@ def spec(kernels: Mapping[str, Kernel], rules: Spec) -> dict[str, Variant]:
 
 
 def fit(
-    spec: Spec,
+    spec: Mapping[Key, Any],
     leaves: Mapping[str, Any],
     kernels: Mapping[str, Kernel] | None,
     only: Collection[str] | None = None,
+    *,
+    kind: Any = Variant,
 ) -> dict[str, Choice]:
     """Returns the variant and the roles of the axes for each leaf that the spec adapts.
 
@@ -93,11 +95,13 @@ def fit(
       leaves: arrays, or their shapes and dtypes, by path.
       kernels: from `lora_jax.kernels`, for the roles of axes and for targets; or None.
       only: the paths to consider; None for all.
+      kind: the class of the spec's values, `Variant` or `Format`.
 
     Raises:
       SpecError: from `resolve`; or one error for all leaves that cannot be adapted as the spec says.
     """
-    chosen = {path: choice for path, choice in resolve(spec, leaves, kernels).items() if only is None or path in only}
+    resolved = resolve(spec, leaves, kernels, kind=kind)
+    chosen = {path: choice for path, choice in resolved.items() if only is None or path in only}
     problems, fitted = [], {}
     for path, choice in chosen.items():
         leaf, variant = leaves[path], choice.variant
@@ -114,11 +118,11 @@ def fit(
             problems.append(Problem(path, leaf, choice._replace(axes=axes), str(error)))
             continue
         fitted[path] = Choice(choice.pattern, variant.fitted(leaf.shape, axes), axes)
-    refuse(problems, len(chosen))
+    refuse(problems, len(chosen), kind.verb)
     return fitted
 
 
-def refuse(problems: Sequence[Problem], total: int) -> None:
+def refuse(problems: Sequence[Problem], total: int, verb: str = Variant.verb) -> None:
     """Raises one `SpecError` for all problems, with advice; returns if there are none. `total` counts the leaves."""
     if not problems:
         return
@@ -128,29 +132,39 @@ def refuse(problems: Sequence[Problem], total: int) -> None:
         advice[rank_advice] = None
     advice_text = "  " + "\n  ".join(advice) if advice else ""
     if len(lines) == 1:
-        raise SpecError(f"Cannot adapt {lines[0]}.\n{advice_text}".rstrip())
+        raise SpecError(f"Cannot {verb} {lines[0]}.\n{advice_text}".rstrip())
     raise SpecError(
-        f"Cannot adapt {len(lines)} of the {total} leaves that the spec matches:\n"
+        f"Cannot {verb} {len(lines)} of the {total} leaves that the spec matches:\n"
         f"{listed(lines, most=len(lines))}\n{advice_text}".rstrip()
     )
 
 
-def resolve(spec: Spec, leaves: Mapping[str, Any], kernels: Mapping[str, Kernel] | None = None) -> dict[str, Choice]:
+def resolve(
+    spec: Mapping[Key, Any],
+    leaves: Mapping[str, Any],
+    kernels: Mapping[str, Kernel] | None = None,
+    *,
+    kind: Any = Variant,
+) -> dict[str, Choice]:
     """Returns the variant of the first matching key for each leaf; omits leaves with None or without a match.
 
     Args:
       spec: ordered mapping from patterns and targets to variants, or to None for "leave frozen".
       leaves: arrays, or their shapes and dtypes, by path.
       kernels: from `lora_jax.kernels`, for targets; or None.
+      kind: the class of the spec's values, `Variant` or `Format`.
 
     Raises:
       SpecError: if a rule matches nothing, if earlier rules match all its leaves, or if no leaf is adapted.
     """
     if not isinstance(spec, Mapping):
-        raise SpecError(f"Expected a spec, a mapping such as {{'**/kernel': LoRA(rank=8, alpha=16)}}; got {spec!r}.")
+        raise SpecError(f"Expected a spec, a mapping such as {{'**/kernel': {kind.example}}}; got {spec!r}.")
     decided: dict[str, Key] = {}
     for pattern, variant in spec.items():
-        _check_rule(pattern, variant)
+        if variant is not None and not isinstance(variant, kind):
+            raise SpecError(
+                f"Expected a {kind.noun} such as {kind.example}, or None, for {key_text(pattern)}; got {variant!r}."
+            )
         found = matching_leaves(pattern, leaves, kernels)
         undecided = [path for path in found if path not in decided]
         if not undecided:
@@ -165,15 +179,8 @@ def resolve(spec: Spec, leaves: Mapping[str, Any], kernels: Mapping[str, Kernel]
     chosen = {path: (decided[path], spec[decided[path]]) for path in leaves if path in decided}
     adapted = {path: Choice(pattern, variant) for path, (pattern, variant) in chosen.items() if variant is not None}
     if not adapted:
-        raise SpecError(f"Expected a spec that adapts at least one leaf; got {dict(spec)!r}.")
+        raise SpecError(f"Expected a spec that {kind.verb}s at least one leaf; got {dict(spec)!r}.")
     return adapted
-
-
-def _check_rule(pattern: Key, variant: Any) -> None:
-    if variant is not None and not isinstance(variant, Variant):
-        raise SpecError(
-            f"Expected a variant such as LoRA(rank=8, alpha=16), or None, for {key_text(pattern)}; got {variant!r}."
-        )
 
 
 def _problem_with_leaf(path: str, leaf: Any, choice: Choice) -> Problem | None:
@@ -185,10 +192,8 @@ def _problem_with_leaf(path: str, leaf: Any, choice: Choice) -> Problem | None:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         return Problem(path, leaf, choice, f"it is not floating-point, but {leaf.dtype}", freeze)
     if variant.needs_axes and (leaf.ndim < 2 or (name in _VECTORS and variant.axes is None)):
-        advice = (
-            f"End the pattern in `/kernel`, or put a rule before it: {{{'**/' + name!r}: None}} to leave it frozen, "
-            "Full() to train all of it."
-        )
+        advice = f"End the pattern in `/kernel`, or put a rule before it: {{{'**/' + name!r}: None}} to leave it frozen"
+        advice += ", Full() to train all of it." if isinstance(variant, Variant) else "."
         return Problem(path, leaf, choice, f"it is a vector, and {variant} is for kernels", advice)
     return None
 
@@ -212,12 +217,14 @@ def _axes_for(path: str, leaf: Any, choice: Choice, kernels: Mapping[str, Kernel
             return "io"
         reason = f"which of its {leaf.ndim} axes are inputs, outputs or batch is not known"
         advice = (
-            "Read the axes from the model: init(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
+            f"Read the axes from the model: {variant.function}(..., kernels=lora_jax.kernels(apply, params, *args)),\n"
             f"  or write them in the spec: {variant_text}, such as 'ioo' for a query kernel (d, heads, head_dim) or "
             "'bio' for a stack of layers."
         )
         return Problem(path, leaf, choice, reason, advice)
-    retrace = f"Trace with the parameters that `init` gets, or write the axes in the spec: {variant_text}."
+    retrace = (
+        f"Trace with the parameters that `{variant.function}` gets, or write the axes in the spec: {variant_text}."
+    )
     if path not in kernels:
         return Problem(path, leaf, choice, "it is not in `kernels`", retrace)
     traced = kernels[path]

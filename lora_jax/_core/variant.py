@@ -17,41 +17,19 @@ from .axes import axes_of_a, axes_of_b, axes_with, sizes, width
 from .contract import widest
 from .kernel import AdaptedKernel
 from .numbers import flag, fraction, integer, number
+from .spec_value import SpecValue
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Variant(abc.ABC):
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Variant(SpecValue):
     """A method of adapting one kernel, with its hyperparameters: an immutable value without arrays."""
 
-    axes: str | None = None
-    needs_axes: ClassVar[bool]  # whether it depends on the roles of the kernel's axes
     adds: ClassVar[bool]  # whether it adds a term that does not depend on the kernel, so that it can be subtracted
     some_tokens: ClassVar[bool] = False  # whether it acts on some tokens only, and so cannot be merged
-
-    def __post_init__(self) -> None:
-        """Checks the fields and converts them to plain Python; `check` does what needs the shape of the kernel."""
-        if not isinstance(self.axes, str | None):
-            raise SpecError(f"Expected a string such as 'io' for `axes`; got {self.axes!r}.")
-
-    def _set(self, **values: Any) -> None:
-        """Sets fields of the frozen dataclass in `__post_init__`."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
-    def __repr__(self) -> str:
-        """Shows the fields that differ from their defaults, `axes` last."""
-        fields = sorted(dataclasses.fields(self), key=lambda field: field.name == "axes")
-        chosen = [field for field in fields if getattr(self, field.name) != field.default]
-        return f"{type(self).__name__}({', '.join(f'{field.name}={getattr(self, field.name)!r}' for field in chosen)})"
-
-    @abc.abstractmethod
-    def check(self, shape: Sequence[int], axes: str) -> None:
-        """Raises `SpecError` if a kernel of this shape and axes cannot be adapted; the caller adds the path."""
-
-    def fitted(self, shape: Sequence[int], axes: str) -> Self:
-        """Returns the variant that an adapter of a kernel of this shape stores, without `axes`."""
-        del shape, axes  # for variants whose rank depends on them
-        return self if self.axes is None else dataclasses.replace(self, axes=None)  # `Adapter.axes` has them
+    noun: ClassVar[str] = "variant"
+    example: ClassVar[str] = "LoRA(rank=8, alpha=16)"
+    verb: ClassVar[str] = "adapt"
+    function: ClassVar[str] = "init"
 
     @abc.abstractmethod
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:

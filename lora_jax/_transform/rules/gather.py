@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.base import Change, apply_change, apply_to_base
+from ..._core.base import Base, Change, Recorded, apply_change, apply_to_base
 from ..._core.contract import Labeled, Labels, computable, is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, gain_of
 from ..._core.sizes import smallest
@@ -81,7 +82,7 @@ def _gather(
         )
         return moved if gain is None else dataclasses.replace(moved, gain=_insert_rank(gain, order_b))
     check_all_tokens(kernel)
-    y = apply_to_base(look_up(fill_value), kernel.w, indices)
+    y = lookup.apply(look_up(fill_value), kernel.w, indices)
     dtype = computable(y.dtype)
     a, b = _cast(a, dtype), _cast(b, dtype)
     thin = smallest((a, b), key=lambda factor: factor.array.size)
@@ -99,7 +100,7 @@ def _gather(
     if mode != lax.GatherScatterMode.FILL_OR_DROP:
         return apply_gain(Sum(y, low_rank), gain.expand_to(labels))
     # The fill value is not an output of the kernel and has no gain.
-    rows = apply_to_base(look_up(0), kernel.w, indices)
+    rows = lookup.apply(look_up(0), kernel.w, indices)
     return apply_gain(Sum(rows, low_rank), gain.expand_to(labels)) + lax.stop_gradient(y - rows)
 
 
@@ -120,7 +121,7 @@ def _look_up_leaf(
     roles = lookup.roles if "o" in lookup.roles else ""
     if sum(bool(leaf.roles[axis]) for axis in lookup.remaining) < 2:
         site.log_use(leaf, "factored", roles=roles)
-        return apply_to_base(change, leaf.w, indices)
+        return lookup.apply(change, leaf.w, indices)
     kept = tuple(leaf.roles[label] if label < leaf.w.ndim else frozenset[Label]() for label in labels)
     w = apply_change(leaf.w, change, indices)
     return dataclasses.replace(leaf, w=w, roles=kept, lookup=site.make_uses(leaf, "factored", roles=roles))
@@ -202,6 +203,26 @@ class _Lookup:
         kept = iter(self._kept(range(len(self.shape))))
         index = iter(self._index_labels(ndim - len(numbers.offset_dims)))
         return tuple(next(kept) if axis in numbers.offset_dims else next(index) for axis in range(ndim))
+
+    def apply(self, look_up: Change, w: Base, indices: Array) -> Array:
+        """Looks up in the base; of a stored leaf that is looked up by rows, only these rows are dequantized."""
+        if not isinstance(w, Recorded) or not self._selects_rows:
+            return apply_to_base(look_up, w, indices)
+        size = self.shape[0]
+        if self.mode in _CLAMPING_MODES:
+            indices = jnp.clip(indices, 0, size - 1)
+        flat = indices.reshape(-1)
+        outside = (flat < 0) | (flat >= size)
+        if (rows := w.take(jnp.where(outside, 0, flat))) is None:
+            return apply_to_base(look_up, w, indices)
+        # Each index looks up its own row; one that was out of range still is.
+        own = jnp.where(outside, flat.size, jnp.arange(flat.size, dtype=indices.dtype)).reshape(indices.shape)
+        return apply_to_base(look_up, rows, own)
+
+    @property
+    def _selects_rows(self) -> bool:
+        numbers = self.numbers
+        return numbers.start_index_map == (0,) and self.slice_sizes[0] == 1 and not numbers.operand_batching_dims
 
     def take(self, factor: Labeled, indices: Array, hints: dict[str, bool]) -> Labeled:
         """Applies the lookup to a factor; returns it as it is if no column selects along its axes."""

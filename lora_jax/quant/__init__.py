@@ -1,0 +1,29 @@
+"""Quantized bases: kernels stored in 4 or 8 bits, used by any model (QLoRA, Dettmers et al. 2023, arXiv:2305.14314)."""
+
+from __future__ import annotations
+
+from ._double import DoubleScales as DoubleScales
+from ._format import Format as Format
+from ._leaf import QuantizedLeaf as QuantizedLeaf
+from ._nf4 import NF4 as NF4
+from ._nf4 import NF4Leaf as NF4Leaf
+from ._quantize import dequantize as dequantize
+from ._quantize import quantize as quantize
+from ._scaled import Float8 as Float8
+from ._scaled import Int8 as Int8
+from ._scaled import ScaledLeaf as ScaledLeaf
+from ._shardings import shardings as shardings
+
+__all__ = [
+    "NF4",
+    "DoubleScales",
+    "Float8",
+    "Format",
+    "Int8",
+    "NF4Leaf",
+    "QuantizedLeaf",
+    "ScaledLeaf",
+    "dequantize",
+    "quantize",
+    "shardings",
+]

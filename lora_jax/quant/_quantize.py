@@ -1,0 +1,156 @@
+"""Quantizes leaves of a parameter tree, one after another."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from .._core.base import StoredLeaf
+from .._core.paths import Pattern, flatten, matching_paths, unflatten
+from .._core.spec import fit
+from .._core.targets import Key
+from .._core.uses import Kernel
+from .._core.values import is_concrete, is_finite
+from .._errors import SpecError, listed
+from ._format import Format
+from ._shardings import shardings_like
+
+
+def quantize(
+    params: Any,
+    spec: Mapping[Key, Format | None],
+    *,
+    kernels: Mapping[str, Kernel] | None = None,
+    donate: bool = False,
+) -> Any:
+    """Quantizes the leaves that a spec selects; the tree can be used wherever `params` can, also by the adapted model.
+
+    A quantized leaf is one leaf with one path. It is dequantized in each use, and is constant in gradients. Batch axes
+    that come first (scanned layers, experts) are quantized separately, so that a loop over them slices the leaf.
+    Leaves are quantized one at a time; with `donate`, the device never holds more than one of them in both forms.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"kernel": jax.random.normal(jax.random.key(0), (128, 16))}
+    >>> small = lj.quant.quantize(params, {"**/kernel": lj.quant.NF4()})
+    >>> small["kernel"].shape, small["kernel"].codes.shape
+    ((128, 16), (64, 16))
+
+    Args:
+      params: the parameter tree: arrays, on devices or in NumPy, or shapes with `jax.eval_shape`.
+      spec: mapping from patterns and targets to formats, or to None for leaves that stay as they are; the first match
+        decides.
+      kernels: from `lora_jax.kernels(apply, params, *args)`, for targets and for the roles of axes. Without it, a
+        matrix is (in, out), and other kernels need `axes=` in their format. An embedding table that is looked up is
+        quantized along its rows.
+      donate: whether each array of `params` is deleted once it is quantized.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      SpecError: if a rule matches nothing, a leaf is not floating-point or not finite, or a format does not fit it;
+        one error lists all leaves, and nothing is deleted. Under `jit`, where values are not known, a block with a
+        value that is not finite is NaN.
+    """
+    leaves, treedef = flatten(params)
+    fitted = fit(spec, leaves, None if kernels is None else _rows_as_outputs(kernels), kind=Format)
+    _check_arrays(leaves, fitted)
+    for path, (_, format_, axes) in fitted.items():
+        leaves[path] = _quantize_leaf(leaves[path], format_, axes, donate=donate)
+    return unflatten(treedef, leaves)
+
+
+def dequantize(params: Any, patterns: Iterable[Pattern] = ("**",)) -> Any:
+    """Returns the tree with its quantized leaves as arrays, in the dtype that they had before.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> small = lj.quant.quantize({"kernel": jnp.ones((64, 2))}, {"kernel": lj.quant.Int8()})
+    >>> lj.quant.dequantize(small)["kernel"].dtype.name
+    'float32'
+
+    Args:
+      params: a tree with quantized leaves.
+      patterns: which leaves; by default all.
+
+    Returns:
+      A tree like `params`.
+
+    Raises:
+      SpecError: if a pattern matches no leaf.
+    """
+    leaves, treedef = flatten(params)
+    chosen = {path for pattern in patterns for path in matching_paths(pattern, leaves, "every pattern to match a leaf")}
+    return unflatten(
+        treedef,
+        {
+            path: _dequantize(leaf) if path in chosen and isinstance(leaf, StoredLeaf) else leaf
+            for path, leaf in leaves.items()
+        },
+    )
+
+
+@jax.jit
+def _dequantize(leaf: StoredLeaf) -> Array:
+    return leaf.dequantize()
+
+
+def _rows_as_outputs(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
+    """Makes the rows of tables that are looked up outputs, so that each row is stored by itself."""
+
+    def swapped(kernel: Kernel) -> Kernel:
+        if kernel.kind != "embedding" or kernel.axes is None:
+            return kernel
+        return dataclasses.replace(kernel, axes=kernel.axes.translate(str.maketrans("io", "oi")))
+
+    return {path: swapped(kernel) for path, kernel in kernels.items()}
+
+
+def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
+    if stored := [repr(path) for path in fitted if isinstance(leaves[path], StoredLeaf)]:
+        raise SpecError(
+            f"Expected arrays; {len(stored)} of the {len(fitted)} leaves that the spec matches are already quantized.\n"
+            f"{listed(stored)}\n  Put a rule before it that leaves them as they are, {{path: None}}, or call "
+            "quant.dequantize first. Nothing was quantized."
+        )
+    concrete = [
+        path for path in fitted if isinstance(leaves[path], jax.Array | np.ndarray) and is_concrete(leaves[path])
+    ]
+    if bad := [repr(path) for path in concrete if not is_finite(leaves[path])]:
+        raise SpecError(
+            f"Expected finite kernels; {len(bad)} of {len(fitted)} contain NaN or infinity, for which there is no "
+            f"scale.\n{listed(bad)}\n  Leave them out of the spec, or use another checkpoint. Nothing was quantized."
+        )
+
+
+def _quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool) -> StoredLeaf:
+    jitted = functools.partial(_jitted, format_, axes)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.eval_shape(jitted(None), leaf)
+    sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else None
+    if sharding is not None and len(sharding.device_set) > 1:
+        abstract = jax.eval_shape(jitted(None), leaf)
+        stored = jitted(shardings_like(abstract, sharding))(leaf)
+    else:
+        stored = jitted(None)(leaf)
+    if donate and isinstance(leaf, Array) and is_concrete(leaf):
+        jax.block_until_ready(stored)
+        leaf.delete()
+    return stored
+
+
+def _jitted(format_: Format, axes: str, shardings: Any) -> Any:
+    batch = len(axes) - len(axes.lstrip("b"))
+
+    def run(w: Any, depth: int) -> Any:
+        if depth == 0:
+            return format_.quantize(w, axes[batch:])
+        return jax.lax.map(functools.partial(run, depth=depth - 1), w)
+
+    return jax.jit(lambda w: run(jnp.asarray(w), batch), out_shardings=shardings)

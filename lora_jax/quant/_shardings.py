@@ -1,0 +1,64 @@
+"""Shardings of quantized leaves, derived from those of their kernels."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from .._core.paths import flatten, unflatten
+from .._core.placement import mesh_axes
+from ._leaf import QuantizedLeaf
+
+
+def shardings(params: Any, dense: Any) -> Any:
+    """Returns shardings for a tree with quantized leaves, from those of the tree before it was quantized.
+
+    Codes and scales are sharded as the kernel is; an axis whose size the devices do not divide is replicated, as are
+    the second-level scales.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> mesh = jax.make_mesh((1, 1), ("fsdp", "model"))
+    >>> place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp", "model"))
+    >>> params = {"kernel": jax.ShapeDtypeStruct((128, 16), jnp.float32)}
+    >>> small = lj.quant.quantize(params, {"kernel": lj.quant.NF4()})
+    >>> lj.quant.shardings(small, {"kernel": place})["kernel"].codes.spec
+    PartitionSpec('fsdp', 'model')
+
+    Args:
+      params: from `quantize`, or its shapes.
+      dense: a tree with the same paths and a sharding for each leaf.
+
+    Returns:
+      A tree like `params`, with a sharding in place of each array, for `jax.device_put` and `jax.jit`.
+    """
+    leaves, treedef = flatten(params)
+    by_path = flatten(dense)[0]
+    return unflatten(
+        treedef,
+        {
+            path: shardings_like(leaf, by_path[path]) if isinstance(leaf, QuantizedLeaf) else by_path[path]
+            for path, leaf in leaves.items()
+        },
+    )
+
+
+def shardings_like(leaf: QuantizedLeaf, sharding: Sharding) -> Any:
+    """Returns a leaf with shardings in place of its arrays."""
+    if not isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda _: sharding, leaf)
+    mesh, memory_kind = sharding.mesh, sharding.memory_kind
+    names = [*map(mesh_axes, sharding.spec), *[()] * leaf.ndim][: leaf.ndim]
+
+    def place(axes: tuple[int | None, ...], array: Any) -> NamedSharding:
+        entries = [() if axis is None else names[axis] for axis in axes]
+        divided = [
+            entry if size % math.prod(mesh.shape[name] for name in entry) == 0 else ()
+            for entry, size in zip(entries, array.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in divided)), memory_kind=memory_kind)
+
+    layout, treedef = jax.tree.flatten(leaf.layout(), is_leaf=lambda node: isinstance(node, tuple))
+    return jax.tree.unflatten(treedef, map(place, layout, jax.tree.leaves(leaf)))
