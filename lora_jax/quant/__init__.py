@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._bitsandbytes import from_bitsandbytes as from_bitsandbytes
 from ._double import DoubleScales as DoubleScales
 from ._format import Format as Format
 from ._leaf import QuantizedLeaf as QuantizedLeaf
@@ -25,6 +26,7 @@ __all__ = [
     "QuantizedLeaf",
     "ScaledLeaf",
     "dequantize",
+    "from_bitsandbytes",
     "from_qwix",
     "quantize",
     "shardings",

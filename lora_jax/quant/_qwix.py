@@ -20,10 +20,8 @@ _MISSING = object()
 def from_qwix(params: Any) -> Any:
     """Replaces the `QArray`s of a tree with leaves that any model and `lora` can use.
 
-    The arrays are those of the `QArray`s, not copies. Each leaf dequantizes to what `qwix.dequantize` returns: the same
-    dtype, that of the scales, and the same values. Only where JAX compiles a subtraction of zero points and the
-    multiplication by scales into one program can these differ in the last place. The model is the one without Qwix's
-    provider: activations are not quantized.
+    The arrays are those of the `QArray`s, not copies. Each leaf dequantizes to what `qwix.dequantize` returns, bit for
+    bit and in the dtype of the scales. The model is the one without Qwix's provider: activations are not quantized.
 
     A `QArray` is recognized by its attributes. In the state of an NNX model it is a mapping of `qvalue`, `scale` and
     `zero_point` that does not say its logical type; there, uint4 without zero points is NF4.
@@ -41,8 +39,8 @@ def from_qwix(params: Any) -> Any:
     ((4, 2), [3.0, 3.5])
 
     Args:
-      params: a tree with `QArray`s: from `qwix.quantize_params`, from `init` of a model with Qwix's `PtqProvider`, or the
-        `nnx.state` of one, also boxed (`nn.Partitioned`, `nnx.Param`) or as shapes.
+      params: a tree with `QArray`s, also boxed or as shapes: from `qwix.quantize_params`, from `init` of a model with
+        Qwix's `PtqProvider`, or the `nnx.state` of one.
 
     Returns:
       A tree like `params`, with a `ScaledLeaf` of the same shape in place of each `QArray` and its container. A box
