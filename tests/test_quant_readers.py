@@ -298,3 +298,300 @@ def test_state_of_an_nnx_model_that_qwix_has_quantized() -> None:
     params = from_qwix(nnx.state(quantized, nnx.Param))
     adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
     assert_close(lj.lora(apply)(params, adapter, rest, x)[0], quantized(x))
+
+
+# bitsandbytes
+
+OUT, IN, BLOCK = 12, 256, 64
+
+
+def checkpoint(name: str = "up", *, nested: bool = False, seed: int = 0, **changed: Any) -> dict[str, Any]:
+    """The tensors of a kernel (OUT, IN) as bitsandbytes stores them. `changed` replaces fields of its state."""
+    random, blocks = np.random.default_rng(seed), OUT * IN // BLOCK
+    state = {"quant_type": "nf4", "blocksize": BLOCK, "dtype": "float32", "shape": [OUT, IN]}
+    absmax = random.uniform(0.5, 2, blocks).astype(np.float32)
+    tensors = {"": random.integers(0, 256, (OUT * IN // 2, 1), np.uint8), ".absmax": absmax, ".quant_map": CODEBOOK}
+    if nested:
+        state |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 1.25}
+        largest = np.full(-(-blocks // 256), 0.75, np.float32)
+        tensors |= {
+            ".absmax": random.integers(0, 256, blocks, np.uint8),
+            ".nested_absmax": largest,
+            ".nested_quant_map": MAP,
+        }
+    tensors[".quant_state.bitsandbytes__nf4"] = as_json(state | changed)
+    return {f"{name}.weight{key}": tensor for key, tensor in tensors.items()}
+
+
+STATE = "up.weight.quant_state.bitsandbytes__nf4"
+
+
+def as_json(state: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(state).encode(), np.uint8)
+
+
+def kernel(tensors: dict[str, Any]) -> np.ndarray:
+    """The dequantized kernel (OUT, IN)."""
+    packed, scales = tensors["up.weight"].ravel(), tensors["up.weight.absmax"]
+    if "up.weight.nested_absmax" in tensors:
+        scales = MAP[scales] * tensors["up.weight.nested_absmax"][0] + np.float32(1.25)
+    codes = np.stack([packed >> 4, packed & 15], 1).reshape(-1, BLOCK)
+    return (CODEBOOK[codes] * scales[:, None]).reshape(OUT, IN)
+
+
+ARRANGED = {
+    "io": ("io", None, (IN, OUT)),
+    "oi": ("oi", None, (OUT, IN)),
+    "ioo": ("ioo", (IN, 3, 4), (IN, 3, 4)),
+    "iio, blocks in one axis": ("iio", (2, 128, OUT), (2, 128, OUT)),
+    "iio, blocks across axes": ("iio", (8, 32, OUT), (8, 32, OUT)),
+    "oiio": ("oiio", [3, 16, 16, 4], (3, 16, 16, 4)),
+    "ioi": ("ioi", (2, OUT, 128), (2, OUT, 128)),
+}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("arranged", ARRANGED)
+def test_a_kernel_of_bitsandbytes_is_arranged_by_its_axes(arranged: str, nested: bool) -> None:
+    axes, shape, expected_shape = ARRANGED[arranged]
+    tensors = checkpoint(nested=nested)
+    leaf = from_bitsandbytes(tensors, "up", axes=axes, shape=shape)
+    assert (type(leaf), leaf.shape, leaf.dtype) == (NF4Leaf, expected_shape, jnp.float32)
+    order = sorted(range(len(axes)), key=lambda axis: (axes[axis] == "i", axis))
+    dense = kernel(tensors).reshape([expected_shape[axis] for axis in order]).transpose(np.argsort(order))
+    np.testing.assert_allclose(leaf.dequantize(), dense, rtol=3e-7)
+    assert isinstance(leaf.scales, DoubleScales) == nested
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(IN, OUT), (IN, 3, 4), (2, 128, OUT), (8, 32, OUT)])
+def test_a_kernel_of_bitsandbytes_has_the_layout_of_quantize(shape: tuple[int, ...], nested: bool) -> None:
+    axes = "iio" if shape[-1] == OUT and len(shape) == 3 else "ioo"[: len(shape)]
+    tensors = checkpoint(nested=nested)
+    leaf = from_bitsandbytes(tensors, "up", axes=axes, shape=shape)
+    expected = jax.eval_shape(lambda: NF4(block=BLOCK, double=nested).quantize(jnp.zeros(shape), axes))
+    assert [x.shape for x in jax.tree.leaves(leaf)] == [x.shape for x in jax.tree.leaves(expected)]
+    assert (leaf.axis, leaf.inputs, leaf.dtype) == (expected.axis, expected.inputs, expected.dtype)
+    assert sum(x.nbytes for x in jax.tree.leaves(leaf)) < 5 / 8 * IN * OUT
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_that_of_the_kernel_which_was_quantized(name: str) -> None:
+    tensors = checkpoint(dtype=name)
+    assert from_bitsandbytes(tensors, "up").dtype == jnp.dtype(name)
+    assert from_bitsandbytes(tensors, "up", dtype=jnp.bfloat16).dequantize().dtype == jnp.bfloat16
+
+
+def test_tensors_can_be_arrays_of_jax_with_other_shapes() -> None:
+    tensors = checkpoint(nested=True)
+    flat = {key: jnp.asarray(tensor).reshape(1, -1) for key, tensor in tensors.items()} | {"other": jnp.ones(3)}
+    assert bits(from_bitsandbytes(flat, "up")) == bits(from_bitsandbytes(tensors, "up"))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(IN, OUT), (8, 32, OUT)])
+def test_an_adapted_kernel_of_bitsandbytes_matches_merged_kernels(shape: tuple[int, ...], nested: bool) -> None:
+    axes = "i" * (len(shape) - 1) + "o"
+    params = {"w": from_bitsandbytes(checkpoint(nested=nested), "up", shape=shape, axes=axes)}
+    apply = lambda p, x: jnp.tanh(jnp.tensordot(x, p["w"], len(shape) - 1) / 16)  # noqa: E731
+    assert_law(apply, params, "w", normal(3, *shape[:-1]), axes=axes)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_stacked_kernels_of_bitsandbytes_match_merged_kernels(nested: bool) -> None:
+    leaves = [from_bitsandbytes(checkpoint(nested=nested, seed=seed), "up") for seed in range(3)]
+    params = {"w": jax.tree.map(lambda *arrays: jnp.stack(arrays), *leaves)}
+    for got, leaf in zip(params["w"].dequantize(), leaves, strict=True):
+        np.testing.assert_array_equal(got, leaf.dequantize())
+    assert params["w"].sliceable
+
+    def apply(p: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (jnp.tile(jnp.tanh(x @ w / 16), (1, IN // OUT + 1))[:, :IN], None), x, p["w"])[
+            0
+        ]
+
+    assert_law(apply, params, "w", normal(3, IN), axes="bio")
+
+
+def without(tensors: dict[str, Any], *endings: str) -> dict[str, Any]:
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(endings)}
+
+
+REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
+    "no tensor": (lambda: checkpoint("down"), r"missing are:\n  up.weight\n(.*\n)*  The nearest names:\n  down.weight"),
+    "not quantized": (
+        lambda: {"up.weight": np.ones((OUT, IN), np.float32)},
+        r"missing are:\n  up.weight.absmax\n  up.weight.quant_map\n.*\n  There are:\n  up.weight\n.*without `.weight`",
+    ),
+    "no scales": (
+        lambda: without(checkpoint(), "absmax"),
+        r"missing are:\n  up.weight.absmax\n  There are:\n  up.weight",
+    ),
+    "no second scales": (
+        lambda: without(checkpoint(nested=True), ".nested_absmax"),
+        r"are:\n  up.weight.nested_absmax",
+    ),
+    "no second table": (
+        lambda: without(checkpoint(nested=True), ".nested_quant_map"),
+        "are:\n  up.weight.nested_quant_m",
+    ),
+    "FP4": (
+        lambda: {key.replace("nf4", "fp4"): tensor for key, tensor in checkpoint().items()},
+        "Expected 'up.weight' in NF4; it is in FP4, which is not supported",
+    ),
+    "FP4 inside": (lambda: checkpoint(quant_type="fp4"), "an object with `quant_type` 'nf4'; got {"),
+    "not JSON": (
+        lambda: checkpoint() | {STATE: np.arange(9, dtype=np.uint8)},
+        "Expected JSON in 'up.weight.quant_state",
+    ),
+    "not UTF-8": (lambda: checkpoint() | {STATE: np.full(9, 255, np.uint8)}, "Expected JSON in 'up.weight.quant_state"),
+    "deep JSON": (
+        lambda: checkpoint() | {STATE: np.frombuffer(b"[" * 200_000 + b"]" * 200_000, np.uint8)},
+        "Expected JSON in|an object with",
+    ),
+    "a long number": (
+        lambda: checkpoint() | {STATE: np.frombuffer(b"1" * 5000, np.uint8)},
+        "Expected JSON in 'up.weight.quant_state",
+    ),
+    "not an object": (lambda: checkpoint() | {STATE: as_json([1])}, r"`quant_type` 'nf4'; got \[1\]"),
+    "state of another dtype": (
+        lambda: checkpoint() | {STATE: np.ones(9, np.float32)},
+        r"Expected 'up.weight.quant_state.bitsandbytes__nf4' to be a uint8 tensor; got float32 of shape \(9,\)",
+    ),
+    "no fields": (
+        lambda: checkpoint() | {STATE: as_json({"quant_type": "nf4"})},
+        "fields 'blocksize', 'shape', 'dtype'; got",
+    ),
+    "no second fields": (
+        lambda: checkpoint(nested=True) | {STATE: checkpoint()[STATE]},
+        "the fields 'nested_blocksize', 'nested_offset'; got",
+    ),
+    "an odd block": (lambda: checkpoint(blocksize=63), "an even `blocksize`; got 63"),
+    "a block of true": (lambda: checkpoint(blocksize=True), "an even `blocksize`; got True"),
+    "a block without size": (lambda: checkpoint(blocksize=0), "an even `blocksize`; got 0"),
+    "blocks across outputs": (
+        lambda: checkpoint(blocksize=512),
+        "blocks that divide the inputs of 'up.weight'; there are 256 inputs, in blocks of 512",
+    ),
+    "a vector": (lambda: checkpoint(shape=[IN]), r"a `shape` of two sizes, outputs and inputs; got \[256\]"),
+    "a shape of text": (lambda: checkpoint(shape="ab"), "a `shape` of two sizes, outputs and inputs; got 'ab'"),
+    "a huge shape": (lambda: checkpoint(shape=[10**4000, 64]), "a `shape` of two sizes, outputs and inputs; got"),
+    "another shape": (
+        lambda: checkpoint(shape=[OUT, 128]),
+        r"'up.weight' to be a uint8 tensor of 768 elements; got uint8 of",
+    ),
+    "float8": (
+        lambda: checkpoint(dtype="float8_e4m3fn"),
+        "a `dtype` out of float32, bfloat16, float16; got 'float8_e4m3fn'",
+    ),
+    "a dtype of numbers": (lambda: checkpoint(dtype=[1]), r"a `dtype` out of .*; got \[1\]"),
+    "other blocks of scales": (
+        lambda: checkpoint(nested=True, nested_blocksize=128),
+        "blocks of 256; got `nested_blocksize` 128",
+    ),
+    "an infinite offset": (
+        lambda: checkpoint(nested=True, nested_offset=float("inf")),
+        "a finite `nested_offset`; got inf",
+    ),
+    "a huge offset": (lambda: checkpoint(nested=True, nested_offset=10**400), "a finite `nested_offset`; got 1000"),
+    "an offset of text": (lambda: checkpoint(nested=True, nested_offset="1"), "a finite `nested_offset`; got '1'"),
+    "other values": (
+        lambda: checkpoint() | {"up.weight.quant_map": CODEBOOK + np.float32(0.01)},
+        "'up.weight.quant_map' the 16 values of bitsandbytes; they differ by up to 0.01",
+    ),
+    "other values of scales": (
+        lambda: checkpoint(nested=True) | {"up.weight.nested_quant_map": MAP[::-1].copy()},
+        "'up.weight.nested_quant_map' the 256 values of bitsandbytes; they differ by up to 2",
+    ),
+    "truncated weights": (
+        lambda: checkpoint() | {"up.weight": np.ones((700, 1), np.uint8)},
+        r"'up.weight' to be a uint8 tensor of 1536 elements; got uint8 of shape \(700, 1\).\n  The checkpoint may be damaged",
+    ),
+    "weights in another dtype": (
+        lambda: checkpoint() | {"up.weight": np.ones((768, 1), np.float16)},
+        r"got float16 of shape .*\n  Packed weights of another dtype \(`bnb_4bit_quant_storage`\) must be viewed as uint8",
+    ),
+    "truncated scales": (
+        lambda: checkpoint() | {"up.weight.absmax": np.ones(40, np.float32)},
+        "'up.weight.absmax' to be a float32 tensor of 48 elements; got float32",
+    ),
+    "scales that are not quantized": (
+        lambda: checkpoint(nested=True) | {"up.weight.absmax": np.ones(48, np.float32)},
+        "'up.weight.absmax' to be a uint8 tensor of 48 elements; got float32",
+    ),
+    "too many second scales": (
+        lambda: checkpoint(nested=True) | {"up.weight.nested_absmax": np.ones(2, np.float32)},
+        "'up.weight.nested_absmax' to be a float32 tensor of 1 elements",
+    ),
+    "a scale that is not finite": (
+        lambda: checkpoint() | {"up.weight.absmax": np.full(48, np.nan, np.float32)},
+        "Expected finite scales in 'up.weight.absmax'",
+    ),
+    "text": (
+        lambda: checkpoint() | {"up.weight": "text"},
+        "'up.weight' to be a uint8 tensor of 1536 elements; got <U4",
+    ),
+    "a ragged list": (lambda: checkpoint() | {"up.weight": [[1], [1, 2]]}, "'up.weight' to be convertible to NumPy"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_kernel_that_bitsandbytes_does_not_store_is_refused(what: str) -> None:
+    tensors, message = REFUSED[what]
+    with pytest.raises(lj.CheckpointError, match=message):
+        from_bitsandbytes(tensors(), "up")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"axes": "bio"}, "`axes` of `i` and `o`, both of them, such as 'io' or 'ioo'; got 'bio'"),
+        ({"axes": "ii"}, "got 'ii'"),
+        ({"axes": None}, "got None"),
+        ({"axes": "ioo"}, "a `shape` for axes 'ioo' with 256 inputs and 12 outputs, as 'up' has; got None"),
+        ({"axes": "ioo", "shape": (IN, 3, 5)}, r"got \(256, 3, 5\)"),
+        ({"axes": "ioo", "shape": (IN, OUT)}, r"got \(256, 12\)"),
+        ({"shape": (OUT, IN)}, r"got \(12, 256\)"),
+        ({"shape": "io"}, "Expected a list of integers for `shape`"),
+        (
+            {"axes": "ioi", "shape": (64, OUT, 4)},
+            r"Cannot arrange 'up' as \(64, 12, 4\) with axes 'ioi': expected its inputs to be a multiple of block=64; "
+            r"there are 4",
+        ),
+        ({"dtype": jnp.int8}, "Expected a floating-point `dtype`"),
+        ({"dtype": "wide"}, "Expected a floating-point `dtype`; got 'wide'"),
+    ],
+)
+def test_an_arrangement_that_does_not_fit_the_kernel_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(lj.SpecError, match=message):
+        from_bitsandbytes(checkpoint(), "up", **arguments)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from([64, "nf4", "float16"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=4,
+)
+FIELDS = ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_dtype", "nested_offset"]
+ANY_TENSOR = st.builds(
+    lambda dtype, shape: np.ones(shape, dtype),
+    st.sampled_from([np.uint8, np.float32, np.float16, np.int64, np.bool_, np.complex64]),
+    st.lists(st.integers(0, 48), max_size=2),
+)
+
+
+@given(st.booleans(), st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=2), st.data())
+def test_a_damaged_checkpoint_is_read_or_refused(nested: bool, fields: dict[str, Any], data: st.DataObject) -> None:
+    tensors = checkpoint(nested=nested, **fields)
+    for key in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=2)):
+        tensors[key] = data.draw(ANY_TENSOR | st.binary(max_size=9).map(lambda raw: np.frombuffer(raw, np.uint8)))
+    try:
+        leaf = from_bitsandbytes(tensors, "up")
+    except lj.CheckpointError:
+        return
+    assert np.all(np.isfinite(leaf.dequantize()))
