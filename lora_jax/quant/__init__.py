@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ._bitsandbytes import from_bitsandbytes as from_bitsandbytes
 from ._double import DoubleScales as DoubleScales
 from ._format import Format as Format
 from ._leaf import QuantizedLeaf as QuantizedLeaf
@@ -9,6 +10,7 @@ from ._nf4 import NF4 as NF4
 from ._nf4 import NF4Leaf as NF4Leaf
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
+from ._qwix import from_qwix as from_qwix
 from ._scaled import Float8 as Float8
 from ._scaled import Int8 as Int8
 from ._scaled import ScaledLeaf as ScaledLeaf
@@ -24,6 +26,8 @@ __all__ = [
     "QuantizedLeaf",
     "ScaledLeaf",
     "dequantize",
+    "from_bitsandbytes",
+    "from_qwix",
     "quantize",
     "shardings",
 ]

@@ -107,9 +107,13 @@ class NF4Leaf(QuantizedLeaf):
         return w.astype(self.dtype).reshape(self.shape)
 
 
-def codebook_values(codes: Array) -> Array:
-    """Returns the value of each code by a tree of selects, which vector units have; a table they read one by one."""
-    values: list[Any] = [jnp.float32(value) for value in CODEBOOK]
+def codebook_values(codes: Array, dtype: Any = jnp.float32) -> Array:
+    """Returns the value of each code by a tree of selects, which vector units have; a table they read one by one.
+
+    The values are rounded to `dtype`; the array has at least 32 bits.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    values: list[Any] = [jnp.asarray(value, wide) for value in CODEBOOK.astype(dtype)]
     for bit in range(4):
         is_set = (codes & (1 << bit)) != 0
         values = [jnp.where(is_set, high, low) for low, high in zip(values[::2], values[1::2], strict=True)]
@@ -142,9 +146,9 @@ class NF4(Format):
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises if there is no input axis, or if blocks do not divide it."""
-        self._inputs(shape, axes)
+        self.block_axes(shape, axes)
 
-    def _inputs(self, shape: Sequence[int], axes: str) -> tuple[int, int]:
+    def block_axes(self, shape: Sequence[int], axes: str) -> tuple[int, int]:
         """Returns the range of axes along which the blocks run: the last input axis, or the inputs before it too."""
         if "i" not in axes:
             raise SpecError(f"NF4 needs an input axis; the axes are {axes!r}")
@@ -158,7 +162,7 @@ class NF4(Format):
 
     def quantize(self, w: Array, axes: str) -> NF4Leaf:
         """Quantizes a kernel without batch axes."""
-        start, end = self._inputs(w.shape, axes)
+        start, end = self.block_axes(w.shape, axes)
         before, inputs, after = w.shape[:start], w.shape[start:end], w.shape[end:]
         blocks = w.astype(jnp.float32).reshape(*before, -1, self.block, *after)
         scales = abs(blocks).max(start + 1)

@@ -46,8 +46,8 @@ class ScaledLeaf(QuantizedLeaf):
 
     @property
     def sliceable(self) -> bool:
-        """Whether each slice has scales of its own."""
-        return bool(self.shape) and self.codes.shape[0] == self.scales.shape[0]
+        """Whether each slice has scales and zero points of its own."""
+        return bool(self.shape) and {array.shape[0] for array in jax.tree.leaves(self)} == {self.codes.shape[0]}
 
     def layout(self) -> ScaledLeaf:
         """Returns the kernel's axis of each axis of the arrays: the same."""
@@ -57,7 +57,8 @@ class ScaledLeaf(QuantizedLeaf):
     def dequantize(self) -> Array:
         """Returns the kernel."""
         wide = self.scales.dtype if self.scales.dtype == jnp.float64 else jnp.float32
-        values = codebook_values(self.codes.astype(jnp.uint8)) if self.codebook else self.codes.astype(wide)
+        # Qwix multiplies the values of NF4 in the dtype of the kernel. Rounded as constants, no compiler undoes it.
+        values = codebook_values(self.codes.astype(jnp.uint8), self.dtype) if self.codebook else self.codes.astype(wide)
         if self.zero_point is not None:
             values = values - self._spread(self.zero_point.astype(wide))
         return (values * self._spread(self.scales.astype(wide))).astype(self.dtype)
