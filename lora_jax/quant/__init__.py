@@ -9,6 +9,8 @@ from ._nf4 import NF4 as NF4
 from ._nf4 import NF4Leaf as NF4Leaf
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
+from ._requantize import Survival as Survival
+from ._requantize import requantize as requantize
 from ._scaled import Float8 as Float8
 from ._scaled import Int8 as Int8
 from ._scaled import ScaledLeaf as ScaledLeaf
@@ -23,7 +25,9 @@ __all__ = [
     "NF4Leaf",
     "QuantizedLeaf",
     "ScaledLeaf",
+    "Survival",
     "dequantize",
     "quantize",
+    "requantize",
     "shardings",
 ]
