@@ -47,11 +47,18 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         tree = _checked(updates)
         adapter = None if params is None else _checked(params)["adapter"]
         new, state = inner.update(tree["adapter"], state, adapter, **extra_args)
-        # Adding -0.0 changes no bit of any value; adding 0.0 would turn -0.0 into 0.0.
-        results = {"base": jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), tree["base"]), "adapter": new}
+        base = tree["base"] if params is None else _checked(params)["base"]
+        results = {"base": jax.tree.map(_no_update, tree["base"], base), "adapter": new}
         return type(updates)({key: results[key] for key in updates}), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _no_update(gradient: Any, leaf: Any) -> Any:
+    if gradient.dtype == jax.dtypes.float0:  # of integers, such as the codes of a quantized kernel
+        return np.zeros(leaf.shape, bool if leaf is gradient else leaf.dtype)
+    # Adding -0.0 changes no bit of any value; adding 0.0 would turn -0.0 into 0.0.
+    return jnp.full_like(gradient, -0.0)
 
 
 def _checked(tree: Any) -> Mapping[str, Any]:
