@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._errors import AdapterError
@@ -19,6 +20,8 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     base has no optimizer state and takes no part in clipping by global norm or in weight decay. Its updates are zero.
     Its gradients are not used, so under `jit` the compiler removes their computation. If no API requires one tree, two
     trees are simpler: differentiate and optimize the adapter, with no mask and no wrapper.
+
+    A quantized base has integers: differentiate with `jax.grad(…, allow_int=True)`.
 
     >>> import jax.numpy as jnp, optax
     >>> tree = {"base": {"kernel": jnp.ones((4, 4))}, "adapter": {"kernel": jnp.ones(2)}}
