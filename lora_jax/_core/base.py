@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import jax
@@ -43,6 +43,11 @@ class StoredLeaf(abc.ABC):
     @abc.abstractmethod
     def sliceable(self) -> bool:
         """Whether a slice of each stored array along its leading axis is the same slice of the represented array."""
+
+    @property
+    def storage(self) -> str:
+        """How the array is stored, for errors and checkpoints."""
+        return type(self).__name__
 
     def take(self, rows: Array) -> StoredLeaf | None:
         """Returns the leaf of `array[rows]`, for `rows` with one axis; None if that needs the whole array."""
@@ -154,6 +159,19 @@ Base = Any  # an Array or a Recorded; an array may be abstract
 def base_of(leaf: Any) -> Base:
     """Returns the base for a leaf of a parameter tree."""
     return Recorded(leaf) if isinstance(leaf, StoredLeaf) else leaf
+
+
+def dense(leaf: Any) -> Any:
+    """Returns a leaf of a parameter tree as an array: dequantizes a stored leaf, and returns others unchanged."""
+    return as_array(base_of(leaf))
+
+
+def stored_among(leaves: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
+    """Returns a line for an error for each of the paths whose leaf is stored, such as quantized."""
+    found = {path: leaves[path] for path in paths}
+    return [
+        f"{path!r} of shape {leaf.shape}: {leaf.storage}" for path, leaf in found.items() if isinstance(leaf, StoredLeaf)
+    ]
 
 
 def apply_change(w: Base, change: Change, *arrays: Array) -> Base:

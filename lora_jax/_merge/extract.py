@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from .._core.adapter import Adapter
 from .._core.attach import as_jax
+from .._core.base import StoredLeaf, stored_among
 from .._core.linalg import SVD, as_factors, factors_from_svd, kernel_matrix, truncation_error
 from .._core.paths import differences, flatten
 from .._core.spec import Choice, Problem, Spec, fit, refuse
@@ -55,7 +57,7 @@ def extract(
       does not adapt.
 
     Raises:
-      AdapterError: if the trees differ in paths or shapes, or do not differ at all.
+      AdapterError: if the trees differ in paths or shapes, or do not differ at all; if a changed leaf is quantized.
       SpecError: where `init` raises it; for a variant with arrays other than factors.
     """
     before, after = flatten(base)[0], flatten(tuned)[0]
@@ -66,6 +68,7 @@ def extract(
             "Expected a fine-tuned tree; it equals the base in every leaf.\n"
             "  Call extract(base, tuned, spec) with two different trees."
         )
+    _check_arrays(before, after, changed)
     adapter: dict[str, Adapter] = {}
     residual = {path: jnp.ones(()) for path in changed}
     chosen = fit(spec, before, kernels, only=changed)
@@ -104,15 +107,37 @@ def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Ada
 
 
 def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, StoredLeaf) or isinstance(other, StoredLeaf):
+        (arrays, form), (others, other_form) = jax.tree.flatten(one), jax.tree.flatten(other)
+        return form == other_form and all(map(_equal, arrays, others))
     if isinstance(one, Array) and isinstance(other, Array):
         return bool(jnp.array_equal(one, other))  # also works for PRNG keys
     arrays = isinstance(one, Array | np.ndarray) and isinstance(other, Array | np.ndarray)
     return equal(one, other) if arrays else np.array_equal(one, other)
 
 
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return leaf.shape if isinstance(leaf, StoredLeaf) else np.shape(leaf)
+
+
+def _check_arrays(before: Mapping[str, Any], after: Mapping[str, Any], changed: Sequence[str]) -> None:
+    quantized = [
+        f"{line}, in {name}"
+        for name, leaves in {"`base`": before, "`tuned`": after}.items()
+        for line in stored_among(leaves, changed)
+    ]
+    if quantized:
+        raise AdapterError(
+            f"Expected the changed leaves to be arrays in both trees; {len(quantized)} are quantized.\n"
+            f"{listed(quantized)}\n"
+            "  For an adapter of the weights before they were quantized, pass these: extract(original, tuned, spec).\n"
+            "  For one of the quantized weights, whose update includes their error: extract(quant.dequantize(base), …)."
+        )
+
+
 def _check_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     found = differences(
-        *({repr(path): np.shape(leaf) for path, leaf in leaves.items()} for leaves in (before, after)),
+        *({repr(path): _shape(leaf) for path, leaf in leaves.items()} for leaves in (before, after)),
         only_one="is only in the base",
         only_other="is only in the tuned tree",
         unlike="has shape {one} in the base and {other} in the tuned tree",

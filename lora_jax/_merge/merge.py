@@ -9,6 +9,7 @@ import jax
 
 from .._core.adapter import Adapters
 from .._core.attach import check
+from .._core.base import stored_among
 from .._core.paths import flatten, unflatten
 from .._core.values import is_concrete, is_finite
 from .._errors import MergeError, listed
@@ -21,6 +22,11 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     Each leaf is computed in float32 or wider and cast once; its sharding and container stay the same. Nothing is
     changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory. `merge_report` measures the rounding
     errors of the cast. Merging an adapter twice adds it twice: a merged tree cannot be distinguished from a base.
+
+    An adapted leaf must be an array. For a quantized one there are two choices, and which is better depends on the
+    model: `merge(quant.dequantize(params), adapter)` merges into the weights that the adapter was trained on, and
+    `merge(original, adapter)` into the weights before they were quantized. `quant.requantize` quantizes the result.
+    Quantized leaves without an adapter stay as they are.
 
     Leaves are tied if they are the same Python object. Equal copies, views of one buffer and leaves that are separate
     tracers under `jit` are not detected. In that case only the leaf with an adapter is merged, and the others keep the
@@ -43,11 +49,12 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     Raises:
       AdapterError: if the adapter does not fit `params`.
       MergeError: if a factor is not finite or a merged leaf overflows its dtype, neither of which is checked under
-        `jit`; if leaves are tied; for a variant that acts on some tokens only.
+        `jit`; if an adapted leaf is quantized; if leaves are tied; for a variant that acts on some tokens only.
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
     check_mergeable(adapter)
+    check_arrays(leaves, adapter, advice=_MERGE_ADVICE)
     _check_finite(adapter)
     if not untie:
         _check_tied(leaves, adapter)
@@ -76,12 +83,15 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
 
     Raises:
       AdapterError: if the adapter does not fit `params` or `merged`.
-      MergeError: if `merged` is not the merge of `params` and the adapter, or under `jit`.
+      MergeError: if `merged` is not the merge of `params` and the adapter; if an adapted leaf is quantized; under
+        `jit`.
     """
     leaves, results = flatten(params)[0], flatten(merged)[0]
     check(leaves, adapter)
     check(results, adapter, tree="merged")
     check_mergeable(adapter)
+    for tree, given in {"params": leaves, "merged": results}.items():
+        check_arrays(given, adapter, tree=tree, advice="Pass the tree that was merged into, and its merge.")
     if not all(map(is_concrete, jax.tree.leaves((params, adapter, merged)))):
         raise MergeError("Expected arrays with values; got traced arrays.\n  Call merge_report outside `jit`.")
     check_merge(leaves, adapter, results, base="params")
@@ -89,6 +99,20 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
 
 
 # Checks
+
+_MERGE_ADVICE = (
+    "Merge into the weights that the adapter was trained on: merge(quant.dequantize(params), adapter);\n"
+    "  or into the weights before they were quantized: merge(original, adapter)."
+)
+
+
+def check_arrays(leaves: Mapping[str, Any], adapter: Adapters, *, tree: str = "params", advice: str) -> None:
+    """Raises `MergeError` if an adapted leaf is quantized; `tree` is the name of `leaves`."""
+    if quantized := stored_among(leaves, adapter):
+        raise MergeError(
+            f"Expected the adapted leaves of `{tree}` to be arrays; {len(quantized)} of {len(adapter)} are quantized.\n"
+            f"{listed(quantized)}\n  {advice}"
+        )
 
 
 def check_mergeable(adapter: Adapters) -> None:

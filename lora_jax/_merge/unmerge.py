@@ -9,7 +9,10 @@ from .._core.attach import check
 from .._core.paths import flatten, unflatten
 from .._errors import MergeError
 from .fold import rounding_bound, unfold
-from .merge import check_fits, check_merge, check_mergeable
+from .merge import check_arrays, check_fits, check_merge, check_mergeable
+
+
+_ADVICE = "Pass what `merge` got and returned: both are arrays, such as those of quant.dequantize(params)."
 
 
 def unmerge(merged: Any, adapter: Adapters, *, base: Any) -> Any:
@@ -32,13 +35,15 @@ def unmerge(merged: Any, adapter: Adapters, *, base: Any) -> Any:
 
     Raises:
       AdapterError: if the adapter does not fit `merged` or `base`.
-      MergeError: if `merged` is not the merge of `base` and `adapter`, up to rounding.
+      MergeError: if `merged` is not the merge of `base` and `adapter`, up to rounding; if an adapted leaf is quantized.
     """
     leaves, treedef = flatten(merged)
     check(leaves, adapter, tree="merged")
     check_mergeable(adapter)
     base_leaves = flatten(base)[0]
     check(base_leaves, adapter, tree="base")
+    for tree, given in {"merged": leaves, "base": base_leaves}.items():
+        check_arrays(given, adapter, tree=tree, advice=_ADVICE)
     check_merge(base_leaves, adapter, leaves, base="base")
     return unflatten(treedef, {path: base_leaves[path] if path in adapter else leaf for path, leaf in leaves.items()})
 
@@ -64,11 +69,13 @@ def unmerge_approximately(merged: Any, adapter: Adapters) -> tuple[Any, dict[str
 
     Raises:
       AdapterError: if the adapter does not fit `merged`.
-      MergeError: if the variant replaces or scales a leaf, which only `unmerge` can undo.
+      MergeError: if the variant replaces or scales a leaf, which only `unmerge` can undo; if an adapted leaf is
+        quantized.
     """
     leaves, treedef = flatten(merged)
     check(leaves, adapter, tree="merged")
     check_mergeable(adapter)
+    check_arrays(leaves, adapter, tree="merged", advice=_ADVICE)
     restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
     check_fits(leaves, adapter, restored, unfolded=True)
     tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})

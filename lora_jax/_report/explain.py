@@ -11,7 +11,7 @@ import jax
 
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import attach, check
-from .._core.base import base_of
+from .._core.base import abstract, base_of
 from .._core.kernel import PlainKernel
 from .._core.paths import Pattern, flatten
 from .._core.uses import Use
@@ -165,7 +165,8 @@ def _variant_flops(adapter: Adapters, leaves: Mapping[str, Any]) -> dict[str, in
     counts: dict[Any, int] = {}
     found = {}
     for path, part in adapter.items():
-        shapes = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), (leaves[path], part.arrays))
+        # A quantized leaf counts as the array that it represents.
+        shapes = abstract(leaves[path]), jax.tree.map(abstract, part.arrays)
         key = part.variant, part.axes, *jax.tree.leaves(shapes)
         if key not in counts:
             apply = functools.partial(part.variant.apply, axes=part.axes, path=path)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._core.base import as_array, base_of
+from .._core.base import StoredLeaf
 from .._core.variant import Variant
 from .._errors import SpecError
 
@@ -44,7 +44,12 @@ class Full(Variant):
                 "Full() is initialized from the values of the leaf, and got a shape only; "
                 "pass the parameters, or call `init` under `jax.eval_shape`"
             )
-        return {"value": jnp.array(as_array(base_of(kernel)), dtype)}
+        if isinstance(kernel, StoredLeaf):
+            raise SpecError(
+                "it is quantized, and Full() trains all of its values; "
+                "dequantize it first: init(key, quant.dequantize(params, [path]), spec)"
+            )
+        return {"value": jnp.array(kernel, dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> Array:
         """Returns the copy in the dtype of the leaf."""

@@ -10,6 +10,7 @@ from jax import Array
 
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.attach import as_jax, check
+from .._core.base import dense
 from .._core.linalg import has_factors
 from .._core.paths import flatten
 from .._errors import AdapterError
@@ -178,4 +179,4 @@ def _by_path(
 ) -> dict[str, Result]:
     leaves = flatten(params)[0]
     check(leaves, adapter)
-    return {path: measure(as_jax(leaves[path]), part) for path, part in adapter.items() if applies(part)}
+    return {path: measure(dense(as_jax(leaves[path])), part) for path, part in adapter.items() if applies(part)}

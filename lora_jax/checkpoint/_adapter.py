@@ -88,12 +88,12 @@ def restore(path: Path, *, base: Any, shardings: Any = None, allow_base_mismatch
       path: the path that `save` wrote to, or the directory of a `CheckpointManager` with an `AdapterSave` as item
         `adapter`, whose latest step is restored.
       base: the tree that the adapter will be used with. It is compared with the base that the adapter was saved with:
-        paths, shapes, dtypes in JAX, and sampled values of the adapted and all floating-point leaves. None skips the
-        comparison.
+        paths, shapes, dtypes in JAX, and sampled values of the adapted and all floating-point leaves; for quantized
+        leaves the format, and sampled codes and scales. None skips the comparison.
       shardings: one `Sharding` for all arrays, or a tree of them that is a prefix of the adapter, such as
         `{path: sharding, …}` or `jax.tree.map(lambda x: x.sharding, adapter)`. Arrays without a sharding (None) are
         uncommitted on the default device, like those of `init`.
-      allow_base_mismatch: allows a base with other values or dtypes, but not with other paths or shapes.
+      allow_base_mismatch: allows a base with other values, dtypes or formats, but not with other paths or shapes.
 
     Returns:
       `{path: Adapter}`.

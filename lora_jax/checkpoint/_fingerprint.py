@@ -1,5 +1,7 @@
 """The fingerprint of a base: shape and dtype of every leaf, and a digest of up to 64 values of each weight.
 
+That of a quantized leaf also has its format, and the digest is of its codes and scales.
+
 Values are read by index, so no leaf is copied or gathered, whatever its size. The fingerprint does not depend on the
 backend, the sharding or the number of processes.
 """
@@ -18,11 +20,13 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .._core.base import StoredLeaf
 from .._core.paths import differences, flatten
 from .._core.values import in_device_memory
 from ._arrays import check_not_deleted, describe_array
 
-# path -> {"shape": […], "dtype": "…", "content": "…"}, without "content" for leaves that are not weights or not arrays
+# path -> {"shape": […], "dtype": "…", "content": "…"}, without "content" for leaves that are not weights or not arrays;
+# with "storage" for leaves that are stored in another form than as an array
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
 _SAMPLES = 64
@@ -37,11 +41,16 @@ def fingerprint(base: Any, adapted: Collection[str] = ()) -> dict[str, dict[str,
       adapted: paths of leaves that count as weights whatever their dtype.
     """
     found: dict[str, dict[str, Any]] = {
-        path: {**describe_array(leaf), "dtype": _in_jax(_dtype(leaf))} for path, leaf in flatten(base)[0].items()
+        path: {**describe_array(leaf), "dtype": _in_jax(_dtype(leaf)), **_storage(leaf)}
+        for path, leaf in flatten(base)[0].items()
     }
     for path, values in _samples(weights_of(base, adapted)).items():
         found[path]["content"] = _digest(values, found[path]["dtype"])
     return found
+
+
+def _storage(leaf: Any) -> dict[str, str]:
+    return {"storage": leaf.storage} if isinstance(leaf, StoredLeaf) else {}
 
 
 def weights_of(base: Any, adapted: Collection[str]) -> dict[str, Any]:
@@ -70,12 +79,15 @@ def structural_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list
 
 
 def content_differences(saved: Fingerprint, given: Mapping[str, Any]) -> list[str]:
-    """Returns a line for each difference in dtype or values between weights with the same paths."""
+    """Returns a line for each difference in format, dtype or values between weights with the same paths."""
     lines = []
     samples = _samples({path: leaf for path, leaf in given.items() if "content" in saved[path]})
     for path, leaf in given.items():
         was, got = saved[path]["dtype"], _dtype(leaf)
-        if _in_jax(was) != _in_jax(got):
+        was_stored, stored = (found.get("storage", "an array") for found in (saved[path], _storage(leaf)))
+        if stored != was_stored:
+            lines.append(f"{path!r} is stored as {stored}; it was {was_stored}")
+        elif _in_jax(was) != _in_jax(got):
             lines.append(f"{path!r} has dtype {_in_jax(got)}; it had {_in_jax(was)}")
         # lora_jax 0.1.0 computed the digest of NumPy's float64 in float64, which only NumPy's float64 can reproduce.
         elif path in samples and was in (got, _in_jax(got)) and _digest(samples[path], was) != saved[path]["content"]:
@@ -118,11 +130,20 @@ def _in_jax(dtype: str) -> str:
 _cache: dict[int, tuple[weakref.ref[Array], Array]] = {}
 
 
-def _samples(leaves: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
-    """Returns samples of all leaves that have values; all lookups are dispatched before waiting for the first."""
+def _samples(leaves: Mapping[str, Any]) -> dict[str, list[np.ndarray[Any, Any]]]:
+    """Returns samples of the arrays of all leaves that have values; dispatches all lookups before the first wait."""
     with jax.set_mesh(None), jax.enable_x64(True):  # a mesh in the context would apply to every lookup
-        samples = {path: sample for path, leaf in leaves.items() if (sample := _sample(path, leaf)) is not None}
-    return {path: np.asarray(values).view(dtype) for path, (values, dtype) in samples.items()}
+        samples = {path: [_sample(path, array) for array in _arrays(leaf)] for path, leaf in leaves.items()}
+    return {
+        path: [np.asarray(values).view(dtype) for values, dtype in found]
+        for path, parts in samples.items()
+        if len(found := [part for part in parts if part is not None]) == len(parts)
+    }
+
+
+def _arrays(leaf: Any) -> list[Any]:
+    """Returns the arrays of a stored leaf; otherwise the leaf itself."""
+    return jax.tree.leaves(leaf) if isinstance(leaf, StoredLeaf) else [leaf]
 
 
 def _sample(path: str, leaf: Any) -> tuple[Any, Any] | None:
@@ -164,7 +185,15 @@ def _bits(values: Array) -> Array:
     return jax.lax.bitcast_convert_type(values, jnp.dtype(f"uint{bits}"))
 
 
-def _digest(values: np.ndarray[Any, Any], dtype: str) -> str:
+def _digest(samples: list[np.ndarray[Any, Any]], dtype: str) -> str:
+    """Returns the digest of a leaf of the given dtype, or of a stored leaf, whose arrays have their own dtypes."""
+    if len(samples) == 1:
+        return _digest_of(samples[0], dtype)
+    digests = [_digest_of(values, _in_jax(str(values.dtype))) for values in samples]
+    return hashlib.blake2b("".join(digests).encode(), digest_size=8).hexdigest()
+
+
+def _digest_of(values: np.ndarray[Any, Any], dtype: str) -> str:
     with np.errstate(over="ignore"):
         values = values.astype(jnp.dtype(dtype))
     values = np.where(values == 0, np.zeros_like(values), values)  # −0 equals 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from .._errors import AdapterError
@@ -19,6 +20,8 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     base has no optimizer state and takes no part in clipping by global norm or in weight decay. Its updates are zero.
     Its gradients are not used, so under `jit` the compiler removes their computation. If no API requires one tree, two
     trees are simpler: differentiate and optimize the adapter, with no mask and no wrapper.
+
+    A quantized base has integers: differentiate with `jax.grad(…, allow_int=True)`.
 
     >>> import jax.numpy as jnp, optax
     >>> tree = {"base": {"kernel": jnp.ones((4, 4))}, "adapter": {"kernel": jnp.ones(2)}}
@@ -47,11 +50,18 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
         tree = _checked(updates)
         adapter = None if params is None else _checked(params)["adapter"]
         new, state = inner.update(tree["adapter"], state, adapter, **extra_args)
-        # Adding -0.0 changes no bit of any value; adding 0.0 would turn -0.0 into 0.0.
-        results = {"base": jax.tree.map(lambda leaf: jnp.full_like(leaf, -0.0), tree["base"]), "adapter": new}
+        base = tree["base"] if params is None else _checked(params)["base"]
+        results = {"base": jax.tree.map(_no_update, tree["base"], base), "adapter": new}
         return type(updates)({key: results[key] for key in updates}), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _no_update(gradient: Any, leaf: Any) -> Any:
+    if gradient.dtype == jax.dtypes.float0:  # of integers, such as the codes of a quantized kernel
+        return np.zeros(leaf.shape, bool if leaf is gradient else leaf.dtype)
+    # Adding -0.0 changes no bit of any value; adding 0.0 would turn -0.0 into 0.0.
+    return jnp.full_like(gradient, -0.0)
 
 
 def _checked(tree: Any) -> Mapping[str, Any]:

@@ -33,7 +33,8 @@ def train_state(
 
     Args:
       adapted: from `lora` or `adapt`.
-      params: the base; part of the state, so that it is an argument of a jitted step and not a constant.
+      params: the base; part of the state, so that it is an argument of a jitted step and not a constant. If it is
+        quantized, differentiate with `jax.grad(…, allow_int=True)`.
       adapter: from `init` or `adapt`.
       tx: any optax optimizer.
 

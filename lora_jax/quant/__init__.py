@@ -11,6 +11,8 @@ from ._nf4 import NF4Leaf as NF4Leaf
 from ._quantize import dequantize as dequantize
 from ._quantize import quantize as quantize
 from ._qwix import from_qwix as from_qwix
+from ._requantize import Survival as Survival
+from ._requantize import requantize as requantize
 from ._scaled import Float8 as Float8
 from ._scaled import Int8 as Int8
 from ._scaled import ScaledLeaf as ScaledLeaf
@@ -25,9 +27,11 @@ __all__ = [
     "NF4Leaf",
     "QuantizedLeaf",
     "ScaledLeaf",
+    "Survival",
     "dequantize",
     "from_bitsandbytes",
     "from_qwix",
     "quantize",
+    "requantize",
     "shardings",
 ]

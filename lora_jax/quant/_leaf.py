@@ -9,6 +9,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._core.base import StoredLeaf
+from ._format import Format
 
 
 class QuantizedLeaf(StoredLeaf):
@@ -23,6 +24,19 @@ class QuantizedLeaf(StoredLeaf):
     @abc.abstractmethod
     def layout(self) -> Self:
         """Returns the leaf with, for each array, the kernel's axis of each of its axes; None for an axis of no one."""
+
+    @property
+    @abc.abstractmethod
+    def format(self) -> Format | None:
+        """The format that made the leaf, with `axes`; None if no format of `lora_jax.quant` does.
+
+        Axes whose role is not known, because it does not matter, are outputs.
+        """
+
+    @property
+    def storage(self) -> str:
+        """The format, for errors and checkpoints."""
+        return super().storage if self.format is None else repr(self.format)
 
     @property
     def nbytes(self) -> int:

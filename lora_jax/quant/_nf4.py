@@ -89,6 +89,16 @@ class NF4Leaf(QuantizedLeaf):
         assert isinstance(self.scales, DoubleScales)
         return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales.take(rows))
 
+    @property
+    def format(self) -> NF4:
+        """NF4 with the block size, and with the axes that were quantized separately and along which the blocks run."""
+        double = isinstance(self.scales, DoubleScales)
+        batch = self.scales.offset.ndim if isinstance(self.scales, DoubleScales) else 0
+        inputs = range(self._at, self._at + max(len(self.inputs), 1))
+        roles = ("b" if axis < batch else "i" if axis in inputs else "o" for axis in range(self.ndim))
+        block = 2 * self.codes.shape[self.axis] // max(self.scales.shape[self.axis], 1)
+        return NF4(block=block, double=double, axes="".join(roles))
+
     def layout(self) -> NF4Leaf:
         """Returns the kernel's axis of each axis of the arrays."""
         more = max(len(self.inputs) - 1, 0)

@@ -14,7 +14,7 @@ from jax import Array
 
 from .._core.base import StoredLeaf
 from .._core.paths import Pattern, flatten, matching_paths, unflatten
-from .._core.spec import fit
+from .._core.spec import Choice, fit
 from .._core.targets import Key
 from .._core.uses import Kernel
 from .._core.values import is_concrete, is_finite
@@ -60,11 +60,22 @@ def quantize(
         value that is not finite is NaN.
     """
     leaves, treedef = flatten(params)
+    for path, (_, format_, axes) in choose_formats(spec, leaves, kernels).items():
+        leaves[path] = quantize_leaf(leaves[path], format_, axes, donate=donate)
+    return unflatten(treedef, leaves)
+
+
+def choose_formats(
+    spec: Mapping[Key, Format | None], leaves: Mapping[str, Any], kernels: Mapping[str, Kernel] | None
+) -> dict[str, Choice]:
+    """Returns the format and the roles of the axes for each leaf that a spec quantizes.
+
+    Raises:
+      SpecError: where `quantize` raises it.
+    """
     fitted = fit(spec, leaves, None if kernels is None else _rows_as_outputs(kernels), kind=Format)
     _check_arrays(leaves, fitted)
-    for path, (_, format_, axes) in fitted.items():
-        leaves[path] = _quantize_leaf(leaves[path], format_, axes, donate=donate)
-    return unflatten(treedef, leaves)
+    return fitted
 
 
 def dequantize(params: Any, patterns: Iterable[Pattern] = ("**",)) -> Any:
@@ -129,7 +140,8 @@ def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
         )
 
 
-def _quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool) -> StoredLeaf:
+def quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool = False) -> StoredLeaf:
+    """Quantizes one leaf."""
     jitted = functools.partial(_jitted, format_, axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return jax.eval_shape(jitted(None), leaf)
@@ -146,6 +158,17 @@ def _quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool) -> St
 
 
 def _jitted(format_: Format, axes: str, shardings: Any) -> Any:
+    # The tree of shardings as a hashable value, so that equal kernels are compiled once.
+    return _jitted_for(format_, axes, *map(_as_hashable, jax.tree.flatten(shardings)))
+
+
+def _as_hashable(x: Any) -> Any:
+    return tuple(x) if isinstance(x, list) else x
+
+
+@functools.cache
+def _jitted_for(format_: Format, axes: str, places: tuple[Any, ...], treedef: Any) -> Any:
+    shardings = jax.tree.unflatten(treedef, places)
     batch = len(axes) - len(axes.lstrip("b"))
 
     def run(w: Any, depth: int) -> Any:

@@ -49,6 +49,18 @@ class ScaledLeaf(QuantizedLeaf):
         """Whether each slice has scales and zero points of its own."""
         return bool(self.shape) and {array.shape[0] for array in jax.tree.leaves(self)} == {self.codes.shape[0]}
 
+    @property
+    def format(self) -> Format | None:
+        """`Int8` or `Float8` if there is one scale for each output; otherwise None."""
+        if self.codebook or self.zero_point is not None:
+            return None
+        sizes = tuple(zip(self.shape, self.scales.shape, strict=True))
+        axes = "".join("i" if count == 1 else "o" for _, count in sizes)
+        formats = {format_.code_dtype: format_ for format_ in (Int8, Float8)}
+        made = formats.get(self.codes.dtype.type)
+        per_channel = all(count in (1, size) for size, count in sizes)
+        return made(axes=axes) if made and per_channel else None
+
     def layout(self) -> ScaledLeaf:
         """Returns the kernel's axis of each axis of the arrays: the same."""
         axes: Any = tuple(range(len(self.shape)))

@@ -5,7 +5,8 @@
 Each function initializes all low-rank leaves of the adapter, each layer and expert of a stack separately, and returns
 other leaves unchanged. To initialize kernels in different ways, pass each function a part of the adapter:
 `{path: part for path, part in adapter.items() if …}`. The model computes the same function as before, up to rounding.
-`pissa`, `olora` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base.
+`pissa`, `olora` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base. `loftq` and
+`qpissa` quantize the base, which reduces the error of the quantization and does not remove it.
 """
 
 from ._activations import Activations as Activations
@@ -13,10 +14,12 @@ from ._activations import activations as activations
 from ._as_plain import as_plain as as_plain
 from ._eva import eva as eva
 from ._leaf import Start as Start
+from ._loftq import loftq as loftq
 from ._lora_ga import gradients as gradients
 from ._lora_ga import lora_ga as lora_ga
 from ._olora import olora as olora
 from ._pissa import pissa as pissa
+from ._qpissa import qpissa as qpissa
 from ._random import gaussian as gaussian
 from ._random import kaiming as kaiming
 from ._random import orthogonal as orthogonal
@@ -30,8 +33,10 @@ __all__ = [
     "gaussian",
     "gradients",
     "kaiming",
+    "loftq",
     "lora_ga",
     "olora",
     "orthogonal",
     "pissa",
+    "qpissa",
 ]

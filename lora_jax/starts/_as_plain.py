@@ -11,6 +11,7 @@ from jax import Array
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.axes import RANK, axes_of_b
+from .._core.base import stored_among
 from .._core.contract import widest
 from .._core.paths import flatten
 from .._core.values import equal, is_concrete, on_same_devices
@@ -48,12 +49,14 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
 
     Raises:
       AdapterError: if the adapters do not fit the bases or each other; if `started_params` with `started_adapter` is
-        not `params`, except under `jit`, where arrays have no values to compare.
+        not `params`, except under `jit`, where arrays have no values to compare. If a changed kernel is quantized, as by
+        `loftq` and `qpissa`: the error of its quantization has no low rank.
     """
     leaves, changed = flatten(params)[0], flatten(started_params)[0]
     check(changed, started_adapter, tree="started_params")
     check(changed, adapter, tree="started_params")
     initial = {leaf.path: leaf for leaf in low_rank_leaves(started_adapter, leaves)}
+    _check_arrays(initial, changed)
     _check(adapter, initial, changed)
     plain = dict(adapter)
     for path, leaf in initial.items():
@@ -68,6 +71,19 @@ def _concatenate(trained: Adapter, initial: Adapter) -> Adapter:
     a = jnp.concatenate([trained.a, initial.a], -1)
     b = jnp.concatenate([trained.b, -initial.b], rank_axis)
     return Adapter(variant.at_rank(2 * variant.rank), initial.axes, **{**trained.arrays, "a": a, "b": b})
+
+
+def _check_arrays(initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
+    different = [path for path, leaf in initial.items() if leaf.w is not changed[path]]
+    quantized = stored_among({path: initial[path].w for path in different}, different)
+    quantized += stored_among(changed, different)
+    if quantized:
+        raise AdapterError(
+            f"Expected the changed kernels to be arrays, because only then the conversion is exact; {len(quantized)} are "
+            f"quantized.\n{listed(quantized)}\n"
+            "  For the best approximation of a rank: "
+            "extract(params, merge(quant.dequantize(started_params), adapter), spec)."
+        )
 
 
 def _check(adapter: Adapters, initial: dict[str, Leaf], changed: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +13,7 @@ from jax import Array
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.axes import width
+from .._core.base import stored_among
 from .._core.linalg import as_factors, kernel_matrix
 from .._core.paths import flatten, unflatten
 from .._core.variant import LowRank
@@ -93,16 +94,14 @@ def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: 
     """
     leaves, treedef = flatten(params)
     adapted = low_rank_leaves(adapter, leaves)
+    if changes_base:
+        check_arrays(adapted)
     for leaf in adapted:
-        if leaf.variant.diagonal(leaf.part.arrays) is not None:  # initialized to zero, so A·B would have no effect
-            raise leaf.error(f"expected a variant whose update is s·A·B; {leaf.variant} has a diagonal in addition")
+        check_variant(leaf, changes_base=changes_base)
     with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in bfloat16 by default
         new = dict(adapter) | {leaf.path: leaf.adapter(*method(leaf)) for leaf in adapted}
     if not changes_base:
         return Start(params, new)
-    for leaf in adapted:
-        if leaf.variant.some_tokens:
-            raise leaf.error(f"expected a variant that adapts all tokens, as the base changes; got {leaf.variant}")
     # Subtracts the factors after their cast, so that their rounding errors stay in the base.
     residual = {leaf.path: unfold(leaf.w, new[leaf.path]) for leaf in adapted}
     if bad := overflows(leaves, new, residual, unfolded=True):
@@ -117,6 +116,26 @@ def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
     """Checks the adapter, and returns its leaves that have factors."""
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
+
+
+def check_arrays(adapted: Sequence[Leaf]) -> None:
+    """Raises if a kernel is quantized, for methods that read or change the kernel."""
+    leaves = {leaf.path: leaf.w for leaf in adapted}
+    if quantized := stored_among(leaves, leaves):
+        raise AdapterError(
+            f"Expected the adapted kernels to be arrays, which this method reads or changes; {len(quantized)} of "
+            f"{len(leaves)} are quantized.\n{listed(quantized)}\n"
+            "  Pass the weights before they were quantized to starts.loftq or starts.qpissa, which also quantize them;\n"
+            "  or the kernels as arrays: quant.dequantize(params)."
+        )
+
+
+def check_variant(leaf: Leaf, *, changes_base: bool) -> None:
+    """Raises if a method that sets the factors, and subtracts them from the base, does not apply to a variant."""
+    if leaf.variant.diagonal(leaf.part.arrays) is not None:  # initialized to zero, so A·B would have no effect
+        raise leaf.error(f"expected a variant whose update is s·A·B; {leaf.variant} has a diagonal in addition")
+    if changes_base and leaf.variant.some_tokens:
+        raise leaf.error(f"expected a variant that adapts all tokens, as the base changes; got {leaf.variant}")
 
 
 def positive_scale(leaf: Leaf) -> float:

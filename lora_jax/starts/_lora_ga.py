@@ -14,7 +14,7 @@ from .._core.adapter import Adapters
 from .._core.contract import widest
 from .._core.paths import flatten, unflatten
 from .._errors import AdapterError, listed
-from ._leaf import Leaf, Start, initialize, low_rank_leaves
+from ._leaf import Leaf, Start, check_arrays, initialize, low_rank_leaves
 
 
 def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, gamma: float = 16.0) -> Start:
@@ -49,9 +49,11 @@ def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, ga
 
     Raises:
       SpecError: if 2r is more than the number of inputs or outputs of a kernel.
-      AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter.
+      AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter; if an adapted kernel is
+        quantized.
     """
     leaves = low_rank_leaves(adapter, flatten(params)[0])
+    check_arrays(leaves)
     if missing := [repr(leaf.path) for leaf in leaves if leaf.path not in gradient]:
         raise AdapterError(
             f"Expected the gradient of every adapted kernel; {len(missing)} are not in `gradient`.\n{listed(missing)}\n"
@@ -98,10 +100,12 @@ def gradients(
       The gradients by path, each of the shape of its kernel.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`.
+      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
     """
     leaves, treedef = flatten(params)
-    kernels = {leaf.path: jnp.asarray(leaf.w) for leaf in low_rank_leaves(adapter, leaves)}
+    adapted = low_rank_leaves(adapter, leaves)
+    check_arrays(adapted)
+    kernels = {leaf.path: jnp.asarray(leaf.w) for leaf in adapted}
     wide = {path: w.astype(widest(w.dtype, jnp.float32)) for path, w in kernels.items()}
 
     def loss_of_kernels(wide: Mapping[str, Array]) -> Array:

@@ -36,7 +36,7 @@ def olora(params: Any, adapter: Adapters) -> Start:
       The changed base `W0 - s·A·B`, rounded as in `pissa`, and the adapter.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`.
+      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
     """
 
     def method(leaf: Leaf) -> tuple[Array, Array]:

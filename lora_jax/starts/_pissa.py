@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,17 @@ def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Arra
 
     Raises:
       SpecError: if only one of `niter` and `key` is given; if a scale is not positive.
-      AdapterError: if the adapter does not fit `params`.
+      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
+    """
+    approximate = approximation(niter, key)
+    return initialize(params, adapter, lambda leaf: approximate(leaf, leaf.matrices), changes_base=True)
+
+
+def approximation(niter: int | None, key: Array | None) -> Callable[[Leaf, Array], tuple[Array, Array]]:
+    """Returns a function of a leaf and matrices, `(layers, in, out)`, that approximates them by `s·A·B`.
+
+    Raises:
+      SpecError: if only one of `niter` and `key` is given.
     """
     if (niter is None) != (key is None):
         raise SpecError(
@@ -54,15 +65,15 @@ def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Arra
             f"{'no key' if key is None else 'a key'}."
         )
 
-    def method(leaf: Leaf) -> tuple[Array, Array]:
-        rank, scale, w = leaf.variant.rank, positive_scale(leaf), leaf.matrices
+    def approximate(leaf: Leaf, matrices: Array) -> tuple[Array, Array]:
+        rank, scale = leaf.variant.rank, positive_scale(leaf)
         if niter is None or key is None:
-            svd = SVD(*jnp.linalg.svd(w, full_matrices=False))
+            svd = SVD(*jnp.linalg.svd(matrices, full_matrices=False))
         else:
-            svd = randomized_svd(key_for(key, leaf.path), w, rank, niter)
+            svd = randomized_svd(key_for(key, leaf.path), matrices, rank, niter)
         return factors_from_svd(svd, rank, scale)
 
-    return initialize(params, adapter, method, changes_base=True)
+    return approximate
 
 
 def randomized_svd(key: Array, w: Array, rank: int, niter: int) -> SVD:
