@@ -17,6 +17,8 @@ from typing import Any, Self
 import jax
 from jax import Array
 
+from .memory import is_in_host_memory, to_device
+
 
 class StoredLeaf(abc.ABC):
     """A parameter that is stored in another form than as an array.
@@ -127,11 +129,41 @@ class Recorded:
         return all(change.elementwise for change in self.changes) and not any(self.arrays)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostLeaf(StoredLeaf):
+    """An array in host memory, which is moved to the device in each use.
+
+    Only the transform makes these; in a parameter tree the leaf is an ordinary array with another memory kind.
+
+    Attributes:
+      array: the array in host memory.
+    """
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return tuple(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+        return self.array.dtype
+
+    def dequantize(self) -> Array:
+        """Returns the array in device memory."""
+        return to_device(self.array)
+
+
 Base = Any  # an Array or a Recorded; an array may be abstract
 
 
 def base_of(leaf: Any) -> Base:
     """Returns the base for a leaf of a parameter tree."""
+    if is_in_host_memory(leaf):
+        return Recorded(HostLeaf(leaf))
     return Recorded(leaf) if isinstance(leaf, StoredLeaf) else leaf
 
 

@@ -65,7 +65,7 @@ class DoRA(LowRank):
                 "pass the parameters, or call `init` under `jax.eval_shape`"
             )
         factors = super().init(key, kernel, axes, dtype)
-        base = base_of(kernel) if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel)
+        base = base_of(kernel if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel))
         plain = super().apply(base, factors, axes, "")
         return factors | {"magnitude": norms(plain).astype(dtype)}
 
