@@ -42,6 +42,11 @@ class StoredLeaf(abc.ABC):
     def dequantize(self) -> Array:
         """Returns the represented array."""
 
+    def selected(self, change: Change, *arrays: Array) -> Self | None:
+        """Returns a leaf for the part of the array that a change selects; None to dequantize before."""
+        del change, arrays  # in general, a part of the array is no part of what is stored
+        return None
+
     @property
     def ndim(self) -> int:
         """The number of axes of the represented array."""
@@ -61,11 +66,13 @@ class Change:
       function: the same object for the same operation, so that changes compare by value.
       static: hashable arguments after the arrays.
       elementwise: whether the operation also applies to a slice of the array.
+      selects: whether the operation returns a contiguous part of the array.
     """
 
     function: Callable[..., Array]
     static: tuple[Any, ...] = ()
     elementwise: bool = False
+    selects: bool = False
 
     def __call__(self, w: Array, *arrays: Array) -> Array:
         """Applies the change."""
@@ -89,6 +96,8 @@ class Recorded:
 
     def with_change(self, change: Change, *arrays: Array) -> Self:
         """Records one more change."""
+        if change.selects and not self.changes and (part := self.leaf.selected(change, *arrays)) is not None:
+            return dataclasses.replace(self, leaf=part)
         return dataclasses.replace(self, arrays=(*self.arrays, arrays), changes=(*self.changes, change))
 
     def array(self) -> Array:
@@ -132,29 +141,34 @@ class Recorded:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HostLeaf(StoredLeaf):
-    """An array in host memory, which is moved to the device in each use.
+    """A leaf in host memory, which each use moves to the device.
 
-    Only the transform makes these; in a parameter tree the leaf is an ordinary array with another memory kind.
+    The transform makes these. In a parameter tree, the leaf is an ordinary array, or a stored leaf, in host memory.
 
     Attributes:
-      array: the array in host memory.
+      leaf: an array or a stored leaf.
     """
 
-    array: Array
+    leaf: Any
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the array."""
-        return tuple(self.array.shape)
+        return tuple(self.leaf.shape)
 
     @property
     def dtype(self) -> Any:
         """The dtype of the array."""
-        return self.array.dtype
+        return self.leaf.dtype
 
     def dequantize(self) -> Array:
         """Returns the array in device memory."""
-        return to_device(self.array)
+        leaf = jax.tree.map(to_device, self.leaf)
+        return leaf.dequantize() if isinstance(leaf, StoredLeaf) else leaf
+
+    def selected(self, change: Change, *arrays: Array) -> Self | None:
+        """Returns the selected part, still in host memory; of a layer of a stack, only this layer is moved."""
+        return None if isinstance(self.leaf, StoredLeaf) else dataclasses.replace(self, leaf=change(self.leaf, *arrays))
 
 
 Base = Any  # an Array or a Recorded; an array may be abstract
@@ -162,7 +176,7 @@ Base = Any  # an Array or a Recorded; an array may be abstract
 
 def base_of(leaf: Any) -> Base:
     """Returns the base for a leaf of a parameter tree."""
-    if is_in_host_memory(leaf):
+    if any(map(is_in_host_memory, jax.tree.leaves(leaf) if isinstance(leaf, StoredLeaf) else [leaf])):
         return Recorded(HostLeaf(leaf))
     return Recorded(leaf) if isinstance(leaf, StoredLeaf) else leaf
 
