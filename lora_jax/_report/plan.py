@@ -57,9 +57,9 @@ def plan(
 
     Parameters and arguments are `ShapeDtypeStruct`s with `sharding=NamedSharding(mesh, …)`; those without a sharding
     are replicated. The adapter is sharded like its kernels. Optimizer state with the shape of a trained array is
-    sharded like that array; other state is replicated. Parameters with the memory kind `"pinned_host"`, such as those of
-    `sharding.to_host`, and the state of `optim.offload` are in host memory. In full fine-tuning, all parameters are in
-    device memory.
+    sharded like that array; other state is replicated. Parameters with the memory kind `"pinned_host"`, such as those
+    of `sharding.to_host`, and the state of `optim.offload` are in host memory. In full fine-tuning, all parameters are
+    in device memory.
 
     The memory is as reported by the compiler for these devices. On simulated CPU devices it is an estimate for other
     devices: their compilers schedule programs differently, and CPUs multiply and send 16-bit values as float32. The

@@ -26,8 +26,8 @@ class Step:
       host: bytes of the parameters and the optimizer state that are in host memory. They are also in `parameters` and
         `optimizer`, and not in `peak`, which they save on the device. What of them is on the device at a time is in
         `temporary`.
-      peak: bytes of arguments, results and temporaries on the device. The results reuse the memory of the adapter and the optimizer
-        state, which are donated.
+      peak: bytes of arguments, results and temporaries on the device. The results reuse the memory of the adapter and
+        the optimizer state, which are donated.
       flops: FLOPs of the step on all devices, as `testing.flops` counts them; None if shapes do not determine them.
       compiled_flops: the compiler's count for one device, which includes the body of a loop once.
       collectives: from `testing.collectives`; None if the compiled program does not determine them.

@@ -18,7 +18,8 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     Each step moves them to the device and the new state back; the compiler schedules these transfers. Scalars, such as
     the step count and the learning rate of `optax.inject_hyperparams`, stay on the device.
 
-    The updates are those of `tx`, and the state has the same structure and shardings. Use it around the whole optimizer.
+    The updates are those of `tx`, and the state has the same structure and shardings. It goes around the whole
+    optimizer.
 
     Donate the adapter and the state together, and return them in this order, as below; or pass `out_shardings` for all
     results of the step. Without `out_shardings`, JAX pairs donated arguments with results of the same shape in their
