@@ -96,14 +96,16 @@ class Recorded:
 
     def with_change(self, change: Change, *arrays: Array) -> Self:
         """Records one more change."""
-        if change.selects and not self.changes and (part := self.leaf.selected(change, *arrays)) is not None:
-            return dataclasses.replace(self, leaf=part)
         return dataclasses.replace(self, arrays=(*self.arrays, arrays), changes=(*self.changes, change))
 
     def array(self) -> Array:
-        """Dequantizes the leaf and applies the changes."""
-        w = self.leaf.dequantize()
-        for change, arrays in zip(self.changes, self.arrays, strict=True):
+        """Dequantizes the leaf, or first selects a part of it if that is possible, and applies the changes."""
+        leaf, changes = self.leaf, list(zip(self.changes, self.arrays, strict=True))
+        while changes and changes[0][0].selects and (part := leaf.selected(changes[0][0], *changes[0][1])) is not None:
+            leaf = part
+            del changes[0]
+        w = leaf.dequantize()
+        for change, arrays in changes:
             w = change(w, *arrays)
         return w
 

@@ -21,9 +21,9 @@ def offload(tx: optax.GradientTransformation) -> optax.GradientTransformationExt
     The updates are those of `tx`, and the state has the same structure and shardings. It goes around the whole
     optimizer.
 
-    Donate the adapter and the state together, and return them in this order, as below; or pass `out_shardings` for all
-    results of the step. Without `out_shardings`, JAX pairs donated arguments with results of the same shape in their
-    order and does not compare memory kinds, so the memory of the host would be used for a result on the device.
+    Donate the adapter and the state together, and return them in this order, as below. JAX pairs donated arguments with
+    results of the same shape, in their order, and compares memory kinds only if `in_shardings` and `out_shardings` are
+    given: donated state that is paired with a result on the device ends the process, or is a compiler error.
 
     >>> import functools, jax, jax.numpy as jnp, optax
     >>> tx = offload(optax.adam(1e-3))
