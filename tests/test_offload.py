@@ -188,13 +188,15 @@ def test_state_and_parameters_on_a_mesh_keep_their_shardings(axis_type: AxisType
     x = jax.device_put(normal(8, 8, seed=5), NamedSharding(mesh, P("data")))
 
     def trained(tx: Any, params: Any) -> Any:
-        @functools.partial(jax.jit, donate_argnums=(1, 2))
+        results = placed(jax.tree.map(jnp.copy, adapter), tx.init(adapter), base)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, results)
+
+        @functools.partial(jax.jit, donate_argnums=(1, 2), out_shardings=shardings)
         def step(params: Any, adapter: Any, state: Any) -> tuple[Any, Any]:
             gradient = jax.grad(lambda adapter: total(lj.lora(mlp, form="factored")(params, adapter, x)))(adapter)
             updates, state = tx.update(gradient, state, adapter)
             return optax.apply_updates(adapter, updates), state
 
-        results = placed(adapter, tx.init(adapter), base)
         for _ in range(3):
             results = step(params, *results)
         assert step._cache_size() == 1
