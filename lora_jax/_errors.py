@@ -34,12 +34,12 @@ class AdapterError(LoRAError, ValueError):
 
 
 class UnsupportedError(LoRAError, NotImplementedError):
-    """An adapted kernel reaches an operation without a low-rank rule.
+    """An adapted kernel reaches an operation without a low-rank rule; or JAX or a backend lacks what is needed.
 
     Attributes:
       what: what was expected and what was got.
       line: the line of the model. Empty if JAX does not keep it, as inside JAX's own jitted functions. None if `what`
-        names several kernels with their lines.
+        names several kernels with their lines, or if no line is the cause.
       advice: what to do.
     """
 

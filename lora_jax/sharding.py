@@ -1,4 +1,4 @@
-"""Shardings of an adapter, derived from the shardings of its base."""
+"""Shardings of an adapter, derived from the shardings of its base; parameters in host memory."""
 
 from __future__ import annotations
 
@@ -7,14 +7,71 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from ._core.adapter import Adapter
-from ._core.paths import flatten, nearest
+from ._core.memory import HOST_KIND, check_host_memory, is_in_host_memory
+from ._core.memory import to_host as to_host_memory
+from ._core.paths import Patterns, as_tuple, flatten, matches_any, matching_paths, nearest, unflatten
 from ._core.placement import factor_spec, mesh_axes
 from ._errors import AdapterError
+from ._transform.program import is_array
 
-__all__ = ["like_base"]
+__all__ = ["like_base", "to_host"]
+
+
+def to_host(params: Any, *, paths: Patterns = "**", exclude: Patterns = ()) -> Any:
+    """Moves parameters to host memory, from which the adapted model moves each to the device where it is used.
+
+    `lora(apply)(params, adapter, …)` accepts the result as it is. A `scan` over a stack of layers moves one layer at a
+    time, and so does its backward pass, in which each kernel is moved again. The same is true for layers that the model
+    selects from a stack with an index, and for separate layers as far as the compiler needs the memory. Such parameters
+    take no memory on the device otherwise; each step reads them twice over the bus to the host.
+
+    A lookup moves the whole table, so exclude embeddings. Only functions transformed by `lora` move parameters by
+    themselves.
+
+    >>> import jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"embed": jnp.ones((9, 4)), "kernel": jnp.ones((4, 3))}
+    >>> params = lj.sharding.to_host(params, exclude="embed")
+    >>> {path: leaf.sharding.memory_kind for path, leaf in params.items()}
+    {'embed': 'device', 'kernel': 'pinned_host'}
+    >>> adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> adapted = lj.lora(lambda params, ids: params["embed"][ids] @ params["kernel"])
+    >>> adapted(params, adapter, jnp.arange(2)).sharding.memory_kind
+    'device'
+
+    Args:
+      params: the parameter tree, or its `ShapeDtypeStruct`s, as for `plan`.
+      paths: one pattern, or several, for the leaves to move.
+      exclude: patterns for leaves that are not moved.
+
+    Returns:
+      The tree with these leaves in `"pinned_host"` memory, with the same shardings. Without a sharding, as for NumPy
+      arrays, a leaf is in the host memory of JAX's default device.
+
+    Raises:
+      SpecError: if a pattern matches no leaf.
+      UnsupportedError: if the backend has no pinned host memory.
+    """
+    leaves, treedef = flatten(params)
+    included, excluded = as_tuple(paths), as_tuple(exclude)
+    for pattern in (*included, *excluded):
+        matching_paths(pattern, leaves, "every pattern to match a leaf")
+    chosen = [
+        path
+        for path, leaf in leaves.items()
+        if is_array(leaf) and matches_any(path, included) and not matches_any(path, excluded)
+    ]
+    check_host_memory([leaves[path] for path in chosen])
+    return unflatten(treedef, leaves | {path: jax.tree.map(_to_host, leaves[path]) for path in chosen})
+
+
+def _to_host(array: Any) -> Any:
+    if not isinstance(array, jax.ShapeDtypeStruct):
+        return to_host_memory(array)
+    sharding = array.sharding or SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.with_memory_kind(HOST_KIND))
 
 
 def like_base(adapter: Any, params_shardings: Any) -> Any:
@@ -22,8 +79,10 @@ def like_base(adapter: Any, params_shardings: Any) -> Any:
 
     Each axis of a factor is sharded like the same axis of the kernel: `a` along the input axes, `b` along the output
     axes, both along batch axes. The rank axis is replicated. An axis whose size the devices do not divide is replicated
-    as well; `explain(shardings=…)` lists such axes. The value of a `Full` leaf is sharded like the leaf. Everything is
-    in device memory, even if the base is in host memory.
+    as well; `explain(shardings=…)` lists such axes. The value of a `Full` leaf is sharded like the leaf. The memory
+    kind is that of the arrays in `adapter`, not of the base: host memory for the state of `optim.offload`, otherwise
+    device memory.
+    (In JAX 0.10, the results of `jax.eval_shape` have no memory kind, and so are in device memory.)
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from jax.sharding import PartitionSpec as P
@@ -62,7 +121,8 @@ def like_base(adapter: Any, params_shardings: Any) -> Any:
             "  The arguments come in this order: sharding.like_base(adapter, params_shardings)."
         )
     replicated = next(_replicated(sharding) for part in shardings.values() for sharding in jax.tree.leaves(part))
-    return jax.tree.unflatten(treedef, [shardings.get(index, replicated) for index in range(len(parts))])
+    others = {index: _in_memory_of(part, replicated) for index, (_, part) in enumerate(parts)}
+    return jax.tree.unflatten(treedef, list((others | shardings).values()))
 
 
 class Placement(NamedTuple):
@@ -94,7 +154,8 @@ def placements(path: str, part: Adapter, by_path: Mapping[str, Any]) -> Adapter:
     base, layout = _base_sharding(path, part, by_path), part.variant.layout(part.axes)
 
     def place(keys: Any, array: Any) -> Placement:
-        return _placement(base, layout.get(keys[0].name, tuple(range(array.ndim))), array.shape)
+        found = _placement(base, layout.get(keys[0].name, tuple(range(array.ndim))), array.shape)
+        return found._replace(sharding=_in_memory_of(array, found.sharding))
 
     return jax.tree_util.tree_map_with_path(place, part)
 
@@ -149,7 +210,13 @@ def _replicated(sharding: Any) -> Any:
             return NamedSharding(mesh, PartitionSpec())
         case PartitionSpec():
             return PartitionSpec()
-    return sharding
+    return sharding.with_memory_kind(None)
+
+
+def _in_memory_of(array: Any, sharding: Any) -> Any:
+    """Returns the sharding with the memory kind of an array that is in host memory; a `PartitionSpec` has none."""
+    in_host_memory = is_in_host_memory(array) and not isinstance(sharding, PartitionSpec)
+    return sharding.with_memory_kind(HOST_KIND) if in_host_memory else sharding
 
 
 def _path(keys: Any) -> str:

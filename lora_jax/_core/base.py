@@ -17,6 +17,8 @@ from typing import Any, Self
 import jax
 from jax import Array
 
+from .memory import is_in_host_memory, to_device
+
 
 class StoredLeaf(abc.ABC):
     """A parameter that is stored in another form than as an array.
@@ -38,6 +40,11 @@ class StoredLeaf(abc.ABC):
     @abc.abstractmethod
     def dequantize(self) -> Array:
         """Returns the represented array."""
+
+    def selected(self, change: Change, *arrays: Array) -> Self | None:
+        """Returns a leaf for the part of the array that a change selects; None to dequantize before."""
+        del change, arrays  # in general, a part of the array is no part of what is stored
+        return None
 
     @property
     @abc.abstractmethod
@@ -72,11 +79,13 @@ class Change:
       function: the same object for the same operation, so that changes compare by value.
       static: hashable arguments after the arrays.
       elementwise: whether the operation also applies to a slice of the array.
+      selects: whether the operation returns a contiguous part of the array.
     """
 
     function: Callable[..., Array]
     static: tuple[Any, ...] = ()
     elementwise: bool = False
+    selects: bool = False
 
     def __call__(self, w: Array, *arrays: Array) -> Array:
         """Applies the change."""
@@ -103,9 +112,13 @@ class Recorded:
         return dataclasses.replace(self, arrays=(*self.arrays, arrays), changes=(*self.changes, change))
 
     def array(self) -> Array:
-        """Dequantizes the leaf and applies the changes."""
-        w = self.leaf.dequantize()
-        for change, arrays in zip(self.changes, self.arrays, strict=True):
+        """Dequantizes the leaf, or first selects a part of it if that is possible, and applies the changes."""
+        leaf, changes = self.leaf, list(zip(self.changes, self.arrays, strict=True))
+        while changes and changes[0][0].selects and (part := leaf.selected(changes[0][0], *changes[0][1])) is not None:
+            leaf = part
+            del changes[0]
+        w = leaf.dequantize()
+        for change, arrays in changes:
             w = change(w, *arrays)
         return w
 
@@ -153,11 +166,46 @@ class Recorded:
         return all(change.elementwise for change in self.changes) and not any(self.arrays)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HostLeaf(StoredLeaf):
+    """A leaf in host memory, which each use moves to the device.
+
+    The transform makes these. In a parameter tree, the leaf is an ordinary array, or a stored leaf, in host memory.
+
+    Attributes:
+      leaf: an array or a stored leaf.
+    """
+
+    leaf: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
+        return tuple(self.leaf.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the array."""
+        return self.leaf.dtype
+
+    def dequantize(self) -> Array:
+        """Returns the array in device memory."""
+        leaf = jax.tree.map(to_device, self.leaf)
+        return leaf.dequantize() if isinstance(leaf, StoredLeaf) else leaf
+
+    def selected(self, change: Change, *arrays: Array) -> Self | None:
+        """Returns the selected part, still in host memory; of a layer of a stack, only this layer is moved."""
+        return None if isinstance(self.leaf, StoredLeaf) else dataclasses.replace(self, leaf=change(self.leaf, *arrays))
+
+
 Base = Any  # an Array or a Recorded; an array may be abstract
 
 
 def base_of(leaf: Any) -> Base:
     """Returns the base for a leaf of a parameter tree."""
+    if any(map(is_in_host_memory, jax.tree.leaves(leaf) if isinstance(leaf, StoredLeaf) else [leaf])):
+        return Recorded(HostLeaf(leaf))
     return Recorded(leaf) if isinstance(leaf, StoredLeaf) else leaf
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b, axes_with
-from .base import as_array
+from .base import Recorded, as_array
 from .contract import Labeled, contract, widest
 from .kernel import AdaptedKernel
 
@@ -22,6 +24,8 @@ def norms(kernel: AdaptedKernel) -> Array:
       kernel: any adapted kernel; its gain is ignored.
     """
     roles = kernel.roles
+    if isinstance(kernel.w, Recorded) and kernel.w.is_sliceable and roles[0] == "b":  # one layer at a time
+        return lax.map(lambda layer: norms(dataclasses.replace(layer, roles=roles[1:])), kernel)
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
     w = Labeled(as_array(kernel.w).astype(dtype), tuple(range(kernel.w.ndim)))
     a = Labeled(kernel.a.astype(dtype) * kernel.scale, axes_of_a(roles))

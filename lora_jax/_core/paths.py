@@ -22,6 +22,7 @@ from .._errors import AdapterError, LoRAError, SpecError, listed
 from .base import StoredLeaf
 
 Pattern = str | re.Pattern[str]
+Patterns = Pattern | Sequence[Pattern]
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], PyTreeDef]:
@@ -125,6 +126,11 @@ def matcher(pattern: Pattern) -> re.Pattern[str]:
     if depth:
         raise SpecError(f"Expected a pattern with balanced braces; got {pattern!r}.")
     return re.compile(expression)
+
+
+def as_tuple(patterns: Patterns) -> tuple[Pattern, ...]:
+    """Returns one pattern, or several, as a tuple."""
+    return tuple(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else (patterns,)
 
 
 def pattern_text(pattern: Pattern) -> str:

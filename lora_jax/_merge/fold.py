@@ -20,6 +20,7 @@ from jax import Array
 from .._core.adapter import Adapter, Adapters
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel, delta, materialize
+from .._core.memory import is_in_host_memory, to_device, to_host
 from .._core.values import in_device_memory, is_concrete, is_finite, on_same_devices
 
 
@@ -166,7 +167,9 @@ def _rounding_errors(w: Array, part: Adapter, folded: Array) -> tuple[Array, Arr
 def _run_like_leaf(function: Callable[..., Array], w: Any, part: Adapter) -> Any:
     """Returns `function(w, part)` as an array of the leaf's type, sharding and memory kind."""
     if not all(map(is_concrete, (w, *part.arrays.values()))):
-        return function(jnp.asarray(w), part)
+        in_host_memory = is_in_host_memory(w)
+        result = function(to_device(w) if in_host_memory else jnp.asarray(w), part)
+        return to_host(result) if in_host_memory else result
     with jax.ensure_compile_time_eval():  # under `jit`, for arrays that are not traced
         if isinstance(w, np.ndarray):
             with keep_float64(w):

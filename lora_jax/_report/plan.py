@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from .._compat import compiler_options
 from .._core.init import init
+from .._core.memory import is_in_host_memory, kind_of
 from .._core.paths import Pattern
 from .._core.sizes import is_known
 from .._core.spec import Spec
@@ -56,7 +57,9 @@ def plan(
 
     Parameters and arguments are `ShapeDtypeStruct`s with `sharding=NamedSharding(mesh, …)`; those without a sharding
     are replicated. The adapter is sharded like its kernels. Optimizer state with the shape of a trained array is
-    sharded like that array; other state is replicated.
+    sharded like that array; other state is replicated. Parameters with the memory kind `"pinned_host"`, such as those
+    of `sharding.to_host`, and the state of `optim.offload` are in host memory. In full fine-tuning, all parameters are
+    in device memory.
 
     The memory is as reported by the compiler for these devices. On simulated CPU devices it is an estimate for other
     devices: their compilers schedule programs differently, and CPUs multiply and send 16-bit values as float32. The
@@ -128,7 +131,8 @@ def plan(
     lora_step = _compile(lora_loss, adapter, arrays, tx, mesh, parameters=params, adapter=_bytes(adapter))
     if not full:
         return Plan(axes, kind, lora_step, None)
-    trained, frozen = _partition(arrays[0], _is_floating)
+    in_device_memory = jax.tree.map(lambda leaf: _struct(leaf, leaf.sharding.with_memory_kind(None)), arrays[0])
+    trained, frozen = _partition(in_device_memory, _is_floating)
     full_step = _compile(full_loss, trained, (frozen, *arrays[1:]), tx, mesh, parameters=params, adapter=0)
     return Plan(axes, kind, lora_step, full_step)
 
@@ -164,7 +168,7 @@ def _struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
 
 def _sharding_on(mesh: Mesh, sharding: Any, where: str) -> NamedSharding:
     if sharding is None or isinstance(sharding, SingleDeviceSharding):  # an array has the latter by default
-        return NamedSharding(mesh, PartitionSpec())
+        return NamedSharding(mesh, PartitionSpec(), memory_kind=None if sharding is None else sharding.memory_kind)
     if not isinstance(sharding, NamedSharding) or dict(sharding.mesh.shape) != dict(mesh.shape):
         got = dict(sharding.mesh.shape) if isinstance(sharding, NamedSharding) else type(sharding).__name__
         raise SpecError(
@@ -207,14 +211,18 @@ def _compile(
     compiled = traced.lower().compile(compiler_options(mesh.devices.flat[0].platform))
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
+    host = sum(_bytes(leaf) for leaf in jax.tree.leaves((trained, state, frozen)) if is_in_host_memory(leaf))
+    # The compiler for CPUs does not tell the memory of the host from that of the device.
+    arguments = memory.argument_size_in_bytes - (0 if memory.host_argument_size_in_bytes else host)
     # An unused parameter is not an argument of the compiled program, but its memory is still allocated.
-    held = max(memory.argument_size_in_bytes, sum(map(_bytes, (trained, state, frozen))))
+    held = max(arguments, sum(map(_bytes, (trained, state, frozen))) - host)
     return Step(
         parameters=parameters,
         adapter=adapter,
         optimizer=_bytes(state),
         inputs=_bytes(frozen[1:]),
         temporary=memory.temp_size_in_bytes,
+        host=host,
         peak=held + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes,
         flops=_if_known(flops, traced.jaxpr),
         compiled_flops=int(compiled.cost_analysis()["flops"]),
@@ -227,16 +235,16 @@ def _compile(
 
 def _abstract_state(tx: Any, trained: Any, mesh: Mesh) -> Any:
     """Returns the optimizer state as `ShapeDtypeStruct`s; arrays of the shape of a trained one are sharded like it."""
-    replicated = NamedSharding(mesh, PartitionSpec())
     with jax.set_mesh(mesh):
-        shapes = jax.eval_shape(tx.init, trained)
-    return optax.tree_map_params(
-        tx,
-        lambda leaf, array: _struct(leaf, array.sharding if leaf.shape == array.shape else replicated),
-        shapes,
-        trained,
-        transform_non_params=lambda leaf: _struct(leaf, replicated),
-    )
+        jaxpr, shapes = jax.make_jaxpr(tx.init, return_shape=True)(trained)  # the types have memory spaces
+    replicated = [NamedSharding(mesh, PartitionSpec(), memory_kind=kind_of(array)) for array in jaxpr.out_avals]
+    state = jax.tree.unflatten(jax.tree.structure(shapes), map(_struct, jaxpr.out_avals, replicated))
+
+    def like(leaf: Any, array: Any) -> Any:
+        same = array.sharding.with_memory_kind(leaf.sharding.memory_kind)
+        return _struct(leaf, same) if leaf.shape == array.shape else leaf
+
+    return optax.tree_map_params(tx, like, state, trained)
 
 
 def _scalar_loss(loss: Callable[..., Any], out: Any, args: Any, kwargs: Any) -> Array:

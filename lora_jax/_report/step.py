@@ -23,8 +23,11 @@ class Step:
       inputs: bytes of the other arguments of the model.
       temporary: bytes in addition to arguments and results, as reported by the compiler: activations that are stored
         for the backward pass, gradients, and intermediate values.
-      peak: bytes of arguments, results and temporaries. The results reuse the memory of the adapter and the optimizer
-        state, which are donated.
+      host: bytes of the parameters and the optimizer state that are in host memory. They are also in `parameters` and
+        `optimizer`, and not in `peak`, which they save on the device. What of them is on the device at a time is in
+        `temporary`.
+      peak: bytes of arguments, results and temporaries on the device. The results reuse the memory of the adapter and
+        the optimizer state, which are donated.
       flops: FLOPs of the step on all devices, as `testing.flops` counts them; None if shapes do not determine them.
       compiled_flops: the compiler's count for one device, which includes the body of a loop once.
       collectives: from `testing.collectives`; None if the compiled program does not determine them.
@@ -38,6 +41,7 @@ class Step:
     optimizer: int
     inputs: int
     temporary: int
+    host: int
     peak: int
     flops: int | None
     compiled_flops: int
@@ -109,11 +113,12 @@ class Plan:
     def _columns(self) -> tuple[list[str], list[list[str]]]:
         """Returns the header of the table and its rows."""
         steps = [self.lora] if self.full is None else [self.lora, self.full]
-        rows = [[name, *(_shown(value(step), show) for step in steps)] for name, value, show in _ROWS]
+        shown = [row for row in _ROWS if row[0] != HOST or any(step.host for step in steps)]
+        rows = [[name, *(_shown(value(step), show) for step in steps)] for name, value, show in shown]
         kinds = sorted({kind for step in steps for kind in step.wire or ()})
         rows += [[f"sent: {kind}", *(_shown((step.wire or {}).get(kind, 0), size) for step in steps)] for kind in kinds]
         if self.full is not None:
-            pairs = [(value(self.lora), value(self.full)) for _, value, _ in _ROWS]
+            pairs = [(value(self.lora), value(self.full)) for _, value, _ in shown]
             pairs += [((self.lora.wire or {}).get(kind, 0), (self.full.wire or {}).get(kind, 0)) for kind in kinds]
             rows = [[*row, _ratio(*pair)] for row, pair in zip(rows, pairs, strict=True)]
         return ["per device", "LoRA", "full fine-tuning", "ratio"][: len(rows[0])], rows
@@ -128,6 +133,8 @@ class Plan:
 
 Value = Callable[[Step], float | None]
 
+HOST = "on the host"  # the name of a row that is shown only if there is something
+
 _ROWS: list[tuple[str, Value, Callable[[Any], str]]] = [
     ("parameters", lambda step: step.parameters, size),
     ("adapter", lambda step: step.adapter, size),
@@ -135,6 +142,7 @@ _ROWS: list[tuple[str, Value, Callable[[Any], str]]] = [
     ("inputs", lambda step: step.inputs, size),
     ("temporary", lambda step: step.temporary, size),
     ("peak", lambda step: step.peak, size),
+    (HOST, lambda step: step.host, size),
     ("FLOPs", lambda step: step.flops_per_device, lambda count: f"{count:.3g}"),
     ("sent", lambda step: None if step.wire is None else sum(step.wire.values()), size),
 ]

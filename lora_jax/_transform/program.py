@@ -12,8 +12,9 @@ from jax.tree_util import PyTreeDef
 
 from .._compat import ClosedJaxpr
 from .._core.attach import as_jax
-from .._core.base import StoredLeaf, base_of
+from .._core.base import Recorded, StoredLeaf, base_of
 from .._core.kernel import PlainKernel
+from .._core.memory import is_in_host_memory, to_device
 from .._core.paths import flatten, unflatten
 from .._core.uses import Use
 from .boundary import check_statics, python_without_values
@@ -70,11 +71,14 @@ def is_array(leaf: Any) -> bool:
 
 def _without_factors(path: str, leaf: Any) -> Any:
     """Returns a leaf that has no adapter as a value of the interpreter."""
-    return PlainKernel.from_leaf(path, base_of(leaf)) if isinstance(leaf, StoredLeaf) else leaf
+    base = base_of(leaf)
+    return PlainKernel.from_leaf(path, base) if isinstance(base, Recorded) else leaf
 
 
 def _traceable(leaf: Any) -> Any:
     """Returns the argument of `make_jaxpr` for a leaf."""
+    if is_in_host_memory(leaf):
+        return jax.eval_shape(to_device, leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, StoredLeaf) else leaf
 
 

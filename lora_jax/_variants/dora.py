@@ -65,13 +65,14 @@ class DoRA(LowRank):
                 "pass the parameters, or call `init` under `jax.eval_shape`"
             )
         factors = super().init(key, kernel, axes, dtype)
-        base = base_of(kernel) if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel)
+        base = base_of(kernel if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel))
         plain = super().apply(base, factors, axes, "")
         return factors | {"magnitude": norms(plain).astype(dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """Returns the kernel with its factors and the gain of each output."""
         plain = super().apply(kernel, arrays, axes, path)
-        magnitude, norm = arrays["magnitude"], lax.stop_gradient(norms(plain))
+        constant = dataclasses.replace(plain, a=lax.stop_gradient(plain.a), b=lax.stop_gradient(plain.b))
+        magnitude, norm = arrays["magnitude"], lax.stop_gradient(norms(constant))
         gain = magnitude.astype(widest(magnitude.dtype, norm.dtype)) / norm
         return dataclasses.replace(plain, gain=lax.expand_dims(gain, [axes_of_b(axes).index(RANK)]))

@@ -8,11 +8,10 @@ from typing import Any
 import jax
 
 from .._core.adapter import Adapter, check_adapter
-from .._core.paths import Pattern, matches_any, matching_paths
+from .._core.paths import Patterns, as_tuple, matches_any, matching_paths
 from .._errors import AdapterError
 
 Mask = Callable[[Any], Any]
-Patterns = Pattern | Sequence[Pattern]
 
 ONLY_ADAPTER = "Pass only the adapter to the optimizer. If one tree holds both, wrap the optimizer: freeze_base(tx)."
 
@@ -43,7 +42,7 @@ def select(*names: str, paths: Patterns = "**", exclude: Patterns = ()) -> Mask:
     Raises:
       AdapterError: from that function, if its argument is not an adapter, or a name or pattern matches nothing in it.
     """
-    included, excluded = _as_tuple(paths), _as_tuple(exclude)
+    included, excluded = as_tuple(paths), as_tuple(exclude)
 
     def mask(adapter: Any) -> Any:
         check_adapter(adapter, ONLY_ADAPTER)
@@ -67,10 +66,6 @@ def label_arrays(adapter: Any, label: Callable[[str, str], Any]) -> Any:
         return jax.tree_util.tree_map_with_path(lambda inner, _: label(path, inner[0].name), part)
 
     return jax.tree_util.tree_map_with_path(label_part, adapter, is_leaf=lambda node: isinstance(node, Adapter))
-
-
-def _as_tuple(patterns: Patterns) -> tuple[Pattern, ...]:
-    return tuple(patterns) if isinstance(patterns, Sequence) and not isinstance(patterns, str) else (patterns,)
 
 
 def _check_names(names: Sequence[str], adapter: Mapping[str, Adapter]) -> None:

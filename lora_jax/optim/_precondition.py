@@ -12,9 +12,10 @@ from jax import Array
 
 from .._core.adapter import Adapter, check_adapter
 from .._core.linalg import diagonal_of, factor_matrices, has_factors, identity_like, product, scale_of
+from .._core.paths import Patterns
 from .._core.placement import sharded_as
 from .._errors import AdapterError
-from ._masks import ONLY_ADAPTER, Patterns, label_arrays, select
+from ._masks import ONLY_ADAPTER, label_arrays, select
 
 
 def lora_plus(ratio: float, *, paths: Patterns = "**", exclude: Patterns = ()) -> optax.GradientTransformationExtraArgs:

@@ -31,7 +31,7 @@ def _squeeze(site: Site, kernel: TrackedKernel, *, dimensions: Axes) -> Value:
         return lax.squeeze(factor, [before.index(axis) for axis in dimensions if axis in before])
 
     roles = [role for axis, role in enumerate(kernel.roles) if axis not in dimensions]
-    return site.materialize_row(kernel.moved(Change(lax.squeeze, (tuple(dimensions),)), roles, move))
+    return site.materialize_row(kernel.moved(Change(lax.squeeze, (tuple(dimensions),), selects=True), roles, move))
 
 
 @rule(primitives.slice_p, "moved")
@@ -50,7 +50,8 @@ def _slice(
         ]
         return lax.slice(factor, *zip(*bounds, strict=True))
 
-    return kernel.moved(Change(lax.slice, (start_indices, limit_indices, strides)), kernel.roles, move)
+    selects = set(steps) <= {1}
+    return kernel.moved(Change(lax.slice, (start_indices, limit_indices, strides), selects=selects), kernel.roles, move)
 
 
 @rule("unstack", "moved")
@@ -81,7 +82,7 @@ def _split(site: Site, kernel: TrackedKernel, *, sizes: Sequence[int], axis: int
             return lax.slice_in_dim(factor, *bounds, axis=before.index(axis))
 
         bounds = ends[number] - sizes[number], ends[number]
-        return kernel.moved(Change(lax.slice_in_dim, (*bounds, 1, axis)), kernel.roles, move)
+        return kernel.moved(Change(lax.slice_in_dim, (*bounds, 1, axis), selects=True), kernel.roles, move)
 
     return [part(number) for number in range(len(sizes))]
 
@@ -103,7 +104,8 @@ def _dynamic_slice(site: Site, kernel: Value, *starts: Value, slice_sizes: Axes)
     traced = {axis for axis, start in enumerate(starts) if isinstance(start, Array)}
     sliced = {axis for axis in traced if slice_sizes[axis] != kernel.w.shape[axis]}
     differ = [name for name, (_, layout) in kernel.factors.items() if sliced.intersection(layout(kernel.roles))]
-    moved = kernel.moved(Change(_dynamic_slice_array, (tuple(slice_sizes),)), kernel.roles, move, *starts)
+    change = Change(_dynamic_slice_array, (tuple(slice_sizes),), selects=True)
+    moved = kernel.moved(change, kernel.roles, move, *starts)
     return moved.with_replicated(dict.fromkeys(differ, ())) if isinstance(moved, AdaptedKernel) else moved
 
 
