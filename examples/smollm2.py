@@ -323,7 +323,8 @@ def generate(
     slots, needed = cache.keys.shape[2], ids.shape[1] + new_tokens - 1
     if slots < needed:
         raise ValueError(
-            f"Expected a cache with at least {needed} slots for {ids.shape[1]} + {new_tokens} tokens; got {slots}."
+            f"Expected a cache with at least {needed} slots for prompts of {ids.shape[1]} tokens and {new_tokens} new "
+            f"ones; got {slots}."
         )
     if temperature and key is None:
         raise ValueError(f"Expected a key to sample with temperature {temperature}; got None.")
