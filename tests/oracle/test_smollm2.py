@@ -55,9 +55,7 @@ def test_logits_equal_transformers(llama, model, tokenizer):
     for prompt in PROMPTS:
         ids = tokenizer.encode(prompt).ids
         logits = apply(model, jnp.array([ids]))[0]
-        difference = np.abs(logits - expected_logits(llama, ids)).max()
-        print(len(ids), difference)
-        assert difference <= 1e-3
+        assert np.abs(logits - expected_logits(llama, ids)).max() <= 1e-3
 
 
 def test_cached_logits_of_a_padded_batch_equal_transformers(llama, model, tokenizer):
