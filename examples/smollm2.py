@@ -126,7 +126,8 @@ class Attention(nnx.Module):
                 past[0].at[rows, positions.index].set(key.astype(past[0].dtype)),
                 past[1].at[rows, positions.index].set(value.astype(past[1].dtype)),
             )
-            mask = jnp.arange(key.shape[1]) <= positions.index[:, None, :, None]  # (batch, 1, tokens, slots)
+            slots = jnp.arange(key.shape[1])[None, None, None]
+            mask = slots <= positions.index[:, None, :, None]  # (batch, 1, tokens, slots)
             mixed = jax.nn.dot_product_attention(query, key.astype(x.dtype), value.astype(x.dtype), mask=mask)
         return self.out(mixed.reshape(x.shape)), past
 
