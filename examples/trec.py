@@ -119,44 +119,47 @@ def tokenize(questions: Questions, max_tokens: int = LENGTHS[-1]) -> Tokens:
     return Tokens([encoding.ids for encoding in tokenizer.encode_batch(list(questions.texts))], questions.labels)
 
 
-def training_batches(tokens: Tokens, batch_size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Yields one epoch of full batches in random order, each with questions of one padded length.
+def training_batches(
+    tokens: Tokens, batch_size: int, rng: np.random.Generator, lengths: tuple[int, ...] = LENGTHS
+) -> Iterator[Batch]:
+    """Yields one epoch of full batches in random order, each with questions of one padded length of `lengths`.
 
     Questions that do not fill a batch are left out of the epoch.
     """
     rows = rng.permutation(len(tokens.ids))
-    length = _padded_lengths(tokens)
-    groups = [rows[length[rows] == bucket] for bucket in LENGTHS]
+    length = _padded_lengths(tokens, lengths)
+    groups = [rows[length[rows] == bucket] for bucket in lengths]
     batches = [group[i : i + batch_size] for group in groups for i in range(0, len(group) - batch_size + 1, batch_size)]
     for i in rng.permutation(len(batches)):
-        yield _pad(tokens, batches[i], batch_size)
+        yield _pad(tokens, batches[i], batch_size, lengths)
 
 
-def batches_per_epoch(tokens: Tokens, batch_size: int) -> int:
+def batches_per_epoch(tokens: Tokens, batch_size: int, lengths: tuple[int, ...] = LENGTHS) -> int:
     """Returns the number of batches in each epoch of `training_batches`."""
-    return sum(int(count) // batch_size for count in np.unique(_padded_lengths(tokens), return_counts=True)[1])
+    counts = np.unique(_padded_lengths(tokens, lengths), return_counts=True)[1]
+    return sum(int(count) // batch_size for count in counts)
 
 
-def ordered_batches(tokens: Tokens, batch_size: int) -> Iterator[Batch]:
+def ordered_batches(tokens: Tokens, batch_size: int, lengths: tuple[int, ...] = LENGTHS) -> Iterator[Batch]:
     """Yields every question once, short ones first; the last batch of a length is padded with empty rows.
 
     `rows` and `labels` do not include the empty rows: use `f(ids, mask)[: len(rows)]`.
     """
-    length = _padded_lengths(tokens)
-    for bucket in LENGTHS:
+    length = _padded_lengths(tokens, lengths)
+    for bucket in lengths:
         group = np.flatnonzero(length == bucket)
         for i in range(0, len(group), batch_size):
-            yield _pad(tokens, group[i : i + batch_size], batch_size)
+            yield _pad(tokens, group[i : i + batch_size], batch_size, lengths)
 
 
-def _padded_lengths(tokens: Tokens) -> NDArray[np.intp]:
-    """Returns the smallest sufficient length of `LENGTHS` for each question, `(questions,)`."""
-    return np.array(LENGTHS)[np.searchsorted(LENGTHS, [len(ids) for ids in tokens.ids])]
+def _padded_lengths(tokens: Tokens, lengths: tuple[int, ...]) -> NDArray[np.intp]:
+    """Returns the smallest sufficient length of `lengths` for each question, `(questions,)`."""
+    return np.array(lengths)[np.searchsorted(lengths, [len(ids) for ids in tokens.ids])]
 
 
-def _pad(tokens: Tokens, rows: NDArray[np.intp], batch_size: int) -> Batch:
+def _pad(tokens: Tokens, rows: NDArray[np.intp], batch_size: int, lengths: tuple[int, ...]) -> Batch:
     """Returns a batch of `batch_size` rows that begins with the given questions, padded to the smallest length."""
-    width = next(length for length in LENGTHS if length >= max(len(tokens.ids[row]) for row in rows))
+    width = next(length for length in lengths if length >= max(len(tokens.ids[row]) for row in rows))
     ids = np.zeros((batch_size, width), np.int32)  # 0: [PAD]
     mask = np.zeros((batch_size, width), bool)
     for i, row in enumerate(rows):
