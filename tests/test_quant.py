@@ -188,8 +188,14 @@ SMALL_FORMATS = {"NF4": quant.NF4(block=16), "int8": INT8, "fp8": FLOAT8}
 
 @pytest.mark.parametrize(
     ("name", "scanned", "variant"),
-    [("NF4", False, lj.LoRA), ("NF4", True, lj.LoRA), ("NF4", True, lj.DoRA), ("NF4", False, lj.VeRA)]
-    + [("int8", True, lj.LoRA), ("fp8", True, lj.LoRA)],
+    [
+        ("NF4", False, lj.LoRA),
+        ("NF4", True, lj.LoRA),
+        ("NF4", True, lj.DoRA),
+        ("NF4", False, lj.VeRA),
+        ("int8", True, lj.LoRA),
+        ("fp8", True, lj.LoRA),
+    ],
 )
 def test_a_model_on_a_quantized_base_matches_merged_kernels(name: str, scanned: bool, variant: Any, key: Any) -> None:
     apply, params, tokens, kernels = decoder(scanned=scanned)

@@ -139,7 +139,9 @@ def test_a_train_state_with_a_quantized_base_trains_the_adapter() -> None:
     state = state.apply_gradients(grads=gradient)
     assert not np.array_equal(state.params["adapter"]["up"].b, PART["up"].b)
     got, expected = jax.tree.leaves(state.params["base"]), jax.tree.leaves(BASE)
-    assert all(one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(got, expected, strict=True))
+    assert all(
+        one.dtype == other.dtype and np.array_equal(one, other) for one, other in zip(got, expected, strict=True)
+    )
 
 
 # Checkpoints
@@ -197,7 +199,7 @@ def test_a_leaf_knows_its_format(name: str) -> None:
 def test_a_leaf_of_another_origin_has_no_format() -> None:
     tiled = quant.ScaledLeaf(jnp.ones((8, 4), jnp.int8), jnp.ones((2, 4)), None, jnp.dtype(jnp.float32))
     assert tiled.format is None and tiled.storage == "ScaledLeaf"
-    with pytest.raises(lj.SpecError, match="Expected leaves that a format of `lora_jax.quant` made; 1 of 1 are not"):
+    with pytest.raises(lj.SpecError, match=r"Expected leaves that a format of `lora_jax\.quant` made; 1 of 1 are not"):
         quant.requantize({"w": tiled}, {"w": jnp.ones((8, 4))})
     tree, report = quant.requantize({"w": tiled}, {"w": normal(8, 4)}, {"w": quant.Int8()})
     assert tree["w"].format == quant.Int8(axes="io") and report["w"].survived > 0.9

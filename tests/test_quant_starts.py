@@ -224,7 +224,10 @@ PART = {"w": adapter()["dense"]}
         (lambda: starts.olora(QUANTIZED, PART), "1 of 1 are quantized"),
         (lambda: starts.lora_ga(QUANTIZED, PART, DENSE), "'w' of shape (16, 8): Int8(axes='io')"),
         (lambda: starts.gradients(lambda p: p["w"].sum(), QUANTIZED, PART), "starts.loftq or starts.qpissa"),
-        (lambda: starts.loftq(QUANTIZED, PART, {"w": quant.NF4()}), "or the kernels as arrays: quant.dequantize(params)"),
+        (
+            lambda: starts.loftq(QUANTIZED, PART, {"w": quant.NF4()}),
+            "or the kernels as arrays: quant.dequantize(params)",
+        ),
         (
             lambda: starts.as_plain(DENSE, PART, *starts.qpissa(DENSE, PART, {"w": quant.Int8()})),
             "Expected the changed kernels to be arrays, because only then the conversion is exact",
@@ -259,9 +262,7 @@ def test_initializations_that_leave_the_base_work_on_quantized_kernels() -> None
     for name in ("gaussian", "kaiming", "orthogonal"):
         base, new = getattr(starts, name)(jax.random.key(1), QUANTIZED, PART)
         assert base is QUANTIZED and not np.array_equal(new["w"].a, PART["w"].a)
-    seen, expected = (
-        starts.activations(apply, params, PART, x) for params in (QUANTIZED, quant.dequantize(QUANTIZED))
-    )
+    seen, expected = (starts.activations(apply, params, PART, x) for params in (QUANTIZED, quant.dequantize(QUANTIZED)))
     np.testing.assert_allclose(seen["w"].gram, expected["w"].gram, rtol=1e-5)
     base, new = starts.eva(QUANTIZED, PART, seen)
     assert base is QUANTIZED and math.isclose(float(jnp.linalg.norm(new["w"].a[:, 0])), 1, rel_tol=1e-5)

@@ -189,6 +189,15 @@ class HostLeaf(StoredLeaf):
         """The dtype of the array."""
         return self.leaf.dtype
 
+    @property
+    def sliceable(self) -> bool:
+        """Whether a slice of what is in host memory is the same slice of the array."""
+        return self.leaf.sliceable if isinstance(self.leaf, StoredLeaf) else bool(self.shape)
+
+    def take(self, rows: Array) -> None:
+        """Returns None: the whole array is moved. Lookups are not done in host memory."""
+        del rows
+
     def dequantize(self) -> Array:
         """Returns the array in device memory."""
         leaf = jax.tree.map(to_device, self.leaf)
@@ -218,7 +227,9 @@ def stored_among(leaves: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
     """Returns a line for an error for each of the paths whose leaf is stored, such as quantized."""
     found = {path: leaves[path] for path in paths}
     return [
-        f"{path!r} of shape {leaf.shape}: {leaf.storage}" for path, leaf in found.items() if isinstance(leaf, StoredLeaf)
+        f"{path!r} of shape {leaf.shape}: {leaf.storage}"
+        for path, leaf in found.items()
+        if isinstance(leaf, StoredLeaf)
     ]
 
 

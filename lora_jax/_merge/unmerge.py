@@ -11,7 +11,6 @@ from .._errors import MergeError
 from .fold import rounding_bound, unfold
 from .merge import check_arrays, check_fits, check_merge, check_mergeable
 
-
 _ADVICE = "Pass what `merge` got and returned: both are arrays, such as those of quant.dequantize(params)."
 
 

@@ -69,8 +69,8 @@ def requantize(
       kernels: as for `quantize`; only for `spec`.
 
     Returns:
-      A tree like `merged`, with the leaves quantized again; leaves that equal those of `base`, dequantized, are those of
-      `base`. And for each other quantized leaf its `Survival`, by path.
+      A tree like `merged`, with the leaves quantized again; leaves that equal those of `base`, dequantized, are those
+      of `base`. And for each other quantized leaf its `Survival`, by path.
 
     Raises:
       MergeError: if the trees differ in paths or shapes; if `base` has no quantized leaf and there is no `spec`; under

@@ -49,8 +49,8 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
 
     Raises:
       AdapterError: if the adapters do not fit the bases or each other; if `started_params` with `started_adapter` is
-        not `params`, except under `jit`, where arrays have no values to compare. If a changed kernel is quantized, as by
-        `loftq` and `qpissa`: the error of its quantization has no low rank.
+        not `params`, except under `jit`, where arrays have no values to compare; if a changed kernel is quantized, as
+        by `loftq` and `qpissa`: the error of its quantization has no low rank.
     """
     leaves, changed = flatten(params)[0], flatten(started_params)[0]
     check(changed, started_adapter, tree="started_params")
@@ -79,8 +79,8 @@ def _check_arrays(initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
     quantized += stored_among(changed, different)
     if quantized:
         raise AdapterError(
-            f"Expected the changed kernels to be arrays, because only then the conversion is exact; {len(quantized)} are "
-            f"quantized.\n{listed(quantized)}\n"
+            f"Expected the changed kernels to be arrays, because only then the conversion is exact; {len(quantized)} "
+            f"are quantized.\n{listed(quantized)}\n"
             "  For the best approximation of a rank: "
             "extract(params, merge(quant.dequantize(started_params), adapter), spec)."
         )

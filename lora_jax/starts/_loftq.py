@@ -61,8 +61,8 @@ def loftq(
       which cannot be trained: a kernel of zeros needs another initialization.
 
     Raises:
-      SpecError: where `quant.quantize` raises it; if `iterations` is below 1, only one of `niter` and `key` is given, or
-        a scale is not positive; if a variant is not of the form s·A·B for all tokens, or `Full` trains a leaf that
+      SpecError: where `quant.quantize` raises it; if `iterations` is below 1, only one of `niter` and `key` is given,
+        or a scale is not positive; if a variant is not of the form s·A·B for all tokens, or `Full` trains a leaf that
         `formats` selects.
       AdapterError: if the adapter does not fit `params`, or an adapted kernel is already quantized.
     """

@@ -49,8 +49,8 @@ def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, ga
 
     Raises:
       SpecError: if 2r is more than the number of inputs or outputs of a kernel.
-      AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter; if an adapted kernel is
-        quantized.
+      AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter; if an adapted kernel
+        is quantized.
     """
     leaves = low_rank_leaves(adapter, flatten(params)[0])
     check_arrays(leaves)

@@ -86,8 +86,8 @@ def _check(adapter: Adapters, adapted: Mapping[str, Leaf], chosen: Mapping[str, 
     trained = [repr(path) for path in chosen if path in adapter and isinstance(adapter[path].variant, Full)]
     if trained:
         raise SpecError(
-            f"Expected formats for leaves that stay frozen; {len(trained)} are trained with Full().\n{listed(trained)}\n"
-            f"  Put a rule before it that leaves them as they are: {{{trained[0]}: None}}."
+            f"Expected formats for leaves that stay frozen; {len(trained)} are trained with Full().\n"
+            f"{listed(trained)}\n  Put a rule before it that leaves them as they are: {{{trained[0]}: None}}."
         )
     for path in chosen:
         if path in adapted:
