@@ -125,7 +125,7 @@ def check_arrays(adapted: Sequence[Leaf]) -> None:
         raise AdapterError(
             f"Expected the adapted kernels to be arrays, which this method reads or changes; {len(quantized)} of "
             f"{len(leaves)} are quantized.\n{listed(quantized)}\n"
-            "  Pass the weights before they were quantized to starts.loftq or starts.qpissa, which quantize them, too;\n"
+            "  Pass the weights before they were quantized to starts.loftq or starts.qpissa, which quantize them;\n"
             "  or the kernels as arrays: quant.dequantize(params)."
         )
 

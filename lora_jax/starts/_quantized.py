@@ -53,7 +53,7 @@ def alternate(
     check_arrays(list(adapted.values()))
     chosen = choose_formats(formats, leaves, kernels)
     _check(adapter, adapted, chosen)
-    new = dict(adapter)
+    new: dict[str, Any] = dict(adapter)
     with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in bfloat16 by default
         for path, (_, format_, axes) in chosen.items():
             if path not in adapted:
