@@ -108,8 +108,8 @@ def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Ada
 
 def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, StoredLeaf) or isinstance(other, StoredLeaf):
-        same_kind = jax.tree.structure(one) == jax.tree.structure(other)
-        return same_kind and all(map(_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
+        kind: Any = jax.tree.structure(one)
+        return kind == jax.tree.structure(other) and all(map(_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
     if isinstance(one, Array) and isinstance(other, Array):
         return bool(jnp.array_equal(one, other))  # also works for PRNG keys
     arrays = isinstance(one, Array | np.ndarray) and isinstance(other, Array | np.ndarray)
