@@ -37,7 +37,7 @@ MUTATIONS = [
     Mutation("_variants/lora.py", "self.alpha / self.rank", "self.alpha * self.rank", "lora_jax/_variants/lora.py"),
     Mutation("_variants/rslora.py", "math.sqrt(self.rank)", "self.rank", "lora_jax/_variants/rslora.py"),
     Mutation("_core/variant.py", '1 / math.sqrt(width(axes, kernel.shape, "i"))', "1.0", "init"),
-    Mutation("_variants/dora.py", "lax.stop_gradient(norms(plain))", "norms(plain)", "dora"),
+    Mutation("_variants/dora.py", "lax.stop_gradient(norms(constant))", "norms(plain)", "dora"),
     Mutation("_core/norms.py", "(2 * wa + ", "(wa + ", "dora"),
     Mutation("_variants/adalora.py", 'return arrays["e"]', 'return jnp.abs(arrays["e"])', "adalora"),
     Mutation("_variants/vera.py", "math.sqrt(6 / fan_in)", "math.sqrt(3 / fan_in)", "vera"),
