@@ -90,6 +90,18 @@ MUTATIONS = [
     Mutation("optim/_precondition.py", "scale_of(part) ** 2", "scale_of(part)", "optim_factors"),
     Mutation("adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),
     Mutation("adaptive/_schedule.py", "height * remaining**3", "height * remaining**2 * length", "adaptive"),
+    # Quantized and offloaded bases: scale, order, offset, what is kept for the backward pass.
+    Mutation("quant/_nf4.py", "abs(blocks).max(start + 1)", "blocks.max(start + 1)", "quant"),
+    Mutation("quant/_nf4.py", "high << 4 | low", "low << 4 | high", "quant"),
+    Mutation("quant/_double.py", "blocks.transpose(axes) + offset", "blocks.transpose(axes)", "quant"),
+    Mutation("quant/_double.py", "position // BLOCK]", "position // BLOCK // 2]", "quant"),
+    Mutation("_core/base.py", "return jax.checkpoint(lambda", "return (lambda", "quant"),
+    Mutation("_core/base.py", "self.leaf.sliceable and self._is_elementwise", "self.leaf.sliceable", "base quant"),
+    Mutation("quant/_requantize.py", "jnp.sum(left * update)", "jnp.sum(left * left)", "quant_merge"),
+    Mutation(
+        "starts/_quantized.py", "leaf.matrices - leaf.as_matrices(_dequantize(stored))", "leaf.matrices", "quant_starts"
+    ),
+    Mutation("optim/_offload.py", "return updates, _to_host(state)", "return updates, state", "offload"),
     # Checkpoints, shardings, reports.
     Mutation(
         "checkpoint/_fingerprint.py", '_digest(samples[path], was) != saved[path]["content"]', "False", "checkpoint"
