@@ -67,6 +67,11 @@ class CheckpointError(LoRAError, ValueError):
 SHOWN = 8  # how many lines of a list an error shows
 
 
+def counted(count: int, noun: str) -> str:
+    """Returns the count and the noun, such as `2 differences`."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def listed(lines: Sequence[str], most: int = SHOWN) -> str:
     """Formats the first `most` of `lines` as an indented list, followed by the number of the others."""
     shown = [f"  {line}" for line in lines[:most]]

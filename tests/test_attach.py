@@ -65,7 +65,7 @@ def function(request: pytest.FixtureRequest) -> str:
 
 def test_an_unknown_path_is_reported_with_the_nearest_path(function: str) -> None:
     assert error(function, BASE, {"layr_1/kernel": init(BASE)["layer_1/kernel"]}) == (
-        "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 differences.\n"
+        "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 difference.\n"
         "  'layr_1/kernel' is not in `params`; the nearest are 'layer_1/kernel', 'layer_0/kernel'\n" + GIVE
     )
 
@@ -81,7 +81,7 @@ def test_variables_are_not_params(function: str) -> None:
 
 def test_another_width_is_reported_with_shapes(function: str) -> None:
     assert error(function, unrolled(1, width=4), init(unrolled(1))) == (
-        "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 differences.\n"
+        "Expected an adapter of `params`, with paths of its leaves and matching shapes; got 1 difference.\n"
         "  'layer_0/kernel' has shape (4, 4), which needs a (4, 2), b (2, 4); the adapter has a (8, 2), b (2, 8)\n"
         + GIVE
     )

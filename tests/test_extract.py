@@ -166,7 +166,7 @@ WRONG = {
     ),
     "another shape": (
         {"w": jnp.ones((4, 2))},
-        "Expected two trees with the same paths and shapes; got 1 differences.\n"
+        "Expected two trees with the same paths and shapes; got 1 difference.\n"
         "  'w' has shape (4, 3) in the base and (4, 2) in the tuned tree",
     ),
     "another path": (

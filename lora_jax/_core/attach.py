@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import SHOWN, AdapterError, listed
+from .._errors import SHOWN, AdapterError, counted, listed
 from .adapter import Adapter, Adapters, check_adapter
 from .base import base_of
 from .dropout import Dropout
@@ -65,8 +65,8 @@ def check(leaves: Mapping[str, Any], adapter: Any, *, tree: str = "params") -> N
         differences += _differences(path, part, leaves, tree, hint=len(differences) < SHOWN)
     if differences:
         raise AdapterError(
-            f"Expected an adapter of `{tree}`, with paths of its leaves and matching shapes; got {len(differences)} "
-            f"differences.\n{listed(differences)}\n"
+            f"Expected an adapter of `{tree}`, with paths of its leaves and matching shapes; got "
+            f"{counted(len(differences), 'difference')}.\n{listed(differences)}\n"
             "  Pass the tree that the adapter was initialized from (`variables` is not `variables['params']`)."
         )
 

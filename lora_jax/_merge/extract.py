@@ -19,7 +19,7 @@ from .._core.spec import Choice, Problem, Spec, fit, refuse
 from .._core.uses import Kernel
 from .._core.values import equal
 from .._core.variant import LowRank
-from .._errors import AdapterError, listed
+from .._errors import AdapterError, counted, listed
 from .._variants import Full
 
 
@@ -144,5 +144,6 @@ def _check_same(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     )
     if found:
         raise AdapterError(
-            f"Expected two trees with the same paths and shapes; got {len(found)} differences.\n{listed(found)}"
+            f"Expected two trees with the same paths and shapes; got {counted(len(found), 'difference')}.\n"
+            f"{listed(found)}"
         )

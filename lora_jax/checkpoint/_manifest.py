@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.paths import flatten, nearest
 from .._core.variant import LowRank, Variant
-from .._errors import CheckpointError, listed
+from .._errors import CheckpointError, counted, listed
 from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
 from .._version import __version__
 from ._arrays import check_dtype, check_values, describe_array, restore_target
@@ -138,7 +138,8 @@ def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, wher
     )
     raise CheckpointError(
         f"Expected `base` to be the base that the adapter in {where} was saved with; got another one, with "
-        f"{len(given)} leaves (saved: {len(saved)}) and {len(found)} differences.\n{listed(found)}\n  {advice}"
+        f"{len(given)} leaves (saved: {len(saved)}) and {counted(len(found), 'difference')}.\n"
+        f"{listed(found)}\n  {advice}"
     )
 
 

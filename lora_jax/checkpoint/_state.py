@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from .._core.paths import differences
-from .._errors import CheckpointError, listed
+from .._errors import CheckpointError, counted, listed
 from ._arrays import check_dtype, check_values, describe_array, restore_target, to_jax
 from ._item import ItemHandler
 from ._manifest import dumps, header, loads
@@ -157,6 +157,6 @@ def _check(saved: Mapping[str, Mapping[str, Any]], like: Mapping[str, Any], wher
     ):
         raise CheckpointError(
             f"Expected `like` to have the structure, shapes and dtypes of the state in {where}; got {len(given)} "
-            f"leaves (saved: {len(saved)}) and {len(found)} differences.\n{listed(found)}\n"
+            f"leaves (saved: {len(saved)}) and {counted(len(found), 'difference')}.\n{listed(found)}\n"
             "  Create it as in the run that was saved: the same optimizer, for the same adapter."
         )

@@ -16,7 +16,7 @@ from .._core.paths import differences, flatten, unflatten
 from .._core.targets import Key
 from .._core.uses import Kernel
 from .._core.values import is_concrete
-from .._errors import MergeError, SpecError, listed
+from .._errors import MergeError, SpecError, counted, listed
 from ._format import Format
 from ._leaf import QuantizedLeaf
 from ._quantize import choose_formats, quantize_leaf
@@ -150,6 +150,7 @@ def _check(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
     )
     if found:
         raise MergeError(
-            f"Expected two trees with the same paths and shapes; got {len(found)} differences.\n{listed(found)}\n"
+            f"Expected two trees with the same paths and shapes; got {counted(len(found), 'difference')}.\n"
+            f"{listed(found)}\n"
             "  The arguments come in this order: requantize(base, merged)."
         )
