@@ -17,7 +17,7 @@ from law import Case, normal, total
 from uses import USES
 
 import lora_jax as lj
-from lora_jax._core.base import StoredLeaf
+from lora_jax._core.stored import StoredLeaf
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,7 @@ from fuzz_run import Count, ProgramError, assert_program, fuzz_programs
 from jax import lax
 from tqdm import tqdm
 
-from lora_jax._core.base import Change
+from lora_jax._core.stored import Change
 from lora_jax._transform import registry as registry
 
 FAST, SLOW = 50, 500  # programs per run

@@ -7,89 +7,17 @@ backward pass.
 
 from __future__ import annotations
 
-import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
 from jax import Array
 
 from .memory import is_in_host_memory, to_device
-
-
-class StoredLeaf(abc.ABC):
-    """A parameter that is stored in another form than as an array.
-
-    A `StoredLeaf` is one leaf of the parameter tree, and a registered pytree of the stored arrays. `shape` must be
-    derived from these arrays, so that it is right for slices of them.
-
-    Attributes:
-      dtype: the dtype of the represented array.
-    """
-
-    dtype: Any
-
-    @property
-    @abc.abstractmethod
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the represented array."""
-
-    @abc.abstractmethod
-    def dequantize(self) -> Array:
-        """Returns the represented array."""
-
-    def selected(self, change: Change, *arrays: Array) -> Self | None:
-        """Returns a leaf for the part of the array that a change selects; None to dequantize before."""
-        del change, arrays  # in general, a part of the array is no part of what is stored
-        return None
-
-    @property
-    @abc.abstractmethod
-    def sliceable(self) -> bool:
-        """Whether a slice of each stored array along its leading axis is the same slice of the represented array."""
-
-    @property
-    def storage(self) -> str:
-        """How the array is stored, for errors and checkpoints."""
-        return type(self).__name__
-
-    def take(self, rows: Array) -> StoredLeaf | None:
-        """Returns the leaf of `array[rows]`, for `rows` with one axis; None if that needs the whole array."""
-        return jax.tree.map(lambda x: x[rows], self) if self.sliceable else None
-
-    @property
-    def ndim(self) -> int:
-        """The number of axes of the represented array."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """The number of elements of the represented array."""
-        return math.prod(self.shape)
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """An operation of a program on an array: `function(w, *arrays, *static)`.
-
-    Attributes:
-      function: the same object for the same operation, so that changes compare by value.
-      static: hashable arguments after the arrays.
-      elementwise: whether the operation also applies to a slice of the array.
-      selects: whether the operation returns a contiguous part of the array.
-    """
-
-    function: Callable[..., Array]
-    static: tuple[Any, ...] = ()
-    elementwise: bool = False
-    selects: bool = False
-
-    def __call__(self, w: Array, *arrays: Array) -> Array:
-        """Applies the change."""
-        return self.function(w, *arrays, *self.static)
+from .stored import Change, StoredLeaf
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["leaf", "arrays"], meta_fields=["changes"])
@@ -221,16 +149,6 @@ def base_of(leaf: Any) -> Base:
 def dense(leaf: Any) -> Any:
     """Returns a leaf of a parameter tree as an array: dequantizes a stored leaf, and returns others unchanged."""
     return as_array(base_of(leaf))
-
-
-def stored_among(leaves: Mapping[str, Any], paths: Iterable[str]) -> list[str]:
-    """Returns a line for an error for each of the paths whose leaf is stored, such as quantized."""
-    found = {path: leaves[path] for path in paths}
-    return [
-        f"{path!r} of shape {leaf.shape}: {leaf.storage}"
-        for path, leaf in found.items()
-        if isinstance(leaf, StoredLeaf)
-    ]
 
 
 def apply_change(w: Base, change: Change, *arrays: Array) -> Base:

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b
-from .base import Base, Change, abstract, apply_change, as_array, type_of
+from .base import Base, abstract, apply_change, as_array, type_of
 from .contract import Labeled, contract, widest
 from .dropout import Dropout
 from .placement import names_of
+from .stored import Change
 from .uses import Use
 
 Layout = Callable[[Sequence[str]], tuple[int, ...]]

@@ -19,7 +19,7 @@ from flax.core import meta
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, PyTreeDef, SequenceKey
 
 from .._errors import AdapterError, LoRAError, SpecError, listed
-from .base import StoredLeaf
+from .stored import StoredLeaf
 
 Pattern = str | re.Pattern[str]
 Patterns = Pattern | Sequence[Pattern]

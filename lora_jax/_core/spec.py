@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._errors import SpecError, listed
-from .base import StoredLeaf
+from .stored import StoredLeaf
 from .targets import Key, key_text, matching_leaves
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank

@@ -12,10 +12,10 @@ from jax import Array
 
 from .._core.adapter import Adapter
 from .._core.attach import as_jax
-from .._core.base import StoredLeaf, stored_among
 from .._core.linalg import SVD, as_factors, factors_from_svd, kernel_matrix, truncation_error
 from .._core.paths import differences, flatten
 from .._core.spec import Choice, Problem, Spec, fit, refuse
+from .._core.stored import StoredLeaf, stored_among
 from .._core.uses import Kernel
 from .._core.values import equal
 from .._core.variant import LowRank

@@ -9,8 +9,8 @@ import jax
 
 from .._core.adapter import Adapters
 from .._core.attach import check
-from .._core.base import stored_among
 from .._core.paths import flatten, unflatten
+from .._core.stored import stored_among
 from .._core.values import is_concrete, is_finite
 from .._errors import MergeError, listed
 from .fold import Rounding, fold, is_fold, overflows, rounding

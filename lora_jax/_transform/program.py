@@ -12,10 +12,11 @@ from jax.tree_util import PyTreeDef
 
 from .._compat import ClosedJaxpr
 from .._core.attach import as_jax
-from .._core.base import Recorded, StoredLeaf, base_of
+from .._core.base import Recorded, base_of
 from .._core.kernel import PlainKernel
 from .._core.memory import is_in_host_memory, to_device
 from .._core.paths import flatten, unflatten
+from .._core.stored import StoredLeaf
 from .._core.uses import Use
 from .boundary import check_statics, python_without_values
 from .contraction.forms import traced_by_lora

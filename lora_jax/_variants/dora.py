@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from .._core.axes import RANK, axes_of_b, axes_with
-from .._core.base import StoredLeaf, base_of
+from .._core.base import base_of
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel
 from .._core.norms import norms
 from .._core.numbers import flag
+from .._core.stored import StoredLeaf
 from .._core.variant import LowRank
 from .._errors import SpecError
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._core.base import StoredLeaf
+from .._core.base import dense
+from .._core.stored import StoredLeaf
 from .._core.variant import Variant
 from .._errors import SpecError
 
@@ -49,7 +50,7 @@ class Full(Variant):
                 "it is quantized, and Full() trains all of its values; "
                 "dequantize it first: init(key, quant.dequantize(params, [path]), spec)"
             )
-        return {"value": jnp.array(kernel, dtype)}
+        return {"value": jnp.array(dense(kernel), dtype)}
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> Array:
         """Returns the copy in the dtype of the leaf."""

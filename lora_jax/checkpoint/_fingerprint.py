@@ -20,8 +20,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.base import StoredLeaf
 from .._core.paths import differences, flatten
+from .._core.stored import StoredLeaf
 from .._core.values import in_device_memory
 from ._arrays import check_not_deleted, describe_array
 

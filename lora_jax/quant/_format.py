@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from jax import Array
 
-from .._core.base import StoredLeaf
 from .._core.spec_value import SpecValue
+from .._core.stored import StoredLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)

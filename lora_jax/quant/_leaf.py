@@ -8,7 +8,7 @@ from typing import Any, Self
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .._core.base import StoredLeaf
+from .._core.stored import StoredLeaf
 from ._format import Format
 
 

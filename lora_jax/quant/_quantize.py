@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from .._core.base import StoredLeaf
 from .._core.paths import Pattern, flatten, matching_paths, unflatten
 from .._core.spec import Choice, fit
+from .._core.stored import StoredLeaf
 from .._core.targets import Key
 from .._core.uses import Kernel
 from .._core.values import is_concrete, is_finite

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._core.base import StoredLeaf, dense
+from .._core.base import dense
 from .._core.contract import widest
 from .._core.paths import differences, flatten, unflatten
+from .._core.stored import StoredLeaf
 from .._core.targets import Key
 from .._core.uses import Kernel
 from .._core.values import is_concrete

@@ -11,9 +11,9 @@ from jax import Array
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.axes import RANK, axes_of_b
-from .._core.base import stored_among
 from .._core.contract import widest
 from .._core.paths import flatten
+from .._core.stored import stored_among
 from .._core.values import equal, is_concrete, on_same_devices
 from .._errors import AdapterError, listed
 from .._merge.fold import fold, keep_float64

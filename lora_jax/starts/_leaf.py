@@ -13,9 +13,9 @@ from jax import Array
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.axes import width
-from .._core.base import stored_among
 from .._core.linalg import as_factors, kernel_matrix
 from .._core.paths import flatten, unflatten
+from .._core.stored import stored_among
 from .._core.variant import LowRank
 from .._errors import AdapterError, SpecError, listed
 from .._merge.fold import overflows, unfold

@@ -9,9 +9,9 @@ import jax
 from jax import Array
 
 from .._core.adapter import Adapter, Adapters
-from .._core.base import StoredLeaf
 from .._core.numbers import integer
 from .._core.paths import flatten, unflatten
+from .._core.stored import StoredLeaf
 from .._core.targets import Key
 from .._core.uses import Kernel
 from .._errors import SpecError, listed

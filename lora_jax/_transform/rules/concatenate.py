@@ -19,10 +19,11 @@ from jax.sharding import NamedSharding
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b, sizes
-from ..._core.base import Change, concatenate, type_of
+from ..._core.base import concatenate, type_of
 from ..._core.contract import widest
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
 from ..._core.placement import explicit_sharding, factor_spec
+from ..._core.stored import Change
 from ..interpreter import NoRule, Site, Value, base_value
 from ..registry import rule
 

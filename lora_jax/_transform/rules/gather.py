@@ -17,10 +17,11 @@ from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.base import Base, Change, Recorded, apply_change, apply_to_base
+from ..._core.base import Base, Recorded, apply_change, apply_to_base
 from ..._core.contract import Labeled, Labels, computable, is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, gain_of
 from ..._core.sizes import smallest
+from ..._core.stored import Change
 from ..contraction.factored import multiply_second
 from ..contraction.forms import Sum, apply_gain
 from ..interpreter import NoRule, Site, Value, check_all_tokens

@@ -19,10 +19,10 @@ from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b
-from ..._core.base import Change
 from ..._core.contract import widest
 from ..._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel
 from ..._core.sizes import may_exceed, smallest
+from ..._core.stored import Change
 from ..interpreter import NoRule, Site, Value, base_value
 from ..registry import rule
 

@@ -16,10 +16,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from ..._compat import primitives
 from ..._core.axes import RANK, join
-from ..._core.base import Change
 from ..._core.contract import is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
 from ..._core.placement import factor_spec
+from ..._core.stored import Change
 from ..contraction.forms import Sum
 from ..interpreter import NoRule, Site, Value
 from ..registry import rule

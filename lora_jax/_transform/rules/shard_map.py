@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 
 from ..._compat import ClosedJaxpr, primitives, varying
-from ..._core.base import Change
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.placement import mesh_axes
+from ..._core.stored import Change
 from ..interpreter import NoRule, Site, Value
 from ..placement import kernel_specs
 from ..registry import rule

@@ -10,9 +10,9 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..._compat import primitives
-from ..._core.base import Change
 from ..._core.kernel import TrackedKernel
 from ..._core.placement import factor_spec
+from ..._core.stored import Change
 from ..interpreter import NoRule, Site
 from ..placement import check_reduced
 from ..registry import rule

@@ -14,8 +14,8 @@ from jax import Array, lax
 
 from ..._compat import primitives
 from ..._core.axes import RANK
-from ..._core.base import Change
 from ..._core.kernel import AdaptedKernel, TrackedKernel
+from ..._core.stored import Change
 from ..interpreter import NoRule, Site, Value
 from ..registry import rule
 
