@@ -50,6 +50,7 @@ QWIX: dict[str, dict[str, Any]] = {
     "Qwix, int8": {"weight_qtype": "int8"},
     "Qwix, float8": {"weight_qtype": "float8_e4m3fn"},
 }
+GROWING = (DENSE, "NF4", "NF4, double", "Int8", "Qwix, nf4, tiles of 64")
 TITLES = {False: "unrolled", True: "scan + remat"}
 
 
@@ -128,12 +129,11 @@ def step_table(rows: dict[str, dict[str, Any]]) -> str:
 
 def growth(device: Any, dtype: Any) -> str:
     """Returns the temporary bytes of a step by layers, and how much a layer adds, in units of its dense kernels."""
-    names = (DENSE, "NF4", "NF4, double", "Int8", "Qwix, nf4, tiles of 64")
     size = dataclasses.replace(SIZE, batch=2, length=64)
     kernels = (4 * size.width**2 + 2 * size.width * size.hidden) * jnp.dtype(dtype).itemsize
     lines = [["layers", "base", *map(str, DEPTHS), "each layer adds", "of its dense kernels"]]
     for scanned, title in TITLES.items():
-        for name, build in methods(names).items():
+        for name, build in methods(GROWING).items():
             found = []
             for layers in DEPTHS:
                 progress(f"{title}, {layers} layers: {name}")
