@@ -12,9 +12,13 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import functools
 import importlib.util
+import itertools
+import math
+import re
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -46,9 +50,7 @@ FORMATS: dict[str, quant.Format] = {
 QWIX: dict[str, dict[str, Any]] = {
     "Qwix, dense": {},
     "Qwix, nf4, tiles of 64": {"weight_qtype": "nf4", "tile_size": 64},
-    "Qwix, nf4": {"weight_qtype": "nf4"},
     "Qwix, int8": {"weight_qtype": "int8"},
-    "Qwix, float8": {"weight_qtype": "float8_e4m3fn"},
 }
 GROWING = (DENSE, "NF4", "NF4, double", "Int8", "Qwix, nf4, tiles of 64")
 TITLES = {False: "unrolled", True: "scan + remat"}
@@ -128,10 +130,10 @@ def step_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def growth(device: Any, dtype: Any) -> str:
-    """Returns the temporary bytes of a step by layers, and how much a layer adds, in units of its dense kernels."""
-    size = dataclasses.replace(SIZE, batch=2, length=64)
-    kernels = (4 * size.width**2 + 2 * size.width * size.hidden) * jnp.dtype(dtype).itemsize
-    lines = [["layers", "base", *map(str, DEPTHS), "each layer adds", "of its dense kernels"]]
+    """Returns the temporary bytes of a step by layers, and the dequantized kernels at once in the deepest."""
+    size = dataclasses.replace(SIZE, vocabulary=SIZE.vocabulary // 2, batch=2, length=48)
+    elements = {size.width**2, size.width * size.hidden}  # no activation has as many
+    lines = [["layers", "base", *map(str, DEPTHS), "each layer adds", "kernels at once"]]
     for scanned, title in TITLES.items():
         for name, build in methods(GROWING).items():
             found = []
@@ -142,8 +144,39 @@ def growth(device: Any, dtype: Any) -> str:
                 found.append(program.memory_analysis().temp_size_in_bytes)
             added = (found[-1] - found[0]) / (DEPTHS[-1] - DEPTHS[0])
             cells = [f"{value / 1e6:.1f} MB" for value in (*found, added)]
-            lines.append([title, name, *cells, f"{added / kernels:.2f}"])
+            lines.append([title, name, *cells, str(alive_at_once(program.as_text(), elements))])
     return aligned(lines)
+
+
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*)")
+SAME_ARRAY = ("bitcast", "reshape", "get-tuple-element", "copy-start", "copy-done")
+
+
+def alive_at_once(scheduled: str, elements: set[int]) -> int:
+    """Returns how many computed floating-point arrays of these sizes exist at once, at most, in a scheduled program."""
+    fused = set(re.findall(r"calls=%([\w.-]+)", scheduled))
+    most = 0
+    for name, body in re.findall(r"^(?:ENTRY )?%([\w.-]+) [^\n]*\{\n(.*?)^\}", scheduled, re.MULTILINE | re.DOTALL):
+        if name in fused:
+            continue
+        owner: dict[str, str] = {}
+        made: dict[str, tuple[int, int]] = {}
+        last: dict[str, int] = {}
+        for at, match in enumerate(filter(None, map(INSTRUCTION.match, body.splitlines()))):
+            result, types, operation, rest = match.groups()
+            operands = [owner.get(operand, operand) for operand in re.findall(r"%([\w.-]+)", rest)]
+            last |= dict.fromkeys(operands, at)
+            if operation in SAME_ARRAY:
+                owner[result] = operands[0]
+            elif operation != "parameter":
+                shapes = re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", types)
+                made[result] = at, sum(math.prod(map(int, shape.split(","))) in elements for shape in shapes)
+        change = collections.Counter()
+        for result, (at, count) in made.items():
+            change[at] += count
+            change[last.get(result, at) + 1] -= count
+        most = max(most, *itertools.accumulate(change[at] for at in range(len(body.splitlines()) + 2)))
+    return most
 
 
 def errors() -> str:

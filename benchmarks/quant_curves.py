@@ -24,7 +24,7 @@ from against.report import aligned
 import finetune_trec
 import lora_jax as lj
 import trec
-from lora_jax import quant, starts
+from lora_jax import quant
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = "encoder/**/{attention,mlp}/*/kernel"
@@ -33,7 +33,6 @@ BASES: dict[str, quant.Format | None] = {
     "Int8": quant.Int8(),
     "NF4": quant.NF4(double=False),
     "NF4, double": quant.NF4(),
-    "NF4, double, LoftQ": quant.NF4(),
 }
 WINDOW = 25
 
@@ -47,15 +46,11 @@ def run(name: str, scale: finetune_trec.Scale, data: trec.Trec, seed: int) -> di
     kernels = lj.kernels(finetune_trec.MODEL.apply, params, example.ids, example.mask)
     adapter = lj.init(jax.random.key(seed), params, finetune_trec.SPEC, kernels=kernels)
     if (format_ := BASES[name]) is not None:
-        spec = {f"params/{KERNELS}": format_}
-        if "LoftQ" in name:
-            params, adapter = starts.loftq(params, adapter, spec, kernels=kernels)
-        else:
-            params = quant.quantize(params, spec, kernels=kernels)
+        params = quant.quantize(params, {f"params/{KERNELS}": format_}, kernels=kernels)
     start = time.perf_counter()
     _, curve, logits = finetune_trec.train(params, adapter, scale, train, test)
     return {
-        "bytes": sum(x.nbytes for x in jax.tree.leaves(params["params"]["encoder"])),
+        "bytes": sum(x.nbytes for x in jax.tree.leaves(params["params"]["encoder"] | {"embeddings": None})),
         "loss": [value for _, value in curve.loss],
         "accuracy": finetune_trec.accuracy(logits, test.labels),
         "seconds": time.perf_counter() - start,
@@ -64,7 +59,7 @@ def run(name: str, scale: finetune_trec.Scale, data: trec.Trec, seed: int) -> di
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Returns the mean loss of the last batches and the test accuracy, for each seed."""
-    lines = [["base", "encoder", f"loss, last {WINDOW} batches", "test accuracy"]]
+    lines = [["base", "layers", f"loss, last {WINDOW} batches", "test accuracy"]]
     for name, runs in found.items():
         losses = ", ".join(f"{np.mean(one['loss'][-WINDOW:]):.4f}" for one in runs)
         accuracies = ", ".join(f"{one['accuracy']:.1%}" for one in runs)
@@ -104,7 +99,7 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main() -> None:
     """Trains, prints and plots."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=306, help="steps of each run; an epoch has 153")
+    parser.add_argument("--steps", type=int, default=153, help="steps of each run; an epoch has 153")
     parser.add_argument("--seeds", type=int, default=1, help="number of adapters for each base")
     parser.add_argument("--only", action="append", choices=BASES, help="only this base; repeatable")
     parser.add_argument("--json", type=Path, help="write all losses here")
