@@ -186,7 +186,7 @@ def errors() -> str:
     for name, format_ in FORMATS.items():
         leaf = quant.quantize({"w": w}, {"w": format_})["w"]
         error = jnp.linalg.norm(leaf.dequantize() - w) / jnp.linalg.norm(w)
-        lines.append([name, f"{8 * leaf.nbytes / leaf.size:.3f}", f"{error:.4f}", _of_bitsandbytes(format_, w)])
+        lines.append([name, f"{8 * leaf.nbytes / leaf.size:.3f}", f"{error:.5f}", _of_bitsandbytes(format_, w)])
     return aligned(lines)
 
 
@@ -200,7 +200,7 @@ def _of_bitsandbytes(format_: quant.Format, w: Any) -> str:
 
     kernel = torch.from_numpy(np.array(w.T))
     packed, state = bnb.quantize_4bit(kernel, quant_type="nf4", compress_statistics=format_.double)
-    return f"{torch.linalg.norm(bnb.dequantize_4bit(packed, state) - kernel) / torch.linalg.norm(kernel):.4f}"
+    return f"{torch.linalg.norm(bnb.dequantize_4bit(packed, state) - kernel) / torch.linalg.norm(kernel):.5f}"
 
 
 def tables(device: Any, dtypes: list[Any], *, steps: int, only: str = "") -> Iterator[str]:
