@@ -95,9 +95,9 @@ SIZE ?= base
 peers: $(PEERS:%=.venv-peers-%/installed)
 	.venv-peers-jax/bin/python benchmarks/peers.py --size $(SIZE) --write-docs
 
-# Qwix is among the libraries of this environment.
-quant: .venv-peers-jax/installed
-	PYTHONPATH=. .venv-peers-jax/bin/python benchmarks/quant.py
+# Qwix, on the newest JAX: the CPU compiler of older ones removes the barriers that quantized bases need.
+quant: .venv-peers-quant/installed
+	PYTHONPATH=. .venv-peers-quant/bin/python benchmarks/quant.py
 
 examples-short: $(VENV)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)

@@ -1,7 +1,7 @@
 """Quantized bases: their error, and the cost of a training step, relative to LoRA on a dense base and to Qwix's QLoRA.
 
 Usage:
-    make quant                                # all tables, with Qwix, in the environment of `make peers`
+    make quant                                # all tables, with Qwix, in an environment of its own
     python benchmarks/quant.py --only errors  # in an environment with bitsandbytes, also its errors
     python benchmarks/quant.py --steps 0      # deterministic figures only
     python benchmarks/on_tpu.py --quantized   # the same steps, compiled for a TPU
