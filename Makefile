@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo test test-oldest test-models test-oracle settings processor fuzz kills mutate lint types bench peers examples-short clean
+.PHONY: demo test test-oldest test-models test-oracle settings processor fuzz kills mutate lint types bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -94,6 +94,10 @@ SIZE ?= base
 
 peers: $(PEERS:%=.venv-peers-%/installed)
 	.venv-peers-jax/bin/python benchmarks/peers.py --size $(SIZE) --write-docs
+
+# Qwix, on the newest JAX: the CPU compiler of older ones removes the barriers that quantized bases need.
+quant: .venv-peers-quant/installed
+	PYTHONPATH=. .venv-peers-quant/bin/python benchmarks/quant.py
 
 examples-short: $(VENV)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)

@@ -1,4 +1,4 @@
-"""What the planner buys: the operations, memory and time of a training step in each form, against LoRA by hand.
+"""FLOPs, memory and time of a training step in each form of evaluation, relative to LoRA by hand.
 
 Usage:
     python benchmarks/forms.py
@@ -21,26 +21,26 @@ import jax
 import models
 from decoder import Method
 from sizes import SMALL
-from step import about
-from timing import jitted, start_of, timed
+from step import metadata
+from timing import copied_args, jitted, timed
 
 from lora_jax import testing
-from lora_jax._transform.contraction import costs as _plan
+from lora_jax._transform.contraction import costs
 
 Make = Callable[[Any], Method]
 
 
 @contextmanager
 def exhaustive() -> Iterator[None]:
-    """Makes the planner take the fewest operations, whatever the memory."""
-    before = _plan.TOLERANCE
-    _plan.TOLERANCE = 1.0
-    _plan.choose_form.cache_clear()
+    """Makes the planner take the fewest FLOPs, whatever the memory."""
+    before = costs.TOLERANCE
+    costs.TOLERANCE = 1.0
+    costs.choose_form.cache_clear()
     try:
         yield
     finally:
-        _plan.TOLERANCE = before
-        _plan.choose_form.cache_clear()
+        costs.TOLERANCE = before
+        costs.choose_form.cache_clear()
 
 
 def decoder(width: int, rank: int, layers: int = 2, *, scanned: bool = False) -> Callable[[], Any]:
@@ -61,7 +61,7 @@ CASES: dict[str, tuple[Callable[[], Any], Any]] = {
 
 
 def methods(module: Any) -> dict[str, Make]:
-    """The ways to train a case."""
+    """Returns the methods to train a case."""
     forms = {
         f"lora(form={name!r})": lambda case, name=name: module.through_lora(case, form=name)
         for name in ("factored", "hybrid", "merged")
@@ -71,24 +71,24 @@ def methods(module: Any) -> dict[str, Make]:
         "lora()": module.through_lora,
         **forms,
         "W0 + s·A·B each step": module.merged,
-        "full fine-tuning": module.whole,
+        "full fine-tuning": module.full_fine_tuning,
     }
 
 
 def measure(case: Any, module: Any, *, steps: int) -> dict[str, dict[str, float]]:
-    """The figures of all the ways; those that take steps take turns."""
+    """Returns the figures of all methods; the steps are interleaved."""
     made = {name: make(case) for name, make in methods(module).items()}
     figures: dict[str, dict[str, float]] = {}
     programs: dict[str, Any] = {}
     for name, method in made.items():
-        args = (*start_of(method), case.tokens)
-        figures[name] = {"operations": testing.flops(method.step, *args)}
+        args = (*copied_args(method), case.tokens)
+        figures[name] = {"FLOPs": testing.flops(method.step, *args)}
         programs[name] = jitted(method).lower(*args).compile()
         figures[name]["temporary"] = programs[name].memory_analysis().temp_size_in_bytes
     with exhaustive():
         method = module.through_lora(case)
-        figures["fewest operations"] = {"operations": testing.flops(method.step, *method.start(), case.tokens)}
-    args_of = {name: start_of(method) for name, method in made.items()}
+        figures["fewest FLOPs"] = {"FLOPs": testing.flops(method.step, *method.initial_args(), case.tokens)}
+    args_of = {name: copied_args(method) for name, method in made.items()}
     seconds: dict[str, list[float]] = {name: [] for name in made}
     for number in range(steps + 1 if steps else 0):
         for name, program in programs.items():
@@ -96,37 +96,37 @@ def measure(case: Any, module: Any, *, steps: int) -> dict[str, dict[str, float]
             args_of[name][1:] = trained, state
             if number:
                 seconds[name].append(took)
-    for name, its in seconds.items():
-        if its:
-            figures[name]["step"] = statistics.median(its)
+    for name, took in seconds.items():
+        if took:
+            figures[name]["step"] = statistics.median(took)
     return figures
 
 
 def table(title: str, figures: dict[str, dict[str, float]]) -> str:
-    """Ratios to LoRA by hand, whose own figures stand in the first row."""
+    """Returns the table of one case: absolute figures of LoRA by hand, ratios for the others."""
     reference = figures["LoRA by hand"]
-    units = {"operations": (1e9, "G"), "temporary": (1e6, "MB"), "step": (1e-3, "ms")}
+    units = {"FLOPs": (1e9, "G"), "temporary": (1e6, "MB"), "step": (1e-3, "ms")}
     lines = [f"{title:44}" + "".join(f"{column:>14}" for column in reference)]
-    for name, its in figures.items():
+    for name, row in figures.items():
         cells = []
         for column, value in reference.items():
             size, unit = units[column]
-            mine = its.get(column)
+            found = row.get(column)
             cells.append(
-                "" if mine is None else f"{value / size:.1f} {unit}" if its is reference else f"× {mine / value:.3f}"
+                "" if found is None else f"{value / size:.1f} {unit}" if row is reference else f"× {found / value:.3f}"
             )
         lines.append(f"{name:44}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Measures, prints, and writes the requested file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=7, help="how many steps each way is timed for; 0 to time none")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--steps", type=int, default=7, help="steps to time for each method; 0 for none")
+    parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
-    header = about("forms", SMALL)
+    header = metadata("small", SMALL)
     print(header["command"], "·", header["device"])
     found = {}
     for name, (make, module) in CASES.items():

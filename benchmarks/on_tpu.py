@@ -6,6 +6,7 @@ Usage:
     pip install -e ".[test]" libtpu
     python benchmarks/on_tpu.py
     python benchmarks/on_tpu.py --batch 32 --length 512 --only "rank 8"     # some minutes per case
+    python benchmarks/on_tpu.py --quantized                                 # the tables of `quant.py`, in bfloat16
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import forms
 import jax
 import jax.numpy as jnp
 import models
+import quant
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from sizes import SMALL
@@ -85,8 +87,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--batch", type=int, default=SMALL.batch)
     parser.add_argument("--length", type=int, default=SMALL.length)
+    parser.add_argument("--quantized", action="store_true", help="steps on quantized bases instead")
     given = parser.parse_args()
-    sharding = SingleDeviceSharding(topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices[0])
+    device = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices[0]
+    if given.quantized:
+        for found in quant.tables(device, [jnp.bfloat16], steps=0, only=given.only):
+            print(f"\n{found}", flush=True)
+        return
+    sharding = SingleDeviceSharding(device)
     for title, make in cases(given.batch, given.length).items():
         if given.only in title:
             figures = measure(make(), sharding)

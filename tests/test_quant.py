@@ -281,6 +281,19 @@ def test_a_scanned_step_holds_one_dense_layer_at_a_time() -> None:
     assert step(16, quant.NF4(axes="bio")) < 6 * kernel
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="XLA of JAX 0.10 removes barriers before it schedules")
+def test_an_unrolled_step_holds_few_dense_layers_at_a_time() -> None:
+    def step(count: int) -> int:
+        run = lambda p, x: functools.reduce(lambda x, name: jnp.tanh(x @ p[name]), sorted(p), x)  # noqa: E731
+        params = quant.quantize({f"w{n:02}": jnp.zeros((256, 256)) for n in range(count)}, {"*": quant.NF4()})
+        adapter = lj.init(jax.random.key(0), params, {"*": lj.LoRA(rank=2, alpha=2)})
+        loss = lambda adapter, params, x: lj.lora(run)(params, adapter, x).sum()  # noqa: E731
+        return temporary(jax.grad(loss), adapter, params, jnp.zeros((4, 256)))
+
+    kernel = 256 * 256 * 4
+    assert step(12) - step(4) < 2 * kernel
+
+
 def test_a_lookup_dequantizes_only_its_rows() -> None:
     ids = jnp.array([[3, 0], [499, -1]])
     for apply in (lambda p, ids: p["t"][ids], lambda p, ids: jnp.take(p["t"], ids, axis=0, mode="clip")):

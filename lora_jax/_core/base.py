@@ -162,9 +162,15 @@ def as_array(w: Base) -> Array:
 
 
 def apply_to_base(function: Callable[..., Any], w: Base, *operands: Any) -> Any:
-    """Returns `function(w, *operands)`. For a stored leaf only the stored form is kept for the backward pass."""
+    """Returns `function(w, *operands)`. For a stored leaf only the stored form is kept for the backward pass.
+
+    The barrier makes the array depend on the operands. Without it, XLA's CPU compiler schedules all uses of the forward
+    pass first, and holds all arrays at once. In the backward pass, `jax.checkpoint` has a barrier with the cotangents.
+    """
     if not isinstance(w, Recorded):
         return function(w, *operands)
+    if not any(map(is_in_host_memory, jax.tree.leaves(w))):  # of a stack in host memory, a part may be needed
+        w, _ = jax.lax.optimization_barrier((w, jax.lax.stop_gradient(operands)))
     return jax.checkpoint(lambda w, *operands: function(w.array(), *operands))(w, *operands)
 
 
