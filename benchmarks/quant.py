@@ -144,7 +144,8 @@ def growth(device: Any, dtype: Any) -> str:
                 found.append(program.memory_analysis().temp_size_in_bytes)
             added = (found[-1] - found[0]) / (DEPTHS[-1] - DEPTHS[0])
             cells = [f"{value / 1e6:.1f} MB" for value in (*found, added)]
-            lines.append([title, name, *cells, str(alive_at_once(program.as_text(), elements))])
+            alive = "–" if name == DENSE else str(alive_at_once(program.as_text(), elements))
+            lines.append([title, name, *cells, alive])
     return aligned(lines)
 
 
