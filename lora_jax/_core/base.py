@@ -11,11 +11,12 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import jax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from .memory import is_in_host_memory, to_device
 
@@ -41,9 +42,17 @@ class StoredLeaf(abc.ABC):
     def dequantize(self) -> Array:
         """Returns the represented array."""
 
-    def selected(self, change: Change, *arrays: Array) -> Self | None:
-        """Returns a leaf for the part of the array that a change selects; None to dequantize before."""
+    def changed(self, change: Change, *arrays: Array) -> StoredLeaf | None:
+        """Returns a leaf that represents the changed array; None to dequantize before the change."""
         del change, arrays  # in general, a part of the array is no part of what is stored
+        return None
+
+    def shards(self, spec: PartitionSpec, mesh: Any) -> tuple[StoredLeaf, Any] | None:
+        """Returns a leaf for the same array, and the spec of each stored array, so that shards represent shards.
+
+        None if no sharding of what is stored shards the array as the spec says.
+        """
+        del spec, mesh
         return None
 
     @property
@@ -80,12 +89,16 @@ class Change:
       static: hashable arguments after the arrays.
       elementwise: whether the operation also applies to a slice of the array.
       selects: whether the operation returns a contiguous part of the array.
+      places: whether the operation is `function(w, sharding)`, which changes nothing but the sharding.
+      gathers: whether the operation is `function(w, axis)`, which concatenates the shards of all devices.
     """
 
     function: Callable[..., Array]
     static: tuple[Any, ...] = ()
     elementwise: bool = False
     selects: bool = False
+    places: bool = False
+    gathers: bool = False
 
     def __call__(self, w: Array, *arrays: Array) -> Array:
         """Applies the change."""
@@ -111,14 +124,22 @@ class Recorded:
         """Records one more change."""
         return dataclasses.replace(self, arrays=(*self.arrays, arrays), changes=(*self.changes, change))
 
+    def settled(self) -> Self:
+        """Applies to the stored form the changes for which that is possible: a part is selected, a sharding changed."""
+        leaf, rest = self.leaf, list[tuple[Change, tuple[Array, ...]]]()
+        for change, arrays in zip(self.changes, self.arrays, strict=True):
+            commutes = all(before.elementwise and not operands for before, operands in rest)
+            if commutes and (new := leaf.changed(change, *arrays)) is not None:
+                leaf = new
+            else:
+                rest.append((change, arrays))
+        return type(self)(leaf, tuple(arrays for _, arrays in rest), tuple(change for change, _ in rest))
+
     def array(self) -> Array:
-        """Dequantizes the leaf, or first selects a part of it if that is possible, and applies the changes."""
-        leaf, changes = self.leaf, list(zip(self.changes, self.arrays, strict=True))
-        while changes and changes[0][0].selects and (part := leaf.selected(changes[0][0], *changes[0][1])) is not None:
-            leaf = part
-            del changes[0]
-        w = leaf.dequantize()
-        for change, arrays in changes:
+        """Applies to the stored form what is possible, dequantizes it, and applies the other changes."""
+        settled = self.settled()
+        w = settled.leaf.dequantize()
+        for change, arrays in zip(settled.changes, settled.arrays, strict=True):
             w = change(w, *arrays)
         return w
 
@@ -156,10 +177,19 @@ class Recorded:
         """Whether a slice of the stored leaf represents the same slice of the array."""
         return self.leaf.sliceable and self._is_elementwise
 
+    def shards(self, spec: PartitionSpec, mesh: Any) -> tuple[Self, Self] | None:
+        """Returns the array with its stored form as `StoredLeaf.shards` says, and the specs."""
+        settled = self.settled()
+        if not settled._is_elementwise or (found := settled.leaf.shards(spec, mesh)) is None:
+            return None
+        leaf, specs = found
+        return dataclasses.replace(settled, leaf=leaf), dataclasses.replace(settled, leaf=specs)
+
     def take(self, rows: Array) -> Self | None:
         """Returns the rows of the array along its leading axis; None if that needs the whole array."""
-        leaf = self.leaf.take(rows) if self._is_elementwise else None
-        return None if leaf is None else dataclasses.replace(self, leaf=leaf)
+        settled = self.settled()
+        leaf = settled.leaf.take(rows) if settled._is_elementwise else None
+        return None if leaf is None else dataclasses.replace(settled, leaf=leaf)
 
     @property
     def _is_elementwise(self) -> bool:
@@ -203,9 +233,11 @@ class HostLeaf(StoredLeaf):
         leaf = jax.tree.map(to_device, self.leaf)
         return leaf.dequantize() if isinstance(leaf, StoredLeaf) else leaf
 
-    def selected(self, change: Change, *arrays: Array) -> Self | None:
-        """Returns the selected part, still in host memory; of a layer of a stack, only this layer is moved."""
-        return None if isinstance(self.leaf, StoredLeaf) else dataclasses.replace(self, leaf=change(self.leaf, *arrays))
+    def changed(self, change: Change, *arrays: Array) -> StoredLeaf | None:
+        """Selects a part in host memory, so that of a layer of a stack, only this layer is moved."""
+        if not isinstance(self.leaf, StoredLeaf):
+            return dataclasses.replace(self, leaf=change(self.leaf, *arrays)) if change.selects else None
+        return jax.tree.map(to_device, self.leaf).changed(change, *arrays) if change.places else None
 
 
 Base = Any  # an Array or a Recorded; an array may be abstract
@@ -258,46 +290,3 @@ def type_of(w: Base) -> Any:
 def abstract(w: Base) -> jax.ShapeDtypeStruct:
     """Returns the shape and dtype of a base."""
     return jax.ShapeDtypeStruct(w.shape, w.dtype)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
-@dataclasses.dataclass(frozen=True, eq=False)
-class Concatenated(StoredLeaf):
-    """The concatenation of bases, at least one of which is a stored leaf.
-
-    Attributes:
-      parts: the bases.
-      axis: the axis of the concatenation, negative.
-    """
-
-    parts: tuple[Base, ...]
-    axis: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the concatenation."""
-        shape = list(self.parts[0].shape)
-        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of all parts."""
-        return self.parts[0].dtype
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether all parts are, and another axis is concatenated than the leading one."""
-        sliceable = all(not isinstance(part, Recorded) or part.is_sliceable for part in self.parts)
-        return sliceable and self.axis > -self.ndim
-
-    def dequantize(self) -> Array:
-        """Returns the concatenation as an array."""
-        return jax.lax.concatenate([as_array(part) for part in self.parts], self.axis + self.ndim)
-
-
-def concatenate(parts: Sequence[Base], axis: int) -> Base:
-    """Concatenates bases along an axis."""
-    if any(isinstance(part, Recorded) for part in parts):
-        return Recorded(Concatenated(tuple(parts), axis - parts[0].ndim))
-    return jax.lax.concatenate(parts, axis)

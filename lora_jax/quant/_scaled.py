@@ -66,7 +66,7 @@ class ScaledLeaf(QuantizedLeaf):
         axes: Any = tuple(range(len(self.shape)))
         return jax.tree.map(lambda _: axes, self)
 
-    def dequantize(self) -> Array:
+    def decode(self) -> Array:
         """Returns the kernel."""
         wide = self.scales.dtype if self.scales.dtype == jnp.float64 else jnp.float32
         # Qwix multiplies the values of NF4 in the dtype of the kernel. Rounded as constants, no compiler undoes it.
