@@ -6,21 +6,19 @@ The bytes are read from the program that is compiled for CPUs.
 from __future__ import annotations
 
 import functools
-import re
+import math
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
-from helpers import FORWARD, GRADIENT, assert_close, bits
+from evaluate import without_compiling
+from helpers import GRADIENT, assert_close
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from evaluate import without_compiling
 from law import normal, total
 from test_shard_map import SHARD_MAPS
 
@@ -102,33 +100,23 @@ class Case(NamedTuple):
     x: jax.Array
 
 
-@functools.cache
-def case(model: str, name: str) -> Case:
-    axes = "bio" if model == "scanned" else "io"
-    params, formats = dense_params(model), {"**": FORMATS[name](axes)}
-    small = quant.quantize(params, formats)
-    spec = {"**": lj.LoRA(rank=RANK, alpha=3, axes=axes)}
-    adapter = lj.init(jax.random.key(0), small, spec)
-    leaves, treedef = jax.tree.flatten(adapter)
-    adapter = treedef.unflatten([normal(*leaf.shape, seed=9 + at, size=0.1) for at, leaf in enumerate(leaves)])
-    return Case(MODELS[model], params, formats, small, adapter, normal(32, WIDTH, seed=5))
+def spec_of(variant: Callable[[str], Any], model: str) -> dict[str, Any]:
+    return {"**": variant("bio" if model == "scanned" else "io")}
 
 
-def mean_square(y: jax.Array) -> jax.Array:
-    return jnp.mean((y - 1) ** 2)
+def lora_of(axes: str) -> lj.LoRA:
+    return lj.LoRA(rank=RANK, alpha=3, axes=axes)
+
+
+def random_adapter(params: Any, spec: Any) -> Any:
+    """An adapter with nonzero factors on the default device."""
+    shapes = jax.eval_shape(lambda key: lj.init(key, params, spec), jax.random.key(0))
+    leaves, treedef = jax.tree.flatten(shapes)
+    return treedef.unflatten([normal(*leaf.shape, seed=9 + at, size=0.1) for at, leaf in enumerate(leaves)])
 
 
 def loss_of(apply: Any) -> Any:
     return lambda adapter, params, x: mean_square(lj.lora(apply)(params, adapter, x))
-
-
-@functools.cache
-def expected(model: str, name: str) -> Any:
-    """The loss and its gradient with merged kernels on one device."""
-    one = case(model, name)
-    base = quant.dequantize(one.small)
-    merged = lambda adapter: mean_square(one.apply(lj.merge(base, adapter), one.x))  # noqa: E731
-    return jax.jit(jax.value_and_grad(merged))(one.adapter)
 
 
 def place_all(shardings: Any, model: str) -> Any:
@@ -136,58 +124,46 @@ def place_all(shardings: Any, model: str) -> Any:
 
 
 class Run(NamedTuple):
-    """A step on a mesh: its results, and what it sends."""
+    """A step on a mesh: its results, those of merged kernels on one device, and what the step sends."""
 
     results: Any
-    text: str
-    sent: Any
+    expected: Any
+    sent: list[Any]
 
-    def gathered(self) -> dict[int, int]:
-        """How often each device receives an array of a size, by its bytes."""
-        found: dict[int, int] = {}
+    def sent_by(self, kind: str) -> Counter[int]:
+        """How often each device receives an array in a kind of collective, by its bytes."""
+        found: Counter[int] = Counter()
         for collective in self.sent:
-            if collective.kind == "all-gather":
-                found[collective.result] = found.get(collective.result, 0) + collective.times
+            if collective.kind == kind:
+                found[collective.result] += collective.times
         return found
-
-    def shapes(self) -> set[tuple[str, tuple[int, ...]]]:
-        """The dtypes and sizes of all that is gathered or exchanged."""
-        kinds = "all-gather|all-to-all|collective-permute|reduce-scatter|all-reduce"
-        results = re.findall(rf"= (.*?) (?:{kinds})(?:-start)?\(", self.text)
-        arrays = [found for result in results for found in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", result)]
-        return {(dtype, tuple(sorted(int(size) for size in sizes.split(",") if size))) for dtype, sizes in arrays}
 
 
 @functools.cache
-def run(layout: str, model: str, name: str) -> Run:
-    one, placement = case(model, name), LAYOUTS[layout]
+def run(layout: str, model: str, name: str, gather: bool = True) -> Run:
+    """The loss and its gradient."""
+    apply, dense, placement = MODELS[model], dense_params(model), LAYOUTS[layout]
     mesh = placement.mesh()
-    dense = place_all(placement.shardings(mesh, stacked=model == "scanned"), model)
-    small = quant.quantize(jax.device_put(one.dense, dense), one.formats)
-    everywhere, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    shardings = placement.shardings(mesh, stacked=model == "scanned")
+    shardings = shardings if model == "scanned" else [shardings] * LAYERS
+    small = jax.device_put(dense, shardings)
+    if name != "dense":
+        small = quant.quantize(small, spec_of(FORMATS[name], model))
+    adapter, x = random_adapter(small, spec_of(lora_of, model)), normal(32, WIDTH, seed=5)
 
     def step(adapter: Any, params: Any, x: jax.Array) -> Any:
-        if placement.data > 1:
-            params = quant.gather(params, dense, "data")
-        return jax.value_and_grad(loss_of(one.apply))(adapter, params, x)
+        if gather and name != "dense" and placement.data > 1:
+            params = quant.gather(params, shardings, "data")
+        return jax.value_and_grad(loss_of(apply))(adapter, params, x)
 
+    base = quant.dequantize(jax.device_get(small))
+    merged = lambda adapter: mean_square(apply(lj.merge(base, adapter), x))  # noqa: E731
+    expected = jax.jit(jax.value_and_grad(merged))(adapter)
+    everywhere = NamedSharding(mesh, P())
     with jax.set_mesh(mesh):
-        adapter, x = jax.device_put(one.adapter, everywhere), jax.device_put(one.x, batch)
-        program = jax.jit(step, out_shardings=everywhere).lower(adapter, small, x).compile()
-        return Run(program(adapter, small, x), program.as_text(), testing.collectives(program))
-
-
-def packed_sizes(layout: str, model: str, name: str) -> dict[str, list[int]]:
-    """The bytes of a layer's arrays that are gathered along `data`, on the devices of one row of `model`."""
-    one, placement = case(model, name), LAYOUTS[layout]
-    layer = jax.tree.map(lambda x: x[0], one.small) if model == "scanned" else one.small[0]
-    places = quant.shardings(layer, placement.shardings(placement.mesh(), stacked=False))
-
-    def gathered(array: Any, place: NamedSharding) -> int:
-        count = {None: 1, "data": 1, "model": placement.model}
-        return array.nbytes // np.prod([count[entry] for entry in place.spec]) if "data" in place.spec else 0
-
-    return {path: [n for n in jax.tree.leaves(jax.tree.map(gathered, layer[path], places[path])) if n] for path in layer}
+        args = jax.device_put(adapter, everywhere), small, jax.device_put(x, NamedSharding(mesh, P("data")))
+        program = jax.jit(step, out_shardings=everywhere).lower(*args).compile()
+        return Run(program(*args), expected, testing.collectives(program))
 
 
 EVERYTHING = [(layout, model, name) for layout in LAYOUTS for model in MODELS for name in FORMATS]
@@ -195,14 +171,42 @@ EVERYTHING = [(layout, model, name) for layout in LAYOUTS for model in MODELS fo
 
 @pytest.mark.parametrize(("layout", "model", "name"), EVERYTHING)
 def test_a_step_on_a_mesh_matches_merged_kernels_on_one_device(layout: str, model: str, name: str) -> None:
-    assert_close(run(layout, model, name).results, expected(model, name), GRADIENT)
+    found = run(layout, model, name)
+    assert_close(found.results, found.expected, GRADIENT)
+
+
+def packed(layout: str, model: str, name: str) -> Counter[int]:
+    """The bytes of each array that a step gathers, by hand, and how often.
+
+    The stored arrays of each kernel of each layer that are sharded along `data`: forward, and again backward for the
+    gradient of the activations, which the first kernel does not need.
+    """
+    placement = LAYOUTS[layout]
+    mesh, found = placement.mesh(), Counter[int]()
+    for path, shape in SHAPES.items():
+        leaf = quant.quantize({"w": jax.ShapeDtypeStruct(shape, jnp.float32)}, {"w": FORMATS[name]("io")})["w"]
+        places = quant.shardings({"w": leaf}, {"w": placement.shardings(mesh, stacked=False)[path]})["w"]
+        for array, place in zip(jax.tree.leaves(leaf), jax.tree.leaves(places), strict=True):
+            if "data" in place.spec:
+                times = 2 * LAYERS - (path == "up" and model == "unrolled")
+                found[placement.data * math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize] += times
+    return found
 
 
 @pytest.mark.parametrize(("layout", "model", "name"), EVERYTHING)
 def test_a_step_sends_packed_bytes_of_the_base(layout: str, model: str, name: str) -> None:
-    found, sizes = run(layout, model, name), packed_sizes(layout, model, name)
-    print(layout, model, name, found.gathered(), sizes, sorted(found.shapes()))
-    raise SystemExit
+    found, expected, plain = run(layout, model, name), packed(layout, model, name), run(layout, model, "dense")
+    of_adapter = 4 * RANK * HIDDEN * (LAYERS if model == "scanned" else 1)  # sharded along `model`, and replicated
+    gathered = found.sent_by("all-gather")
+    assert bool(expected) == (LAYOUTS[layout].data > 1)
+    assert gathered - Counter({of_adapter: gathered[of_adapter]}) == expected
+    assert {collective.kind for collective in found.sent} <= {"all-gather", "all-reduce"}
+    assert found.sent_by("all-reduce") == plain.sent_by("all-reduce")
+
+
+def test_without_gather_the_compiler_sends_the_dense_kernel() -> None:
+    sizes = run("FSDP along inputs", "scanned", "NF4", gather=False).sent_by("all-gather")
+    assert set(sizes) == {4 * WIDTH * HIDDEN}
 
 
 # Explicit meshes
@@ -220,11 +224,11 @@ def explicit_model(params: Any, tokens: jax.Array) -> jax.Array:
     return explicit_layer(x, params["last"])
 
 
-def explicit_run(name: str, sizes: tuple[int, int]) -> tuple[Any, Any, Run]:
-    """The loss and gradient of the adapted model, of the model with merged kernels, and the collectives of the former."""
-    data, model = sizes
-    mesh = Layout(data, model, P(), P()).mesh(AxisType.Explicit)
+@functools.cache
+def explicit_run(name: str) -> Run:
+    """The loss and its gradient; expected are those of merged kernels on the same mesh."""
     both = LAYOUTS["both"]
+    mesh = both.mesh(AxisType.Explicit)
     stack, last = dense_params("scanned"), {name: w[0] for name, w in dense_params("scanned").items()}
     params = {"layers": stack, "last": last, "table": normal(64, WIDTH, seed=7)}
     at = {
@@ -241,9 +245,7 @@ def explicit_run(name: str, sizes: tuple[int, int]) -> tuple[Any, Any, Run]:
             "layers/*": lj.LoRA(rank=RANK, alpha=3, axes="bio"),
             "last/*": lj.LoRA(rank=RANK, alpha=3, axes="io"),
         }
-        shapes = jax.eval_shape(lambda key: lj.init(key, small, spec), jax.random.key(0))
-        leaves, treedef = jax.tree.flatten(shapes)
-        adapter = treedef.unflatten([normal(*leaf.shape, seed=9 + n, size=0.1) for n, leaf in enumerate(leaves)])
+        adapter = random_adapter(small, spec)
         adapter = jax.device_put(adapter, lj.sharding.like_base(adapter, small))
         tokens = jax.device_put(jnp.arange(32) * 7 % 64, NamedSharding(mesh, P("data")))
         step = jax.jit(jax.value_and_grad(loss_of(explicit_model)))
@@ -254,14 +256,14 @@ def explicit_run(name: str, sizes: tuple[int, int]) -> tuple[Any, Any, Run]:
             return mean_square(explicit_model(lj.merge(base, adapter), tokens))
 
         expected = jax.jit(jax.value_and_grad(merged))(adapter, quant.dequantize(small))
-    return got, expected, Run(got, program.as_text(), testing.collectives(program))
+    return got, expected, Run(got, testing.collectives(program))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_on_an_explicit_mesh_sends_packed_bytes(name: str) -> None:
-    got, expected, found = explicit_run(name, (2, 4))
-    print(name, found.gathered(), sorted(found.shapes()))
-    assert_close(got, expected, GRADIENT)
+    found = explicit_run(name)
+    print(name, found.sent_by("all-gather"), found.sent_by("all-reduce"), packed("both", "scanned", name))
+    assert_close(found.results, found.expected, GRADIENT)
 
 
 # Models with `shard_map`

@@ -65,9 +65,8 @@ class QuantizedLeaf(StoredLeaf):
         if axis not in self.layout().codes or self.with_single_scales() is not self:
             return None
 
-        def gather(axes: tuple[int, ...], array: Array) -> Array:
-            at = axes.index(axis)
-            return array if array.shape[at] == 1 < self.shape[axis] else change(array, at)
+        def gather(axes: tuple[int | None, ...], array: Array) -> Array:
+            return change.function(array, axes.index(axis)) if axis in axes else array
 
         gathered: Self = jax.tree.map(gather, self.layout(), self, is_leaf=_is_axes)
         return gathered
@@ -75,19 +74,19 @@ class QuantizedLeaf(StoredLeaf):
     def shards(self, spec: PartitionSpec, mesh: Any) -> tuple[Self, Any] | None:
         """Returns the leaf with scales that do not depend on their position in the kernel, unless it is replicated."""
         leaf = self.with_single_scales() if any(spec) else self
-        places = shardings_like(leaf, NamedSharding(mesh, spec))
+        layout, places = leaf.layout(), shardings_like(leaf, NamedSharding(mesh, spec))
         names = [*map(mesh_axes, spec), *[()] * leaf.ndim][: leaf.ndim]
 
-        def is_sharded(axes: tuple[int | None, ...], array: Any, place: NamedSharding) -> bool:
-            return all(
-                size == 1 or axis is None or mesh_axes(entry) == names[axis]
-                for axis, size, entry in zip(axes, array.shape, place.spec, strict=True)
-            )
+        def is_sharded(axes: tuple[int | None, ...], place: NamedSharding) -> bool:
+            pairs = zip(axes, place.spec, strict=True)
+            return all(axis is None or mesh_axes(entry) == names[axis] for axis, entry in pairs)
 
-        has_all = all(axis in leaf.layout().codes for axis, entry in enumerate(names) if entry)
-        if not has_all or not all(
-            jax.tree.leaves(jax.tree.map(is_sharded, leaf.layout(), leaf, places, is_leaf=_is_axes))
-        ):
+        def shard(array: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(place.shard_shape(array.shape), array.dtype)
+
+        follow = jax.tree.leaves(jax.tree.map(is_sharded, layout, places, is_leaf=_is_axes))
+        has_all = all(axis in layout.codes for axis, entry in enumerate(names) if entry)
+        if not (has_all and all(follow) and _axes_of(jax.tree.map(shard, leaf, places)) == _axes_of(leaf)):
             return None
         return leaf, jax.tree.map(lambda place: place.spec, places)
 
@@ -135,6 +134,10 @@ def shardings_like(leaf: QuantizedLeaf, sharding: Sharding) -> Any:
         return NamedSharding(mesh, PartitionSpec(*divided), memory_kind=memory_kind)
 
     return jax.tree.map(place, leaf.layout(), leaf, is_leaf=_is_axes)
+
+
+def _axes_of(leaf: QuantizedLeaf) -> list[tuple[int | None, ...]]:
+    return jax.tree.leaves(leaf.layout(), is_leaf=_is_axes)
 
 
 def _is_axes(node: Any) -> bool:
