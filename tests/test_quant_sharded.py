@@ -6,6 +6,7 @@ The bytes are read from the program that is compiled for CPUs.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
 import pytest
 from evaluate import without_compiling
-from helpers import GRADIENT, assert_close
+from helpers import FORWARD, GRADIENT, assert_close, bits
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,7 +28,7 @@ from test_shard_map import SHARD_MAPS
 import lora_jax as lj
 from lora_jax import quant, testing
 
-LAYERS, WIDTH, HIDDEN, RANK = 3, 256, 512, 2
+LAYERS, WIDTH, HIDDEN, RANK = 3, 256, 512, 3  # bytes of the adapter are multiples of 3, those of kernels are not
 FORMATS: dict[str, Callable[..., quant.Format]] = {
     "NF4": lambda axes: quant.NF4(block=16, axes=axes),
     "NF4, single": lambda axes: quant.NF4(block=16, double=False, axes=axes),
@@ -115,6 +118,10 @@ def random_adapter(params: Any, spec: Any) -> Any:
     return treedef.unflatten([normal(*leaf.shape, seed=9 + at, size=0.1) for at, leaf in enumerate(leaves)])
 
 
+def mean_square(y: jax.Array) -> jax.Array:
+    return jnp.mean((y - 1) ** 2)
+
+
 def loss_of(apply: Any) -> Any:
     return lambda adapter, params, x: mean_square(lj.lora(apply)(params, adapter, x))
 
@@ -175,12 +182,8 @@ def test_a_step_on_a_mesh_matches_merged_kernels_on_one_device(layout: str, mode
     assert_close(found.results, found.expected, GRADIENT)
 
 
-def packed(layout: str, model: str, name: str) -> Counter[int]:
-    """The bytes of each array that a step gathers, by hand, and how often.
-
-    The stored arrays of each kernel of each layer that are sharded along `data`: forward, and again backward for the
-    gradient of the activations, which the first kernel does not need.
-    """
+def packed(layout: str, name: str, times: dict[str, int]) -> Counter[int]:
+    """The bytes of the stored arrays of a layer's kernels that are sharded along `data`, gathered some times each."""
     placement = LAYOUTS[layout]
     mesh, found = placement.mesh(), Counter[int]()
     for path, shape in SHAPES.items():
@@ -188,20 +191,24 @@ def packed(layout: str, model: str, name: str) -> Counter[int]:
         places = quant.shardings({"w": leaf}, {"w": placement.shardings(mesh, stacked=False)[path]})["w"]
         for array, place in zip(jax.tree.leaves(leaf), jax.tree.leaves(places), strict=True):
             if "data" in place.spec:
-                times = 2 * LAYERS - (path == "up" and model == "unrolled")
-                found[placement.data * math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize] += times
+                bytes_on_device = math.prod(place.shard_shape(array.shape)) * array.dtype.itemsize
+                found[placement.data * bytes_on_device] += times[path]
     return found
 
 
 @pytest.mark.parametrize(("layout", "model", "name"), EVERYTHING)
 def test_a_step_sends_packed_bytes_of_the_base(layout: str, model: str, name: str) -> None:
-    found, expected, plain = run(layout, model, name), packed(layout, model, name), run(layout, model, "dense")
-    of_adapter = 4 * RANK * HIDDEN * (LAYERS if model == "scanned" else 1)  # sharded along `model`, and replicated
-    gathered = found.sent_by("all-gather")
+    # Forward, and again backward for the gradient of the activations, which the first kernel does not need.
+    times = {"up": 2 * LAYERS - (model == "unrolled"), "down": 2 * LAYERS}
+    found, expected, dense = run(layout, model, name), packed(layout, name, times), run(layout, model, "dense")
     assert bool(expected) == (LAYOUTS[layout].data > 1)
-    assert gathered - Counter({of_adapter: gathered[of_adapter]}) == expected
+    assert of_base(found.sent_by("all-gather")) == expected
     assert {collective.kind for collective in found.sent} <= {"all-gather", "all-reduce"}
-    assert found.sent_by("all-reduce") == plain.sent_by("all-reduce")
+    assert found.sent_by("all-reduce") == dense.sent_by("all-reduce")
+
+
+def of_base(gathered: Counter[int]) -> Counter[int]:
+    return Counter({size: times for size, times in gathered.items() if size % RANK})
 
 
 def test_without_gather_the_compiler_sends_the_dense_kernel() -> None:
@@ -234,7 +241,7 @@ def explicit_run(name: str) -> Run:
     at = {
         "layers": both.shardings(mesh, stacked=True),
         "last": both.shardings(mesh, stacked=False),
-        "table": NamedSharding(mesh, P("model", "data")),
+        "table": NamedSharding(mesh, P("model", None)),
     }
     with jax.set_mesh(mesh):
         params = jax.device_put(params, at)
@@ -256,13 +263,15 @@ def explicit_run(name: str) -> Run:
             return mean_square(explicit_model(lj.merge(base, adapter), tokens))
 
         expected = jax.jit(jax.value_and_grad(merged))(adapter, quant.dequantize(small))
-    return got, expected, Run(got, testing.collectives(program))
+    return Run(got, expected, testing.collectives(program))
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_step_on_an_explicit_mesh_sends_packed_bytes(name: str) -> None:
     found = explicit_run(name)
-    print(name, found.sent_by("all-gather"), found.sent_by("all-reduce"), packed("both", "scanned", name))
+    times = dict.fromkeys(SHAPES, 2 * (LAYERS + 1))
+    print(found.sent_by("all-gather"), packed("both", name, times))
+    assert of_base(found.sent_by("all-gather")) == packed("both", name, times)
     assert_close(found.results, found.expected, GRADIENT)
 
 
@@ -285,3 +294,166 @@ def test_a_shard_map_of_a_quantized_kernel_matches_the_merged_kernel(case_name: 
 
     got, expected = without_compiling(both)(one.adapter, small)
     assert_close(got, expected, GRADIENT)
+
+
+def test_a_gather_in_a_shard_map_sends_packed_bytes() -> None:
+    """The scales are sent in float32, because those of double quantization depend on their position in the kernel."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, P(None, "data"))
+    params = jax.device_put({"w": normal(LAYERS, WIDTH, WIDTH, size=0.1)}, {"w": sharding})
+    small = quant.quantize(params, {"w": quant.NF4(block=16, axes="bio")})
+    adapter = random_adapter(small, {"w": lora_of("bio")})
+
+    def local(w: jax.Array, x: jax.Array) -> jax.Array:
+        def step(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            return jnp.tanh(x @ lax.all_gather(w, "data", tiled=True)), None
+
+        return lax.scan(jax.checkpoint(step), x, w)[0]
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(None, "data"), P("data")), out_specs=P("data"))
+        return mapped(params["w"], x)
+
+    x = jax.device_put(normal(32, WIDTH, seed=5), NamedSharding(mesh, P("data")))
+    step = jax.jit(jax.value_and_grad(loss_of(apply))).lower(adapter, small, x).compile()
+    base = quant.dequantize(small)
+    expected = jax.jit(jax.value_and_grad(lambda adapter: mean_square(apply(lj.merge(base, adapter), x))))(adapter)
+    assert_close(step(adapter, small, x), expected, GRADIENT)
+    sent = Run(None, None, testing.collectives(step)).sent_by("all-gather")
+    codes, scales = WIDTH * WIDTH // 2, 4 * WIDTH * WIDTH // 16
+    print(sent)
+    assert of_base(sent) == {codes: 2 * LAYERS, scales: 2 * LAYERS}
+
+
+# Other uses
+
+
+def mesh_of_eight(kind: AxisType = AxisType.Auto) -> Mesh:
+    return jax.make_mesh((8,), ("data",), axis_types=(kind,))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_a_constraint_in_the_model_gathers_packed_bytes(stacked: bool, name: str) -> None:
+    mesh = mesh_of_eight()
+    shape, axes = ((LAYERS, WIDTH, WIDTH), "bio") if stacked else ((WIDTH, WIDTH), "io")
+    spec = P(*[None] * stacked, "data")
+    params = jax.device_put({"w": normal(*shape, size=0.1)}, {"w": NamedSharding(mesh, spec)})
+    small = quant.quantize(params, {"w": FORMATS[name](axes)})
+    adapter = random_adapter(small, {"w": lora_of(axes)})
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        w = lax.with_sharding_constraint(params["w"].astype(jnp.bfloat16), NamedSharding(mesh, P()))
+        return lax.scan(lambda x, w: (x @ w, None), x, w)[0] if stacked else x @ w
+
+    x = jax.device_put(normal(32, WIDTH, seed=5, dtype=jnp.bfloat16), NamedSharding(mesh, P("data")))
+    step = jax.jit(lj.lora(apply)).lower(small, adapter, x).compile()
+    sent = Run(None, None, testing.collectives(step)).sent_by("all-gather")
+    arrays = [array for array in jax.tree.leaves(small) if "data" in array.sharding.spec]
+    print(sent)
+    assert of_base(sent) == Counter(array.nbytes for array in arrays)
+    expected = jax.jit(apply)(lj.merge(quant.dequantize(small), adapter), x)
+    assert_close(step(small, adapter, x), expected, FORWARD)
+
+
+@pytest.mark.parametrize("spec", [P("data", None), P(None, "data")])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_lookup_in_a_sharded_table_sends_rows(name: str, spec: P) -> None:
+    mesh = mesh_of_eight()
+    sharding = {"table": NamedSharding(mesh, spec)}
+    small = quant.quantize(jax.device_put({"table": normal(512, 256)}, sharding), {"table": FORMATS[name]("oi")})
+    adapter = random_adapter(small, {"table": lora_of("io")})
+    tokens = jax.device_put(jnp.arange(16) * 37 % 512, NamedSharding(mesh, P("data")))
+    apply = lambda params, tokens: params["table"][tokens]  # noqa: E731
+    step = jax.jit(lambda params, *args: lj.lora(apply)(quant.gather(params, sharding, "data"), *args))
+    found = testing.collectives(step, small, adapter, tokens)
+    print(found)
+    assert max(collective.result for collective in found) <= 16 * 256 * 4
+    expected = apply(lj.merge(quant.dequantize(small), adapter), tokens)
+    assert_close(step(small, adapter, tokens), expected, FORWARD)
+
+
+def test_gather_checks_its_axes() -> None:
+    params = {"w": normal(WIDTH, WIDTH)}
+    for kind, axis, message in (
+        (AxisType.Auto, "model", r"sharded along 'model'; none of 1 is"),
+        (AxisType.Explicit, "data", r"'data' is explicit.\n  Call `jax.reshard` on the kernel"),
+    ):
+        sharding = {"w": NamedSharding(mesh_of_eight(kind), P("data"))}
+        small = quant.quantize(jax.device_put(params, sharding), {"w": quant.NF4()})
+        with pytest.raises(lj.SpecError, match=message):
+            quant.gather(small, sharding, axis)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", FORMATS)
+def test_quantized_leaves_keep_their_shardings(kind: AxisType, name: str, tmp_path: Any) -> None:
+    """Those of shapes are those of arrays; `quantize` under `jit` and Orbax keep them."""
+    sharding = {"w": NamedSharding(mesh_of_eight(kind), P("data")), "bias": NamedSharding(mesh_of_eight(kind), P())}
+    params = jax.device_put({"w": normal(WIDTH, WIDTH), "bias": normal(WIDTH)}, sharding)
+    make = functools.partial(quant.quantize, spec={"w": FORMATS[name]("io")})
+    small = make(params)
+    shapes = make(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params))
+    assert "data" in small["w"].codes.sharding.spec
+    assert jax.tree.structure(shapes) == jax.tree.structure(small)
+    assert places(small) == places(shapes) == places(quant.shardings(small, sharding))
+    if kind is AxisType.Explicit:
+        assert bits(jax.jit(make)(params)) == bits(small)
+        assert places(jax.jit(make)(params)) == places(small)
+    assert quant.dequantize(small)["w"].sharding.spec == P("data", None)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", small)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "base", shapes)
+    assert bits(restored) == bits(small)
+    assert places(restored) == places(small)
+
+
+def places(tree: Any) -> list[Any]:
+    shardings = [getattr(leaf, "sharding", leaf) for leaf in jax.tree.leaves(tree)]
+    return [(place.mesh.shape_tuple, tuple(place.spec)) for place in shardings]
+
+
+def test_quantize_holds_one_leaf_in_both_forms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `donate`, the memory of the device never exceeds the tree and one quantized leaf."""
+    params = {str(number): normal(WIDTH, WIDTH, seed=number) for number in range(6)}
+    before, held = live_bytes(), []
+    delete = jax.Array.delete
+
+    def record(leaf: Any) -> None:
+        held.append(live_bytes() - before)
+        delete(leaf)
+
+    monkeypatch.setattr(type(params["0"]), "delete", record)
+    small = quant.quantize(params, {"*": quant.NF4()}, donate=True)
+    one = small["0"].nbytes
+    print(held, one)
+    assert len(held) == 6 and held[0] == one
+    assert all(later < earlier for earlier, later in itertools.pairwise(held))
+    assert live_bytes() - before < 0
+
+
+def live_bytes() -> int:
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_a_plan_of_a_quantized_base() -> None:
+    mesh = mesh_of_eight()
+    sharding = NamedSharding(mesh, P(None, "data"))
+    params = {"w": jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.bfloat16, sharding=sharding)}
+    apply = lambda params, x: lax.scan(jax.checkpoint(lambda x, w: (x @ w, None)), x, params["w"])[0]  # noqa: E731
+    x = jax.ShapeDtypeStruct((64, WIDTH), jnp.bfloat16, sharding=NamedSharding(mesh, P("data")))
+
+    def planned(params: Any, **options: Any) -> Any:
+        return lj.plan(apply, params, {"w": lora_of("bio")}, optax.adam(1e-3), mesh, x, **options)
+
+    small = quant.quantize(params, {"w": quant.NF4(axes="bio")})
+    dense, found = planned(params), planned(small)
+    codes = LAYERS * WIDTH * WIDTH // 2 // 8
+    assert codes < found.lora.parameters < 1.05 * codes
+    assert found.full.parameters == dense.full.parameters == 4 * codes
+    assert (found.full.peak, found.full.flops) == (dense.full.peak, dense.full.flops)
+    gathered = planned(quant.gather(small, {"w": sharding}, "data"), full=False).lora
+    print(found.lora.wire, gathered.wire, gathered.largest_gather)
+    assert gathered.parameters == found.lora.parameters
+    assert gathered.largest_gather == WIDTH * WIDTH // 2
