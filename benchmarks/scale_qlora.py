@@ -3,9 +3,9 @@
 Nothing is allocated or run: the device is the CPU, or a TPU that is not attached.
 
 Usage:
-    python benchmarks/scale_qlora.py                    # a minute per row
-    python benchmarks/scale_qlora.py --topology v5p:2x2x1      # with the TPU compiler; needs `pip install libtpu`
-    python benchmarks/scale_qlora.py --write-docs tpu.json     # and the section of docs/scale.md, with rows from --json
+    python benchmarks/scale_qlora.py                           # two minutes
+    python benchmarks/scale_qlora.py --only 3 4 5 --topology v5p:2x2x1 --json tpu.json # needs `pip install libtpu`
+    python benchmarks/scale_qlora.py --write-docs tpu.json     # the table of docs/scale.md, with these rows too
 """
 
 from __future__ import annotations

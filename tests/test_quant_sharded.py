@@ -394,6 +394,8 @@ def test_quantized_leaves_keep_their_shardings(kind: AxisType, name: str, tmp_pa
     assert "data" in small["w"].codes.sharding.spec
     assert jax.tree.structure(shapes) == jax.tree.structure(small)
     assert places(small) == places(shapes) == places(quant.shardings(small, sharding))
+    moved = jax.device_put(jax.device_get(small), quant.shardings(small, sharding))
+    assert (bits(moved), places(moved)) == (bits(small), places(small))
     if kind is AxisType.Explicit:
         assert bits(jax.jit(make)(params)) == bits(small)
         assert places(jax.jit(make)(params)) == places(small)

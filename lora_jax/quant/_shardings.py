@@ -20,7 +20,7 @@ def shardings(params: Any, dense: Any) -> Any:
     >>> params = {"kernel": jax.ShapeDtypeStruct((128, 16), jnp.float32)}
     >>> small = lj.quant.quantize(params, {"kernel": lj.quant.NF4()})
     >>> lj.quant.shardings(small, {"kernel": place})["kernel"].codes.spec
-    PartitionSpec('fsdp', 'model')
+    P('fsdp', 'model')
 
     Args:
       params: from `quantize`, or its shapes.
