@@ -91,7 +91,7 @@ def test_a_row_of_qlora_says_where_the_bytes_are(on_host, tmp_path, monkeypatch,
     assert row["parameters on host"] == (kernels if on_host else 0)
     assert row["host"] == (kernels + row["optimizer"] - 4 if on_host else 0)
     held = rest + row["adapter"] + (4 if on_host else kernels + row["optimizer"]) + row["temporary"]
-    assert 0 <= row["peak"] - held < 200  # the tokens and the loss
+    assert 0 <= row["peak"] - held < 1000  # the tokens, the loss, and the addresses of the results
 
     page, rows = tmp_path / "scale.md", tmp_path / "rows.json"
     page.write_text(f"before\n{scale_qlora.BEGIN}\nold\n{scale_qlora.END}\nafter\n")
