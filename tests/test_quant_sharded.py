@@ -320,8 +320,8 @@ def test_a_gather_in_a_shard_map_sends_packed_bytes() -> None:
     assert_close(step(adapter, small, x), expected, GRADIENT)
     sent = Run(None, None, testing.collectives(step)).sent_by("all-gather")
     codes, scales = WIDTH * WIDTH // 2, 4 * WIDTH * WIDTH // 16
-    times = 3 * LAYERS  # forward, backward, and again for the recomputation
-    assert of_base(sent) == {codes: times, scales: times}
+    # Forward, backward, and again for the recomputation, unless the compiler merges these two.
+    assert of_base(sent) in [dict.fromkeys((codes, scales), times * LAYERS) for times in (2, 3)]
 
 
 # Other uses

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from .._core.base import Change, StoredLeaf
-from .._core.paths import as_tuple, flatten, unflatten
+from .._core.paths import flatten, unflatten
 from .._core.placement import mesh_axes
 from .._errors import SpecError
 from ._leaf import QuantizedLeaf, shardings_like
@@ -52,7 +52,7 @@ def gather(params: Any, dense: Any, over: str | Sequence[str]) -> Any:
       SpecError: if no quantized leaf is sharded along one of the axes, or if the axis is explicit.
     """
     leaves, treedef = flatten(params)
-    by_path, axes = flatten(dense)[0], as_tuple(over)
+    by_path, axes = flatten(dense)[0], (over,) if isinstance(over, str) else tuple(over)
     quantized = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedLeaf)}
     gathered = {path: _gathered(leaf, by_path[path], axes) for path, leaf in quantized.items()}
     changed = {path: leaf for path, leaf in gathered.items() if leaf is not quantized[path]}
@@ -98,7 +98,7 @@ class GatheredLeaf(StoredLeaf):
         return self.leaf.shape
 
     @property
-    def dtype(self) -> Any:  # type: ignore[override]
+    def dtype(self) -> Any:
         """The dtype of the kernel."""
         return self.leaf.dtype
 
