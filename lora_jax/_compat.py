@@ -165,9 +165,9 @@ def is_unspecified(sharding: Any) -> bool:
     return type(sharding).__name__ == "UnspecifiedValue"
 
 
-def varying(x: Any) -> frozenset[str]:
-    """Returns the mesh axes over which an array inside a `shard_map` may vary; none without `check_vma`."""
-    names: frozenset[str] = jax.typeof(x).mat.varying
+def varying(array_type: Any) -> frozenset[str]:
+    """Returns the mesh axes over which an array of a type may vary inside a `shard_map`; none without `check_vma`."""
+    names: frozenset[str] = array_type.mat.varying
     return names
 
 

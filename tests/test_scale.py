@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scale
+import scale_qlora
 import scale_report
 from jax import lax
 from jax.sharding import Mesh, NamedSharding
@@ -76,3 +77,29 @@ def test_a_gather_of_all_layers_is_found(mesh):
 def test_a_copy_of_the_base_in_float32_is_found(mesh):
     with pytest.raises(AssertionError, match="the base is copied in float32"):
         scale.check(TINY, mesh, compiled(mesh, P(None, "data", "model"), dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_row_of_qlora_says_where_the_bytes_are(on_host, tmp_path, monkeypatch, capsys):
+    model = llama.Llama(layers=2, width=64, heads=4, hidden=128, kv_heads=4, vocabulary=160)
+    mesh = scale_qlora.mesh_of(None)
+    row = scale_qlora.measure(mesh, model=model, rank=4, length=16, base_on_host=on_host, optimizer_on_host=on_host)
+    weights = 2 * (4 * 64 * 64 + 3 * 64 * 128)
+    rest = 2 * (2 * 160 * 64 + 5 * 64)  # embedding, head and norms in bfloat16
+    kernels = row["parameters"] - rest
+    assert 4.125 <= 8 * kernels / weights < 4.3  # few scales share the second-level scales of a small kernel
+    assert row["parameters on host"] == (kernels if on_host else 0)
+    assert row["host"] == (kernels + row["optimizer"] - 4 if on_host else 0)
+    held = rest + row["adapter"] + (4 if on_host else kernels + row["optimizer"]) + row["temporary"]
+    assert 0 <= row["peak"] - held < 1000  # the tokens, the loss, and the addresses of the results
+
+    page, rows = tmp_path / "scale.md", tmp_path / "rows.json"
+    page.write_text(f"before\n{scale_qlora.BEGIN}\nold\n{scale_qlora.END}\nafter\n")
+    rows.write_text(json.dumps([row]))
+    monkeypatch.setattr(scale_qlora, "PAGE", page)
+    monkeypatch.setattr("sys.argv", ["scale_qlora.py", "--only", "--write-docs", str(rows)])
+    scale_qlora.main()
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert ("base and optimizer" if on_host else "nothing") in text
+    assert "NF4, double" in capsys.readouterr().out

@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from .memory import is_in_host_memory, to_device
 from .stored import Change, StoredLeaf
@@ -39,14 +40,22 @@ class Recorded:
         """Records one more change."""
         return dataclasses.replace(self, arrays=(*self.arrays, arrays), changes=(*self.changes, change))
 
+    def settled(self) -> Self:
+        """Applies to the stored form the changes for which that is possible: a part is selected, a sharding changed."""
+        leaf, rest = self.leaf, list[tuple[Change, tuple[Array, ...]]]()
+        for change, arrays in zip(self.changes, self.arrays, strict=True):
+            commutes = all(before.elementwise and not operands for before, operands in rest)
+            if commutes and (new := leaf.changed(change, *arrays)) is not None:
+                leaf = new
+            else:
+                rest.append((change, arrays))
+        return type(self)(leaf, tuple(arrays for _, arrays in rest), tuple(change for change, _ in rest))
+
     def array(self) -> Array:
-        """Dequantizes the leaf, or first selects a part of it if that is possible, and applies the changes."""
-        leaf, changes = self.leaf, list(zip(self.changes, self.arrays, strict=True))
-        while changes and changes[0][0].selects and (part := leaf.selected(changes[0][0], *changes[0][1])) is not None:
-            leaf = part
-            del changes[0]
-        w = leaf.dequantize()
-        for change, arrays in changes:
+        """Applies to the stored form what is possible, dequantizes it, and applies the other changes."""
+        settled = self.settled()
+        w = settled.leaf.dequantize()
+        for change, arrays in zip(settled.changes, settled.arrays, strict=True):
             w = change(w, *arrays)
         return w
 
@@ -84,10 +93,19 @@ class Recorded:
         """Whether a slice of the stored leaf represents the same slice of the array."""
         return self.leaf.sliceable and self._is_elementwise
 
+    def shards(self, spec: PartitionSpec, mesh: Any) -> tuple[Self, Self] | None:
+        """Returns the array with its stored form as `StoredLeaf.shards` says, and the specs."""
+        settled = self.settled()
+        if not settled._is_elementwise or (found := settled.leaf.shards(spec, mesh)) is None:
+            return None
+        leaf, specs = found
+        return dataclasses.replace(settled, leaf=leaf), dataclasses.replace(settled, leaf=specs)
+
     def take(self, rows: Array) -> Self | None:
         """Returns the rows of the array along its leading axis; None if that needs the whole array."""
-        leaf = self.leaf.take(rows) if self._is_elementwise else None
-        return None if leaf is None else dataclasses.replace(self, leaf=leaf)
+        settled = self.settled()
+        leaf = settled.leaf.take(rows) if settled._is_elementwise else None
+        return None if leaf is None else dataclasses.replace(settled, leaf=leaf)
 
     @property
     def _is_elementwise(self) -> bool:
@@ -131,9 +149,11 @@ class HostLeaf(StoredLeaf):
         leaf = jax.tree.map(to_device, self.leaf)
         return leaf.dequantize() if isinstance(leaf, StoredLeaf) else leaf
 
-    def selected(self, change: Change, *arrays: Array) -> Self | None:
-        """Returns the selected part, still in host memory; of a layer of a stack, only this layer is moved."""
-        return None if isinstance(self.leaf, StoredLeaf) else dataclasses.replace(self, leaf=change(self.leaf, *arrays))
+    def changed(self, change: Change, *arrays: Array) -> StoredLeaf | None:
+        """Selects a part in host memory, so that of a layer of a stack, only this layer is moved."""
+        if not isinstance(self.leaf, StoredLeaf):
+            return dataclasses.replace(self, leaf=change(self.leaf, *arrays)) if change.selects else None
+        return jax.tree.map(to_device, self.leaf).changed(change, *arrays) if change.places else None
 
 
 Base = Any  # an Array or a Recorded; an array may be abstract
@@ -182,46 +202,3 @@ def type_of(w: Base) -> Any:
 def abstract(w: Base) -> jax.ShapeDtypeStruct:
     """Returns the shape and dtype of a base."""
     return jax.ShapeDtypeStruct(w.shape, w.dtype)
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts"], meta_fields=["axis"])
-@dataclasses.dataclass(frozen=True, eq=False)
-class Concatenated(StoredLeaf):
-    """The concatenation of bases, at least one of which is a stored leaf.
-
-    Attributes:
-      parts: the bases.
-      axis: the axis of the concatenation, negative.
-    """
-
-    parts: tuple[Base, ...]
-    axis: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the concatenation."""
-        shape = list(self.parts[0].shape)
-        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
-        return tuple(shape)
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of all parts."""
-        return self.parts[0].dtype
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether all parts are, and another axis is concatenated than the leading one."""
-        sliceable = all(not isinstance(part, Recorded) or part.is_sliceable for part in self.parts)
-        return sliceable and self.axis > -self.ndim
-
-    def dequantize(self) -> Array:
-        """Returns the concatenation as an array."""
-        return jax.lax.concatenate([as_array(part) for part in self.parts], self.axis + self.ndim)
-
-
-def concatenate(parts: Sequence[Base], axis: int) -> Base:
-    """Concatenates bases along an axis."""
-    if any(isinstance(part, Recorded) for part in parts):
-        return Recorded(Concatenated(tuple(parts), axis - parts[0].ndim))
-    return jax.lax.concatenate(parts, axis)

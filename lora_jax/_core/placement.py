@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -34,6 +34,14 @@ def explicit_sharding(array_type: Any) -> NamedSharding | None:
     """Returns the sharding in an array's type (`jax.typeof`) if its mesh has explicit axes; otherwise None."""
     sharding: NamedSharding = array_type.sharding
     return sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+
+
+def with_auto_axes(function: Callable[..., Any], out_shardings: Any) -> Callable[..., Any]:
+    """Returns a function whose inner shardings the compiler chooses; those of its results are given, on one mesh."""
+    mesh = jax.tree.leaves(out_shardings)[0].mesh
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind is AxisType.Explicit)
+    mapped: Callable[..., Any] = jax.sharding.auto_axes(function, axes=axes, out_sharding=out_shardings)
+    return mapped
 
 
 def like_kernel(factor: Array, axes: Iterable[int], kernel: Base) -> Array:

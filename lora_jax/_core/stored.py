@@ -6,10 +6,11 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 
 class StoredLeaf(abc.ABC):
@@ -33,9 +34,17 @@ class StoredLeaf(abc.ABC):
     def dequantize(self) -> Array:
         """Returns the represented array."""
 
-    def selected(self, change: Change, *arrays: Array) -> Self | None:
-        """Returns a leaf for the part of the array that a change selects; None to dequantize before."""
+    def changed(self, change: Change, *arrays: Array) -> StoredLeaf | None:
+        """Returns a leaf that represents the changed array; None to dequantize before the change."""
         del change, arrays  # in general, a part of the array is no part of what is stored
+        return None
+
+    def shards(self, spec: PartitionSpec, mesh: Any) -> tuple[StoredLeaf, Any] | None:
+        """Returns a leaf for the same array, and the spec of each stored array, so that shards represent shards.
+
+        None if no sharding of what is stored shards the array as the spec says.
+        """
+        del spec, mesh
         return None
 
     @property
@@ -72,12 +81,16 @@ class Change:
       static: hashable arguments after the arrays.
       elementwise: whether the operation also applies to a slice of the array.
       selects: whether the operation returns a contiguous part of the array.
+      places: whether the operation is `function(w, sharding)`, which changes nothing but the sharding.
+      gathers: whether the operation is `function(w, axis)`, which concatenates the shards of all devices.
     """
 
     function: Callable[..., Array]
     static: tuple[Any, ...] = ()
     elementwise: bool = False
     selects: bool = False
+    places: bool = False
+    gathers: bool = False
 
     def __call__(self, w: Array, *arrays: Array) -> Array:
         """Applies the change."""

@@ -20,6 +20,7 @@ from .._core.memory import is_in_host_memory, kind_of
 from .._core.paths import Pattern
 from .._core.sizes import is_known
 from .._core.spec import Spec
+from .._core.stored import StoredLeaf
 from .._errors import SpecError, refuse_keywords
 from .._transform.contraction.costs import FormName
 from .._transform.kernels import kernels
@@ -59,7 +60,7 @@ def plan(
     are replicated. The adapter is sharded like its kernels. Optimizer state with the shape of a trained array is
     sharded like that array; other state is replicated. Parameters with the memory kind `"pinned_host"`, such as those
     of `sharding.to_host`, and the state of `optim.offload` are in host memory. In full fine-tuning, all parameters are
-    in device memory.
+    in device memory, and quantized leaves are arrays of their dtype.
 
     The memory is as reported by the compiler for these devices. On simulated CPU devices it is an estimate for other
     devices: their compilers schedule programs differently, and CPUs multiply and send 16-bit values as float32. The
@@ -131,8 +132,13 @@ def plan(
     lora_step = _compile(lora_loss, adapter, arrays, tx, mesh, parameters=params, adapter=_bytes(adapter))
     if not full:
         return Plan(axes, kind, lora_step, None)
-    in_device_memory = jax.tree.map(lambda leaf: _struct(leaf, leaf.sharding.with_memory_kind(None)), arrays[0])
-    trained, frozen = _partition(in_device_memory, _is_floating)
+    dense_params = jax.tree.map(
+        lambda leaf: _struct(leaf, leaf.sharding.with_memory_kind(None)),
+        arrays[0],
+        is_leaf=lambda leaf: isinstance(leaf, StoredLeaf),
+    )
+    trained, frozen = _partition(dense_params, _is_floating)
+    params = _bytes(dense_params)
     full_step = _compile(full_loss, trained, (frozen, *arrays[1:]), tx, mesh, parameters=params, adapter=0)
     return Plan(axes, kind, lora_step, full_step)
 

@@ -271,8 +271,9 @@ def _apply_rule(site: Site, operands: list[Value]) -> list[Value]:
             arrays = [site.to_array(operand, str(reason)) for operand in operands]
             inputs = {var: x for var, x in zip(eqn.invars, arrays, strict=True) if not isinstance(var, Literal)}
             return evaluate([eqn], list(inputs), eqn.outvars, list(inputs.values()))
-    for var, result in zip(eqn.outvars, results, strict=True):
-        got: Any = type_of(base_value(result))
-        expected: Any = var.aval
-        assert (expected.shape, expected.dtype) == (got.shape, got.dtype), f"{eqn.primitive}: {expected} became {got}"
+        for var, result in zip(eqn.outvars, results, strict=True):
+            got: Any = type_of(base_value(result))
+            expected: Any = var.aval
+            same = (expected.shape, expected.dtype) == (got.shape, got.dtype)
+            assert same, f"{eqn.primitive}: {expected} became {got}"
     return results

@@ -12,10 +12,11 @@ from jax.tree_util import PyTreeDef
 
 from .._compat import ClosedJaxpr
 from .._core.attach import as_jax
-from .._core.base import Recorded, base_of
+from .._core.base import Recorded, base_of, dense
 from .._core.kernel import PlainKernel
 from .._core.memory import is_in_host_memory, to_device
 from .._core.paths import flatten, unflatten
+from .._core.placement import explicit_sharding
 from .._core.stored import StoredLeaf
 from .._core.uses import Use
 from .boundary import check_statics, python_without_values
@@ -80,7 +81,11 @@ def _traceable(leaf: Any) -> Any:
     """Returns the argument of `make_jaxpr` for a leaf."""
     if is_in_host_memory(leaf):
         return jax.eval_shape(to_device, leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, StoredLeaf) else leaf
+    if not isinstance(leaf, StoredLeaf):
+        return leaf
+    if any(explicit_sharding(jax.typeof(array)) is not None for array in jax.tree.leaves(leaf)):
+        return jax.eval_shape(dense, leaf)  # the type has a sharding
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
 
 
 def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Program:

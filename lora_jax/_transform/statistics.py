@@ -49,7 +49,8 @@ def sum_activations(kernel: AdaptedKernel, x: Array, base: Operation, x_times_a:
     """
     wide, scale, batch = widest(x.dtype, kernel.w.dtype, jnp.float32), kernel.scale, kernel.roles.count("b")
     is_total = jnp.any(kernel.b != 0, range(batch + 1, kernel.b.ndim))  # (batch…, rank)
-    if axes := varying(is_total) - varying(kernel.a):  # in a `shard_map`, the axes along which `b` is sharded
+    of_total, of_a = varying(jax.typeof(is_total)), varying(jax.typeof(kernel.a))
+    if axes := of_total - of_a:  # in a `shard_map`, the axes along which `b` is sharded
         is_total = lax.pmax(is_total.astype(jnp.int8), tuple(axes)) > 0
     is_total = lax.expand_dims(is_total, range(batch, kernel.a.ndim - 1))
 

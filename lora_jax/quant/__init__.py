@@ -5,6 +5,7 @@ from __future__ import annotations
 from ._bitsandbytes import from_bitsandbytes as from_bitsandbytes
 from ._double import DoubleScales as DoubleScales
 from ._format import Format as Format
+from ._gather import gather as gather
 from ._leaf import QuantizedLeaf as QuantizedLeaf
 from ._nf4 import NF4 as NF4
 from ._nf4 import NF4Leaf as NF4Leaf
@@ -31,6 +32,7 @@ __all__ = [
     "dequantize",
     "from_bitsandbytes",
     "from_qwix",
+    "gather",
     "quantize",
     "requantize",
     "shardings",

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import abc
+import math
 from typing import Any, Self
 
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from .._core.stored import StoredLeaf
+from .._core.placement import explicit_sharding, mesh_axes, with_auto_axes
+from .._core.stored import Change, StoredLeaf
 from ._format import Format
 
 
@@ -33,6 +36,64 @@ class QuantizedLeaf(StoredLeaf):
         Axes whose role is not known, because it does not matter, are outputs.
         """
 
+    @abc.abstractmethod
+    def decode(self) -> Array:
+        """Returns the kernel. The mesh has no explicit axes."""
+
+    def dequantize(self) -> Array:
+        """Returns the kernel, sharded as the codes are."""
+        sharding = explicit_sharding(jax.typeof(self.codes))
+        if sharding is None:
+            return self.decode()
+        return with_auto_axes(type(self).decode, self._kernel_sharding(sharding))(self)
+
+    def changed(self, change: Change, *arrays: Array) -> StoredLeaf | None:
+        """Reshards or gathers the stored arrays, so that they are sent, and not the dequantized kernel."""
+        if change.gathers:
+            return self._gathered(change)
+        if not change.places:
+            return None
+        (sharding,) = change.static
+        places = shardings_like(self, sharding)
+        wanted = PartitionSpec(*sharding.spec, *[None] * (self.ndim - len(sharding.spec)))
+        if self._kernel_sharding(places.codes).spec != wanted:
+            return None
+        return jax.tree.map(lambda array, place: change.function(array, place), self, places)
+
+    def _gathered(self, change: Change) -> Self | None:
+        (axis,) = change.static
+        if axis not in self.layout().codes or self.with_single_scales() is not self:
+            return None
+
+        def gather(axes: tuple[int | None, ...], array: Array) -> Array:
+            return change.function(array, axes.index(axis)) if axis in axes else array
+
+        gathered: Self = jax.tree.map(gather, self.layout(), self, is_leaf=_is_axes)
+        return gathered
+
+    def shards(self, spec: PartitionSpec, mesh: Any) -> tuple[Self, Any] | None:
+        """Returns the leaf with scales that do not depend on their position in the kernel, unless it is replicated."""
+        leaf = self.with_single_scales() if any(spec) else self
+        layout, places = leaf.layout(), shardings_like(leaf, NamedSharding(mesh, spec))
+        names = [*map(mesh_axes, spec), *[()] * leaf.ndim][: leaf.ndim]
+
+        def is_sharded(axes: tuple[int | None, ...], place: NamedSharding) -> bool:
+            pairs = zip(axes, place.spec, strict=True)
+            return all(axis is None or mesh_axes(entry) == names[axis] for axis, entry in pairs)
+
+        def shard(array: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(place.shard_shape(array.shape), array.dtype)
+
+        follow = jax.tree.leaves(jax.tree.map(is_sharded, layout, places, is_leaf=_is_axes))
+        has_all = all(axis in layout.codes for axis, entry in enumerate(names) if entry)
+        if not (has_all and all(follow) and _axes_of(jax.tree.map(shard, leaf, places)) == _axes_of(leaf)):
+            return None
+        return leaf, jax.tree.map(lambda place: place.spec, places)
+
+    def with_single_scales(self) -> Self:
+        """Returns the leaf with scales that are stored as floats."""
+        return self
+
     @property
     def storage(self) -> str:
         """The format, for errors and checkpoints."""
@@ -47,10 +108,41 @@ class QuantizedLeaf(StoredLeaf):
     def sharding(self) -> Any:
         """The sharding of the kernel: that of the codes."""
         sharding = self.codes.sharding
-        if not isinstance(sharding, NamedSharding):
-            return sharding
-        names = dict(zip(self.layout().codes, sharding.spec, strict=False))
-        return sharding.update(spec=PartitionSpec(*(names.get(axis) for axis in range(self.ndim))))
+        return self._kernel_sharding(sharding) if isinstance(sharding, NamedSharding) else sharding
+
+    def _kernel_sharding(self, of_codes: NamedSharding) -> NamedSharding:
+        names = dict(zip(self.layout().codes, of_codes.spec, strict=False))
+        return of_codes.update(spec=PartitionSpec(*(names.get(axis) for axis in range(self.ndim))))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({jax.numpy.dtype(self.dtype).name}{list(self.shape)})"
+
+
+def shardings_like(leaf: QuantizedLeaf, sharding: Sharding) -> Any:
+    """Returns a leaf with shardings in place of its arrays; an axis that the devices do not divide is replicated."""
+    if not isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda _: sharding, leaf)
+    mesh, memory_kind = sharding.mesh, sharding.memory_kind
+    spec = [*sharding.spec, *[None] * leaf.ndim][: leaf.ndim]
+
+    def place(axes: tuple[int | None, ...], array: Any) -> NamedSharding:
+        entries = [None if axis is None else spec[axis] for axis in axes]
+        divided = [
+            entry if entry is PartitionSpec.UNCONSTRAINED or size % _shards(mesh, entry) == 0 else None
+            for entry, size in zip(entries, array.shape, strict=True)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*divided), memory_kind=memory_kind)
+
+    return jax.tree.map(place, leaf.layout(), leaf, is_leaf=_is_axes)
+
+
+def _axes_of(leaf: QuantizedLeaf) -> list[tuple[int | None, ...]]:
+    return jax.tree.leaves(leaf.layout(), is_leaf=_is_axes)
+
+
+def _is_axes(node: Any) -> bool:
+    return isinstance(node, tuple)
+
+
+def _shards(mesh: Any, names: Any) -> int:
+    return math.prod(mesh.shape[name] for name in mesh_axes(names))

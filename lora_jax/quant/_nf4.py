@@ -55,7 +55,8 @@ class NF4Leaf(QuantizedLeaf):
       codes: `(…, n/2, …)`, uint8: two neighbors along the input axis of size n in a byte, the first in the high bits.
       scales: `(…, n/block, …)`: the largest magnitude of each block, float32 or quantized again.
       axis: the axis of the blocks in `codes` and `scales`, negative.
-      inputs: the kernel's axes that are flattened to the axis of the blocks; empty if it is one axis.
+      inputs: the kernel's axes that are flattened to the axis of the blocks; empty if it is one axis. In a shard, the
+        first is smaller.
       dtype: the dtype of the represented kernel.
     """
 
@@ -69,7 +70,8 @@ class NF4Leaf(QuantizedLeaf):
     def shape(self) -> tuple[int, ...]:
         """The shape of the kernel."""
         before, (half, *after) = self.codes.shape[: self._at], self.codes.shape[self._at :]
-        return (*before, *(self.inputs or (2 * half,)), *after)
+        rest = self.inputs[1:]
+        return (*before, 2 * half // max(math.prod(rest), 1), *rest, *after)
 
     @property
     def _at(self) -> int:
@@ -89,6 +91,11 @@ class NF4Leaf(QuantizedLeaf):
         assert isinstance(self.scales, DoubleScales)
         return dataclasses.replace(self, codes=self.codes[rows], scales=self.scales.take(rows))
 
+    def with_single_scales(self) -> NF4Leaf:
+        """Returns the leaf with scales in float32."""
+        scales = self.scales
+        return dataclasses.replace(self, scales=scales.dequantize()) if isinstance(scales, DoubleScales) else self
+
     @property
     def format(self) -> NF4:
         """NF4 with the block size, and with the axes that were quantized separately and along which the blocks run."""
@@ -106,7 +113,7 @@ class NF4Leaf(QuantizedLeaf):
         scales = self.scales.layout(axes) if isinstance(self.scales, DoubleScales) else axes
         return dataclasses.replace(self, codes=axes, scales=scales)
 
-    def dequantize(self) -> Array:
+    def decode(self) -> Array:
         """Returns the kernel."""
         at = self._at
         scales = self.scales.dequantize() if isinstance(self.scales, DoubleScales) else self.scales

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import AxisType, NamedSharding
 
 from .._core.paths import Pattern, flatten, matching_paths, unflatten
+from .._core.placement import explicit_sharding, with_auto_axes
 from .._core.spec import Choice, fit
 from .._core.stored import StoredLeaf
 from .._core.targets import Key
@@ -20,7 +22,7 @@ from .._core.uses import Kernel
 from .._core.values import is_concrete, is_finite
 from .._errors import SpecError, listed
 from ._format import Format
-from ._shardings import shardings_like
+from ._leaf import shardings_like
 
 
 def quantize(
@@ -43,7 +45,8 @@ def quantize(
     ((128, 16), (64, 16))
 
     Args:
-      params: the parameter tree: arrays, on devices or in NumPy, or shapes with `jax.eval_shape`.
+      params: the parameter tree: arrays, on devices or in NumPy, or their `ShapeDtypeStruct`s. Leaves with a
+        `NamedSharding` are quantized where they are, and the stored arrays are sharded as by `shardings`.
       spec: mapping from patterns and targets to formats, or to None for leaves that stay as they are; the first match
         decides.
       kernels: from `lora_jax.kernels(apply, params, *args)`, for targets and for the roles of axes. Without it, a
@@ -143,18 +146,22 @@ def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
 def quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool = False) -> StoredLeaf:
     """Quantizes one leaf."""
     jitted = functools.partial(_jitted, format_, axes)
+    sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else explicit_sharding(jax.typeof(leaf))
+    shardings = None
+    if isinstance(leaf, jax.ShapeDtypeStruct) or isinstance(sharding, NamedSharding):
+        abstract = jax.eval_shape(jitted(None), jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+        shardings = shardings_like(abstract, sharding) if isinstance(sharding, NamedSharding) else None
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.eval_shape(jitted(None), leaf)
-    sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else None
-    if sharding is not None and len(sharding.device_set) > 1:
-        abstract = jax.eval_shape(jitted(None), leaf)
-        stored = jitted(shardings_like(abstract, sharding))(leaf)
-    else:
-        stored = jitted(None)(leaf)
+        return abstract if shardings is None else jax.tree.map(_struct, abstract, shardings)
+    stored = jitted(shardings)(leaf)
     if donate and isinstance(leaf, Array) and is_concrete(leaf):
         jax.block_until_ready(stored)
         leaf.delete()
     return stored
+
+
+def _struct(array: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
 
 
 def _jitted(format_: Format, axes: str, shardings: Any) -> Any:
@@ -170,10 +177,16 @@ def _as_hashable(x: Any) -> Any:
 def _jitted_for(format_: Format, axes: str, places: tuple[Any, ...], treedef: Any) -> Any:
     shardings = jax.tree.unflatten(treedef, places)
     batch = len(axes) - len(axes.lstrip("b"))
+    has_explicit_axes = any(AxisType.Explicit in place.mesh.axis_types for place in places)
 
     def run(w: Any, depth: int) -> Any:
         if depth == 0:
             return format_.quantize(w, axes[batch:])
         return jax.lax.map(functools.partial(run, depth=depth - 1), w)
 
-    return jax.jit(lambda w: run(jnp.asarray(w), batch), out_shardings=shardings)
+    def quantized(w: Any) -> Any:
+        return run(jnp.asarray(w), batch)
+
+    if has_explicit_axes:  # the types of the results have the shardings
+        return jax.jit(with_auto_axes(quantized, shardings))
+    return jax.jit(quantized, out_shardings=shardings)

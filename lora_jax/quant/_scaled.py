@@ -62,11 +62,15 @@ class ScaledLeaf(QuantizedLeaf):
         return made(axes=axes) if made and per_channel else None
 
     def layout(self) -> ScaledLeaf:
-        """Returns the kernel's axis of each axis of the arrays: the same."""
-        axes: Any = tuple(range(len(self.shape)))
-        return jax.tree.map(lambda _: axes, self)
+        """Returns the kernel's axis of each axis of the arrays: the same; None if a scale is for all of the axis."""
 
-    def dequantize(self) -> Array:
+        def axes(array: Any) -> tuple[int | None, ...]:
+            sizes = enumerate(zip(array.shape, self.shape, strict=True))
+            return tuple(None if count == 1 < size else axis for axis, (count, size) in sizes)
+
+        return jax.tree.map(axes, self)
+
+    def decode(self) -> Array:
         """Returns the kernel."""
         wide = self.scales.dtype if self.scales.dtype == jnp.float64 else jnp.float32
         # Qwix multiplies the values of NF4 in the dtype of the kernel. Rounded as constants, no compiler undoes it.

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import jax
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
-
 from .._core.paths import flatten, unflatten
-from .._core.placement import mesh_axes
-from ._leaf import QuantizedLeaf
+from ._leaf import QuantizedLeaf, shardings_like
 
 
 def shardings(params: Any, dense: Any) -> Any:
@@ -25,7 +20,7 @@ def shardings(params: Any, dense: Any) -> Any:
     >>> params = {"kernel": jax.ShapeDtypeStruct((128, 16), jnp.float32)}
     >>> small = lj.quant.quantize(params, {"kernel": lj.quant.NF4()})
     >>> lj.quant.shardings(small, {"kernel": place})["kernel"].codes.spec
-    PartitionSpec('fsdp', 'model')
+    P('fsdp', 'model')
 
     Args:
       params: from `quantize`, or its shapes.
@@ -43,22 +38,3 @@ def shardings(params: Any, dense: Any) -> Any:
             for path, leaf in leaves.items()
         },
     )
-
-
-def shardings_like(leaf: QuantizedLeaf, sharding: Sharding) -> Any:
-    """Returns a leaf with shardings in place of its arrays."""
-    if not isinstance(sharding, NamedSharding):
-        return jax.tree.map(lambda _: sharding, leaf)
-    mesh, memory_kind = sharding.mesh, sharding.memory_kind
-    names = [*map(mesh_axes, sharding.spec), *[()] * leaf.ndim][: leaf.ndim]
-
-    def place(axes: tuple[int | None, ...], array: Any) -> NamedSharding:
-        entries = [() if axis is None else names[axis] for axis in axes]
-        divided = [
-            entry if size % math.prod(mesh.shape[name] for name in entry) == 0 else ()
-            for entry, size in zip(entries, array.shape, strict=True)
-        ]
-        return NamedSharding(mesh, PartitionSpec(*(entry or None for entry in divided)), memory_kind=memory_kind)
-
-    layout, treedef = jax.tree.flatten(leaf.layout(), is_leaf=lambda node: isinstance(node, tuple))
-    return jax.tree.unflatten(treedef, map(place, layout, jax.tree.leaves(leaf)))

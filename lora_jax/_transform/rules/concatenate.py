@@ -19,7 +19,8 @@ from jax.sharding import NamedSharding
 
 from ..._compat import primitives
 from ..._core.axes import RANK, axes_of_a, axes_of_b, sizes
-from ..._core.base import concatenate, type_of
+from ..._core.base import type_of
+from ..._core.concatenated import concatenate
 from ..._core.contract import widest
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
 from ..._core.placement import explicit_sharding, factor_spec

@@ -210,4 +210,7 @@ def _stacked(y: Value) -> Value:
 
 def _sliceable(x: Value) -> Value:
     """Returns a kernel that a loop can slice or stack; dequantizes a stored leaf that was reshaped before."""
-    return x.with_array() if isinstance(x, TrackedKernel) and isinstance(x.w, Recorded) and not x.w.is_sliceable else x
+    if not isinstance(x, TrackedKernel) or not isinstance(x.w, Recorded):
+        return x
+    x = dataclasses.replace(x, w=x.w.settled())  # type: ignore[type-var]
+    return x if x.w.is_sliceable else x.with_array()

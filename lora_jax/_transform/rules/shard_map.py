@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 
 from ..._compat import ClosedJaxpr, primitives, varying
+from ..._core.base import Recorded, type_of
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.placement import mesh_axes
 from ..._core.stored import Change
@@ -31,16 +33,13 @@ def _shard_map(
 ) -> list[Value]:
     """`jax.shard_map`; the factors are sharded as the kernel is, and replicated along the rank."""
 
-    # A stored leaf has no axes to shard, so it is dequantized before.
-    operands = tuple(x.with_array() if isinstance(x, TrackedKernel) else x for x in operands)
-
     def run(*operands: Value) -> tuple[Array, ...]:
         operands = tuple(_mark_replicated(x, spec, newly_manual_axes) for x, spec in zip(operands, specs, strict=True))
         out = site.interpret(jaxpr, operands)
         return tuple(site.to_array(result, "a shard_map returns the kernel") for result in out)
 
-    pairs = zip(operands, in_specs, strict=True)
-    specs = tuple(kernel_specs(x, spec) if isinstance(x, TrackedKernel) else spec for x, spec in pairs)
+    pairs = [_with_specs(x, spec, mesh) for x, spec in zip(operands, in_specs, strict=True)]
+    operands, specs = tuple(x for x, _ in pairs), tuple(spec for _, spec in pairs)
     mapped = jax.shard_map(
         run,
         mesh=mesh,
@@ -53,6 +52,19 @@ def _shard_map(
         # An operand must already have the sharding of its spec, and the model reshards only the kernel.
         operands = jax.tree.map(lambda x, spec: jax.reshard(x, NamedSharding(mesh, spec)), operands, specs)
     return list(mapped(*operands))
+
+
+def _with_specs(x: Value, spec: Any, mesh: Any) -> tuple[Value, Any]:
+    """Returns an operand and its specs. A stored leaf is dequantized unless its arrays can be sharded."""
+    if not isinstance(x, TrackedKernel):
+        return x, spec
+    specs = kernel_specs(x, spec)
+    if not isinstance(x.w, Recorded):
+        return x, specs
+    if (found := x.w.shards(spec, mesh)) is None:
+        return x.with_array(), dataclasses.replace(specs, w=spec)
+    base, base_specs = found
+    return dataclasses.replace(x, w=base), dataclasses.replace(specs, w=base_specs)  # type: ignore[type-var]
 
 
 def _mark_replicated(x: Value, specs: Any, manual_axes: Collection[str]) -> Value:
@@ -81,7 +93,7 @@ def _all_gather(
     def gather(x: Array, axis: int) -> Array:
         return lax.all_gather(x, names, axis=axis, tiled=tiled, axis_index_groups=axis_index_groups)
 
-    change = Change(gather, (at,))
+    change = Change(gather, (at,), gathers=tiled)
     if not isinstance(kernel, AdaptedKernel):
         roles = kernel.roles if tiled else [*kernel.roles[:at], kernel.role_of_new_axis("b"), *kernel.roles[at:]]
         return kernel.moved(change, roles, lambda factor, before, after: factor)
@@ -94,7 +106,7 @@ def _all_gather(
         return stack.with_replicated(known)
     # Concatenated shards are a product of two factors only if the other factor is the same on all devices.
     for name, (factor, _) in kernel.factors.items():
-        same = kernel.replicated_over(name) | (varying(kernel.w) - varying(factor))
+        same = kernel.replicated_over(name) | (varying(type_of(kernel.w)) - varying(jax.typeof(factor)))
         if name not in gathered and not set(names) <= same:
             raise NoRule(
                 "it is gathered from devices on which the other factor differs, or may differ without `check_vma=True`"

@@ -52,4 +52,4 @@ def _place(kernel: TrackedKernel, place: Any, sharding: NamedSharding) -> Tracke
         placed: Array = place(factor, sharding.update(spec=factor_spec(before, sharding.spec)))
         return placed
 
-    return kernel.moved(Change(place, (sharding,), elementwise=True), kernel.roles, move)
+    return kernel.moved(Change(place, (sharding,), places=True), kernel.roles, move)
