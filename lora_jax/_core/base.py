@@ -51,6 +51,11 @@ class Recorded:
                 rest.append((change, arrays))
         return type(self)(leaf, tuple(arrays for _, arrays in rest), tuple(change for change, _ in rest))
 
+    def fetched(self) -> Self:
+        """Applies to the stored form what is possible, and gathers it from other devices."""
+        settled = self.settled()
+        return dataclasses.replace(settled, leaf=settled.leaf.fetched())
+
     def array(self) -> Array:
         """Applies to the stored form what is possible, dequantizes it, and applies the other changes."""
         settled = self.settled()
@@ -189,9 +194,14 @@ def apply_to_base(function: Callable[..., Any], w: Base, *operands: Any) -> Any:
     """
     if not isinstance(w, Recorded):
         return function(w, *operands)
-    if not any(map(is_in_host_memory, jax.tree.leaves(w))):  # of a stack in host memory, a part may be needed
-        w, _ = jax.lax.optimization_barrier((w, jax.lax.stop_gradient(operands)))
-    return jax.checkpoint(lambda w, *operands: function(w.array(), *operands))(w, *operands)
+
+    def use(w: Recorded, *operands: Any) -> Any:
+        w = w.fetched()  # after what is kept for the backward pass, and before the barrier: a gather needs no operands
+        if not any(map(is_in_host_memory, jax.tree.leaves(w))):  # of a stack in host memory, a part may be needed
+            w, _ = jax.lax.optimization_barrier((w, jax.lax.stop_gradient(operands)))
+        return function(w.array(), *operands)
+
+    return jax.checkpoint(use)(w, *operands)
 
 
 def type_of(w: Base) -> Any:

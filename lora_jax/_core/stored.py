@@ -34,6 +34,10 @@ class StoredLeaf(abc.ABC):
     def dequantize(self) -> Array:
         """Returns the represented array."""
 
+    def fetched(self) -> StoredLeaf:
+        """Returns the leaf where it is dequantized: gathered from other devices, if it is to be."""
+        return self
+
     def changed(self, change: Change, *arrays: Array) -> StoredLeaf | None:
         """Returns a leaf that represents the changed array; None to dequantize before the change."""
         del change, arrays  # in general, a part of the array is no part of what is stored

@@ -129,8 +129,12 @@ class GatheredLeaf(StoredLeaf):
         """Returns the leaf with the shards of a `shard_map`, which gathers it itself."""
         return self.leaf.shards(spec, mesh)
 
+    def fetched(self) -> StoredLeaf:
+        """Gathers the stored arrays."""
+        sharding = self.gathered.update(spec=PartitionSpec(*self.gathered.spec[-self.ndim :]))
+        gathered: StoredLeaf = jax.tree.map(lax.with_sharding_constraint, self.leaf, shardings_like(self.leaf, sharding))
+        return gathered
+
     def dequantize(self) -> Array:
         """Gathers the stored arrays, and returns the kernel."""
-        sharding = self.gathered.update(spec=PartitionSpec(*self.gathered.spec[-self.ndim :]))
-        places = shardings_like(self.leaf, sharding)
-        return jax.tree.map(lax.with_sharding_constraint, self.leaf, places).dequantize()
+        return self.fetched().dequantize()
