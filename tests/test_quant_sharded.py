@@ -146,7 +146,7 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def run(layout: str, model: str, name: str, gather: bool = True) -> Run:
+def run(layout: str, model: str, name: str, gather: bool = True, on_host: bool = False) -> Run:
     """The loss and its gradient."""
     apply, dense, placement = MODELS[model], dense_params(model), LAYOUTS[layout]
     mesh = placement.mesh()
@@ -166,13 +166,14 @@ def run(layout: str, model: str, name: str, gather: bool = True) -> Run:
     merged = lambda adapter: mean_square(apply(lj.merge(base, adapter), x))  # noqa: E731
     expected = jax.jit(jax.value_and_grad(merged))(adapter)
     everywhere = NamedSharding(mesh, P())
+    small = lj.sharding.to_host(small) if on_host else small
     with jax.set_mesh(mesh):
         args = jax.device_put(adapter, everywhere), small, jax.device_put(x, NamedSharding(mesh, P("data")))
         program = jax.jit(step, out_shardings=everywhere).lower(*args).compile()
         return Run(program(*args), expected, testing.collectives(program))
 
 
-EVERYTHING = [(layout, model, name) for layout in LAYOUTS for model in MODELS for name in FORMATS]
+EVERYTHING = [(layout, model, name) for layout in LAYOUTS for model in MODELS for name in ("NF4", "int8")]
 
 
 @pytest.mark.parametrize(("layout", "model", "name"), EVERYTHING)
@@ -208,6 +209,13 @@ def test_a_step_sends_packed_bytes_of_the_base(layout: str, model: str, name: st
 
 def of_base(gathered: Counter[int]) -> Counter[int]:
     return Counter({size: times for size, times in gathered.items() if size % RANK})
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_base_in_host_memory_sends_packed_bytes(name: str) -> None:
+    found, on_device = run("both", "scanned", name, on_host=True), run("both", "scanned", name)
+    assert_close(found.results, found.expected, GRADIENT)
+    assert found.sent_by("all-gather") == on_device.sent_by("all-gather")
 
 
 def test_without_gather_the_compiler_sends_the_dense_kernel() -> None:
