@@ -26,6 +26,8 @@ _ALONG_AXIS = {
     "rev": "dimensions",
 }
 
+_WITH_REDUCER = ("scatter", "select_and_scatter", "reduce")  # their jaxpr is of two elements
+
 
 def couplings(
     apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: Mapping[str, Any], axes: Any
@@ -63,7 +65,8 @@ def _compare(one: Jaxpr, other: Jaxpr) -> Iterator[str]:
     for x, y in zip(one.eqns, other.eqns, strict=False):
         if x.primitive is not y.primitive:  # the program depends on the number of examples
             return
-        inner = list(zip(bodies(x), bodies(y), strict=False))
+        is_function = not x.primitive.name.startswith(_WITH_REDUCER)
+        inner = list(zip(bodies(x), bodies(y), strict=False)) if is_function else []
         if _combines_in_loop(x, y) if inner else _combines(x, y):
             yield f"`{x.primitive.name}` at {user_line(x) or 'an unknown line'}"
         for x_body, y_body in inner:

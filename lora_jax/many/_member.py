@@ -56,8 +56,8 @@ class Member(Mapping[str, Adapter]):
             return member.replace(optax.apply_updates(member.trainable, updates)), state
 
     Attributes:
-      trainable: `{path: Adapter}`, the trainable arrays: `a`, (batch…, in…, padded rank), and so on. Padding is zero, has
-        a gradient of zero, and stays zero.
+      trainable: `{path: Adapter}`, the trainable arrays: `a`, (batch…, in…, padded rank), and so on. Padding is zero,
+        has a gradient of zero, and stays zero.
       settings: `{path: Settings}`, the scales and ranks.
     """
 

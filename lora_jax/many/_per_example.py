@@ -24,7 +24,7 @@ _SHARED = -1  # in place of the axis of the examples, for an argument that all e
 def per_example(
     apply: Callable[..., Any],
     *,
-    in_axes: int | None | Sequence[int | None] = 0,
+    in_axes: int | Sequence[int | None] | None = 0,
     out_axes: int = 0,
     unknown: Unknown = "nan",
     allow_coupled: bool = False,
@@ -103,7 +103,7 @@ def per_example(
     return mixed
 
 
-def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int | None | Sequence[int | None]) -> Any:
+def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int | Sequence[int | None] | None) -> Any:
     """Returns a tree like `(args, kwargs)`, with the axis of the examples of each leaf, or `_SHARED`."""
     by_argument = [in_axes] * len(args) if isinstance(in_axes, int | None) else list(in_axes)
     if len(by_argument) != len(args):

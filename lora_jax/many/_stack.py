@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.axes import axes_with
 from .._core.numbers import integer
 from .._core.values import is_concrete, on_host
-from .._errors import SHOWN, AdapterError, counted, listed
+from .._errors import AdapterError, listed
+from .._variants import DoRA
 from ._member import Member, Settings, Stack, variant_of
 from ._select import BASE, index_of
 from ._variant import ABSENT, Padded, has_rank, rank_axis, split
@@ -23,7 +25,7 @@ from ._variant import ABSENT, Padded, has_rank, rank_axis, split
 def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
     """Stacks adapters of one base into one pytree, for `select`, `per_example` and `jax.vmap`.
 
-    Adapters may differ in their paths, ranks, α and dtypes of scale: ranks are padded with zeros, the scales become
+    Adapters may differ in their paths, ranks and scales: ranks are padded with zeros, the scales become
     arrays, and a leaf that an adapter does not have is that of the base. At one path, LoRA, rsLoRA and DoRA may be
     mixed. `unstack` returns the adapters bit for bit. Works under `jit`.
 
@@ -59,7 +61,9 @@ def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
         check_adapter(adapter, "The argument is {name: adapter, …}.")
     paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter))
     if not paths:
-        raise AdapterError(f"Expected at least one adapter with a leaf; got {dict(adapters)}.\n  Stack trained adapters.")
+        raise AdapterError(
+            f"Expected at least one adapter with a leaf; got {dict(adapters)}.\n  Stack trained adapters."
+        )
     parts = {path: {name: ad[path] for name, ad in adapters.items() if path in ad} for path in paths}
     templates, problems = {}, []
     for path, by_name in parts.items():
@@ -74,7 +78,7 @@ def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
         ]
     _refuse(problems)
     members = [_member(templates, adapter, jnp.pad) for adapter in adapters.values()]
-    return Stack(jax.tree.map(lambda *arrays: jnp.stack(arrays), *members), tuple(adapters))
+    return Stack(jax.tree.map(lambda *arrays: _stacked(arrays), *members), tuple(adapters))
 
 
 def unstack(stacked: Stack) -> dict[str, dict[str, Adapter]]:
@@ -162,13 +166,21 @@ def _put(members: Member, index: Any, member: Member) -> Member:
     return jax.tree.map(lambda all_of, one: all_of.at[index].set(one), members, member)
 
 
+def _stacked(arrays: Sequence[Any]) -> Array:
+    if all(isinstance(array, np.ndarray | np.generic) for array in arrays):
+        return jnp.asarray(np.stack(arrays))  # compiles nothing
+    return jnp.stack(arrays)
+
+
 def _template(parts: list[Adapter], rank: int) -> Adapter:
-    """Returns the padded leaf for the leaves of one path, as shapes: of the first, and with `magnitude` for DoRA."""
+    """Returns the padded leaf for the leaves of one path, as shapes: like the first, and with `magnitude` for DoRA."""
+    found = split(parts[0].variant)
+    parts = [part for part in parts if (other := split(part.variant)) and found and other.shared == found.shared]
     arrays: dict[str, Any] = {}
     for part in parts:
         arrays = dict(part.arrays) | arrays
     axes, largest = parts[0].axes, max(_rank(part) for part in parts)
-    if has_rank(parts[0].variant):
+    if has_rank(parts[0].variant) and {"a", "b"} <= set(arrays):
         largest = max(largest, min(rank, _largest_rank(arrays, axes)))
     variant = Padded.of([part.variant for part in parts], largest)
     arrays = {
@@ -204,15 +216,13 @@ def _misfit(template: Adapter, part: Adapter, other: str) -> str | None:
         return f"{part.variant} does not fit {variant.shared!r} of {other!r}, apart from rank and scale"
     if part.axes != template.axes:
         return f"the axes are {part.axes!r}, and {template.axes!r} in {other!r}"
-    own = Padded.of([part.variant], found.rank)
-    if own.variant != variant.variant and set(part.arrays) - set(template.arrays):
-        return f"{part.variant} needs an array that no leaf of the stack has at this path"
     if has_rank(part.variant) and found.rank > variant.variant.rank:  # type: ignore[attr-defined]
         return f"the rank is {found.rank}; the stack is padded to {variant.variant.rank}"  # type: ignore[attr-defined]
+    names = set(template.arrays) - ({"magnitude"} if not isinstance(part.variant, DoRA) else set())
+    if set(part.arrays) != names:
+        return f"{part.variant} has the arrays {sorted(part.arrays)}, and here needs {sorted(names)}"
     for name, array in part.arrays.items():
-        expected = template.arrays.get(name)
-        if expected is None:
-            return f"the variant {part.variant} has no array {name!r}"
+        expected = template.arrays[name]
         shape = _with_rank(variant, part.axes, name, expected.shape, found.rank)
         if tuple(array.shape) != shape:
             return f"{name!r} has the shape {tuple(array.shape)}, and would fit with {shape}"
@@ -224,10 +234,9 @@ def _misfit(template: Adapter, part: Adapter, other: str) -> str | None:
 def _refuse(problems: list[str]) -> None:
     if problems:
         raise AdapterError(
-            f"Expected adapters that can be stacked: at each path the same variant, apart from rank and scale, and the "
-            f"same axes, shapes and dtypes; {counted(len(problems), 'leaf') if len(problems) == 1 else f'{len(problems)} leaves'} differ.\n"
-            f"{listed(problems, max(SHOWN, len(problems)))}\n"
-            "  Stack adapters of the same kind, or use them one by one."
+            "Expected leaves that can be stacked: at each path the same variant, apart from rank and scale, and the "
+            f"same axes, shapes and dtypes; got {len(problems)} that cannot.\n{listed(problems, len(problems))}\n"
+            "  Leave these adapters out, or train them with the same spec."
         )
 
 
@@ -238,13 +247,16 @@ def _member(templates: Mapping[str, Adapter], adapter: Adapters, pad: Any) -> Me
         part = adapter.get(path)
         given = {} if part is None else part.arrays
         arrays = {
-            name: pad(given[name], [(0, most - size) for size, most in zip(given[name].shape, like.shape, strict=True)])
-            if name in given
-            else np.zeros(like.shape, like.dtype)
+            name: _padded(given[name], like.shape, pad) if name in given else np.zeros(like.shape, like.dtype)
             for name, like in template.arrays.items()
         }
         trainable[path], settings[path] = Adapter(template.variant, template.axes, **arrays), Settings.of(part)
     return Member(trainable, settings)
+
+
+def _padded(array: Any, shape: Sequence[int], pad: Any) -> Any:
+    widths = [(0, most - size) for size, most in zip(array.shape, shape, strict=True)]
+    return pad(array, widths) if any(after for _, after in widths) else array
 
 
 def _part(part: Adapter, settings: Settings, index: int) -> Adapter:

@@ -133,7 +133,7 @@ class Padded(Variant):
         return self.variant.some_tokens
 
     def check(self, shape: Sequence[int], axes: str) -> None:
-        """Checks the axes; a padded rank may be larger than the kernel allows."""
+        """Raises: stacks are made from adapters."""
         raise SpecError(f"{self} is not for a spec; `many.stack` makes it from the variants of adapters")
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
