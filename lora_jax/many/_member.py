@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.adapter import Adapter
-from ._variant import Padded, join, split
+from ._variant import ABSENT, Padded, join, split
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +34,7 @@ class Settings:
     @classmethod
     def of(cls, part: Adapter | None) -> Self:
         """Returns the hyperparameters of a leaf, or those of a leaf of the base if it is None."""
-        found = None if part is None else split(part.variant)
-        kind, rank, alpha, scale = (0, 0, 0.0, 0.0) if found is None else found[1:]
+        kind, rank, alpha, scale = (ABSENT, 0, 0.0, 0.0) if part is None else split(part.variant)[1:]
         dtype = jnp.result_type(float)
         bits = np.array([alpha], np.float64).view(np.uint32)
         return cls(np.asarray(scale, dtype), np.int32(kind), np.int32(rank), bits)

@@ -19,7 +19,7 @@ from .._errors import AdapterError, listed
 from .._variants import DoRA
 from ._member import Member, Settings, Stack, variant_of
 from ._select import BASE, index_of
-from ._variant import ABSENT, Padded, has_rank, rank_axis, split
+from ._variant import ABSENT, Padded, can_be_stacked, has_rank, rank_axis, split
 
 
 def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
@@ -67,7 +67,7 @@ def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
     parts = {path: {name: ad[path] for name, ad in adapters.items() if path in ad} for path in paths}
     templates, problems = {}, []
     for path, by_name in parts.items():
-        if unknown := [(name, part) for name, part in by_name.items() if split(part.variant) is None]:
+        if unknown := [(name, part) for name, part in by_name.items() if not can_be_stacked(part.variant)]:
             problems += [f"{path!r} of {name!r}: {part.variant} cannot be stacked" for name, part in unknown]
             continue
         template = templates[path] = _template([*by_name.values()], rank)
@@ -149,15 +149,16 @@ def swap(stacked: Stack, name: str, adapter: Adapters) -> Stack:
     for path, part in adapter.items():
         if path not in abstract:
             problems.append(f"{path!r}: the stack has no such leaf")
-        elif split(part.variant) is None:
+        elif not can_be_stacked(part.variant):
             problems.append(f"{path!r}: {part.variant} cannot be stacked")
         elif reason := _misfit(abstract[path], part, "the stack"):
             problems.append(f"{path!r}: {reason}")
     _refuse(problems)
-    on_hosts = all(map(is_concrete, jax.tree.leaves(dict(adapter))))
-    if on_hosts:  # padded by NumPy, because JAX would compile a program for each rank
-        adapter = jax.tree.map(on_host, dict(adapter))
-    member = _member(abstract, adapter, np.pad if on_hosts else jnp.pad)
+    pad = jnp.pad
+    if all(map(is_concrete, jax.tree.leaves(dict(adapter)))):
+        # NumPy pads, because JAX would compile a program for each rank.
+        adapter, pad = jax.tree.map(on_host, dict(adapter)), np.pad
+    member = _member(abstract, adapter, pad)
     return stacked.replace(_put(stacked.members, np.int32(index), member))
 
 
@@ -174,12 +175,11 @@ def _stacked(arrays: Sequence[Any]) -> Array:
 
 def _template(parts: list[Adapter], rank: int) -> Adapter:
     """Returns the padded leaf for the leaves of one path, as shapes: like the first, and with `magnitude` for DoRA."""
-    found = split(parts[0].variant)
-    parts = [part for part in parts if (other := split(part.variant)) and found and other.shared == found.shared]
+    parts = [part for part in parts if split(part.variant).shared == split(parts[0].variant).shared]
     arrays: dict[str, Any] = {}
     for part in parts:
         arrays = dict(part.arrays) | arrays
-    axes, largest = parts[0].axes, max(_rank(part) for part in parts)
+    axes, largest = parts[0].axes, max(split(part.variant).rank for part in parts)
     if has_rank(parts[0].variant) and {"a", "b"} <= set(arrays):
         largest = max(largest, min(rank, _largest_rank(arrays, axes)))
     variant = Padded.of([part.variant for part in parts], largest)
@@ -188,12 +188,6 @@ def _template(parts: list[Adapter], rank: int) -> Adapter:
         for name, array in arrays.items()
     }
     return Adapter(variant, axes, **arrays)
-
-
-def _rank(part: Adapter) -> int:
-    found = split(part.variant)
-    assert found is not None
-    return found.rank
 
 
 def _largest_rank(arrays: Mapping[str, Any], axes: str) -> int:
@@ -211,7 +205,7 @@ def _with_rank(variant: Padded, axes: str, name: str, shape: tuple[int, ...], ra
 def _misfit(template: Adapter, part: Adapter, other: str) -> str | None:
     """Returns why a leaf has no place in a stack, or None."""
     variant, found = template.variant, split(part.variant)
-    assert isinstance(variant, Padded) and found is not None
+    assert isinstance(variant, Padded)
     if found.shared != variant.shared:
         return f"{part.variant} does not fit {variant.shared!r} of {other!r}, apart from rank and scale"
     if part.axes != template.axes:

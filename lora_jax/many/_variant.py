@@ -44,24 +44,30 @@ class Hyperparameters(NamedTuple):
     scale: float
 
 
-def split(variant: Variant) -> Hyperparameters | None:
-    """Splits a variant into what is shared in a stack and what may differ; None if it cannot be stacked."""
-    if type(variant) not in _STACKABLE:  # a subclass may act in another way
-        return None
+def can_be_stacked(variant: Variant) -> bool:
+    """Whether a variant is one of this library's, without fields that only a spec may have, such as `clip_rank`."""
+    return type(variant) in _STACKABLE and join(*split(variant)[:4]) == variant
+
+
+def split(variant: Variant) -> Hyperparameters:
+    """Splits a variant that can be stacked into what is shared in a stack and what may differ."""
     match variant:
-        case LoRA() | RSLoRA() | DoRA():
-            shared: Variant = LoRA(rank=1, alpha=1, dropout=variant.dropout)
-            stabilized = isinstance(variant, DoRA) and variant.rank_stabilized
-            kinds = {LoRA: _PLAIN, RSLoRA: _STABILIZED, DoRA: _DORA_STABILIZED if stabilized else _DORA}
-            found = Hyperparameters(shared, kinds[type(variant)], *_numbers(variant))
+        case LoRA():
+            return Hyperparameters(_shared(variant), _PLAIN, *_numbers(variant))
+        case RSLoRA():
+            return Hyperparameters(_shared(variant), _STABILIZED, *_numbers(variant))
+        case DoRA():
+            kind = _DORA_STABILIZED if variant.rank_stabilized else _DORA
+            return Hyperparameters(_shared(variant), kind, *_numbers(variant))
         case AdaLoRA() | ALoRA():
-            found = Hyperparameters(dataclasses.replace(variant, rank=1, alpha=1), _OTHER, *_numbers(variant))
+            return Hyperparameters(dataclasses.replace(variant, rank=1, alpha=1), _OTHER, *_numbers(variant))
         case LoRABias():
-            found = Hyperparameters(dataclasses.replace(variant, scale=1), _OTHER, 1, variant.scale, variant.scale)
-        case _:
-            found = Hyperparameters(variant, _OTHER, 1, 1, 1)
-    # Not with fields that only a spec may have, such as `clip_rank`, which would be lost.
-    return found if join(found.shared, *found[1:4]) == variant else None
+            return Hyperparameters(LoRABias(scale=1), _OTHER, 1, variant.scale, variant.scale)
+    return Hyperparameters(variant, _OTHER, 1, 1, 1)
+
+
+def _shared(variant: LoRA | RSLoRA | DoRA) -> LoRA:
+    return LoRA(rank=1, alpha=1, dropout=variant.dropout)
 
 
 def _numbers(variant: LoRA | RSLoRA | DoRA | AdaLoRA | ALoRA) -> tuple[int, float, float]:
@@ -96,9 +102,7 @@ class Padded(Variant):
     @classmethod
     def of(cls, variants: Sequence[Variant], rank: int) -> Padded:
         """Returns the variant for variants with the same shared hyperparameters, padded to a rank."""
-        first = split(variants[0])
-        assert first is not None
-        shared = first.shared
+        shared = split(variants[0]).shared
         if isinstance(shared, LoRA) and any(isinstance(variant, DoRA) for variant in variants):
             shared = DoRA(rank=1, alpha=1, dropout=shared.dropout)
         if has_rank(shared):
@@ -108,9 +112,7 @@ class Padded(Variant):
     @property
     def shared(self) -> Variant:
         """What the adapters share, to compare with that of another variant."""
-        found = split(self.variant)
-        assert found is not None
-        return found.shared
+        return split(self.variant).shared
 
     @property
     def dropout(self) -> float:
