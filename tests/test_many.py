@@ -231,14 +231,11 @@ def test_the_flops_are_those_of_the_base_and_of_one_adapter_per_example() -> Non
     assert counts[2] == counts[32] == base + low_rank + scale_and_sum
 
 
-DROPOUT_KEY = jax.random.key(0)
-
-
-def test_examples_have_different_dropout_masks() -> None:
+def test_examples_have_different_dropout_masks(key: jax.Array) -> None:
     params = {"w": normal(16, 4)}
     adapter = random(lj.LoRA(rank=2, alpha=4, dropout=0.5), params, 0)
     stacked, mixed = many.stack({"one": adapter}), many.per_example(lambda params, x: x @ params["w"])
-    out = jax.jit(mixed, static_argnums=2)(params, stacked, 2 * ("one",), jnp.ones((2, 16)), dropout_key=DROPOUT_KEY)
+    out = jax.jit(mixed, static_argnums=2)(params, stacked, 2 * ("one",), jnp.ones((2, 16)), dropout_key=key)
     assert np.abs(out[0] - out[1]).max() > 0.01
 
 
@@ -266,12 +263,33 @@ def test_arguments_have_the_examples_along_any_axis_or_are_shared() -> None:
     params, x, shared = {"w": normal(4, 3)}, normal(5, 2, 4), normal(5, 1, 3)
     stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
     apply = lambda params, x, shared, *, scale, flag: {"y": x @ params["w"] * scale + shared, "flag": flag}  # noqa: E731
-    mixed = many.per_example(lambda *args, **kwargs: apply(*args, **kwargs)["y"], in_axes=(1, None), out_axes=1)
+    mixed = many.per_example(apply, in_axes=(1, None), out_axes=1)
     scale = jnp.array([2.0, 3.0])
-    got = mixed(params, stacked, ["one", "base"], x, shared, scale=scale, flag="a flag")
-    merged = lj.merge(params, many.select(stacked, "one"))
+    out = mixed(params, stacked, ["one", "base"], x, shared, scale=scale, flag="a flag")
+    assert out["flag"] == "a flag"
+    got = out["y"]
+    merged = without_compiling(lj.merge)(params, many.select(stacked, "one"))
     assert_close(got[:, 0], x[:, 0] @ merged["w"] * 2 + shared[:, 0])
     assert_close(got[:, 1], x[:, 1] @ params["w"] * 3 + shared[:, 0])
+
+
+def test_a_result_without_an_axis_of_examples_is_refused() -> None:
+    params = {"w": normal(4, 3), "v": normal(3)}
+    stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
+    mixed = many.per_example(lambda params, x: (x @ params["w"], params["v"].sum()))
+    with pytest.raises(lj.UnsupportedError, match=r"one element per example along axis 0; .*, got shape \(\)"):
+        mixed(params, stacked, ["one", "base"], normal(2, 4))
+    with pytest.raises(lj.AdapterError, match=r"array with an axis 0 for the examples; got the shape \(\)"):
+        mixed(params, stacked, ["one", "base"], normal(2, 4), jnp.float32(1))
+    with pytest.raises(lj.AdapterError, match="`in_axes` for each of the 1 arguments after the adapters; got 2"):
+        many.per_example(lambda params, x: x, in_axes=(0, None))(params, stacked, ["one", "base"], normal(2, 4))
+
+
+def test_explain_shows_a_selected_adapter() -> None:
+    params, adapters = random_adapters("LoRA, rsLoRA and DoRA")
+    member = many.select(many.stack(adapters), "ad0")
+    table = str(lj.explain(lambda params, x: x @ params["w"], params, member, jnp.ones((2, 5)), strict=True))
+    assert "Padded" in table and "factored dot_general ×1" in table
 
 
 # Unknown names and numbers
@@ -349,7 +367,9 @@ def test_another_adapter_rank_or_scale_compiles_nothing(caplog: pytest.LogCaptur
     stacked = many.swap(stacked, "two", make(lj.LoRA(rank=1, alpha=1), 2))
     run(params, stacked, which, x)
     others = [make(lj.RSLoRA(rank=4, alpha=3), 3), make(lj.DoRA(rank=3, alpha=0.1), 4), one, {}]
-    expected = [apply(params if not other else lj.merge(params, other), x[:1]) for other in others]
+    oracle = without_compiling(lambda params, adapter, x: apply(lj.merge(params, adapter), x))
+    expected = [oracle(params, other, x[:1]) for other in others]
+    expected_one = oracle(params, one, x[2:])
     which = many.ids(stacked, ["two", "base", "one"])
     with jax.log_compiles():
         caplog.clear()
@@ -357,7 +377,7 @@ def test_another_adapter_rank_or_scale_compiles_nothing(caplog: pytest.LogCaptur
         assert not [record.message for record in caplog.records if "Compiling" in record.message]
     for got, wanted in zip(results, expected, strict=True):
         assert_close(got[:1], wanted)
-        assert_close(got[2:], apply(lj.merge(params, one), x[2:]))
+        assert_close(got[2:], expected_one)
     swapped = many.unstack(many.swap(stacked, "two", others[1]))
     assert bits(swapped) == bits({"one": one, "two": others[1]})
 

@@ -75,7 +75,7 @@ def _compare(one: Jaxpr, other: Jaxpr) -> Iterator[str]:
 
 def _combines(x: JaxprEqn, y: JaxprEqn) -> bool:
     inputs = [_growth(a, b) for a, b in zip(x.invars, y.invars, strict=True)]
-    if not any(growth != 1 for growth in inputs):
+    if not any(growth != 1 for growth in inputs) or x.primitive.name == "optimization_barrier":
         return False
     outputs = [_growth(a, b) for a, b in zip(x.outvars, y.outvars, strict=True)]
     if any(growth != 1.5 for growth in outputs):  # 1: an axis is lost; 2.25: pairs of examples

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array, lax
 
 from .._core.paths import Pattern
@@ -87,20 +86,34 @@ def per_example(
         keys = None if dropout_key is None else jax.random.split(dropout_key, shape[0])
         mapped = [None if axis == _SHARED else leaf for leaf, axis in zip(leaves, axis_of, strict=True)]
 
-        def one(member: Member, mapped: list[Any], key: Any) -> Any:
+        returned: list[Any] = []  # what `apply` returned, without its arrays
+
+        def one(member: Member, mapped: list[Any], key: Any) -> list[Array]:
             given = [
                 leaf if axis == _SHARED else lax.expand_dims(part, [axis])
                 for leaf, part, axis in zip(leaves, mapped, axis_of, strict=True)
             ]
             args, kwargs = jax.tree.unflatten(treedef, given)
             out = adapted(params, member, *args, dropout_key=key, **kwargs)
-            return jax.tree.map(lambda y: jnp.squeeze(y, out_axes) if isinstance(y, Array) else y, out)
+            returned.append(jax.tree.map(lambda y: None if isinstance(y, Array) else y, out))
+            return [_without_example(y, out_axes) for y in jax.tree.leaves(out) if isinstance(y, Array)]
 
         mapped_axes = [None if axis == _SHARED else axis for axis in axis_of]
-        return jax.vmap(one, in_axes=(0, mapped_axes, 0), out_axes=out_axes)(members, mapped, keys)
+        arrays = iter(jax.vmap(one, in_axes=(0, mapped_axes, 0), out_axes=out_axes)(members, mapped, keys))
+        return jax.tree.map(lambda y: next(arrays) if y is None else y, returned[-1], is_leaf=lambda y: y is None)
 
     mixed.__name__ = f"per_example({getattr(apply, '__name__', type(apply).__name__)})"
     return mixed
+
+
+def _without_example(y: Array, axis: int) -> Array:
+    if not -y.ndim <= axis < y.ndim or y.shape[axis] != 1:
+        raise UnsupportedError(
+            f"Expected results with one element per example along axis {axis}; of one example, got shape {y.shape}.",
+            None,
+            "Return arrays with an axis of examples, and pass it as out_axes.",
+        )
+    return lax.squeeze(y, [axis])
 
 
 def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int | Sequence[int | None] | None) -> Any:

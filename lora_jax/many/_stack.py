@@ -164,7 +164,7 @@ def swap(stacked: Stack, name: str, adapter: Adapters) -> Stack:
 
 @jax.jit
 def _put(members: Member, index: Any, member: Member) -> Member:
-    return jax.tree.map(lambda all_of, one: all_of.at[index].set(one), members, member)
+    return jax.tree.map(lambda all_of, one: all_of.at[index].set(jnp.asarray(one, all_of.dtype)), members, member)
 
 
 def _stacked(arrays: Sequence[Any]) -> Array:
