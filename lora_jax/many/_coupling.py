@@ -91,8 +91,8 @@ def _growth(x: Any, y: Any) -> float:
 
 def _sizes_along_axes(eqn: JaxprEqn) -> list[int]:
     axes = eqn.params.get(_ALONG_AXIS.get(eqn.primitive.name, ""), ())
-    shape = eqn.invars[0].aval.shape
-    return [shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,))]
+    operand: Any = eqn.invars[0].aval
+    return [operand.shape[axis] for axis in (axes if isinstance(axes, tuple) else (axes,))]
 
 
 def _combines_in_loop(x: JaxprEqn, y: JaxprEqn) -> bool:

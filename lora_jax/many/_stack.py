@@ -154,7 +154,7 @@ def swap(stacked: Stack, name: str, adapter: Adapters) -> Stack:
         elif reason := _misfit(abstract[path], part, "the stack"):
             problems.append(f"{path!r}: {reason}")
     _refuse(problems)
-    pad = jnp.pad
+    pad: Any = jnp.pad
     if all(map(is_concrete, jax.tree.leaves(dict(adapter)))):
         # NumPy pads, because JAX would compile a program for each rank.
         adapter, pad = jax.tree.map(on_host, dict(adapter)), np.pad
