@@ -504,6 +504,10 @@ def test_leaves_that_cannot_be_stacked_are_all_named(name: str) -> None:
         many.stack({"one": adapters[0], "two": adapters[1]})
 
 
+class OtherLoRA(lj.LoRA):
+    """A variant of a user."""
+
+
 def test_leaves_of_other_kernels_or_dtypes_are_refused() -> None:
     def refused(part: Any) -> str:
         with pytest.raises(lj.AdapterError) as error:
@@ -518,8 +522,13 @@ def test_leaves_of_other_kernels_or_dtypes_are_refused() -> None:
     assert "the axes are 'oi', and 'io' in 'one'" in refused(other)
     other = lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=normal(5, 1))
     assert "has the arrays ['a'], and here needs ['a', 'b']" in refused(other)
-    other = lj.Adapter(lj.LoRA(rank=2, alpha=1, clip_rank=True), "io", a=normal(5, 2), b=normal(2, 4))
-    assert "LoRA(rank=2, alpha=1, clip_rank=True) cannot be stacked" in refused(other)
+    for variant in (
+        lj.LoRA(rank=2, alpha=1, clip_rank=True),
+        lj.ALoRA(rank=2, alpha=1, clip_rank=True, invocation=[1]),
+        OtherLoRA(rank=2, alpha=1),
+    ):
+        other = lj.Adapter(variant, "io", a=normal(5, 2), b=normal(2, 4))
+        assert f"'w' of 'two': {variant} cannot be stacked" in refused(other)
 
 
 def test_names_and_ranks_are_checked() -> None:

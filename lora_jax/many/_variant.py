@@ -45,8 +45,10 @@ class Hyperparameters(NamedTuple):
 
 
 def can_be_stacked(variant: Variant) -> bool:
-    """Whether a variant is one of this library's, without fields that only a spec may have, such as `clip_rank`."""
-    return type(variant) in _STACKABLE and join(*split(variant)[:4]) == variant
+    """Whether a variant is one of this library's, without fields that only a spec may have."""
+    if type(variant) not in _STACKABLE or getattr(variant, "clip_rank", False):
+        return False
+    return join(*split(variant)[:4]) == variant
 
 
 def split(variant: Variant) -> Hyperparameters:
