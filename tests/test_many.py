@@ -473,6 +473,9 @@ def test_the_trainable_arrays_are_an_adapter_for_optimizers() -> None:
     member = many.select(many.stack(adapters), "ad0")
     mask = lj.optim.select("b")(member.trainable)
     assert (mask["w"].a, mask["w"].b) == (False, True)
+    for tx in (lj.optim.riemannian(), lj.optim.lora_fa(optax.sgd(1.0))):  # these need the scale or the rank
+        with pytest.raises(lj.AdapterError, match=r"adapter that is not in a stack; got Padded\("):
+            tx.update(member.trainable, tx.init(member.trainable), member.trainable)
 
 
 # What is refused
