@@ -236,6 +236,17 @@ def test_the_flops_are_those_of_the_base_and_of_one_adapter_per_example() -> Non
     assert counts[2] == counts[32] == base + low_rank + scale_and_sum
 
 
+def test_a_quantized_base_has_an_adapter_per_example() -> None:
+    params = lj.quant.quantize({"w": normal(64, 8)}, {"w": lj.quant.NF4(axes="io")})
+    dense, x = lj.quant.dequantize(params), normal(3, 64, seed=1)
+    adapters = {str(rank): random(lj.LoRA(rank=rank, alpha=3), dense, rank) for rank in (1, 3)}
+    apply = lambda params, x: x @ params["w"]  # noqa: E731
+    got = jax.jit(many.per_example(apply))(params, many.stack(adapters), np.array([1, -1, 0]), x)
+    merged = without_compiling(lj.merge)
+    expected = [merged(dense, adapters["3"]), dense, merged(dense, adapters["1"])]
+    assert_close(got, np.stack([row @ np.asarray(params["w"]) for row, params in zip(x, expected, strict=True)]))
+
+
 def test_examples_have_different_dropout_masks(key: jax.Array) -> None:
     params = {"w": normal(16, 4)}
     adapter = random(lj.LoRA(rank=2, alpha=4, dropout=0.5), params, 0)

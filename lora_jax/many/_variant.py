@@ -91,7 +91,7 @@ def join(shared: Variant, kind: int, rank: int, alpha: float) -> Variant:
     return RSLoRA(**fields) if kind == _STABILIZED else LoRA(**fields)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Padded(Variant):
     """A variant with a padded rank. Its scale is an array, so that adapters with different scales share a program.
 
