@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
+    from . import many as many
     from . import nnx as nnx
     from . import optim as optim
     from . import quant as quant
@@ -85,6 +86,7 @@ __all__ = [
     "init",
     "kernels",
     "lora",
+    "many",
     "merge",
     "merge_report",
     "nnx",
@@ -107,6 +109,7 @@ _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
+    "many": "many",
     "nnx": "nnx",
     "optim": "optim",
     "quant": "quant",

@@ -35,6 +35,7 @@ ORDER = [
     "analysis",
     "starts",
     "checkpoint",
+    "many",
     "nnx",
     "testing",
 ]
@@ -148,6 +149,7 @@ OPENED = [
     "adaptive",
     "analysis",
     "checkpoint",
+    "many",
     "nnx",
     "optim",
     "plan",

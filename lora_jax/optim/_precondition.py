@@ -73,7 +73,7 @@ def lora_fa(tx: optax.GradientTransformation, *, damping: float = 1e-8) -> optax
       the trained arrays.
 
     Raises:
-      AdapterError: from `update`, if `params` is missing or not an adapter.
+      AdapterError: from `update`, if `params` is missing, not an adapter, or in a stack (`many`).
     """
 
     def precondition(gradient: Adapter, part: Adapter) -> dict[str, Array]:
@@ -109,7 +109,7 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformation:
       A transformation of an adapter's gradients, without state; `update` needs the adapter as `params`.
 
     Raises:
-      AdapterError: from `update`, if `params` is missing or not an adapter.
+      AdapterError: from `update`, if `params` is missing, not an adapter, or in a stack (`many`).
     """
 
     def precondition(gradient: Adapter, part: Adapter) -> dict[str, Array]:
@@ -127,6 +127,11 @@ def _preconditioned(precondition: Precondition) -> optax.GradientTransformation:
 
     def update_part(gradient: Adapter, part: Adapter) -> Adapter:
         if not has_factors(part):
+            if {"a", "b"} <= set(part.arrays):  # a leaf of a stack, whose scale and rank are not static
+                raise AdapterError(
+                    f"Expected an adapter that is not in a stack; got {part.variant}.\n"
+                    "  Precondition the gradients of adapters from many.unstack, one by one; or use another optimizer."
+                )
             return gradient
         new = {name: _like(gradient.arrays[name], matrix) for name, matrix in precondition(gradient, part).items()}
         return Adapter(gradient.variant, gradient.axes, **{**gradient.arrays, **new})

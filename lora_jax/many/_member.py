@@ -1,0 +1,108 @@
+"""`Stack` and `Member`: several adapters as one pytree, and one of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._core.adapter import Adapter
+from ._variant import ABSENT, Padded, join, split
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Settings:
+    """The hyperparameters of one leaf as arrays, so that others compile nothing. All are 0 for a leaf of the base.
+
+    Attributes:
+      scale: s, a scalar in JAX's default floating-point dtype.
+      kind: int32, which of the variants that can share a stack.
+      rank: int32, r before padding.
+      alpha: uint32 of shape (2,): the bits of α in float64, so that `unstack` returns it exactly.
+    """
+
+    scale: Any
+    kind: Any
+    rank: Any
+    alpha: Any
+
+    @classmethod
+    def of(cls, part: Adapter | None) -> Self:
+        """Returns the hyperparameters of a leaf, or those of a leaf of the base if it is None."""
+        kind, rank, alpha, scale = (ABSENT, 0, 0.0, 0.0) if part is None else split(part.variant)[1:]
+        dtype = jnp.result_type(float)
+        bits = np.array([alpha], np.float64).view(np.uint32)
+        return cls(np.asarray(scale, dtype), np.int32(kind), np.int32(rank), bits)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member(Mapping[str, Adapter]):
+    """One adapter of a stack, with padded ranks; or several along a leading axis, for `vmap`.
+
+    As a mapping from paths to `Adapter`s, it is the adapter that `lora(apply)`, `merge` and `explain` accept. Only
+    `trainable` is to be differentiated and optimized: the rest is integers and scales. Under `jax.vmap` over a stack:
+
+        def step(member, state, batch):
+            loss = lambda trainable: loss_fn(params, member.replace(trainable), batch)
+            grads = jax.grad(loss)(member.trainable)
+            updates, state = tx.update(grads, state, member.trainable)
+            return member.replace(optax.apply_updates(member.trainable, updates)), state
+
+    Attributes:
+      trainable: `{path: Adapter}`, the trainable arrays: `a`, (batch…, in…, padded rank), and so on. Padding is zero,
+        has a gradient of zero, and stays zero.
+      settings: `{path: Settings}`, the scales and ranks.
+    """
+
+    trainable: dict[str, Adapter]
+    settings: dict[str, Settings]
+
+    def replace(self, trainable: dict[str, Adapter]) -> Self:
+        """Returns a member with other trainable arrays."""
+        return dataclasses.replace(self, trainable=trainable)
+
+    def __getitem__(self, path: str) -> Adapter:
+        part, settings = self.trainable[path], self.settings[path]
+        assert isinstance(part.variant, Padded)
+        scalars = {name: getattr(settings, name) for name in part.variant.scalars}
+        return Adapter(part.variant, part.axes, **part.arrays, **scalars)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.trainable)
+
+    def __len__(self) -> int:
+        return len(self.trainable)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Stack:
+    """Several adapters of one base, as one pytree. `stack` makes it.
+
+    Attributes:
+      members: all adapters; each array has a leading axis, one element per name.
+      names: of the adapters, in this order. Static: a stack with other names is another program.
+    """
+
+    members: Member
+    names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    def __repr__(self) -> str:
+        return f"Stack({', '.join(map(repr, self.names))}; {len(self.members)} leaves)"
+
+    def replace(self, members: Member) -> Self:
+        """Returns a stack with other members, such as after a training step."""
+        return dataclasses.replace(self, members=members)
+
+
+def variant_of(part: Adapter, kind: int, rank: int, alpha: Any) -> Any:
+    """Returns the variant that a leaf had before it was stacked."""
+    assert isinstance(part.variant, Padded)
+    value = float(np.ascontiguousarray(alpha, np.uint32).view(np.float64)[0])
+    return join(part.variant.variant, kind, rank, value)
