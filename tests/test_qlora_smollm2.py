@@ -1,0 +1,190 @@
+"""The QLoRA example: its base, steps, evaluation and measurements, on a tiny decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import GRADIENT, assert_close, trained
+
+import lora_jax as lj
+import qlora_smollm2 as qlora
+import smollm2
+import trec
+import trec_text
+
+TINY = smollm2.Sizes(vocabulary=61, d_model=64, layers=3, heads=2, kv_heads=1, d_mlp=128)
+LINEAR = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # weights of the linear layers of a layer
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return smollm2.Llama(TINY, remat=True, rngs=nnx.Rngs(0))
+
+
+@pytest.fixture(scope="module")
+def model(decoder):
+    return qlora.functions(decoder)
+
+
+@pytest.fixture(scope="module")
+def kernels(model):
+    return qlora.find_kernels(model)
+
+
+@pytest.fixture(scope="module")
+def bases(model, kernels):
+    """The base of each method; the parameters of `model` are not deleted."""
+    return {method: qlora.stored(jax.tree.map(jnp.copy, model.params), kernels, method) for method in qlora.METHODS}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Chats of random tokens with answers of 1 to 3 tokens and the end."""
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(5, 12, 40)
+    ids = [[*rng.integers(3, 61, n + 1 + i % 3).tolist(), smollm2.END] for i, n in enumerate(prompts)]
+    return trec_text.Texts(trec.Tokens(ids, np.zeros(40, np.int32)), prompts, lengths=(12, 16), answer_tokens=4)
+
+
+def leaves_of(tree):
+    return jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, lj.quant.QuantizedLeaf))
+
+
+def test_the_base_has_linear_layers_in_nf4_and_the_rest_in_bfloat16(bases):
+    leaves = leaves_of(bases["qlora"])
+    assert sum(isinstance(leaf, lj.quant.NF4Leaf) for leaf in leaves) == 7
+    assert {leaf.dtype for leaf in leaves if isinstance(leaf, jax.Array)} == {jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in leaves_of(bases["lora"])} == {jnp.dtype("bfloat16")}
+
+
+def test_bytes_and_bits_are_those_of_the_arrays(bases):
+    sizes = qlora.describe(bases["qlora"])
+    rest = 61 * 64 + 7 * 64
+    packed = LINEAR // 2 + LINEAR // 64 + 7 * (4 + 4)  # codes, codes of scales, and each kernel's scale and offset
+    assert sizes == {
+        "weights": 3 * LINEAR + rest,
+        "quantized_weights": 3 * LINEAR,
+        "bits_per_quantized_weight": 8 * packed / LINEAR,
+        "bytes": 3 * packed + 2 * rest,
+        "quantized_bytes": 3 * packed,
+        "bytes_in_bfloat16": 2 * (3 * LINEAR + rest),
+    }
+
+
+def test_the_first_layers_are_the_model_whose_other_layers_do_nothing(decoder):
+    few = qlora.functions(qlora.first_layers(decoder, 2))
+    graph, state = nnx.split(decoder)
+    same = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+    for kernel in (same.layers.attention.out.kernel, same.layers.mlp.down.kernel):
+        kernel[...] = kernel[...].at[2].set(0)
+    many = qlora.functions(same)
+    ids = np.arange(12).reshape(2, 6)
+    assert_close(jax.jit(few.logits)(few.params, ids), jax.jit(many.logits)(many.params, ids))
+    assert few.sizes.layers == 2
+
+
+@pytest.fixture(scope="module")
+def batch(texts):
+    batch = next(trec_text.training_batches(texts, qlora.BATCH, np.random.default_rng(0)))
+    return batch.ids, batch.at, batch.targets, batch.mask
+
+
+@pytest.fixture(scope="module")
+def losses(model, kernels, bases, batch):
+    """Six losses of each method on one batch."""
+    losses = {}
+    for method, base in bases.items():
+        base = jax.tree.map(jnp.copy, base)  # donated by full fine-tuning
+        step, trained, opt_state, frozen = qlora.step_of(method, model, kernels, base, steps=20)
+        losses[method] = []
+        for _ in range(6):
+            trained, opt_state, loss = step(trained, opt_state, frozen, *batch)
+            losses[method].append(float(loss))
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state) if leaf.ndim}
+        assert (kinds == {"pinned_host"}) == (method == "qlora")
+    return losses
+
+
+def test_the_loss_of_every_method_falls(losses):
+    for method in qlora.METHODS:
+        assert losses[method][-1] < losses[method][0]
+
+
+def test_the_methods_start_at_the_loss_of_their_base(losses, model, bases, batch):
+    ids, at, targets, mask = batch
+    loss = jax.jit(lambda params: trec_text.cross_entropy(model.logits(params, ids, at), targets, mask))
+    for method, base in bases.items():
+        assert losses[method][0] == pytest.approx(float(loss(lj.quant.dequantize(base))), rel=1e-5)
+    assert losses["lora"][0] == pytest.approx(losses["full"][0], rel=1e-5)
+    assert losses["qlora"][0] != losses["lora"][0]
+
+
+def test_a_quantized_and_adapted_decoder_generates_as_the_merged_one(model, kernels, bases, texts, key):
+    base = bases["qlora"]
+    adapter = trained(key, lj.init(key, base, qlora.SPEC, kernels=kernels), 0.1)
+    generate = qlora.make_generate(model, 5)
+    ids, lengths = qlora.pad([row[:n] for row, n in zip(texts.tokens.ids[:4], texts.prompts[:4], strict=True)])
+    got = generate(base, adapter, ids, lengths)
+    assert np.array_equal(got, generate(lj.merge(lj.quant.dequantize(base), adapter), {}, ids, lengths))
+    assert got.shape == (4, 5)
+
+
+def test_the_score_counts_generated_answers_and_the_tokens_of_the_expected_ones(model, kernels, bases, texts):
+    base = bases["qlora"]
+    adapter = lj.init(jax.random.key(0), base, qlora.SPEC, kernels=kernels)
+    rows, prompts = texts.tokens.ids, texts.prompts
+    ids, lengths = qlora.pad([row[:n] for row, n in zip(rows, prompts, strict=True)])
+    generated = np.asarray(qlora.make_generate(model, 3)(base, adapter, ids, lengths))
+    # The answers of a quarter of the questions are replaced by what the model generates, and an end.
+    answers = [[*answer, smollm2.END] for answer in generated.tolist()]
+    changed = [row[:n] + answer for row, n, answer in zip(rows, prompts, answers, strict=True)][:10] + rows[10:]
+    assert not any(smollm2.END in answer for answer in generated[:10])
+    mixed = texts._replace(tokens=trec.Tokens(changed, texts.tokens.labels))
+    score = qlora.make_evaluate(model, mixed)("test", base, adapter)
+
+    dense = lj.quant.dequantize(base)
+    logits = jax.jit(lambda ids: jax.nn.log_softmax(model.logits(dense, ids)))
+    padded, _ = qlora.pad([row + [0] * (16 - len(row)) for row in changed])
+    values = np.asarray(logits(padded))
+    each = [values[i, at - 1, row[at]] for i, row in enumerate(changed) for at in range(int(prompts[i]), len(row))]
+    assert score.perplexity == pytest.approx(np.exp(-np.mean(each)), rel=1e-4)
+    generated4 = np.asarray(qlora.make_generate(model, 4)(base, adapter, ids, lengths))
+    right = [generated4[i, : len(row) - prompts[i]].tolist() == row[prompts[i] :] for i, row in enumerate(changed)]
+    assert score.exact_match == np.mean(right)
+
+
+def test_prompts_are_padded_at_the_end_and_tokens_counted_up_to_the_end_of_a_message():
+    ids, lengths = qlora.pad([[5, 6, 7], [8]])
+    assert ids.tolist() == [[5, 6, 7], [8, smollm2.END, smollm2.END]]
+    assert lengths.tolist() == [3, 1]
+    assert qlora.count_tokens(ids) == 3 + 2
+
+
+@pytest.mark.parametrize("method", qlora.METHODS)
+def test_a_measured_step_has_at_least_its_base_and_its_optimizer_state(method, bases):
+    result = qlora.measure(method, TINY)
+    base = sum(leaf.nbytes for leaf in leaves_of(bases[method]))
+    assert result["compiler"] > (3 * base if method == "full" else base)
+    assert result["resident"] > 50e6
+    assert result["seconds"] > 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    try:
+        return smollm2.load_tokenizer()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def test_few_questions_are_too_long_and_the_others_fit(tokenizer):
+    data = trec.read()
+    task = trec_text.coarse(data.names)
+    chosen, texts = qlora.tokenize(data.test, task, tokenizer)
+    assert 0.93 < len(chosen.texts) / len(data.test.texts) < 1
+    assert max(map(len, texts.tokens.ids)) <= qlora.LENGTHS[-1]
+    assert texts.answer_tokens == qlora.ANSWER_TOKENS
+    few, _ = qlora.tokenize(data.test, task, tokenizer, 20)
+    assert few.texts == chosen.texts[:20]
+    assert np.array_equal(few.labels, chosen.labels[:20])
