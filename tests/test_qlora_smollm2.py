@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import GRADIENT, assert_close, trained
+from helpers import assert_close, trained
 
 import lora_jax as lj
 import qlora_smollm2 as qlora
