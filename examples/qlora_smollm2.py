@@ -57,6 +57,7 @@ LENGTHS = (53, 60)  # padded lengths in tokens; longer questions, 1 in 20, are l
 PEAK_LEARNING_RATE = 1e-3
 WARM_UP = 0.1  # of all steps
 METHODS = {"qlora": "QLoRA: NF4, double quantization", "lora": "LoRA: bfloat16", "full": "full fine-tuning: bfloat16"}
+PROCESS = Path("/proc/self")
 CHAT = "What is the capital of France? Answer in one sentence."  # not of the task
 
 
@@ -290,9 +291,11 @@ def tokenize(questions: trec.Questions, task: trec_text.Task, tokenizer: Tokeniz
     return chosen, trec_text.tokenize(chosen, task._replace(lengths=LENGTHS), tokenizer)
 
 
-def resident(which: Literal["VmRSS", "VmHWM"]) -> int:
-    """Returns the resident set of this process, or its peak since `restart_peak`, in bytes; on Linux."""
-    found = re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())
+def resident(which: Literal["VmRSS", "VmHWM"]) -> float:
+    """Returns the resident set of this process, or its peak since `restart_peak`, in bytes; NaN where not on Linux."""
+    if not PROCESS.exists():
+        return math.nan
+    found = re.search(rf"{which}:\s+(\d+)", (PROCESS / "status").read_text())
     assert found is not None
     return 1024 * int(found[1])
 
@@ -301,7 +304,8 @@ def restart_peak() -> None:
     """Returns the memory that the compiler has freed, and lets the peak of the resident set start anew."""
     with contextlib.suppress(AttributeError):  # not in every libc
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    if PROCESS.exists():
+        (PROCESS / "clear_refs").write_text("5")
 
 
 def measure(method: str, sizes: smollm2.Sizes, steps: int = 2) -> dict[str, float]:

@@ -44,7 +44,7 @@ def texts():
     rng = np.random.default_rng(0)
     prompts = rng.integers(5, 12, 40)
     ids = [[*rng.integers(3, 61, n + 1 + i % 3).tolist(), smollm2.END] for i, n in enumerate(prompts)]
-    return trec_text.Texts(trec.Tokens(ids, np.zeros(40, np.int32)), prompts, lengths=(12, 16), answer_tokens=4)
+    return trec_text.Texts(trec.Tokens(ids, np.zeros(40, np.int32)), prompts, lengths=(16,), answer_tokens=4)
 
 
 def leaves_of(tree):
@@ -90,34 +90,21 @@ def batch(texts):
     return batch.ids, batch.at, batch.targets, batch.mask
 
 
-@pytest.fixture(scope="module")
-def losses(model, kernels, bases, batch):
-    """Six losses of each method on one batch."""
-    losses = {}
-    for method, base in bases.items():
-        base = jax.tree.map(jnp.copy, base)  # donated by full fine-tuning
-        step, trained, opt_state, frozen = qlora.step_of(method, model, kernels, base, steps=20)
-        losses[method] = []
-        for _ in range(6):
-            trained, opt_state, loss = step(trained, opt_state, frozen, *batch)
-            losses[method].append(float(loss))
-        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state) if leaf.ndim}
-        assert (kinds == {"pinned_host"}) == (method == "qlora")
-    return losses
-
-
-def test_the_loss_of_every_method_falls(losses):
-    for method in qlora.METHODS:
-        assert losses[method][-1] < losses[method][0]
-
-
-def test_the_methods_start_at_the_loss_of_their_base(losses, model, bases, batch):
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_training_starts_at_the_loss_of_the_base_and_lowers_it(method, model, kernels, bases, batch):
     ids, at, targets, mask = batch
-    loss = jax.jit(lambda params: trec_text.cross_entropy(model.logits(params, ids, at), targets, mask))
-    for method, base in bases.items():
-        assert losses[method][0] == pytest.approx(float(loss(lj.quant.dequantize(base))), rel=1e-5)
-    assert losses["lora"][0] == pytest.approx(losses["full"][0], rel=1e-5)
-    assert losses["qlora"][0] != losses["lora"][0]
+    dense = lj.quant.dequantize(bases[method])
+    expected = jax.jit(lambda params: trec_text.cross_entropy(model.logits(params, ids, at), targets, mask))(dense)
+    base = jax.tree.map(jnp.copy, bases[method])  # donated by full fine-tuning
+    step, trained, opt_state, frozen = qlora.step_of(method, model, kernels, base, steps=20)
+    losses = []
+    for _ in range(6):
+        trained, opt_state, loss = step(trained, opt_state, frozen, *batch)
+        losses.append(float(loss))
+    assert losses[0] == pytest.approx(float(expected), rel=1e-5)
+    assert losses[-1] < losses[0]
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state) if leaf.ndim}
+    assert (kinds == {"pinned_host"}) == (method == "qlora")
 
 
 def test_a_quantized_and_adapted_decoder_generates_as_the_merged_one(model, kernels, bases, texts, key):
@@ -133,25 +120,23 @@ def test_a_quantized_and_adapted_decoder_generates_as_the_merged_one(model, kern
 def test_the_score_counts_generated_answers_and_the_tokens_of_the_expected_ones(model, kernels, bases, texts):
     base = bases["qlora"]
     adapter = lj.init(jax.random.key(0), base, qlora.SPEC, kernels=kernels)
-    rows, prompts = texts.tokens.ids, texts.prompts
+    rows, prompts = texts.tokens.ids, texts.prompts.tolist()
     ids, lengths = qlora.pad([row[:n] for row, n in zip(rows, prompts, strict=True)])
-    generated = np.asarray(qlora.make_generate(model, 3)(base, adapter, ids, lengths))
-    # The answers of a quarter of the questions are replaced by what the model generates, and an end.
-    answers = [[*answer, smollm2.END] for answer in generated.tolist()]
-    changed = [row[:n] + answer for row, n, answer in zip(rows, prompts, answers, strict=True)][:10] + rows[10:]
-    assert not any(smollm2.END in answer for answer in generated[:10])
-    mixed = texts._replace(tokens=trec.Tokens(changed, texts.tokens.labels))
-    score = qlora.make_evaluate(model, mixed)("test", base, adapter)
+    generated = np.asarray(qlora.make_generate(model, texts.answer_tokens)(base, adapter, ids, lengths))
+    # The expected answers of ten questions are what the model generates, up to the end or without it.
+    rows = [row[:n] + answer for row, n, answer in zip(rows, prompts, generated.tolist(), strict=True)][:10] + rows[10:]
+    changed = texts._replace(tokens=trec.Tokens(rows, texts.tokens.labels))
+    score = qlora.make_evaluate(model, changed)("test", base, adapter)
 
+    padded, _ = qlora.pad([row + [0] * (16 - len(row)) for row in rows])
     dense = lj.quant.dequantize(base)
-    logits = jax.jit(lambda ids: jax.nn.log_softmax(model.logits(dense, ids)))
-    padded, _ = qlora.pad([row + [0] * (16 - len(row)) for row in changed])
-    values = np.asarray(logits(padded))
-    each = [values[i, at - 1, row[at]] for i, row in enumerate(changed) for at in range(int(prompts[i]), len(row))]
+    values = np.asarray(jax.jit(lambda ids: jax.nn.log_softmax(model.logits(dense, ids)))(padded))
+    each = [values[i, at - 1, row[at]] for i, row in enumerate(rows) for at in range(prompts[i], len(row))]
     assert score.perplexity == pytest.approx(np.exp(-np.mean(each)), rel=1e-4)
-    generated4 = np.asarray(qlora.make_generate(model, 4)(base, adapter, ids, lengths))
-    right = [generated4[i, : len(row) - prompts[i]].tolist() == row[prompts[i] :] for i, row in enumerate(changed)]
-    assert score.exact_match == np.mean(right)
+    right = [
+        answer[: len(row) - n] == row[n:] for row, n, answer in zip(rows, prompts, generated.tolist(), strict=True)
+    ]
+    assert 0.25 <= score.exact_match == np.mean(right) < 1
 
 
 def test_prompts_are_padded_at_the_end_and_tokens_counted_up_to_the_end_of_a_message():
@@ -161,13 +146,20 @@ def test_prompts_are_padded_at_the_end_and_tokens_counted_up_to_the_end_of_a_mes
     assert qlora.count_tokens(ids) == 3 + 2
 
 
-@pytest.mark.parametrize("method", qlora.METHODS)
-def test_a_measured_step_has_at_least_its_base_and_its_optimizer_state(method, bases):
-    result = qlora.measure(method, TINY)
-    base = sum(leaf.nbytes for leaf in leaves_of(bases[method]))
-    assert result["compiler"] > (3 * base if method == "full" else base)
-    assert result["resident"] > 50e6
+def test_a_measured_step_has_at_least_its_base(bases):
+    result = qlora.measure("lora", TINY)
+    assert result["compiler"] > sum(leaf.nbytes for leaf in leaves_of(bases["lora"]))
+    assert result["resident"] >= result["resident_before"] > 50e6
     assert result["seconds"] > 0
+
+
+def test_the_peak_of_the_resident_set_starts_anew():
+    np.ones(2**24)  # 134 MB
+    qlora.restart_peak()
+    before = qlora.resident("VmHWM")
+    assert before == pytest.approx(qlora.resident("VmRSS"), rel=0.05)
+    np.ones(2**24)
+    assert qlora.resident("VmHWM") - before > 100e6
 
 
 @pytest.fixture(scope="module")
