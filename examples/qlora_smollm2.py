@@ -59,6 +59,27 @@ WARM_UP = 0.1  # of all steps
 METHODS = {"qlora": "QLoRA: NF4, double quantization", "lora": "LoRA: bfloat16", "full": "full fine-tuning: bfloat16"}
 PROCESS = Path("/proc/self")
 CHAT = "What is the capital of France? Answer in one sentence."  # not of the task
+# Prompts of any kind. In each batch, some of them with the answer of the model before training: with the task alone, it
+# learns to answer everything with the kind of an answer.
+CHATS = (
+    "Hello! Who are you?",
+    "Tell me about the moon.",
+    "Write a short poem about autumn.",
+    "What is a healthy breakfast?",
+    "How do I learn to swim?",
+    "Give me three tips for better sleep.",
+    "Why is the sky blue?",
+    "Tell me a short story about a dog.",
+    "What is the largest planet?",
+    "Translate 'good morning' into Spanish.",
+    "Explain photosynthesis in simple words.",
+    "Who painted the Mona Lisa?",
+    "Recommend a book for a long journey.",
+    "What can I cook with tomatoes and eggs?",
+    "Where do penguins live?",
+    "Thank you for your help!",
+)
+REHEARSED = 2  # of the chats of a batch
 
 
 class Scale(NamedTuple):
@@ -104,7 +125,7 @@ class Score(NamedTuple):
 
 
 class Training(NamedTuple):
-    """The course of training: the loss of each batch, `(questions seen, value)`, and the tokens per second."""
+    """The course of training: the loss of each batch, `(chats seen, value)`, and the tokens per second."""
 
     loss: list[tuple[int, float]]
     tokens_per_second: float
@@ -246,40 +267,54 @@ def pad(rows: Sequence[Sequence[int]]) -> tuple[NDArray[np.int32], NDArray[np.in
     return ids, np.array([len(tokens) for tokens in rows], np.int32)
 
 
+def rehearsal(model: Model, base: Any, adapter: Any, tokenizer: Tokenizer) -> trec_text.Batch:
+    """Returns `CHATS` with the first tokens of the model's answers, in the form of a batch of the shorter length."""
+    ids, lengths = pad([tokenizer.encode(smollm2.chat(prompt)).ids for prompt in CHATS])
+    answers = np.asarray(make_generate(model, ANSWER_TOKENS)(base, adapter, ids, lengths))
+    kept = (answers != smollm2.END).sum(1) + 1  # the end repeats itself
+    rows = [[*row[:n], *answer[:k]] for row, n, answer, k in zip(ids, lengths, answers, kept, strict=True)]
+    texts = trec_text.Texts(trec.Tokens(rows, np.zeros(len(rows), np.int32)), lengths, LENGTHS, ANSWER_TOKENS)
+    return next(trec_text.ordered_batches(texts, len(rows)))
+
+
+def batches_with(chats: trec_text.Batch, texts: trec_text.Texts) -> Iterator[trec_text.Batch]:
+    """Yields batches of one epoch after another, indefinitely; the last rows of each are some of `chats`."""
+    rng = np.random.default_rng(SEED)
+    while True:
+        for batch in trec_text.training_batches(texts, BATCH - REHEARSED, rng):
+            some = rng.choice(len(chats.ids), REHEARSED, replace=False)
+            ids = np.pad(chats.ids[some], ((0, 0), (0, batch.ids.shape[1] - chats.ids.shape[1])))
+            added = (ids, chats.at[some], chats.targets[some], chats.mask[some])
+            yield trec_text.Batch(*map(np.concatenate, zip(batch[:4], added, strict=True)), batch.rows)
+
+
 def train(
     step: Callable[..., tuple[Any, Any, Array]],
     adapter: Any,
     opt_state: Any,
     base: Any,
-    texts: trec_text.Texts,
+    batches: Iterator[trec_text.Batch],
     steps: int,
 ) -> tuple[Any, Training]:
-    """Trains the adapter.
+    """Trains the adapter on the first batches.
 
     Returns:
       The adapter and the course of training. Padding and the steps that compile are not in the tokens per second.
     """
     loss, tokens, seconds, compiled = [], 0, 0.0, set()
     with progress_bar("QLoRA", steps * BATCH) as bar:
-        for i, batch in enumerate(itertools.islice(epochs(texts), steps), start=1):
+        for i, batch in enumerate(itertools.islice(batches, steps), start=1):
             start = time.perf_counter()
             arrays = (batch.ids, batch.at, batch.targets, batch.mask)
             adapter, opt_state, value = step(adapter, opt_state, base, *arrays)
             loss.append((i * BATCH, float(value)))
             if batch.ids.shape in compiled:
                 seconds += time.perf_counter() - start
-                tokens += sum(len(texts.tokens.ids[row]) for row in batch.rows)
+                tokens += int((batch.at[:, 0] + 1).sum() + batch.mask.sum())  # of prompts and answers
             compiled.add(batch.ids.shape)
             bar.set_postfix_str(f"loss {np.mean([value for _, value in loss[-8:]]):.3f}", refresh=False)
             bar.update(BATCH)
     return adapter, Training(loss, tokens / max(seconds, 1e-9))
-
-
-def epochs(texts: trec_text.Texts) -> Iterator[trec_text.Batch]:
-    """Yields batches of one epoch after another, indefinitely."""
-    rng = np.random.default_rng(SEED)
-    while True:
-        yield from trec_text.training_batches(texts, BATCH, rng)
 
 
 def tokenize(questions: trec.Questions, task: trec_text.Task, tokenizer: Tokenizer, count: int | None = None) -> Any:
@@ -373,22 +408,23 @@ def draw(training: Training, scores: Mapping[str, Score], majority: float, memor
     """Plots the loss, both scores before and after training, and the memory of a step, as a PNG."""
     figure, ((loss, bars), (perplexity, used)) = plt.subplots(2, 2, figsize=(10.4, 7.2), layout="constrained")
     draw_loss(loss, training.loss)
-    loss.set_xlabel("training questions seen")
+    loss.set_xlabel("training chats seen")
     loss.set_title("training loss, nats per token of the answer", loc="left")
 
     names = list(scores)
     for axes, values, form in (
         (bars, [100 * score.exact_match for score in scores.values()], "{:.1f} %"),
-        (perplexity, [score.perplexity for score in scores.values()], "{:.2f}"),
+        (perplexity, [score.perplexity for score in scores.values()], "{:,.2f}"),
     ):
         shown = axes.bar(names, values, width=0.55, color=[GRAY, ORANGE])
         axes.bar_label(shown, [form.format(value) for value in values])
     bars.set_ylim(0, 100)
     bars.axhline(100 * majority, color=GRAY, linewidth=1, linestyle="--")
-    bars.annotate(f"majority class {majority:.1%}", (1, 100 * majority), (-4, 4), ("axes fraction", "data"),
-                  "offset points", ha="right", va="bottom", color=GRAY)  # fmt: skip
+    bars.annotate(f"most common answer {majority:.1%}", (0, 100 * majority), (4, 4), ("axes fraction", "data"),
+                  "offset points", va="bottom", color=GRAY)  # fmt: skip
     bars.set_title("exact match on held-out questions (%)", loc="left")
     perplexity.set_yscale("log")
+    perplexity.margins(y=0.1)
     perplexity.set_title("perplexity of held-out answers", loc="left")
 
     places = np.arange(len(memory))
@@ -453,7 +489,8 @@ def run(out: Path, scale: Scale, *options: str) -> None:
     generated = [np.asarray(generate(base, adapter, ids, lengths))]  # the factors B are zero: this is the base
     decoding = count_tokens(generated[0]) / (time.perf_counter() - began)
     scores = {"before training": evaluate("Before", base, adapter)}
-    adapter, training = train(step, adapter, opt_state, base, train_texts, scale.steps)
+    batches = batches_with(rehearsal(model, base, adapter, tokenizer), train_texts)
+    adapter, training = train(step, adapter, opt_state, base, batches, scale.steps)
     scores["after training"] = evaluate("After", base, adapter)
     generated.append(np.asarray(generate(base, adapter, ids, lengths)))
 
@@ -516,7 +553,7 @@ def report(results: Mapping[str, Any]) -> None:
     console.print(f"decoding, {len(results['samples'])} rows: {results['decoded_tokens_per_second']:.0f} tokens/s")
     console.print(f"adapter on disk: {results['adapter_bytes_on_disk'] / 1e6:.1f} MB; restored, it scores the same")
 
-    memory = Table(title=f"\nOne step, {BATCH} questions of {LENGTHS[-1]} tokens", title_justify="left")
+    memory = Table(title=f"\nOne step, {BATCH} chats of {LENGTHS[-1]} tokens", title_justify="left")
     memory.add_column("")
     for name in ("memory, compiler", "resident set, peak", "time"):
         memory.add_column(name, justify="right")

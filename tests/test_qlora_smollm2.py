@@ -1,5 +1,7 @@
 """The QLoRA example: its base, steps, evaluation and measurements, on a tiny decoder."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +139,25 @@ def test_the_score_counts_generated_answers_and_the_tokens_of_the_expected_ones(
         answer[: len(row) - n] == row[n:] for row, n, answer in zip(rows, prompts, generated.tolist(), strict=True)
     ]
     assert 0.25 <= score.exact_match == np.mean(right) < 1
+
+
+def test_the_last_chats_of_a_batch_are_rehearsed(texts):
+    wide = texts._replace(lengths=(16, 20))
+    chats = next(
+        trec_text.ordered_batches(wide._replace(tokens=trec.Tokens(texts.tokens.ids[:6], np.zeros(6, int))), 6)
+    )
+    longer = texts._replace(lengths=(18,))
+    batches = itertools.islice(qlora.batches_with(chats, longer), 4)  # more than an epoch
+    for batch in batches:
+        assert batch.ids.shape == (qlora.BATCH, 18)
+        assert len(batch.rows) == qlora.BATCH - qlora.REHEARSED
+        for row, index in enumerate(batch.rows):
+            assert batch.ids[row].tolist()[: len(texts.tokens.ids[index])] == texts.tokens.ids[index]
+        for row in range(len(batch.rows), qlora.BATCH):
+            same = [i for i in range(6) if chats.ids[i].tolist() == batch.ids[row, :16].tolist()]
+            assert len(same) == 1
+            for name in ("at", "targets", "mask"):
+                assert np.array_equal(getattr(batch, name)[row], getattr(chats, name)[same[0]])
 
 
 def test_prompts_are_padded_at_the_end_and_tokens_counted_up_to_the_end_of_a_message():
