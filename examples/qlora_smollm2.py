@@ -92,7 +92,7 @@ class Scale(NamedTuple):
     expected: float  # minimum exact match
 
 
-FULL = Scale(smollm2.Sizes().layers, steps=48, test_questions=160, new_tokens=32, expected=0.6)
+FULL = Scale(smollm2.Sizes().layers, steps=64, test_questions=160, new_tokens=32, expected=0.6)
 SHORT = Scale(layers=2, steps=8, test_questions=32, new_tokens=8, expected=0.0)
 
 

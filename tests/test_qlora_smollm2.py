@@ -92,52 +92,43 @@ def batch(texts):
     return batch.ids, batch.at, batch.targets, batch.mask
 
 
-@pytest.mark.parametrize("method", ["qlora", "full"])
-def test_training_starts_at_the_loss_of_the_base_and_lowers_it(method, model, kernels, bases, batch):
+def test_training_starts_at_the_loss_of_the_base_and_lowers_it(model, kernels, bases, batch):
     ids, at, targets, mask = batch
-    dense = lj.quant.dequantize(bases[method])
+    dense = lj.quant.dequantize(bases["qlora"])
     expected = jax.jit(lambda params: trec_text.cross_entropy(model.logits(params, ids, at), targets, mask))(dense)
-    base = jax.tree.map(jnp.copy, bases[method])  # donated by full fine-tuning
-    step, trained, opt_state, frozen = qlora.step_of(method, model, kernels, base, steps=20)
+    step, adapter, opt_state, base = qlora.step_of("qlora", model, kernels, bases["qlora"], steps=20)
     losses = []
     for _ in range(6):
-        trained, opt_state, loss = step(trained, opt_state, frozen, *batch)
+        adapter, opt_state, loss = step(adapter, opt_state, base, *batch)
         losses.append(float(loss))
     assert losses[0] == pytest.approx(float(expected), rel=1e-5)
     assert losses[-1] < losses[0]
-    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state) if leaf.ndim}
-    assert (kinds == {"pinned_host"}) == (method == "qlora")
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(opt_state) if leaf.ndim} == {"pinned_host"}
 
 
-def test_a_quantized_and_adapted_decoder_generates_as_the_merged_one(model, kernels, bases, texts, key):
-    base = bases["qlora"]
+def test_the_score_is_that_of_the_merged_decoder(model, kernels, bases, texts, key):
+    base, prompts = bases["qlora"], texts.prompts.tolist()
     adapter = trained(key, lj.init(key, base, qlora.SPEC, kernels=kernels), 0.1)
-    generate = qlora.make_generate(model, 5)
-    ids, lengths = qlora.pad([row[:n] for row, n in zip(texts.tokens.ids[:4], texts.prompts[:4], strict=True)])
-    got = generate(base, adapter, ids, lengths)
-    assert np.array_equal(got, generate(lj.merge(lj.quant.dequantize(base), adapter), {}, ids, lengths))
-    assert got.shape == (4, 5)
-
-
-def test_the_score_counts_generated_answers_and_the_tokens_of_the_expected_ones(model, kernels, bases, texts):
-    base = bases["qlora"]
-    adapter = lj.init(jax.random.key(0), base, qlora.SPEC, kernels=kernels)
-    rows, prompts = texts.tokens.ids, texts.prompts.tolist()
-    ids, lengths = qlora.pad([row[:n] for row, n in zip(rows, prompts, strict=True)])
-    generated = np.asarray(qlora.make_generate(model, texts.answer_tokens)(base, adapter, ids, lengths))
-    # The expected answers of ten questions are what the model generates, up to the end or without it.
-    rows = [row[:n] + answer for row, n, answer in zip(rows, prompts, generated.tolist(), strict=True)][:10] + rows[10:]
+    merged = lj.merge(lj.quant.dequantize(base), adapter)
+    log_likelihood = jax.jit(lambda ids: jax.nn.log_softmax(model.logits(merged, ids)))
+    # The expected answers of the first ten are what the merged decoder generates.
+    rows = [row[:n] if i < 10 else row for i, (row, n) in enumerate(zip(texts.tokens.ids, prompts, strict=True))]
+    for _ in range(texts.answer_tokens):
+        padded, _ = qlora.pad([row + [0] * (16 - len(row)) for row in rows])
+        likely = np.asarray(log_likelihood(padded)).argmax(-1)
+        for i in range(10):
+            if rows[i][-1] != smollm2.END:
+                rows[i] = [*rows[i], int(likely[i, len(rows[i]) - 1])]
     changed = texts._replace(tokens=trec.Tokens(rows, texts.tokens.labels))
     score = qlora.make_evaluate(model, changed)("test", base, adapter)
 
     padded, _ = qlora.pad([row + [0] * (16 - len(row)) for row in rows])
-    dense = lj.quant.dequantize(base)
-    values = np.asarray(jax.jit(lambda ids: jax.nn.log_softmax(model.logits(dense, ids)))(padded))
-    each = [values[i, at - 1, row[at]] for i, row in enumerate(rows) for at in range(prompts[i], len(row))]
-    assert score.perplexity == pytest.approx(np.exp(-np.mean(each)), rel=1e-4)
-    right = [
-        answer[: len(row) - n] == row[n:] for row, n, answer in zip(rows, prompts, generated.tolist(), strict=True)
-    ]
+    values = np.asarray(log_likelihood(padded))
+    answers = [range(n, len(row)) for row, n in zip(rows, prompts, strict=True)]
+    each = [values[i, at - 1, rows[i][at]] for i, places in enumerate(answers) for at in places]
+    assert score.perplexity == pytest.approx(np.exp(-np.mean(each)), rel=1e-3)
+    likely = values.argmax(-1)
+    right = [all(likely[i, at - 1] == rows[i][at] for at in places) for i, places in enumerate(answers)]
     assert 0.25 <= score.exact_match == np.mean(right) < 1
 
 
@@ -167,10 +158,12 @@ def test_prompts_are_padded_at_the_end_and_tokens_counted_up_to_the_end_of_a_mes
     assert qlora.count_tokens(ids) == 3 + 2
 
 
-def test_a_measured_step_has_at_least_its_base(bases):
-    result = qlora.measure("lora", TINY)
-    assert result["compiler"] > sum(leaf.nbytes for leaf in leaves_of(bases["lora"]))
-    assert result["resident"] >= result["resident_before"] > 50e6
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_measured_step_has_at_least_what_it_trains_and_its_base(method, bases):
+    result = qlora.measure(method, TINY)
+    base = sum(leaf.nbytes for leaf in leaves_of(bases[method]))
+    assert result["compiler"] > (3 * base if method == "full" else base)  # full fine-tuning has two moments, too
+    assert min(result["resident"], result["resident_before"]) > 50e6
     assert result["seconds"] > 0
 
 
