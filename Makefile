@@ -1,5 +1,5 @@
-# `make demo` fine-tunes a real model on a real task; `make test` runs the tests. Each makes its own environment, and
-# another one beside it for another interpreter: `make test PYTHON=python3.13`.
+# `make demo` and `make qlora` fine-tune real models on a real task; `make test` runs the tests. Each makes its own
+# environment, and another one beside it for another interpreter: `make test PYTHON=python3.13`.
 PYTHON ?= python3
 VENV   ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 ORACLE ?= .venv-oracle
@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo test test-oldest test-models test-oracle settings processor fuzz kills mutate lint types bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings processor fuzz kills mutate lint types bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,9 @@ $(VENV)/installed: pyproject.toml
 
 demo: $(VENV)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py
+
+qlora: $(VENV)/installed
+	$(MALLOC) $(VENV)/bin/python examples/qlora_smollm2.py
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
@@ -103,6 +106,7 @@ examples-short: $(VENV)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/qlora_smollm2.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -117,4 +121,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* demo_output paper_output
+	rm -rf .venv .venv-* demo_output paper_output qlora_output

@@ -50,6 +50,7 @@ EPOCHS = 4
 PEAK_LEARNING_RATE = 2e-3
 WARM_UP = 0.06  # of all steps
 SMOOTHING = 0.1  # label smoothing; chosen on 1,000 held-out training questions: 90.8 % after 4 epochs, 89.6 % without
+BLUE, ORANGE, GRAY = "#3b6ea5", "#d1702f", "#8a8a8a"
 TOLERANCE = 1e-4  # merged against adapted logits, relative to the largest logit
 
 MODEL = minilm.Classifier(trec.LABELS, minilm.Encoder())
@@ -153,14 +154,7 @@ def train(
 
     curve = Curve([], [])
     logits = np.zeros((0, trec.LABELS), np.float32)
-    bar = tqdm(
-        total=steps * BATCH,
-        desc="LoRA",
-        unit=" questions",
-        mininterval=0.5 if sys.stderr.isatty() else 15,  # few lines in a log file
-        bar_format="{desc} {percentage:3.0f} % {bar:24} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
-    )
-    with bar:
+    with progress_bar("LoRA", steps * BATCH) as bar:
         for i, batch in enumerate(itertools.islice(_epochs(train_tokens), steps), start=1):
             adapter, opt_state, loss = step(params, adapter, opt_state, batch.ids, batch.mask, batch.labels)
             curve.loss.append((i * BATCH, float(loss)))
@@ -172,6 +166,17 @@ def train(
     return adapter, curve, logits
 
 
+def progress_bar(name: str, questions: int) -> Any:
+    """Returns a progress bar that counts questions; few lines in a log file."""
+    return tqdm(
+        total=questions,
+        desc=name,
+        unit=" questions",
+        mininterval=0.5 if sys.stderr.isatty() else 15,
+        bar_format="{desc} {percentage:3.0f} % {bar:24} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
+    )
+
+
 def _epochs(tokens: trec.Tokens) -> Iterator[trec.Batch]:
     """Yields batches of one epoch after another, indefinitely."""
     rng = np.random.default_rng(SEED)
@@ -181,29 +186,21 @@ def _epochs(tokens: trec.Tokens) -> Iterator[trec.Batch]:
 
 def draw(curve: Curve, *, majority: float, probe: float, path: Path) -> None:
     """Plots loss and test accuracy by questions seen, as a PNG."""
-    seen, loss = (np.array(values) for values in zip(*curve.loss, strict=True))
-    window = max(1, min(25, len(loss) // 4))
-    smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-    blue, orange, gray = "#3b6ea5", "#d1702f", "#8a8a8a"
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 6.4), sharex=True, layout="constrained")
-    top.plot(seen, loss, color=blue, alpha=0.25, linewidth=0.8, label="each batch")
-    center = seen[(window - 1) // 2 :][: len(smooth)]
-    top.plot(center, smooth, color=blue, linewidth=1.8, label=f"mean of {window} batches")
+    draw_loss(top, curve.loss)
     top.set_ylabel("training loss (smoothed cross-entropy)")
-    top.set_ylim(bottom=0)
-    top.legend(frameon=False)
     at, values = zip(*curve.accuracy, strict=True)
-    bottom.plot(at, [100 * value for value in values], color=orange, marker="o", markersize=4, linewidth=1.8)
+    bottom.plot(at, [100 * value for value in values], color=ORANGE, marker="o", markersize=4, linewidth=1.8)
     for value, name in ((probe, "linear probe"), (majority, "majority class")):
-        bottom.axhline(100 * value, color=gray, linewidth=1, linestyle="--")
+        bottom.axhline(100 * value, color=GRAY, linewidth=1, linestyle="--")
         bottom.annotate(f"{name} {value:.1%}", (1, 100 * value), (-4, 4), ("axes fraction", "data"), "offset points",
-                        ha="right", va="bottom", color=gray)  # fmt: skip
+                        ha="right", va="bottom", color=GRAY)  # fmt: skip
     bottom.annotate(f"LoRA {values[-1]:.1%}", (at[-1], 100 * values[-1]), (0, 7), textcoords="offset points",
-                    ha="right", va="bottom", color=orange)  # fmt: skip
+                    ha="right", va="bottom", color=ORANGE)  # fmt: skip
     bottom.set_ylabel("test accuracy (%)")
     bottom.set_ylim(0, 100)
     bottom.set_xlabel("training questions seen")
-    bottom.set_xlim(0, seen[-1] * 1.01)
+    bottom.set_xlim(0, curve.loss[-1][0] * 1.01)
     bottom.xaxis.set_major_formatter("{x:,.0f}")
     for axes in (top, bottom):
         axes.spines[["top", "right"]].set_visible(False)
@@ -211,6 +208,18 @@ def draw(curve: Curve, *, majority: float, probe: float, path: Path) -> None:
     top.set_title("all-MiniLM-L6-v2 on TREC's 50 question types, LoRA of rank 8", loc="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_loss(axes: Any, loss: list[tuple[int, float]]) -> None:
+    """Plots the training loss, `(questions seen, value)` of every batch, and its moving average."""
+    seen, values = (np.array(column) for column in zip(*loss, strict=True))
+    window = max(1, min(25, len(values) // 4))
+    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+    axes.plot(seen, values, color=BLUE, alpha=0.25, linewidth=0.8, label="each batch")
+    center = seen[(window - 1) // 2 :][: len(smooth)]
+    axes.plot(center, smooth, color=BLUE, linewidth=1.8, label=f"mean of {window} batches")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
 
 
 def check(out: Path, scale: Scale) -> None:

@@ -132,7 +132,8 @@ class GatheredLeaf(StoredLeaf):
     def fetched(self) -> StoredLeaf:
         """Gathers the stored arrays."""
         sharding = self.gathered.update(spec=PartitionSpec(*self.gathered.spec[-self.ndim :]))
-        gathered: StoredLeaf = jax.tree.map(lax.with_sharding_constraint, self.leaf, shardings_like(self.leaf, sharding))
+        places = shardings_like(self.leaf, sharding)
+        gathered: StoredLeaf = jax.tree.map(lax.with_sharding_constraint, self.leaf, places)
         return gathered
 
     def dequantize(self) -> Array:
