@@ -58,6 +58,7 @@ PEAK_LEARNING_RATE = 1e-3
 WARM_UP = 0.1  # of all steps
 METHODS = {"qlora": "QLoRA: NF4, double quantization", "lora": "LoRA: bfloat16", "full": "full fine-tuning: bfloat16"}
 PROCESS = Path("/proc/self")
+SAMPLES = (0, 3, 8)  # held-out questions whose answers are printed
 CHAT = "What is the capital of France? Answer in one sentence."  # not of the task
 # Prompts of any kind. In each batch, some of them with the answer of the model before training: with the task alone, it
 # learns to answer everything with the kind of an answer.
@@ -480,7 +481,7 @@ def run(out: Path, scale: Scale, *options: str) -> None:
     trainable = sum(leaf.size for leaf in jax.tree.leaves(adapter))
     console.print(f"LoRA on all linear layers: {trainable / 1e6:.2f} M trainable parameters\n")
     evaluate = make_evaluate(model, test_texts)
-    questions = [*test_set.texts[:3], CHAT]
+    questions = [*(test_set.texts[row] for row in SAMPLES), CHAT]
     chats = [smollm2.chat(question, system=task.system) for question in questions[:-1]] + [smollm2.chat(CHAT)]
     ids, lengths = pad([tokenizer.encode(chat).ids for chat in chats])
     generate = make_generate(model, scale.new_tokens).lower(base, adapter, ids, lengths).compile()
