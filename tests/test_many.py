@@ -219,6 +219,15 @@ def test_the_product_with_the_base_is_not_batched(name: str) -> None:
     assert not made & {(8, *shape) for shape in shapes}  # no kernel for each example
 
 
+def test_no_kernel_is_materialized_for_each_example_where_that_takes_fewer_flops() -> None:
+    params, x = {"w": normal(16, 12)}, normal(2, 256, 16)
+    stacked = many.stack({"one": random(lj.LoRA(rank=11, alpha=1), params, 0)})
+    apply = lambda params, x: x @ params["w"]  # noqa: E731
+    assert (16, 12) in testing.shapes_made(lj.lora(apply), params, many.select(stacked, 0), x)
+    made = testing.shapes_made(many.per_example(apply), params, stacked, np.zeros(2, np.int32), x)
+    assert not {(16, 12), (2, 16, 12)} & made
+
+
 def test_the_flops_are_those_of_the_base_and_of_one_adapter_per_example() -> None:
     batch, tokens, d, f, rank = 4, 8, 64, 96, 4
     params, x = {"w": normal(d, f)}, normal(batch, tokens, d, seed=1)
