@@ -58,7 +58,7 @@ PEAK_LEARNING_RATE = 1e-3
 WARM_UP = 0.1  # of all steps
 METHODS = {"qlora": "QLoRA: NF4, double quantization", "lora": "LoRA: bfloat16", "full": "full fine-tuning: bfloat16"}
 PROCESS = Path("/proc/self")
-SAMPLES = (0, 3, 8)  # held-out questions whose answers are printed
+SAMPLES = (0, 2, 8)  # held-out questions whose answers are printed
 CHAT = "What is the capital of France? Answer in one sentence."  # not of the task
 # Prompts of any kind. In each batch, some of them with the answer of the model before training: with the task alone, it
 # learns to answer everything with the kind of an answer.
