@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo qlora test test-oldest test-models test-oracle settings processor fuzz kills mutate lint types bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,9 @@ settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \
 	  echo $$setting && env $$setting $(VENV)/bin/python -m pytest tests/test_settings.py -m "" -n 2 || exit 1; \
 	done
+
+sweeps: $(VENV)/installed
+	$(VENV)/bin/python -m pytest tests -m sweep -n 2 --dist worksteal
 
 processor: $(VENV)/installed
 	XLA_FLAGS=--xla_cpu_max_isa=$(PROCESSOR) $(VENV)/bin/python -m pytest tests/test_laws.py -n 2

@@ -230,7 +230,7 @@ def host_model(*, scanned: bool) -> tuple[Any, Any, Any, Any]:
     return apply, params, to_host(params), tokens
 
 
-@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("variant", [lj.LoRA, pytest.param(lj.DoRA, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", "**/query/kernel"])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_model_in_host_memory_matches_merged_kernels(scanned: bool, adapted: str, variant: Any) -> None:
@@ -264,7 +264,7 @@ STACKS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("variant", [lj.LoRA, pytest.param(lj.DoRA, marks=pytest.mark.sweep)])
 @pytest.mark.parametrize("name", STACKS)
 def test_one_layer_is_on_the_device_at_a_time(name: str, variant: Any) -> None:
     apply, x = STACKS[name], normal(5, 4, seed=3)

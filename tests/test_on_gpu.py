@@ -6,6 +6,7 @@ import on_gpu
 import pytest
 
 
+@pytest.mark.sweep
 def test_the_short_mode_checks_the_laws_and_measures(capsys: pytest.CaptureFixture[str]) -> None:
     on_gpu.main(["--short"])
     out = capsys.readouterr().out

@@ -191,7 +191,8 @@ def test_gradients_of_integers_are_accepted() -> None:
     gradients = jax.grad(lambda t: jnp.sum(t["adapter"]["a"] * t["base"]["w"]), allow_int=True)(tree)
     tx = freeze_base(optax.adam(0.1))
     updates, _ = tx.update(gradients, tx.init(tree), tree)
-    assert updates["base"]["steps"].dtype == gradients["base"]["steps"].dtype
+    assert updates["base"]["steps"].dtype == jnp.int32
+    assert optax.apply_updates(tree, updates)["base"]["steps"] == 3
 
 
 def scale_by_loss() -> optax.GradientTransformationExtraArgs:

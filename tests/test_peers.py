@@ -29,6 +29,7 @@ def refusing(case):
     raise ValueError(f"no rank of {case.rank}\nand a long explanation")
 
 
+@pytest.mark.sweep
 def test_results_match_the_methods(results):
     rows = results["environments"]["jax"]["cases"]["unrolled layers"]
     assert rows[OWN]["flops"] <= rows[BY_HAND]["flops"]
@@ -52,6 +53,7 @@ def test_a_library_that_trains_another_function_is_reported():
     assert capabilities.support(refusing, "convolution") == "ValueError: no rank of 2"
 
 
+@pytest.mark.sweep
 def test_the_page_is_written_between_the_marks(results, tmp_path, monkeypatch, capsys):
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
     page.write_text(f"before\n{peers.BEGIN}\nold\n{peers.END}\nafter\n")

@@ -15,6 +15,8 @@ import smollm2
 import trec
 import trec_text
 
+pytestmark = pytest.mark.sweep
+
 TINY = smollm2.Sizes(vocabulary=61, d_model=64, layers=3, heads=2, kv_heads=1, d_mlp=128)
 LINEAR = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128  # weights of the linear layers of a layer
 

@@ -13,6 +13,8 @@ from sizes import TINY
 
 from lora_jax import quant
 
+pytestmark = pytest.mark.sweep
+
 benchmark = importlib.import_module("benchmarks.quant")
 SIZE = dataclasses.replace(TINY, width=64, heads=2, hidden=128)
 

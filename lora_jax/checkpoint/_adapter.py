@@ -80,7 +80,7 @@ def restore(path: Path, *, base: Any, shardings: Any = None, allow_base_mismatch
     ...     restore(path, base={"query": {"kernel": jnp.zeros((4, 3))}})
     Traceback (most recent call last):
     lora_jax._errors.CheckpointError: Expected `base` to be the base that the adapter in ... was saved with; got another
-    one, with 1 leaves (saved: 1) and 1 differences.
+    one, with 1 leaves (saved: 1) and 1 difference.
       'query/kernel' has other values
       Load the base that the adapter was trained on, or pass allow_base_mismatch=True to use this one.
 
