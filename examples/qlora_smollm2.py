@@ -1,6 +1,6 @@
 """QLoRA of SmolLM2-135M-Instruct: a decoder of 4 bits learns to name the kind of answer that a question asks for.
 
-    make qlora                                  # outputs in qlora_output/, less than a quarter of an hour on two cores
+    make qlora                                  # outputs in qlora_output/, eight minutes on two cores
     python examples/qlora_smollm2.py            # the same without the Makefile's malloc options; slower
     python examples/qlora_smollm2.py --short    # every stage, with two layers and a few steps; about a minute
 
