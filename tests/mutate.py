@@ -95,7 +95,7 @@ MUTATIONS = [
     Mutation("quant/_nf4.py", "high << 4 | low", "low << 4 | high", "quant"),
     Mutation("quant/_double.py", "blocks.transpose(axes) + offset", "blocks.transpose(axes)", "quant"),
     Mutation("quant/_double.py", "position // BLOCK]", "position // BLOCK // 2]", "quant"),
-    Mutation("_core/base.py", "return jax.checkpoint(lambda", "return (lambda", "quant"),
+    Mutation("_core/base.py", "return jax.checkpoint(use)", "return use", "quant"),
     Mutation("_core/base.py", "self.leaf.sliceable and self._is_elementwise", "self.leaf.sliceable", "base quant"),
     Mutation("quant/_requantize.py", "jnp.sum(left * update)", "jnp.sum(left * left)", "quant_merge"),
     Mutation(
