@@ -33,6 +33,17 @@ def key() -> jax.Array:
     return jax.random.key(0)
 
 
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The tokenizer of SmolLM2; a test is skipped where its package is not installed."""
+    import smollm2  # here, because few tests need it
+
+    try:
+        return smollm2.load_tokenizer()
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
 @functools.cache
 def compiles_float16() -> bool:
     """Whether XLA can compile float16 for this processor; it cannot without F16C, for example with SSE4.2."""

@@ -178,14 +178,6 @@ def test_the_peak_of_the_resident_set_starts_anew():
     assert qlora.resident("VmHWM") - before > 100e6
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    try:
-        return smollm2.load_tokenizer()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 def test_few_questions_are_too_long_and_the_others_fit(tokenizer):
     data = trec.read()
     task = trec_text.coarse(data.names)

@@ -282,14 +282,6 @@ def test_the_tokenizer_merges_within_words_and_splits_digits(gguf_file):
     assert tokenizer.encode("ab abc 12<|im_end|>").tokens == ["ab", "Ġa", "b", "c", "Ġ", "1", "2", "<|im_end|>"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    try:
-        return smollm2.load_tokenizer()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize(
     "text", ["What is LoRA?", "  two spaces,\n\ttab", "naïve café — 日本語 🙂", "In 1969: 3.14%", "it's I'LL 've x=y+1"]
 )

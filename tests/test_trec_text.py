@@ -15,14 +15,6 @@ TINY = smollm2.Sizes(d_model=16, layers=1, heads=2, kv_heads=1, d_mlp=16)
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    try:
-        return smollm2.load_tokenizer()
-    except FileNotFoundError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
 def data():
     return trec.read()
 
