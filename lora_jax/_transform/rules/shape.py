@@ -10,11 +10,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..._compat import primitives
+from ..._compat import primitives, varying
 from ..._core.axes import RANK, join
 from ..._core.contract import is_narrow
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
@@ -233,4 +234,6 @@ def _pvary(site: Site, kernel: TrackedKernel, *, axes: Sequence[str]) -> Tracked
 
 
 def _vary(w: Array, axes: tuple[str, ...]) -> Array:
-    return lax.pcast(w, axes, to="varying")
+    # A barrier with the operands lets a stored base vary with them in JAX 0.10.
+    rest = tuple(axis for axis in axes if axis not in varying(jax.typeof(w)))
+    return lax.pcast(w, rest, to="varying") if rest else w
