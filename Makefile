@@ -38,7 +38,7 @@ test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest -n 2 --dist worksteal $(TESTS)
 
 # The oldest supported versions, in an environment of their own. Where there is no Python 3.11, that is said.
-OLDEST = compat symbolic laws rules control_flow sharding shard_map checkpoint fuzz fuzz_found
+OLDEST = compat symbolic laws rules control_flow sharding shard_map quant quant_sharded checkpoint fuzz fuzz_found
 test-oldest: PYTHON = $(shell .ci/python 3.11)
 test-oldest:
 	$(if $(PYTHON),PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test PYTHON=$(PYTHON) VENV=.venv-oldest \
