@@ -124,4 +124,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* demo_output paper_output qlora_output
+	rm -rf .venv .venv-* .jax_cache demo_output paper_output qlora_output

@@ -3,6 +3,7 @@
 import functools
 import os
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 os.environ["XLA_FLAGS"] = " ".join(
@@ -18,6 +19,10 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the time is compilation: a second run compiles only the programs that have changed.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".jax_cache"))
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax

@@ -2,19 +2,30 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import lora_jax as lj
 
 # Largest difference from the oracle, relative to the oracle's largest element, by dtype of the computation.
 FORWARD = {"float64": 1e-12, "float32": 1e-5, "bfloat16": 3e-2}
 GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
+
+
+def sweep_except(kept: Container[Any], cases: Iterable[Any]) -> list[Any]:
+    """Returns the cases as parameters; `make test` runs those in `kept`, and `make sweeps` runs the others."""
+    return [case if case in kept else sweep(case) for case in cases]
+
+
+def sweep(*values: Any) -> Any:
+    """Returns a case, the values of one or more parameters, that `make sweeps` runs."""
+    return pytest.param(*values, marks=pytest.mark.sweep)
 
 
 def assert_close(got: Any, expected: Any, table: Mapping[str, float] = FORWARD, *, dtype: str | None = None) -> None:

@@ -131,7 +131,7 @@ def run(copy: pathlib.Path, tests: list[str]) -> tuple[str, float]:
     """The first test that fails, or why none did, and the seconds of CPU time."""
     before = os.times()
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
-    environment = os.environ | {"PYTHONPATH": str(copy)}
+    environment = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")} | os.environ | {"PYTHONPATH": str(copy)}
     ran = subprocess.run([*command, *tests], cwd=copy, env=environment, capture_output=True, text=True)
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system

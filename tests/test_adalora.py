@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import GRADIENT, assert_close, assert_few_ulp, bits, trained
+from helpers import GRADIENT, assert_close, assert_few_ulp, bits, sweep, trained
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import normal, total
@@ -77,7 +77,9 @@ def test_initialization_keeps_the_model(name: str, dtype: str) -> None:
     assert_few_ulp(jit(call(lj.lora(model.apply, form="factored"), model))(adapter, model.args[0]), base)
 
 
-@pytest.mark.parametrize("name", ["scanned_transformer", "tied_embedding", "grouped_conv", "experts"])
+@pytest.mark.parametrize(
+    "name", ["scanned_transformer", sweep("tied_embedding"), sweep("grouped_conv"), sweep("experts")]
+)
 def test_gradients_match_those_of_the_merged_kernels(name: str, key: jax.Array) -> None:
     model, adapter = make(name, "float32")
     lj.explain(model.apply, model.params, adapter, *model.args, strict=True)
@@ -94,6 +96,7 @@ def test_adalora_works_under_every_transform(transform: str, key: jax.Array) -> 
     assert_close(*under(transform, model, trained(key, adapter)))
 
 
+@pytest.mark.sweep
 def test_random_programs_match_merged_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test of `test_fuzz.py` with AdaLoRA."""
     monkeypatch.setitem(fuzz_run.VARIANTS, "AdaLoRA", lj.AdaLoRA)

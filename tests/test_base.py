@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from evaluate import without_compiling
-from helpers import FORWARD, GRADIENT, assert_close, bits
+from helpers import FORWARD, GRADIENT, assert_close, bits, sweep
 from law import Case, normal, total
 from uses import USES
 
@@ -100,7 +100,7 @@ def is_dense(array: Any, shape: tuple[int, ...]) -> bool:
     return array.dtype == jnp.float32 and sorted(s for s in array.shape if s > 1) == sorted(s for s in shape if s > 1)
 
 
-@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("variant", [sweep(lj.LoRA), lj.DoRA])
 @pytest.mark.parametrize("use", USES)
 def test_uses_of_a_packed_kernel_match_the_dequantized_array(use: str, variant: Any) -> None:
     case = USES[use]
@@ -159,7 +159,7 @@ def model(*, scanned: bool) -> tuple[Callable[..., Any], Any, jax.Array]:
     return lambda params, tokens: net.apply({"params": params}, tokens), params, tokens
 
 
-@pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", "**/query/kernel"])
+@pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", sweep("**/query/kernel")])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_model_with_packed_kernels_matches_merged_kernels(scanned: bool, adapted: str) -> None:
     apply, plain, tokens = model(scanned=scanned)

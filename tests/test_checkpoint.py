@@ -687,6 +687,7 @@ def number_of(path: Path) -> float:
     return number
 
 
+@pytest.mark.sweep
 def test_a_save_killed_before_any_write_leaves_a_complete_checkpoint(kills: tuple[Path, str]) -> None:
     root = kills[0] / "events"
     numbers = [number_of(root / str(moment)) for moment in range(len(list(root.iterdir())) - 1)]
@@ -699,6 +700,7 @@ def test_a_save_killed_before_any_write_leaves_a_complete_checkpoint(kills: tupl
         assert len(list((root / str(moment)).iterdir())) == 1  # no files of the killed save remain
 
 
+@pytest.mark.sweep
 def test_saves_killed_in_sequence_leave_a_complete_checkpoint(kills: tuple[Path, str]) -> None:
     assert number_of(kills[0] / "timed") in range(len(DELAYS) + 1)
 
@@ -715,6 +717,7 @@ def check_kills(printed: str, kind: str, kills: int) -> None:
     print(f"{kind}: {len(reports)} kills, {half} left an incomplete step, and each run resumed; steps {newest}")
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("kind", ["async", "sync", "single"])
 def test_a_run_killed_at_any_moment_resumes_from_its_newest_checkpoint(kind: str, kills: tuple[Path, str]) -> None:
     check_kills(kills[1], kind, 5)

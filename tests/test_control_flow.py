@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import GRADIENT, dense
+from helpers import GRADIENT, dense, sweep
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -1063,7 +1063,14 @@ def test_a_cached_loop_raises_with_the_right_line() -> None:
 
 @pytest.mark.parametrize(
     ("name", "jit"),
-    [("stack", False), ("stack", True), ("jit", False), ("loop", False), ("cond", True), ("grad", True)],
+    [
+        ("stack", True),
+        ("grad", True),
+        sweep("stack", False),
+        sweep("jit", False),
+        sweep("loop", False),
+        sweep("cond", True),
+    ],
 )
 def test_no_tracer_leaks(name: str, jit: bool) -> None:
     case = {

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import sweep
 from hypothesis import given
 from hypothesis import strategies as st
 from jax import lax
@@ -338,7 +339,7 @@ def test_a_convolution_inside_a_gradient_matches_the_merged_kernel() -> None:
 ROW = Case(lambda w, x: jnp.einsum("td,xd->tx", x, w.reshape(1, 4)), (4, 1), [(3, 4)], "io")
 
 
-@pytest.mark.parametrize("variant", [lj.LoRA, lj.DoRA])
+@pytest.mark.parametrize("variant", [sweep(lj.LoRA), lj.DoRA])
 @pytest.mark.parametrize("name", [*ONES, "one output as a row"])
 def test_axes_of_size_1_have_no_role_for_a_gain(name: str, variant: Any) -> None:
     case = ONES.get(name, ROW)

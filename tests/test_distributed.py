@@ -20,7 +20,7 @@ import distributed_values
 import numpy as np
 import pytest
 from distributed_process import mesh
-from helpers import environment
+from helpers import environment, sweep
 
 from lora_jax.checkpoint._fingerprint import fingerprint
 
@@ -108,7 +108,10 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     return few_stages(tmp_path_factory.mktemp("few"))
 
 
-@pytest.fixture(scope="module", params=["few", pytest.param("many", marks=pytest.mark.slow)])
+@pytest.fixture(
+    scope="module",
+    params=[sweep("few"), pytest.param("many", marks=pytest.mark.slow)],
+)
 def stages(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stages]:
     """Few stages, or many with more processes and with all layouts."""
     yield request.getfixturevalue("few") if request.param == "few" else many_stages(tmp_path_factory.mktemp("many"))
@@ -134,17 +137,20 @@ def test_losses_match_one_device(stages: Stages, tmp_path: Path) -> None:
         np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.sweep
 def test_all_processes_report_a_changed_file(few: Stages) -> None:
     for error in few.results["damaged"]:
         assert "Expected a complete checkpoint" in error
         assert re.search(r"'d/\w+' has changed", error)
 
 
+@pytest.mark.sweep
 def test_an_adapter_is_saved_while_a_manager_saves_in_the_background(few: Stages) -> None:
     """Both wait at barriers of Orbax, which refuses a barrier that is already waited at."""
     assert few.results["save"][0] == {"run": ["2"], "single": ["2"]}
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize("memory", ["device", "pinned_host"])
 def test_kernels_sharded_over_processes_are_compared_on_their_devices(memory: str, few: Stages) -> None:
     for results in few.results["values"]:
@@ -167,6 +173,7 @@ def newest(run: Path) -> int:
     return max((int(entry.name) for entry in run.iterdir() if entry.name.isdigit()), default=0)
 
 
+@pytest.mark.sweep
 def test_killed_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     """A process with eight devices is killed while it saves a step after the fourth, and another one resumes."""
     until = 12

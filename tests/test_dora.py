@@ -14,6 +14,7 @@ import fuzz_run
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import sweep
 from law import assert_close, assert_law, normal
 from uses import USES
 
@@ -88,7 +89,7 @@ def test_unmerge_needs_the_base() -> None:
 
 
 @pytest.mark.parametrize("start", [starts.pissa, starts.olora])
-@pytest.mark.parametrize("name", ["Dense", "a stack of layers", "a convolution"])
+@pytest.mark.parametrize("name", ["a stack of layers", sweep("Dense"), sweep("a convolution")])
 def test_initializations_that_change_the_base_keep_the_model(name: str, start: Any) -> None:
     case = USES[name]
     adapter = lj.init(jax.random.key(0), case.params, {"w": lj.DoRA(rank=2, alpha=3, axes=case.roles)})
@@ -148,6 +149,7 @@ def test_the_norm_does_not_materialize_the_update() -> None:
     assert not any(eqn.outvars[0].aval.shape in ((48, 40), (40, 48)) for eqn in products)
 
 
+@pytest.mark.sweep
 def test_random_programs_match_merged_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The test of `test_fuzz.py`, except that a program may also be refused because of the gain."""
     monkeypatch.setitem(fuzz_run.VARIANTS, "DoRA", lj.DoRA)

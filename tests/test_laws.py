@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits, trained
+from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits, sweep, trained
 from transforms import call, law, under
 from zoo import ZOO, Model
 
@@ -26,7 +26,7 @@ def make(name: str, dtype: str) -> tuple[Model, Any]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["transformer", "lstm", "conv_net", "experts"])
+@pytest.mark.parametrize("name", ["transformer", "lstm", sweep("conv_net"), sweep("experts")])
 def test_initialization_keeps_the_compiled_model(name: str, dtype: str) -> None:
     model, adapter = make(name, dtype)
     # Without this option XLA may round a bfloat16 sum at different points in the two programs.

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers import sweep, sweep_except
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from law import normal, total
@@ -89,7 +90,7 @@ def values(tree: Any) -> list[Any]:
     return [np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in leaves]
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", sweep_except(["chain", "accumulated", "LoRA+"], OPTIMIZERS))
 def test_the_values_are_those_of_the_optimizer_and_the_state_stays_on_the_host(name: str) -> None:
     expected, got = (train(tx, adapter_of(BASE)) for tx in (OPTIMIZERS[name](), offload(OPTIMIZERS[name]())))
     for (*plain, _, _), (*offloaded, kinds_got, kinds_expected) in zip(expected, got, strict=True):
@@ -230,8 +231,8 @@ def host_model(*, scanned: bool) -> tuple[Any, Any, Any, Any]:
     return apply, params, to_host(params), tokens
 
 
-@pytest.mark.parametrize("variant", [lj.LoRA, pytest.param(lj.DoRA, marks=pytest.mark.sweep)])
-@pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", "**/query/kernel"])
+@pytest.mark.parametrize("variant", [lj.LoRA, sweep(lj.DoRA)])
+@pytest.mark.parametrize("adapted", ["**/{kernel,embedding}", sweep("**/query/kernel")])
 @pytest.mark.parametrize("scanned", [False, True])
 def test_a_model_in_host_memory_matches_merged_kernels(scanned: bool, adapted: str, variant: Any) -> None:
     apply, params, on_host, tokens = host_model(scanned=scanned)
@@ -264,7 +265,7 @@ STACKS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", [lj.LoRA, pytest.param(lj.DoRA, marks=pytest.mark.sweep)])
+@pytest.mark.parametrize("variant", [lj.LoRA, sweep(lj.DoRA)])
 @pytest.mark.parametrize("name", STACKS)
 def test_one_layer_is_on_the_device_at_a_time(name: str, variant: Any) -> None:
     apply, x = STACKS[name], normal(5, 4, seed=3)

@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from evaluate import without_compiling
-from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits, trained
+from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits, sweep, trained
 from jax.sharding import NamedSharding, PartitionSpec
 from law import normal, total
 from uses import USES
@@ -193,8 +193,8 @@ SMALL_FORMATS = {"NF4": quant.NF4(block=16), "int8": INT8, "fp8": FLOAT8}
         ("NF4", True, lj.LoRA),
         ("NF4", True, lj.DoRA),
         ("NF4", False, lj.VeRA),
-        ("int8", True, lj.LoRA),
-        ("fp8", True, lj.LoRA),
+        sweep("int8", True, lj.LoRA),
+        sweep("fp8", True, lj.LoRA),
     ],
 )
 def test_a_model_on_a_quantized_base_matches_merged_kernels(name: str, scanned: bool, variant: Any, key: Any) -> None:

@@ -17,6 +17,8 @@ import reproduce_paper
 import trec
 from paper_configurations import BUDGET, COMPARISONS, CONFIGURATIONS, MATRICES, budget_rank, factor_count
 
+pytestmark = pytest.mark.sweep
+
 SCALE = reproduce_paper.Scale(steps=2, seeds=(0,), tokens=12, test_questions=4, layers=6)
 
 

@@ -17,6 +17,8 @@ from scale import llama
 
 from lora_jax._compat import compiler_options
 
+pytestmark = pytest.mark.sweep
+
 TINY = llama.Llama(layers=3, width=48, heads=8, hidden=80, kv_heads=4, vocabulary=160)
 
 

@@ -23,6 +23,8 @@ from lora_jax import adaptive, analysis, optim, starts
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # The rounding error, relative to the largest element.
+pytestmark = pytest.mark.sweep
+
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 7e-2, "float8_e5m2": 0.13}
 
 VARIANTS: dict[str, Callable[..., Any]] = {

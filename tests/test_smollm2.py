@@ -14,6 +14,8 @@ import lora_jax as lj
 import smollm2
 from smollm2 import Llama, Sizes
 
+pytestmark = pytest.mark.sweep
+
 TINY = Sizes(vocabulary=61, d_model=32, layers=2, heads=4, kv_heads=2, d_mlp=64, theta=100.0)
 SPEC = {
     "**/{query,value,out}/kernel": lj.LoRA(rank=2, alpha=4),

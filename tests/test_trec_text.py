@@ -11,6 +11,8 @@ import smollm2
 import trec
 import trec_text
 
+pytestmark = pytest.mark.sweep
+
 TINY = smollm2.Sizes(d_model=16, layers=1, heads=2, kv_heads=1, d_mlp=16)
 
 

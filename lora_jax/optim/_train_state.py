@@ -18,8 +18,8 @@ def train_state(
     """Makes a `TrainState` that holds base and adapter in one tree, and trains the adapter only.
 
     `state.params` is `{"base": params, "adapter": adapter}`, and `state.apply_fn(state.params, *args)` calls the
-    adapted function. The optimizer sees the adapter only; see `freeze_base`. Where no `TrainState` is asked for, two
-    trees need no wrapper.
+    adapted function. The optimizer sees the adapter only; see `freeze_base`. A training loop without `TrainState` can
+    keep the two trees apart, and needs no wrapper.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
     >>> params = {"kernel": jnp.ones((4, 3))}
