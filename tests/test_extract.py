@@ -279,7 +279,7 @@ def test_compress_works_under_jit_and_keeps_dtypes_and_dropout() -> None:
 @pytest.mark.parametrize(
     ("rank", "text"),
     [
-        (0, "Expected a rank of at least 1; got 0, for '**'."),
+        (0, "Expected an integer of at least 1 for `rank`; got rank=0."),
         ({"v": 1}, "Expected every pattern to match a leaf with factors; 'v' matches none of 1.\n  The nearest paths:"),
     ],
 )
