@@ -102,8 +102,7 @@ def _combined(path: str, given: Sequence[_Weighted], method: Combination, leaf: 
     part = given[0].part
     keys = [None if key is None else key_for(key_for(key, path), weighted.name) for weighted in given]
     if isinstance(part.variant, _LOW_RANK):
-        terms = [_term(weighted, key) for weighted, key in zip(given, keys, strict=True)]
-        a, b = method.factors(terms, part.axes)
+        a, b = method.factors(_terms(given, keys), part.axes)
         rank = a.shape[-1]
         return Adapter(LoRA(rank=rank, alpha=rank), part.axes, a=_like(a, given, "a"), b=_like(b, given, "b"))
     combine = functools.partial(_change, given=given, keys=keys, method=method)
@@ -123,11 +122,14 @@ def _combined(path: str, given: Sequence[_Weighted], method: Combination, leaf: 
             return Adapter(Full(), part.axes, value=_like(start.astype(dtype) + change, given, "value"))
 
 
-def _term(weighted: _Weighted, key: Any) -> Term:
-    variant: Any = weighted.part.variant
-    a, b = map(_wide, variant.factors(weighted.part.arrays, weighted.part.axes))
-    dtype = widest(a.dtype, b.dtype)
-    return Term(weighted.weight, variant.scale, a.astype(dtype), b.astype(dtype), key)
+def _terms(given: Sequence[_Weighted], keys: Sequence[Any]) -> list[Term]:
+    variants: list[Any] = [weighted.part.variant for weighted in given]
+    factors = [x.factors(weighted.part.arrays, weighted.part.axes) for x, weighted in zip(variants, given, strict=True)]
+    dtype = widest(jnp.float32, *(factor.dtype for pair in factors for factor in pair))
+    return [
+        Term(weighted.weight, variant.scale, *(jnp.asarray(factor).astype(dtype) for factor in pair), key)
+        for weighted, variant, pair, key in zip(given, variants, factors, keys, strict=True)
+    ]
 
 
 def _change(
@@ -148,7 +150,7 @@ def _wide(array: Any) -> Array:
 def _like(array: Array, given: Sequence[_Weighted], name: str) -> Array:
     """Returns an array in the widest dtype of the adapters' arrays of this name, sharded as the first one."""
     arrays = [weighted.part.arrays[name] for weighted in given]
-    dtype = functools.reduce(jnp.promote_types, (x.dtype for x in arrays))
+    dtype = widest(*(x.dtype for x in arrays))
     return sharded_as(array.astype(dtype), jnp.asarray(arrays[0]))
 
 

@@ -13,6 +13,7 @@ from jax import Array, lax
 from ..._core.adapter import Adapter
 from ..._core.linalg import SVD, as_factors, delta_matrices, factors_from_svd, kernel_shape, product
 from ..._core.numbers import integer, number
+from ..._core.placement import replicated
 from ..._errors import SpecError
 from ..._variants import LoRA
 from .method import Change, Combination, Term, as_dtype, chosen, signed_roots, split
@@ -88,7 +89,7 @@ def keep_largest(x: Array, density: float, batch: int) -> Array:
 
     `⌊density·size⌋` elements are kept, at least one, and all that equal the smallest of them.
     """
-    flat = jnp.abs(x).reshape(*x.shape[:batch], -1)
+    flat = jnp.abs(replicated(x)).reshape(*x.shape[:batch], -1)
     kept = max(1, int(density * flat.shape[-1]))
     least = lax.top_k(flat, kept)[0][..., -1]
     return jnp.where(jnp.abs(x) >= lax.expand_dims(least, range(batch, x.ndim)), x, jnp.zeros_like(x))
