@@ -117,8 +117,14 @@ class Pool:
     def stats(self) -> PoolStats:
         """Returns the counts so far, and the names in memory."""
         with self._lock:
-            counts = [self._counts[field] for field in PoolStats._fields[:4]]
-            return PoolStats(*counts, resident=tuple(self._resident), loading=tuple(self._loads))
+            return PoolStats(
+                hits=self._counts["hits"],
+                misses=self._counts["misses"],
+                evictions=self._counts["evictions"],
+                failures=self._counts["failures"],
+                resident=tuple(self._resident),
+                loading=tuple(self._loads),
+            )
 
     def close(self) -> None:
         """Removes all adapters, after the loads that run have ended. Loads that wait are dropped."""

@@ -95,21 +95,21 @@ def tree(nodes: Mapping[str, tuple[str, Adapters]]) -> Tree:
       AdapterError: for a name that is not a string or is `BASE`, a parent that does not exist, a cycle, or a node that
         is not a pair of a parent and an adapter.
     """
-    for name, node in nodes.items():
+    for name, given in nodes.items():
         if not isinstance(name, str) or name == BASE:
             raise AdapterError(f"Expected strings other than {BASE!r}, which is the base, as names; got {name!r}.")
-        if not isinstance(node, tuple) or len(node) != 2:
-            raise AdapterError(f"Expected (parent, adapter) at {name!r}; got {type(node).__name__}.")
-        check_adapter(node[1], f"Pass {{{name!r}: (parent, adapter), …}}.")
-        if node[0] != BASE:
-            index_of(list(nodes), node[0])
+        if not isinstance(given, tuple) or len(given) != 2:
+            raise AdapterError(f"Expected (parent, adapter) at {name!r}; got {type(given).__name__}.")
+        check_adapter(given[1], f"Pass {{{name!r}: (parent, adapter), …}}.")
+        if given[0] != BASE:
+            index_of(list(nodes), given[0])
     parents = {name: parent for name, (parent, _) in nodes.items()}
     for name in parents:
         seen, node = [name], parents[name]
         while node != BASE:
             if node in seen:
                 raise AdapterError(
-                    f"Expected a tree with the root {BASE!r}; got a cycle: {' of '.join([*seen, node])}."
+                    f"Expected a tree with the root {BASE!r}; got a cycle: {' of '.join(map(repr, [*seen, node]))}."
                 )
             seen.append(node)
             node = parents[node]

@@ -106,12 +106,13 @@ def _combined(path: str, given: Sequence[_Weighted], method: Combination, leaf: 
         rank = a.shape[-1]
         return Adapter(LoRA(rank=rank, alpha=rank), part.axes, a=_like(a, given, "a"), b=_like(b, given, "b"))
     combine = functools.partial(_change, given=given, keys=keys, method=method)
+    variants: list[Any] = [x.part.variant for x in given]
     match part.variant:
         case LoRABias():
-            bias = combine([_wide(x.part.bias) * x.part.variant.scale for x in given], batch=0)
+            bias = combine([_wide(x.part.bias) * y.scale for x, y in zip(given, variants, strict=True)], batch=0)
             return Adapter(LoRABias(scale=1), part.axes, bias=_like(bias, given, "bias"))
         case Rows():
-            ids = tuple(dict.fromkeys(row for x in given for row in x.part.variant.ids))
+            ids = tuple(dict.fromkeys(row for variant in variants for row in variant.ids))
             rows = combine([_at_ids(x.part, ids) for x in given], batch=part.axes.count("b"))
             return Adapter(Rows(ids=ids), part.axes, rows=_like(rows, given, "rows"))
         case _:
@@ -127,8 +128,8 @@ def _terms(given: Sequence[_Weighted], keys: Sequence[Any]) -> list[Term]:
     factors = [x.factors(weighted.part.arrays, weighted.part.axes) for x, weighted in zip(variants, given, strict=True)]
     dtype = widest(jnp.float32, *(factor.dtype for pair in factors for factor in pair))
     return [
-        Term(weighted.weight, variant.scale, *(jnp.asarray(factor).astype(dtype) for factor in pair), key)
-        for weighted, variant, pair, key in zip(given, variants, factors, keys, strict=True)
+        Term(weighted.weight, variant.scale, jnp.asarray(a).astype(dtype), jnp.asarray(b).astype(dtype), key)
+        for weighted, variant, (a, b), key in zip(given, variants, factors, keys, strict=True)
     ]
 
 

@@ -51,5 +51,5 @@ class Dare(Sparse):
         return weighted_sum(weights, dropped) if self.sign is None else elected_mean(weights, dropped, self.sign)
 
     def _dropped(self, change: Change) -> Array:
-        kept = jax.random.bernoulli(change.key, self.density, change.value.shape)
+        kept = jax.random.bernoulli(change.key, float(self.density), change.value.shape)
         return jnp.where(kept, change.value / self.density, jnp.zeros_like(change.value))
