@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import bits
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from law import normal
 
 import lora_jax as lj
@@ -247,3 +248,20 @@ def test_what_is_not_a_tree_or_does_not_fit_is_an_error(call: Any, error: type[E
     with pytest.raises(error) as caught:
         call()
     assert text in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_sharded_base_stays_sharded(exact: bool, kind: AxisType) -> None:
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(kind,))
+    sharding = NamedSharding(mesh, PartitionSpec("x", None))
+    params = {"w": normal(6, 5)}
+    expected = lj.merge(params, _NODE)["w"]
+    sharded = {"w": jax.device_put(params["w"], sharding)}
+    with jax.set_mesh(mesh):
+        there = many.switch(many.place(sharded, _W, exact=exact), "x", donate=True)
+        assert there.params["w"].sharding == sharding
+        np.testing.assert_allclose(there.params["w"], expected, rtol=1e-6)
+        back = many.switch(there, "base", donate=True).params["w"]
+        assert back.sharding == sharding
+        np.testing.assert_allclose(back, params["w"], rtol=0, atol=0 if exact else 1e-5)
