@@ -265,3 +265,16 @@ def test_a_sharded_base_stays_sharded(exact: bool, kind: AxisType) -> None:
         back = many.switch(there, "base", donate=True).params["w"]
         assert back.sharding == sharding
         np.testing.assert_allclose(back, params["w"], rtol=0, atol=0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_way_that_was_gone_before_compiles_nothing(exact: bool, caplog: pytest.LogCaptureFixture) -> None:
+    tree = many.tree({"one": ("base", _NODE), "two": ("base", jax.tree.map(lambda x: 2 * x, _NODE))})
+    here = many.place({"w": normal(6, 5)}, tree, exact=exact)
+    for name in ("one", "two", "base") * 2:  # the base of the second round is committed to its device
+        here = many.switch(here, name)
+    with jax.log_compiles():
+        caplog.clear()
+        for name in ("two", "one", "two", "base", "one"):
+            here = many.switch(here, name)
+        assert not [record.message for record in caplog.records if "Compiling" in record.message]
