@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import trained
+from helpers import bits, trained
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from matplotlib.figure import Figure
 
@@ -194,6 +194,51 @@ def test_leaves_without_factors_are_omitted() -> None:
         analysis.intruders(params, adapter),
     ]
     assert [list(found) for found in measured] == [["w"]] * 5
+
+
+@some_layouts
+@pytest.mark.parametrize("scale", [0.75, 0.0])
+def test_intruders_are_scaled_in_the_adapted_kernel_up_to_the_rank_of_the_update(axes: str, scale: float) -> None:
+    params, adapter = random_case(axes)
+    kernel, delta = layers_of(params, adapter)
+    found = analysis.intruders(params, adapter, top=3, threshold=0.97)["w"]
+    assert found.intruder.any()
+    reduced, residual = analysis.reduce_intruders(params, adapter, scale=scale, top=3, threshold=0.97)
+    u, s, vt = np.linalg.svd(kernel + delta, full_matrices=False)
+    mask = np.where(found.intruder, scale - 1, 0) * s[..., :3]
+    expected = delta + (u[..., :3] * mask[..., None, :]) @ vt[..., :3, :]
+    rank = adapter["w"].a.shape[-1]
+    u, s, vt = np.linalg.svd(expected, full_matrices=False)
+    truncated = (u[..., :rank] * s[..., None, :rank]) @ vt[..., :rank, :]
+    np.testing.assert_allclose(layers_of(params, reduced)[1], truncated, **TOLERANCE)
+    lost = np.linalg.norm(s[..., rank:], axis=-1) / np.linalg.norm(s, axis=-1)
+    np.testing.assert_allclose(residual["w"], np.where(found.intruder.any(-1), lost, 0), **TOLERANCE)
+    assert jax.tree.structure(reduced) == jax.tree.structure(adapter)
+
+
+def test_a_layer_without_intruders_is_unchanged_bit_for_bit() -> None:
+    params, adapter = random_case("bio")
+    part = adapter["w"]
+    adapter = {"w": lj.Adapter(part.variant, "bio", a=part.a, b=part.b.at[1].set(0))}
+    for call in (analysis.reduce_intruders, jax.jit(analysis.reduce_intruders)):
+        reduced, residual = call(params, adapter)
+        np.testing.assert_array_equal(reduced["w"].a[1], part.a[1])
+        np.testing.assert_array_equal(reduced["w"].b[1], 0)
+        assert residual["w"].shape == (3,) and residual["w"][1] == 0
+    nothing, residual = analysis.reduce_intruders(params, adapter, threshold=0.0)
+    assert bits(nothing) == bits(adapter) and not residual["w"].any()
+
+
+def test_leaves_whose_intruders_cannot_be_reduced_are_an_error_or_unchanged() -> None:
+    params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
+    spec = {"w": lj.DoRA(rank=1, alpha=1, axes="io"), "bias": lj.Full()}
+    adapter = lj.init(jax.random.key(0), params, spec)
+    with pytest.raises(lj.AdapterError, match=r"whose update is s·A·B; got 1 others\.\n  'w': DoRA"):
+        analysis.reduce_intruders(params, adapter)
+    reduced, residual = analysis.reduce_intruders(params, {"bias": adapter["bias"]})
+    assert reduced["bias"] is adapter["bias"] and residual == {}
+    with pytest.raises(lj.SpecError, match="Expected a finite number for `scale`"):
+        analysis.reduce_intruders(params, {}, scale=float("nan"))
 
 
 def test_intruders_works_for_every_variant() -> None:

@@ -279,7 +279,7 @@ def test_compress_works_under_jit_and_keeps_dtypes_and_dropout() -> None:
 @pytest.mark.parametrize(
     ("rank", "text"),
     [
-        (0, "Expected a rank of at least 1; got 0, for '**'."),
+        (0, "Expected an integer of at least 1 for `rank`; got rank=0."),
         ({"v": 1}, "Expected every pattern to match a leaf with factors; 'v' matches none of 1.\n  The nearest paths:"),
     ],
 )
@@ -293,3 +293,71 @@ def test_an_invalid_rank_is_an_error(rank: Any, text: str) -> None:
 def test_parameters_in_place_of_the_adapter_are_an_error(call: Any) -> None:
     with pytest.raises(lj.AdapterError, match=r"Expected an adapter: .*; got ArrayImpl at 'w'"):
         call({"w": jnp.zeros((4, 3))})
+
+
+# By energy
+
+
+def smallest_rank(matrix: np.ndarray, energy: float) -> int:
+    s = np.linalg.svd(matrix, compute_uv=False) ** 2
+    return max(1 + int((np.cumsum(layer) < energy * layer.sum()).sum()) for layer in s.reshape(-1, s.shape[-1]))
+
+
+@each_kernel
+def test_compress_keeps_the_smallest_rank_with_the_energy(axes: str, variant: Any) -> None:
+    zeros, adapter = random_case(axes, variant(rank=4, alpha=5, axes=axes))
+    update = matrices(lj.merge(zeros, adapter)["w"], axes)
+    for energy in (0.3, 0.8, 0.95):
+        rank = smallest_rank(update, energy)
+        smaller, lost = lj.compress(adapter, energy=energy)
+        expected, expected_lost = lj.compress(adapter, rank)
+        assert smaller["w"].variant == variant(rank=rank, alpha=5)
+        np.testing.assert_array_equal(smaller["w"].a, expected["w"].a)
+        np.testing.assert_array_equal(lost["w"], expected_lost["w"])
+        assert (lost["w"] ** 2 <= 1 - energy + 1e-12).all()
+        if rank > 1:
+            assert (lj.compress(adapter, rank - 1)[1]["w"] ** 2 > 1 - energy).any()
+
+
+@each_kernel
+def test_extract_keeps_the_smallest_rank_with_the_energy_up_to_that_of_the_variant(axes: str, variant: Any) -> None:
+    base, tuned = {"w": random_kernel(axes, 0)}, {"w": random_kernel(axes, 1)}
+    change = matrices(tuned["w"] - base["w"], axes)
+    for energy in (0.5, 0.9, 0.999):
+        spec = {"w": variant(rank=4, alpha=5, axes=axes)}
+        adapter, lost = lj.extract(base, tuned, spec, energy=energy, param_dtype=jnp.float64)
+        rank = min(4, smallest_rank(change, energy))
+        assert adapter["w"].variant == variant(rank=rank, alpha=5)
+        np.testing.assert_allclose(lost["w"], truncated(change, rank)[1], **TOLERANCE)
+
+
+def test_each_pattern_has_its_energy_and_a_leaf_without_an_update_has_rank_one() -> None:
+    part = random_case("io", lj.LoRA(rank=4, alpha=4))[1]["w"]
+    zero = lj.Adapter(part.variant, "io", a=part.a, b=0 * part.b)
+    adapter = {"x/query": part, "x/value": part, "y": part, "x/zero": zero}
+    smaller, _ = lj.compress(adapter, energy={"x/query": 0.01, "x/*": 0.999999})
+    assert [part.variant.rank for part in smaller.values()] == [1, 4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({}, "Expected either `rank` or `energy`; got rank=None and energy=None."),
+        ({"rank": 1, "energy": 0.5}, "Expected either `rank` or `energy`; got rank=1 and energy=0.5."),
+        ({"energy": 1.0}, "Expected a number in (0, 1) for `energy`; got energy=1.0."),
+        ({"energy": {"w": 0}}, "Expected a number in (0, 1) for `energy`; got energy=0."),
+        ({"energy": {"v": 0.5}}, "Expected every pattern to match a leaf with factors; 'v' matches none of 1."),
+    ],
+)
+def test_an_invalid_energy_is_an_error(arguments: Any, text: str) -> None:
+    with pytest.raises(lj.SpecError) as caught:
+        lj.compress(random_case("io", lj.LoRA(rank=2, alpha=4))[1], **arguments)
+    assert str(caught.value).startswith(text)
+
+
+def test_an_energy_under_jit_or_out_of_range_is_an_error() -> None:
+    base, tuned = {"w": random_kernel("io", 0)}, {"w": random_kernel("io", 1)}
+    with pytest.raises(lj.SpecError, match=r"because `energy` determines the ranks from them; got traced arrays\."):
+        jax.jit(lambda adapter: lj.compress(adapter, energy=0.5))(random_case("io", lj.LoRA(rank=2, alpha=4))[1])
+    with pytest.raises(lj.SpecError, match=r"Expected a number in \(0, 1\) for `energy`; got energy=2\."):
+        lj.extract(base, tuned, {"w": lj.LoRA(rank=2, alpha=4)}, energy=2)

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
+from .._errors import SpecError
 from .adapter import Adapter
 from .axes import axes_of_a, axes_of_b, axes_with, sizes
 from .contract import widest
 from .placement import replicated
-from .values import in_device_memory
+from .values import in_device_memory, is_concrete, on_host
 from .variant import LowRank
 
 
@@ -93,14 +95,18 @@ def _flattened(a: Array, b: Array, axes: str) -> tuple[Array, Array]:
 
 
 def svd_of_delta(part: Adapter) -> SVD:
-    """Returns the singular value decomposition of `s·a·b` without materializing `s·a·b`.
+    """Returns the singular value decomposition of `s·a·b` without materializing `s·a·b`."""
+    return svd_of_product(*delta_matrices(part), scale_of(part))
+
+
+def svd_of_product(a: Array, b: Array, scale: float = 1.0) -> SVD:
+    """Returns the singular value decomposition of `s·a·b`, for a of (batch…, in, rank) and b of (batch…, rank, out).
 
     With `a = q_a·r_a` and `bᵀ = q_b·r_b`, it follows from the decomposition of `s·r_a·r_bᵀ`, a rank × rank matrix.
     """
-    a, b = delta_matrices(part)
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(b.mT)
-    u, s, vt = jnp.linalg.svd(scale_of(part) * product(r_a, r_b.mT), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(scale * product(r_a, r_b.mT), full_matrices=False)
     return SVD(product(q_a, u), s, product(vt, q_b.mT))
 
 
@@ -117,6 +123,28 @@ def as_factors(a: Array, b: Array, axes: str, shape: Sequence[int]) -> dict[str,
     """Reshapes (batch…, in, rank) and (batch…, rank, out) to the factors of a kernel of shape `shape`."""
     rank = a.shape[-1]
     return {"a": a.reshape(sizes(axes_of_a(axes), shape, rank)), "b": b.reshape(sizes(axes_of_b(axes), shape, rank))}
+
+
+def kernel_shape(part: Adapter) -> tuple[int, ...]:
+    """Returns the shape of the kernel of an adapter with factors."""
+    sizes_of = zip((*axes_of_a(part.axes), *axes_of_b(part.axes)), (*part.a.shape, *part.b.shape), strict=True)
+    size = dict(sizes_of)
+    return tuple(size[axis] for axis in range(len(part.axes)))
+
+
+def rank_for_energy(s: Array, energy: float) -> int:
+    """Returns the smallest rank that holds a fraction of the sum of the squares; of a stack, the largest among them.
+
+    Raises:
+      SpecError: if the singular values are traced.
+    """
+    if not is_concrete(s):
+        raise SpecError(
+            "Expected arrays with values, because `energy` determines the ranks from them; got traced arrays.\n"
+            "  Call this outside `jit`, or pass a rank."
+        )
+    squares = np.cumsum(on_host(s).astype(np.float64) ** 2, axis=-1)
+    return 1 + int(np.max((squares < energy * squares[..., -1:]).sum(-1), initial=0))
 
 
 def truncation_error(s: Array, rank: int) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax import Array
 
 from .._core.adapter import Adapter
 from .._core.attach import as_jax
-from .._core.linalg import SVD, as_factors, factors_from_svd, kernel_matrix, truncation_error
+from .._core.linalg import SVD, as_factors, factors_from_svd, kernel_matrix, rank_for_energy, truncation_error
 from .._core.paths import differences, flatten
 from .._core.spec import Choice, Problem, Spec, fit, refuse
 from .._core.stored import StoredLeaf, stored_among
@@ -21,6 +22,7 @@ from .._core.values import equal
 from .._core.variant import LowRank
 from .._errors import AdapterError, counted, listed
 from .._variants import Full
+from .compress import check_energy
 
 
 def extract(
@@ -29,6 +31,7 @@ def extract(
     spec: Spec,
     *,
     kernels: Mapping[str, Kernel] | None = None,
+    energy: float | None = None,
     param_dtype: Any = jnp.float32,
 ) -> tuple[dict[str, Adapter], dict[str, Array]]:
     """Approximates the change that full fine-tuning made by an adapter.
@@ -49,6 +52,9 @@ def extract(
       tuned: the parameters after fine-tuning, with the same paths and shapes.
       spec: as for `init`, with `LoRA`, `RSLoRA`, `Full` and None as variants.
       kernels: as for `init`.
+      energy: a fraction in (0, 1): each kernel gets the smallest rank that keeps this fraction of ‖ΔW‖² in the
+        Frobenius norm, and at most the rank of its variant. The layers of a stack share the largest. The variant keeps
+        its `alpha`, as in `compress`. None gives each kernel the rank of its variant.
       param_dtype: dtype of the adapter's arrays. They are computed in float32 or wider.
 
     Returns:
@@ -58,8 +64,9 @@ def extract(
 
     Raises:
       AdapterError: if the trees differ in paths or shapes, or do not differ at all; if a changed leaf is quantized.
-      SpecError: where `init` raises it; for a variant with arrays other than factors.
+      SpecError: where `init` raises it; for a variant with arrays other than factors; for an energy outside (0, 1).
     """
+    energy = None if energy is None else check_energy(energy)
     before, after = flatten(base)[0], flatten(tuned)[0]
     _check_same(before, after)
     changed = [path for path in before if not _equal(before[path], after[path])]
@@ -75,7 +82,7 @@ def extract(
     reasons = {path: _why_unsupported(choice) for path, choice in chosen.items()}
     refuse([Problem(path, before[path], chosen[path], why) for path, why in reasons.items() if why], len(chosen))
     for path, choice in chosen.items():
-        adapter[path], residual[path] = _extracted(before[path], after[path], choice, param_dtype)
+        adapter[path], residual[path] = _extracted(before[path], after[path], choice, energy, param_dtype)
     return adapter, residual
 
 
@@ -91,13 +98,15 @@ def _why_unsupported(choice: Choice) -> str:
     return f"expected LoRA or RSLoRA, with a nonzero alpha, or Full; got {variant}"
 
 
-def _extracted(before: Any, after: Any, choice: Choice, dtype: Any) -> tuple[Adapter, Array]:
+def _extracted(before: Any, after: Any, choice: Choice, energy: float | None, dtype: Any) -> tuple[Adapter, Array]:
     _, variant, axes = choice
     if isinstance(variant, Full):
         return Adapter(variant, axes, value=jnp.asarray(after, dtype)), jnp.zeros(())
     assert isinstance(variant, LowRank)
     first, second = (kernel_matrix(as_jax(leaf), axes) for leaf in (before, after))
     svd = SVD(*jnp.linalg.svd(second - first, full_matrices=False))
+    if energy is not None:
+        variant = dataclasses.replace(variant, rank=min(variant.rank, rank_for_energy(svd.s, energy)))
     factors = as_factors(*factors_from_svd(svd, variant.rank, variant.scale), axes, before.shape)
     arrays = {name: array.astype(dtype) for name, array in factors.items()}
     return Adapter(variant, axes, **arrays), truncation_error(svd.s, variant.rank)

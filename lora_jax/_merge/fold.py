@@ -109,12 +109,14 @@ def _apply_wide(w: Array, part: Adapter) -> AdaptedKernel | Array:
     return part.variant.apply(w.astype(wide), part.arrays, part.axes, "")
 
 
-def _sum(w: Array, part: Adapter) -> Array:
+def add(w: Array, part: Adapter) -> Array:
+    """Returns the leaf merged with its adapter, before the cast to its dtype."""
     kernel = _apply_wide(w, part)
     return materialize(kernel) if isinstance(kernel, AdaptedKernel) else kernel
 
 
-def _difference(w: Array, part: Adapter) -> Array:
+def subtract(w: Array, part: Adapter) -> Array:
+    """Returns the leaf minus the low-rank term, before the cast to its dtype."""
     kernel = _apply_wide(w, part)
     if isinstance(kernel, AdaptedKernel):
         return materialize(dataclasses.replace(kernel, scale=-kernel.scale, gain=None))
@@ -124,11 +126,11 @@ def _difference(w: Array, part: Adapter) -> Array:
 
 
 def _fold(w: Array, part: Adapter) -> Array:
-    return _sum(w, part).astype(w.dtype)
+    return add(w, part).astype(w.dtype)
 
 
 def _is_fold(w: Array, part: Adapter, merged: Array) -> Array:
-    total, dtype = _sum(w, part), merged.dtype
+    total, dtype = add(w, part), merged.dtype
     finite = jnp.where(jnp.isfinite(total), jnp.abs(total), 0)
     # Before the cast, two sums may differ by this much, because of their order and of fused multiply-adds.
     slack = 4 * float(jnp.finfo(widest(dtype, jnp.float32)).eps) * jnp.max(finite, initial=0)
@@ -137,15 +139,15 @@ def _is_fold(w: Array, part: Adapter, merged: Array) -> Array:
 
 
 def _unfold(w: Array, part: Adapter) -> Array:
-    return _difference(w, part).astype(w.dtype)
+    return subtract(w, part).astype(w.dtype)
 
 
 def _largest_sum(w: Array, part: Adapter) -> Array:
-    return jnp.max(jnp.abs(_sum(w, part)))
+    return jnp.max(jnp.abs(add(w, part)))
 
 
 def _largest_difference(w: Array, part: Adapter) -> Array:
-    return jnp.max(jnp.abs(_difference(w, part)))
+    return jnp.max(jnp.abs(subtract(w, part)))
 
 
 def _rounding_errors(w: Array, part: Adapter, folded: Array) -> tuple[Array, Array, Array]:

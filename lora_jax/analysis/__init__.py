@@ -1,4 +1,4 @@
-"""Measures of what an adapter has learned: subspaces, norms and singular vectors, with plots.
+"""Measures of what an adapter has learned: subspaces, norms and singular vectors, with plots; intruders reduced.
 
 Each kernel is treated as a matrix (in, out), whatever its axes. For a stack of layers or experts, the result has
 leading batch axes. Leaves without a term `s·A·B`, such as those of `Full`, are omitted. All functions except the plots
@@ -17,6 +17,7 @@ from ._plots import plot_intruders as plot_intruders
 from ._plots import plot_relative_norms as plot_relative_norms
 from ._plots import plot_singular_values as plot_singular_values
 from ._plots import plot_subspace_similarity as plot_subspace_similarity
+from ._reduce import reduce_intruders as reduce_intruders
 
 __all__ = [
     "Amplification",
@@ -28,6 +29,7 @@ __all__ = [
     "plot_relative_norms",
     "plot_singular_values",
     "plot_subspace_similarity",
+    "reduce_intruders",
     "relative_norms",
     "singular_values",
     "subspace_similarity",

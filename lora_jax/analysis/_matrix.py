@@ -12,7 +12,18 @@ from jax import Array, lax
 from .._core.adapter import Adapter
 from .._core.contract import widest
 from .._core.kernel import materialize
-from .._core.linalg import delta_matrices, frobenius, kernel_matrix, product, svd_of_delta
+from .._core.linalg import (
+    SVD,
+    delta_matrices,
+    factors_from_svd,
+    frobenius,
+    kernel_matrix,
+    product,
+    scale_of,
+    svd_of_delta,
+    svd_of_product,
+    truncation_error,
+)
 
 
 class Amplification(NamedTuple):
@@ -100,17 +111,52 @@ def amplification(w: Array, part: Adapter) -> Amplification:
 @jax.jit(static_argnames="top")
 def intruders(w: Array, part: Adapter, top: int, threshold: float) -> Intruders:
     """Compares the singular vectors of the adapted kernel, on its output side, with those of `w`."""
+    similarity, svd = compare(w, part, top)
+    intruder = similarity < threshold
+    return Intruders(similarity, intruder, svd.s, intruder.sum(axis=-1))
+
+
+def compare(w: Array, part: Adapter, top: int) -> tuple[Array, SVD]:
+    """Returns the first singular vectors of the adapted kernel, and the largest |cos| of each with any of `w`'s."""
     wide = w.astype(widest(jnp.float32, w.dtype, *(array.dtype for array in part.arrays.values())))
     adapted: Any = part.variant.apply(wide, part.arrays, part.axes, "")
     matrices = [kernel_matrix(kernel, part.axes) for kernel in (wide, materialize(adapted))]
     batch = matrices[0].shape[:-2]
 
-    def compare(layer: tuple[Array, Array]) -> tuple[Array, Array]:
+    def compare_layer(layer: tuple[Array, Array]) -> tuple[Array, SVD]:
         base, tuned = layer
-        (_, _, base_vt), (_, values, vt) = (jnp.linalg.svd(x, full_matrices=False) for x in (base, tuned))
-        return jnp.max(jnp.abs(product(vt[:top], base_vt.mT)), axis=-1), values[:top]
+        (_, _, base_vt), (u, s, vt) = (jnp.linalg.svd(x, full_matrices=False) for x in (base, tuned))
+        return jnp.max(jnp.abs(product(vt[:top], base_vt.mT)), axis=-1), SVD(u[:, :top], s[:top], vt[:top])
 
-    base, tuned = (x.reshape(-1, *x.shape[-2:]) for x in matrices)
-    similarity, values = (x.reshape(*batch, -1) for x in lax.map(compare, (base, tuned)))
+    layers = tuple(x.reshape(-1, *x.shape[-2:]) for x in matrices)
+    found: tuple[Array, SVD] = jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), lax.map(compare_layer, layers))
+    return found
+
+
+class Reduced(NamedTuple):
+    """Factors of an update with scaled intruders.
+
+    Attributes:
+      a: (batch…, in, rank).
+      b: (batch…, rank, out).
+      changed: (batch…), whether there were intruders; the factors are new in any case.
+      error: (batch…), the relative error of the update in the Frobenius norm from keeping the rank.
+    """
+
+    a: Array
+    b: Array
+    changed: Array
+    error: Array
+
+
+@jax.jit(static_argnames="top")
+def reduce_intruders(w: Array, part: Adapter, top: int, threshold: float, scale: float) -> Reduced:
+    """Multiplies the intruders of the adapted kernel by `scale`, and truncates the update to its rank."""
+    similarity, svd = compare(w, part, top)
     intruder = similarity < threshold
-    return Intruders(similarity, intruder, values, intruder.sum(axis=-1))
+    weights = jnp.where(intruder, (scale - 1) * svd.s, jnp.zeros_like(svd.s))
+    a, b = delta_matrices(part)
+    factors = jnp.concatenate([scale_of(part) * a, svd.u * weights[..., None, :]], -1), jnp.concatenate([b, svd.vt], -2)
+    reduced, rank = svd_of_product(*factors), a.shape[-1]
+    error = truncation_error(reduced.s, rank)
+    return Reduced(*factors_from_svd(reduced, rank, scale_of(part)), intruder.any(-1), error)

@@ -1,17 +1,61 @@
-"""Several adapters of one base: stacked, selected inside `jit`, applied one per example, replaced without compiling.
+"""Several adapters of one base: stacked, selected inside `jit`, applied one per example, combined, switched, pooled.
 
 `stack` makes one pytree of several adapters, in which ranks are padded and scales are arrays. `select` returns one of
-them for `lora(apply)`, or one per example; `per_example` applies one to each example of a batch.
+them for `lora(apply)`, or one per example; `per_example` applies one to each example of a batch. `combine` makes one
+adapter of several, `interpolate` scales one. A `tree` holds adapters of adapted weights, and `switch` moves merged
+weights in it; a `Pool` keeps the most recently used adapters in memory.
 """
 
+from ._combine.combine import combine as combine
+from ._combine.concat import Concat as Concat
+from ._combine.dare import Dare as Dare
+from ._combine.linear import Linear as Linear
+from ._combine.prune import Prune as Prune
+from ._combine.ties import Ties as Ties
+from ._combine.truncate import Truncate as Truncate
+from ._interpolate import interpolate as interpolate
 from ._member import Member as Member
 from ._member import Stack as Stack
 from ._per_example import per_example as per_example
+from ._pool import Pool as Pool
+from ._pool import PoolStats as PoolStats
 from ._select import BASE as BASE
 from ._select import ids as ids
 from ._select import select as select
 from ._stack import stack as stack
 from ._stack import swap as swap
 from ._stack import unstack as unstack
+from ._switch import Merged as Merged
+from ._switch import place as place
+from ._switch import switch as switch
+from ._tree import Tree as Tree
+from ._tree import Walk as Walk
+from ._tree import tree as tree
 
-__all__ = ["BASE", "Member", "Stack", "ids", "per_example", "select", "stack", "swap", "unstack"]
+__all__ = [
+    "BASE",
+    "Concat",
+    "Dare",
+    "Linear",
+    "Member",
+    "Merged",
+    "Pool",
+    "PoolStats",
+    "Prune",
+    "Stack",
+    "Ties",
+    "Tree",
+    "Truncate",
+    "Walk",
+    "combine",
+    "ids",
+    "interpolate",
+    "per_example",
+    "place",
+    "select",
+    "stack",
+    "swap",
+    "switch",
+    "tree",
+    "unstack",
+]

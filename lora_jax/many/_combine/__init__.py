@@ -1,0 +1,1 @@
+"""Combinations of adapters: `combine`, and one file for each way to combine."""
