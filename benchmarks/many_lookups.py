@@ -120,16 +120,14 @@ UNITS = {"FLOPs": (1e6, "M"), "of the compiler": (1e6, "M"), "accessed": (1e6, "
 
 
 def table(sizes: list[Size], **options: Any) -> str:
-    """Returns a row for each size and method; FLOPs and time are in addition to the base's."""
+    """Returns a row for each size and method: what it needs in addition to the base, and its time."""
     lines = [["examples × tokens", "adapters", "factors", *UNITS, "time, base = 1"]]
     for size in sizes:
         progress(f"lookups: {size}")
         rows = measure(size, **options)
         reference = rows.pop("base")
         for name, row in rows.items():
-            added = {key: row[key] - (reference[key] if "lop" in key.lower() else 0) for key in UNITS}
-            added["of the compiler"] = row["of the compiler"] - reference["of the compiler"]
-            cells = [f"{added[key] / scale:.2f} {unit}" for key, (scale, unit) in UNITS.items()]
+            cells = [f"{(row[key] - reference[key]) / scale:.2f} {unit}" for key, (scale, unit) in UNITS.items()]
             time = f"{row['seconds'] / reference['seconds']:.2f}" if "seconds" in row else "–"
             lines.append([f"{size.examples} × {size.tokens}", str(size.adapters), name, *cells, time])
     return aligned(lines)
