@@ -300,6 +300,48 @@ def test_arguments_have_the_examples_along_any_axis_or_are_shared() -> None:
     assert_close(*without_compiling(compute)(params, stacked, x, shared, scale))
 
 
+def test_axes_may_be_trees_and_the_adapters_selected_before() -> None:
+    params, x = {"w": normal(4, 3)}, normal(2, 4)
+    cache = {"keys": normal(6, 2, 3), "length": jnp.array([1, 2]), "step": jnp.float32(5)}
+    stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
+
+    def apply(params: Any, x: jax.Array, cache: Any) -> Any:
+        y = x @ params["w"]
+        return y, {"keys": cache["keys"] + y[None], "length": cache["length"] + 1}, "a flag"
+
+    axes = {"keys": 1, "length": 0}
+    mixed = many.per_example(apply, in_axes=(0, axes | {"step": None}), out_axes=(0, axes, 0))
+
+    def compute(params: Any, stacked: Any, x: Any, cache: Any) -> Any:
+        selected = many.select(stacked, ["one", "base"])
+        *out, flag = mixed(params, stacked, ["one", "base"], x, cache)
+        *again, _ = mixed(params, selected, None, x, cache)
+        assert flag == "a flag"
+        y = jnp.stack([x[0] @ lj.merge(params, many.select(stacked, "one"))["w"], x[1] @ params["w"]])
+        return out, again, [y, {"keys": cache["keys"] + y[None], "length": cache["length"] + 1}]
+
+    out, again, expected = without_compiling(compute)(params, stacked, x, cache)
+    assert_close(out, expected)
+    assert bits(again) == bits(out)
+
+
+def test_axes_that_do_not_fit_are_refused() -> None:
+    params, x = {"w": normal(4, 3)}, normal(2, 4)
+    stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
+    apply = lambda params, x: x["x"] @ params["w"]  # noqa: E731
+    run = lambda which=("one", "base"), of=stacked, **axes: many.per_example(apply, **axes)(params, of, which, {"x": x})  # noqa: E731
+    with pytest.raises(lj.AdapterError, match=r"axes, for PyTreeDef\(\{'x': \*\}\); got \{'y': 0\} in `in_axes`"):
+        run(in_axes=({"y": 0},))
+    with pytest.raises(lj.AdapterError, match=r"axes, for PyTreeDef\(\*\); got \(0, 1\) in `out_axes`"):
+        run(out_axes=(0, 1))
+    with pytest.raises(lj.SpecError, match=r"axis of the examples in each result; got out_axes=\(0, None\)"):
+        many.per_example(apply, out_axes=(0, None))
+    member = many.select(stacked, ["one", "base"])
+    for of, which in ((member, ["one", "base"]), (stacked, None)):
+        with pytest.raises(lj.AdapterError, match=rf"`select` returns for them and None; got {type(of).__name__} and"):
+            run(which, of)
+
+
 def test_a_result_without_an_axis_of_examples_is_refused() -> None:
     params = {"w": normal(4, 3), "v": normal(3)}
     stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
