@@ -215,26 +215,18 @@ def run(out: Path, scale: Scale) -> None:
     lj.save(out / "best", lj.many.unstack(stacked)[name], base=params)
     together = result.seconds + result.compile
     one_by_one = count * scale.steps * step_alone + len(scale.ranks) * compile_alone
-    (out / "sweep.json").write_text(
-        json.dumps(
-            {
-                "accuracy": dict(
-                    zip(map(lambda cell: name_of(*cell), scale.cells), result.accuracy.tolist(), strict=True)
-                ),
-                "seconds": together,
-                "seconds_one_by_one": one_by_one,
-                "seconds_of_a_step_of_one": step_alone,
-            },
-            indent=2,
-        )
-        + "\n"
-    )
+    found = {
+        "accuracy": {name_of(*cell): float(value) for cell, value in zip(scale.cells, result.accuracy, strict=True)},
+        "seconds": together,
+        "seconds_one_by_one": one_by_one,
+    }
+    (out / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
     console.print(f"\nBest: {name}, {accuracy:.1%} of the held-out questions; saved in {out / 'best'}.", soft_wrap=True)
     console.print(
-        f"The sweep took {together:.0f} s, {result.compile:.0f} s of it for compilation. One by one, {count} runs "
-        f"with {len(scale.ranks)} compilations would have taken about {one_by_one:.0f} s, {one_by_one / together:.2f} times "
-        f"as long, by the time of {ALONE * len(scale.ranks)} steps ({1e3 * step_alone:.0f} ms; in the sweep "
-        f"{1e3 * result.seconds / scale.steps / count:.0f} ms per adapter).",
+        f"The sweep took {together:.0f} s, {result.compile:.0f} s of it for compilation. By the time of "
+        f"{ALONE * len(scale.ranks)} steps of one adapter, {count} runs one by one would have taken {one_by_one:.0f} s, "
+        f"{one_by_one / together:.2f} times as long: {1e3 * step_alone:.0f} ms for a step of an adapter, in the sweep "
+        f"{1e3 * result.seconds / scale.steps / count:.0f} ms.",
         soft_wrap=True,
     )
     if accuracy < scale.expected:
