@@ -223,8 +223,8 @@ def run(out: Path, scale: Scale) -> None:
     (out / "sweep.json").write_text(json.dumps(found, indent=2) + "\n")
     console.print(f"\nBest: {name}, {accuracy:.1%} of the held-out questions; saved in {out / 'best'}.", soft_wrap=True)
     console.print(
-        f"The sweep took {together:.0f} s, {result.compile:.0f} s of it for compilation. By the time of "
-        f"{ALONE * len(scale.ranks)} steps of one adapter, {count} runs one by one would have taken {one_by_one:.0f} s, "
+        f"The sweep took {together:.0f} s, {result.compile:.0f} s of it for compilation. By the time "
+        f"of {ALONE * len(scale.ranks)} steps of one, {count} runs one by one would have taken {one_by_one:.0f} s, "
         f"{one_by_one / together:.2f} times as long: {1e3 * step_alone:.0f} ms for a step of an adapter, in the sweep "
         f"{1e3 * result.seconds / scale.steps / count:.0f} ms.",
         soft_wrap=True,
