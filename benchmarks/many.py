@@ -2,7 +2,7 @@
 
 Usage:
     export PYTHONPATH=examples
-    python benchmarks/many.py training                        # the demo's model
+    python benchmarks/many.py training                        # the demo's model; use the malloc settings of the Makefile
     python benchmarks/many.py training --steps 0              # deterministic figures only
     python benchmarks/many.py lookups                         # gathered factors against sorted tokens, one layer
     python benchmarks/many.py serving --torch TORCH_PYTHON    # SmolLM2; with PEFT, run by that interpreter
@@ -39,7 +39,7 @@ TIMED = 8  # adapters
 SEQUENCES = (4, 16)  # of each adapter
 TOKENS = 18  # of each sequence, as in most batches of the demo
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0))
-TINY = minilm.Encoder(vocabulary=64, max_tokens=32, d_model=32, layers=2, heads=2, d_mlp=64)
+TINY = minilm.Encoder(vocabulary=64, max_tokens=32, d_model=32, layers=1, heads=2, d_mlp=64)
 
 
 class Case(NamedTuple):
@@ -214,8 +214,8 @@ def times_table(found: Case, adapters: int, all_sequences: tuple[int, ...], toke
 
 def training(steps: int, *, short: bool, device: Any = None) -> None:
     """Prints the tables of training."""
-    found, tokens = case(TINY if short else None), 6 if short else TOKENS
-    numbers = COUNTED[:3] if short else COUNTED
+    found, tokens = case(TINY if short else None), 4 if short else TOKENS
+    numbers = COUNTED[:2] if short else COUNTED
     counts = counts_table(found, numbers, tokens=tokens, device=device)
     print(f"\n### A training step by the number of adapters\n\n{counts}")
     if steps:

@@ -64,8 +64,8 @@ class Gathered(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         which, rows = self.which[...], x.reshape(self.which.shape[0], -1, x.shape[-1])
-        thin = jnp.einsum("ntd,ndr->ntr", rows, self.a[...][which]) * VARIANT.scale
-        low_rank = jnp.einsum("ntr,nrf->ntf", thin, self.b[...][which])
+        a, b = (factor[...][which].astype(x.dtype) for factor in (self.a, self.b))
+        low_rank = jnp.einsum("ntr,nrf->ntf", jnp.einsum("ntd,ndr->ntr", rows, a) * VARIANT.scale, b)
         return (rows @ self.kernel[...] + low_rank).reshape(*x.shape[:-1], -1)
 
 

@@ -19,7 +19,6 @@ from law import normal
 from test_many import TOGETHER, random, random_adapters
 
 import lora_jax as lj
-import minilm
 from benchmarks import many as benchmark
 from lora_jax import many
 from lora_jax.checkpoint import StateRestore, StateSave
@@ -180,7 +179,7 @@ def test_what_a_step_of_a_stack_cannot_take_is_refused() -> None:
 
 
 def test_each_adapter_adds_its_own_step_and_the_base_is_there_once() -> None:
-    case = benchmark.case(minilm.Encoder(vocabulary=64, max_tokens=32, d_model=32, layers=1, heads=2, d_mlp=64))
+    case = benchmark.case(benchmark.TINY)
     one, two, three = (benchmark.count(case, number, sequences=3, tokens=5) for number in (1, 2, 3))
     # FLOPs: each adapter adds as many, and no more than its step alone takes.
     assert three.flops - two.flops == two.flops - one.flops <= one.flops
