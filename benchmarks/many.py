@@ -2,7 +2,7 @@
 
 Usage:
     export PYTHONPATH=examples
-    python benchmarks/many.py training                        # the demo's model; use the malloc settings of the Makefile
+    python benchmarks/many.py training                        # the demo's model
     python benchmarks/many.py training --steps 0              # deterministic figures only
     python benchmarks/many.py lookups                         # gathered factors against sorted tokens, one layer
     python benchmarks/many.py serving --torch TORCH_PYTHON    # SmolLM2; with PEFT, run by that interpreter
