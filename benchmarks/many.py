@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import many_lookups
-import many_serving
 import numpy as np
 import optax
 from against.figures import progress
@@ -225,6 +224,8 @@ def training(steps: int, *, short: bool, device: Any = None) -> None:
 
 def counted(device: Any) -> None:
     """Prints the tables of the compiler for another device, which need not exist."""
+    import many_serving
+
     training(0, short=False, device=device)
     many_lookups.report(0, short=False, device=device, dtype=jnp.bfloat16)
     table = many_serving.counted(many_serving.FULL, many_serving.LOADED, device, jnp.bfloat16)
@@ -245,6 +246,8 @@ def main(arguments: list[str] | None = None) -> None:
     elif given.part == "lookups":
         many_lookups.report(given.steps, short=given.short)
     else:
+        import many_serving  # needs the packages of the language model
+
         many_serving.report(given.steps, given.torch, short=given.short)
 
 

@@ -49,7 +49,7 @@ class Scale(NamedTuple):
         return list(itertools.product(self.ranks, self.learning_rates))
 
 
-FULL = Scale((1, 4, 16), (5e-4, 2e-3, 8e-3, 3e-2), 4_382, held_out=500, steps=150, expected=0.7)
+FULL = Scale((1, 4, 16), (5e-4, 2e-3, 8e-3, 3e-2), 4_382, held_out=500, steps=120, expected=0.5)
 SHORT = Scale((1, 4), (5e-4, 2e-3), 128, held_out=32, steps=3, expected=0.0)
 
 

@@ -32,8 +32,11 @@ def test_the_three_ways_to_reach_factors_have_one_result(capsys: pytest.CaptureF
 
 def test_flops_do_not_depend_on_the_number_of_loaded_adapters_except_where_all_are_multiplied() -> None:
     few, many_ = (lookups.measure(size, rounds=0) for size in lookups.TINY)
-    assert few["gathered"]["FLOPs"] == many_["gathered"]["FLOPs"]
-    assert few["all"]["FLOPs"] < many_["all"]["FLOPs"]
+    for column, tolerance in (("FLOPs", 0), ("of the compiler", 0.02)):  # which counts the arithmetic of indices
+        assert few["gathered"][column] == pytest.approx(many_["gathered"][column], rel=tolerance)
+        assert few["all"][column] < many_["all"][column]
+    assert few["sorted"]["FLOPs"] == many_["sorted"]["FLOPs"]
+    assert few["sorted"]["of the compiler"] < many_["sorted"]["of the compiler"]  # XLA multiplies with all groups
 
 
 def test_mixed_batches_decode_as_each_adapter_by_itself_and_as_by_hand() -> None:

@@ -158,7 +158,7 @@ def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int
     def axes(argument: Any, given: Any) -> Any:
         leaves, structure = jax.tree.flatten(argument)
         found = _broadcast("in_axes", given, argument)
-        return structure.unflatten(_axis(leaf, axis) for leaf, axis in zip(leaves, found, strict=True))
+        return jax.tree.unflatten(structure, [_axis(leaf, axis) for leaf, axis in zip(leaves, found, strict=True)])
 
     of_args = tuple(axes(argument, given) for argument, given in zip(args, by_argument, strict=True))
     return of_args, {name: axes(argument, 0) for name, argument in kwargs.items()}
