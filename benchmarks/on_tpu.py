@@ -7,6 +7,7 @@ Usage:
     python benchmarks/on_tpu.py
     python benchmarks/on_tpu.py --batch 32 --length 512 --only "rank 8"     # some minutes per case
     python benchmarks/on_tpu.py --quantized                                 # the tables of `quant.py`, in bfloat16
+    PYTHONPATH=examples python benchmarks/on_tpu.py --many                  # the tables of `many.py`
 """
 
 from __future__ import annotations
@@ -88,11 +89,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=SMALL.batch)
     parser.add_argument("--length", type=int, default=SMALL.length)
     parser.add_argument("--quantized", action="store_true", help="steps on quantized bases instead")
+    parser.add_argument("--many", action="store_true", help="many adapters of one base instead")
     given = parser.parse_args()
     device = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices[0]
     if given.quantized:
         for found in quant.tables(device, [jnp.bfloat16], steps=0, only=given.only):
             print(f"\n{found}", flush=True)
+        return
+    if given.many:
+        import many  # needs the packages of the examples
+
+        many.counted(device)
         return
     sharding = SingleDeviceSharding(device)
     for title, make in cases(given.batch, given.length).items():

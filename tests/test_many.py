@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from evaluate import without_compiling
-from helpers import FORWARD, GRADIENT, assert_close, assert_few_ulp, bits
+from helpers import FORWARD, assert_close, assert_few_ulp, bits
 from jax import lax
 from law import normal
 from uses import USES
@@ -300,6 +300,48 @@ def test_arguments_have_the_examples_along_any_axis_or_are_shared() -> None:
     assert_close(*without_compiling(compute)(params, stacked, x, shared, scale))
 
 
+def test_axes_may_be_trees_and_the_adapters_selected_before() -> None:
+    params, x = {"w": normal(4, 3)}, normal(2, 4)
+    cache = {"keys": normal(6, 2, 3), "length": jnp.array([1, 2]), "step": jnp.float32(5)}
+    stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
+
+    def apply(params: Any, x: jax.Array, cache: Any) -> Any:
+        y = x @ params["w"]
+        return y, {"keys": cache["keys"] + y[None], "length": cache["length"] + 1}, "a flag"
+
+    axes = {"keys": 1, "length": 0}
+    mixed = many.per_example(apply, in_axes=(0, axes | {"step": None}), out_axes=(0, axes, 0))
+
+    def compute(params: Any, stacked: Any, x: Any, cache: Any) -> Any:
+        selected = many.select(stacked, ["one", "base"])
+        *out, flag = mixed(params, stacked, ["one", "base"], x, cache)
+        *again, _ = mixed(params, selected, None, x, cache)
+        assert flag == "a flag"
+        y = jnp.stack([x[0] @ lj.merge(params, many.select(stacked, "one"))["w"], x[1] @ params["w"]])
+        return out, again, [y, {"keys": cache["keys"] + y[None], "length": cache["length"] + 1}]
+
+    out, again, expected = without_compiling(compute)(params, stacked, x, cache)
+    assert_close(out, expected)
+    assert bits(again) == bits(out)
+
+
+def test_axes_that_do_not_fit_are_refused() -> None:
+    params, x = {"w": normal(4, 3)}, normal(2, 4)
+    stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
+    apply = lambda params, x: x["x"] @ params["w"]  # noqa: E731
+    run = lambda which=("one", "base"), of=stacked, **axes: many.per_example(apply, **axes)(params, of, which, {"x": x})  # noqa: E731
+    with pytest.raises(lj.AdapterError, match=r"axes, for PyTreeDef\(\{'x': \*\}\); got \{'y': 0\} in `in_axes`"):
+        run(in_axes=({"y": 0},))
+    with pytest.raises(lj.AdapterError, match=r"axes, for PyTreeDef\(\*\); got \(0, 1\) in `out_axes`"):
+        run(out_axes=(0, 1))
+    with pytest.raises(lj.SpecError, match=r"axis of the examples in each result; got out_axes=\(0, None\)"):
+        many.per_example(apply, out_axes=(0, None))
+    member = many.select(stacked, ["one", "base"])
+    for of, which in ((member, ["one", "base"]), (stacked, None)):
+        with pytest.raises(lj.AdapterError, match=rf"`select` returns for them and None; got {type(of).__name__} and"):
+            run(which, of)
+
+
 def test_a_result_without_an_axis_of_examples_is_refused() -> None:
     params = {"w": normal(4, 3), "v": normal(3)}
     stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
@@ -410,75 +452,6 @@ def test_another_adapter_rank_or_scale_compiles_nothing(caplog: pytest.LogCaptur
 
 
 # Training
-
-
-def head(params: Any, x: jax.Array) -> jax.Array:
-    return jnp.tanh(x @ params["w"]) @ params["head"]
-
-
-def loss_of(apply: Callable[..., Any], params: Any, adapter: Any, batch: Any) -> jax.Array:
-    return jnp.mean((apply(params, adapter, batch[0]) - batch[1]) ** 2)
-
-
-TX = optax.chain(optax.clip_by_global_norm(0.5), optax.scale_by_adam(), optax.add_decayed_weights(0.1))
-RATES = [0.03, 0.01, 0.05]
-STOPPED_AT = 3  # the step from which the last adapter is not trained
-
-
-def test_training_a_stack_is_training_each_adapter_by_itself() -> None:
-    params = {"w": normal(6, 5, size=0.5), "head": normal(5, 3, seed=1)}
-    make = lambda variant, seed: random(variant, params, seed)  # noqa: E731
-    adapters = {
-        "lora": make(lj.LoRA(rank=2, alpha=4), 0),
-        "rslora": make(lj.RSLoRA(rank=4, alpha=0.7), 1)
-        | {"head": lj.Adapter(lj.Full(), "", value=normal(5, 3, seed=5))},
-        "dora": lj.init(jax.random.key(0), params, {"w": lj.DoRA(rank=1, alpha=2)}),
-    }
-    batches = [(normal(3, 8, 6, seed=at), normal(3, 8, 3, seed=50 + at)) for at in range(5)]
-    apply = lj.lora(head)
-    traces = []
-
-    @jax.jit
-    def stacked_step(members: Any, states: Any, rates: Any, active: Any, batch: Any) -> Any:
-        traces.append(1)
-
-        def step(member: Any, state: Any, rate: Any, active: Any, batch: Any) -> Any:
-            loss = lambda trainable: loss_of(apply, params, member.replace(trainable), batch)  # noqa: E731
-            value, grads = jax.value_and_grad(loss)(member.trainable)
-            updates, new_state = TX.update(grads, state, member.trainable)
-            updates = jax.tree.map(lambda update: -rate * update, updates)
-            new = optax.apply_updates(member.trainable, updates), new_state
-            trainable, state = jax.tree.map(
-                lambda new, old: jnp.where(active, new, old), new, (member.trainable, state)
-            )
-            return member.replace(trainable), state, value
-
-        return jax.vmap(step)(members, states, rates, active, batch)
-
-    stacked = many.stack(adapters)
-    members, states = stacked.members, jax.vmap(lambda member: TX.init(member.trainable))(stacked.members)
-    losses = []
-    for at, batch in enumerate(batches):
-        active = jnp.array([True, True, at < STOPPED_AT])
-        members, states, value = stacked_step(members, states, jnp.array(RATES), active, batch)
-        losses.append(value)
-    assert len(traces) == 1
-
-    def separate_step(rate: float, adapter: Any, state: Any, batch: Any) -> Any:
-        value, grads = jax.value_and_grad(lambda ad: loss_of(apply, params, ad, batch))(adapter)
-        updates, state = TX.update(grads, state, adapter)
-        return optax.apply_updates(adapter, jax.tree.map(lambda update: -rate * update, updates)), state, value
-
-    found = many.unstack(stacked.replace(members))
-    for number, (name, adapter) in enumerate(adapters.items()):
-        state, step = TX.init(adapter), without_compiling(functools.partial(separate_step, RATES[number]))
-        for at, batch in enumerate(batches[: STOPPED_AT if name == "dora" else None]):
-            adapter, state, value = step(adapter, state, jax.tree.map(lambda x, number=number: x[number], batch))
-            assert_close(losses[at][number], value, GRADIENT)
-        assert_close(found[name], adapter, GRADIENT)
-        assert jax.tree.structure(found[name]) == jax.tree.structure(adapters[name])
-    # Padding and leaves of the base have not been trained.
-    assert not np.any(members["w"].a[0, :, 2:]) and not np.any(members["head"].value[0])
 
 
 def test_the_whole_member_cannot_be_differentiated_by_mistake() -> None:

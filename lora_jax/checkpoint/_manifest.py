@@ -147,7 +147,8 @@ def _check_part(path: str, part: Adapter) -> None:
     if _VARIANTS.get(type(part.variant).__name__) is not type(part.variant):
         raise CheckpointError(
             f"Expected one of the variants {', '.join(_VARIANTS)}, which are restored by name; got {part.variant!r} "
-            f"at {path!r}.\n  Save adapters of other variants with Orbax's StandardSave: they are pytrees."
+            f"at {path!r}.\n  Save an adapter of a stack as `many.unstack` returns it, and adapters of other "
+            "variants with Orbax's StandardSave: they are pytrees."
         )
     for name, array in part.arrays.items():
         check_values(array, f"{name!r} at {path!r}")

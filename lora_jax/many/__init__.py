@@ -1,9 +1,9 @@
 """Several adapters of one base: stacked, selected inside `jit`, applied one per example, combined, switched, pooled.
 
 `stack` makes one pytree of several adapters, in which ranks are padded and scales are arrays. `select` returns one of
-them for `lora(apply)`, or one per example; `per_example` applies one to each example of a batch. `combine` makes one
-adapter of several, `interpolate` scales one. A `tree` holds adapters of adapted weights, and `switch` moves merged
-weights in it; a `Pool` keeps the most recently used adapters in memory.
+them for `lora(apply)`, or one per example; `per_example` applies one to each example of a batch; `train_step` trains
+all of them. `combine` makes one adapter of several, `interpolate` scales one. A `tree` holds adapters of adapted
+weights, and `switch` moves merged weights in it; a `Pool` keeps the most recently used adapters in memory.
 """
 
 from ._combine.combine import combine as combine
@@ -28,6 +28,7 @@ from ._stack import unstack as unstack
 from ._switch import Merged as Merged
 from ._switch import place as place
 from ._switch import switch as switch
+from ._train import train_step as train_step
 from ._tree import Tree as Tree
 from ._tree import Walk as Walk
 from ._tree import tree as tree
@@ -56,6 +57,7 @@ __all__ = [
     "stack",
     "swap",
     "switch",
+    "train_step",
     "tree",
     "unstack",
 ]

@@ -9,7 +9,7 @@ import jax
 from jax import Array, lax
 
 from .._core.paths import Pattern
-from .._errors import AdapterError, UnsupportedError, listed
+from .._errors import AdapterError, SpecError, UnsupportedError, listed
 from .._transform.lora import lora
 from .._transform.program import is_array
 from .._transform.settings import CustomDerivatives
@@ -23,8 +23,8 @@ _SHARED = -1  # in place of the axis of the examples, for an argument that all e
 def per_example(
     apply: Callable[..., Any],
     *,
-    in_axes: int | Sequence[int | None] | None = 0,
-    out_axes: int = 0,
+    in_axes: int | Sequence[Any] | None = 0,
+    out_axes: Any = 0,
     unknown: Unknown = "nan",
     allow_coupled: bool = False,
     materialize: Sequence[Pattern] = (),
@@ -50,9 +50,10 @@ def per_example(
       apply: as for `lora`, of a batch of examples. It is evaluated for one example at a time, so an operation that
         combines examples, as BatchNorm does in training, has another result. Such a model is refused if tracing it
         finds the operation; a model that cannot be traced with two and three examples is not checked.
-      in_axes: the axis of the examples in the arrays of each positional argument, or None for an argument that all
-        examples share; one for all, or a sequence. In keyword arguments it is the leading axis, as in `jax.vmap`.
-      out_axes: the axis of the examples in the arrays of the result of `apply`.
+      in_axes: the axis of the examples in the arrays of the positional arguments, as in `jax.vmap`: one for all, or a
+        sequence with one, or a tree of them, for each argument. None is for what all examples share. In keyword
+        arguments it is the leading axis.
+      out_axes: the axis of the examples in the arrays of the result of `apply`: one for all, or a tree of them.
       unknown: as in `select`.
       allow_coupled: accept a model that combines examples, if the results do not depend on it, as for experts without a
         capacity or an early exit when all examples are done.
@@ -61,16 +62,25 @@ def per_example(
 
     Returns:
       `mixed(params, stacked, which, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of
-      `apply`. `which` are names or numbers as for `select`, one per example. Examples have different dropout masks.
+      `apply`. `which` are names or numbers as for `select`, one per example. If it is None, `stacked` is what `select`
+      has returned for them, so that several calls, such as the steps of decoding, gather the factors once. Examples
+      have different dropout masks.
 
     Raises:
-      AdapterError: at the call, if there is not one adapter per example; and as `select` and `lora`.
+      AdapterError: at the call, if there is not one adapter per example, or `in_axes` or `out_axes` do not fit the
+        arguments or the result; and as `select` and `lora`.
+      SpecError: if `out_axes` contains None.
       UnsupportedError: at the call, if the model combines examples; and as `lora`.
     """
     adapted = lora(apply, materialize=materialize, custom_derivatives=custom_derivatives, form="factored")
+    axes_of_out = jax.tree.leaves(out_axes, is_leaf=_is_none)
+    if None in axes_of_out:
+        raise SpecError(f"Expected the axis of the examples in each result; got out_axes={out_axes!r}.")
 
-    def mixed(params: Any, stacked: Stack, which: Any, /, *args: Any, dropout_key: Any = None, **kwargs: Any) -> Any:
-        members = select(stacked, which, unknown=unknown)
+    def mixed(
+        params: Any, stacked: Stack | Member, which: Any, /, *args: Any, dropout_key: Any = None, **kwargs: Any
+    ) -> Any:
+        members = _selected(stacked, which, unknown)
         axes = _axes_of_arguments(args, kwargs, in_axes)
         leaves, treedef = jax.tree.flatten((args, kwargs))
         axis_of, _ = jax.tree.flatten(axes)
@@ -86,21 +96,30 @@ def per_example(
         keys = None if dropout_key is None else jax.random.split(dropout_key, shape[0])
         mapped = [None if axis == _SHARED else leaf for leaf, axis in zip(leaves, axis_of, strict=True)]
 
-        returned: list[Any] = []  # what `apply` returned, without its arrays
+        returned: list[tuple[Any, list[Any], list[int]]] = []  # what `apply` returned, and the axes of the examples
 
-        def one(member: Member, mapped: list[Any], key: Any) -> list[Array]:
+        def one(member: Member, mapped: list[Any], key: Any) -> dict[int, list[Array]]:
             given = [
                 leaf if axis == _SHARED else lax.expand_dims(part, [axis])
                 for leaf, part, axis in zip(leaves, mapped, axis_of, strict=True)
             ]
             args, kwargs = jax.tree.unflatten(treedef, given)
             out = adapted(params, member, *args, dropout_key=key, **kwargs)
-            returned.append(jax.tree.map(lambda y: None if isinstance(y, Array) else y, out))
-            return [_without_example(y, out_axes) for y in jax.tree.leaves(out) if isinstance(y, Array)]
+            found, structure = jax.tree.flatten(out)
+            out_axis_of = _broadcast("out_axes", out_axes, out)
+            returned.append((structure, [None if isinstance(y, Array) else y for y in found], out_axis_of))
+            by_axis: dict[int, list[Array]] = {axis: [] for axis in axes_of_out}
+            for y, axis in zip(found, out_axis_of, strict=True):
+                if isinstance(y, Array):
+                    by_axis[axis].append(_without_example(y, axis))
+            return by_axis
 
         mapped_axes = [None if axis == _SHARED else axis for axis in axis_of]
-        arrays = iter(jax.vmap(one, in_axes=(0, mapped_axes, 0), out_axes=out_axes)(members, mapped, keys))
-        return jax.tree.map(lambda y: next(arrays) if y is None else y, returned[-1], is_leaf=lambda y: y is None)
+        each = jax.vmap(one, in_axes=(0, mapped_axes, 0), out_axes={axis: axis for axis in axes_of_out})
+        arrays = {axis: iter(found) for axis, found in each(members, mapped, keys).items()}
+        structure, others, out_axis_of = returned[-1]
+        found = [next(arrays[axis]) if y is None else y for y, axis in zip(others, out_axis_of, strict=True)]
+        return jax.tree.unflatten(structure, found)
 
     mixed.__name__ = f"per_example({getattr(apply, '__name__', type(apply).__name__)})"
     return mixed
@@ -116,7 +135,19 @@ def _without_example(y: Array, axis: int) -> Array:
     return lax.squeeze(y, [axis])
 
 
-def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int | Sequence[int | None] | None) -> Any:
+def _selected(stacked: Stack | Member, which: Any, unknown: Unknown) -> Member:
+    """Returns the adapters of the examples."""
+    if isinstance(stacked, Member) and which is None:
+        return stacked
+    if isinstance(stacked, Stack) and which is not None:
+        return select(stacked, which, unknown=unknown)
+    raise AdapterError(
+        "Expected a `Stack` and a name or number per example, or what `select` returns for them and None; "
+        f"got {type(stacked).__name__} and {which!r}."
+    )
+
+
+def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int | Sequence[Any] | None) -> Any:
     """Returns a tree like `(args, kwargs)`, with the axis of the examples of each leaf, or `_SHARED`."""
     by_argument = [in_axes] * len(args) if isinstance(in_axes, int | None) else list(in_axes)
     if len(by_argument) != len(args):
@@ -124,11 +155,33 @@ def _axes_of_arguments(args: Sequence[Any], kwargs: dict[str, Any], in_axes: int
             f"Expected `in_axes` for each of the {len(args)} arguments after the adapters; got {len(by_argument)}."
         )
 
-    def axes(argument: Any, axis: int | None) -> Any:
-        return jax.tree.map(lambda leaf: _axis(leaf, axis), argument)
+    def axes(argument: Any, given: Any) -> Any:
+        leaves, structure = jax.tree.flatten(argument)
+        found = _broadcast("in_axes", given, argument)
+        return jax.tree.unflatten(structure, [_axis(leaf, axis) for leaf, axis in zip(leaves, found, strict=True)])
 
-    of_args = tuple(axes(argument, axis) for argument, axis in zip(args, by_argument, strict=True))
+    of_args = tuple(axes(argument, given) for argument, given in zip(args, by_argument, strict=True))
     return of_args, {name: axes(argument, 0) for name, argument in kwargs.items()}
+
+
+def _broadcast(name: str, axes: Any, tree: Any) -> list[Any]:
+    """Returns an axis for each leaf of a tree.
+
+    Raises:
+      AdapterError: if `axes` is neither an axis nor a prefix of the tree.
+    """
+    found: list[Any] = []
+    try:
+        jax.tree.map(lambda axis, part: found.extend([axis] * len(jax.tree.leaves(part))), axes, tree, is_leaf=_is_none)
+    except ValueError as error:
+        raise AdapterError(
+            f"Expected an axis, or a tree of axes, for {jax.tree.structure(tree)}; got {axes!r} in `{name}`."
+        ) from error
+    return found
+
+
+def _is_none(axis: Any) -> bool:
+    return axis is None
 
 
 def _axis(leaf: Any, axis: int | None) -> int:
