@@ -93,14 +93,18 @@ def _flattened(a: Array, b: Array, axes: str) -> tuple[Array, Array]:
 
 
 def svd_of_delta(part: Adapter) -> SVD:
-    """Returns the singular value decomposition of `s·a·b` without materializing `s·a·b`.
+    """Returns the singular value decomposition of `s·a·b` without materializing `s·a·b`."""
+    return svd_of_product(*delta_matrices(part), scale_of(part))
+
+
+def svd_of_product(a: Array, b: Array, scale: float = 1.0) -> SVD:
+    """Returns the singular value decomposition of `scale·a·b`, for (batch…, in, rank) and (batch…, rank, out).
 
     With `a = q_a·r_a` and `bᵀ = q_b·r_b`, it follows from the decomposition of `s·r_a·r_bᵀ`, a rank × rank matrix.
     """
-    a, b = delta_matrices(part)
     q_a, r_a = jnp.linalg.qr(a)
     q_b, r_b = jnp.linalg.qr(b.mT)
-    u, s, vt = jnp.linalg.svd(scale_of(part) * product(r_a, r_b.mT), full_matrices=False)
+    u, s, vt = jnp.linalg.svd(scale * product(r_a, r_b.mT), full_matrices=False)
     return SVD(product(q_a, u), s, product(vt, q_b.mT))
 
 
