@@ -14,7 +14,7 @@ import pytest
 from evaluate import without_compiling
 from helpers import GRADIENT, assert_close, assert_few_ulp, bits, trained
 from jax import lax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from law import normal, total
 
 import lora_jax as lj
@@ -494,23 +494,37 @@ def test_transformations_commute() -> None:
     assert_close(jnp.vdot(jnp.cos(out), tangent), slope, GRADIENT)
 
 
-@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, None, "data")])
-def test_two_devices_compute_the_same(spec: PartitionSpec) -> None:
+def two_devices(axis: str, kind: AxisType = AxisType.Auto) -> Mesh:
+    return jax.make_mesh((2,), (axis,), axis_types=(kind,), devices=jax.devices()[:2])
+
+
+SPLIT = {"up": PartitionSpec(None, "x"), "bias": PartitionSpec(), "layers": PartitionSpec(None, "x", None)}
+PLACES = {
+    "tokens": (AxisType.Auto, PartitionSpec("x"), dict.fromkeys(SPLIT, PartitionSpec())),
+    "kernels": (AxisType.Auto, PartitionSpec(None, None, "x"), SPLIT),
+    "tokens, in types": (AxisType.Explicit, PartitionSpec("x"), dict.fromkeys(SPLIT, PartitionSpec())),
+}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_two_devices_compute_the_same(name: str) -> None:
+    kind, spec, split = PLACES[name]
     params, mixed, _ = model_case()
-    adapted, mesh = lj.lora(model), jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
-    x = normal(4, 5, 4, seed=1)
-    split = {"up": PartitionSpec(None, "data"), "bias": PartitionSpec(), "layers": PartitionSpec(None, "data", None)}
+    adapted, mesh, x = lj.lora(model), two_devices("x", kind), normal(4, 5, 4, seed=1)
     shardings = {path: NamedSharding(mesh, one) for path, one in split.items()}
     placed = jax.device_put((params, mixed), (shardings, lj.sharding.like_base(mixed, shardings)))
     gradient = jax.jit(lambda p, ad, x: jax.grad(lambda ad: total(adapted(p, ad, x)))(ad))
     got = gradient(*placed, jax.device_put(x, NamedSharding(mesh, spec)))
     assert_close(jax.device_get(got), jax.device_get(gradient(params, mixed, x)), GRADIENT)
-    assert mixed["layers"].gate.shape == (3, 6, 3)
-    assert lj.sharding.like_base(mixed, shardings)["layers"].gate.spec == PartitionSpec(None, "data", None)
+
+
+def test_a_gate_is_sharded_as_the_inputs_of_its_kernel() -> None:
+    _, mixed, _ = model_case()
+    assert lj.sharding.like_base(mixed, SPLIT)["layers"].gate == PartitionSpec(None, "x", None)
 
 
 def test_a_router_in_a_shard_map_needs_all_inputs() -> None:
-    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    mesh = two_devices("model")
     mixed = with_gate(many.mixture(EXPERTS, many.Gate(top_k=2)))
 
     def mapped(rows: Any, out: Any, gather: bool = False) -> Any:
@@ -592,7 +606,9 @@ def test_bfloat16() -> None:
 
 def test_merging_a_routed_mixture_is_an_error() -> None:
     for router in (many.Given(), many.Gate(), many.Arrow()):
-        with pytest.raises(lj.MergeError, match=r"1 have another one for each, which no kernel can.*Mixture\(names"):
+        with pytest.raises(
+            lj.MergeError, match=r"1 have another one for each, which no kernel can\.\n  'w': Mixture\("
+        ):
             lj.merge(PARAMS, many.mixture(EXPERTS, router))
 
 

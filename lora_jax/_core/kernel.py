@@ -222,7 +222,6 @@ def materialize(kernel: TrackedKernel, *, precision: Any = lax.Precision.HIGHEST
     w = as_array(kernel.w)
     if not isinstance(kernel, AdaptedKernel):
         return w
-    assert not kernel.is_routed
     change = delta(kernel, precision=precision)
     total = w.astype(change.dtype) + change
     if kernel.gain is not None:

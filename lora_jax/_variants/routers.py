@@ -109,7 +109,7 @@ class Gate(_Prototypes):
 
     def weights(self, logits: Array) -> Array:
         """Returns the softmax over the experts with the largest logits."""
-        scaled = logits / self.temperature
+        scaled = logits if self.temperature == 1 else logits / self.temperature
         if self.renormalize:
             weights = _top_k_softmax(scaled, self.top_k)
         else:
@@ -199,7 +199,8 @@ class Arrow(_Prototypes):
 
     def weights(self, logits: Array) -> Array:
         """Returns the softmax over the experts with the largest magnitudes."""
-        return _top_k_softmax(jnp.abs(logits) / self.temperature, self.top_k)
+        similarity = jnp.abs(logits)
+        return _top_k_softmax(similarity if self.temperature == 1 else similarity / self.temperature, self.top_k)
 
 
 ROUTERS = {router.__name__: router for router in (Arrow, Constant, Gate, Given, PHATGOOSE, SigmoidGate)}

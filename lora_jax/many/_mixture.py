@@ -167,11 +167,11 @@ def _arrays_of_router(
 
 def _prototype(block: _Block, general: list[_Block], batch: int) -> Array:
     """Returns the direction of the inputs that an expert amplifies most, (batch…, in…, 1); zero if it adds nothing."""
-    parts = [block, *general]
+    parts = [part for part in (block, *general) if part.rank]
+    if not parts:
+        return jnp.zeros((*block.a.shape[:-1], 1), block.a.dtype)
     a = jnp.concatenate([part.a.reshape(*part.a.shape[:batch], -1, part.rank) * part.scale for part in parts], -1)
     b = jnp.concatenate([part.b.reshape(*part.b.shape[: batch + 1], -1) for part in parts], -2)
-    if not a.shape[-1]:
-        return jnp.zeros((*block.a.shape[:-1], 1), block.a.dtype)
     dtype = widest(a.dtype, b.dtype, jnp.float32)
     svd = svd_of_product(a.astype(dtype), b.astype(dtype))
     direction = svd.u[..., :1] * (svd.s[..., None, :1] > 0)
