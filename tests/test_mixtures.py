@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -245,7 +246,7 @@ def test_gradients_match_a_dense_reference() -> None:
         return mixed_by_hand(x, PARAMS["w"], weights, updates)
 
     def gradients(function: Any) -> Any:
-        return jax.grad(lambda ad, x: total(function(ad, x)), (0, 1))(mixed, X)
+        return jax.jit(jax.grad(lambda ad, x: total(function(ad, x)), (0, 1)))(mixed, X)
 
     got = gradients(lambda ad, x: lj.lora(linear)(PARAMS, ad, x))
     assert_close(got, gradients(by_hand), GRADIENT)
@@ -463,35 +464,49 @@ def model(params: Any, x: Any) -> Any:
     return layers(params["layers"], x)
 
 
-def model_case() -> tuple[Any, Any, Any]:
+@functools.cache
+def model_case() -> tuple[Any, Any]:
     params = {"up": normal(4, 6), "bias": normal(6, seed=7), "layers": normal(3, 6, 6, seed=2, size=0.5)}
     factored = {path: leaf for path, leaf in params.items() if path != "bias"}
     spec = {"up": lj.LoRA(rank=2, alpha=3, axes="io"), "layers": lj.LoRA(rank=2, alpha=3, axes="bio")}
     make = lambda seed: trained(jax.random.key(seed), lj.init(jax.random.key(0), factored, spec))  # noqa: E731
     experts = {name: make(at) for at, name in enumerate(NAMES)}
-    return params, with_gate(many.mixture(experts, many.Gate(top_k=2), train_experts=True)), experts
+    return params, with_gate(many.mixture(experts, many.Gate(top_k=2), train_experts=True))
+
+
+MANY_TOKENS = normal(4, 5, 4, seed=1)
+
+
+def model_gradient(params: Any, adapter: Any, x: Any) -> Any:
+    adapted = lj.lora(model)
+    return jax.jit(lambda *args: jax.grad(lambda ad: total(adapted(args[0], ad, args[2])))(args[1]))(params, adapter, x)
+
+
+@functools.cache
+def on_one_device() -> Any:
+    return jax.device_get(model_gradient(*model_case(), MANY_TOKENS))
 
 
 def test_transformations_commute() -> None:
-    params, mixed, _ = model_case()
+    params, mixed = model_case()
     adapted = lj.lora(model)
 
-    def gradient(adapter: Any, x: Any) -> Any:
-        return jax.grad(lambda ad: total(adapted(params, ad, x)))(adapter)
+    def compute(mixed: Any, x: Any) -> Any:
+        """Pairs of equal results, in one program, because compilation takes most of the time."""
+        half, ones = (jax.tree.map(function, mixed) for function in (lambda leaf: leaf / 2, jnp.ones_like))
+        loss = lambda ad: total(adapted(params, ad, x))  # noqa: E731
+        gradient, out = jax.grad(loss)(mixed), adapted(params, mixed, x)
+        two = jax.tree.map(lambda *leaves: jnp.stack(leaves), mixed, half)
+        slope = sum(jnp.vdot(*leaves) for leaves in zip(*map(jax.tree.leaves, (gradient, ones)), strict=True))
+        return [
+            (jax.grad(jax.checkpoint(loss))(mixed), gradient),
+            (jax.vmap(adapted, (None, None, 0))(params, mixed, x), out),
+            (jax.vmap(adapted, (None, 0, None))(params, two, x)[1], adapted(params, half, x)),
+            (jax.jvp(loss, (mixed,), (ones,))[1], slope),
+        ]
 
-    expected = gradient(mixed, X)
-    assert_few_ulp(jax.jit(gradient)(mixed, X), expected, ulp=64)
-    under_remat = jax.grad(jax.checkpoint(lambda ad: total(adapted(params, ad, X))))(mixed)
-    assert_few_ulp(under_remat, expected, ulp=64)
-    each = jax.vmap(adapted, (None, None, 0))(params, mixed, X)
-    assert_close(each, adapted(params, mixed, X))
-    two = jax.tree.map(lambda array: jnp.stack([array, array / 2]), mixed)
-    half = jax.tree.map(lambda array: array / 2, mixed)
-    assert_close(jax.vmap(adapted, (None, 0, None))(params, two, X)[1], adapted(params, half, X))
-    tangent = jax.jvp(lambda ad: adapted(params, ad, X), (mixed,), (jax.tree.map(jnp.ones_like, mixed),))[1]
-    slope = sum(jnp.vdot(leaf, jnp.ones_like(leaf)) for leaf in jax.tree.leaves(expected))
-    out = adapted(params, mixed, X)
-    assert_close(jnp.vdot(jnp.cos(out), tangent), slope, GRADIENT)
+    for got, expected in jax.jit(compute)(mixed, X):
+        assert_close(got, expected, GRADIENT)
 
 
 def two_devices(axis: str, kind: AxisType = AxisType.Auto) -> Mesh:
@@ -509,17 +524,15 @@ PLACES = {
 @pytest.mark.parametrize("name", PLACES)
 def test_two_devices_compute_the_same(name: str) -> None:
     kind, spec, split = PLACES[name]
-    params, mixed, _ = model_case()
-    adapted, mesh, x = lj.lora(model), two_devices("x", kind), normal(4, 5, 4, seed=1)
+    (params, mixed), mesh = model_case(), two_devices("x", kind)
     shardings = {path: NamedSharding(mesh, one) for path, one in split.items()}
     placed = jax.device_put((params, mixed), (shardings, lj.sharding.like_base(mixed, shardings)))
-    gradient = jax.jit(lambda p, ad, x: jax.grad(lambda ad: total(adapted(p, ad, x)))(ad))
-    got = gradient(*placed, jax.device_put(x, NamedSharding(mesh, spec)))
-    assert_close(jax.device_get(got), jax.device_get(gradient(params, mixed, x)), GRADIENT)
+    got = model_gradient(*placed, jax.device_put(MANY_TOKENS, NamedSharding(mesh, spec)))
+    assert_close(jax.device_get(got), on_one_device(), GRADIENT)
 
 
 def test_a_gate_is_sharded_as_the_inputs_of_its_kernel() -> None:
-    _, mixed, _ = model_case()
+    _, mixed = model_case()
     assert lj.sharding.like_base(mixed, SPLIT)["layers"].gate == PartitionSpec(None, "x", None)
 
 

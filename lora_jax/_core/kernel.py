@@ -70,12 +70,16 @@ class TrackedKernel(abc.ABC):
     def _with_moved_factors(self, w: Base, roles: Sequence[Any], move: MoveFactor) -> Self:
         moved: dict[str, Any] = {}
         for name, (array, layout) in self.factors.items():
-            before = layout(self.roles)
-            function = functools.partial(move, before=before, after=layout(roles))
+            before, after = layout(self.roles), layout(roles)
+            function = functools.partial(_moved, move, before, after)
             for _ in range(array.ndim - len(before)):
                 function = jax.vmap(function, in_axes=-1, out_axes=-1)
             moved[name] = function(array)
         return dataclasses.replace(self, w=w, roles=tuple(roles), **moved)  # type: ignore[type-var]
+
+
+def _moved(move: MoveFactor, before: tuple[int, ...], after: tuple[int, ...], factor: Array) -> Array:
+    return move(factor, before, after)
 
 
 @jax.tree_util.register_dataclass

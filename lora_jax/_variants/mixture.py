@@ -108,12 +108,12 @@ class Mixture(Variant):
         if self.router.source == "constant":
             return adapted
         router = self.router if self.router.source == "activation" else None
-        experts = (Experts(self.ranks[:count], self.router.source, router),)
+        experts = [Experts(self.ranks[:count], self.router.source, router)]
         if others := self.ranks[count:]:
-            experts = (*experts, Experts(others, "constant"))
+            experts.append(Experts(others, "constant"))
         return dataclasses.replace(
             adapted,
-            experts=experts,
+            experts=tuple(experts),
             p=self.router.prototypes(arrays, axes),
             given_per_layer=self.router.per_layer and "b" in axes,
         )

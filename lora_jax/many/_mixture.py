@@ -77,7 +77,7 @@ def mixture(
     paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter))
     if not paths:
         raise AdapterError(f"Expected at least one adapter with a leaf; got {dict(adapters)}.\n  Mix trained adapters.")
-    _check_leaves(adapters | dict(general), router, paths)
+    _check_leaves({**adapters, **general}, router, paths)
     every = [*adapters.values(), *general.values()]
     numbers = jnp.array([(weights or {}).get(name, 1 / len(adapters)) for name in adapters], jnp.float32)
     mixed = {}
@@ -188,7 +188,11 @@ def _check_arguments(adapters: Any, router: Any, weights: Any, general: Any, key
     top_k = getattr(router, "top_k", None)
     if top_k is not None and top_k > len(adapters):
         raise SpecError(f"Expected `top_k` of at most the {len(adapters)} experts; got {router}.")
-    takes = {"weights": Constant, "general": Arrow, "key": (Gate, SigmoidGate)}
+    takes: dict[str, tuple[type[Router], ...]] = {
+        "weights": (Constant,),
+        "general": (Arrow,),
+        "key": (Gate, SigmoidGate),
+    }
     given = {"weights": weights is not None, "general": bool(general), "key": key is not None}
     for name, routers in takes.items():
         if given[name] and not isinstance(router, routers):
