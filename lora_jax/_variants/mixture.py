@@ -99,11 +99,12 @@ class Mixture(Variant):
         count, first = len(self.names), self.scales[0] or 1.0
         dtype = widest(a.dtype, jnp.float32)
         scales = jnp.asarray(np.repeat(np.array(self.scales) / first, self.ranks), dtype)
+        scales = lax.expand_dims(scales, range(axes.count("b")))
         if self.router.source == "constant":
             weights = arrays["weights"].astype(dtype)
             a = scale_ranks(a, weights[..., np.repeat(np.arange(count), self.ranks)] * scales, axes)
         elif len(set(self.scales)) > 1:
-            a = scale_ranks(a, lax.expand_dims(scales, range(axes.count("b"))), axes)
+            a = scale_ranks(a, scales, axes)
         adapted = AdaptedKernel(kernel, a, b, scale=first, roles=tuple(axes), paths=(path,))
         if self.router.source == "constant":
             return adapted

@@ -170,11 +170,17 @@ def _prototype(block: _Block, general: list[_Block], batch: int) -> Array:
     parts = [part for part in (block, *general) if part.rank]
     if not parts:
         return jnp.zeros((*block.a.shape[:-1], 1), block.a.dtype)
-    a = jnp.concatenate([part.a.reshape(*part.a.shape[:batch], -1, part.rank) * part.scale for part in parts], -1)
-    b = jnp.concatenate([part.b.reshape(*part.b.shape[: batch + 1], -1) for part in parts], -2)
-    dtype = widest(a.dtype, b.dtype, jnp.float32)
-    svd = svd_of_product(a.astype(dtype), b.astype(dtype))
-    direction = svd.u[..., :1] * (svd.s[..., None, :1] > 0)
+    dtype = widest(jnp.float32, *(array.dtype for part in parts for array in (part.a, part.b)))
+    flat = [
+        (
+            part.a.reshape(*part.a.shape[:batch], -1, part.rank).astype(dtype) * part.scale,
+            part.b.reshape(*part.b.shape[: batch + 1], -1).astype(dtype),
+        )
+        for part in parts
+    ]
+    a, b = (jnp.concatenate(arrays, axis) for arrays, axis in zip(zip(*flat, strict=True), (-1, -2), strict=True))
+    svd = svd_of_product(a, b)
+    direction = jnp.where(svd.s[..., None, :1] > 0, svd.u[..., :1], 0)
     return direction.reshape(*block.a.shape[:-1], 1).astype(block.a.dtype)
 
 
