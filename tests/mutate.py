@@ -43,7 +43,18 @@ MUTATIONS = [
     Mutation("_variants/vera.py", "math.sqrt(6 / fan_in)", "math.sqrt(3 / fan_in)", "vera"),
     Mutation("_variants/lora_bias.py", "self.scale * arrays", "arrays", "lora_bias"),
     Mutation("_variants/rows.py", "len(set(self.ids)) < len(self.ids)", "False", "rows"),
-    Mutation("_transform/contraction/tokens.py", "term, jnp.zeros_like(term))", "term, term)", "alora"),
+    # Mixtures: a weight, a scale, a norm, a sign, a check.
+    Mutation(
+        "_transform/contraction/routing.py", "thin.array, jnp.zeros_like(thin.array)", "thin.array, thin.array", "alora"
+    ),
+    Mutation("_transform/contraction/routing.py", "jnp.where(variance == 0, 1, variance)", "variance * 2", "mixtures"),
+    Mutation("_variants/mixture.py", "np.array(self.scales) / first", "np.array(self.scales)", "mixtures"),
+    Mutation("_variants/routers.py", "return centered / ", "return gate / ", "mixtures"),
+    Mutation("_variants/routers.py", "jax.nn.softmax(logits, where=_in", "jax.nn.softmax(logits) * (_in", "mixtures"),
+    Mutation("many/_mixture.py", "sign = -1 /", "sign = 1 /", "mixtures"),
+    Mutation(
+        "_transform/rules/shard_map.py", 'if kernel.roles[at] == "i" else moved', "if False else moved", "mixtures"
+    ),
     # Rules: sign, axis, order, cast, missing term.
     Mutation("_transform/rules/scale.py", "scale=-moved.scale", "scale=moved.scale", "fuzz"),
     Mutation("_transform/rules/shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),

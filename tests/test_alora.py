@@ -63,10 +63,10 @@ def test_tokens_from_the_last_invocation_on_are_active() -> None:
 def test_inactive_tokens_match_the_base_and_active_tokens_match_lora(jit: bool) -> None:
     apply, params, adapter = decoder(ALORA)
     adapted = jax.jit(lj.lora(apply)) if jit else lj.lora(apply)
-    out, base = adapted(params, adapter, IDS, active_tokens=ACTIVE), (jax.jit(apply) if jit else apply)(params, IDS)
+    out, base = adapted(params, adapter, IDS, token_weights=ACTIVE), (jax.jit(apply) if jit else apply)(params, IDS)
     assert_few_ulp(out[~ACTIVE], base[~ACTIVE])
     assert float(jnp.abs(out - base)[ACTIVE].min(0).max()) > 1e-3
-    every = adapted(params, adapter, IDS, active_tokens=jnp.ones_like(ACTIVE))
+    every = adapted(params, adapter, IDS, token_weights=jnp.ones_like(ACTIVE))
     assert_close(every, lj.lora(apply, form="factored")(params, as_lora(adapter), IDS))
 
 
@@ -75,7 +75,7 @@ def test_the_update_before_the_invocation_is_exactly_zero() -> None:
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
     apply = lambda p, x: x @ p["w"]  # noqa: E731
     with jax.disable_jit():  # not compiled, because two programs may be compiled differently
-        out, base = lj.lora(apply)(params, adapter, x, active_tokens=ACTIVE), apply(params, x)
+        out, base = lj.lora(apply)(params, adapter, x, token_weights=ACTIVE), apply(params, x)
     assert bits(out[~ACTIVE]) == bits(base[~ACTIVE])
 
 
@@ -86,30 +86,30 @@ def test_each_token_uses_the_base_or_lora_and_attends_to_both() -> None:
     by_token = jnp.where(ACTIVE[..., None], x @ lj.merge(params, as_lora(adapter))["w"], x @ params["w"])
 
     def loss(adapter: Any) -> jax.Array:
-        return total(lj.lora(apply)(params, adapter, x, active_tokens=ACTIVE))
+        return total(lj.lora(apply)(params, adapter, x, token_weights=ACTIVE))
 
     def expected(adapter: Any) -> jax.Array:
         merged = lj.merge(params, as_lora(adapter))["w"]
         return total(jnp.cumsum(jnp.where(ACTIVE[..., None], x @ merged, x @ params["w"]), axis=1))
 
-    assert_close(lj.lora(apply)(params, adapter, x, active_tokens=ACTIVE), jnp.cumsum(by_token, axis=1))
+    assert_close(lj.lora(apply)(params, adapter, x, token_weights=ACTIVE), jnp.cumsum(by_token, axis=1))
     assert_close(jax.grad(loss)(adapter), jax.grad(expected)(adapter), {"float32": 1e-4})
 
 
 def test_gradients_under_scan_and_remat_match_lora_if_all_tokens_are_active() -> None:
     apply, params, adapter = decoder(ALORA)
     every = jnp.ones_like(ACTIVE)
-    got = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, active_tokens=every))))(adapter)
+    got = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, token_weights=every))))(adapter)
     expected = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS))))(as_lora(adapter))
     assert_close(as_lora(got), expected, {"float32": 1e-4})
-    some = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, active_tokens=ACTIVE))))(adapter)
+    some = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(params, ad, IDS, token_weights=ACTIVE))))(adapter)
     assert all(float(jnp.abs(leaf).max()) > 0 for leaf in jax.tree.leaves(some))
 
 
 def test_one_cache_serves_the_base_and_the_adapter() -> None:
     """The base fills the cache for the tokens before the invocation; the adapter decodes the others one by one."""
     apply, params, adapter = decoder(ALORA)
-    uncached = lj.lora(apply)(params, adapter, IDS[:1], active_tokens=ACTIVE[:1])
+    uncached = lj.lora(apply)(params, adapter, IDS[:1], token_weights=ACTIVE[:1])
     prefix = apply(params, IDS[:1, :1])
     assert_close(uncached[:, :1], prefix)
 
@@ -119,8 +119,8 @@ def test_dropout_applies_only_to_active_tokens() -> None:
     variant = lj.ALoRA(rank=2, alpha=3, invocation=INVOCATION, dropout=0.5)
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": variant}))
     apply = lj.lora(lambda p, x: x @ p["w"])
-    out = apply(params, adapter, x, active_tokens=ACTIVE)
-    dropped = apply(params, adapter, x, active_tokens=ACTIVE, dropout_key=jax.random.key(1))
+    out = apply(params, adapter, x, token_weights=ACTIVE)
+    dropped = apply(params, adapter, x, token_weights=ACTIVE, dropout_key=jax.random.key(1))
     assert bits(out[~ACTIVE]) == bits(dropped[~ACTIVE])
     assert float(jnp.abs(out - dropped)[ACTIVE].max()) > 1e-2
 
@@ -145,21 +145,14 @@ def test_uses_without_a_token_axis_are_errors_and_never_materialize(name: str) -
     adapter = trained(jax.random.key(0), lj.init(jax.random.key(0), params, {"w": ALORA}))
     for dense in ([], ["w"]):
         with pytest.raises(lj.UnsupportedError, match=reason) as error:
-            lj.lora(call, materialize=dense)(params, adapter, x, active_tokens=ACTIVE)
+            lj.lora(call, materialize=dense)(params, adapter, x, token_weights=ACTIVE)
         assert "materialize=" not in str(error.value)
-
-
-def test_an_ambiguous_token_axis_is_an_error() -> None:
-    params, x = {"w": normal(4, 4)}, normal(5, 5, 4, seed=1)
-    adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
-    with pytest.raises(lj.UnsupportedError, match="could be in either order; pad the tokens"):
-        lj.lora(lambda p, x: x @ p["w"])(params, adapter, x, active_tokens=jnp.ones((5, 5), bool))
 
 
 def test_merge_raises_for_alora() -> None:
     params = {"w": normal(4, 4)}
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
-    with pytest.raises(lj.MergeError, match="1 act only on some, which no kernel can"):
+    with pytest.raises(lj.MergeError, match="1 have another one for each, which no kernel can"):
         lj.merge(params, adapter)
     with pytest.raises(lj.LoRAError):
         lj.unmerge(params, adapter, base=params)
@@ -172,17 +165,17 @@ def test_initializations_that_change_the_base_are_errors() -> None:
         lj.starts.pissa(params, adapter)
 
 
-def test_missing_or_needless_active_tokens_are_errors() -> None:
+def test_missing_or_needless_weights_are_errors() -> None:
     params, x = {"w": normal(4, 4)}, normal(3, 4, seed=1)
     apply = lj.lora(lambda p, x: x @ p["w"])
     adapter = lj.init(jax.random.key(0), params, {"w": ALORA})
-    with pytest.raises(lj.AdapterError, match="Expected `active_tokens`: 'w' has ALoRA"):
+    with pytest.raises(lj.AdapterError, match="Expected `token_weights`: 'w' has ALoRA"):
         apply(params, adapter, x)
-    for wrong, got in ((jnp.ones(3), "float32"), ([True] * 3, "list")):
-        with pytest.raises(lj.AdapterError, match=f"a boolean array with one element per token; got {got}"):
-            apply(params, adapter, x, active_tokens=wrong)
-    with pytest.raises(lj.AdapterError, match="Expected no `active_tokens`"):
-        apply(params, as_lora(adapter), x, active_tokens=jnp.ones(3, bool))
+    for wrong, got in ((jnp.ones(3, int), "int32"), ([True] * 3, "list")):
+        with pytest.raises(lj.AdapterError, match=f"a boolean or floating-point array; got {got}"):
+            apply(params, adapter, x, token_weights=wrong)
+    with pytest.raises(lj.AdapterError, match="Expected no `token_weights`"):
+        apply(params, as_lora(adapter), x, token_weights=jnp.ones(3, bool))
     with pytest.raises(lj.AdapterError, match="one invocation; got none"):
         lj.active_tokens(as_lora(adapter), IDS)
     with pytest.raises(lj.SpecError, match="Expected at least one integer for `invocation`"):

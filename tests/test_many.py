@@ -272,10 +272,10 @@ def test_activated_adapters_of_one_invocation_are_stacked() -> None:
     active = lj.active_tokens(adapters["0"], ids)
 
     def compute(params: Any, adapters: Any, ids: Any, active: Any) -> Any:
-        got = many.per_example(apply)(params, many.stack(adapters), ["1", "0"], ids, active_tokens=active)
+        got = many.per_example(apply)(params, many.stack(adapters), ["1", "0"], ids, token_weights=active)
         adapted = lj.lora(apply)
         rows = [(adapters[name], slice(at, at + 1)) for at, name in enumerate(["1", "0"])]
-        expected = [adapted(params, ad, ids[row], active_tokens=active[row]) for ad, row in rows]
+        expected = [adapted(params, ad, ids[row], token_weights=active[row]) for ad, row in rows]
         return got, jnp.concatenate(expected), apply(params, ids)
 
     got, expected, base = without_compiling(compute)(params, adapters, ids, active)

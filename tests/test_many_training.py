@@ -105,7 +105,7 @@ def test_training_activated_adapters_is_training_each_by_itself() -> None:
     adapters = {str(at): {"head": random(x, {"w": params["head"]}, at)["w"]} for at, x in enumerate(variants)}
     apply = lj.lora(lambda params, ids: params["w"][ids] @ params["head"])
     active = lj.active_tokens(adapters["0"], ids)
-    loss = lambda params, adapter, ids: jnp.mean(apply(params, adapter, ids, active_tokens=active) ** 2)  # noqa: E731
+    loss = lambda params, adapter, ids: jnp.mean(apply(params, adapter, ids, token_weights=active) ** 2)  # noqa: E731
     tx = optax.sgd(1.0)
 
     def compute(params: Any, adapters: Any, ids: Any) -> Any:

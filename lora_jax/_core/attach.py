@@ -15,11 +15,16 @@ from .base import base_of
 from .dropout import Dropout
 from .kernel import AdaptedKernel
 from .keys import key_for
-from .paths import nearest
+from .paths import matches_any, matching_paths, nearest
 
 
 def attach(
-    leaves: Mapping[str, Any], adapter: Adapters, dropout_key: Any = None, active: Any = None
+    leaves: Mapping[str, Any],
+    adapter: Adapters,
+    dropout_key: Any = None,
+    token_weights: Any = None,
+    *,
+    only_shapes: bool = False,
 ) -> dict[str, AdaptedKernel | Any]:
     """Returns what the model receives in place of each adapted leaf.
 
@@ -27,19 +32,25 @@ def attach(
       leaves: the parameters, by path.
       adapter: from `init`, `restore` or training.
       dropout_key: PRNG key; each path is folded into it. Without a key there is no dropout.
-      active: which tokens are active, for variants that act on some tokens only.
+      token_weights: the weights of experts for each token, from the caller.
+      only_shapes: whether they may be missing.
 
     Raises:
-      AdapterError: if a path is not among the leaves or a shape does not match; lists the differences.
+      AdapterError: if a path is not among the leaves or a shape does not match, with the differences; if
+        `token_weights` are missing, needless, of another dtype, or of another number of experts.
     """
     check(leaves, adapter)
-    return {path: _attach_leaf(as_jax(leaves[path]), part, path, dropout_key, active) for path, part in adapter.items()}
+    weights = {} if only_shapes else _weights_by_path(adapter, token_weights)
+    return {
+        path: _attach_leaf(as_jax(leaves[path]), part, path, dropout_key, weights.get(path))
+        for path, part in adapter.items()
+    }
 
 
-def _attach_leaf(leaf: Any, part: Adapter, path: str, dropout_key: Any, active: Any) -> Any:
+def _attach_leaf(leaf: Any, part: Adapter, path: str, dropout_key: Any, weights: Any) -> Any:
     replacement: Any = part.variant.apply(base_of(leaf), part.arrays, part.axes, path)
-    if part.variant.some_tokens:
-        replacement = dataclasses.replace(replacement, active=active)
+    if weights is not None:
+        replacement = dataclasses.replace(replacement, given=weights)
     if dropout_key is not None and (rate := getattr(part.variant, "dropout", 0.0)):
         replacement = dataclasses.replace(replacement, dropout=Dropout(rate, key_for(dropout_key, path)))
     return replacement
@@ -94,16 +105,52 @@ def _shapes(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in sorted(shapes.items()))
 
 
-def check_active(adapter: Adapters, active: Any) -> None:
-    """Raises `AdapterError` if a variant needs `active_tokens` and none are given, or the other way round."""
-    needing = [path for path, part in adapter.items() if part.variant.some_tokens]
-    if needing and active is None:
+def _weights_by_path(adapter: Adapters, token_weights: Any) -> dict[str, Any]:
+    """Returns the weights from the caller for each leaf that needs them, as in `AdaptedKernel.given`.
+
+    Args:
+      adapter: the adapter.
+      token_weights: one array for all these leaves, or `{pattern: array}`, of which the first match decides.
+
+    Raises:
+      AdapterError: if they are missing, needless, of another dtype, or have another number of experts.
+    """
+    needing = {path: part for path, part in adapter.items() if part.variant.needs_weights}
+    if token_weights is not None and not needing:
         raise AdapterError(
-            f"Expected `active_tokens`: {needing[0]!r} has {adapter[needing[0]].variant}, which acts on some tokens "
-            "only.\n  Call adapted(…, active_tokens=lora_jax.active_tokens(adapter, ids)). If the model gets only a "
-            "part of the tokens, as with a cache, pass the booleans of that part."
+            "Expected no `token_weights`, because no leaf of the adapter takes weights from the caller, as ALoRA and "
+            "`many.Given` do; got some."
         )
-    if active is not None and not needing:
-        raise AdapterError("Expected no `active_tokens`, because no variant of the adapter is ALoRA; got some.")
-    if active is not None and (got := str(getattr(active, "dtype", type(active).__name__))) != "bool":
-        raise AdapterError(f"Expected `active_tokens` to be a boolean array with one element per token; got {got}.")
+    by_pattern = token_weights if isinstance(token_weights, Mapping) else {"**": token_weights}
+    for pattern in by_pattern:
+        if needing:
+            matching_paths(pattern, needing, error=AdapterError)
+    found = {}
+    for path, part in needing.items():
+        weights = next((array for pattern, array in by_pattern.items() if matches_any(path, [pattern])), None)
+        if weights is None:
+            raise AdapterError(
+                f"Expected `token_weights`: {path!r} has {part.variant}, whose effect on each token the caller decides."
+                "\n  For ALoRA, call adapted(…, token_weights=lora_jax.active_tokens(adapter, ids)). If the model gets "
+                "only a part of the tokens, as with a cache, pass the weights of that part."
+            )
+        found[path] = _checked_weights(path, part, weights)
+    return found
+
+
+def _checked_weights(path: str, part: Adapter, weights: Any) -> Any:
+    """Returns weights with the axis of experts before those of tokens."""
+    dtype, experts = getattr(weights, "dtype", None), part.variant.experts_given
+    if dtype is None or not any(jnp.issubdtype(dtype, kind) for kind in (jnp.bool_, jnp.floating)):
+        got = type(weights).__name__ if dtype is None else dtype
+        raise AdapterError(f"Expected `token_weights` to be a boolean or floating-point array; got {got} for {path!r}.")
+    if experts is None:
+        return jnp.expand_dims(weights, 0)
+    batch = part.a.shape[: part.axes.count("b")] if part.variant.weights_per_layer else ()
+    if weights.ndim <= len(batch) or (*weights.shape[: len(batch)], weights.shape[-1]) != (*batch, experts):
+        expected = ", ".join(map(str, (*batch, "tokens…", experts)))
+        raise AdapterError(
+            f"Expected `token_weights` of shape ({expected}) for {path!r}, which has {experts} experts; got "
+            f"{tuple(weights.shape)}."
+        )
+    return jnp.moveaxis(jnp.asarray(weights), -1, len(batch))

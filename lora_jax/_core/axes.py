@@ -38,6 +38,11 @@ def axes_of_b(roles: Roles) -> tuple[int, ...]:
     return (*axes_with(roles, "b"), RANK, *axes_with(roles, "o"))
 
 
+def axes_of_given(roles: Roles) -> tuple[int, ...]:
+    """Returns the kernel axis of each axis of the weights of experts, before those of tokens: `(batch…, RANK)`."""
+    return (*axes_with(roles, "b"), RANK)
+
+
 def sizes(axes: Sequence[int], shape: Sequence[int], rank: int) -> tuple[int, ...]:
     """Returns the sizes of the given axes of a kernel of shape `shape`, with `rank` for `RANK`."""
     return tuple(rank if axis == RANK else shape[axis] for axis in axes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
@@ -11,11 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from .axes import RANK, axes_of_a, axes_of_b
+from .axes import RANK, axes_of_a, axes_of_b, axes_of_given
 from .base import Base, abstract, apply_change, as_array, type_of
 from .contract import Labeled, contract, widest
 from .dropout import Dropout
 from .placement import names_of
+from .routing import Experts
 from .stored import Change
 from .uses import Use
 
@@ -66,10 +68,18 @@ class TrackedKernel(abc.ABC):
         return dataclasses.replace(self, w=as_array(self.w))  # type: ignore[type-var]
 
     def _with_moved_factors(self, w: Base, roles: Sequence[Any], move: MoveFactor) -> Self:
-        moved: dict[str, Any] = {
-            name: move(array, layout(self.roles), layout(roles)) for name, (array, layout) in self.factors.items()
-        }
+        moved: dict[str, Any] = {}
+        for name, (array, layout) in self.factors.items():
+            before, after = layout(self.roles), layout(roles)
+            function = functools.partial(_moved, move, before, after)
+            for _ in range(array.ndim - len(before)):
+                function = jax.vmap(function, in_axes=-1, out_axes=-1)
+            moved[name] = function(array)
         return dataclasses.replace(self, w=w, roles=tuple(roles), **moved)  # type: ignore[type-var]
+
+
+def _moved(move: MoveFactor, before: tuple[int, ...], after: tuple[int, ...], factor: Array) -> Array:
+    return move(factor, before, after)
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +134,11 @@ class AdaptedKernel(TrackedKernel):
       paths: the path of the leaf; several, if the model has concatenated kernels.
       dropout: dropout of the activations before `a`, or None.
       gain: `(batch…, 1, out…)`, a factor for each output, with axes as in `b`; None for 1.
-      active: `(…, tokens)`, booleans for the tokens that the factors act on; None for all tokens.
+      experts: the experts to whom the ranks belong, in order, if they are weighted per token; empty otherwise.
+      p: `(batch…, in…, experts)`, what routers multiply the activation with; None if there is none.
+      given: `(experts, tokens…)`, the weights from the caller; None if there are none, or if only shapes are known.
+      given_per_layer: whether `given` is `(batch…, experts, tokens…)`.
+      split_inputs: inside a `shard_map`, the mesh axes over which the inputs of `p` are sharded.
       replicated: inside a `shard_map`, the mesh axes over which each factor is known to be replicated, by name.
     """
 
@@ -136,19 +150,33 @@ class AdaptedKernel(TrackedKernel):
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     dropout: Dropout | None = None
     gain: Any = None
-    active: Any = None
+    experts: tuple[Experts, ...] = dataclasses.field(default=(), metadata={"static": True})
+    p: Any = None
+    given: Any = None
+    given_per_layer: bool = dataclasses.field(default=False, metadata={"static": True})
+    split_inputs: frozenset[str] = dataclasses.field(default=frozenset(), metadata={"static": True})
     replicated: tuple[tuple[str, frozenset[str]], ...] = dataclasses.field(default=(), metadata={"static": True})
 
     @property
     def abstract(self) -> Self:
         """The kernel with shapes in place of arrays, for functions that outlive the trace of these arrays."""
         w, a, b = map(abstract, (self.w, self.a, self.b))
-        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None, gain=None, active=None)
+        return dataclasses.replace(self, w=w, a=a, b=b, dropout=None, gain=None, p=None, given=None)
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the factors have another weight at each token, so that they cannot be materialized."""
+        return bool(self.experts)
 
     @property
     def factors(self) -> dict[str, tuple[Array, Layout]]:
-        """`a`, `b`, and `gain` unless it is None."""
-        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b}
+        """`a`, `b`, and `gain`, `p` and `given` if the kernel has them, `given` only if it has the batch axes.
+
+        The last axes of `given`, the tokens, are not axes of the kernel and are not in its layout.
+        """
+        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b, "p": axes_of_a}
+        if self.given_per_layer:
+            layouts["given"] = axes_of_given
         arrays = {name: getattr(self, name) for name in layouts}
         return {name: (array, layouts[name]) for name, array in arrays.items() if array is not None}
 

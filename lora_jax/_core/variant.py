@@ -25,7 +25,10 @@ class Variant(SpecValue):
     """A method of adapting one kernel, with its hyperparameters: an immutable value without arrays."""
 
     adds: ClassVar[bool]  # whether it adds a term that does not depend on the kernel, so that it can be subtracted
-    some_tokens: ClassVar[bool] = False  # whether it acts on some tokens only, and so cannot be merged
+    routed: ClassVar[bool] = False  # whether its update differs between tokens, and so cannot be merged
+    needs_weights: ClassVar[bool] = False  # whether the caller passes `token_weights`
+    experts_given: ClassVar[int | None] = None  # the size of their last axis; None if they have only token axes
+    weights_per_layer: ClassVar[bool] = False  # whether their first axes are the batch axes of the kernel
     noun: ClassVar[str] = "variant"
     example: ClassVar[str] = "LoRA(rank=8, alpha=16)"
     verb: ClassVar[str] = "adapt"
@@ -57,6 +60,13 @@ def check_axes(variant: Variant, axes: str) -> None:
 def largest_rank(shape: Sequence[int], axes: str) -> int:
     """Returns the largest rank that a matrix of this shape can have."""
     return min(width(axes, shape, "i"), width(axes, shape, "o"))
+
+
+def scale_ranks(a: Array, diagonal: Array, axes: str) -> Array:
+    """Multiplies each column of `a`, (batch…, in…, rank), with its element of a diagonal, (batch…, rank)."""
+    inputs = [i for i, axis in enumerate(axes_of_a(axes)) if axis in axes_with(axes, "i")]
+    dtype = widest(a.dtype, diagonal.dtype)
+    return a.astype(dtype) * lax.expand_dims(diagonal.astype(dtype), inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -134,11 +144,7 @@ class LowRank(Variant):
     def factors(self, arrays: dict[str, Array], axes: str) -> tuple[Array, Array]:
         """Returns the factors `a` and `b`, the diagonal multiplied into `a`."""
         diagonal = self.diagonal(arrays)
-        if diagonal is None:
-            return arrays["a"], arrays["b"]
-        inputs = [i for i, axis in enumerate(axes_of_a(axes)) if axis in axes_with(axes, "i")]
-        dtype = widest(arrays["a"].dtype, diagonal.dtype)
-        return arrays["a"].astype(dtype) * lax.expand_dims(diagonal.astype(dtype), inputs), arrays["b"]
+        return arrays["a"] if diagonal is None else scale_ranks(arrays["a"], diagonal, axes), arrays["b"]
 
     def diagonal(self, arrays: dict[str, Array]) -> Array | None:
         """Returns the diagonal between the factors, (batch…, rank); None if there is none."""

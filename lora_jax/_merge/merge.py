@@ -49,7 +49,8 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     Raises:
       AdapterError: if the adapter does not fit `params`.
       MergeError: if a factor is not finite or a merged leaf overflows its dtype, neither of which is checked under
-        `jit`; if an adapted leaf is quantized; if leaves are tied; for a variant that acts on some tokens only.
+        `jit`; if an adapted leaf is quantized; if leaves are tied; for a variant whose update differs
+        between tokens.
     """
     leaves, treedef = flatten(params)
     check(leaves, adapter)
@@ -116,12 +117,13 @@ def check_arrays(leaves: Mapping[str, Any], adapter: Adapters, *, tree: str = "p
 
 
 def check_mergeable(adapter: Adapters) -> None:
-    """Raises `MergeError` for variants that act on some tokens only."""
-    bad = [f"{path!r}: {part.variant}" for path, part in adapter.items() if part.variant.some_tokens]
+    """Raises `MergeError` for variants whose update differs between tokens."""
+    bad = [f"{path!r}: {part.variant}" for path, part in adapter.items() if part.variant.routed]
     if bad:
         raise MergeError(
-            f"Expected variants that act on every token; {len(bad)} act only on some, which no kernel can.\n"
-            f"{listed(bad)}\n  Use the adapted function: lora(apply)(params, adapter, …, active_tokens=…)."
+            f"Expected variants with the same update for every token; {len(bad)} have another one for each, which no "
+            f"kernel can.\n{listed(bad)}\n"
+            "  Use the adapted function, lora(apply)(params, adapter, …); or merge a mixture with constant weights."
         )
 
 

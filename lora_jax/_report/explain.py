@@ -87,7 +87,8 @@ def explain(
     check(flatten(params)[0], adapter)  # before tracing, which fails inside the model if arguments are swapped
     program = trace(apply, params, args, kwargs or {})
     leaves = program.param_arrays
-    kernels = attach(leaves, {path: part for path, part in adapter.items() if part.variant.needs_axes})
+    with_axes = {path: part for path, part in adapter.items() if part.variant.needs_axes}
+    kernels = attach(leaves, with_axes, only_shapes=True)
     # `Full` leaves have no factors; plain kernels in their place record how they are used.
     full = {path: PlainKernel.from_leaf(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []

@@ -32,8 +32,9 @@ from .._core.contract import computable, is_narrow
 from .._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel, delta, materialize
 from .._core.uses import Evidence, Use
 from .contraction.costs import added_flops
-from .contraction.forms import Contraction, Sum, add_pending, evaluate_contraction, form_in_training, gain_problem
-from .contraction.tokens import NO_TOKENS, token_problem
+from .contraction.forms import Sum, add_pending, evaluate_contraction, form_in_training, gain_problem
+from .contraction.operation import Contraction
+from .contraction.routing import NO_TOKENS, routing_flops, routing_problem
 from .refusal import Refusal, Refused, is_custom
 from .registry import parameter_names, rule_of
 from .settings import Settings
@@ -95,7 +96,7 @@ class Site:
         """Materializes what is a row or column after a kernel lost axes; returns any other kernel as it is."""
         if not isinstance(kernel, AdaptedKernel) or {"i", "o"} <= set(kernel.roles):
             return kernel
-        check_all_tokens(kernel)
+        check_unrouted(kernel)
         self.log_use(kernel, "factored", flops=kernel.w.size * (2 * kernel.a.shape[-1] + 1))
         if is_narrow(kernel.w.dtype) and kernel.gain is None:
             return Sum(kernel.w, delta(kernel).astype(computable(kernel.w.dtype)))
@@ -104,15 +105,17 @@ class Site:
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form requested or chosen, and logs the use."""
         if self.settings.observe:
-            return self.observe(kernel, x, contraction.base, contraction.x_times_a, roles=roles)
+            return self.observe(
+                kernel, x, contraction.base, lambda x, a: contraction.x_times_a(x, a).array, roles=roles
+            )
         if reason := gain_problem(kernel, contraction, x):
             raise NoRule(reason)
         y: Any = self.eqn.outvars[0].aval
-        if kernel.active is not None and (reason := token_problem(kernel, contraction.y, y.shape)):
+        if kernel.is_routed and (reason := routing_problem(kernel, contraction, y.shape)):
             raise NoRule(reason)
         form = form_in_training(kernel, contraction, self.settings.form)
-        gain_flops = 0 if kernel.gain is None else contraction.costs.y
-        self.log_use(kernel, form.value, roles=roles, flops=added_flops(form, contraction.costs) + gain_flops)
+        more = routing_flops(kernel, contraction) + (0 if kernel.gain is None else contraction.costs.y)
+        self.log_use(kernel, form.value, roles=roles, flops=added_flops(form, contraction.costs) + more)
         if self.settings.log is not None:  # only shapes are needed, and the base's result has the same
             return apply_to_base(lambda w, x: contraction.base(x, w), kernel.w, x)
         return evaluate_contraction(kernel, x, contraction, self.settings.form)
@@ -159,9 +162,9 @@ class Site:
         return materialize_or_refuse(self.settings, value, self.eqn.primitive.name, reason, user_line(self.eqn))
 
 
-def check_all_tokens(kernel: AdaptedKernel) -> None:
-    """Raises `NoRule` for a kernel whose adapter applies only to some tokens."""
-    if kernel.active is not None:
+def check_unrouted(kernel: AdaptedKernel) -> None:
+    """Raises `NoRule` for a kernel whose adapter differs between tokens."""
+    if kernel.is_routed:
         raise NoRule(NO_TOKENS)
 
 
@@ -188,7 +191,7 @@ def materialize_or_refuse(settings: Settings, value: Value, primitive: str, reas
         if not settings.may_materialize(value, primitive):
             if settings.refusals is None:
                 raise Refused
-            settings.refusals.append(Refusal(value.paths, primitive, reason, line, value.active is None))
+            settings.refusals.append(Refusal(value.paths, primitive, reason, line, not value.is_routed))
             kind, flops = REFUSED, 0
     if settings.log is not None:
         use = Use("", primitive, kind, None, settings.repeats, settings.repeats * flops, line, live=settings.live)

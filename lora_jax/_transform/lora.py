@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from .._core.adapter import Adapters
-from .._core.attach import attach, check_active
+from .._core.attach import attach
 from .._core.paths import Pattern, flatten
 from .._errors import LoRAError, SpecError
 from .boundary import check_keywords
@@ -63,10 +63,12 @@ def lora(
         `"factored"`; a function that is already traced (`jet` of a `jit`, `sparsify`) requires `form="factored"`.
 
     Returns:
-      `adapted(params, adapter, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of `apply`.
+      `adapted(params, adapter, *args, dropout_key=None, token_weights=None, **kwargs)`, with the result of `apply`.
       `adapter` is what `init` returns. `dropout_key` is a PRNG key for variants with `dropout`, folded for each path,
-      use and loop iteration; without it, no dropout is applied. `active_tokens` is for `ALoRA`: booleans with the
-      shape of the token axes where its kernels are used, such as `(batch, tokens)`.
+      use and loop iteration; without it, no dropout is applied. `token_weights` is for `ALoRA`, (tokens…), and for
+      mixtures with `many.Given`, (tokens…, experts): one array for all kernels, or `{pattern: array}`. The tokens are
+      the axes of the activation that the kernel does not have, in order, such as `(batch, tokens)`; an axis of size 1
+      is repeated. If sizes coincide and a part of the model has its axes in another order, pass it an array of its own.
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
@@ -77,16 +79,15 @@ def lora(
       SpecError: if an argument has an invalid value; at the call, if a transformation does not support `"hybrid"`.
     """
     if not (isinstance(apply, types.FunctionType) and apply in _adapted):  # of a nested one the outer takes them
-        check_keywords(apply, ("dropout_key", "active_tokens"), "lora")
+        check_keywords(apply, ("dropout_key", "token_weights"), "lora")
     options = make_settings(materialize=materialize, custom_derivatives=custom_derivatives, form=form)
     cache = ProgramCache()
 
     def adapted(
-        params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, active_tokens: Any = None, **kwargs: Any
+        params: Any, adapter: Adapters, /, *args: Any, dropout_key: Any = None, token_weights: Any = None, **kwargs: Any
     ) -> Any:
         # Before the trace, so that an invalid adapter does not raise inside the model.
-        kernels = attach(flatten(params)[0], adapter, dropout_key, active_tokens)
-        check_active(adapter, active_tokens)
+        kernels = attach(flatten(params)[0], adapter, dropout_key, token_weights)
         settings = dataclasses.replace(options, cache=weakref.ref(cache))
         program = trace(apply, params, args, kwargs)
         try:

@@ -52,7 +52,7 @@ class Settings:
 
     def may_materialize(self, kernel: AdaptedKernel, primitive: str) -> bool:
         """Whether the caller allows a kernel to be materialized at a primitive."""
-        if kernel.active is not None:
+        if kernel.is_routed:
             return False  # it differs between tokens
         if self.custom_derivatives and is_custom(primitive):
             return True

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from .._core.adapter import Adapters
+from .._core.kernel import AdaptedKernel
 from .._core.numbers import integers
+from .._core.routing import Experts
 from .._core.variant import LowRank
 from .._errors import AdapterError
 
@@ -22,7 +24,7 @@ class ALoRA(LowRank):
 
     Tokens before the invocation have the activations of the base, so the base and all such adapters can share a KV
     cache. The adapted function needs the active tokens as an argument:
-    `adapted(params, adapter, ids, active_tokens=lora_jax.active_tokens(adapter, ids))`. ALoRA cannot be merged.
+    `adapted(params, adapter, ids, token_weights=lora_jax.active_tokens(adapter, ids))`. ALoRA cannot be merged.
 
     >>> ALoRA(rank=32, alpha=32, invocation=[529, 29989])
     ALoRA(rank=32, alpha=32, invocation=(529, 29989))
@@ -38,7 +40,8 @@ class ALoRA(LowRank):
 
     invocation: tuple[int, ...]
     adds: ClassVar[bool] = False
-    some_tokens: ClassVar[bool] = True
+    routed: ClassVar[bool] = True
+    needs_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,6 +51,11 @@ class ALoRA(LowRank):
     def scale(self) -> float:
         """α/r."""
         return self.alpha / self.rank
+
+    def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
+        """Returns the kernel with its factors, as one expert that the caller weights."""
+        experts = (Experts((self.rank,), "caller"),)
+        return dataclasses.replace(super().apply(kernel, arrays, axes, path), experts=experts)
 
 
 def active_tokens(adapter: Adapters, ids: Array) -> Array:

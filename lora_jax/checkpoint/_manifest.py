@@ -15,9 +15,10 @@ from jax.sharding import Sharding
 
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.paths import flatten, nearest
+from .._core.routing import Router
 from .._core.variant import LowRank, Variant
 from .._errors import CheckpointError, counted, listed
-from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from .._variants import ROUTERS, AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Mixture, Rows, RSLoRA, VeRA
 from .._version import __version__
 from ._arrays import check_dtype, check_values, describe_array, restore_target
 from ._fingerprint import content_differences, fingerprint, saved_weights, structural_differences, weights_of
@@ -28,7 +29,7 @@ FORMAT = "lora_jax.adapter"
 VERSION = 1  # of the formats of adapter and state; all versions up to this one can be read
 
 _VARIANTS: dict[str, type[Variant]] = {
-    variant.__name__: variant for variant in (AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA)
+    variant.__name__: variant for variant in (AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Mixture, Rows, RSLoRA, VeRA)
 }
 
 # Fields of variants by their former names, which stored manifests still have.
@@ -155,12 +156,20 @@ def _check_part(path: str, part: Adapter) -> None:
 
 
 def _describe_part(part: Adapter) -> dict[str, Any]:
-    fields = {field.name: getattr(part.variant, field.name) for field in dataclasses.fields(part.variant) if field.init}
+    fields = {name: _named(value) if isinstance(value, Router) else value for name, value in _fields(part.variant)}
     if not fields.get("clip_rank", True):  # only set in specs; version 1 of the format has no such field
         del fields["clip_rank"]
     arrays = {name: describe_array(array) for name, array in part.arrays.items()}
     scale = {"scale": part.variant.scale} if isinstance(part.variant, LowRank) else {}
     return {"variant": {"name": type(part.variant).__name__, **fields}, **scale, "axes": part.axes, "arrays": arrays}
+
+
+def _fields(value: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
+
+
+def _named(router: Router) -> dict[str, Any]:
+    return {"name": type(router).__name__, **dict(_fields(router))}
 
 
 def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
@@ -171,6 +180,9 @@ def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
             f"Expected one of the variants {', '.join(_VARIANTS)}; got {name!r} at {path!r}, in {where}.\n"
             f"  Upgrade lora_jax (this is {__version__})."
         )
+    if "router" in fields:
+        router = dict(fields["router"])
+        fields["router"] = ROUTERS[router.pop("name")](**router)
     variant = _VARIANTS[name](**fields)
     if isinstance(variant, LowRank) and not math.isclose(variant.scale, part["scale"], rel_tol=1e-6):
         raise CheckpointError(

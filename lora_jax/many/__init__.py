@@ -1,11 +1,19 @@
-"""Several adapters of one base: stacked, selected inside `jit`, applied one per example, combined, switched, pooled.
+"""Several adapters of one base: selected inside `jit`, one per example or mixed for each token; trained, combined.
 
 `stack` makes one pytree of several adapters, in which ranks are padded and scales are arrays. `select` returns one of
 them for `lora(apply)`, or one per example; `per_example` applies one to each example of a batch; `train_step` trains
-all of them. `combine` makes one adapter of several, `interpolate` scales one. A `tree` holds adapters of adapted
-weights, and `switch` moves merged weights in it; a `Pool` keeps the most recently used adapters in memory.
+all of them. `mixture` makes one adapter of several, which a router weights at each token; `combine` makes one with
+fixed weights, `interpolate` scales one. A `tree` holds adapters of adapted weights, and `switch` moves merged weights
+in it; a `Pool` keeps the most recently used adapters in memory.
 """
 
+from .._variants.routers import PHATGOOSE as PHATGOOSE
+from .._variants.routers import Arrow as Arrow
+from .._variants.routers import Constant as Constant
+from .._variants.routers import Gate as Gate
+from .._variants.routers import Given as Given
+from .._variants.routers import SigmoidGate as SigmoidGate
+from .._variants.routers import load_balance as load_balance
 from ._combine.combine import combine as combine
 from ._combine.concat import Concat as Concat
 from ._combine.dare import Dare as Dare
@@ -16,6 +24,7 @@ from ._combine.truncate import Truncate as Truncate
 from ._interpolate import interpolate as interpolate
 from ._member import Member as Member
 from ._member import Stack as Stack
+from ._mixture import mixture as mixture
 from ._per_example import per_example as per_example
 from ._pool import Pool as Pool
 from ._pool import PoolStats as PoolStats
@@ -35,14 +44,20 @@ from ._tree import tree as tree
 
 __all__ = [
     "BASE",
+    "PHATGOOSE",
+    "Arrow",
     "Concat",
+    "Constant",
     "Dare",
+    "Gate",
+    "Given",
     "Linear",
     "Member",
     "Merged",
     "Pool",
     "PoolStats",
     "Prune",
+    "SigmoidGate",
     "Stack",
     "Ties",
     "Tree",
@@ -51,6 +66,8 @@ __all__ = [
     "combine",
     "ids",
     "interpolate",
+    "load_balance",
+    "mixture",
     "per_example",
     "place",
     "select",

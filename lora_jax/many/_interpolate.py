@@ -69,7 +69,7 @@ def interpolate(adapter: Adapters, weight: Any, *, base: Any = None) -> dict[str
 def _why_not(part: Adapter, base: Any) -> str:
     if isinstance(part.variant, Full):
         return "a change of Full is relative to the base; pass base=params" if base is None else ""
-    if not (part.variant.adds or part.variant.some_tokens) or not any(name in part.arrays for name in _LINEAR):
+    if not (part.variant.adds or part.variant.routed) or not any(name in part.arrays for name in _LINEAR):
         return f"{part.variant} replaces or normalizes the kernel"
     return ""
 

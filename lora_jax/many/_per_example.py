@@ -61,7 +61,7 @@ def per_example(
       custom_derivatives: as in `lora`.
 
     Returns:
-      `mixed(params, stacked, which, *args, dropout_key=None, active_tokens=None, **kwargs)`, with the result of
+      `mixed(params, stacked, which, *args, dropout_key=None, token_weights=None, **kwargs)`, with the result of
       `apply`. `which` are names or numbers as for `select`, one per example. If it is None, `stacked` is what `select`
       has returned for them, so that several calls, such as the steps of decoding, gather the factors once. Examples
       have different dropout masks.
@@ -197,7 +197,7 @@ def _axis(leaf: Any, axis: int | None) -> int:
 
 def _check_coupling(apply: Any, params: Any, args: Any, kwargs: dict[str, Any], axes: Any) -> None:
     of_args, of_kwargs = axes
-    own = {name: value for name, value in kwargs.items() if name != "active_tokens"}  # the others are the model's
+    own = {name: value for name, value in kwargs.items() if name != "token_weights"}  # the others are the model's
     found = couplings(apply, params, args, own, (of_args, {name: of_kwargs[name] for name in own}))
     if found:
         raise UnsupportedError(

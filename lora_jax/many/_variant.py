@@ -132,9 +132,14 @@ class Padded(Variant):
         return self.variant.adds
 
     @property
-    def some_tokens(self) -> bool:  # type: ignore[override]
+    def routed(self) -> bool:  # type: ignore[override]
         """As in the variant."""
-        return self.variant.some_tokens
+        return self.variant.routed
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        """As in the variant."""
+        return self.variant.needs_weights
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises: stacks are made from adapters."""

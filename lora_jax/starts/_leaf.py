@@ -134,7 +134,7 @@ def check_variant(leaf: Leaf, *, changes_base: bool) -> None:
     """Raises if a method that sets the factors, and subtracts them from the base, does not apply to a variant."""
     if leaf.variant.diagonal(leaf.part.arrays) is not None:  # initialized to zero, so A·B would have no effect
         raise leaf.error(f"expected a variant whose update is s·A·B; {leaf.variant} has a diagonal in addition")
-    if changes_base and leaf.variant.some_tokens:
+    if changes_base and leaf.variant.routed:
         raise leaf.error(f"expected a variant that adapts all tokens, as the base changes; got {leaf.variant}")
 
 

@@ -126,8 +126,8 @@ def test_alora_matches_peft():
     active = lj.active_tokens(adapter, jnp.asarray(IDS))
     assert [int(row.sum()) or None for row in active] == offsets
     expected = layer(torch.from_numpy(X), alora_offsets=offsets)
-    near(lj.lora(dense)(PARAMS, adapter, X, active_tokens=active), expected)
+    near(lj.lora(dense)(PARAMS, adapter, X, token_weights=active), expected)
     torch.sum(torch.sin(expected)).backward()
-    gradient = gradients(adapter, active_tokens=active)["kernel"]
+    gradient = gradients(adapter, token_weights=active)["kernel"]
     near(gradient.a.T, layer.lora_A["default"].weight.grad)
     near(gradient.b.T, layer.lora_B["default"].weight.grad)

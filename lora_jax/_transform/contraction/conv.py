@@ -20,6 +20,7 @@ from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
 from .costs import Costs, Passes
 from .factored import labeled_factors, thin_dtype
+from .routing import weigh
 
 _GROUP = RANK - 1  # the label of the axis of groups
 
@@ -75,7 +76,7 @@ class FactoredConv:
         w_out, w_in, *_ = self.numbers.rhs_spec
         return _labels(self.numbers.lhs_spec, w_in), _labels(self.numbers.out_spec, w_out)
 
-    def low_rank(self, x: Array, a: Array, b: Array) -> Array:
+    def low_rank(self, x: Array, a: Array, b: Array, weights: Labeled | None = None, /) -> Array:
         """Convolves `x` with `scale·a·b` by its factors."""
         w_out, w_in, *_ = self.numbers.rhs_spec
         into, out = self.labels
@@ -87,15 +88,16 @@ class FactoredConv:
         ]
         first, second = factors if self.a_first else factors[::-1]
         thin = self._step(Labeled(x.astype(dtype), into), first, w_in, RANK)
+        thin = thin if weights is None else weigh(thin, weights)
         y = self._step(thin._replace(array=thin.array * self.kernel.scale), second, RANK, w_out)
         return y.in_order(out).astype(computable(self.like.dtype))
 
-    def x_times_a(self, x: Array, a: Array) -> Array:
+    def x_times_a(self, x: Array, a: Array) -> Labeled:
         """Convolves `x` with `a` only, if `a` is the first factor."""
         w_in = self.numbers.rhs_spec[1]
         precise = dataclasses.replace(self, precision=lax.Precision.HIGHEST)
         labeled = Labeled(x, _labels(self.numbers.lhs_spec, w_in))
-        return precise._step(labeled, Labeled(a, axes_of_a(self.kernel.roles)), w_in, RANK).array
+        return precise._step(labeled, Labeled(a, axes_of_a(self.kernel.roles)), w_in, RANK)
 
     def costs(self, x: Sequence[int], y: Sequence[int]) -> Costs:
         """Counts the FLOPs of the convolution, given the shapes of the input and of the result."""

@@ -19,6 +19,8 @@ from ..._core.kernel import AdaptedKernel
 from ..._core.placement import names_of
 from ..._core.sizes import smallest
 from .costs import Costs, Form, Passes, added_flops
+from .operation import LowRankTerm
+from .routing import weigh
 
 
 class Product(NamedTuple):
@@ -63,7 +65,7 @@ def precision_of_factors(precision: Any, x: Any, w: Any, y: Any) -> Any:
 
 def low_rank_product(
     kernel: AdaptedKernel, x: Labeled, out: Labels, *, kernel_first: bool, precision: Any, like: Any
-) -> tuple[Callable[[Array, Array, Array], Array], Costs]:
+) -> tuple[LowRankTerm, Costs]:
     """Returns a function that multiplies `x` with `scale·a·b` by its factors, in the order that needs fewer FLOPs.
 
     Args:
@@ -75,7 +77,7 @@ def low_rank_product(
       like: the type of the result; if that is narrow, the product is in bfloat16.
 
     Returns:
-      `multiply(x, a, b)`, which closes over no array, and the costs of the whole contraction.
+      `multiply(x, a, b, weights)`, which closes over no array, and the costs of the whole contraction.
     """
     kernel, x_labels, x_size = kernel.abstract, x.labels, x.array.size
     sizes = dict(zip(x_labels, x.array.shape, strict=True)) | dict(enumerate(kernel.w.shape))
@@ -101,24 +103,25 @@ def low_rank_product(
     orders = {True: costs(labels_of_a, labels_of_b), False: costs(labels_of_b, labels_of_a)}
     a_first = smallest([*orders], key=lambda order: orders[order].first.forward + orders[order].second.forward)
 
-    def multiply(array: Array, a: Array, b: Array) -> Array:
+    def multiply(array: Array, a: Array, b: Array, weights: Labeled | None = None, /) -> Array:
         factors = labeled_factors(dataclasses.replace(kernel, a=a, b=b))
         first, second = factors if a_first else factors[::-1]
         x = Labeled(array.astype(computable(array.dtype)), x_labels)
         left, right = (first, x) if kernel_first else (x, first)
         dtype = thin_dtype(array.dtype, kernel.w.dtype, like.dtype)
         thin = contract(left, right, keep={*second.labels, *out}, precision=precision, dtype=dtype)
+        thin = thin if weights is None else weigh(thin, weights)
         return multiply_second(kernel, thin, second, out, kernel_first=kernel_first, precision=precision, like=like)
 
     return multiply, orders[a_first]
 
 
-def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Callable[[Array, Array], Array]:
+def product_with_a(kernel: AdaptedKernel, x_labels: Labels, out: Labels) -> Callable[[Array, Array], Labeled]:
     """Returns a function that multiplies `x` with `a` only, where the product with `b` would have the labels `out`."""
     labels, keep = axes_of_a(kernel.roles), {*axes_of_b(kernel.roles), *out}
 
-    def multiply(x: Array, a: Array) -> Array:
-        return contract(Labeled(x, x_labels), Labeled(a, labels), keep=keep, precision=lax.Precision.HIGHEST).array
+    def multiply(x: Array, a: Array) -> Labeled:
+        return contract(Labeled(x, x_labels), Labeled(a, labels), keep=keep, precision=lax.Precision.HIGHEST)
 
     return multiply
 

@@ -21,10 +21,11 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 from ..._core.base import Recorded, apply_to_base
-from ..._core.contract import Labeled, Labels, is_narrow, widest
+from ..._core.contract import Labeled, is_narrow, widest
 from ..._core.kernel import AdaptedKernel, gain_of, materialize
-from .costs import INFERENCE, TRAINING, Costs, Form, Gradients, always_factored, choose_form
-from .tokens import mask_inactive
+from .costs import INFERENCE, TRAINING, Form, Gradients, always_factored, choose_form
+from .operation import Contraction
+from .routing import weights_by_rank
 
 # While another `lora` traces this one, contractions are evaluated with plain operations, because a `custom_jvp` has no
 # rule. The user context is part of JAX's cache keys, so that no trace from outside is reused inside.
@@ -85,30 +86,6 @@ def add_pending(value: Any) -> Any:
     return value.total.astype(value.base.dtype) if isinstance(value, Sum) else value
 
 
-class Contraction(NamedTuple):
-    """A bilinear operation of `x` and a kernel.
-
-    Attributes:
-      base: `base(x, w)`, the operation.
-      low_rank: `low_rank(x, a, b)`, the operation with `s·a·b`, evaluated by its factors.
-      x_times_a: `x_times_a(x, a)`, the product of rank r with `a` only, in the wider dtype and the highest precision.
-      costs: the FLOPs of its products.
-      precision: of its products.
-      x: the labels of the axes of `x`; an axis that is multiplied with an axis of the kernel has its number.
-      y: the labels of the axes of the result.
-      narrow: whether `x`, the kernel or the result has fewer than 16 bits.
-    """
-
-    base: Callable[[Array, Array], Array]
-    low_rank: Callable[[Array, Array, Array], Array]
-    x_times_a: Callable[[Array, Array], Array]
-    costs: Costs
-    precision: Any
-    x: Labels
-    y: Labels
-    narrow: bool
-
-
 def fixed_form(kernel: AdaptedKernel, contraction: Contraction, form: Form | None) -> Form | None:
     """Returns the form of a contraction if it does not depend on the requested gradients, else None.
 
@@ -117,6 +94,8 @@ def fixed_form(kernel: AdaptedKernel, contraction: Contraction, form: Form | Non
       contraction: a contraction with it.
       form: the form that the caller requests for all contractions; None for the cheapest.
     """
+    if kernel.dropout is not None or kernel.is_routed:  # no other form can express it
+        return Form.FACTORED
     if contraction.narrow:  # the other forms would compute the factors' gradients in fewer than 16 bits
         return Form.FACTORED
     if form is not None:
@@ -149,9 +128,8 @@ def evaluate_contraction(kernel: AdaptedKernel, x: Array, contraction: Contracti
     if kernel.dropout is None:
         return apply_gain(_without_gain(plain, x, contraction, form), g)
     # As in DoRA's own code, the change of the base's result by the gain uses the activation after dropout.
-    base, dropped = _base(kernel, x, contraction), kernel.dropout.apply(x)
-    base_dropped = _base(kernel, dropped, contraction)
-    return base + (apply_gain(base_dropped + contraction.low_rank(dropped, kernel.a, kernel.b), g) - base_dropped)
+    base, base_dropped = _base(kernel, x, contraction), _base(kernel, kernel.dropout.apply(x), contraction)
+    return base + (apply_gain(base_dropped + _low_rank(kernel, x, contraction), g) - base_dropped)
 
 
 def apply_gain(y: Array | Sum, gain: Array) -> Array:
@@ -190,15 +168,9 @@ def gain_problem(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> s
 
 
 def _without_gain(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
-    low_rank, costs = contraction.low_rank, contraction.costs
-    if kernel.dropout is not None or kernel.active is not None:  # no form but factored can express it
-        dropped = x if kernel.dropout is None else kernel.dropout.apply(x)
-        term = low_rank(dropped, kernel.a, kernel.b)
-        term = term if kernel.active is None else mask_inactive(kernel, term, contraction.y)
-        return Sum(_base(kernel, x, contraction), term)
     fixed = fixed_form(kernel, contraction, form)
     if fixed is Form.FACTORED:
-        return Sum(_base(kernel, x, contraction), low_rank(x, kernel.a, kernel.b))
+        return Sum(_base(kernel, x, contraction), _low_rank(kernel, x, contraction))
     kernel, forms = kernel.with_array(), _Forms(kernel.abstract, contraction)
     if fixed is Form.MERGED:
         return forms.merged(x, kernel.w, kernel.a, kernel.b)
@@ -207,12 +179,12 @@ def _without_gain(kernel: AdaptedKernel, x: Array, contraction: Contraction, for
         Form.MERGED: functools.partial(_jvp, forms.merged),
         Form.HYBRID: forms.hybrid,
     }
-    merges = (fixed or choose_form(costs, INFERENCE)) is not Form.FACTORED
+    merges = (fixed or choose_form(contraction.costs, INFERENCE)) is not Form.FACTORED
     function = jax.custom_jvp(forms.merged if merges else forms.factored)
 
     def tangents(primals: Operands, tangents: Operands) -> tuple[Array, Array]:
         x, _, a, b = (not isinstance(tangent, SymbolicZero) for tangent in tangents)
-        return rules[fixed or choose_form(costs, Gradients(x, a, b))](primals, tangents)
+        return rules[fixed or choose_form(contraction.costs, Gradients(x, a, b))](primals, tangents)
 
     function.defjvp(tangents, symbolic_zeros=True)
     return function(x, kernel.w, kernel.a, kernel.b)
@@ -221,6 +193,13 @@ def _without_gain(kernel: AdaptedKernel, x: Array, contraction: Contraction, for
 def _base(kernel: AdaptedKernel, x: Array, contraction: Contraction) -> Array:
     product: Array = apply_to_base(lambda w, x: contraction.base(x, w), kernel.w, x)
     return product
+
+
+def _low_rank(kernel: AdaptedKernel, x: Array, contraction: Contraction) -> Array:
+    """Returns the low-rank term with the kernel's dropout and the weights of its experts; a router has no dropout."""
+    weights = weights_by_rank(kernel, x, contraction) if kernel.is_routed else None
+    dropped = x if kernel.dropout is None else kernel.dropout.apply(x)
+    return contraction.low_rank(dropped, kernel.a, kernel.b, weights)
 
 
 Operands = tuple[Any, Any, Any, Any]  # x, w, a, b; or their tangents, which may be symbolic zeros
@@ -254,7 +233,7 @@ class _Forms(NamedTuple):
         return self.contraction.base(x, kernel), self._tangent(kernel, primals, tangents)
 
     def _tangent(self, kernel: Array, primals: Operands, tangents: Operands) -> Array:
-        base, low_rank, *_ = self.contraction
+        base, low_rank = self.contraction.base, self.contraction.low_rank
         (x, _, a, b), (dx, dw, da, db) = primals, tangents
         terms = [
             (dx, lambda: base(dx, kernel)),

@@ -24,6 +24,7 @@ from ..._core.concatenated import concatenate
 from ..._core.contract import widest
 from ..._core.kernel import AdaptedKernel, Label, PlainKernel, TrackedKernel
 from ..._core.placement import explicit_sharding, factor_spec
+from ..._core.routing import Experts
 from ..._core.stored import Change
 from ..interpreter import NoRule, Site, Value, base_value
 from ..registry import rule
@@ -67,24 +68,24 @@ def _concatenate_kernels(site: Site, parts: Sequence[Value], axis: int) -> Track
     rates = [part.dropout and part.dropout.rate for part in adapted]
     if len(set(rates)) > 1:
         raise NoRule(f"a concatenation of kernels with the dropout rates {rates}")
-    if len({part.active is None for part in adapted}) > 1:
-        raise NoRule("a concatenation of kernels of which only some have `active_tokens`")
     for part in parts:
         if isinstance(part, PlainKernel):  # a leaf without factors has rank 0
             site.log_use(part, "opaque")
     if len({part.scale for part in adapted}) > 1:
         parts = [_fold_scale(part, axis) if isinstance(part, AdaptedKernel) else part for part in parts]
         adapted = [part for part in parts if isinstance(part, AdaptedKernel)]
-    ranks = [part.a.shape[-1] if isinstance(part, AdaptedKernel) else 0 for part in parts]
     along_batch = roles[axis] == "b"
-    starts = [0] * len(parts) if along_batch else list(itertools.accumulate(ranks, initial=0))
-    total = max(ranks) if along_batch else sum(ranks)
+    experts, given = _concatenate_experts(adapted, along_batch=along_batch)
 
     def concatenate_factors(name: str, axes: Axes) -> Array:
-        dtype = widest(*(getattr(part, name).dtype for part in adapted))
+        having = [part for part in adapted if getattr(part, name) is not None]
+        dtype = widest(*(getattr(part, name).dtype for part in having))
         rank_axis = axes.index(RANK)
         if axis not in axes:
-            return lax.concatenate([getattr(part, name).astype(dtype) for part in adapted], rank_axis)
+            return lax.concatenate([getattr(part, name).astype(dtype) for part in having], rank_axis)
+        ranks = [getattr(part, name).shape[rank_axis] if part in having else 0 for part in parts]
+        starts = [0] * len(parts) if along_batch else list(itertools.accumulate(ranks, initial=0))
+        total = max(ranks) if along_batch else sum(ranks)
         padded = []
         for part, rank, start in zip(parts, ranks, starts, strict=False):
             widths = [(0, 0)] * len(axes)
@@ -104,10 +105,38 @@ def _concatenate_kernels(site: Site, parts: Sequence[Value], axis: int) -> Track
         a=concatenate_factors("a", axes_of_a(roles)),
         b=concatenate_factors("b", axes_of_b(roles)),
         scale=adapted[0].scale,
+        p=None if all(part.p is None for part in adapted) else concatenate_factors("p", axes_of_a(roles)),
+        experts=experts,
+        given=given,
+        split_inputs=frozenset().union(*(part.split_inputs for part in adapted)),
         paths=_paths(adapted),
     ).with_replicated(
-        {name: frozenset.intersection(*(part.replicated_over(name) for part in adapted)) for name in ("a", "b", "gain")}
+        {
+            name: frozenset.intersection(*(part.replicated_over(name) for part in adapted))
+            for name in ("a", "b", "gain", "p")
+        }
     )
+
+
+def _concatenate_experts(adapted: Sequence[AdaptedKernel], *, along_batch: bool) -> tuple[tuple[Experts, ...], Any]:
+    """Returns the experts of the result, and the weights from the caller; adapters of all tokens have a weight of 1."""
+    if not any(part.is_routed for part in adapted):
+        return (), None
+    first = adapted[0]
+    if along_batch:
+        if any(part.experts != first.experts or part.given is not first.given for part in adapted):
+            raise NoRule("a concatenation along a batch axis of kernels with other experts or weights")
+        return first.experts, first.given
+    groups = [part.experts or (Experts((part.a.shape[-1],), "constant"),) for part in adapted]
+    given = [part.given for part in adapted if part.given is not None]
+    if not given:
+        return tuple(itertools.chain(*groups)), None
+    if len({weights.ndim for weights in given}) > 1 or any(part.given_per_layer for part in adapted):
+        raise NoRule("a concatenation of kernels with `token_weights` for each layer, or with other token axes")
+    tokens = np.broadcast_shapes(*(weights.shape[1:] for weights in given))
+    dtype = jnp.result_type(*(weights.dtype for weights in given))
+    wide = [jnp.broadcast_to(weights, (len(weights), *tokens)).astype(dtype) for weights in given]
+    return tuple(itertools.chain(*groups)), lax.concatenate(wide, 0)
 
 
 def _concatenate_gains(parts: Sequence[Value], axis: int, roles: Sequence[str]) -> Any:

@@ -13,7 +13,8 @@ from ..._core.contract import is_narrow
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.sizes import is_known
 from ..contraction.conv import FactoredConv, WindowAxis
-from ..contraction.forms import Contraction
+from ..contraction.operation import Contraction
+from ..contraction.routing import NO_TOKENS
 from ..interpreter import NoRule, Site, Value
 from ..registry import rule
 
@@ -69,10 +70,10 @@ def _conv_general_dilated(
     if "b" in adapter_roles or adapter_roles[w_in] == adapter_roles[w_out]:
         raise NoRule(f"the convolution has the axes {roles!r}, the adapter {adapter_roles!r}")
     y: Any = site.eqn.outvars[0].aval
-    window = map(WindowAxis, window_strides, padding, lhs_dilation, rhs_dilation)
+    parameters = map(WindowAxis, window_strides, padding, lhs_dilation, rhs_dilation)
     conv = FactoredConv(
         kernel.abstract,
-        dict(zip(windows, window, strict=True)),
+        dict(zip(windows, parameters, strict=True)),
         dimension_numbers,
         feature_group_count,
         precision,
@@ -81,7 +82,14 @@ def _conv_general_dilated(
     )
     narrow = is_narrow(kernel.w.dtype) or is_narrow(y.dtype)
     costs = conv.costs(lhs.shape, y.shape)
-    contraction = Contraction(convolve, conv.low_rank, conv.x_times_a, costs, precision, *conv.labels, narrow)
+    contracted = frozenset({w_in, *windows})
+    if kernel.p is not None and feature_group_count != 1:
+        raise NoRule("a convolution in groups, of a kernel whose router reads the activation")
+    if kernel.is_routed and any(kernel.roles[axis] != "i" for axis in contracted):
+        raise NoRule(NO_TOKENS)
+    contraction = Contraction(
+        convolve, conv.low_rank, conv.x_times_a, costs, precision, *conv.labels, contracted=contracted, narrow=narrow
+    )
     return site.contract(kernel, lhs, contraction, roles=roles)
 
 

@@ -19,9 +19,10 @@ from ..._core.base import apply_to_base, as_array
 from ..._core.contract import Labeled, Labels, is_narrow
 from ..._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel
 from ..contraction.factored import low_rank_product, precision_of_factors, product_with_a
-from ..contraction.forms import Contraction, Sum, add_pending
+from ..contraction.forms import Sum, add_pending
+from ..contraction.operation import Contraction
 from ..contraction.pair import multiply_kernels
-from ..interpreter import NO_RULE, NoRule, Site, Value, base_value, check_all_tokens
+from ..interpreter import NO_RULE, NoRule, Site, Value, base_value, check_unrouted
 from ..registry import rule
 
 
@@ -40,8 +41,8 @@ def _dot_general(
     if isinstance(lhs, AdaptedKernel) and isinstance(rhs, AdaptedKernel):
         if lhs.gain is not None or rhs.gain is not None:
             raise NoRule("a product of two kernels, of which one has a gain")
-        check_all_tokens(lhs)
-        check_all_tokens(rhs)
+        check_unrouted(lhs)
+        check_unrouted(rhs)
         params = dict(dimension_numbers=dimension_numbers, precision=precision, out_sharding=out_sharding)
         rhs = dataclasses.replace(rhs, dropout=None)  # the other operand is not an activation
         base = add_pending(
@@ -88,8 +89,17 @@ def _dot_general(
     )
     base_product = (lambda x, w: product(w, x)) if side == 0 else product
     x_times_a = product_with_a(kernel, x_labels, out)
-    narrow = any(map(is_narrow, dtypes))
-    contraction = Contraction(base_product, low_rank, x_times_a, costs, factor_precision, x_labels, out, narrow)
+    contraction = Contraction(
+        base_product,
+        low_rank,
+        x_times_a,
+        costs,
+        factor_precision,
+        x_labels,
+        out,
+        contracted=frozenset(dimension_numbers[0][side]),
+        narrow=any(map(is_narrow, dtypes)),
+    )
     return site.contract(kernel, x, contraction, roles=roles[side])
 
 

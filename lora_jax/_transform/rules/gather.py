@@ -24,7 +24,7 @@ from ..._core.sizes import smallest
 from ..._core.stored import Change
 from ..contraction.factored import multiply_second
 from ..contraction.forms import Sum, apply_gain
-from ..interpreter import NoRule, Site, Value, check_all_tokens
+from ..interpreter import NoRule, Site, Value, check_unrouted
 from ..registry import rule
 
 # With these modes, an index along an axis that is taken completely has no effect.
@@ -63,6 +63,9 @@ def _gather(
     a = lookup.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
     b = lookup.take(Labeled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
     gain = None if kernel.gain is None else lookup.take(gain_of(kernel), indices, hints)
+    p = None if kernel.p is None else lookup.take(Labeled(kernel.p, axes_of_a(kernel.roles)), indices, hints)
+    if kernel.given_per_layer:
+        raise NoRule("a lookup of layers, of a kernel with `token_weights` for each layer")
     if {"i", "o"} <= {kernel.roles[axis] for axis in lookup.remaining}:
         roles = [
             "b" if label in a.labels and label in b.labels else "i" if label in a.labels else "o" for label in labels
@@ -78,11 +81,12 @@ def _gather(
             w=apply_change(kernel.w, look_up(fill_value), indices),
             a=a.in_order(order_a),
             b=b.in_order(order_b),
+            p=None if p is None else p.in_order(order_a),
             roles=tuple(roles),
             replicated=(),  # the indices may differ between devices
         )
         return moved if gain is None else dataclasses.replace(moved, gain=_insert_rank(gain, order_b))
-    check_all_tokens(kernel)
+    check_unrouted(kernel)
     y = lookup.apply(look_up(fill_value), kernel.w, indices)
     dtype = computable(y.dtype)
     a, b = _cast(a, dtype), _cast(b, dtype)

@@ -204,8 +204,8 @@ def _stacked(y: Value) -> Value:
     if not isinstance(y, AdaptedKernel):
         return y
     # These do not differ between iterations, but `scan` has stacked them.
-    dropout, active = jax.tree.map(lambda x: x[0], (y.dropout, y.active))
-    return dataclasses.replace(y, dropout=dropout, active=active)
+    dropout, given = jax.tree.map(lambda x: x[0], (y.dropout, None if y.given_per_layer else y.given))
+    return dataclasses.replace(y, dropout=dropout, given=y.given if y.given_per_layer else given)
 
 
 def _sliceable(x: Value) -> Value:

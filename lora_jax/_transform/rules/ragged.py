@@ -24,7 +24,7 @@ from ..._core.kernel import AdaptedKernel, TrackedKernel, gain_of
 from ..._core.placement import names_of
 from ..contraction.factored import labeled_factors, precision_of_factors, thin_dtype
 from ..contraction.forms import Sum, apply_gain
-from ..interpreter import NoRule, Site, Value, check_all_tokens
+from ..interpreter import NoRule, Site, Value, check_unrouted
 from ..registry import rule
 
 
@@ -75,7 +75,7 @@ def _ragged_dot_general(
     misfit = any((kernel.roles[axis] == "b") != (axis in batch) for axis in (*batch, *summed))
     if group_sizes.ndim > 1 and misfit:
         raise NoRule(f"groups per batch element and the axes {roles!r}; the adapter has {adapter_roles!r}")
-    check_all_tokens(kernel)
+    check_unrouted(kernel)
     w_axis_of = dict(zip((*lhs_batch, *lhs_summed), (*batch, *summed), strict=True))
     dropped = lhs if kernel.dropout is None else kernel.dropout.apply(lhs)
     x = Labeled(

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, NamedSharding
 
 from ..._compat import ClosedJaxpr, primitives, varying
+from ..._core.axes import RANK, axes_of_a
 from ..._core.base import Recorded, type_of
 from ..._core.kernel import AdaptedKernel, TrackedKernel
 from ..._core.placement import mesh_axes
@@ -72,7 +73,15 @@ def _mark_replicated(x: Value, specs: Any, manual_axes: Collection[str]) -> Valu
     if not isinstance(x, AdaptedKernel):
         return x
     sharded = {name: {axis for names in spec for axis in mesh_axes(names)} for name, (spec, _) in specs.factors.items()}
-    return x.with_replicated({name: x.replicated_over(name) | ({*manual_axes} - sharded[name]) for name in x.factors})
+    split = x.split_inputs if x.p is None else x.split_inputs | (_axes_of_inputs(x, specs) & {*manual_axes})
+    known = {name: x.replicated_over(name) | ({*manual_axes} - sharded[name]) for name in x.factors}
+    return dataclasses.replace(x, split_inputs=split).with_replicated(known)
+
+
+def _axes_of_inputs(kernel: AdaptedKernel, specs: Any) -> set[str]:
+    """Returns the mesh axes over which the inputs of `p` are sharded."""
+    roles = [kernel.roles[axis] if axis != RANK else "" for axis in axes_of_a(kernel.roles)]
+    return {axis for names, role in zip(specs.p, roles, strict=True) if role == "i" for axis in mesh_axes(names)}
 
 
 @rule(primitives.all_gather_p, "moved")
@@ -116,4 +125,5 @@ def _all_gather(
         del after
         return gather(factor, before.index(at)) if at in before else factor
 
-    return kernel.moved(change, kernel.roles, move).with_replicated(known)
+    moved = kernel.moved(change, kernel.roles, move).with_replicated(known)
+    return dataclasses.replace(moved, split_inputs=moved.split_inputs - {*names}) if kernel.roles[at] == "i" else moved
