@@ -139,7 +139,7 @@ def check(root: pathlib.Path) -> None:
 
 
 def run(copy: pathlib.Path, tests: list[str]) -> tuple[str, float]:
-    """The first test that fails, or why none did, and the seconds of CPU time."""
+    """The first test that fails, or the tests that crash, or why none did, and the seconds of CPU time."""
     before = os.times()
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-n", "0", "--no-header", "-p", "no:cacheprovider"]
     environment = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache")} | os.environ | {"PYTHONPATH": str(copy)}
@@ -149,6 +149,8 @@ def run(copy: pathlib.Path, tests: list[str]) -> tuple[str, float]:
     failed = re.search(r"^FAILED (\S.*?)(?: - .*)?$", ran.stdout, re.MULTILINE)
     if ran.returncode == 1 and failed:
         return failed[1], seconds
+    if ran.returncode < 0:
+        return f"{tests[0]}: the process was killed by signal {-ran.returncode}", seconds
     return "NOT FOUND" if ran.returncode == 0 else f"NO RESULT: {(ran.stdout + ran.stderr)[-300:]}", seconds
 
 

@@ -196,6 +196,20 @@ AGAIN = {
 }
 
 
+LOOPS = {
+    "transposed": Case(lambda w, x: jax.lax.scan(layer, x, w.transpose(0, 2, 1))[0], (3, 4, 4), [(5, 4)], "boi"),
+    "reshaped": Case(lambda w, x: jax.lax.scan(layer, x, w.reshape(4, 4, 4))[0], (2, 2, 4, 4), [(5, 4)], "bboi"),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_over_a_packed_kernel_that_was_moved_matches_the_dequantized_array(name: str) -> None:
+    case = LOOPS[name]
+    params = pack(case.params)
+    adapter = random_adapter(params, {"w": lj.LoRA(rank=2, alpha=3, axes=case.roles)})
+    assert_packed_law(case.apply, params, adapter, *case.arrays)
+
+
 @pytest.mark.parametrize("use", AGAIN)
 def test_a_second_call_outside_jit_compiles_nothing(use: str, caplog: pytest.LogCaptureFixture) -> None:
     case = AGAIN[use]
