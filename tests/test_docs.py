@@ -14,7 +14,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 # What is skipped where it is not installed.
-NEEDS = {"models.md": ["haiku", "equinox", "keras", "penzai", "zoo.hugging_face"], "models_other.md": ["tunix", "maxtext", "diffusers"]}
+NEEDS = {
+    "models.md": ["haiku", "equinox", "keras", "penzai", "zoo.hugging_face"],
+    "models_other.md": ["tunix", "maxtext", "diffusers"],
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
