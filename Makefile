@@ -44,7 +44,9 @@ test-oldest:
 	$(if $(PYTHON),PIP_CONSTRAINT=$(CURDIR)/tests/oldest.txt $(MAKE) test PYTHON=$(PYTHON) VENV=.venv-oldest \
 	  TESTS="$(OLDEST:%=tests/test_%.py)",@echo "Not run: there is no Python 3.11.")
 
-# Models of libraries whose pins clash with those of the tests. A line of the file is one call of pip.
+# Models of libraries whose pins clash with those of the tests. A line of the file is one call of pip. MaxText needs
+# Python 3.12.
+test-models: PYTHON = $(shell .ci/python 3.13 || .ci/python 3.12)
 .venv-models/installed: pyproject.toml tests/models.txt
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip

@@ -15,7 +15,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 # What is skipped where it is not installed.
-NEEDS = {"models.md": ["haiku", "equinox", "keras", "penzai", "zoo.hugging_face"], "models_other.md": ["tunix"]}
+NEEDS = {
+    "models.md": ["haiku", "equinox", "keras", "penzai", "zoo.hugging_face"],
+    "models_other.md": ["tunix", "maxtext", "diffusers"],
+}
 
 
 @pytest.mark.parametrize("page", sweep_except(PAGES[:1], PAGES), ids=lambda page: page.name)
