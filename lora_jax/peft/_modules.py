@@ -1,0 +1,237 @@
+"""Collects the torch modules of an adapter: their tensors, the configuration, and what cannot be written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .._core.adapter import Adapter
+from .._core.base import dense
+from .._core.values import is_concrete, is_finite, on_host
+from .._core.variant import LowRank
+from .._errors import AdapterError, counted, listed
+from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA
+from ._config import Scale, ranks_to_config
+from ._layout import Layout, Values, outputs_to_torch
+from ._names import PREFIX, suffix, to_torch
+from ._rows import Row
+from ._sites import Site
+
+
+@dataclasses.dataclass
+class _Module:
+    """The tensors of one torch module, by our names, and the variant of its factors."""
+
+    layout: Layout
+    path: str = ""
+    variant: LowRank | None = None
+    bias_scale: float | None = None
+    rows: tuple[int, ...] | None = None
+    tensors: dict[str, Values] = dataclasses.field(default_factory=dict)
+
+
+class Exported:
+    """The torch modules of an adapter, and what cannot be written."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, _Module] = {}
+        self.heads: dict[str, str] = {}
+        self.saved: set[str] = set()
+        self.unmatched: list[str] = []
+        self.problems: list[str] = []
+
+    def add(self, path: str, part: Adapter, places: list[Site], leaf: Any) -> None:
+        """Adds one leaf of the adapter."""
+        variant = part.variant
+        if (problem := _problem(part, places[0].row)) is not None:
+            self.problems.append(f"{path!r}: {problem}")
+            return
+        arrays = {name: on_host(array) for name, array in part.arrays.items()}
+        for site in places:
+            module = self._module(site)
+            if isinstance(variant, LowRank):
+                module.variant, module.path = variant, path
+                if site.row.head is not None:
+                    self.heads[site.module] = site.row.head
+                a = site.layout.to_matrix("a", arrays["a"])[site.index]
+                self._put(site, "a", a)
+                self._put(site, "b", _outputs(site, "b", arrays["b"]))
+                if "magnitude" in arrays:
+                    self._put(site, "magnitude", _outputs(site, "vector", arrays["magnitude"]))
+            elif isinstance(variant, LoRABias):
+                module.bias_scale = variant.scale
+                self._put(site, "bias", _outputs(site, "vector", arrays["bias"]))
+            elif isinstance(variant, Rows):
+                module.rows = variant.ids
+                if (values := self._base(site, leaf)) is not None:
+                    rows = values[list(variant.ids)].astype(np.float32) + _outputs(site, "b", arrays["rows"])
+                    self._put(site, "rows", rows)
+            else:
+                self.saved.add(site.module)
+                if site.row.head is not None:
+                    self.heads[site.module] = site.row.head
+                self._put(site, f"saved.{site.row.parameter}", _value(site, arrays["value"]))
+
+    def complete(self, path: str, places: list[Site], leaf: Any) -> None:
+        """Adds the base's values of a parameter, if its module is saved because of another parameter."""
+        for site in places:
+            name = f"saved.{site.row.parameter}"
+            if site.module in self.saved and name not in self.modules[site.module].tensors:
+                if (values := self._base(site, leaf)) is not None:
+                    self._put(site, name, values)
+
+    def config(self) -> dict[str, Any]:
+        """Returns the configuration; what it cannot state becomes a problem."""
+        low = {name: module for name, module in self.modules.items() if module.variant is not None}
+        variants: dict[str, Any] = {name: module.variant for name, module in low.items()}
+        stabilized = bool(variants) and all(map(_is_stabilized, variants.values()))
+        for what, kind in (("DoRA", DoRA), ("ALoRA", ALoRA)):
+            self._same(what, {low[name].path: isinstance(variant, kind) for name, variant in variants.items()})
+        self._same("dropout", {low[name].path: variant.dropout for name, variant in variants.items()})
+        invocations = {low[name].path: getattr(variant, "invocation", None) for name, variant in variants.items()}
+        self._same("invocation", invocations)
+        scales = {}
+        for name, variant in variants.items():
+            alpha = variant.alpha if _is_stabilized(variant) == stabilized else variant.scale * variant.rank
+            scales[name] = Scale(variant.rank, alpha)
+            if name in self.heads:
+                scales[self.heads[name]] = scales[name]
+        biased = self._biases(low)
+        saved = {name for name in self.saved if name not in low}
+        rows = {name: list(module.rows) for name, module in self.modules.items() if module.rows is not None}
+        first: Any = next(iter(variants.values()), None)
+        return ranks_to_config(scales) | {
+            "peft_type": "LORA",
+            # PEFT's name for an adapter without factors
+            "target_modules": sorted(low) or ["dummy-target-modules"],
+            "lora_dropout": getattr(first, "dropout", 0.0),
+            "use_rslora": stabilized,
+            "use_dora": isinstance(first, DoRA),
+            "alora_invocation_tokens": list(first.invocation) if isinstance(first, ALoRA) else None,
+            "fan_in_fan_out": any(module.layout.row.conv1d for module in low.values()),
+            "lora_bias": biased,
+            "bias": "lora_only" if self.saved & set(low) else "none",
+            "modules_to_save": sorted(saved) or None,
+            "trainable_token_indices": rows or None,
+            "ensure_weight_tying": bool(self.heads),
+            "init_lora_weights": True,
+            "inference_mode": True,
+        }
+
+    def tensors(self) -> dict[str, Values]:
+        """Returns the tensors by their names in the file."""
+        found = {}
+        for name, module in self.modules.items():
+            for ours, matrix in module.tensors.items():
+                place = f"{name}.base_layer" if ours.startswith("saved.") and module.variant is not None else name
+                tensor = to_torch(ours, matrix, module.layout)
+                found[f"{PREFIX}{place}{suffix(module.layout.row.kind, ours)}"] = tensor
+            if name in self.heads and module.variant is not None:
+                head = f"{PREFIX}{self.heads[name]}"
+                found[head + suffix("linear", "a")] = module.tensors["b"]
+                found[head + suffix("linear", "b")] = module.tensors["a"]
+        return found
+
+    def refuse(self) -> None:
+        """Raises if anything cannot be written."""
+        lines = []
+        if self.unmatched:
+            count = counted(len(self.unmatched), "leaf").replace("leafs", "leaves")
+            lines += [f"  {count} that no row of the mapping matches:\n{listed(self.unmatched)}"]
+        if self.problems:
+            lines += [f"  {counted(len(self.problems), 'problem')}:\n{listed(self.problems)}"]
+        if lines:
+            text = "\n".join(lines)
+            raise AdapterError(
+                f"Expected an adapter that PEFT's format and the mapping can express; got:\n{text}\n"
+                "  Add rows to the mapping, or change the leaves; nothing was written."
+            )
+
+    def _module(self, site: Site) -> _Module:
+        module = self.modules.setdefault(site.module, _Module(site.layout))
+        if module.layout.row.kind == "vector":  # the kernel's layout also has the shapes of the factors
+            module.layout = site.layout
+        return module
+
+    def _put(self, site: Site, name: str, matrix: Values) -> None:
+        tensors = self.modules[site.module].tensors
+        if name in tensors:
+            self.problems.append(f"{site.path!r}: another leaf is also stored as {site.module}{suffix('linear', name)}")
+        elif not is_finite(np.asarray(matrix, np.float32)):
+            self.problems.append(f"{site.path!r}: its {name.removeprefix('saved.')} has values that are not finite")
+        tensors[name] = matrix
+
+    def _base(self, site: Site, leaf: Any) -> Values | None:
+        """Returns the base's values of a parameter."""
+        if isinstance(leaf, jax.ShapeDtypeStruct) or not all(map(is_concrete, jax.tree.leaves(leaf))):
+            line = f"{site.path!r}: its values in `base` are needed, for {site.module!r}; got a shape"
+            if line not in self.problems:
+                self.problems.append(line)
+            return None
+        return _value(site, on_host(dense(leaf)))
+
+    def _biases(self, low: Mapping[str, _Module]) -> bool:
+        """Whether the adapter has biases of `b`; completes them, because PEFT has them for all modules or none."""
+        biased = {name: module for name, module in self.modules.items() if module.bias_scale is not None}
+        for name, module in biased.items():
+            variant = low[name].variant if name in low else None
+            if variant is None:
+                self.problems.append(f"{name!r} has LoRABias, and its kernel has no factors")
+            elif module.bias_scale != variant.scale:
+                self.problems.append(f"{name!r} has LoRABias(scale={module.bias_scale}), and its kernel {variant}")
+        for module in low.values() if biased else ():
+            if isinstance(module.variant, DoRA) or module.layout.row.kind == "embedding":
+                what = "an embedding" if module.layout.row.kind == "embedding" else "DoRA"
+                self.problems.append(
+                    f"{module.path!r}: PEFT has no lora_bias for {what}, and other leaves have LoRABias"
+                )
+            b = module.tensors["b"]
+            module.tensors.setdefault("bias", np.zeros(b.shape[1:], b.dtype))
+        return bool(biased)
+
+    def _same(self, what: str, values: Mapping[str, Any]) -> None:
+        if len(set(values.values())) > 1:
+            first, *rest = values.items()
+            path, value = next(item for item in rest if item[1] != first[1])
+            self.problems.append(
+                f"{path!r}: PEFT has one setting of {what} for all modules; here it is {value}, and {first[1]} at "
+                f"{first[0]!r}"
+            )
+
+
+def _problem(part: Adapter, row: Row) -> str | None:
+    """Returns why a leaf cannot be written, from its variant and the kind of its row."""
+    variant = part.variant
+    name = type(variant).__name__
+    if isinstance(variant, AdaLoRA):
+        return "it has AdaLoRA, whose pruned directions the format does not have; call adaptive.compact first"
+    if type(variant) not in (LoRA, RSLoRA, DoRA, ALoRA, LoRABias, Full, Rows):
+        return f"it has {name}, which PEFT's format has no place for"
+    vectors = row.kind == "vector"
+    if isinstance(variant, LowRank) and vectors:
+        return f"it has {name}, and its row is of a vector"
+    if isinstance(variant, LoRABias) and not (vectors and row.parameter == "bias"):
+        return "it has LoRABias, and its row is not of a bias"
+    if isinstance(variant, Rows) and row.kind != "embedding":
+        return f"it has Rows, which PEFT has for embeddings; its row is of kind {row.kind!r}"
+    if isinstance(variant, DoRA) and row.head is not None:
+        return f"it has DoRA, whose magnitude cannot be tied to that of the head {row.head!r}"
+    return None
+
+
+def _outputs(site: Site, name: str, array: Values) -> Values:
+    """Returns the module's outputs of an array, in torch's order and scale."""
+    matrix = site.layout.to_matrix(name, array)[site.index]
+    return outputs_to_torch(matrix[..., site.outputs], site.part)
+
+
+def _value(site: Site, value: Values) -> Values:
+    return _outputs(site, "vector" if site.row.kind == "vector" else "kernel", value)
+
+
+def _is_stabilized(variant: LowRank) -> bool:
+    return isinstance(variant, RSLoRA) or getattr(variant, "rank_stabilized", False)
