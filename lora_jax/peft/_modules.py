@@ -21,6 +21,9 @@ from ._names import PREFIX, suffix, to_torch
 from ._rows import Row
 from ._sites import Site
 
+# PEFT ties adapters of layers with these names, and warns if it is asked to and there are none.
+_TIED_BY_PEFT = {"embed_tokens", "lm_head"}
+
 
 @dataclasses.dataclass
 class _Module:
@@ -71,10 +74,12 @@ class Exported:
                     rows = values[list(variant.ids)].astype(np.float32) + _outputs(site, "b", arrays["rows"])
                     self._put(site, "rows", rows)
             else:
+                value = _value(site, arrays["value"])
                 self.saved.add(site.module)
+                self._put(site, f"saved.{site.row.parameter}", value)
                 if site.row.head is not None:
                     self.heads[site.module] = site.row.head
-                self._put(site, f"saved.{site.row.parameter}", _value(site, arrays["value"]))
+                    self._save_head(site, value)
 
     def complete(self, path: str, places: list[Site], leaf: Any) -> None:
         """Adds the base's values of a parameter, if its module is saved because of another parameter."""
@@ -83,6 +88,8 @@ class Exported:
             if site.module in self.saved and name not in self.modules[site.module].tensors:
                 if (values := self._base(site, leaf)) is not None:
                     self._put(site, name, values)
+            if site.row.head in self.saved and (values := self._base(site, leaf)) is not None:
+                self._save_head(site, values)
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration; what it cannot state becomes a problem."""
@@ -102,12 +109,12 @@ class Exported:
                 scales[self.heads[name]] = scales[name]
         biased = self._biases(low)
         saved = {name for name in self.saved if name not in low}
+        tied = {name.split(".")[-1] for pair in self.heads.items() for name in pair}
         rows = {name: list(module.rows) for name, module in self.modules.items() if module.rows is not None}
         first: Any = next(iter(variants.values()), None)
         return ranks_to_config(scales) | {
             "peft_type": "LORA",
-            # PEFT's name for an adapter without factors
-            "target_modules": sorted(low) or ["dummy-target-modules"],
+            "target_modules": sorted(scales) or "dummy-target-modules",  # PEFT's name for none
             "lora_dropout": getattr(first, "dropout", 0.0),
             "use_rslora": stabilized,
             "use_dora": isinstance(first, DoRA),
@@ -117,7 +124,7 @@ class Exported:
             "bias": "lora_only" if self.saved & set(low) else "none",
             "modules_to_save": sorted(saved) or None,
             "trainable_token_indices": rows or None,
-            "ensure_weight_tying": bool(self.heads),
+            "ensure_weight_tying": bool(tied & _TIED_BY_PEFT),
             "init_lora_weights": True,
             "inference_mode": True,
         }
@@ -130,10 +137,11 @@ class Exported:
                 place = f"{name}.base_layer" if ours.startswith("saved.") and module.variant is not None else name
                 tensor = to_torch(ours, matrix, module.layout)
                 found[f"{PREFIX}{place}{suffix(module.layout.row.kind, ours)}"] = tensor
-            if name in self.heads and module.variant is not None:
+            if name in self.heads:
                 head = f"{PREFIX}{self.heads[name]}"
-                found[head + suffix("linear", "a")] = module.tensors["b"]
-                found[head + suffix("linear", "b")] = module.tensors["a"]
+                for ours, tied in (("a", "b"), ("b", "a")):
+                    if tied in module.tensors:
+                        found[head + suffix("linear", ours)] = module.tensors[tied]
         return found
 
     def refuse(self) -> None:
@@ -164,6 +172,13 @@ class Exported:
         elif not is_finite(np.asarray(matrix, np.float32)):
             self.problems.append(f"{site.path!r}: its {name.removeprefix('saved.')} has values that are not finite")
         tensors[name] = matrix
+
+    def _save_head(self, site: Site, table: Values) -> None:
+        """Saves a head with the table that it is tied to."""
+        assert site.row.head is not None
+        self.saved.add(site.row.head)
+        module = self.modules.setdefault(site.row.head, _Module(site.layout))
+        module.layout, module.tensors["saved.weight"] = site.layout, table
 
     def _base(self, site: Site, leaf: Any) -> Values | None:
         """Returns the base's values of a parameter."""

@@ -76,7 +76,7 @@ class Reader:
                     pieces[site], scales[site] = (factors[0], factors[1]), scale
                     self._check_target(site)
                     if row.head is not None:
-                        self._check_head(site, row.head, *pieces[site])
+                        self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
             return _empty(layout)
         variant, relative = self._variant(scales)
@@ -128,7 +128,11 @@ class Reader:
         array = "vector" if places[0].row.kind == "vector" else "kernel"
         base = layout.to_matrix(array, on_host(dense(leaf)))
         value = self._outputs(places, name, base)
-        self._changes[path] = {site.module for site in places}, bool(np.array_equal(value, base))
+        if (head := places[0].row.head) is not None:
+            self._check_head(places[0], head, {"saved.weight": "saved.weight"})
+        heads = [places[0].row.head] if places[0].row.head is not None else []
+        same = bool(np.array_equal(value, base))
+        self._changes[path] = {*(site.module for site in places), *heads}, same
         return _adapter(Full(), layout, {"value": layout.from_matrix(array, value)})
 
     def _rows(self, leaf: Any, places: list[Site]) -> Adapter:
@@ -196,32 +200,41 @@ class Reader:
         if is_exact(self.config) and not is_target(self.config, site.module):
             self.problems.append(f"{site.module!r} has factors, and is not in target_modules: PEFT would not read them")
 
-    def _check_head(self, site: Site, head: str, a: Values, b: Values) -> None:
-        """Notes a problem unless the factors of a tied head are those of its embedding."""
-        names = self._modules.get(head, {})
-        stored = [names.get("a"), names.get("b")]
-        self._taken |= {name for name in stored if name is not None}
-        if stored[0] is None or stored[1] is None:
+    def _check_head(self, site: Site, head: str, names: Mapping[str, str]) -> None:
+        """Notes a problem unless the tensors of a tied head are those of its embedding.
+
+        Args:
+          site: the embedding.
+          head: the head's module.
+          names: each tensor of the head, and that of the embedding.
+        """
+        own, tied = self._modules[site.module], self._modules.get(head, {})
+        self._taken |= {tied[name] for name in names if name in tied}
+        if not all(name in tied for name in names):
             if not self.config.get("ensure_weight_tying"):
                 self.problems.append(
-                    f"{site.module!r} has factors, and the head {head!r} that is tied to it has none; an adapter of "
+                    f"{site.module!r} has an adapter, and the head {head!r} that is tied to it has none; an adapter of "
                     f"{site.path!r} acts on both"
                 )
-        elif not (np.array_equal(self.tensors[stored[0]], b) and np.array_equal(self.tensors[stored[1]], a)):
-            self.problems.append(f"the factors of {head!r} are not those of {site.module!r}, to which it is tied")
+            return
+        pairs = [(self.tensors[tied[name]], self.tensors[own[other]]) for name, other in names.items()]
+        if not all(np.array_equal(one, other if "saved.weight" in names else other.T) for one, other in pairs):
+            self.problems.append(f"the adapter of {head!r} is not that of {site.module!r}, to which it is tied")
 
     def _compare_base(self, leaf: Any, places: list[Site]) -> None:
         """Takes the copies of adapted embeddings that PEFT stores, if they are those of the base."""
-        heads = [places[0].row.head] if places[0].row.head is not None else []
-        for module in [*(site.module for site in places), *heads]:
-            name = f"{PREFIX}{module}.base_layer.weight"
-            if name in self.tensors:
-                self._taken.add(name)
-                base = on_host(dense(leaf))
-                base = base if module in heads or places[0].row.kind == "embedding" else base.T
-                stored = self.tensors[name]
-                if stored.shape != base.shape or not np.array_equal(stored.astype(base.dtype), base):
-                    self.problems.append(f"{name!r} is not the base's value at {places[0].path!r}")
+        row, head = places[0].row, places[0].row.head
+        copies = {f"{PREFIX}{site.module}.base_layer.weight" for site in places}
+        if head is not None:
+            copies.add(f"{PREFIX}{head}.base_layer.weight")
+            if "saved.weight" not in self._modules.get(places[0].module, ()):
+                copies.add(f"{PREFIX}{head}.weight")
+        for name in sorted(copies & set(self.tensors)):
+            self._taken.add(name)
+            base, stored = on_host(dense(leaf)), self.tensors[name]
+            base = base if row.kind == "embedding" else base.T
+            if stored.shape != base.shape or not np.array_equal(stored.astype(base.dtype), base):
+                self.problems.append(f"{name!r} is not the base's value at {places[0].path!r}")
 
 
 def _joined(

@@ -13,7 +13,7 @@ The order of rows matters, as in a spec: `{"**/my_head/kernel": ..., **presets.b
 
 from __future__ import annotations
 
-from ._rows import Row, conv, embedding, layer, norm
+from ._rows import Row, conv, embedding, layer, norm, vector
 
 __all__ = ["bert", "gpt2", "roberta", "smollm2", "vit"]
 
@@ -31,7 +31,7 @@ def bert(*, head: str | None = "cls.predictions.decoder") -> dict[str, Row]:
     Returns:
       The mapping.
     """
-    return _encoder(head)
+    return _encoder(head) | {"{**}/predictions/bias": vector("{**}.predictions.decoder")}
 
 
 def roberta(*, head: str | None = "lm_head.decoder") -> dict[str, Row]:
@@ -47,7 +47,8 @@ def roberta(*, head: str | None = "lm_head.decoder") -> dict[str, Row]:
       The mapping.
     """
     names = ("classifier/dense", "classifier/out_proj", "lm_head/dense")
-    return _encoder(head) | _same(*names) | norm("{**}/lm_head/layer_norm", "{**}.lm_head.layer_norm")
+    mapping = _encoder(head) | _same(*names) | norm("{**}/lm_head/layer_norm", "{**}.lm_head.layer_norm")
+    return mapping | {"{**}/lm_head/bias": vector("{**}.lm_head.decoder")}
 
 
 def gpt2(*, head: str | None = "lm_head") -> dict[str, Row]:
