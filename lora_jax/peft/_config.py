@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 Config = Mapping[str, Any]
@@ -84,7 +84,7 @@ def problems(config: Config) -> list[str]:
     ]
     if config.get("target_parameters"):
         found.append("target_parameters is set; factors of parameters without a module are not read")
-    types = {
+    types: dict[str, Any] = {
         "r": int,
         "lora_alpha": (int, float),
         "rank_pattern": dict,
@@ -97,7 +97,7 @@ def problems(config: Config) -> list[str]:
     return found + _numbers(config)
 
 
-def _numbers(config: Config) -> Iterable[str]:
+def _numbers(config: Config) -> list[str]:
     """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
     found = []
     ranks = [config.get("r", 8), *_values(config, "rank_pattern")]

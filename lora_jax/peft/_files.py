@@ -19,7 +19,7 @@ from ._layout import Values
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
-_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+_DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _MAX_HEADER = 100_000_000  # bytes, as the format limits it
 
 

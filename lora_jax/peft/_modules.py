@@ -166,7 +166,7 @@ class Exported:
         return module
 
     def _put(self, site: Site, name: str, matrix: Values) -> None:
-        tensors = self.modules[site.module].tensors
+        tensors = self._module(site).tensors
         if name in tensors:
             self.problems.append(f"{site.path!r}: another leaf is also stored as {site.module}{suffix('linear', name)}")
         elif not is_finite(np.asarray(matrix, np.float32)):

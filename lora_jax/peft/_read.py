@@ -55,7 +55,7 @@ class Reader:
 
     def left(self) -> list[str]:
         """Returns the tensors that no leaf has taken. A bias of zeros changes nothing, and needs no leaf."""
-        rest = [name for name in self.tensors if name not in self._taken]
+        rest = sorted(name for name in self.tensors if name not in self._taken)
         zero = [name for name in rest if name.endswith(suffix("linear", "bias")) and not self.tensors[name].any()]
         return [f"{name!r} {self.tensors[name].shape}" for name in rest if name not in zero]
 
@@ -80,7 +80,7 @@ class Reader:
         if not pieces:
             return _empty(layout)
         variant, relative = self._variant(scales)
-        by_index: dict[tuple[int, ...], list[Site]] = {}
+        by_index: dict[tuple[Any, ...], list[Site]] = {}
         for site in pieces:
             by_index.setdefault(site.index, []).append(site)
         joined = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -17,7 +18,8 @@ MappingOfRows = Mapping[str, Row]
 _PLACEHOLDER = re.compile(r"\{(\*\*|[A-Za-z]\w*)\}")
 
 
-class Site(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Site:
     """The part of a leaf that one torch module holds.
 
     Attributes:
@@ -34,7 +36,7 @@ class Site(NamedTuple):
     module: str
     layout: Layout
     part: Part
-    index: tuple[int, ...]
+    index: tuple[Any, ...]
     first: int
     last: int
 
