@@ -241,6 +241,17 @@ def test_dtypes_are_kept(dtype: Any, tmp_path: Path) -> None:
     assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
 
 
+def test_only_shapes_of_the_base_are_needed_for_factors(tmp_path: Path) -> None:
+    params, mapping = params_of({"kernel": (64, F)}), {"kernel": peft.linear("fc"), "bias": peft.vector("fc")}
+    adapter = {"kernel": made(LORA, (64, F), "io")}
+    for base in (jax.eval_shape(lambda: params), lj.quant.quantize(params, {"kernel": lj.quant.NF4(axes="io")})):
+        peft.export(tmp_path, adapter, mapping, base=base)
+        assert bits(peft.load(tmp_path, mapping, base)) == bits(adapter)
+    peft.export(tmp_path, {"bias": made(lj.Full(), (F,))}, mapping, base=params_of({"bias": (F,)}))
+    text = refused_load(tmp_path, mapping, jax.eval_shape(lambda: params_of({"bias": (F,)})))
+    assert "'bias': its values in `params` are needed, for 'fc'; got a shape" in text
+
+
 def test_the_collection_of_linen_may_precede_a_path(tmp_path: Path) -> None:
     params = {"params": params_of({"kernel": (D, F)})}
     adapter = {"params/kernel": made(LORA, (D, F), "io")}
@@ -306,6 +317,72 @@ def test_layers_of_a_stack_may_have_different_ranks_and_scales_or_none(tmp_path:
     assert part.variant == lj.LoRA(rank=3, alpha=6) and part.axes == "bio"
     expected = [product(tensors, "layers.0.fc", 2), np.zeros((D, F)), product(tensors, "layers.2.fc", 4 / 3)]
     np.testing.assert_allclose(change(part), expected, rtol=1e-5, atol=1e-6)
+
+
+QKV = [("query", (0, 24)), ("key", (8, 24)), ("value", (16, 24))]  # three leaves of one module
+FUSED = {f"{name}/kernel": peft.linear(peft.Part("qkv", of=of)) for name, of in QKV}
+FUSED |= {f"{name}/bias": peft.vector(peft.Part("qkv", of=of)) for name, of in QKV}
+FUSED_SHAPES = {f"{name}/kernel": (D, 8) for name, _ in QKV} | {f"{name}/bias": (8,) for name, _ in QKV}
+
+
+@pytest.mark.parametrize("make", [lj.LoRA, lj.RSLoRA, lj.DoRA])
+def test_a_module_that_fuses_leaves_has_block_diagonal_factors(make: Any, tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    paths = ["key/kernel", "query/kernel", "value/kernel"] if make is lj.DoRA else ["key/kernel", "query/kernel"]
+    adapter = {path: made(make(rank=2, alpha=4), (D, 8), "io", seed=at) for at, path in enumerate(paths)}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    shapes = stored(tmp_path)
+    assert shapes["qkv.lora_A.weight"] == (2 * len(paths), D) and shapes["qkv.lora_B.weight"] == (24, 2 * len(paths))
+    assert bits(peft.load(tmp_path, FUSED, params)) == bits(adapter)
+
+
+def test_leaves_that_share_their_first_factor_keep_their_rank(tmp_path: Path) -> None:
+    config = CONFIG | {"target_modules": ["qkv"]}
+    tensors = write(tmp_path, config, {"qkv.lora_A.weight": (2, D), "qkv.lora_B.weight": (24, 2)})
+    params = params_of(FUSED_SHAPES)
+    adapter = peft.load(tmp_path, FUSED, params)
+    expected = product(tensors, "qkv", 2)
+    got = np.concatenate([change(adapter[f"{name}/kernel"]) for name, _ in QKV], axis=1)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    assert stored(tmp_path) == {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def test_scales_of_fused_leaves_are_multiplied_into_the_second_factor(tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    variants = {"key/kernel": lj.LoRA(rank=1, alpha=3), "query/kernel": lj.LoRA(rank=3, alpha=3)}
+    adapter = {path: made(variant, (D, 8), "io", seed=at) for at, (path, variant) in enumerate(variants.items())}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    back = peft.load(tmp_path, FUSED, params)
+    for path, part in adapter.items():
+        np.testing.assert_allclose(change(back[path]), change(part), rtol=1e-5, atol=1e-6)
+
+
+def test_a_fused_module_is_saved_with_the_base_of_the_other_leaves(tmp_path: Path) -> None:
+    params, adapter = params_of(FUSED_SHAPES), {"key/bias": made(lj.Full(), (8,))}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    assert stored(tmp_path) == {"qkv.weight": (24, D), "qkv.bias": (24,)}
+    assert bits(peft.load(tmp_path, FUSED, params)) == bits(adapter)
+
+
+def test_fused_leaves_that_lack_a_part_or_differ_are_refused(tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    adapter = {"key/kernel": made(lj.DoRA(rank=2, alpha=4), (D, 8), "io")}
+    text = refused_export(adapter, FUSED, params, tmp_path)
+    assert "'qkv' fuses 24 outputs, and the leaves have 8 of its magnitude" in text
+    adapter = {"key/kernel": made(LORA, (D, 8), "io"), "query/kernel": made(lj.RSLoRA(rank=2, alpha=4), (D, 8), "io")}
+    text = refused_export(adapter, FUSED, params, tmp_path)
+    assert "'query/kernel': 'qkv' fuses RSLoRA(rank=2, alpha=4) with LoRA(rank=2" in text
+    row = {"key/kernel": peft.linear(peft.Part("qkv", of=(20, 24)))}
+    text = refused_export({"key/kernel": made(LORA, (D, 8), "io")}, row, params, tmp_path)
+    assert "'key/kernel': 'qkv' has 8 outputs from 20, more than its 24" in text
+
+
+def test_a_layer_that_the_configuration_states_and_the_file_lacks_is_named(tmp_path: Path) -> None:
+    shapes = {"layers.0.fc.lora_A.weight": (2, D), "layers.0.fc.lora_B.weight": (F, 2)}
+    write(tmp_path, CONFIG, shapes)
+    text = refused_load(tmp_path, {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (L, D, F)}))
+    assert "'layers.1.fc' is in target_modules, and has no tensors" in text
 
 
 def test_patterns_match_as_in_peft_and_the_first_decides(tmp_path: Path) -> None:
@@ -408,7 +485,7 @@ def test_values_that_are_not_finite_and_bases_without_values_are_refused(tmp_pat
 def test_two_leaves_of_one_tensor_and_dora_of_a_tied_table_are_refused(tmp_path: Path) -> None:
     adapter = {path: made(LORA, (D, F), "io") for path in ("a/kernel", "b/kernel")}
     text = refused_export(adapter, {"**/kernel": peft.linear("fc")}, params_of(TWO), tmp_path)
-    assert "'b/kernel': another leaf is also stored as fc.lora_A.weight" in text
+    assert "'b/kernel': another leaf is also stored as fc.lora_B.weight" in text
     text = refused_export(
         {"a/kernel": made(lj.DoRA(rank=2, alpha=4), (D, F), "io")},
         {"**/kernel": peft.embedding("embed", head="lm_head")},

@@ -65,21 +65,18 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         if isinstance(places, str):
             unusable.append(f"{path!r}: {places}")
             continue
-        part = reader.leaf(path, leaf, places)
-        if part is None:
-            reader.problems += _missing(config, places)
-        else:
+        if (part := reader.leaf(path, leaf, places)) is not None:
             adapter[path] = part
+        reader.problems += _missing(config, reader.lacking(places))
     _refuse(reader, unusable, directory)
     for path in reader.unchanged():
         del adapter[path]
     return adapter
 
 
-def _missing(config: Config, places: list[Site]) -> list[str]:
-    """Returns the modules of a leaf that the configuration states, and the file does not have."""
-    if places[0].row.kind == "vector":
-        return []
+def _missing(config: Config, lacking: list[Site]) -> list[str]:
+    """Returns which modules without tensors the configuration states."""
+    places = [site for site in lacking if site.row.kind != "vector"]
     saved = tuple(config.get("modules_to_save") or ())
     names = [site.module for site in places]
     found = [f"{name!r} is in modules_to_save, and has no tensor" for name in names if saved and name.endswith(saved)]

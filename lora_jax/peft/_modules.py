@@ -14,11 +14,11 @@ from .._core.base import dense
 from .._core.values import is_concrete, is_finite, on_host
 from .._core.variant import LowRank
 from .._errors import AdapterError, counted, listed
-from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA
+from .._variants import ALoRA, DoRA, LoRABias, Rows, RSLoRA
 from ._config import Scale, ranks_to_config
 from ._layout import Layout, Values, outputs_to_torch
 from ._names import PREFIX, suffix, to_torch
-from ._rows import Row
+from ._refusal import refusal
 from ._sites import Site
 
 # PEFT ties adapters of layers with these names, and warns if it is asked to and there are none.
@@ -31,10 +31,17 @@ class _Module:
 
     layout: Layout
     path: str = ""
+    factors: list[tuple[Site, LowRank, Values, Values]] = dataclasses.field(default_factory=list)
     variant: LowRank | None = None
     bias_scale: float | None = None
     rows: tuple[int, ...] | None = None
     tensors: dict[str, Values] = dataclasses.field(default_factory=dict)
+    filled: dict[str, list[range]] = dataclasses.field(default_factory=dict)  # outputs of each tensor that are known
+
+    def has(self, site: Site, name: str) -> bool:
+        """Whether a leaf's outputs of a tensor are known."""
+        outputs = _in_module(site)
+        return any(outputs.start < other.stop and other.start < outputs.stop for other in self.filled.get(name, ()))
 
 
 class Exported:
@@ -50,19 +57,18 @@ class Exported:
     def add(self, path: str, part: Adapter, places: list[Site], leaf: Any) -> None:
         """Adds one leaf of the adapter."""
         variant = part.variant
-        if (problem := _problem(part, places[0].row)) is not None:
+        if (problem := refusal(part, places[0].row)) is not None:
             self.problems.append(f"{path!r}: {problem}")
             return
         arrays = {name: on_host(array) for name, array in part.arrays.items()}
         for site in places:
             module = self._module(site)
             if isinstance(variant, LowRank):
-                module.variant, module.path = variant, path
+                module.path = path
                 if site.row.head is not None:
                     self.heads[site.module] = site.row.head
                 a = site.layout.to_matrix("a", arrays["a"])[site.index]
-                self._put(site, "a", a)
-                self._put(site, "b", _outputs(site, "b", arrays["b"]))
+                module.factors.append((site, variant, a, _outputs(site, "b", arrays["b"])))
                 if "magnitude" in arrays:
                     self._put(site, "magnitude", _outputs(site, "vector", arrays["magnitude"]))
             elif isinstance(variant, LoRABias):
@@ -85,14 +91,16 @@ class Exported:
         """Adds the base's values of a parameter, if its module is saved because of another parameter."""
         for site in places:
             name = f"saved.{site.row.parameter}"
-            if site.module in self.saved and name not in self.modules[site.module].tensors:
+            if site.module in self.saved and not self.modules[site.module].has(site, name):
                 if (values := self._base(site, leaf)) is not None:
                     self._put(site, name, values)
             if site.row.head in self.saved and (values := self._base(site, leaf)) is not None:
                 self._save_head(site, values)
 
     def config(self) -> dict[str, Any]:
-        """Returns the configuration; what it cannot state becomes a problem."""
+        """Joins what modules fuse and returns the configuration; what it cannot state becomes a problem."""
+        for name, module in self.modules.items():
+            self._join(name, module)
         low = {name: module for name, module in self.modules.items() if module.variant is not None}
         variants: dict[str, Any] = {name: module.variant for name, module in low.items()}
         stabilized = bool(variants) and all(map(_is_stabilized, variants.values()))
@@ -159,6 +167,28 @@ class Exported:
                 "  Add rows to the mapping, or change the leaves; nothing was written."
             )
 
+    def _join(self, name: str, module: _Module) -> None:
+        """Makes the factors of a module from those of the leaves that it fuses: blocks, unless they share `a`."""
+        for site, variant, a, b in module.factors:
+            if module.variant is None:
+                shared = all(np.array_equal(a, other) for _, _, other, _ in module.factors)
+                ranks = [a.shape[1]] if shared else [other.shape[1] for _, _, other, _ in module.factors]
+                module.variant, at = variant.at_rank(sum(ranks)), 0
+                self._put(site, "a", a if shared else np.concatenate([one for _, _, one, _ in module.factors], axis=1))
+            elif type(variant) is not type(module.variant):
+                self.problems.append(f"{site.path!r}: {name!r} fuses {variant} with {module.variant}")
+            relative = variant.scale / module.variant.scale if module.variant.scale else 1.0
+            rows = np.zeros((sum(ranks), b.shape[1]), b.dtype)
+            rows[at : at + b.shape[0]] = b if relative == 1 else b * np.asarray(relative, b.dtype)
+            at += 0 if shared else b.shape[0]
+            self._put(site, "b", rows)
+        for tensor, filled in module.filled.items():
+            width = module.tensors[tensor].shape[-1]
+            known = sum(map(len, filled))
+            if known < width and tensor.startswith(("magnitude", "saved")):
+                what = tensor.removeprefix("saved.")
+                self.problems.append(f"{name!r} fuses {width} outputs, and the leaves have {known} of its {what}")
+
     def _module(self, site: Site) -> _Module:
         module = self.modules.setdefault(site.module, _Module(site.layout))
         if module.layout.row.kind == "vector":  # the kernel's layout also has the shapes of the factors
@@ -166,12 +196,18 @@ class Exported:
         return module
 
     def _put(self, site: Site, name: str, matrix: Values) -> None:
-        tensors = self._module(site).tensors
-        if name in tensors:
+        module, tensors = self._module(site), self._module(site).tensors
+        if module.has(site, name):
             self.problems.append(f"{site.path!r}: another leaf is also stored as {site.module}{suffix('linear', name)}")
         elif not is_finite(np.asarray(matrix, np.float32)):
             self.problems.append(f"{site.path!r}: its {name.removeprefix('saved.')} has values that are not finite")
-        tensors[name] = matrix
+        if site.part.of is None or name == "a":
+            tensors[name] = matrix
+        else:
+            total = np.zeros((*matrix.shape[:-1], site.part.of[1]), matrix.dtype)
+            tensors.setdefault(name, total)[..., _in_module(site).start : _in_module(site).stop] = matrix
+        if name != "a":
+            module.filled.setdefault(name, []).append(_in_module(site))
 
     def _save_head(self, site: Site, table: Values) -> None:
         """Saves a head with the table that it is tied to."""
@@ -218,24 +254,10 @@ class Exported:
             )
 
 
-def _problem(part: Adapter, row: Row) -> str | None:
-    """Returns why a leaf cannot be written, from its variant and the kind of its row."""
-    variant = part.variant
-    name = type(variant).__name__
-    if isinstance(variant, AdaLoRA):
-        return "it has AdaLoRA, whose pruned directions the format does not have; call adaptive.compact first"
-    if type(variant) not in (LoRA, RSLoRA, DoRA, ALoRA, LoRABias, Full, Rows):
-        return f"it has {name}, which PEFT's format has no place for"
-    vectors = row.kind == "vector"
-    if isinstance(variant, LowRank) and vectors:
-        return f"it has {name}, and its row is of a vector"
-    if isinstance(variant, LoRABias) and not (vectors and row.parameter == "bias"):
-        return "it has LoRABias, and its row is not of a bias"
-    if isinstance(variant, Rows) and row.kind != "embedding":
-        return f"it has Rows, which PEFT has for embeddings; its row is of kind {row.kind!r}"
-    if isinstance(variant, DoRA) and row.head is not None:
-        return f"it has DoRA, whose magnitude cannot be tied to that of the head {row.head!r}"
-    return None
+def _in_module(site: Site) -> range:
+    """Returns the outputs of the module that a leaf has."""
+    first = 0 if site.part.of is None else site.part.of[0]
+    return range(first, first + site.last - site.first)
 
 
 def _outputs(site: Site, name: str, array: Values) -> Values:

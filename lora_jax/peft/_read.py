@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -53,6 +54,10 @@ class Reader:
                 return self._rows(leaf, places)
         return next((self._saved(path, leaf, places, name) for name in plain if has(name)), None)
 
+    def lacking(self, places: list[Site]) -> list[Site]:
+        """Returns the modules that the file has no tensors of."""
+        return [site for site in places if site.module not in self._modules]
+
     def left(self) -> list[str]:
         """Returns the tensors that no leaf has taken. A bias of zeros changes nothing, and needs no leaf."""
         rest = sorted(name for name in self.tensors if name not in self._taken)
@@ -64,8 +69,8 @@ class Reader:
         changed = {group for groups, same in self._changes.values() if not same for group in groups}
         return [path for path, (groups, same) in self._changes.items() if same and groups <= changed]
 
-    def _low_rank(self, places: list[Site]) -> Adapter:
-        layout, row = places[0].layout, places[0].row
+    def _low_rank(self, places: list[Site]) -> Adapter | None:
+        layout, row, known = places[0].layout, places[0].row, len(self.problems)
         pieces: dict[Site, tuple[Values, Values]] = {}
         scales: dict[Site, Scale] = {}
         for site in places:
@@ -73,12 +78,14 @@ class Reader:
                 scale = scale_of(self.config, site.module)
                 factors = [self._take(site, name, scale.rank) for name in "ab"]
                 if factors[0] is not None and factors[1] is not None:
-                    pieces[site], scales[site] = (factors[0], factors[1]), scale
+                    if self._is_of_others(site, factors[1]):
+                        continue
+                    pieces[site], scales[site] = _own_ranks(site, factors[0], factors[1]), scale
                     self._check_target(site)
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
-            return _empty(layout)
+            return None if len(self.problems) == known else _empty(layout)
         variant, relative = self._variant(scales)
         by_index: dict[tuple[Any, ...], list[Site]] = {}
         for site in pieces:
@@ -126,7 +133,7 @@ class Reader:
     def _saved(self, path: str, leaf: Any, places: list[Site], name: str) -> Adapter:
         layout = places[0].layout
         array = "vector" if places[0].row.kind == "vector" else "kernel"
-        base = layout.to_matrix(array, on_host(dense(leaf)))
+        base = layout.to_matrix(array, self._base(leaf, places[0]))
         value = self._outputs(places, name, base)
         if (head := places[0].row.head) is not None:
             self._check_head(places[0], head, {"saved.weight": "saved.weight"})
@@ -146,8 +153,15 @@ class Reader:
                 )
                 self._taken.add(self._modules[site.module]["rows"])
             return _empty(layout)
-        base = layout.to_matrix("kernel", on_host(dense(leaf)))[ids].astype(np.float32)
+        base = layout.to_matrix("kernel", self._base(leaf, site))[ids].astype(np.float32)
         return _adapter(Rows(ids=tuple(ids)), layout, {"rows": layout.from_matrix("b", rows - base)})
+
+    def _base(self, leaf: Any, site: Site) -> Values:
+        """Returns the values of a leaf of `params`; zeros, after noting a problem, if it has none."""
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            self.problems.append(f"{site.path!r}: its values in `params` are needed, for {site.module!r}; got a shape")
+            return np.zeros(leaf.shape, leaf.dtype)
+        return on_host(dense(leaf))
 
     def _outputs(
         self, places: list[Site], name: str, start: Values | None, relative: Mapping[Site, float] | None = None
@@ -182,7 +196,7 @@ class Reader:
         self._taken.add(stored)
         tensor = self.tensors[stored]
         plain = name.replace("base.", "saved.")
-        d_out = site.last - site.first
+        d_out = site.last - site.first if site.part.of is None else site.part.of[1]
         expected = expected_shape(plain, site.layout, d_out, rank)
         if not stored.endswith(suffix(site.row.kind, plain)):
             self.problems.append(
@@ -194,7 +208,17 @@ class Reader:
             self.problems.append(f"{stored!r} has shape {tensor.shape}; {site.path!r}{of_rank} need {expected}")
             return None
         matrix = from_torch(plain, tensor, site.layout)
-        return matrix if name == "a" else outputs_from_torch(matrix, site.part)
+        if name == "a":
+            return matrix
+        if site.part.of is not None:
+            matrix = matrix[..., site.part.of[0] : site.part.of[0] + site.last - site.first]
+        return outputs_from_torch(matrix, site.part)
+
+    def _is_of_others(self, site: Site, b: Values) -> bool:
+        """Whether a module has factors only for other leaves that it fuses."""
+        if site.part.of is None or b.any() or self.config.get("use_dora"):
+            return False
+        return bool(self.tensors[self._modules[site.module]["b"]].any())
 
     def _check_target(self, site: Site) -> None:
         if is_exact(self.config) and not is_target(self.config, site.module):
@@ -231,10 +255,16 @@ class Reader:
                 copies.add(f"{PREFIX}{head}.weight")
         for name in sorted(copies & set(self.tensors)):
             self._taken.add(name)
-            base, stored = on_host(dense(leaf)), self.tensors[name]
+            base, stored = self._base(leaf, places[0]), self.tensors[name]
             base = base if row.kind == "embedding" else base.T
             if stored.shape != base.shape or not np.array_equal(stored.astype(base.dtype), base):
                 self.problems.append(f"{name!r} is not the base's value at {places[0].path!r}")
+
+
+def _own_ranks(site: Site, a: Values, b: Values) -> tuple[Values, Values]:
+    """Returns the factors without the ranks that a module has for other leaves that it fuses."""
+    own = b.any(1)
+    return (a, b) if site.part.of is None or not own.any() else (a[:, own], b[own])
 
 
 def _joined(

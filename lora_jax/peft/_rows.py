@@ -15,7 +15,7 @@ class Part:
     """A torch module, and what differs between its outputs and those of the leaf.
 
     >>> Part("model.layers.{i}.self_attn.q_proj", interleaved=64)
-    Part(module='model.layers.{i}.self_attn.q_proj', interleaved=64, factor=1.0, size=None)
+    Part(module='model.layers.{i}.self_attn.q_proj', interleaved=64, factor=1.0, size=None, of=None)
 
     Attributes:
       module: name of the torch module, with placeholders: `{name}` is a segment of the leaf's path, `{**}` is any
@@ -24,12 +24,15 @@ class Part:
         2i + 1 of a head; torch has them at i and i + size/2, as Hugging Face's models. None if both are the same.
       factor: the leaf is `factor` times the torch parameter, as if the scale of the queries is part of the kernel.
       size: the number of outputs, if a leaf has several parts of different sizes.
+      of: the first output and the number of outputs of the module, if the module fuses this leaf with others, such as
+        (768, 2304) for the keys of a `c_attn`.
     """
 
     module: str
     interleaved: int | None = None
     factor: float = 1.0
     size: int | None = None
+    of: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.interleaved is not None and (self.interleaved < 2 or self.interleaved % 2):

@@ -133,6 +133,8 @@ def sites(path: str, shape: tuple[int, ...], found: Found, axes: str | None = No
     for part, (first, last) in zip(row.parts, ends, strict=True):
         if part.interleaved is not None and (last - first) % part.interleaved:
             return f"{part.module!r} has {last - first} outputs, which are not heads of size {part.interleaved}"
+        if part.of is not None and part.of[0] + last - first > part.of[1]:
+            return f"{part.module!r} has {last - first} outputs from {part.of[0]}, more than its {part.of[1]}"
     return list(_sites(path, layout, found.segments, free, ends))
 
 
