@@ -15,6 +15,7 @@ from .._core.values import on_host
 from .._core.variant import LowRank
 from .._variants import ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA
 from ._config import Config, Scale, is_exact, is_target, rows_of, scale_of
+from ._joined import joined_factors, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
 from ._names import PREFIX, expected_shape, from_torch, parse, suffix
 from ._sites import Site
@@ -80,7 +81,7 @@ class Reader:
                 if factors[0] is not None and factors[1] is not None:
                     if self._is_of_others(site, factors[1]):
                         continue
-                    pieces[site], scales[site] = _own_ranks(site, factors[0], factors[1]), scale
+                    pieces[site], scales[site] = own_ranks(site, factors[0], factors[1]), scale
                     self._check_target(site)
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
@@ -91,7 +92,8 @@ class Reader:
         for site in pieces:
             by_index.setdefault(site.index, []).append(site)
         joined = {
-            index: _joined(layout, {site: pieces[site] for site in some}, relative) for index, some in by_index.items()
+            index: joined_factors(layout, {site: pieces[site] for site in some}, relative)
+            for index, some in by_index.items()
         }
         rank = max(a.shape[-1] for a, _ in joined.values())
         dtypes = [factor.dtype for factor in next(iter(pieces.values()))]
@@ -259,31 +261,6 @@ class Reader:
             base = base if row.kind == "embedding" else base.T
             if stored.shape != base.shape or not np.array_equal(stored.astype(base.dtype), base):
                 self.problems.append(f"{name!r} is not the base's value at {places[0].path!r}")
-
-
-def _own_ranks(site: Site, a: Values, b: Values) -> tuple[Values, Values]:
-    """Returns the factors without the ranks that a module has for other leaves that it fuses."""
-    own = b.any(1)
-    return (a, b) if site.part.of is None or not own.any() else (a[:, own], b[own])
-
-
-def _joined(
-    layout: Layout, pieces: Mapping[Site, tuple[Values, Values]], relative: Mapping[Site, float]
-) -> tuple[Values, Values]:
-    """Returns the factors of one layer: of one module, or of several that share `a`, or of all ranks."""
-    scaled = [
-        (site, a, b if relative[site] == 1 else b * np.asarray(relative[site], b.dtype))
-        for site, (a, b) in pieces.items()
-    ]
-    first = scaled[0][1]
-    shared = all(np.array_equal(a, first) for _, a, _ in scaled)
-    rank = first.shape[1] if shared else sum(a.shape[1] for _, a, _ in scaled)
-    joined = np.zeros((rank, layout.d_out), scaled[0][2].dtype)
-    at = 0
-    for site, a, b in scaled:
-        joined[at : at + a.shape[1], site.outputs] = b
-        at += 0 if shared else a.shape[1]
-    return (first if shared else np.concatenate([a for _, a, _ in scaled], axis=1)), joined
 
 
 def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adapter:
