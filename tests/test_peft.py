@@ -406,6 +406,62 @@ def test_a_copy_of_the_base_is_compared(tmp_path: Path) -> None:
         peft.load(tmp_path, mapping, {"embed": params["embed"] + 1})
 
 
+def vera_file(path: Path, seed: int, config: Any = ()) -> dict[str, Any]:
+    """A file as of PEFT's VeRA, for two modules of different sizes."""
+    settings = {"peft_type": "VERA", "r": 3, "target_modules": ["fc", "up"], "projection_prng_key": seed}
+    shapes = {"fc.vera_lambda_d": (3,), "fc.vera_lambda_b": (F,), "up.vera_lambda_d": (3,), "up.vera_lambda_b": (12,)}
+    shared = {"base_model.vera_A": np.asarray(array(3, D)), "base_model.vera_B": np.asarray(array(12, 3))}
+    return write(path, settings | dict(config), shapes, **shared)
+
+
+VERA = {"a": peft.linear("fc"), "b": peft.linear(peft.Part("up", interleaved=4, factor=0.5))}
+
+
+def test_vera_of_another_generator_loads_as_lora(tmp_path: Path) -> None:
+    tensors = vera_file(tmp_path, 0)
+    adapter = peft.load(tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)}))
+    assert [part.variant for part in adapter.values()] == [lj.LoRA(rank=3, alpha=3)] * 2
+    a, b = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    expected = [
+        (tensors[f"{name}.vera_lambda_b"][:, None] * b[:out] * tensors[f"{name}.vera_lambda_d"] @ a[:, :d_in]).T
+        for name, d_in, out in (("fc", 4, F), ("up", D, 12))
+    ]
+    order = [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]
+    np.testing.assert_allclose(change(adapter["a"]), expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(change(adapter["b"]), 0.5 * expected[1][:, order], rtol=1e-5, atol=1e-6)
+
+
+def test_vera_is_stored_with_its_matrices_and_read_back(tmp_path: Path) -> None:
+    shapes = {"a": (L, 4, F), "b": (D, H, HD)}
+    params = params_of(shapes)
+    mapping = {"a": peft.linear("layers.{i}.fc"), "b": peft.linear(peft.Part("q", factor=0.5), axes="ioo")}
+    variant = lj.VeRA(rank=3, seed=7, start_d=0.2)
+    adapter = {"a": made(variant, shapes["a"], "bio"), "b": made(variant, shapes["b"], "ioo")}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert config_of(tmp_path)["peft_type"] == "VERA"
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.vera_A"].shape == (3, D) and tensors["base_model.vera_B"].shape == (H * HD, 3)
+    back = peft.load(tmp_path, mapping, params)
+    assert [part.variant for part in back.values()] == [variant, variant]
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_vera_that_is_mixed_or_damaged_is_refused(tmp_path: Path) -> None:
+    adapter = {"a": made(lj.VeRA(rank=3, seed=7), (D, F), "io"), "b": made(LORA, (D, F), "io")}
+    mapping, params = {"a": peft.linear("a"), "b": peft.linear("b")}, params_of({"a": (D, F), "b": (D, F)})
+    text = refused_export(adapter, mapping, params, tmp_path)
+    assert "'b' has factors, LoRABias or Rows, and 'a' has VeRA; PEFT has one or the other" in text
+    adapter["b"] = made(lj.VeRA(rank=3, seed=8), (D, F), "io")
+    text = refused_export(adapter, mapping, params, tmp_path)
+    assert "'b': PEFT has one setting of VeRA for all modules; here it is VeRA(rank=3, seed=8), and VeRA(rank=3" in text
+    vera_file(tmp_path, 0)
+    text = refused_load(tmp_path, VERA, params_of({"a": (4, F), "b": (D + 1, 12)}))
+    assert "'b': vera_A and vera_B are missing or too small for its module" in text
+    vera_file(tmp_path, 0, {"save_projection": False})
+    assert "save_projection is false: the random matrices are not in the file" in refused_load(tmp_path)
+
+
 # Refusals
 
 
@@ -417,17 +473,18 @@ def refused_export(adapter: Any, mapping: Any, params: Any, path: Path) -> str:
 
 
 def test_all_leaves_that_cannot_be_written_are_in_one_error(tmp_path: Path) -> None:
-    shapes = {"a": (D, F), "b": (D, F), "c": (D, F), "d": (D, H, HD), "e": (D, F), "f": (D, F), "g": (F,)}
+    shapes = {"a": (D, F), "b": (D, F), "c": (F, D), "d": (D, H, HD), "e": (D, F), "f": (D, F), "g": (F,)}
     adapter = {
         "a": made(LORA, (D, F), "io"),
         "b": made(lj.AdaLoRA(rank=2, alpha=4), (D, F), "io"),
-        "c": made(lj.VeRA(rank=2, seed=0), (D, F), "io"),
+        "c": made(lj.VeRA(rank=2, seed=0), (F, D), "oi"),
         "d": made(LORA, (D, H, HD), "ioo"),
         "e": made(lj.Rows(ids=(1,)), (D, F), "io"),
         "f": made(LORA, (D, F), "io"),
         "g": made(lj.LoRABias(scale=3), (F,)),
     }
-    mapping = {name: peft.linear(f"m.{name}") for name in "bcde"}
+    mapping = {name: peft.linear(f"m.{name}") for name in "bde"}
+    mapping["c"] = peft.linear(peft.Part("m.c", interleaved=2), axes="oi")
     mapping |= {"f": peft.linear([peft.Part(f"m.{i}") for i in range(4)]), "g": peft.vector("m.g")}
     assert refused_export(adapter, mapping, params_of(shapes), tmp_path) == (
         "Expected an adapter that PEFT's format and the mapping can express; got:\n"
@@ -435,7 +492,7 @@ def test_all_leaves_that_cannot_be_written_are_in_one_error(tmp_path: Path) -> N
         "  'a'\n"
         "  6 problems:\n"
         "  'b': it has AdaLoRA, whose pruned directions the format does not have; call adaptive.compact first\n"
-        "  'c': it has VeRA, which PEFT's format has no place for\n"
+        "  'c': it has VeRA, which PEFT has for linear modules whose outputs are in the order of the leaf\n"
         "  'd': its shape is (8, 2, 4), and its row has axes None; state its axes in the row\n"
         "  'e': it has Rows, which PEFT has for embeddings; its row is of kind 'linear'\n"
         "  'f': it has 6 outputs, which its row does not divide into 4 parts\n"
@@ -563,7 +620,7 @@ def test_tensors_and_configurations_that_disagree_are_refused(
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; 'LORA' can be read"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; 'LORA' and 'VERA' can be read"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights is 'pissa_niter_4': the adapter is for a base that",
@@ -573,6 +630,10 @@ def test_tensors_and_configurations_that_disagree_are_refused(
         ({"r": 0}, "a rank is 0"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"alpha_pattern": {"fc": None}}, "an alpha is None"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
+        ({"target_modules": [1]}, "target_modules is [1]"),
+        ({"lora_dropout": 2}, "'fc/kernel': Expected a number in [0, 1) for `dropout`; got dropout=2."),
+        ({"alora_invocation_tokens": []}, "'fc/kernel': Expected at least one integer for `invocation`; got []."),
         ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression ("),
     ],
 )
@@ -593,12 +654,27 @@ def test_a_tied_head_without_or_with_other_factors_is_refused(tmp_path: Path) ->
     write(tmp_path, config | {"ensure_weight_tying": True}, shapes)
     assert list(peft.load(tmp_path, mapping, params)) == ["embed"]
     write(tmp_path, config, shapes | {"lm_head.lora_A.weight": (2, D), "lm_head.lora_B.weight": (V, 2)})
+    shapes |= {"lm_head.lora_A.weight": (2, D), "lm_head.lora_B.weight": (V, 2)}
+    write(tmp_path, config | {"alpha_pattern": {"embed": 3}}, shapes)
+    expected = "'lm_head' has another rank or alpha than 'embed', to which it is tied"
+    assert expected in refused_load(tmp_path, mapping, params)
     expected = "the adapter of 'lm_head' is not that of 'embed', to which it is tied"
     assert expected in refused_load(tmp_path, mapping, params)
 
 
 def test_trainable_tokens_need_their_ids(tmp_path: Path) -> None:
     mapping, params = {"embed": peft.embedding("embed")}, params_of({"embed": (V, D)})
+    for ids, expected in [
+        ([V, 0], "'embed': the table has 10 rows, with axes 'io'; got ids=(10, 0)"),
+        ([-1, 0], "'embed': Expected an integer of at least 0 for `ids`; got ids=-1."),
+        ([1], "trainable_tokens_delta' has shape (2, 8); 'embed' need (1, 8)"),
+    ]:
+        write(
+            tmp_path,
+            CONFIG | {"trainable_token_indices": {"embed": ids}},
+            {"embed.token_adapter.trainable_tokens_delta": (2, D)},
+        )
+        assert expected in refused_load(tmp_path, mapping, params)
     write(tmp_path, CONFIG, {"embed.token_adapter.trainable_tokens_delta": (2, D)})
     assert "'embed' has trainable tokens, and trainable_token_indices does not state them" in refused_load(
         tmp_path, mapping, params

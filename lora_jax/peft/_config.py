@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 Config = Mapping[str, Any]
@@ -68,11 +68,33 @@ _BASE_CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _METHODS = ("layer_replication", "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "velora_config")
 
 
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# What each entry has to be, unless it is null.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: type(value) is int,
+    "lora_alpha": _is_number,
+    "rank_pattern": lambda value: isinstance(value, dict),
+    "alpha_pattern": lambda value: isinstance(value, dict),
+    "target_modules": lambda value: isinstance(value, str) or _are_names(value),
+    "modules_to_save": _are_names,
+    "trainable_token_indices": lambda value: isinstance(value, list | dict),
+}
+
+
 def problems(config: Config) -> list[str]:
     """Returns what a configuration states that cannot be read here, with the reason."""
     found = []
-    if (kind := config.get("peft_type")) != "LORA":
-        return [f"peft_type is {kind!r}; 'LORA' can be read"]
+    if (kind := config.get("peft_type")) not in ("LORA", "VERA"):
+        return [f"peft_type is {kind!r}; 'LORA' and 'VERA' can be read"]
+    if kind == "VERA" and not config.get("save_projection", True):
+        found.append("save_projection is false: the random matrices are not in the file")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_BASE_CHANGES):
         found.append(
@@ -84,15 +106,8 @@ def problems(config: Config) -> list[str]:
     ]
     if config.get("target_parameters"):
         found.append("target_parameters is set; factors of parameters without a module are not read")
-    types: dict[str, Any] = {
-        "r": int,
-        "lora_alpha": (int, float),
-        "rank_pattern": dict,
-        "alpha_pattern": dict,
-        "lora_dropout": (int, float),
-    }
-    for name, kind in types.items():
-        if name in config and (not isinstance(config[name], kind) or isinstance(config[name], bool)):
+    for name, fits in _TYPES.items():
+        if config.get(name) is not None and not fits(config[name]):
             found.append(f"{name} is {config[name]!r}")
     return found + _numbers(config)
 
@@ -103,7 +118,7 @@ def _numbers(config: Config) -> list[str]:
     ranks = [config.get("r", 8), *_values(config, "rank_pattern")]
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern")]
     found += [f"a rank is {rank!r}" for rank in ranks if type(rank) is not int or rank < 1]
-    found += [f"an alpha is {x!r}" for x in alphas if type(x) not in (int, float) or not math.isfinite(x)]
+    found += [f"an alpha is {alpha!r}" for alpha in alphas if not _is_number(alpha)]
     patterns = [*_keys(config, "rank_pattern"), *_keys(config, "alpha_pattern")]
     targets = config.get("target_modules")
     for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:

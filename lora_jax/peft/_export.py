@@ -25,9 +25,9 @@ def export(
 ) -> None:
     """Writes an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
-    `LoRA`, `RSLoRA`, `DoRA` and `ALoRA` become factors, `LoRABias` becomes `lora_bias`, `Full` becomes
-    `modules_to_save`, and `Rows` becomes trainable tokens. Ranks and scales may differ between leaves. Everything is
-    written, or nothing is: an adapter that the format cannot express is an error.
+    `LoRA`, `RSLoRA`, `DoRA` and `ALoRA` become factors, `VeRA` its vectors and matrices, `LoRABias` becomes
+    `lora_bias`, `Full` becomes `modules_to_save`, and `Rows` becomes trainable tokens. Ranks and scales may differ
+    between leaves. Everything is written, or nothing is: an adapter that the format cannot express is an error.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"up": {"kernel": jnp.ones((4, 3))}}

@@ -8,11 +8,12 @@ from typing import Any
 
 from .._core.adapter import Adapter
 from .._core.paths import flatten
-from .._errors import CheckpointError, counted, listed
+from .._errors import CheckpointError, SpecError, counted, listed
 from ._config import Config, is_exact, is_target, problems
 from ._files import read_config, read_tensors
 from ._read import Reader
 from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._tensors import Tensors
 
 
 def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any) -> dict[str, Adapter]:
@@ -21,7 +22,7 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
     Factors become `LoRA`, `RSLoRA`, `DoRA` or `ALoRA`; `lora_bias`, `LoRABias`; `modules_to_save` and plain biases,
     `Full`; trainable tokens, `Rows`. Layers of a stack, and modules that a kernel fuses, may have different ranks and
     scales, or no factors: the leaf has the largest rank, and differences of scale are multiplied into `b`. Fused
-    modules with different `A` have the sum of their ranks.
+    modules with different `A` have the sum of their ranks. VeRA whose matrices `VeRA` does not generate becomes `LoRA`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"embed": {"embedding": jnp.ones((7, 3))}}
@@ -51,11 +52,9 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
     directory = Path(directory)
     config = read_config(directory)
     if found := problems(config):
-        raise CheckpointError(
-            f"Expected a configuration that can be read, in {directory}; got:\n{listed(found)}\n"
-            "  Load the adapter with PEFT, and save it as a LoRA adapter without this."
-        )
-    reader = Reader(config, read_tensors(directory))
+        raise _unreadable(directory, found)
+    file = Tensors(read_tensors(directory))
+    reader = Reader(config, file)
     leaves = flatten(params)[0]
     adapter, unusable = dict[str, Adapter](), list[str]()
     for path, leaf in leaves.items():
@@ -65,13 +64,24 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         if isinstance(places, str):
             unusable.append(f"{path!r}: {places}")
             continue
-        if (part := reader.leaf(path, leaf, places)) is not None:
+        try:
+            part = reader.leaf(path, leaf, places)
+        except SpecError as error:  # from the variant, which checks what the configuration states
+            raise _unreadable(directory, [f"{path!r}: {error}"]) from error
+        if part is not None:
             adapter[path] = part
-        reader.problems += _missing(config, reader.lacking(places))
-    _refuse(reader, unusable, directory)
+        file.problems += _missing(config, file.lacking(places))
+    _refuse(file, unusable, directory)
     for path in reader.unchanged():
         del adapter[path]
     return adapter
+
+
+def _unreadable(directory: Path, found: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"Expected a configuration that can be read, in {directory}; got:\n{listed(found)}\n"
+        "  Load the adapter with PEFT, and save it as a LoRA adapter without this."
+    )
 
 
 def _missing(config: Config, lacking: list[Site]) -> list[str]:
@@ -85,14 +95,14 @@ def _missing(config: Config, lacking: list[Site]) -> list[str]:
     return found
 
 
-def _refuse(reader: Reader, unusable: list[str], directory: Path) -> None:
+def _refuse(file: Tensors, unusable: list[str], directory: Path) -> None:
     lines = []
-    if left := reader.left():
+    if left := file.left():
         lines += [f"  {counted(len(left), 'tensor')} that no leaf of `params` takes:\n{listed(left)}"]
         if unusable:
             lines += [f"  {counted(len(unusable), 'row')} that do not fit their leaves:\n{listed(unusable)}"]
-    if reader.problems:
-        lines += [f"  {counted(len(reader.problems), 'problem')}:\n{listed(reader.problems)}"]
+    if file.problems:
+        lines += [f"  {counted(len(file.problems), 'problem')}:\n{listed(file.problems)}"]
     if lines:
         text = "\n".join(lines)
         raise CheckpointError(

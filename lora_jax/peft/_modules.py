@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,43 +13,27 @@ from .._core.base import dense
 from .._core.values import is_concrete, is_finite, on_host
 from .._core.variant import LowRank
 from .._errors import AdapterError, counted, listed
-from .._variants import ALoRA, DoRA, LoRABias, Rows, RSLoRA
+from .._variants import ALoRA, DoRA, LoRABias, Rows, RSLoRA, VeRA
 from ._config import Scale, ranks_to_config
-from ._layout import Layout, Values, outputs_to_torch
+from ._layout import Values
+from ._module import Module, in_module, module_outputs, module_value
 from ._names import PREFIX, suffix, to_torch
 from ._refusal import refusal
 from ._sites import Site
+from ._vera import matrices, relative, to_config
 
 # PEFT ties adapters of layers with these names, and warns if it is asked to and there are none.
 _TIED_BY_PEFT = {"embed_tokens", "lm_head"}
-
-
-@dataclasses.dataclass
-class _Module:
-    """The tensors of one torch module, by our names, and the variant of its factors."""
-
-    layout: Layout
-    path: str = ""
-    factors: list[tuple[Site, LowRank, Values, Values]] = dataclasses.field(default_factory=list)
-    variant: LowRank | None = None
-    bias_scale: float | None = None
-    rows: tuple[int, ...] | None = None
-    tensors: dict[str, Values] = dataclasses.field(default_factory=dict)
-    filled: dict[str, list[range]] = dataclasses.field(default_factory=dict)  # outputs of each tensor that are known
-
-    def has(self, site: Site, name: str) -> bool:
-        """Whether a leaf's outputs of a tensor are known."""
-        outputs = _in_module(site)
-        return any(outputs.start < other.stop and other.start < outputs.stop for other in self.filled.get(name, ()))
 
 
 class Exported:
     """The torch modules of an adapter, and what cannot be written."""
 
     def __init__(self) -> None:
-        self.modules: dict[str, _Module] = {}
+        self.modules: dict[str, Module] = {}
         self.heads: dict[str, str] = {}
         self.saved: set[str] = set()
+        self.shared: dict[str, Values] = {}  # tensors of no module, by their names in the file
         self.unmatched: list[str] = []
         self.problems: list[str] = []
 
@@ -68,19 +51,23 @@ class Exported:
                 if site.row.head is not None:
                     self.heads[site.module] = site.row.head
                 a = site.layout.to_matrix("a", arrays["a"])[site.index]
-                module.factors.append((site, variant, a, _outputs(site, "b", arrays["b"])))
+                module.factors.append((site, variant, a, module_outputs(site, "b", arrays["b"])))
                 if "magnitude" in arrays:
-                    self._put(site, "magnitude", _outputs(site, "vector", arrays["magnitude"]))
+                    self._put(site, "magnitude", module_outputs(site, "vector", arrays["magnitude"]))
+            elif isinstance(variant, VeRA):
+                module.path, module.vera = path, variant
+                self._put(site, "lambda_b", module_outputs(site, "vector", arrays["lambda_b"]))
+                module.tensors["lambda_d"] = arrays["lambda_d"][site.index]
             elif isinstance(variant, LoRABias):
                 module.bias_scale = variant.scale
-                self._put(site, "bias", _outputs(site, "vector", arrays["bias"]))
+                self._put(site, "bias", module_outputs(site, "vector", arrays["bias"]))
             elif isinstance(variant, Rows):
                 module.rows = variant.ids
                 if (values := self._base(site, leaf)) is not None:
-                    rows = values[list(variant.ids)].astype(np.float32) + _outputs(site, "b", arrays["rows"])
+                    rows = values[list(variant.ids)].astype(np.float32) + module_outputs(site, "b", arrays["rows"])
                     self._put(site, "rows", rows)
             else:
-                value = _value(site, arrays["value"])
+                value = module_value(site, arrays["value"])
                 self.saved.add(site.module)
                 self._put(site, f"saved.{site.row.parameter}", value)
                 if site.row.head is not None:
@@ -101,6 +88,8 @@ class Exported:
         """Joins what modules fuse and returns the configuration; what it cannot state becomes a problem."""
         for name, module in self.modules.items():
             self._join(name, module)
+        if vera := {name: module for name, module in self.modules.items() if module.vera is not None}:
+            return self._vera(vera)
         low = {name: module for name, module in self.modules.items() if module.variant is not None}
         variants: dict[str, Any] = {name: module.variant for name, module in low.items()}
         stabilized = bool(variants) and all(map(_is_stabilized, variants.values()))
@@ -139,7 +128,7 @@ class Exported:
 
     def tensors(self) -> dict[str, Values]:
         """Returns the tensors by their names in the file."""
-        found = {}
+        found = dict(self.shared)
         for name, module in self.modules.items():
             for ours, matrix in module.tensors.items():
                 place = f"{name}.base_layer" if ours.startswith("saved.") and module.variant is not None else name
@@ -167,7 +156,24 @@ class Exported:
                 "  Add rows to the mapping, or change the leaves; nothing was written."
             )
 
-    def _join(self, name: str, module: _Module) -> None:
+    def _vera(self, vera: Mapping[str, Module]) -> dict[str, Any]:
+        """Returns the configuration of VeRA, and makes the matrices of the largest modules."""
+        (first, variant), *_ = [(module.path, module.vera) for module in vera.values()]
+        assert variant is not None
+        self._same("VeRA", {module.path: module.vera for module in vera.values()})
+        for name, module in self.modules.items():
+            if module.variant is not None or module.bias_scale is not None or module.rows is not None:
+                self.problems.append(
+                    f"{name!r} has factors, LoRABias or Rows, and {first!r} has VeRA; PEFT has one or the other"
+                )
+        d_in, d_out = (max(getattr(module.layout, name) for module in vera.values()) for name in ("d_in", "d_out"))
+        self.shared = matrices(variant, d_in, d_out)
+        for module in vera.values():
+            module.tensors["lambda_d"] = module.tensors["lambda_d"] * np.float32(relative(module.layout.d_in, d_in))
+        conv1d = any(module.layout.row.conv1d for module in vera.values())
+        return to_config(variant, vera, conv1d) | {"modules_to_save": sorted(self.saved) or None}
+
+    def _join(self, name: str, module: Module) -> None:
         """Makes the factors of a module from those of the leaves that it fuses: blocks, unless they share `a`."""
         for site, variant, a, b in module.factors:
             if module.variant is None:
@@ -189,8 +195,8 @@ class Exported:
                 what = tensor.removeprefix("saved.")
                 self.problems.append(f"{name!r} fuses {width} outputs, and the leaves have {known} of its {what}")
 
-    def _module(self, site: Site) -> _Module:
-        module = self.modules.setdefault(site.module, _Module(site.layout))
+    def _module(self, site: Site) -> Module:
+        module = self.modules.setdefault(site.module, Module(site.layout))
         if module.layout.row.kind == "vector":  # the kernel's layout also has the shapes of the factors
             module.layout = site.layout
         return module
@@ -205,15 +211,15 @@ class Exported:
             tensors[name] = matrix
         else:
             total = np.zeros((*matrix.shape[:-1], site.part.of[1]), matrix.dtype)
-            tensors.setdefault(name, total)[..., _in_module(site).start : _in_module(site).stop] = matrix
+            tensors.setdefault(name, total)[..., in_module(site).start : in_module(site).stop] = matrix
         if name != "a":
-            module.filled.setdefault(name, []).append(_in_module(site))
+            module.filled.setdefault(name, []).append(in_module(site))
 
     def _save_head(self, site: Site, table: Values) -> None:
         """Saves a head with the table that it is tied to."""
         assert site.row.head is not None
         self.saved.add(site.row.head)
-        module = self.modules.setdefault(site.row.head, _Module(site.layout))
+        module = self.modules.setdefault(site.row.head, Module(site.layout))
         module.layout, module.tensors["saved.weight"] = site.layout, table
 
     def _base(self, site: Site, leaf: Any) -> Values | None:
@@ -223,9 +229,9 @@ class Exported:
             if line not in self.problems:
                 self.problems.append(line)
             return None
-        return _value(site, on_host(dense(leaf)))
+        return module_value(site, on_host(dense(leaf)))
 
-    def _biases(self, low: Mapping[str, _Module]) -> bool:
+    def _biases(self, low: Mapping[str, Module]) -> bool:
         """Whether the adapter has biases of `b`; completes them, because PEFT has them for all modules or none."""
         biased = {name: module for name, module in self.modules.items() if module.bias_scale is not None}
         for name, module in biased.items():
@@ -252,22 +258,6 @@ class Exported:
                 f"{path!r}: PEFT has one setting of {what} for all modules; here it is {value}, and {first[1]} at "
                 f"{first[0]!r}"
             )
-
-
-def _in_module(site: Site) -> range:
-    """Returns the outputs of the module that a leaf has."""
-    first = 0 if site.part.of is None else site.part.of[0]
-    return range(first, first + site.last - site.first)
-
-
-def _outputs(site: Site, name: str, array: Values) -> Values:
-    """Returns the module's outputs of an array, in torch's order and scale."""
-    matrix = site.layout.to_matrix(name, array)[site.index]
-    return outputs_to_torch(matrix[..., site.outputs], site.part)
-
-
-def _value(site: Site, value: Values) -> Values:
-    return _outputs(site, "vector" if site.row.kind == "vector" else "kernel", value)
 
 
 def _is_stabilized(variant: LowRank) -> bool:

@@ -14,6 +14,8 @@ SUFFIXES = {
     "b": ".lora_B.weight",
     "bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
+    "lambda_b": ".vera_lambda_b",
+    "lambda_d": ".vera_lambda_d",
     "rows": ".token_adapter.trainable_tokens_delta",
 }
 EMBEDDING_SUFFIXES = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
@@ -39,7 +41,7 @@ def parse(name: str) -> tuple[str, str] | None:
             if rest.endswith(end):
                 return rest.removesuffix(end), ours
     module, _, parameter = rest.rpartition(".")
-    if ".lora_" in rest or not module:
+    if ".lora_" in rest or ".vera_" in rest or not module:
         return None
     base = module.removesuffix(".base_layer")
     return (base, f"base.{parameter}") if base != module else (module, f"saved.{parameter}")
@@ -74,10 +76,20 @@ def from_torch(name: str, tensor: Values, layout: Layout) -> Values:
 
 def expected_shape(name: str, layout: Layout, d_out: int, rank: int) -> tuple[int, ...]:
     """Returns the shape of a tensor of a module with `d_out` outputs. For `rows`, the rank is the number of rows."""
-    matrices = {"a": (layout.d_in, rank), "b": (rank, d_out), "rows": (rank, d_out)}
-    weight = (layout.d_in, d_out) if layout.row.kind != "vector" else (d_out,)
-    shape = matrices.get(name, weight if name == "saved.weight" else (d_out,))
-    return to_torch(name, np.broadcast_to(np.zeros(()), shape), layout).shape
+    row, d_in, spatial = layout.row, layout.d_in, tuple[int, ...]()
+    if row.kind == "conv":
+        spatial, d_in = _spatial(layout), layout.shape[layout.inputs[-1]]
+    ones = (1,) * len(spatial)
+    weight = (d_in, d_out) if row.kind == "embedding" or row.conv1d else (d_out, d_in, *spatial)
+    shapes = {
+        "a": (rank, d_in, *spatial),
+        "b": (d_out, rank, *ones),
+        "magnitude": (1, d_out, *ones) if row.kind == "conv" else (d_out,),
+        "rows": (rank, d_out),
+        "lambda_d": (rank,),
+        "saved.weight": (d_out,) if row.kind == "vector" else weight,
+    }
+    return shapes.get(name, (d_out,))
 
 
 def _spatial(layout: Layout) -> tuple[int, ...]:

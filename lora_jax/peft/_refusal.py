@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .._core.adapter import Adapter
 from .._core.variant import LowRank
-from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA
+from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
 from ._rows import Row
 
 
@@ -14,7 +14,11 @@ def refusal(part: Adapter, row: Row) -> str | None:
     name = type(variant).__name__
     if isinstance(variant, AdaLoRA):
         return "it has AdaLoRA, whose pruned directions the format does not have; call adaptive.compact first"
-    if type(variant) not in (LoRA, RSLoRA, DoRA, ALoRA, LoRABias, Full, Rows):
+    if isinstance(variant, VeRA):
+        plain = row.kind == "linear" and row.inputs is None and row.outputs is None and len(row.parts) == 1
+        if not plain or row.parts[0].interleaved is not None or row.parts[0].of is not None:
+            return "it has VeRA, which PEFT has for linear modules whose outputs are in the order of the leaf"
+    elif type(variant) not in (LoRA, RSLoRA, DoRA, ALoRA, LoRABias, Full, Rows):
         return f"it has {name}, which PEFT's format has no place for"
     vectors = row.kind == "vector"
     if isinstance(variant, LowRank) and vectors:

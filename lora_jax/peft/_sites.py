@@ -45,6 +45,11 @@ class Site:
         """The outputs of the leaf that the module has."""
         return slice(self.first, self.last)
 
+    def of_module(self, array: Any) -> Any:
+        """Returns the leaf's outputs of an array of all outputs of the module, the last axis."""
+        first = 0 if self.part.of is None else self.part.of[0]
+        return array[..., first : first + self.last - self.first]
+
     @property
     def row(self) -> Row:
         """The row of the leaf."""

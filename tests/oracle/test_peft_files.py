@@ -304,6 +304,33 @@ def test_a_module_that_fuses_leaves_loads_in_peft(make, tmp_path):
     near(lj.lora(apply)(params, peft.load(tmp_path, mapping, params), x), expected)
 
 
+VERA = lj.VeRA(rank=5, seed=3)
+
+
+def test_vera_loads_in_peft_with_equal_logits(tmp_path):
+    spec = {name: dataclasses.replace(VERA, axes=AXES.get(name)) for name in ("out", "down", "head")}
+    adapter = randomized(lj.init(jax.random.key(0), PARAMS, spec | {"norm": lj.Full()}))
+    peft.export(tmp_path, adapter, MAPPING, base=PARAMS)
+    expected = lj.lora(net)(PARAMS, adapter, TOKENS)
+    near(torch_logits(load_in_peft(Net(), tmp_path)), expected)
+    back = peft.load(tmp_path, MAPPING, PARAMS)
+    assert back["down"].variant == VERA
+    near(lj.lora(net)(PARAMS, back, TOKENS), expected)
+
+
+def test_vera_made_by_peft_loads_here_as_lora_with_equal_logits(tmp_path):
+    config = torch_peft.VeraConfig(r=5, target_modules=LINEAR, modules_to_save=["norm"])
+    model = torch_peft.get_peft_model(Net(), config)
+    random = np.random.default_rng(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.from_numpy(0.5 * random.standard_normal(parameter.shape).astype(np.float32))
+    model.save_pretrained(tmp_path)
+    adapter = peft.load(tmp_path, MAPPING, PARAMS)
+    near(lj.lora(net)(PARAMS, adapter, TOKENS), torch_logits(model))
+    assert np.abs(torch_logits(model) - torch_logits(Net())).max() > 0.05
+
+
 # Presets
 
 
