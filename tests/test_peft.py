@@ -588,8 +588,8 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
         "  'base_model.model.other.lora_A.weight' (2, 8)\n"
         "  'base_model.model.x' (1,)\n"
         "  4 problems:\n"
-        "  'base_model.model.fc.lora_A.weight' has shape (3, 8); 'fc/kernel' and rank 2 need (2, 8)\n"
-        "  'base_model.model.fc.lora_B.weight' has shape (6, 3); 'fc/kernel' and rank 2 need (6, 2)\n"
+        "  'base_model.model.fc.lora_A.weight' has shape (3, 8); expected (2, 8), for 'fc/kernel' and rank 2\n"
+        "  'base_model.model.fc.lora_B.weight' has shape (6, 3); expected (6, 2), for 'fc/kernel' and rank 2\n"
         "  'head' is in modules_to_save, and has no tensor\n"
         "  'up' is in target_modules, and has no tensors\n"
         "  Pass the mapping and the parameters of the model that the adapter was trained for."
@@ -607,7 +607,7 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
             {},
             "'base_model.model.fc.lora_embedding_A' is not a tensor of a module of kind 'linear', as 'fc/kernel' is",
         ),
-        (FC | {"fc.lora_B.bias": (F + 1,)}, {}, "fc.lora_B.bias' has shape (7,); 'fc/bias' need"),
+        (FC | {"fc.lora_B.bias": (F + 1,)}, {}, "fc.lora_B.bias' has shape (7,); expected (6,), for 'fc/bias'"),
     ],
 )
 def test_tensors_and_configurations_that_disagree_are_refused(
@@ -664,18 +664,15 @@ def test_a_tied_head_without_or_with_other_factors_is_refused(tmp_path: Path) ->
 
 def test_trainable_tokens_need_their_ids(tmp_path: Path) -> None:
     mapping, params = {"embed": peft.embedding("embed")}, params_of({"embed": (V, D)})
+    shapes = {"embed.token_adapter.trainable_tokens_delta": (2, D)}
     for ids, expected in [
         ([V, 0], "'embed': the table has 10 rows, with axes 'io'; got ids=(10, 0)"),
         ([-1, 0], "'embed': Expected an integer of at least 0 for `ids`; got ids=-1."),
-        ([1], "trainable_tokens_delta' has shape (2, 8); 'embed' need (1, 8)"),
+        ([1], "trainable_tokens_delta' has shape (2, 8); expected (1, 8), for 'embed'"),
     ]:
-        write(
-            tmp_path,
-            CONFIG | {"trainable_token_indices": {"embed": ids}},
-            {"embed.token_adapter.trainable_tokens_delta": (2, D)},
-        )
+        write(tmp_path, CONFIG | {"trainable_token_indices": {"embed": ids}}, shapes)
         assert expected in refused_load(tmp_path, mapping, params)
-    write(tmp_path, CONFIG, {"embed.token_adapter.trainable_tokens_delta": (2, D)})
+    write(tmp_path, CONFIG, shapes)
     assert "'embed' has trainable tokens, and trainable_token_indices does not state them" in refused_load(
         tmp_path, mapping, params
     )
@@ -760,19 +757,18 @@ def test_names_that_are_not_of_an_adapter_are_not_parsed() -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit", "clip", "whisper"])
 def test_a_preset_has_a_row_for_every_kernel_table_and_norm(name: str, key: Array, tmp_path: Path) -> None:
     from zoo.hugging_face import MODELS
 
     params = MODELS[name](key).params
     leaves = flatten(params)[0]
-    axes = {"bias": "o", "scale": "o"}
     adapter, mapping = {}, getattr(peft.presets, name)()
     for at, (path, leaf) in enumerate(leaves.items()):
         if path.split("/")[-1] == "kernel":
-            roles = "iiio" if leaf.ndim == 4 else "oi" if name == "gpt2" else "io"
+            roles = "oi" if name == "gpt2" else "i" * (leaf.ndim - 1) + "o"
             adapter[path] = made(LORA, leaf.shape, roles, seed=at)
-        elif path.split("/")[-1] in ("embedding", *axes):
+        elif path.split("/")[-1] in ("embedding", "bias", "scale"):
             adapter[path] = made(lj.Full(), leaf.shape, seed=at)
     peft.export(tmp_path, adapter, mapping, base=params)
     assert bits(peft.load(tmp_path, mapping, params)) == bits(
