@@ -458,6 +458,10 @@ def test_vera_that_is_mixed_or_damaged_is_refused(tmp_path: Path) -> None:
     vera_file(tmp_path, 0)
     text = refused_load(tmp_path, VERA, params_of({"a": (4, F), "b": (D + 1, 12)}))
     assert "'b': vera_A and vera_B are missing or too small for its module" in text
+    vera_file(tmp_path, 0, {"r": 4})
+    assert "fc.vera_lambda_d' has shape (3,); expected (4,), for 'a'" in refused_load(
+        tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)})
+    )
     vera_file(tmp_path, 0, {"save_projection": False})
     assert "save_projection is false: the random matrices are not in the file" in refused_load(tmp_path)
 

@@ -126,13 +126,17 @@ class Reader:
         layout, rank = places[0].layout, self.config.get("r", 256)
         a, b = self.file.arrays.get(vera.A), self.file.arrays.get(vera.B)
         found = [site for site in places if self.file.has(site, "lambda_b")]
-        vectors = {site: [self.file.take(site, name, rank) for name in ("lambda_d", "lambda_b")] for site in found}
+        vectors: dict[Site, tuple[Values, Values]] = {}
+        for site in found:
+            one, other = (self.file.take(site, name, rank) for name in ("lambda_d", "lambda_b"))
+            if one is not None and other is not None:
+                vectors[site] = one, other
         sizes = [site.last - site.first if site.part.of is None else site.part.of[1] for site in found]
         shapes = [() if array is None else array.shape for array in (a, b)]
         if a is None or b is None or not vera.are_large_enough(shapes, rank, layout.d_in, max(sizes, default=0)):
             self.file.problems.append(f"{places[0].path!r}: vera_A and vera_B are missing or too small for its module")
             return _empty(layout)
-        if not found or any(vector is None for pair in vectors.values() for vector in pair):
+        if len(vectors) < len(found) or not found:
             return _empty(layout)
         for site in found:
             self._check_target(site)
@@ -181,7 +185,7 @@ class Reader:
             self.file.problems.append(line)
             self.file.taken.add(self.file.modules[site.module]["rows"])
             return _empty(layout)
-        variant = Rows(ids=ids)
+        variant = Rows(ids=tuple(ids))
         variant.check(layout.shape, layout.axes)
         if (rows := self.file.take(site, "rows", len(ids))) is None:
             return _empty(layout)

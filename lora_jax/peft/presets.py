@@ -8,6 +8,8 @@ The order of rows matters, as in a spec: `{"**/my_head/kernel": ..., **presets.b
 | `roberta()` | `FlaxRoberta…` of `transformers` 4 | `Roberta…` |
 | `gpt2()` | `FlaxGPT2…` of `transformers` 4 | `GPT2…` |
 | `vit()` | `FlaxViT…` of `transformers` 4 | `ViT…` |
+| `clip()` | `FlaxCLIP…` of `transformers` 4 | `CLIP…` |
+| `whisper()` | `FlaxWhisper…` of `transformers` 4 | `Whisper…` |
 | `smollm2()` | `Llama` of `examples/smollm2.py` | `LlamaForCausalLM` |
 """
 
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from ._rows import Row, conv, embedding, layer, norm, vector
 
-__all__ = ["bert", "gpt2", "roberta", "smollm2", "vit"]
+__all__ = ["bert", "clip", "gpt2", "roberta", "smollm2", "vit", "whisper"]
 
 
 def bert(*, head: str | None = "cls.predictions.decoder") -> dict[str, Row]:
@@ -105,6 +107,46 @@ def vit(*, transformers: int = 5) -> dict[str, Row]:
     return mapping | norm("{**}/layernorm", "{**}.layernorm")
 
 
+def clip() -> dict[str, Row]:
+    """Returns the mapping of CLIP, of both encoders and their projections.
+
+    >>> clip()["{**}/self_attn/q_proj/kernel"].parts[0].module
+    '{**}.self_attn.q_proj'
+
+    Returns:
+      The mapping.
+    """
+    tables = {name: embedding(f"{{**}}.{name}") for name in ("token_embedding", "position_embedding")}
+    mapping = {f"{{**}}/{name}/embedding": row for name, row in tables.items()}
+    mapping["{**}/patch_embedding/kernel"] = conv("{**}.patch_embedding")
+    mapping |= _same(*_ATTENTION, "mlp/fc1", "mlp/fc2", "visual_projection", "text_projection")
+    for name in ("layer_norm1", "layer_norm2", "pre_layrnorm", "post_layernorm", "final_layer_norm"):
+        mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
+    return mapping
+
+
+def whisper(*, head: str | None = "proj_out") -> dict[str, Row]:
+    """Returns the mapping of Whisper.
+
+    >>> whisper()["{**}/conv1/kernel"].kind
+    'conv'
+
+    Args:
+      head: as in `bert`.
+
+    Returns:
+      The mapping.
+    """
+    mapping = {"{**}/embed_tokens/embedding": embedding("{**}.embed_tokens", head=head)}
+    mapping["{**}/embed_positions/embedding"] = embedding("{**}.embed_positions")
+    for name in ("conv1", "conv2"):
+        mapping |= layer(f"{{**}}/{name}", f"{{**}}.{name}") | {f"{{**}}/{name}/kernel": conv(f"{{**}}.{name}")}
+    mapping |= _same(*_ATTENTION, *(name.replace("self", "encoder") for name in _ATTENTION), "fc1", "fc2")
+    for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layer_norm"):
+        mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
+    return mapping
+
+
 def smollm2(*, head: str | None = "lm_head") -> dict[str, Row]:
     """Returns the mapping of the Llama of `examples/smollm2.py`, with layers that are stacked or not.
 
@@ -134,6 +176,9 @@ def smollm2(*, head: str | None = "lm_head") -> dict[str, Row]:
         for path, module in norms.items():
             mapping |= norm(f"{layers}/{path}", f"model.layers.{{i}}.{module}")
     return mapping
+
+
+_ATTENTION = [f"self_attn/{name}_proj" for name in ("q", "k", "v", "out")]
 
 
 def _encoder(head: str | None) -> dict[str, Row]:
