@@ -252,6 +252,16 @@ def test_only_shapes_of_the_base_are_needed_for_factors(tmp_path: Path) -> None:
     assert "'bias': its values in `params` are needed, for 'fc'; got a shape" in text
 
 
+def test_adalora_is_exported_after_it_is_compacted(tmp_path: Path) -> None:
+    part = made(lj.AdaLoRA(rank=4, alpha=8), (D, F), "io")
+    params, mapping = params_of({"kernel": (D, F)}), {"kernel": peft.linear("fc")}
+    adapter = {"kernel": lj.Adapter(part.variant, "io", a=part.a, b=part.b, e=jnp.array([0.0, 2.0, 0.0, 3.0]))}
+    compacted = lj.adaptive.compact(adapter)
+    peft.export(tmp_path, compacted, mapping, base=params)
+    assert config_of(tmp_path)["r"] == 2
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(compacted)
+
+
 def test_the_collection_of_linen_may_precede_a_path(tmp_path: Path) -> None:
     params = {"params": params_of({"kernel": (D, F)})}
     adapter = {"params/kernel": made(LORA, (D, F), "io")}

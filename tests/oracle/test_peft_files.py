@@ -17,6 +17,7 @@ from torch import nn
 import lora_jax as lj
 import smollm2
 from lora_jax import peft
+from lora_jax.peft._sites import compiled, find, sites
 
 V, D, H, HD, F, L, C, T = 11, 12, 2, 6, 10, 2, 3, 7
 TOKENS = np.random.default_rng(1).integers(0, V, (4, T))
@@ -398,18 +399,18 @@ def test_the_llama_of_the_example_loads_in_peft(scanned, table, tmp_path):
     near(adapted(params, back, WORD_IDS), expected)
 
 
-def flax_tree(model, *, kernels_are_out_in=False):
+def flax_tree(model):
     """The parameters of a torch model under the names and in the shapes of its Flax model in `transformers` 4."""
     flat = {}
     for name, parameter in model.named_parameters():
         array = parameter.detach().numpy().copy()
         *path, last = name.split(".")
-        if (last == "weight" and "embeddings" in path[-1] and array.ndim == 2) or path[-1:] in (["wte"], ["wpe"]):
+        if last == "weight" and array.ndim == 2 and any(word in path[-1] for word in ("embed", "wte", "wpe")):
             last = "embedding"
         elif last == "weight" and array.ndim == 1:
             last = "scale"
         elif last == "weight":
-            last, array = "kernel", array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+            last, array = "kernel", array.transpose(*range(2, array.ndim), 1, 0)
         flat["/".join([*path, last])] = array
     return flat
 
@@ -450,6 +451,22 @@ def preset_case(name):
     )
     tree = {old_name(path): array for path, array in flax_tree(model).items()}
     return model, tree, peft.presets.vit(), IMAGES, None
+
+
+@pytest.mark.parametrize("name", ["clip", "whisper"])
+def test_a_preset_names_the_modules_of_the_torch_model(name):
+    if name == "clip":
+        images = {"image_size": 8, "patch_size": 4}
+        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=WORDS | SIZES, vision_config=images | SIZES))
+    else:
+        sizes = {f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+        model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(d_model=12, **sizes))
+    rows, named = compiled(getattr(peft.presets, name)()), set()
+    for path, array in flax_tree(model).items():
+        if (found := find(path, rows)) is not None:
+            named |= {f"{site.module}.{site.row.parameter}" for site in sites(path, array.shape, found)}
+    others = {"logit_scale", "vision_model.embeddings.class_embedding"}
+    assert named == {parameter for parameter, _ in model.named_parameters()} - others
 
 
 def with_values(model, tree):
