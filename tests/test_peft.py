@@ -547,9 +547,12 @@ def test_values_that_are_not_finite_and_bases_without_values_are_refused(tmp_pat
     bad = lj.Adapter(part.variant, "io", a=part.a.at[0, 0].set(jnp.nan), b=part.b)
     text = refused_export({"a/kernel": bad}, SAME, params_of(TWO), tmp_path)
     assert "'a/kernel': its a has values that are not finite" in text
+    stack = {"a": lj.Adapter(LORA, "bio", a=jnp.full((L, D, 2), jnp.inf), b=jnp.zeros((L, 2, F)))}
+    text = refused_export(stack, {"a": peft.linear("{i}.fc")}, params_of({"a": (L, D, F)}), tmp_path)
+    assert text.count("'a': its a has values that are not finite") == 1
     shapes = jax.eval_shape(lambda: params_of(TWO))
     text = refused_export({"a/bias": made(lj.Full(), (F,))}, SAME, shapes, tmp_path)
-    assert "'a/kernel': its values in `base` are needed, for 'a'; got a shape" in text
+    assert "'a/kernel': its values in `base` are needed; got a shape" in text
     assert "  'x' is not in `base`" in refused_export({"x": part}, SAME, params_of(TWO), tmp_path)
 
 
@@ -567,6 +570,7 @@ def test_two_leaves_of_one_tensor_and_dora_of_a_tied_table_are_refused(tmp_path:
 
 
 def test_mappings_and_rows_are_checked(tmp_path: Path) -> None:
+    assert refused_export({}, {}, {}, tmp_path).startswith("Expected an adapter to export, with at least one leaf")
     text = refused_export({}, {"a": "fc"}, {}, tmp_path)
     assert text.startswith("Expected a mapping from paths to rows, such as `peft.presets.bert()`; got dict.")
     with pytest.raises(lj.SpecError, match="even size of a head for `interleaved`; got 3"):

@@ -9,6 +9,7 @@ from typing import Any
 from .._core.adapter import Adapters
 from .._core.attach import check
 from .._core.paths import flatten
+from .._errors import AdapterError
 from ._files import write
 from ._modules import Exported
 from ._sites import MappingOfRows, compiled, find, sites
@@ -56,6 +57,8 @@ def export(
     rows = compiled(mapping)
     leaves = flatten(base)[0]
     check(leaves, adapter, tree="base")
+    if not adapter:
+        raise AdapterError("Expected an adapter to export, with at least one leaf; got an empty one.")
     exported = Exported()
     for path, part in adapter.items():
         if (found := find(path, rows)) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -147,8 +148,8 @@ class Exported:
         if self.unmatched:
             count = counted(len(self.unmatched), "leaf").replace("leafs", "leaves")
             lines += [f"  {count} that no row of the mapping matches:\n{listed(self.unmatched)}"]
-        if self.problems:
-            lines += [f"  {counted(len(self.problems), 'problem')}:\n{listed(self.problems)}"]
+        if problems := list(dict.fromkeys(self.problems)):  # a stack repeats those of its layers
+            lines += [f"  {counted(len(problems), 'problem')}:\n{listed(problems)}"]
         if lines:
             text = "\n".join(lines)
             raise AdapterError(
@@ -225,9 +226,7 @@ class Exported:
     def _base(self, site: Site, leaf: Any) -> Values | None:
         """Returns the base's values of a parameter."""
         if isinstance(leaf, jax.ShapeDtypeStruct) or not all(map(is_concrete, jax.tree.leaves(leaf))):
-            line = f"{site.path!r}: its values in `base` are needed, for {site.module!r}; got a shape"
-            if line not in self.problems:
-                self.problems.append(line)
+            self.problems.append(f"{site.path!r}: its values in `base` are needed; got a shape")
             return None
         return module_value(site, on_host(dense(leaf)))
 
@@ -238,7 +237,7 @@ class Exported:
             variant = low[name].variant if name in low else None
             if variant is None:
                 self.problems.append(f"{name!r} has LoRABias, and its kernel has no factors")
-            elif module.bias_scale != variant.scale:
+            elif not math.isclose(module.bias_scale or 0.0, variant.scale, rel_tol=1e-6):
                 self.problems.append(f"{name!r} has LoRABias(scale={module.bias_scale}), and its kernel {variant}")
         for module in low.values() if biased else ():
             if isinstance(module.variant, DoRA) or module.layout.row.kind == "embedding":
