@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from . import many as many
     from . import nnx as nnx
     from . import optim as optim
+    from . import peft as peft
     from . import quant as quant
     from . import sharding as sharding
     from . import starts as starts
@@ -91,6 +92,7 @@ __all__ = [
     "merge_report",
     "nnx",
     "optim",
+    "peft",
     "plan",
     "quant",
     "restore",
@@ -104,7 +106,7 @@ __all__ = [
     "unmerge_approximately",
 ]
 
-# Imported on first access, because they import optax, Orbax or plotting libraries.
+# Imported on first access, because they import optax, Orbax, safetensors or plotting libraries.
 _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
@@ -112,6 +114,7 @@ _LAZY = {
     "many": "many",
     "nnx": "nnx",
     "optim": "optim",
+    "peft": "peft",
     "quant": "quant",
     "sharding": "sharding",
     "starts": "starts",

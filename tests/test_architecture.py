@@ -36,6 +36,7 @@ ORDER = [
     "starts",
     "checkpoint",
     "many",
+    "peft",
     "nnx",
     "testing",
 ]
@@ -152,6 +153,7 @@ OPENED = [
     "many",
     "nnx",
     "optim",
+    "peft",
     "plan",
     "restore",
     "save",

@@ -57,10 +57,10 @@ def test_all_kernels_use_the_first_rows_of_the_same_matrices() -> None:
 
 def test_the_matrices_are_reproducible() -> None:
     variant = lj.VeRA(rank=2, seed=5)
-    expected = np.asarray(variant._frozen(0, 2, fan_in=6))
+    expected = np.asarray(variant.frozen(0, 2, fan_in=6))
     np.testing.assert_allclose(expected, GOLDEN, rtol=1e-6)
     with jax.default_prng_impl("rbg"), jax.threefry_partitionable(False), jax.enable_x64(True):
-        np.testing.assert_array_equal(variant._frozen(0, 2, fan_in=6), expected)
+        np.testing.assert_array_equal(variant.frozen(0, 2, fan_in=6), expected)
 
 
 def test_the_layers_of_a_stack_share_matrices_and_have_separate_vectors() -> None:

@@ -86,13 +86,13 @@ class VeRA(Variant):
         shape_a, shape_b = (sizes(axes_of(axes), kernel.shape, self.rank) for axes_of in (axes_of_a, axes_of_b))
         batch = len(axes_with(axes, "b"))
         lambda_b, lambda_d = lambda_b.astype(dtype), lambda_d.astype(dtype)
-        a = self._frozen(0, d_in, fan_in=d_in).astype(dtype).reshape((1,) * batch + shape_a[batch:])
-        b = self._frozen(1, d_out, fan_in=self.rank).astype(dtype).T.reshape((1,) * batch + shape_b[batch:])
+        a = self.frozen(0, d_in, fan_in=d_in).astype(dtype).reshape((1,) * batch + shape_a[batch:])
+        b = self.frozen(1, d_out, fan_in=self.rank).astype(dtype).T.reshape((1,) * batch + shape_b[batch:])
         b = b * lax.expand_dims(lambda_d, range(batch + 1, len(shape_b))) * lax.expand_dims(lambda_b, [batch])
         a = like_kernel(jnp.broadcast_to(a, shape_a), axes_of_a(axes), kernel)
         return AdaptedKernel(kernel, a, b, scale=1.0, roles=tuple(axes), paths=(path,))
 
-    def _frozen(self, index: int, rows: int, *, fan_in: int) -> Array:
+    def frozen(self, index: int, rows: int, *, fan_in: int) -> Array:
         """Returns the first rows of a frozen matrix, `(rows, rank)`, uniform in ±√(6/fan_in), with one key per row."""
 
         def draw(row: Array) -> Array:

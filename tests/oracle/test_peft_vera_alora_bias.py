@@ -90,8 +90,8 @@ def test_vera_matches_peft_with_the_same_matrices():
     model = peft.get_peft_model(Dense(), config)
     layer, part = model.base_model.model.layer, adapter["kernel"]
     # PEFT uses torch's generator, whose matrices have the same distribution but other values.
-    layer.vera_A["default"] = torch.from_numpy(np.array(variant._frozen(0, IN, fan_in=IN)).T.copy())
-    layer.vera_B["default"] = torch.from_numpy(np.array(variant._frozen(1, OUT, fan_in=RANK)))
+    layer.vera_A["default"] = torch.from_numpy(np.array(variant.frozen(0, IN, fan_in=IN)).T.copy())
+    layer.vera_B["default"] = torch.from_numpy(np.array(variant.frozen(1, OUT, fan_in=RANK)))
     layer.vera_lambda_d["default"].data = torch.from_numpy(np.array(part.lambda_d))
     layer.vera_lambda_b["default"].data = torch.from_numpy(np.array(part.lambda_b))
     expected = model(torch.from_numpy(X))
@@ -111,8 +111,8 @@ def test_initialization_of_vera_matches_peft():
     near(start.lambda_d, layer.vera_lambda_d["default"])
     np.testing.assert_array_equal(start.lambda_b, layer.vera_lambda_b["default"].detach().numpy())
     for got, expected in [
-        (variant._frozen(0, IN, fan_in=IN), layer.vera_A["default"]),
-        (variant._frozen(1, OUT, fan_in=64), layer.vera_B["default"]),
+        (variant.frozen(0, IN, fan_in=IN), layer.vera_A["default"]),
+        (variant.frozen(1, OUT, fan_in=64), layer.vera_B["default"]),
     ]:
         np.testing.assert_allclose(np.abs(got).max(), expected.abs().max().item(), rtol=0.05)
         np.testing.assert_allclose(np.std(got), expected.std().item(), rtol=0.1)

@@ -1,0 +1,153 @@
+"""The configuration of an adapter: what it states for each module, and what of it cannot be read here."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+Config = Mapping[str, Any]
+
+
+class Scale(NamedTuple):
+    """The rank and α of one module; `scale` depends on whether the adapter is rank-stabilized."""
+
+    rank: int
+    alpha: float
+
+    def scale(self, rank_stabilized: bool) -> float:
+        """Returns α/r or α/√r."""
+        return self.alpha / (math.sqrt(self.rank) if rank_stabilized else self.rank)
+
+
+def ranks_to_config(scales: Mapping[str, Scale]) -> dict[str, Any]:
+    """Returns `r`, `lora_alpha` and the patterns: the most frequent values, and the modules with others."""
+    if not scales:
+        return {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
+    (rank, alpha), _ = collections.Counter(scales.values()).most_common(1)[0]
+    return {
+        "r": rank,
+        "lora_alpha": _plain(alpha),
+        "rank_pattern": {_exactly(name): own.rank for name, own in scales.items() if own.rank != rank},
+        "alpha_pattern": {_exactly(name): _plain(own.alpha) for name, own in scales.items() if own.alpha != alpha},
+    }
+
+
+def scale_of(config: Config, module: str) -> Scale:
+    """Returns the rank and α of a module, as PEFT reads them: the first pattern that matches, else the default."""
+    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return Scale(rank, alpha)
+
+
+def is_target(config: Config, module: str) -> bool:
+    """Whether the configuration gives a module factors, as far as `target_modules` says."""
+    targets = config.get("target_modules")
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+
+
+def is_exact(config: Config) -> bool:
+    """Whether `target_modules` alone decides which modules have factors."""
+    others = ("exclude_modules", "layers_to_transform", "target_parameters")
+    return config.get("target_modules") != "all-linear" and not any(config.get(name) is not None for name in others)
+
+
+def rows_of(config: Config, module: str) -> list[int] | None:
+    """Returns the ids of the trainable tokens of a module."""
+    ids = config.get("trainable_token_indices")
+    if isinstance(ids, Mapping):
+        return next((value for name, value in ids.items() if module.endswith(name)), None)
+    return ids
+
+
+_BASE_CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_METHODS = ("layer_replication", "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "velora_config")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+# What each entry has to be, unless it is null.
+_TYPES: dict[str, Callable[[Any], bool]] = {
+    "r": lambda value: type(value) is int,
+    "lora_alpha": _is_number,
+    "rank_pattern": lambda value: isinstance(value, dict),
+    "alpha_pattern": lambda value: isinstance(value, dict),
+    "target_modules": lambda value: isinstance(value, str) or _are_names(value),
+    "modules_to_save": _are_names,
+    "trainable_token_indices": lambda value: isinstance(value, list | dict),
+}
+
+
+def problems(config: Config) -> list[str]:
+    """Returns what a configuration states that cannot be read here, with the reason."""
+    found = []
+    if (kind := config.get("peft_type")) not in ("LORA", "VERA"):
+        return [f"peft_type is {kind!r}; 'LORA' and 'VERA' can be read"]
+    if kind == "VERA" and not config.get("save_projection", True):
+        found.append("save_projection is false: the random matrices are not in the file")
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.startswith(_BASE_CHANGES):
+        found.append(
+            f"init_lora_weights is {start!r}: the adapter is for a base that this start has changed; save it with "
+            "PEFT's path_initial_model_for_weight_conversion"
+        )
+    found += [
+        f"{name} is set, which has no variant here" for name in (*_METHODS, "monteclora_config") if config.get(name)
+    ]
+    if config.get("target_parameters"):
+        found.append("target_parameters is set; factors of parameters without a module are not read")
+    for name, fits in _TYPES.items():
+        if config.get(name) is not None and not fits(config[name]):
+            found.append(f"{name} is {config[name]!r}")
+    return found + _numbers(config)
+
+
+def _numbers(config: Config) -> list[str]:
+    """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
+    found = []
+    ranks = [config.get("r", 8), *_values(config, "rank_pattern")]
+    alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern")]
+    found += [f"a rank is {rank!r}" for rank in ranks if type(rank) is not int or rank < 1]
+    found += [f"an alpha is {alpha!r}" for alpha in alphas if not _is_number(alpha)]
+    patterns = [*_keys(config, "rank_pattern"), *_keys(config, "alpha_pattern")]
+    targets = config.get("target_modules")
+    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            found.append(f"{pattern!r} is not a regular expression ({error})")
+    return found
+
+
+def _values(config: Config, name: str) -> list[Any]:
+    return list(config[name].values()) if isinstance(config.get(name), dict) else []
+
+
+def _keys(config: Config, name: str) -> list[str]:
+    return list(config[name]) if isinstance(config.get(name), dict) else []
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _exactly(module: str) -> str:
+    """Returns a pattern for one module; without `^` it would also match longer names with this end."""
+    return "^" + re.escape(module)
+
+
+def _plain(alpha: float) -> float:
+    return int(alpha) if float(alpha).is_integer() else float(alpha)

@@ -1,0 +1,77 @@
+"""Writes an adapter in PEFT's format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .._core.adapter import Adapters
+from .._core.attach import check
+from .._core.paths import flatten
+from .._errors import AdapterError
+from ._files import write
+from ._modules import Exported
+from ._sites import MappingOfRows, compiled, find, sites
+
+
+def export(
+    directory: str | os.PathLike[str],
+    adapter: Adapters,
+    mapping: MappingOfRows,
+    *,
+    base: Any,
+    base_name: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
+
+    `LoRA`, `RSLoRA`, `DoRA` and `ALoRA` become factors, `VeRA` its vectors and matrices, `LoRABias` becomes
+    `lora_bias`, `Full` becomes `modules_to_save`, and `Rows` becomes trainable tokens. Ranks and scales may differ
+    between leaves. Everything is written, or nothing is: an adapter that the format cannot express is an error.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"up": {"kernel": jnp.ones((4, 3))}}
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> mapping = lj.peft.layer("up", "model.fc1")
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     export(path, adapter, mapping, base=params)
+    ...     lj.peft.load(path, mapping, params)
+    {'up/kernel': Adapter(LoRA(rank=2, alpha=4), 'io', a=float32[4, 2], b=float32[2, 3])}
+
+    Args:
+      directory: created if missing. An adapter there is replaced.
+      adapter: from `init`, `restore` or training.
+      mapping: from patterns for paths to rows, such as `peft.presets.bert()`; the first pattern that matches decides.
+      base: the tree that the adapter was initialized for. Values are read for `Full` and `Rows` only, because PEFT
+        stores a module with all of its parameters, and rows rather than differences.
+      base_name: name or path of the torch model, for readers that look it up.
+      task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
+
+    Raises:
+      AdapterError: if the adapter does not belong to `base`, or if a leaf cannot be written: no row matches its path,
+        its axes or outputs disagree with the row, or the format has no place for its variant. One error lists all.
+      CheckpointError: if the files cannot be written.
+      SpecError: if `mapping` is not a mapping to rows.
+    """
+    rows = compiled(mapping)
+    leaves = flatten(base)[0]
+    check(leaves, adapter, tree="base")
+    if not adapter:
+        raise AdapterError("Expected an adapter to export, with at least one leaf; got an empty one.")
+    exported = Exported()
+    for path, part in adapter.items():
+        if (found := find(path, rows)) is None:
+            exported.unmatched.append(repr(path))
+        elif isinstance(places := sites(path, tuple(leaves[path].shape), found, part.axes), str):
+            exported.problems.append(f"{path!r}: {places}")
+        else:
+            exported.add(path, part, places, leaves[path])
+    for path, leaf in leaves.items() if exported.saved else ():
+        if path not in adapter and (found := find(path, rows)) is not None:
+            places = sites(path, tuple(leaf.shape), found)
+            exported.complete(path, [] if isinstance(places, str) else places, leaf)
+    config = exported.config()
+    exported.refuse()
+    names = {"base_model_name_or_path": base_name, "task_type": task_type}
+    write(Path(directory), exported.tensors(), config | names)

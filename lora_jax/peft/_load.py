@@ -1,0 +1,111 @@
+"""Reads an adapter in PEFT's format."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from .._core.adapter import Adapter
+from .._core.paths import flatten
+from .._errors import CheckpointError, SpecError, counted, listed
+from ._config import Config, is_exact, is_target, problems
+from ._files import read_config, read_tensors
+from ._read import Reader
+from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._tensors import Tensors
+
+
+def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any) -> dict[str, Adapter]:
+    """Reads an adapter in PEFT's format, such as PEFT's `save_pretrained` or `export` writes.
+
+    Factors become `LoRA`, `RSLoRA`, `DoRA` or `ALoRA`; `lora_bias`, `LoRABias`; `modules_to_save` and plain biases,
+    `Full`; trainable tokens, `Rows`. Layers of a stack, and modules that a kernel fuses, may have different ranks and
+    scales, or no factors: the leaf has the largest rank, and differences of scale are multiplied into `b`. Fused
+    modules with different `A` have the sum of their ranks. VeRA whose matrices `VeRA` does not generate becomes `LoRA`.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"embed": {"embedding": jnp.ones((7, 3))}}
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/embedding": lj.Rows(ids=[5, 6])})
+    >>> mapping = {"embed/embedding": lj.peft.embedding("model.embed_tokens")}
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     lj.peft.export(path, adapter, mapping, base=params)
+    ...     load(path, mapping, params)
+    {'embed/embedding': Adapter(Rows(ids=(5, 6)), 'io', rows=float32[2, 3])}
+
+    Args:
+      directory: has `adapter_model.safetensors` and `adapter_config.json`.
+      mapping: as in `export`.
+      params: the parameters that the adapter is for. Values are read for trainable tokens, and to compare parameters
+        that PEFT stores in full.
+
+    Returns:
+      `{path: Adapter}`, in the dtypes of the file.
+
+    Raises:
+      CheckpointError: if a file is missing, damaged or a pickle; if the configuration states what cannot be read; if a
+        tensor fits no leaf, one that the configuration states is missing, or a shape, rank or scale disagrees. One
+        error lists all.
+      SpecError: if `mapping` is not a mapping to rows.
+    """
+    rows = compiled(mapping)
+    directory = Path(directory)
+    config = read_config(directory)
+    if found := problems(config):
+        raise _unreadable(directory, found)
+    file = Tensors(read_tensors(directory))
+    reader = Reader(config, file)
+    leaves = flatten(params)[0]
+    adapter, unusable = dict[str, Adapter](), list[str]()
+    for path, leaf in leaves.items():
+        if (row := find(path, rows)) is None:
+            continue
+        places = sites(path, tuple(leaf.shape), row)
+        if isinstance(places, str):
+            unusable.append(f"{path!r}: {places}")
+            continue
+        try:
+            part = reader.leaf(path, leaf, places)
+        except SpecError as error:  # from the variant, which checks what the configuration states
+            raise _unreadable(directory, [f"{path!r}: {error}"]) from error
+        if part is not None:
+            adapter[path] = part
+        file.problems += _missing(config, file.lacking(places))
+    _refuse(file, unusable, directory)
+    for path in reader.unchanged():
+        del adapter[path]
+    return adapter
+
+
+def _unreadable(directory: Path, found: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"Expected a configuration that can be read, in {directory}; got:\n{listed(found)}\n"
+        "  Load the adapter with PEFT, and save it as a LoRA adapter without this."
+    )
+
+
+def _missing(config: Config, lacking: list[Site]) -> list[str]:
+    """Returns which modules without tensors the configuration states."""
+    places = [site for site in lacking if site.row.kind != "vector"]
+    saved = tuple(config.get("modules_to_save") or ())
+    names = [site.module for site in places]
+    found = [f"{name!r} is in modules_to_save, and has no tensor" for name in names if saved and name.endswith(saved)]
+    if not found and is_exact(config):
+        found = [f"{name!r} is in target_modules, and has no tensors" for name in names if is_target(config, name)]
+    return found
+
+
+def _refuse(file: Tensors, unusable: list[str], directory: Path) -> None:
+    lines = []
+    if left := file.left():
+        lines += [f"  {counted(len(left), 'tensor')} that no leaf of `params` takes:\n{listed(left)}"]
+        if unusable:
+            lines += [f"  {counted(len(unusable), 'row')} that do not fit their leaves:\n{listed(unusable)}"]
+    if file.problems:
+        lines += [f"  {counted(len(file.problems), 'problem')}:\n{listed(file.problems)}"]
+    if lines:
+        text = "\n".join(lines)
+        raise CheckpointError(
+            f"Expected every tensor in {directory} to fit a leaf of `params` through the mapping; got:\n{text}\n"
+            "  Pass the mapping and the parameters of the model that the adapter was trained for."
+        )

@@ -1,0 +1,210 @@
+"""The rows of a mapping: which parameter of a torch module a leaf is, and how its axes are arranged there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from .._errors import SpecError
+
+Parts = "str | Part | Sequence[Part]"
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A torch module, and what differs between its outputs and those of the leaf.
+
+    >>> Part("model.layers.{i}.self_attn.q_proj", interleaved=64)
+    Part(module='model.layers.{i}.self_attn.q_proj', interleaved=64, factor=1.0, size=None, of=None)
+
+    Attributes:
+      module: name of the torch module, with placeholders: `{name}` is a segment of the leaf's path, `{**}` is any
+        number of them. A placeholder that the path does not have is the index along the batch axis of a stack.
+      interleaved: the size of a head, if the leaf has the pairs of rotary positions interleaved, at outputs 2i and
+        2i + 1 of a head; torch has them at i and i + size/2, as Hugging Face's models. None if both are the same.
+      factor: the leaf is `factor` times the torch parameter, as if the scale of the queries is part of the kernel.
+      size: the number of outputs, if a leaf has several parts of different sizes.
+      of: the first output and the number of outputs of the module, if the module fuses this leaf with others, such as
+        (768, 2304) for the keys of a `c_attn`.
+    """
+
+    module: str
+    interleaved: int | None = None
+    factor: float = 1.0
+    size: int | None = None
+    of: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.interleaved is not None and (self.interleaved < 2 or self.interleaved % 2):
+            raise SpecError(f"Expected the even size of a head for `interleaved`; got {self.interleaved}.")
+        if not self.factor > 0:
+            raise SpecError(f"Expected a positive `factor` for {self.module!r}; got {self.factor}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """How one leaf is stored in torch modules. `linear`, `embedding`, `conv` and `vector` make rows.
+
+    Attributes:
+      kind: `"linear"`, `"embedding"`, `"conv"` or `"vector"`.
+      parts: the torch modules; more than one if the leaf fuses them along its outputs.
+      parameter: the name of the torch parameter.
+      axes: the roles of the leaf's axes; None for those of `Dense`, `Embed` and `Conv`.
+      inputs: the order in which torch has the input axes; None for that of the leaf.
+      outputs: the order in which torch has the output axes; None for that of the leaf.
+      conv1d: whether the module is a `Conv1D` of `transformers`, whose weight is `(in, out)`.
+      head: the torch module of an output head that is tied to an embedding.
+    """
+
+    kind: str
+    parts: tuple[Part, ...]
+    parameter: str = "weight"
+    axes: str | None = None
+    inputs: tuple[int, ...] | None = None
+    outputs: tuple[int, ...] | None = None
+    conv1d: bool = False
+    head: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("inputs", "outputs"):
+            order = getattr(self, name)
+            if order is not None and sorted(order) != list(range(len(order))):
+                raise SpecError(f"Expected an order of axes such as (1, 0, 2) for `{name}`; got {order}.")
+
+
+def linear(
+    module: str | Part | Sequence[Part],
+    *,
+    axes: str | None = None,
+    inputs: Sequence[int] | None = None,
+    outputs: Sequence[int] | None = None,
+    conv1d: bool = False,
+) -> Row:
+    """Makes the row of a kernel that is the weight of a `Linear`, or of several that the kernel fuses.
+
+    >>> linear("model.layers.{i}.self_attn.o_proj", axes="iio").axes
+    'iio'
+    >>> [part.module for part in linear([Part("gate_proj"), Part("up_proj")], axes="oio").parts]
+    ['gate_proj', 'up_proj']
+
+    Args:
+      module: the torch module's name, or a `Part`; several parts if the kernel fuses modules along its outputs. Input
+        and output axes are flattened in their order, and the outputs are then divided among the parts.
+      axes: the roles of the kernel's axes; None for `"io"`, after the batch axes of a stack. Needed for other kernels,
+        such as `"ioo"` of attention.
+      inputs: the order in which torch has the input axes, such as (1, 0); None for that of the kernel.
+      outputs: as `inputs`, for the output axes.
+      conv1d: whether it is a `Conv1D` of `transformers`, as in GPT-2, whose weight is `(in, out)`.
+
+    Returns:
+      The row.
+
+    Raises:
+      SpecError: if `inputs` or `outputs` is not an order of axes.
+    """
+    return Row(
+        kind="linear",
+        parts=_parts(module),
+        axes=axes,
+        inputs=None if inputs is None else tuple(inputs),
+        outputs=None if outputs is None else tuple(outputs),
+        conv1d=conv1d,
+    )
+
+
+def embedding(module: str, *, head: str | None = None) -> Row:
+    """Makes the row of an embedding table, `(rows, features)`.
+
+    >>> embedding("model.embed_tokens", head="lm_head").head
+    'lm_head'
+
+    Args:
+      module: the torch module's name.
+      head: the torch module of the output head, if it is tied to the table. An adapter of the table acts on both, so
+        both are written, and a file with only one of them is refused.
+
+    Returns:
+      The row.
+    """
+    return Row(kind="embedding", parts=_parts(module), head=head)
+
+
+def conv(module: str, *, axes: str | None = None) -> Row:
+    """Makes the row of a convolution kernel, `(spatial…, in, out)`, in one to three dimensions and without groups.
+
+    >>> conv("vit.embeddings.patch_embeddings.projection").kind
+    'conv'
+
+    Args:
+      module: the torch module's name.
+      axes: the roles of the kernel's axes; None for `"i…io"`, after the batch axes of a stack.
+
+    Returns:
+      The row.
+    """
+    return Row(kind="conv", parts=_parts(module), axes=axes)
+
+
+def vector(
+    module: str | Part | Sequence[Part],
+    *,
+    parameter: str = "bias",
+    axes: str | None = None,
+    outputs: Sequence[int] | None = None,
+) -> Row:
+    """Makes the row of a bias, or of a scale of a norm layer.
+
+    >>> vector("model.norm", parameter="weight").parameter
+    'weight'
+
+    Args:
+      module: as in `linear`; of a bias, with the parts of the kernel.
+      parameter: the name of the torch parameter.
+      axes: the roles of the leaf's axes; None for outputs, after the batch axes of a stack.
+      outputs: as in `linear`.
+
+    Returns:
+      The row.
+    """
+    order = None if outputs is None else tuple(outputs)
+    return Row(kind="vector", parts=_parts(module), parameter=parameter, axes=axes, outputs=order)
+
+
+def layer(path: str, module: str, *, conv1d: bool = False, axes: str | None = None) -> dict[str, Row]:
+    """Makes the rows of the kernel and the bias of a linear layer.
+
+    >>> sorted(layer("encoder/{i}/up", "encoder.layers.{i}.fc1"))
+    ['encoder/{i}/up/bias', 'encoder/{i}/up/kernel']
+
+    Args:
+      path: the path of the layer; its leaves are `kernel` and `bias`.
+      module: the torch module's name.
+      conv1d: as in `linear`.
+      axes: as in `linear`.
+
+    Returns:
+      The rows, a part of a mapping.
+    """
+    return {f"{path}/kernel": linear(module, conv1d=conv1d, axes=axes), f"{path}/bias": vector(module)}
+
+
+def norm(path: str, module: str) -> dict[str, Row]:
+    """Makes the rows of the scale and the bias of a norm layer.
+
+    >>> norm("norm", "model.norm")["norm/scale"].parameter
+    'weight'
+
+    Args:
+      path: the path of the layer; its leaves are `scale` and, unless it has none, `bias`.
+      module: the torch module's name.
+
+    Returns:
+      The rows, a part of a mapping.
+    """
+    return {f"{path}/scale": vector(module, parameter="weight"), f"{path}/bias": vector(module)}
+
+
+def _parts(module: str | Part | Sequence[Part]) -> tuple[Part, ...]:
+    if isinstance(module, str):
+        return (Part(module),)
+    return (module,) if isinstance(module, Part) else tuple(module)

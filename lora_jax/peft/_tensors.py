@@ -1,0 +1,91 @@
+"""The tensors of a file by torch module, which of them leaves have taken, and what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from ._layout import Values, outputs_from_torch
+from ._names import expected_shape, from_torch, parse, suffix
+from ._sites import Site
+
+
+class Tensors:
+    """The tensors of a file.
+
+    Attributes:
+      arrays: by their names in the file.
+      modules: for each torch module, the names in the file by our names.
+      taken: the names in the file of those that leaves have taken.
+      problems: what does not fit.
+    """
+
+    def __init__(self, arrays: Mapping[str, Values]) -> None:
+        self.arrays = arrays
+        self.modules: dict[str, dict[str, str]] = {}
+        self.taken: set[str] = set()
+        self.problems: list[str] = []
+        for name in arrays:
+            if (parsed := parse(name)) is not None:
+                module, ours = parsed
+                self.modules.setdefault(module, {})[ours] = name
+
+    def lacking(self, places: list[Site]) -> list[Site]:
+        """Returns the modules that the file has no tensors of."""
+        return [site for site in places if site.module not in self.modules]
+
+    def left(self) -> list[str]:
+        """Returns the tensors that no leaf has taken. A bias of zeros changes nothing, and needs no leaf."""
+        rest = sorted(name for name in self.arrays if name not in self.taken)
+        zero = [name for name in rest if name.endswith(suffix("linear", "bias")) and not self.arrays[name].any()]
+        return [f"{name!r} {self.arrays[name].shape}" for name in rest if name not in zero]
+
+    def has(self, site: Site, name: str) -> bool:
+        return name in self.modules.get(site.module, ())
+
+    def take(self, site: Site, name: str, rank: int) -> Values | None:
+        """Returns a tensor as a matrix, with the leaf's outputs; None, after noting a problem, if it does not fit."""
+        stored = self.modules.get(site.module, {}).get(name)
+        if stored is None:
+            self.problems.append(f"{site.module!r} has no tensor {suffix(site.row.kind, name)}")
+            return None
+        self.taken.add(stored)
+        tensor = self.arrays[stored]
+        plain = name.replace("base.", "saved.")
+        d_out = site.last - site.first if site.part.of is None else site.part.of[1]
+        expected = expected_shape(plain, site.layout, d_out, rank)
+        if not stored.endswith(suffix(site.row.kind, plain)):
+            self.problems.append(
+                f"{stored!r} is not a tensor of a module of kind {site.row.kind!r}, as {site.path!r} is"
+            )
+            return None
+        if tensor.shape != expected:
+            of_rank = f" and rank {rank}" if name in ("a", "b") else ""
+            self.problems.append(
+                f"{stored!r} has shape {tensor.shape}; expected {expected}, for {site.path!r}{of_rank}"
+            )
+            return None
+        matrix = from_torch(plain, tensor, site.layout)
+        return matrix if name in ("a", "lambda_d") else outputs_from_torch(site.of_module(matrix), site.part)
+
+    def outputs(
+        self, places: list[Site], name: str, start: Values | None, relative: Mapping[Site, float] | None = None
+    ) -> Values:
+        """Returns an array whose last axis is the outputs, from all modules of a leaf; `start` where there is none."""
+        layout = places[0].layout
+        result = None if start is None else np.array(start)
+        for site in places:
+            if not self.has(site, name):
+                if start is None:
+                    self.problems.append(f"{site.module!r} has no tensor {suffix('linear', name)}")
+                continue
+            if (tensor := self.take(site, name, 0)) is None:
+                continue
+            if relative is not None and relative[site] != 1:
+                tensor = tensor * np.asarray(relative[site], tensor.dtype)
+            if result is None:
+                result = np.zeros((*layout.batch, layout.d_out), tensor.dtype)
+            result = result.astype(tensor.dtype)
+            result[(*site.index, ..., site.outputs)] = tensor
+        return np.zeros((*layout.batch, layout.d_out), np.float32) if result is None else result

@@ -1,0 +1,816 @@
+"""PEFT's files: what `export` writes and `load` reads, and what both refuse. `oracle/test_peft_files.py` runs PEFT."""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from helpers import bits
+from jax import Array
+
+import lora_jax as lj
+from lora_jax import peft
+from lora_jax._core.paths import flatten
+from lora_jax.peft._names import parse
+
+L, D, H, HD, F, V = 3, 8, 2, 4, 6, 10
+QUERY = peft.Part("layers.{i}.q", interleaved=HD, factor=0.5)
+GATE_UP = [peft.Part("mlp.gate", size=4), peft.Part("mlp.up", size=8)]
+
+
+def array(*shape: int, seed: int = 0, dtype: Any = np.float32) -> Array:
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(dtype))
+
+
+def made(variant: Any, shape: tuple[int, ...], axes: str = "", *, seed: int = 0, dtype: Any = np.float32) -> lj.Adapter:
+    """An adapter with random arrays, without a compilation."""
+    shapes = variant.shapes(shape, axes)
+    arrays = {name: array(*size, seed=seed + at, dtype=dtype) for at, (name, size) in enumerate(shapes.items())}
+    return lj.Adapter(variant, axes, **arrays)
+
+
+def params_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    return {path: array(*shape, seed=50 + at) for at, (path, shape) in enumerate(shapes.items())}
+
+
+def stored(path: Path) -> dict[str, tuple[int, ...]]:
+    """The names and shapes in a file, without the prefix."""
+    tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model."): tensor.shape for name, tensor in tensors.items()}
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "adapter_config.json").read_text())
+
+
+LORA = lj.LoRA(rank=2, alpha=4)
+# For each layer kind: the shape, the axes, the row, and the tensors that LoRA of rank 2 has in PEFT.
+LAYERS: dict[str, tuple[tuple[int, ...], str, peft.Row, dict[str, tuple[int, ...]]]] = {
+    "dense": ((D, F), "io", peft.linear("fc"), {"fc.lora_A.weight": (2, D), "fc.lora_B.weight": (F, 2)}),
+    "Conv1D": (
+        (F, D),
+        "oi",
+        peft.linear("fc", axes="oi", conv1d=True),
+        {"fc.lora_A.weight": (2, D), "fc.lora_B.weight": (F, 2)},
+    ),
+    "query": (
+        (D, H, HD),
+        "ioo",
+        peft.linear("q", axes="ioo"),
+        {"q.lora_A.weight": (2, D), "q.lora_B.weight": (H * HD, 2)},
+    ),
+    "attention output": (
+        (H, HD, D),
+        "iio",
+        peft.linear("o", axes="iio"),
+        {"o.lora_A.weight": (2, H * HD), "o.lora_B.weight": (D, 2)},
+    ),
+    "other orders": (
+        (HD, H, D, 3),
+        "iioo",
+        peft.linear("o", axes="iioo", inputs=(1, 0), outputs=(1, 0)),
+        {"o.lora_A.weight": (2, H * HD), "o.lora_B.weight": (3 * D, 2)},
+    ),
+    "stack of queries": (
+        (L, D, H, HD),
+        "bioo",
+        peft.linear(QUERY, axes="bioo"),
+        {f"layers.{i}.q.lora_A.weight": (2, D) for i in range(L)}
+        | {f"layers.{i}.q.lora_B.weight": (H * HD, 2) for i in range(L)},
+    ),
+    "stack on the second axis": (
+        (D, L, F),
+        "ibo",
+        peft.linear("layers.{i}.fc", axes="ibo"),
+        {f"layers.{i}.fc.lora_A.weight": (2, D) for i in range(L)}
+        | {f"layers.{i}.fc.lora_B.weight": (F, 2) for i in range(L)},
+    ),
+    "fused": (
+        (D, 12),
+        "io",
+        peft.linear(GATE_UP),
+        {"mlp.gate.lora_A.weight": (2, D), "mlp.gate.lora_B.weight": (4, 2)}
+        | {"mlp.up.lora_A.weight": (2, D), "mlp.up.lora_B.weight": (8, 2)},
+    ),
+    "embedding": (
+        (V, D),
+        "io",
+        peft.embedding("embed"),
+        {"embed.lora_embedding_A": (2, V), "embed.lora_embedding_B": (D, 2)},
+    ),
+    "conv": (
+        (3, 5, D, F),
+        "iiio",
+        peft.conv("conv"),
+        {"conv.lora_A.weight": (2, D, 3, 5), "conv.lora_B.weight": (F, 2, 1, 1)},
+    ),
+}
+VARIANTS = [
+    LORA,
+    lj.RSLoRA(rank=2, alpha=3, dropout=0.1),
+    lj.DoRA(rank=2, alpha=4),
+    lj.DoRA(rank=2, alpha=4, rank_stabilized=True),
+    lj.ALoRA(rank=2, alpha=4, invocation=(5, 6)),
+    lj.Full(),
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_exported_loads_as_it_was(kind: str, variant: Any, tmp_path: Path) -> None:
+    shape, axes, row, tensors = LAYERS[kind]
+    adapter = {"kernel": made(variant, shape, axes if variant.needs_axes else "")}
+    params, mapping = params_of({"kernel": shape}), {"kernel": row}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    back = peft.load(tmp_path, mapping, params)
+    assert bits(back) == bits(adapter)
+    assert back["kernel"].variant == variant and back["kernel"].axes == adapter["kernel"].axes
+    if variant is LORA:
+        assert stored(tmp_path) == tensors
+
+
+def test_the_configuration_has_exact_modules_and_patterns(tmp_path: Path) -> None:
+    params = params_of({"a/kernel": (D, F), "b/kernel": (D, F), "c/kernel": (D, F), "c/bias": (F,)})
+    variants = {"a/kernel": LORA, "b/kernel": LORA, "c/kernel": lj.LoRA(rank=3, alpha=1.5, dropout=0)}
+    adapter = {path: made(variant, (D, F), "io") for path, variant in variants.items()}
+    mapping = peft.layer("{name}", "model.{name}")
+    peft.export(tmp_path, adapter, mapping, base=params, base_name="some/model", task_type="CAUSAL_LM")
+    assert config_of(tmp_path) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/model",
+        "inference_mode": True,
+        "r": 2,
+        "lora_alpha": 4,
+        "rank_pattern": {r"^model\.c": 3},
+        "alpha_pattern": {r"^model\.c": 1.5},
+        "target_modules": ["model.a", "model.b", "model.c"],
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "trainable_token_indices": None,
+        "alora_invocation_tokens": None,
+        "ensure_weight_tying": False,
+        "init_lora_weights": True,
+    }
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_the_scale_and_the_rotary_order_apply_to_outputs_only(tmp_path: Path) -> None:
+    params, mapping = params_of({"q": (L, D, H, HD)}), {"q": peft.linear(QUERY, axes="bioo")}
+    adapter = {"q": made(lj.DoRA(rank=2, alpha=4), (L, D, H, HD), "bioo")}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    order = [0, 2, 1, 3, 4, 6, 5, 7]  # two heads of size 4: the pairs (0, 1), (2, 3) become (0, 2), (1, 3)
+    b, magnitude = np.asarray(adapter["q"].b[1]).reshape(2, -1), np.asarray(adapter["q"].magnitude[1]).reshape(-1)
+    np.testing.assert_array_equal(tensors["base_model.model.layers.1.q.lora_B.weight"], b.T[order] / 0.5)
+    np.testing.assert_array_equal(tensors["base_model.model.layers.1.q.lora_magnitude_vector"], magnitude[order] / 0.5)
+    np.testing.assert_array_equal(tensors["base_model.model.layers.1.q.lora_A.weight"], adapter["q"].a[1].T)
+
+
+def test_a_tied_head_has_the_factors_of_its_embedding(tmp_path: Path) -> None:
+    params, mapping = params_of({"embed": (V, D)}), {"embed": peft.embedding("model.embed_tokens", head="lm_head")}
+    adapter = {"embed": made(LORA, (V, D), "io")}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert stored(tmp_path) == {
+        "model.embed_tokens.lora_embedding_A": (2, V),
+        "model.embed_tokens.lora_embedding_B": (D, 2),
+        "lm_head.lora_A.weight": (2, D),
+        "lm_head.lora_B.weight": (V, 2),
+    }
+    assert config_of(tmp_path)["ensure_weight_tying"]
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_biases_of_b_are_completed_for_all_modules_and_not_read_back(tmp_path: Path) -> None:
+    params = params_of({"a/kernel": (D, F), "a/bias": (F,), "b/kernel": (D, F), "b/bias": (F,)})
+    adapter = {path: made(LORA, (D, F), "io") for path in ("a/kernel", "b/kernel")}
+    adapter["a/bias"] = made(lj.LoRABias(scale=2), (F,))
+    mapping = peft.layer("{name}", "{name}")
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert stored(tmp_path)["b.lora_B.bias"] == (F,)
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(dict(sorted(adapter.items())))
+
+
+def test_a_module_is_saved_with_all_its_parameters_and_read_back_as_one(tmp_path: Path) -> None:
+    params = params_of({"head/kernel": (D, F), "head/bias": (F,)})
+    adapter, mapping = {"head/bias": made(lj.Full(), (F,))}, peft.layer("head", "score")
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert stored(tmp_path) == {"score.weight": (F, D), "score.bias": (F,)}
+    assert config_of(tmp_path)["modules_to_save"] == ["score"]
+    assert config_of(tmp_path)["target_modules"] == "dummy-target-modules"
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_a_bias_of_an_adapted_layer_is_in_its_base_layer(tmp_path: Path) -> None:
+    params = params_of({"fc/kernel": (D, F), "fc/bias": (F,)})
+    adapter = {"fc/bias": made(lj.Full(), (F,)), "fc/kernel": made(LORA, (D, F), "io")}
+    mapping = peft.layer("fc", "fc")
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert "fc.base_layer.bias" in stored(tmp_path) and config_of(tmp_path)["bias"] == "lora_only"
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_rows_are_stored_as_values(tmp_path: Path) -> None:
+    params, mapping = params_of({"embed": (V, D)}), {"embed": peft.embedding("embed_tokens")}
+    adapter = {"embed": made(lj.Rows(ids=(7, 2)), (V, D), "io")}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    (rows,) = tensors.values()
+    np.testing.assert_allclose(rows, params["embed"][np.array([7, 2])] + adapter["embed"].rows, rtol=1e-6)
+    back = peft.load(tmp_path, mapping, params)["embed"]
+    assert back.variant == lj.Rows(ids=(7, 2))
+    np.testing.assert_allclose(back.rows, adapter["embed"].rows, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+def test_dtypes_are_kept(dtype: Any, tmp_path: Path) -> None:
+    params, mapping = params_of({"kernel": (D, F)}), {"kernel": peft.linear("fc")}
+    adapter = {"kernel": made(LORA, (D, F), "io", dtype=dtype)}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_only_shapes_of_the_base_are_needed_for_factors(tmp_path: Path) -> None:
+    params, mapping = params_of({"kernel": (64, F)}), {"kernel": peft.linear("fc"), "bias": peft.vector("fc")}
+    adapter = {"kernel": made(LORA, (64, F), "io")}
+    for base in (jax.eval_shape(lambda: params), lj.quant.quantize(params, {"kernel": lj.quant.NF4(axes="io")})):
+        peft.export(tmp_path, adapter, mapping, base=base)
+        assert bits(peft.load(tmp_path, mapping, base)) == bits(adapter)
+    peft.export(tmp_path, {"bias": made(lj.Full(), (F,))}, mapping, base=params_of({"bias": (F,)}))
+    text = refused_load(tmp_path, mapping, jax.eval_shape(lambda: params_of({"bias": (F,)})))
+    assert "'bias': its values in `params` are needed, for 'fc'; got a shape" in text
+
+
+def test_adalora_is_exported_after_it_is_compacted(tmp_path: Path) -> None:
+    part = made(lj.AdaLoRA(rank=4, alpha=8), (D, F), "io")
+    params, mapping = params_of({"kernel": (D, F)}), {"kernel": peft.linear("fc")}
+    adapter = {"kernel": lj.Adapter(part.variant, "io", a=part.a, b=part.b, e=jnp.array([0.0, 2.0, 0.0, 3.0]))}
+    compacted = lj.adaptive.compact(adapter)
+    peft.export(tmp_path, compacted, mapping, base=params)
+    assert config_of(tmp_path)["r"] == 2
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(compacted)
+
+
+def test_the_collection_of_linen_may_precede_a_path(tmp_path: Path) -> None:
+    params = {"params": params_of({"kernel": (D, F)})}
+    adapter = {"params/kernel": made(LORA, (D, F), "io")}
+    peft.export(tmp_path, adapter, {"kernel": peft.linear("fc")}, base=params)
+    assert list(peft.load(tmp_path, {"kernel": peft.linear("fc")}, params)) == ["params/kernel"]
+
+
+def test_a_new_export_replaces_an_old_one_and_leaves_nothing_else(tmp_path: Path) -> None:
+    params, mapping = params_of({"kernel": (D, F)}), {"kernel": peft.linear("fc")}
+    for seed in range(2):
+        adapter = {"kernel": made(LORA, (D, F), "io", seed=seed)}
+        peft.export(tmp_path / "new" / "adapter", adapter, mapping, base=params)
+    assert bits(peft.load(tmp_path / "new" / "adapter", mapping, params)) == bits(adapter)
+    names = sorted(path.name for path in (tmp_path / "new" / "adapter").iterdir())
+    assert names == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+# Adapters that only PEFT makes
+
+
+CONFIG = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["fc"]}
+FC = {"fc.lora_A.weight": (2, D), "fc.lora_B.weight": (F, 2)}
+
+
+def write(path: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]], **values: Any) -> dict[str, Any]:
+    """Writes a file with random tensors, as PEFT would; returns them."""
+    tensors = {
+        f"base_model.model.{name}": np.asarray(array(*shape, seed=at))
+        for at, (name, shape) in enumerate(shapes.items())
+    }
+    tensors |= values
+    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
+
+
+def change(part: lj.Adapter) -> np.ndarray:
+    """scale·a·b of `(batch…, in, out)`."""
+    return np.asarray(part.variant.scale * part.a @ part.b)
+
+
+def product(tensors: dict[str, Any], module: str, scale: float) -> np.ndarray:
+    return scale * (tensors[f"{module}.lora_B.weight"] @ tensors[f"{module}.lora_A.weight"]).T
+
+
+def test_fused_modules_with_different_factors_have_the_sum_of_their_ranks(tmp_path: Path) -> None:
+    config = CONFIG | {"target_modules": ["gate", "up"], "rank_pattern": {"up": 3}, "alpha_pattern": {"gate": 8}}
+    shapes = {"mlp.gate.lora_A.weight": (2, D), "mlp.gate.lora_B.weight": (4, 2)}
+    shapes |= {"mlp.up.lora_A.weight": (3, D), "mlp.up.lora_B.weight": (8, 3)}
+    tensors = write(tmp_path, config, shapes)
+    part = peft.load(tmp_path, {"kernel": peft.linear(GATE_UP)}, params_of({"kernel": (D, 12)}))["kernel"]
+    assert part.variant == lj.LoRA(rank=5, alpha=20)
+    expected = np.concatenate([product(tensors, "mlp.gate", 4), product(tensors, "mlp.up", 4 / 3)], axis=1)
+    np.testing.assert_allclose(change(part), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_a_stack_may_have_different_ranks_and_scales_or_none(tmp_path: Path) -> None:
+    config = CONFIG | {"rank_pattern": {r"layers\.2\.fc": 3}, "target_modules": ["layers.0.fc", "layers.2.fc"]}
+    shapes = {"layers.0.fc.lora_A.weight": (2, D), "layers.0.fc.lora_B.weight": (F, 2)}
+    shapes |= {"layers.2.fc.lora_A.weight": (3, D), "layers.2.fc.lora_B.weight": (F, 3)}
+    tensors = write(tmp_path, config, shapes)
+    part = peft.load(tmp_path, {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (L, D, F)}))["fc"]
+    assert part.variant == lj.LoRA(rank=3, alpha=6) and part.axes == "bio"
+    expected = [product(tensors, "layers.0.fc", 2), np.zeros((D, F)), product(tensors, "layers.2.fc", 4 / 3)]
+    np.testing.assert_allclose(change(part), expected, rtol=1e-5, atol=1e-6)
+
+
+QKV = [("query", (0, 24)), ("key", (8, 24)), ("value", (16, 24))]  # three leaves of one module
+FUSED = {f"{name}/kernel": peft.linear(peft.Part("qkv", of=of)) for name, of in QKV}
+FUSED |= {f"{name}/bias": peft.vector(peft.Part("qkv", of=of)) for name, of in QKV}
+FUSED_SHAPES = {f"{name}/kernel": (D, 8) for name, _ in QKV} | {f"{name}/bias": (8,) for name, _ in QKV}
+
+
+@pytest.mark.parametrize("make", [lj.LoRA, lj.RSLoRA, lj.DoRA])
+def test_a_module_that_fuses_leaves_has_block_diagonal_factors(make: Any, tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    paths = ["key/kernel", "query/kernel", "value/kernel"] if make is lj.DoRA else ["key/kernel", "query/kernel"]
+    adapter = {path: made(make(rank=2, alpha=4), (D, 8), "io", seed=at) for at, path in enumerate(paths)}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    shapes = stored(tmp_path)
+    assert shapes["qkv.lora_A.weight"] == (2 * len(paths), D) and shapes["qkv.lora_B.weight"] == (24, 2 * len(paths))
+    assert bits(peft.load(tmp_path, FUSED, params)) == bits(adapter)
+
+
+def test_leaves_that_share_their_first_factor_keep_their_rank(tmp_path: Path) -> None:
+    config = CONFIG | {"target_modules": ["qkv"]}
+    tensors = write(tmp_path, config, {"qkv.lora_A.weight": (2, D), "qkv.lora_B.weight": (24, 2)})
+    params = params_of(FUSED_SHAPES)
+    adapter = peft.load(tmp_path, FUSED, params)
+    expected = product(tensors, "qkv", 2)
+    got = np.concatenate([change(adapter[f"{name}/kernel"]) for name, _ in QKV], axis=1)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    assert stored(tmp_path) == {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def test_scales_of_fused_leaves_are_multiplied_into_the_second_factor(tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    variants = {"key/kernel": lj.LoRA(rank=1, alpha=3), "query/kernel": lj.LoRA(rank=3, alpha=3)}
+    adapter = {path: made(variant, (D, 8), "io", seed=at) for at, (path, variant) in enumerate(variants.items())}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    back = peft.load(tmp_path, FUSED, params)
+    for path, part in adapter.items():
+        np.testing.assert_allclose(change(back[path]), change(part), rtol=1e-5, atol=1e-6)
+
+
+def test_a_fused_module_is_saved_with_the_base_of_the_other_leaves(tmp_path: Path) -> None:
+    params, adapter = params_of(FUSED_SHAPES), {"key/bias": made(lj.Full(), (8,))}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    assert stored(tmp_path) == {"qkv.weight": (24, D), "qkv.bias": (24,)}
+    assert bits(peft.load(tmp_path, FUSED, params)) == bits(adapter)
+
+
+def test_fused_leaves_that_lack_a_part_or_differ_are_refused(tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    adapter = {"key/kernel": made(lj.DoRA(rank=2, alpha=4), (D, 8), "io")}
+    text = refused_export(adapter, FUSED, params, tmp_path)
+    assert "'qkv' fuses 24 outputs, and the leaves have 8 of its magnitude" in text
+    adapter = {"key/kernel": made(LORA, (D, 8), "io"), "query/kernel": made(lj.RSLoRA(rank=2, alpha=4), (D, 8), "io")}
+    text = refused_export(adapter, FUSED, params, tmp_path)
+    assert "'query/kernel': 'qkv' fuses RSLoRA(rank=2, alpha=4) with LoRA(rank=2" in text
+    row = {"key/kernel": peft.linear(peft.Part("qkv", of=(20, 24)))}
+    text = refused_export({"key/kernel": made(LORA, (D, 8), "io")}, row, params, tmp_path)
+    assert "'key/kernel': 'qkv' has 8 outputs from 20, more than its 24" in text
+
+
+def test_a_layer_that_the_configuration_states_and_the_file_lacks_is_named(tmp_path: Path) -> None:
+    shapes = {"layers.0.fc.lora_A.weight": (2, D), "layers.0.fc.lora_B.weight": (F, 2)}
+    write(tmp_path, CONFIG, shapes)
+    text = refused_load(tmp_path, {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (L, D, F)}))
+    assert "'layers.1.fc' is in target_modules, and has no tensors" in text
+
+
+def test_patterns_match_as_in_peft_and_the_first_decides(tmp_path: Path) -> None:
+    patterns = {"ayers.1.fc": 5, r"layers\.1\.fc": 3, "fc": 1}  # the first matches no whole name
+    config = CONFIG | {"rank_pattern": patterns, "target_modules": r"layers\.\d\.fc"}
+    shapes = {"layers.0.fc.lora_A.weight": (1, D), "layers.0.fc.lora_B.weight": (F, 1)}
+    shapes |= {"layers.1.fc.lora_A.weight": (3, D), "layers.1.fc.lora_B.weight": (F, 3)}
+    write(tmp_path, config, shapes)
+    mapping = {"{i}/kernel": peft.linear("layers.{i}.fc")}
+    adapter = peft.load(tmp_path, mapping, params_of({"0/kernel": (D, F), "1/kernel": (D, F)}))
+    assert [part.variant.rank for part in adapter.values()] == [1, 3]
+
+
+def test_a_copy_of_the_base_is_compared(tmp_path: Path) -> None:
+    params, mapping = params_of({"embed": (V, D)}), {"embed": peft.embedding("embed")}
+    shapes = {"embed.lora_embedding_A": (2, V), "embed.lora_embedding_B": (D, 2)}
+    copy = {"base_model.model.embed.base_layer.weight": np.asarray(params["embed"])}
+    write(tmp_path, CONFIG | {"target_modules": ["embed"]}, shapes, **copy)
+    assert list(peft.load(tmp_path, mapping, params)) == ["embed"]
+    with pytest.raises(lj.CheckpointError, match=r"embed.base_layer.weight' is not the base's value at 'embed'"):
+        peft.load(tmp_path, mapping, {"embed": params["embed"] + 1})
+
+
+def vera_file(path: Path, seed: int, config: Any = ()) -> dict[str, Any]:
+    """A file as of PEFT's VeRA, for two modules of different sizes."""
+    settings = {"peft_type": "VERA", "r": 3, "target_modules": ["fc", "up"], "projection_prng_key": seed}
+    shapes = {"fc.vera_lambda_d": (3,), "fc.vera_lambda_b": (F,), "up.vera_lambda_d": (3,), "up.vera_lambda_b": (12,)}
+    shared = {"base_model.vera_A": np.asarray(array(3, D)), "base_model.vera_B": np.asarray(array(12, 3))}
+    return write(path, settings | dict(config), shapes, **shared)
+
+
+VERA = {"a": peft.linear("fc"), "b": peft.linear(peft.Part("up", interleaved=4, factor=0.5))}
+
+
+def test_vera_of_another_generator_loads_as_lora(tmp_path: Path) -> None:
+    tensors = vera_file(tmp_path, 0)
+    adapter = peft.load(tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)}))
+    assert [part.variant for part in adapter.values()] == [lj.LoRA(rank=3, alpha=3)] * 2
+    a, b = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    expected = [
+        (tensors[f"{name}.vera_lambda_b"][:, None] * b[:out] * tensors[f"{name}.vera_lambda_d"] @ a[:, :d_in]).T
+        for name, d_in, out in (("fc", 4, F), ("up", D, 12))
+    ]
+    order = [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11]
+    np.testing.assert_allclose(change(adapter["a"]), expected[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(change(adapter["b"]), 0.5 * expected[1][:, order], rtol=1e-5, atol=1e-6)
+
+
+def test_vera_is_stored_with_its_matrices_and_read_back(tmp_path: Path) -> None:
+    shapes = {"a": (L, 4, F), "b": (D, H, HD)}
+    params = params_of(shapes)
+    mapping = {"a": peft.linear("layers.{i}.fc"), "b": peft.linear(peft.Part("q", factor=0.5), axes="ioo")}
+    variant = lj.VeRA(rank=3, seed=7, start_d=0.2)
+    adapter = {"a": made(variant, shapes["a"], "bio"), "b": made(variant, shapes["b"], "ioo")}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert config_of(tmp_path)["peft_type"] == "VERA"
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert tensors["base_model.vera_A"].shape == (3, D) and tensors["base_model.vera_B"].shape == (H * HD, 3)
+    back = peft.load(tmp_path, mapping, params)
+    assert [part.variant for part in back.values()] == [variant, variant]
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(adapter), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6)
+
+
+def test_vera_that_is_mixed_or_damaged_is_refused(tmp_path: Path) -> None:
+    adapter = {"a": made(lj.VeRA(rank=3, seed=7), (D, F), "io"), "b": made(LORA, (D, F), "io")}
+    mapping, params = {"a": peft.linear("a"), "b": peft.linear("b")}, params_of({"a": (D, F), "b": (D, F)})
+    text = refused_export(adapter, mapping, params, tmp_path)
+    assert "'b' has factors, LoRABias or Rows, and 'a' has VeRA; PEFT has one or the other" in text
+    adapter["b"] = made(lj.VeRA(rank=3, seed=8), (D, F), "io")
+    text = refused_export(adapter, mapping, params, tmp_path)
+    assert "'b': PEFT has one setting of VeRA for all modules; here it is VeRA(rank=3, seed=8), and VeRA(rank=3" in text
+    vera_file(tmp_path, 0)
+    text = refused_load(tmp_path, VERA, params_of({"a": (4, F), "b": (D + 1, 12)}))
+    assert "'b': vera_A and vera_B are missing or too small for its module" in text
+    vera_file(tmp_path, 0, {"r": 4})
+    assert "fc.vera_lambda_d' has shape (3,); expected (4,), for 'a'" in refused_load(
+        tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)})
+    )
+    vera_file(tmp_path, 0, {"save_projection": False})
+    assert "save_projection is false: the random matrices are not in the file" in refused_load(tmp_path)
+
+
+# Refusals
+
+
+def refused_export(adapter: Any, mapping: Any, params: Any, path: Path) -> str:
+    with pytest.raises((lj.AdapterError, lj.SpecError)) as error:
+        peft.export(path / "new", adapter, mapping, base=params)
+    assert not (path / "new").exists()
+    return str(error.value)
+
+
+def test_all_leaves_that_cannot_be_written_are_in_one_error(tmp_path: Path) -> None:
+    shapes = {"a": (D, F), "b": (D, F), "c": (F, D), "d": (D, H, HD), "e": (D, F), "f": (D, F), "g": (F,)}
+    adapter = {
+        "a": made(LORA, (D, F), "io"),
+        "b": made(lj.AdaLoRA(rank=2, alpha=4), (D, F), "io"),
+        "c": made(lj.VeRA(rank=2, seed=0), (F, D), "oi"),
+        "d": made(LORA, (D, H, HD), "ioo"),
+        "e": made(lj.Rows(ids=(1,)), (D, F), "io"),
+        "f": made(LORA, (D, F), "io"),
+        "g": made(lj.LoRABias(scale=3), (F,)),
+    }
+    mapping = {name: peft.linear(f"m.{name}") for name in "bde"}
+    mapping["c"] = peft.linear(peft.Part("m.c", interleaved=2), axes="oi")
+    mapping |= {"f": peft.linear([peft.Part(f"m.{i}") for i in range(4)]), "g": peft.vector("m.g")}
+    assert refused_export(adapter, mapping, params_of(shapes), tmp_path) == (
+        "Expected an adapter that PEFT's format and the mapping can express; got:\n"
+        "  1 leaf that no row of the mapping matches:\n"
+        "  'a'\n"
+        "  6 problems:\n"
+        "  'b': it has AdaLoRA, whose pruned directions the format does not have; call adaptive.compact first\n"
+        "  'c': it has VeRA, which PEFT has for linear modules whose outputs are in the order of the leaf\n"
+        "  'd': its shape is (8, 2, 4), and its row has axes None; state its axes in the row\n"
+        "  'e': it has Rows, which PEFT has for embeddings; its row is of kind 'linear'\n"
+        "  'f': it has 6 outputs, which its row does not divide into 4 parts\n"
+        "  'm.g' has LoRABias, and its kernel has no factors\n"
+        "  Add rows to the mapping, or change the leaves; nothing was written."
+    )
+
+
+TWO = {"a/kernel": (D, F), "a/bias": (F,), "b/kernel": (D, F)}
+SAME = peft.layer("{name}", "{name}")
+
+
+@pytest.mark.parametrize(
+    ("variants", "expected"),
+    [
+        ({"a/kernel": LORA, "b/kernel": lj.DoRA(rank=2, alpha=4)}, "'b/kernel': PEFT has one setting of DoRA for all"),
+        ({"a/kernel": LORA, "b/kernel": lj.LoRA(rank=2, alpha=4, dropout=0.5)}, "of dropout for all modules; here it"),
+        ({"a/kernel": LORA, "a/bias": lj.LoRABias(scale=3)}, "'a' has LoRABias(scale=3), and its kernel LoRA(rank=2"),
+        (
+            {"a/kernel": lj.DoRA(rank=2, alpha=4), "a/bias": lj.LoRABias(scale=2)},
+            "'a/kernel': PEFT has no lora_bias for DoRA, and other leaves have LoRABias",
+        ),
+    ],
+)
+def test_combinations_that_peft_does_not_have_are_refused(variants: Any, expected: str, tmp_path: Path) -> None:
+    adapter = {path: made(variant, TWO[path], "io" if variant.needs_axes else "") for path, variant in variants.items()}
+    assert expected in refused_export(adapter, SAME, params_of(TWO), tmp_path)
+
+
+def test_a_matrix_for_a_row_of_a_vector_is_refused(tmp_path: Path) -> None:
+    adapter = {"a/bias": made(LORA, (D, F), "io")}
+    expected = "'a/bias': the adapter has axes 'io', and its row 'oo'"
+    assert expected in refused_export(adapter, SAME, params_of({"a/bias": (D, F)}), tmp_path)
+
+
+def test_values_that_are_not_finite_and_bases_without_values_are_refused(tmp_path: Path) -> None:
+    part = made(LORA, (D, F), "io")
+    bad = lj.Adapter(part.variant, "io", a=part.a.at[0, 0].set(jnp.nan), b=part.b)
+    text = refused_export({"a/kernel": bad}, SAME, params_of(TWO), tmp_path)
+    assert "'a/kernel': its a has values that are not finite" in text
+    stack = {"a": lj.Adapter(LORA, "bio", a=jnp.full((L, D, 2), jnp.inf), b=jnp.zeros((L, 2, F)))}
+    text = refused_export(stack, {"a": peft.linear("{i}.fc")}, params_of({"a": (L, D, F)}), tmp_path)
+    assert text.count("'a': its a has values that are not finite") == 1
+    shapes = jax.eval_shape(lambda: params_of(TWO))
+    text = refused_export({"a/bias": made(lj.Full(), (F,))}, SAME, shapes, tmp_path)
+    assert "'a/kernel': its values in `base` are needed; got a shape" in text
+    assert "  'x' is not in `base`" in refused_export({"x": part}, SAME, params_of(TWO), tmp_path)
+
+
+def test_two_leaves_of_one_tensor_and_dora_of_a_tied_table_are_refused(tmp_path: Path) -> None:
+    adapter = {path: made(LORA, (D, F), "io") for path in ("a/kernel", "b/kernel")}
+    text = refused_export(adapter, {"**/kernel": peft.linear("fc")}, params_of(TWO), tmp_path)
+    assert "'b/kernel': another leaf is also stored as fc.lora_B.weight" in text
+    text = refused_export(
+        {"a/kernel": made(lj.DoRA(rank=2, alpha=4), (D, F), "io")},
+        {"**/kernel": peft.embedding("embed", head="lm_head")},
+        params_of(TWO),
+        tmp_path,
+    )
+    assert "it has DoRA, whose magnitude cannot be tied to that of the head 'lm_head'" in text
+
+
+def test_mappings_and_rows_are_checked(tmp_path: Path) -> None:
+    assert refused_export({}, {}, {}, tmp_path).startswith("Expected an adapter to export, with at least one leaf")
+    text = refused_export({}, {"a": "fc"}, {}, tmp_path)
+    assert text.startswith("Expected a mapping from paths to rows, such as `peft.presets.bert()`; got dict.")
+    with pytest.raises(lj.SpecError, match="even size of a head for `interleaved`; got 3"):
+        peft.Part("q", interleaved=3)
+    with pytest.raises(lj.SpecError, match="positive `factor` for 'q'; got 0"):
+        peft.Part("q", factor=0)
+    with pytest.raises(lj.SpecError, match=r"order of axes such as \(1, 0, 2\) for `outputs`; got \(0, 2\)"):
+        peft.linear("q", outputs=(0, 2))
+    adapter = {"a/kernel": made(LORA, (D, F), "io")}
+    for row, expected in [
+        (peft.linear("q", outputs=(1, 0)), "its row orders 2 axes, and axes 'io' have 1 'o'"),
+        (peft.linear(peft.Part("q", interleaved=4)), "'q' has 6 outputs, which are not heads of size 4"),
+        (peft.linear("{i}.q"), "its shape is (8, 6), with 1 batch axes for i, and its row has axes None"),
+    ]:
+        assert expected in refused_export(adapter, {"a/kernel": row}, params_of(TWO), tmp_path)
+
+
+def refused_load(path: Path, mapping: Any = None, params: Any = None) -> str:
+    with pytest.raises(lj.CheckpointError) as error:
+        peft.load(path, mapping or peft.layer("fc", "fc"), params or params_of({"fc/kernel": (D, F), "fc/bias": (F,)}))
+    return str(error.value)
+
+
+def test_all_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
+    config = CONFIG | {"target_modules": ["fc", "up"], "modules_to_save": ["head"]}
+    shapes = {"fc.lora_A.weight": (3, D), "fc.lora_B.weight": (F, 3), "other.lora_A.weight": (2, D), "x": (1,)}
+    write(tmp_path, config, shapes)
+    mapping = {f"{name}/kernel": peft.linear(name) for name in ("fc", "up", "head")}
+    params = params_of({f"{name}/kernel": (D, F) for name in ("fc", "up", "head")})
+    assert refused_load(tmp_path, mapping, params) == (
+        f"Expected every tensor in {tmp_path} to fit a leaf of `params` through the mapping; got:\n"
+        "  2 tensors that no leaf of `params` takes:\n"
+        "  'base_model.model.other.lora_A.weight' (2, 8)\n"
+        "  'base_model.model.x' (1,)\n"
+        "  4 problems:\n"
+        "  'base_model.model.fc.lora_A.weight' has shape (3, 8); expected (2, 8), for 'fc/kernel' and rank 2\n"
+        "  'base_model.model.fc.lora_B.weight' has shape (6, 3); expected (6, 2), for 'fc/kernel' and rank 2\n"
+        "  'head' is in modules_to_save, and has no tensor\n"
+        "  'up' is in target_modules, and has no tensors\n"
+        "  Pass the mapping and the parameters of the model that the adapter was trained for."
+    )
+
+
+@pytest.mark.parametrize(
+    ("shapes", "config", "expected"),
+    [
+        ({"fc.lora_A.weight": (2, D)}, {}, "'fc' has no tensor .lora_B.weight"),
+        (FC, {"target_modules": ["up"]}, "'fc' has factors, and is not in target_modules: PEFT would not read them"),
+        (FC, {"use_dora": True}, "'fc' has no tensor .lora_magnitude_vector"),
+        (
+            {"fc.lora_embedding_A": (2, D), "fc.lora_embedding_B": (F, 2)},
+            {},
+            "'base_model.model.fc.lora_embedding_A' is not a tensor of a module of kind 'linear', as 'fc/kernel' is",
+        ),
+        (FC | {"fc.lora_B.bias": (F + 1,)}, {}, "fc.lora_B.bias' has shape (7,); expected (6,), for 'fc/bias'"),
+    ],
+)
+def test_tensors_and_configurations_that_disagree_are_refused(
+    shapes: Any, config: Any, expected: str, tmp_path: Path
+) -> None:
+    write(tmp_path, CONFIG | config, shapes)
+    assert expected in refused_load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; 'LORA' and 'VERA' can be read"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4': the adapter is for a base that",
+        ),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is set, which has no variant here"),
+        ({"target_parameters": ["experts"]}, "target_parameters is set; factors of parameters without a module"),
+        ({"r": 0}, "a rank is 0"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16'"),
+        ({"alpha_pattern": {"fc": None}}, "an alpha is None"),
+        ({"modules_to_save": "head"}, "modules_to_save is 'head'"),
+        ({"target_modules": [1]}, "target_modules is [1]"),
+        ({"lora_dropout": 2}, "'fc/kernel': Expected a number in [0, 1) for `dropout`; got dropout=2."),
+        ({"alora_invocation_tokens": []}, "'fc/kernel': Expected at least one integer for `invocation`; got []."),
+        ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression ("),
+    ],
+)
+def test_configurations_that_cannot_be_read_are_refused(config: Any, expected: str, tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | config, FC)
+    text = refused_load(tmp_path)
+    assert text.startswith(f"Expected a configuration that can be read, in {tmp_path}; got:\n  {expected}")
+
+
+def test_a_tied_head_without_or_with_other_factors_is_refused(tmp_path: Path) -> None:
+    mapping, params = {"embed": peft.embedding("embed", head="lm_head")}, params_of({"embed": (V, D)})
+    config = CONFIG | {"target_modules": ["embed", "lm_head"]}
+    shapes = {"embed.lora_embedding_A": (2, V), "embed.lora_embedding_B": (D, 2)}
+    write(tmp_path, config, shapes)
+    assert "'embed' has an adapter, and the head 'lm_head' that is tied to it has none" in refused_load(
+        tmp_path, mapping, params
+    )
+    write(tmp_path, config | {"ensure_weight_tying": True}, shapes)
+    assert list(peft.load(tmp_path, mapping, params)) == ["embed"]
+    write(tmp_path, config, shapes | {"lm_head.lora_A.weight": (2, D), "lm_head.lora_B.weight": (V, 2)})
+    shapes |= {"lm_head.lora_A.weight": (2, D), "lm_head.lora_B.weight": (V, 2)}
+    write(tmp_path, config | {"alpha_pattern": {"embed": 3}}, shapes)
+    expected = "'lm_head' has another rank or alpha than 'embed', to which it is tied"
+    assert expected in refused_load(tmp_path, mapping, params)
+    expected = "the adapter of 'lm_head' is not that of 'embed', to which it is tied"
+    assert expected in refused_load(tmp_path, mapping, params)
+
+
+def test_trainable_tokens_need_their_ids(tmp_path: Path) -> None:
+    mapping, params = {"embed": peft.embedding("embed")}, params_of({"embed": (V, D)})
+    shapes = {"embed.token_adapter.trainable_tokens_delta": (2, D)}
+    for ids, expected in [
+        ([V, 0], "'embed': the table has 10 rows, with axes 'io'; got ids=(10, 0)"),
+        ([-1, 0], "'embed': Expected an integer of at least 0 for `ids`; got ids=-1."),
+        ([1], "trainable_tokens_delta' has shape (2, 8); expected (1, 8), for 'embed'"),
+    ]:
+        write(tmp_path, CONFIG | {"trainable_token_indices": {"embed": ids}}, shapes)
+        assert expected in refused_load(tmp_path, mapping, params)
+    write(tmp_path, CONFIG, shapes)
+    assert "'embed' has trainable tokens, and trainable_token_indices does not state them" in refused_load(
+        tmp_path, mapping, params
+    )
+
+
+# Files
+
+
+def test_a_pickle_is_not_read(tmp_path: Path) -> None:
+    write(tmp_path, CONFIG, FC)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    text = refused_load(tmp_path)
+    assert f"Expected adapter_model.safetensors in {tmp_path}; got adapter_model.bin, which is a pickle." in text
+    assert "can run any code" in text
+
+
+def test_missing_files_and_directories_are_named(tmp_path: Path) -> None:
+    assert "adapter_config.json cannot be read.\n  FileNotFoundError" in refused_load(tmp_path / "none")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    assert "adapter_model.safetensors cannot be read.\n  FileNotFoundError" in refused_load(tmp_path)
+    file = tmp_path / "file"
+    file.write_text("")
+    adapter = {"a/kernel": made(LORA, (D, F), "io")}
+    with pytest.raises(lj.CheckpointError, match=r"Cannot write a PEFT adapter to .*file\.\n  \w+Error"):
+        peft.export(file, adapter, SAME, base=params_of(TWO))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"r": 1, "r": 2}', "ValueError: the key 'r' occurs twice"),
+        ("[" * 100_000, "RecursionError"),
+        ("[]", "it has a list in place of a JSON object"),
+        ("{", "JSONDecodeError"),
+        (b"\xff", "UnicodeDecodeError"),
+    ],
+)
+def test_a_damaged_configuration_is_refused(text: Any, expected: str, tmp_path: Path) -> None:
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "adapter_config.json").write_bytes(content)
+    assert f"Expected a valid adapter_config.json; {expected}" in refused_load(tmp_path)
+
+
+def header(entries: str, data: bytes = b"\0" * 8, size: int | None = None) -> bytes:
+    return struct.pack("<Q", len(entries) if size is None else size) + entries.encode() + data
+
+
+FLOAT = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"abc", "its header states 6513249 bytes, and the file has 3"),
+        (header("{}", size=2**60), "its header states 1152921504606846976 bytes, and the file has 18"),
+        (header(f'{{"x": {FLOAT}, "x": {FLOAT}}}'), "the key 'x' occurs twice"),
+        (header(f'{{"x": {FLOAT}, "y": {FLOAT}}}'), "ffset"),
+        (header('{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'), ""),
+        (header('{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'), ""),
+        (header('{"x": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'), "'x' has dtype I32"),
+        (
+            header(f'{{"x": {FLOAT}}}', np.array([0, np.inf], np.float32).tobytes()),
+            "values that are not finite:\n  'x'",
+        ),
+        (header("not JSON"), "JSONDecodeError"),
+    ],
+)
+def test_damaged_tensors_are_refused(content: bytes, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "adapter_model.safetensors").write_bytes(content)
+    text = refused_load(tmp_path)
+    assert text.startswith("Expected a valid adapter_model.safetensors; ") and expected in text
+
+
+def test_names_that_are_not_of_an_adapter_are_not_parsed() -> None:
+    assert parse("model.fc.lora_A.weight") is None
+    assert parse("base_model.model.fc.lora_diag") is None
+    assert parse("base_model.model.fc.base_layer.bias") == ("fc", "base.bias")
+
+
+# Presets
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit", "clip", "whisper"])
+def test_a_preset_has_a_row_for_every_kernel_table_and_norm(name: str, key: Array, tmp_path: Path) -> None:
+    from zoo.hugging_face import MODELS
+
+    params = MODELS[name](key).params
+    leaves = flatten(params)[0]
+    adapter, mapping = {}, getattr(peft.presets, name)()
+    for at, (path, leaf) in enumerate(leaves.items()):
+        if path.split("/")[-1] == "kernel":
+            roles = "oi" if name == "gpt2" else "i" * (leaf.ndim - 1) + "o"
+            adapter[path] = made(LORA, leaf.shape, roles, seed=at)
+        elif path.split("/")[-1] in ("embedding", "bias", "scale"):
+            adapter[path] = made(lj.Full(), leaf.shape, seed=at)
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(
+        {path: adapter[path] for path in leaves if path in adapter}
+    )
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("scanned", [True, False])
+def test_the_preset_of_the_example_has_a_row_for_every_leaf(scanned: bool, tmp_path: Path) -> None:
+    from flax import nnx
+
+    import smollm2
+
+    sizes = smollm2.Sizes(vocabulary=V, d_model=8, layers=2, heads=4, kv_heads=2, d_mlp=6)
+    params = nnx.state(smollm2.Llama(sizes, scanned=scanned, rngs=nnx.Rngs(0)))
+    adapter = {}
+    for at, (path, leaf) in enumerate(flatten(params)[0].items()):
+        kernel = path.endswith("kernel")
+        axes = "bio" if scanned else "io"
+        adapter[path] = made(LORA, leaf.shape, axes, seed=at) if kernel else made(lj.Full(), leaf.shape, seed=at)
+    peft.export(tmp_path, adapter, peft.presets.smollm2(), base=params)
+    assert bits(peft.load(tmp_path, peft.presets.smollm2(), params)) == bits(adapter)
+
+
+def test_rows_are_values() -> None:
+    assert peft.linear("a") == peft.linear(peft.Part("a")) != dataclasses.replace(peft.linear("a"), conv1d=True)
