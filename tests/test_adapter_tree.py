@@ -222,7 +222,7 @@ INVALID: list[tuple[Any, type[Exception], str]] = [
     (
         lambda: many.place({"w": jnp.ones((6, 5))}, many.tree({"x": ("base", {"w": _ALORA})})),
         lj.MergeError,
-        "Expected variants that act on every token",
+        "Expected variants with the same update for every token",
     ),
     (
         lambda: many.place({"w": lj.quant.quantize({"w": jnp.ones((6, 5))}, {"w": lj.quant.Int8()})["w"]}, _W),

@@ -141,7 +141,8 @@ FIELDS = [(name, field) for name, fields in MADE.items() for field in fields]
 
 
 def test_every_field_of_every_variant_is_tested() -> None:
-    classes = {name: cls for name, cls in vars(_variants).items() if isinstance(cls, type)}
+    # `many.mixture` makes the others.
+    classes = {name: cls for name, cls in vars(_variants).items() if isinstance(cls, type) and name in lj.__all__}
     assert {name: {field.name for field in dataclasses.fields(cls)} - {"axes"} for name, cls in classes.items()} == {
         name: set(fields) for name, fields in MADE.items()
     }
