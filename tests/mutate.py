@@ -56,7 +56,7 @@ MUTATIONS = [
         "_transform/rules/shard_map.py", 'if kernel.roles[at] == "i" else moved', "if False else moved", "mixtures"
     ),
     # Rules: sign, axis, order, cast, missing term.
-    Mutation("_transform/rules/scale.py", "scale=-moved.scale", "scale=moved.scale", "fuzz"),
+    Mutation("_transform/rules/scale.py", "scale=-moved.scale", "scale=moved.scale", "scalars"),
     Mutation("_transform/rules/shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),
     Mutation("_transform/rules/gather.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
     Mutation(
