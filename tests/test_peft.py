@@ -502,7 +502,7 @@ def test_all_leaves_that_cannot_be_written_are_in_one_error(tmp_path: Path) -> N
     mapping |= {"f": peft.linear([peft.Part(f"m.{i}") for i in range(4)]), "g": peft.vector("m.g")}
     assert refused_export(adapter, mapping, params_of(shapes), tmp_path) == (
         "Expected an adapter that PEFT's format and the mapping can express; got:\n"
-        "  1 leaf that no row of the mapping matches:\n"
+        "  1 path that no row of the mapping matches:\n"
         "  'a'\n"
         "  6 problems:\n"
         "  'b': it has AdaLoRA, whose pruned directions the format does not have; call adaptive.compact first\n"

@@ -146,7 +146,7 @@ class Exported:
         """Raises if anything cannot be written."""
         lines = []
         if self.unmatched:
-            count = counted(len(self.unmatched), "leaf").replace("leafs", "leaves")
+            count = counted(len(self.unmatched), "path")
             lines += [f"  {count} that no row of the mapping matches:\n{listed(self.unmatched)}"]
         if problems := list(dict.fromkeys(self.problems)):  # a stack repeats those of its layers
             lines += [f"  {counted(len(problems), 'problem')}:\n{listed(problems)}"]
