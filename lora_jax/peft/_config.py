@@ -8,6 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from . import _patterns
+from ._json import shown
+from ._patterns import Patterns
+
 Config = Mapping[str, Any]
 
 
@@ -46,8 +50,15 @@ def is_target(config: Config, module: str) -> bool:
     """Whether the configuration gives a module factors, as far as `target_modules` says."""
     targets = config.get("target_modules")
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+        return targets == "all-linear" or _patterns.fullmatch(targets, module)
+    return not frozenset(targets or ()).isdisjoint(_patterns.ends(module))
+
+
+def prepared(config: Config) -> Config:
+    """Returns a configuration without `problems`, with what is looked up for every module in a form for that."""
+    targets = config.get("target_modules")
+    patterns = {name: Patterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
+    return {**config, **patterns, "target_modules": frozenset(targets) if isinstance(targets, list) else targets}
 
 
 def is_exact(config: Config) -> bool:
@@ -69,11 +80,19 @@ _METHODS = ("layer_replication", "use_bdlora", "use_qalora", "arrow_config", "ka
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -3e38 < value < 3e38  # of float32; an integer of JSON may be larger than any
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(index) is int and index < 2**31 for index in value)
 
 
 # What each entry has to be, unless it is null.
@@ -84,7 +103,10 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "alpha_pattern": lambda value: isinstance(value, dict),
     "target_modules": lambda value: isinstance(value, str) or _are_names(value),
     "modules_to_save": _are_names,
-    "trainable_token_indices": lambda value: isinstance(value, list | dict),
+    "trainable_token_indices": lambda value: all(map(_are_ids, value.values() if isinstance(value, dict) else [value])),
+    "alora_invocation_tokens": _are_ids,
+    **dict.fromkeys(("lora_dropout", "vera_dropout", "d_initial"), _is_number),
+    **dict.fromkeys(("use_rslora", "use_dora", "save_projection", "ensure_weight_tying"), _is_flag),
 }
 
 
@@ -92,23 +114,25 @@ def problems(config: Config) -> list[str]:
     """Returns what a configuration states that cannot be read here, with the reason."""
     found = []
     if (kind := config.get("peft_type")) not in ("LORA", "VERA"):
-        return [f"peft_type is {kind!r}; 'LORA' and 'VERA' can be read"]
+        return [f"peft_type is {shown(kind)}; 'LORA' and 'VERA' can be read"]
     if kind == "VERA" and not config.get("save_projection", True):
         found.append("save_projection is false: the random matrices are not in the file")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_BASE_CHANGES):
         found.append(
-            f"init_lora_weights is {start!r}: the adapter is for a base that this start has changed; save it with "
+            f"init_lora_weights is {shown(start)}: the adapter is for a base that this start has changed; save it with "
             "PEFT's path_initial_model_for_weight_conversion"
         )
     found += [
         f"{name} is set, which has no variant here" for name in (*_METHODS, "monteclora_config") if config.get(name)
     ]
+    if config.get("use_dora") and config.get("alora_invocation_tokens") is not None:
+        found.append("use_dora and alora_invocation_tokens are both set, and PEFT has one or the other")
     if config.get("target_parameters"):
         found.append("target_parameters is set; factors of parameters without a module are not read")
     for name, fits in _TYPES.items():
         if config.get(name) is not None and not fits(config[name]):
-            found.append(f"{name} is {config[name]!r}")
+            found.append(f"{name} is {shown(config[name])}")
     return found + _numbers(config)
 
 
@@ -117,16 +141,12 @@ def _numbers(config: Config) -> list[str]:
     found = []
     ranks = [config.get("r", 8), *_values(config, "rank_pattern")]
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern")]
-    found += [f"a rank is {rank!r}" for rank in ranks if type(rank) is not int or rank < 1]
-    found += [f"an alpha is {alpha!r}" for alpha in alphas if not _is_number(alpha)]
+    found += [f"a rank is {shown(rank)}" for rank in ranks if type(rank) is not int or not 1 <= rank < 2**31]
+    found += [f"an alpha is {shown(alpha)}" for alpha in alphas if not _is_number(alpha)]
     patterns = [*_keys(config, "rank_pattern"), *_keys(config, "alpha_pattern")]
     targets = config.get("target_modules")
-    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            found.append(f"{pattern!r} is not a regular expression ({error})")
-    return found
+    patterns += [targets] if isinstance(targets, str) else []
+    return found + [f"{shown(pattern)} {why}" for pattern, why in _patterns.problems(patterns)]
 
 
 def _values(config: Config, name: str) -> list[Any]:
@@ -137,11 +157,8 @@ def _keys(config: Config, name: str) -> list[str]:
     return list(config[name]) if isinstance(config.get(name), dict) else []
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _by_pattern(patterns: Patterns | Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    return (patterns if isinstance(patterns, Patterns) else Patterns(patterns or {})).find(module, default)
 
 
 def _exactly(module: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,14 @@ from typing import Any
 from .._core.adapter import Adapter
 from .._core.paths import flatten
 from .._errors import CheckpointError, SpecError, counted, listed
-from ._config import Config, is_exact, is_target, problems
+from ._config import Config, is_exact, is_target, prepared, problems
 from ._files import read_config, read_tensors
 from ._read import Reader
 from ._sites import MappingOfRows, Site, compiled, find, sites
 from ._tensors import Tensors
+
+# No adapter has more bytes than this and 32 for each parameter, so that a file of any size does not fill the memory.
+_SMALL = 2**26
 
 
 def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any) -> dict[str, Adapter]:
@@ -50,12 +54,17 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
     """
     rows = compiled(mapping)
     directory = Path(directory)
-    config = read_config(directory)
+    leaves = flatten(params)[0]
+    config: Config = read_config(directory)
     if found := problems(config):
         raise _unreadable(directory, found)
-    file = Tensors(read_tensors(directory))
-    reader = Reader(config, file)
-    leaves = flatten(params)[0]
+    config = prepared(config)
+    most = _SMALL + 32 * sum(math.prod(leaf.shape) for leaf in leaves.values())
+    file = Tensors(read_tensors(directory, most))
+    try:
+        reader = Reader(config, file)
+    except SpecError as error:  # from VeRA
+        raise _unreadable(directory, [str(error)]) from error
     adapter, unusable = dict[str, Adapter](), list[str]()
     for path, leaf in leaves.items():
         if (row := find(path, rows)) is None:

@@ -118,6 +118,7 @@ class Reader:
         if self.config.get("use_dora"):
             return DoRA(**fields, rank_stabilized=stabilized), relative
         if (invocation := self.config.get("alora_invocation_tokens")) is not None:
+            fields["alpha"] = most * top.rank if stabilized else top.alpha  # ALoRA divides by the rank
             return ALoRA(**fields, invocation=invocation), relative
         return (RSLoRA if stabilized else LoRA)(**fields), relative
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ class Tensors:
         self.modules: dict[str, dict[str, str]] = {}
         self.taken: set[str] = set()
         self.problems: list[str] = []
+        self._dtypes: dict[tuple[str, str], np.dtype[Any]] = {}
         for name in arrays:
             if (parsed := parse(name)) is not None:
                 module, ours = parsed
@@ -65,6 +67,9 @@ class Tensors:
             self.problems.append(
                 f"{stored!r} has shape {tensor.shape}; expected {expected}, for {site.path!r}{of_rank}"
             )
+            return None
+        if (dtype := self._dtypes.setdefault((site.path, name), tensor.dtype)) != tensor.dtype:
+            self.problems.append(f"{stored!r} has dtype {tensor.dtype}, and another tensor of {site.path!r} {dtype}")
             return None
         matrix = from_torch(plain, tensor, site.layout)
         return matrix if name in ("a", "lambda_d") else outputs_from_torch(site.of_module(matrix), site.part)
