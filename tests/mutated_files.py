@@ -45,7 +45,9 @@ MODULES: dict[str, tuple[str, Any, tuple[int, ...], tuple[int, ...]]] = {
     "model.fc": ("fc/kernel", ..., (8,), (6,)),
     "model.layers.0.up": ("layers/up/kernel", 0, (8,), (5,)),
     "model.layers.1.up": ("layers/up/kernel", 1, (8,), (5,)),
-    **{f"model.{part}": ("qkv/kernel", (..., slice(at, at + 4)), (8,), (4,)) for part, at in zip("qkv", (0, 4, 8))},
+    "model.q": ("qkv/kernel", (..., slice(0, 4)), (8,), (4,)),
+    "model.k": ("qkv/kernel", (..., slice(4, 8)), (8,), (4,)),
+    "model.v": ("qkv/kernel", (..., slice(8, 12)), (8,), (4,)),
     "model.embed_tokens": ("embed/embedding", ..., (10,), (8,)),
     "model.conv": ("conv/kernel", ..., (4, 3), (5,)),
 }
@@ -280,7 +282,7 @@ def change_tensors(rng: random.Random, file: File) -> File:
         elif kind == "shape":
             tensors[name] = rng.choice([array.T, array[:1], array[..., None], array.reshape(-1)])
         elif kind == "rank":
-            tensors[name] = array[:, :1] if "lora_B" in name or "embedding_B" in name else array[:1]
+            tensors[name] = array[..., :1] if "lora_B" in name or "embedding_B" in name else array[:1]
         elif kind == "drop":
             del tensors[name]
         elif kind == "add":
@@ -412,7 +414,8 @@ def expected(directory: Path) -> dict[str, dict[str, Any]]:
         entry = found.setdefault(path, {})
         if update is not None:
             entry.setdefault("update", np.zeros(SHAPES[path]))[place] = update
-            entry["variant"] = "DoRA" if config.get("use_dora") else config.get("alora_invocation_tokens")
+            if config["peft_type"] == "LORA":
+                entry["variant"] = "DoRA" if config.get("use_dora") else config.get("alora_invocation_tokens")
         if (magnitude := take("lora_magnitude_vector")) is not None:
             assert config["use_dora"]
             shape = [size for at, size in enumerate(SHAPES[path]) if at != len(SHAPES[path]) - 2]

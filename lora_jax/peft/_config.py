@@ -55,7 +55,9 @@ def is_target(config: Config, module: str) -> bool:
 
 
 def prepared(config: Config) -> Config:
-    """Returns a configuration without `problems`, with what is looked up for every module in a form for that."""
+    """Returns a configuration without `problems`, with only what PEFT reads of it, and patterns compiled."""
+    if config["peft_type"] == "VERA":
+        config = {name: value for name, value in config.items() if name not in _LORA_ONLY}
     targets = config.get("target_modules")
     patterns = {name: Patterns(config.get(name) or {}) for name in ("rank_pattern", "alpha_pattern")}
     return {**config, **patterns, "target_modules": frozenset(targets) if isinstance(targets, list) else targets}
@@ -76,6 +78,7 @@ def rows_of(config: Config, module: str) -> list[int] | None:
 
 
 _BASE_CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LORA_ONLY = ("use_rslora", "use_dora", "lora_dropout", "alora_invocation_tokens", "trainable_token_indices")
 _METHODS = ("layer_replication", "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "velora_config")
 
 

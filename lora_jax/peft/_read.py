@@ -50,9 +50,10 @@ class Reader:
                 return self._lora_bias(path, places)
         else:
             self._compare_base(leaf, places)
-            if has("a") or has("b"):
+            is_vera = self.config.get("peft_type") == "VERA"
+            if not is_vera and (has("a") or has("b")):
                 return self._low_rank(places)
-            if has("lambda_b") or has("lambda_d"):
+            if is_vera and (has("lambda_b") or has("lambda_d")):
                 return self._from_vera(places)
             if has("rows"):
                 return self._rows(leaf, places)

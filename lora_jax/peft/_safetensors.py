@@ -111,6 +111,8 @@ def _entries(header: dict[str, Any], size: int, path: Path) -> dict[str, _Entry]
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise invalid(path, f"its {_METADATA} is not a mapping to strings")
+    if not header:
+        raise invalid(path, "it has no tensors")
     found = [(name, _problem(name, fields)) for name, fields in header.items()]
     if problems := [f"{shown(name)} {problem}" for name, problem in found if problem is not None]:
         raise invalid(path, f"its header is wrong:\n{listed(problems)}")

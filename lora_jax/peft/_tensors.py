@@ -80,6 +80,7 @@ class Tensors:
         """Returns an array whose last axis is the outputs, from all modules of a leaf; `start` where there is none."""
         layout = places[0].layout
         result = None if start is None else np.array(start)
+        complete = all(self.has(site, name) for site in places)
         for site in places:
             if not self.has(site, name):
                 if start is None:
@@ -91,6 +92,13 @@ class Tensors:
                 tensor = tensor * np.asarray(relative[site], tensor.dtype)
             if result is None:
                 result = np.zeros((*layout.batch, layout.d_out), tensor.dtype)
-            result = result.astype(tensor.dtype)
+            result = result.astype(tensor.dtype if complete else _wider(result.dtype, tensor.dtype))
             result[(*site.index, ..., site.outputs)] = tensor
         return np.zeros((*layout.batch, layout.d_out), np.float32) if result is None else result
+
+
+def _wider(one: np.dtype[Any], other: np.dtype[Any]) -> np.dtype[Any]:
+    """Returns a dtype that has the values of two: of bfloat16 and float16, neither has those of the other."""
+    if one.itemsize == other.itemsize and one != other:
+        return np.dtype(np.float32)
+    return one if one.itemsize > other.itemsize else other
