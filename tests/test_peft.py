@@ -441,6 +441,41 @@ def test_vera_of_another_generator_loads_as_lora(tmp_path: Path) -> None:
     np.testing.assert_allclose(change(adapter["b"]), 0.5 * expected[1][:, order], rtol=1e-5, atol=1e-6)
 
 
+def test_settings_that_vera_does_not_have_are_ignored(tmp_path: Path) -> None:
+    vera_file(tmp_path, 0, {"use_rslora": True, "use_dora": True, "lora_dropout": 0.5, "vera_dropout": 0.1})
+    adapter = peft.load(tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)}))
+    assert [part.variant for part in adapter.values()] == [lj.LoRA(rank=3, alpha=3, dropout=0.1)] * 2
+
+
+@pytest.mark.parametrize("kind", ["LORA", "VERA"])
+def test_tensors_of_the_other_kind_are_not_read(kind: str, tmp_path: Path) -> None:
+    if kind == "LORA":
+        vera_file(tmp_path, 0, {"peft_type": kind})
+    else:
+        write(tmp_path, CONFIG | {"peft_type": kind}, FC)
+    text = refused_load(tmp_path, VERA, params_of({"a": (D, F), "b": (D, 12)}))
+    assert f"{6 if kind == 'LORA' else 2} tensors that no leaf of `params` takes" in text
+
+
+def test_rank_stabilized_alora_has_the_scale_of_peft(tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | {"alora_invocation_tokens": [5], "use_rslora": True}, FC)
+    part = peft.load(tmp_path, peft.layer("fc", "fc"), params_of({"fc/kernel": (D, F)}))["fc/kernel"]
+    assert part.variant.scale == pytest.approx(4 / 2**0.5)
+
+
+def test_layers_of_different_dtypes_are_refused_or_keep_the_wider(tmp_path: Path) -> None:
+    mapping, params = {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (2, D, F)})
+    shapes = {f"layers.{i}.fc.lora_{which}.weight": FC[f"fc.lora_{which}.weight"] for i in range(2) for which in "AB"}
+    half = {"base_model.model.layers.1.fc.lora_A.weight": np.ones((2, D), jnp.bfloat16)}
+    write(tmp_path, CONFIG, shapes, **half)
+    text = refused_load(tmp_path, mapping, params)
+    assert "layers.1.fc.lora_A.weight' has dtype bfloat16, and another tensor of 'fc' float32" in text
+    saved = {"base_model.model.layers.1.fc.weight": np.ones((F, D), np.float16)}
+    write(tmp_path, {"peft_type": "LORA", "target_modules": []}, {}, **saved)
+    value = peft.load(tmp_path, mapping, params)["fc"].value
+    assert value.dtype == np.float32 and bool((value[0] == params["fc"][0]).all() and (value[1] == 1).all())
+
+
 def test_vera_is_stored_with_its_matrices_and_read_back(tmp_path: Path) -> None:
     shapes = {"a": (L, 4, F), "b": (D, H, HD)}
     params = params_of(shapes)
@@ -470,6 +505,10 @@ def test_vera_that_is_mixed_or_damaged_is_refused(tmp_path: Path) -> None:
     assert "'b': vera_A and vera_B are missing or too small for its module" in text
     vera_file(tmp_path, 0, {"r": 4})
     assert "fc.vera_lambda_d' has shape (3,); expected (4,), for 'a'" in refused_load(
+        tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)})
+    )
+    vera_file(tmp_path, 0, {"vera_dropout": 2})
+    assert "Expected a number in [0, 1) for `dropout`; got dropout=2." in refused_load(
         tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)})
     )
     vera_file(tmp_path, 0, {"save_projection": False})
@@ -652,7 +691,27 @@ def test_tensors_and_configurations_that_disagree_are_refused(
         ({"target_modules": [1]}, "target_modules is [1]"),
         ({"lora_dropout": 2}, "'fc/kernel': Expected a number in [0, 1) for `dropout`; got dropout=2."),
         ({"alora_invocation_tokens": []}, "'fc/kernel': Expected at least one integer for `invocation`; got []."),
-        ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression ("),
+        ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression (a ')' is missing)"),
+        ({"alpha_pattern": {"a)|(b": 2}}, "'a)|(b' is not a regular expression (it has an unbalanced ')' at 1)"),
+        ({"target_modules": "a**"}, "'a**' is not a regular expression that is supported (it repeats twice at 2)"),
+        ({"target_modules": "*a"}, "'*a' is not a regular expression that is supported (it has '*a' at 0)"),
+        ({"target_modules": "a(?<!b)"}, "'a(?<!b)' is not a regular expression that is supported (it has '(?<!')"),
+        ({"target_modules": "[[a]"}, "'[[a]' is not a regular expression that is supported (it has the set '[[a]')"),
+        ({"target_modules": "[z-a]"}, "'[z-a]' is not a regular expression (bad character range"),
+        ({"target_modules": "a{2,1}"}, "'a{2,1}' is not a regular expression (it has '{2,1}')"),
+        ({"rank_pattern": {"(" * 60 + ")" * 60: 2}}, repr("(" * 47)[:-1] + "..."),
+        ({"rank_pattern": {"((.*)*)*": 2}}, "'((.*)*)*' may take 1,020,202 steps for each module, with those before"),
+        ({"rank_pattern": {"." * 200_001: 2}}, repr("." * 47)[:-1] + "..."),
+        ({"r": 2**31}, "a rank is 2147483648"),
+        ({"rank_pattern": {"fc": 2**40}}, "a rank is 1099511627776"),
+        ({"lora_alpha": 1e39}, "lora_alpha is 1e+39"),
+        ({"lora_dropout": [[[[[[[["x"]]]]]]]]}, "lora_dropout is [[[[[[[...]]]]]]]"),
+        ({"use_dora": "false"}, "use_dora is 'false'"),
+        ({"trainable_token_indices": {"embed": 5}}, "trainable_token_indices is {'embed': 5}"),
+        ({"trainable_token_indices": ["5"]}, "trainable_token_indices is ['5']"),
+        ({"alora_invocation_tokens": 5}, "alora_invocation_tokens is 5"),
+        ({"alora_invocation_tokens": [5], "use_dora": True}, "use_dora and alora_invocation_tokens are both set"),
+        ({"modules_to_save": ["k" * 1_000] * 1_000 + [1]}, "modules_to_save is ['" + "k" * 47 + "..." + "k" * 48),
     ],
 )
 def test_configurations_that_cannot_be_read_are_refused(config: Any, expected: str, tmp_path: Path) -> None:
@@ -722,10 +781,17 @@ def test_missing_files_and_directories_are_named(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ('{"r": 1, "r": 2}', "ValueError: the key 'r' occurs twice"),
-        ("[" * 100_000, "RecursionError"),
+        pytest.param("[" * 100_000, "RecursionError", id="deep"),
         ("[]", "it has a list in place of a JSON object"),
         ("{", "JSONDecodeError"),
         (b"\xff", "UnicodeDecodeError"),
+        ("{}".encode("utf-16"), "UnicodeDecodeError"),
+        ('{"r": NaN}', "ValueError: 'NaN' is not a finite number"),
+        ('{"r": 1e999}', "ValueError: '1e999' is not a finite number"),
+        (f'{{"r": {"1" * 5_000}}}', "ValueError: an integer has 5000 digits; at most 20 are read"),
+        (r'{"\ud800": 1}', "UnicodeEncodeError"),
+        pytest.param("[" + "1," * 2_000_000 + "1]", "it has more than 2,000,000 values in JSON", id="values"),
+        pytest.param(" " * 2**25 + "{}", "it has more than 33,554,432 bytes of JSON", id="bytes"),
     ],
 )
 def test_a_damaged_configuration_is_refused(text: Any, expected: str, tmp_path: Path) -> None:
@@ -738,6 +804,12 @@ def header(entries: str, data: bytes = b"\0" * 8, size: int | None = None) -> by
     return struct.pack("<Q", len(entries) if size is None else size) + entries.encode() + data
 
 
+def entry(name: str = "x", dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> str:
+    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}})
+
+
+WRONG_SHAPES = [[0], [-2], [2.0], [True, 2], [2**63], ["2"], None, {}, [1] * 33 + [2]]
+WRONG_OFFSETS = [[0], [0, 8, 8], [-8, 0], [0.0, 8], [0, True], [0, 2**63], "08", None]
 FLOAT = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 
 
@@ -747,15 +819,23 @@ FLOAT = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
         (b"abc", "its header states 6513249 bytes, and the file has 3"),
         (header("{}", size=2**60), "its header states 1152921504606846976 bytes, and the file has 18"),
         (header(f'{{"x": {FLOAT}, "x": {FLOAT}}}'), "the key 'x' occurs twice"),
-        (header(f'{{"x": {FLOAT}, "y": {FLOAT}}}'), "ffset"),
-        (header('{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'), ""),
-        (header('{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'), ""),
-        (header('{"x": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'), "'x' has dtype I32"),
-        (
-            header(f'{{"x": {FLOAT}}}', np.array([0, np.inf], np.float32).tobytes()),
-            "values that are not finite:\n  'x'",
-        ),
-        (header("not JSON"), "JSONDecodeError"),
+        (header(f'{{"x": {FLOAT}, "y": {FLOAT}}}'), "the values of 'y' start at offset 0; expected 8"),
+        (header(entry(offsets=[4, 12]), b"0" * 12), "the values of 'x' start at offset 4; expected 0"),
+        (header(entry(), b"0" * 9), "its tensors have 8 bytes, and the file has 9 after its header"),
+        (header("{}"), "it has no tensors"),
+        (header('{"x": {"dtype": "F32"}}'), "'x' has {'dtype': 'F32'}; expected data_offsets, dtype, shape"),
+        (header('{"__metadata__": {"a": 1}}'), "its __metadata__ is not a mapping to strings"),
+        (header(entry(name="k" * 2_000)), "is a name of 2000 characters; at most 1000 are read"),
+        (header(entry(dtype="I32")), "'x' has dtype 'I32'; F64, F32, F16, BF16 are read"),
+        (header(entry(dtype=["F32"])), "'x' has dtype ['F32'];"),
+        (header(entry(shape=[3])), "'x' has shape [3] in F32, which needs 12 bytes, and offsets [0, 8]"),
+        (header(entry(shape=[2**40, 2**40])), "which needs 4835703278458516698824704 bytes"),
+        *[(header(entry(shape=shape)), "expected at most 32 sizes of at least 1") for shape in WRONG_SHAPES],
+        *[(header(entry(offsets=offsets)), "; expected two of at least 0") for offsets in WRONG_OFFSETS],
+        (header(entry(), np.array([0, np.inf], np.float32).tobytes()), "values that are not finite:\n  'x'"),
+        (header(entry(dtype="F64", shape=[1]), np.array([1e300]).tobytes()), "values that are not finite:\n  'x'"),
+        (header("not JSON"), "its header begins with b'not JSON' in place of a JSON object"),
+        (header("{not JSON"), "JSONDecodeError"),
     ],
 )
 def test_damaged_tensors_are_refused(content: bytes, expected: str, tmp_path: Path) -> None:
