@@ -107,13 +107,14 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 quant: .venv-peers-quant/installed
 	PYTHONPATH=. .venv-peers-quant/bin/python benchmarks/quant.py
 
-examples-short: $(VENV)/installed
+examples-short: $(VENV)/installed $(ORACLE)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/qlora_smollm2.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/sweep.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/mixture.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/export_to_peft.py --short --out $(shell mktemp -d) --torch-python $(ORACLE)/bin/python
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -128,4 +129,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* .jax_cache demo_output paper_output qlora_output sweep_output mixture_output
+	rm -rf .venv .venv-* .jax_cache demo_output paper_output qlora_output sweep_output mixture_output export_output

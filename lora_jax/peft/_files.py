@@ -11,8 +11,9 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from .._errors import CheckpointError
 from . import _safetensors
@@ -77,7 +78,7 @@ def read_tensors(directory: Path, most: int | None = None) -> dict[str, Values]:
 
 
 @contextlib.contextmanager
-def _opened(directory: Path, name: str) -> Iterator[tuple[BinaryIO, int]]:
+def _opened(directory: Path, name: str) -> Iterator[tuple[BufferedReader, int]]:
     """Opens a regular file, through links as Hugging Face's cache has them, and yields it with its size."""
     path = directory / name
     try:

@@ -47,8 +47,13 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
     if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
         raise invalid(path, f"it has more than {_MAX_VALUES:,} values in JSON")
     try:
-        hooks = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite}
-        parsed = json.loads(content.decode(), object_pairs_hook=_unique, **hooks)
+        parsed = json.loads(
+            content.decode(),
+            object_pairs_hook=_unique,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise invalid(path, f"{type(error).__name__}: {error}") from error
     if not isinstance(parsed, dict):

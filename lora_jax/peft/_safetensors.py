@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -71,7 +72,7 @@ def check_dtypes(tensors: Mapping[str, Values]) -> None:
         )
 
 
-def read(file: BinaryIO, size: int, path: Path, most: int | None) -> dict[str, Values]:
+def read(file: BufferedReader, size: int, path: Path, most: int | None) -> dict[str, Values]:
     """Reads all tensors.
 
     Args:
