@@ -172,6 +172,31 @@ KEYS = ["peft_type", "r", "lora_alpha", "target_modules", "rank_pattern", "alpha
 KEYS += ["lora_dropout", "modules_to_save", "trainable_token_indices", "alora_invocation_tokens", "save_projection"]
 KEYS += ["init_lora_weights", "layers_to_transform", "exclude_modules", "layers_pattern", "target_parameters", "bias"]
 KEYS += ["d_initial", "vera_dropout", "projection_prng_key", "fan_in_fan_out", "ensure_weight_tying", "lora_bias"]
+PLAUSIBLE: dict[str, list[Any]] = {
+    "lora_alpha": [1, 2.5, 0, -3, 1e-3, 16],
+    "alpha_pattern": [
+        {"up": 3},
+        {r"layers\.\d\.up": 0.5, "up": 2},
+        {"^model": 1},
+        {"fc|q": 0},
+        {"(?!x).*[kv]": 7},
+        None,
+    ],
+    "rank_pattern": [{"up": 2}, {r"^model\.fc": 3, "fc": 1}, {"fc": 3, r"f.": 1}, {".*": 2}, None],
+    "target_modules": ["all-linear", r"model\..+", ["fc", "up", "q", "k", "v", "conv", "embed_tokens"], ["fc"], None],
+    "use_rslora": [True, False, None],
+    "use_dora": [True, False, None],
+    "lora_dropout": [0.1, 0, 1, 0.999],
+    "modules_to_save": [["score"], [], None, ["fc"]],
+    "trainable_token_indices": [[7, 2], {"embed_tokens": [2, 7]}, {"tokens": [0, 9]}, [9, 10], [1, 1], None],
+    "alora_invocation_tokens": [[5], [0], None, [1, 2, 3]],
+    "peft_type": ["LORA", "VERA", "ADALORA"],
+    "r": [1, 2, 3, 4],
+    "projection_prng_key": [1, 2**32],
+    "bias": ["all", "lora_only"],
+    "exclude_modules": [["fc"], "x"],
+    "layers_to_transform": [0, [1]],
+}
 
 
 def dumped(value: Any) -> str:
@@ -195,7 +220,7 @@ def changed_number(rng: random.Random, value: Any) -> Any:
 
 def change_header(rng: random.Random, file: File) -> File:
     """Changes one entry of the header."""
-    header = list(file.header)
+    header = list(file.header) or [("x", {})]
     at = rng.randrange(len(header))
     name, fields = header[at]
     other, others = rng.choice(header)
@@ -245,13 +270,14 @@ def change_header(rng: random.Random, file: File) -> File:
 
 def change_config(rng: random.Random, file: File) -> File:
     """Changes one entry of the configuration."""
-    config = list(file.config)
+    config = list(file.config) or [("r", 2)]
     at = rng.randrange(len(config))
     key = config[at][0] if rng.random() < 0.4 else rng.choice(KEYS)
     kind = rng.choice(["set", "set", "set", "drop", "twice", "rename"])
     if kind == "set":
         config = [(one, value) for one, value in config if one != key]
-        config.insert(rng.randrange(len(config) + 1), (key, rng.choice(VALUES)))
+        values = PLAUSIBLE.get(key, VALUES) if rng.random() < 0.5 else VALUES
+        config.insert(rng.randrange(len(config) + 1), (key, rng.choice(values)))
     elif kind == "drop":
         del config[at]
     elif kind == "twice":
@@ -422,7 +448,9 @@ def expected(directory: Path) -> dict[str, dict[str, Any]]:
             entry.setdefault("magnitude", np.zeros(shape))[place] = magnitude
         if (rows := take("token_adapter.trainable_tokens_delta")) is not None:
             ids = config["trainable_token_indices"]
-            entry["rows"] = dict(zip(ids["embed_tokens"] if isinstance(ids, dict) else ids, rows, strict=True))
+            if isinstance(ids, dict):
+                ids = next(value for name, value in ids.items() if module.endswith(name))
+            entry["rows"] = dict(zip(ids, rows, strict=True))
         if (bias := take("lora_B.bias")) is not None and module == "model.fc":
             found.setdefault("fc/bias", {})["bias"] = scale * bias
     for name, leaf in SAVED.items():
@@ -434,7 +462,7 @@ def expected(directory: Path) -> dict[str, dict[str, Any]]:
 
 def of_pattern(patterns: dict[str, Any] | None, module: str, default: Any) -> Any:
     for pattern, value in (patterns or {}).items():
-        if "!" in pattern:  # one of `EVIL`, or "fc|" and one: `re` would not come back
+        if pattern.endswith("!"):  # one of `EVIL`, or "fc|" and one: `re` would not come back
             if pattern.startswith("fc|") and (module == "fc" or module.endswith(".fc")):
                 return value
         elif re.match(rf"(.*\.)?({pattern})$", module):

@@ -49,9 +49,11 @@ def is_same(got: Any, expected: Any, tolerance: float) -> bool:
                 if list(first) != list(second):
                     return False
                 first, second = (np.array(list(rows.values())) for rows in (first, second))
-            if name == "variant" or first is None or second is None:
-                if first is not second and first != second:
+            if name == "variant":
+                if first != second:
                     return False
+            elif first is None or second is None:
+                return False
             elif not np.allclose(first, second, rtol=0, atol=tolerance * max(1e-30, np.abs(second).max())):
                 return False
     return True

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._core.adapter import Adapter
 from .._core.paths import flatten
 from .._errors import CheckpointError, SpecError, counted, listed
@@ -74,7 +76,11 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
             unusable.append(f"{path!r}: {places}")
             continue
         try:
-            part = reader.leaf(path, leaf, places)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found
+                part = reader.leaf(path, leaf, places)
+        except OverflowError as error:
+            file.problems.append(f"{path!r}: {error}")
+            continue
         except SpecError as error:  # from the variant, which checks what the configuration states
             raise _unreadable(directory, [f"{path!r}: {error}"]) from error
         if part is not None:

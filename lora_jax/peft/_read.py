@@ -164,7 +164,7 @@ class Reader:
         }
         most = max(scales.values(), key=abs)
         zero = np.zeros((*layout.batch, layout.d_out), np.float32)
-        bias = self.file.outputs(places, "bias", zero, {site: scale / most for site, scale in scales.items() if most})
+        bias = self.file.outputs(places, "bias", zero, {site: scale / (most or 1.0) for site, scale in scales.items()})
         self._changes[path] = {"lora_bias"}, not bias.any()
         return _adapter(LoRABias(scale=most), layout, {"bias": layout.from_matrix("vector", bias)})
 
@@ -255,6 +255,8 @@ class Reader:
 
 
 def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adapter:
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise OverflowError("its values are too large: with their scales or matrices, they are not finite")
     axes = layout.axes if variant.needs_axes else ""
     return Adapter(variant, axes, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
