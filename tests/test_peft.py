@@ -463,6 +463,21 @@ def test_rank_stabilized_alora_has_the_scale_of_peft(tmp_path: Path) -> None:
     assert part.variant.scale == pytest.approx(4 / 2**0.5)
 
 
+def test_biases_of_b_without_a_scale_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | {"lora_alpha": 0}, FC | {"fc.lora_B.bias": (F,)})
+    assert "'fc/bias': Expected a scale other than 0" in refused_load(tmp_path)
+
+
+def test_values_that_overflow_with_their_scales_or_matrices_are_refused(tmp_path: Path) -> None:
+    tensors = vera_file(tmp_path, 0)
+    large = {f"base_model.model.{name}": np.full_like(tensors[name], 3e38) for name in tensors if "lambda" in name}
+    shared = {name: tensors[name] for name in ("base_model.vera_A", "base_model.vera_B")}
+    config = config_of(tmp_path)
+    write(tmp_path, config, {}, **large, **shared)
+    text = refused_load(tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)}))
+    assert "'a': its values are too large: with their scales or matrices, they are not finite" in text
+
+
 def test_layers_of_different_dtypes_are_refused_or_keep_the_wider(tmp_path: Path) -> None:
     mapping, params = {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (2, D, F)})
     shapes = {f"layers.{i}.fc.lora_{which}.weight": FC[f"fc.lora_{which}.weight"] for i in range(2) for which in "AB"}
