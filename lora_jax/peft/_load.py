@@ -93,6 +93,7 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
 
 
 def _unreadable(directory: Path, found: list[str]) -> CheckpointError:
+    found = [line if len(line) < 2_000 else f"{line[:2_000]} …" for line in found]
     return CheckpointError(
         f"Expected a configuration that can be read, in {directory}; got:\n{listed(found)}\n"
         "  Load the adapter with PEFT, and save it as a LoRA adapter without this."
