@@ -12,7 +12,7 @@ from lora_jax import peft
 
 pytestmark = pytest.mark.sweep
 
-TINY = demo.Scale(32, test_questions=32, steps=1, max_tokens=12, evaluations=1, expected=0.0)
+TINY = demo.Scale(32, test_questions=32, steps=2, max_tokens=12, evaluations=1, expected=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -245,7 +245,7 @@ def test_a_file_is_read_and_written_one_tensor_at_a_time(tmp_path: Path) -> None
     tracemalloc.start()
     try:
         with (tmp_path / "file").open("wb") as file:
-            _safetensors.write(file, tensors)
+            _safetensors.write(file, tensors, {})
         assert tracemalloc.get_traced_memory()[1] < 2**20
         with (tmp_path / "file").open("rb") as file:
             _safetensors.read(file, (tmp_path / "file").stat().st_size, tmp_path / "file", None)

@@ -10,7 +10,7 @@ from .._core.adapter import Adapters
 from .._core.attach import check
 from .._core.paths import flatten
 from .._errors import AdapterError
-from ._files import write
+from ._files import Files, write
 from ._modules import Exported
 from ._sites import MappingOfRows, compiled, find, sites
 
@@ -74,4 +74,4 @@ def export(
     config = exported.config()
     exported.refuse()
     names = {"base_model_name_or_path": base_name, "task_type": task_type}
-    write(Path(directory), exported.tensors(), config | names)
+    write(Path(directory), Files(exported.tensors(), config | names))

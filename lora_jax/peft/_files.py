@@ -13,7 +13,8 @@ import stat
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from .._errors import CheckpointError
 from . import _safetensors
@@ -24,23 +25,34 @@ TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
 
-def write(directory: Path, tensors: Mapping[str, Values], config: Mapping[str, Any]) -> None:
-    """Writes both files; they replace older ones when both are complete.
+class Files(NamedTuple):
+    """What is written: a file of tensors, with its metadata, and a configuration unless it is None."""
+
+    tensors: Mapping[str, Values]
+    config: Mapping[str, Any] | None
+    name: str = TENSORS
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+
+def write(directory: Path, files: Files) -> None:
+    """Writes the files; they replace older ones when all are complete.
 
     Raises:
       AdapterError: if a tensor has a dtype that is not read.
       CheckpointError: if the files cannot be written.
     """
-    _safetensors.check_dtypes(tensors)
+    _safetensors.check_dtypes(files.tensors)
+    names = [files.name] if files.config is None else [files.name, CONFIG]
     # A name that nobody can guess: links of other names are neither followed nor replaced.
-    new = {name: directory / f".{name}.{secrets.token_hex(8)}" for name in (TENSORS, CONFIG)}
+    new = {name: directory / f".{name}.{secrets.token_hex(8)}" for name in names}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         try:
-            with new[TENSORS].open("xb") as file:
-                _safetensors.write(file, tensors)
-            with new[CONFIG].open("xb") as file:
-                file.write((json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+            with new[files.name].open("xb") as file:
+                _safetensors.write(file, files.tensors, files.metadata)
+            if files.config is not None:
+                with new[CONFIG].open("xb") as file:
+                    file.write((json.dumps(files.config, indent=2, sort_keys=True) + "\n").encode())
             for name, path in new.items():
                 os.replace(path, directory / name)  # replaces a link, not what it points to
         finally:
@@ -63,18 +75,19 @@ def read_config(directory: Path) -> dict[str, Any]:
         return parse(file.read(min(size, MAX_BYTES) + 1), directory / CONFIG)
 
 
-def read_tensors(directory: Path, most: int | None = None) -> dict[str, Values]:
-    """Reads the tensors.
+def read_tensors(directory: Path, name: str = TENSORS, *, most: int | None = None) -> dict[str, Values]:
+    """Reads the tensors of a file.
 
     Args:
       directory: of the adapter.
+      name: of the file.
       most: the largest number of bytes of all values; None for any.
 
     Raises:
       CheckpointError: if there is no safetensors file, or it is invalid, or a value is not finite.
     """
-    with _opened(directory, TENSORS) as (file, size):
-        return _safetensors.read(file, size, directory / TENSORS, most)
+    with _opened(directory, name) as (file, size):
+        return _safetensors.read(file, size, directory / name, most)
 
 
 @contextlib.contextmanager

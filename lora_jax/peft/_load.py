@@ -62,7 +62,7 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         raise _unreadable(directory, found)
     config = prepared(config)
     most = _SMALL + 32 * sum(math.prod(leaf.shape) for leaf in leaves.values())
-    file = Tensors(read_tensors(directory, most))
+    file = Tensors(read_tensors(directory, most=most))
     try:
         reader = Reader(config, file)
     except SpecError as error:  # from VeRA

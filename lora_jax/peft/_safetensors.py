@@ -42,7 +42,7 @@ class _Entry(NamedTuple):
     last: int
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Values]) -> None:
+def write(file: BinaryIO, tensors: Mapping[str, Values], metadata: Mapping[str, str]) -> None:
     """Writes tensors, one at a time.
 
     Raises:
@@ -50,7 +50,7 @@ def write(file: BinaryIO, tensors: Mapping[str, Values]) -> None:
     """
     # As the library does, wide dtypes first: all values are aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header: dict[str, Any] = {_METADATA: {"format": "pt"}}  # transformers requires a format
+    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}  # transformers requires a format
     first = 0
     for name, array in ordered:
         offsets = [first, first + array.nbytes]
