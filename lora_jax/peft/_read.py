@@ -14,7 +14,8 @@ from .._core.adapter import Adapter
 from .._core.base import dense
 from .._core.values import on_host
 from .._core.variant import LowRank
-from .._variants import ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from . import _adalora as adalora
 from . import _vera as vera
 from ._config import Config, Scale, is_exact, is_target, rows_of, scale_of
 from ._joined import joined_factors, own_ranks
@@ -32,6 +33,7 @@ class Reader:
         self.config, self.file = config, file
         self._changes: dict[str, tuple[set[str], bool]] = {}
         self._generated = None
+        self._is_adaptive = config.get("peft_type") == "ADALORA"
         if config.get("peft_type") == "VERA":
             file.taken |= {vera.A, vera.B}
             self._generated = vera.from_config(config, file.arrays)
@@ -67,20 +69,34 @@ class Reader:
         layout, row, known = places[0].layout, places[0].row, len(self.file.problems)
         pieces: dict[Site, tuple[Values, Values]] = {}
         scales: dict[Site, Scale] = {}
+        diagonals: dict[Site, Values] = {}
         for site in places:
             if self.file.has(site, "a") or self.file.has(site, "b"):
                 scale = scale_of(self.config, site.module)
-                factors = [self.file.take(site, name, scale.rank) for name in "ab"]
-                if factors[0] is not None and factors[1] is not None:
-                    if self._is_of_others(site, factors[1]):
+                if self._is_adaptive:
+                    adalora.arrange(self.file, site, scale.rank)
+                factors = [self.file.take(site, name, scale.rank) for name in ("abe" if self._is_adaptive else "ab")]
+                if factors[0] is not None and factors[1] is not None and factors[-1] is not None:
+                    if not scale.rank or self._is_of_others(site, factors[1]):
                         continue
+                    if self._is_adaptive and adalora.is_kept(row):
+                        diagonals[site] = factors[2][:, 0]
+                    elif self._is_adaptive:
+                        factors[0] = factors[0] * factors[2][:, 0]
                     pieces[site], scales[site] = own_ranks(site, factors[0], factors[1]), scale
                     self._check_target(site)
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
             return None if len(self.file.problems) == known else _empty(layout)
-        return self._assembled(places, pieces, scales)
+        part = self._assembled(places, pieces, scales)
+        if diagonals:
+            e = np.zeros((*layout.batch, part.variant.rank), np.float32)
+            for site, diagonal in diagonals.items():
+                e[(*site.index, slice(diagonal.size))] = diagonal
+            fields = {name: getattr(part.variant, name) for name in ("rank", "alpha", "dropout")}
+            return _adapter(AdaLoRA(**fields), layout, {**part.arrays, "e": e})
+        return part
 
     def _assembled(
         self, places: list[Site], pieces: Mapping[Site, tuple[Values, Values]], scales: Mapping[Site, Scale]
@@ -101,7 +117,7 @@ class Reader:
         b = np.zeros((*layout.batch, rank, layout.d_out), dtypes[1])
         for index, (one, other) in joined.items():
             a[(*index, ..., slice(one.shape[-1]))] = one
-            b[(*index, slice(one.shape[-1]))] = other
+            b[(*index, ..., slice(one.shape[-1]), slice(None))] = other
         arrays = {"a": layout.from_matrix("a", a), "b": layout.from_matrix("b", b)}
         if isinstance(variant, DoRA):
             arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", None))
@@ -109,7 +125,7 @@ class Reader:
 
     def _variant(self, scales: Mapping[Site, Scale]) -> tuple[LowRank, dict[Site, float]]:
         """Returns the variant, and the scale of each module relative to that of the variant."""
-        stabilized = bool(self.config.get("use_rslora"))
+        stabilized = bool(self.config.get("use_rslora")) and not self._is_adaptive
         top = max(scales.values(), key=lambda scale: abs(scale.scale(stabilized)))
         fields: dict[str, Any] = {"rank": top.rank, "alpha": top.alpha}
         fields["dropout"] = self.config.get("lora_dropout", self.config.get("vera_dropout", 0.0))
@@ -208,6 +224,8 @@ class Reader:
         return bool(self.file.arrays[self.file.modules[site.module]["b"]].any())
 
     def _check_target(self, site: Site) -> None:
+        if site.row.is_parameter:  # those that are no targets are not found
+            return
         if is_exact(self.config) and not is_target(self.config, site.module):
             self.file.problems.append(
                 f"{site.module!r} has factors, and is not in target_modules: PEFT would not read them"
