@@ -114,17 +114,6 @@ def clip(key: jax.Array) -> Model:
     return Model(apply, random_params(model, key), (sentences(key), images(key)), EVERY_KERNEL)
 
 
-def t5(key: jax.Array) -> Model:
-    """Text in, text out; relative positions are an embedding, and the table of both stacks is the head."""
-    config = hf.T5Config(d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0, **WORDS)
-    model = hf.FlaxT5ForConditionalGeneration(config, _do_init=False)
-
-    def apply(params: Any, ids: jax.Array, targets: jax.Array) -> jax.Array:
-        return model(ids, decoder_input_ids=targets, params=params).logits
-
-    return Model(apply, random_params(model, key), (sentences(key), sentences(key)[:, :3]), EVERY_KERNEL)
-
-
 def resnet(key: jax.Array) -> Model:
     """In training: the running statistics are part of the result."""
     config = hf.ResNetConfig(embedding_size=6, hidden_sizes=[6, 8], depths=[1, 1], layer_type="basic", num_labels=3)
@@ -138,5 +127,5 @@ def resnet(key: jax.Array) -> Model:
 
 
 MODELS: dict[str, Callable[[jax.Array], Model]] = {
-    make.__name__: make for make in (gpt2, llama, bert, roberta, vit, whisper, clip, t5, resnet)
+    make.__name__: make for make in (gpt2, llama, bert, roberta, vit, whisper, clip, resnet)
 }
