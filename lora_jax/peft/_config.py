@@ -43,7 +43,7 @@ def scale_of(config: Config, module: str) -> Scale:
 
     Of AdaLoRA, the rank is what is left, and α that of the same scale, which PEFT computes with the initial rank.
     """
-    if config["peft_type"] == "ADALORA":
+    if config.get("peft_type") == "ADALORA":
         initial, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
         mask = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
         rank = initial if mask is None else sum(mask)
@@ -125,7 +125,7 @@ def problems(config: Config) -> list[str]:
 def _numbers(config: Config) -> list[str]:
     """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
     found = []
-    if config["peft_type"] == "ADALORA":
+    if config.get("peft_type") == "ADALORA":
         config = {**config, "rank_pattern": None}  # masks, which `_adalora` checks
     ranks = [config.get("r", 8), *_values(config, "rank_pattern")]
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern")]

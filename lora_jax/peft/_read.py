@@ -73,33 +73,37 @@ class Reader:
         for site in places:
             if self.file.has(site, "a") or self.file.has(site, "b"):
                 scale = scale_of(self.config, site.module)
-                if self._is_adaptive:
-                    adalora.arrange(self.file, site, scale.rank)
-                factors = [self.file.take(site, name, scale.rank) for name in ("abe" if self._is_adaptive else "ab")]
-                if factors[0] is not None and factors[1] is not None and factors[-1] is not None:
-                    if not scale.rank or self._is_of_others(site, factors[1]):
+                if (factors := self._factors(site, scale.rank)) is not None:
+                    a, b, diagonal = factors
+                    if not scale.rank or self._is_of_others(site, b):
                         continue
-                    if self._is_adaptive and adalora.is_kept(row):
-                        diagonals[site] = factors[2][:, 0]
-                    elif self._is_adaptive:
-                        factors[0] = factors[0] * factors[2][:, 0]
-                    pieces[site], scales[site] = own_ranks(site, factors[0], factors[1]), scale
+                    pieces[site], scales[site] = own_ranks(site, a, b), scale
+                    if diagonal is not None:
+                        diagonals[site] = diagonal
                     self._check_target(site)
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
             return None if len(self.file.problems) == known else _empty(layout)
-        part = self._assembled(places, pieces, scales)
-        if diagonals:
-            e = np.zeros((*layout.batch, part.variant.rank), np.float32)
-            for site, diagonal in diagonals.items():
-                e[(*site.index, slice(diagonal.size))] = diagonal
-            fields = {name: getattr(part.variant, name) for name in ("rank", "alpha", "dropout")}
-            return _adapter(AdaLoRA(**fields), layout, {**part.arrays, "e": e})
-        return part
+        return self._assembled(places, pieces, scales, diagonals)
+
+    def _factors(self, site: Site, rank: int) -> tuple[Values, Values, Values | None] | None:
+        """Returns `a`, `b` and the diagonal of AdaLoRA; None, after noting a problem, if a tensor does not fit."""
+        if self._is_adaptive:
+            adalora.arrange(self.file, site, rank)
+        a, b, e = (self.file.take(site, name, rank) if name != "e" or self._is_adaptive else None for name in "abe")
+        if a is None or b is None or (self._is_adaptive and e is None):
+            return None
+        if e is None or adalora.is_kept(site.row):
+            return a, b, None if e is None else e[:, 0]
+        return a * e[:, 0], b, None
 
     def _assembled(
-        self, places: list[Site], pieces: Mapping[Site, tuple[Values, Values]], scales: Mapping[Site, Scale]
+        self,
+        places: list[Site],
+        pieces: Mapping[Site, tuple[Values, Values]],
+        scales: Mapping[Site, Scale],
+        diagonals: Mapping[Site, Values],
     ) -> Adapter:
         """Returns the adapter of a leaf from the factors of its modules."""
         layout = places[0].layout
@@ -121,6 +125,10 @@ class Reader:
         arrays = {"a": layout.from_matrix("a", a), "b": layout.from_matrix("b", b)}
         if isinstance(variant, DoRA):
             arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", None))
+        if isinstance(variant, AdaLoRA):
+            arrays["e"] = np.zeros((*layout.batch, rank), next(iter(diagonals.values())).dtype)
+            for site, diagonal in diagonals.items():
+                arrays["e"][(*site.index, slice(diagonal.size))] = diagonal
         return _adapter(variant.at_rank(rank), layout, arrays)
 
     def _variant(self, scales: Mapping[Site, Scale]) -> tuple[LowRank, dict[Site, float]]:
@@ -131,6 +139,8 @@ class Reader:
         fields["dropout"] = self.config.get("lora_dropout", self.config.get("vera_dropout", 0.0))
         most = top.scale(stabilized)
         relative = {site: scale.scale(stabilized) / most if most else 1.0 for site, scale in scales.items()}
+        if self._is_adaptive:
+            return (AdaLoRA if adalora.is_kept(next(iter(scales)).row) else LoRA)(**fields), relative
         if self.config.get("use_dora"):
             return DoRA(**fields, rank_stabilized=stabilized), relative
         if (invocation := self.config.get("alora_invocation_tokens")) is not None:
@@ -169,7 +179,7 @@ class Reader:
         for (site, (one, other)), size in zip(vectors.items(), sizes, strict=True):
             rows = outputs_from_torch(site.of_module(b[:size].T), dataclasses.replace(site.part, factor=1.0))
             pieces[site] = (a[:, : layout.d_in].T, one[:, None] * rows * other)
-        return self._assembled(places, pieces, dict.fromkeys(found, Scale(rank, rank)))
+        return self._assembled(places, pieces, dict.fromkeys(found, Scale(rank, rank)), {})
 
     def _lora_bias(self, path: str, places: list[Site]) -> Adapter:
         layout, stabilized = places[0].layout, bool(self.config.get("use_rslora"))
