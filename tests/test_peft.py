@@ -554,6 +554,15 @@ def test_a_parameter_that_fuses_leaves_has_block_diagonal_factors(tmp_path: Path
     assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
 
 
+def test_experts_that_are_modules_are_rows_of_linear(tmp_path: Path) -> None:
+    parts = [peft.Part(f"layers.{{i}}.experts.{{expert}}.{name}") for name in ("w1", "w3")]
+    mapping = {"gate_up": peft.linear(parts), "down": peft.linear("layers.{i}.experts.{expert}.w2")}
+    params, adapter = params_of(EXPERTS), made_for(EXPERTS, gate_up=LORA, down=LORA)
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert stored(tmp_path)["layers.2.experts.3.w3.lora_B.weight"] == (F, 2) and len(stored(tmp_path)) == 2 * 3 * L * E
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
 def test_what_peft_does_not_have_for_parameters_is_refused(tmp_path: Path) -> None:
     shapes = EXPERTS | {"fc": (L, D, F), "fc/bias": (L, F), "c": (F, D)}
     mapping = MIXTURE | {"fc": peft.linear("{i}.fc"), "fc/bias": peft.vector("{i}.fc")}
@@ -561,6 +570,8 @@ def test_what_peft_does_not_have_for_parameters_is_refused(tmp_path: Path) -> No
     params = params_of(shapes)
     text = refused_export(made_for(shapes, down=lj.DoRA(rank=2, alpha=4)), mapping, params, tmp_path)
     assert "'down': it has DoRA, and its row is of a parameter without a module, for which PEFT has LoRA" in text
+    text = refused_export(made_for(EXPERTS, down=LORA), {"down": peft.experts("e", parameter="w")}, params, tmp_path)
+    assert "'down': its shape is (3, 4, 6, 8), and its row has axes None; state its axes in the row" in text
     dropped = lj.LoRA(rank=2, alpha=4, dropout=0.1)
     text = refused_export(made_for(shapes, down=dropped), mapping, params, tmp_path)
     expected = "PEFT has no {} beside a parameter without a module, 'layers.0.experts.down_proj'"

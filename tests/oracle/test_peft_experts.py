@@ -196,7 +196,7 @@ def test_a_mixture_of_experts_has_equal_results_in_both_frameworks(tmp_path):
     peft.export(tmp_path, adapter, mapping, base=params)
     expected = lj.lora(mixture)(params, adapter, x)
     # It says that it ignores the ranks of parameters, and does not.
-    with pytest.warns(RuntimeWarning, match="rank_pattern keys did not match any targeted module"):
+    with pytest.warns(RuntimeWarning, match="_pattern keys did not match any targeted module"):
         model = torch_peft.PeftModel.from_pretrained(Block(), tmp_path)
     near(torch_logits(model, x), expected)
     assert np.abs(expected - mixture(params, x)).max() > 0.05
