@@ -574,7 +574,7 @@ def test_what_peft_does_not_have_for_parameters_is_refused(tmp_path: Path) -> No
     assert "'down': its shape is (3, 4, 6, 8), and its row has axes None; state its axes in the row" in text
     dropped = lj.LoRA(rank=2, alpha=4, dropout=0.1)
     text = refused_export(made_for(shapes, down=dropped), mapping, params, tmp_path)
-    expected = "PEFT has no {} beside a parameter without a module, 'layers.0.experts.down_proj'"
+    expected = "PEFT has no {} alongside a parameter without a module, 'layers.0.experts.down_proj'"
     assert f"'down': {expected.format('dropout')}" in text
     adapter = made_for(shapes, down=LORA, fc=LORA) | {"fc/bias": made(lj.LoRABias(scale=2), (L, F), "bo")}
     adapter["c"] = made(LORA, (F, D), "oi")

@@ -254,14 +254,14 @@ class Exported:
         return bool(biased)
 
     def _parameters(self, low: Mapping[str, Module]) -> list[str]:
-        """Returns the parameters without a module; notes what PEFT does not have beside them."""
+        """Returns the parameters without a module; notes what PEFT does not have alongside them."""
         found = sorted(name for name, module in low.items() if module.layout.row.is_parameter)
         for module in low.values() if found else ():
             variant, biased = module.variant, module.bias_scale is not None
             has = {"dropout": variant.dropout if variant else 0, "Conv1D": module.layout.row.conv1d, "LoRABias": biased}
             for what in filter(has.get, has):
                 self.problems.append(
-                    f"{module.path!r}: PEFT has no {what} beside a parameter without a module, {found[0]!r}"
+                    f"{module.path!r}: PEFT has no {what} alongside a parameter without a module, {found[0]!r}"
                 )
         return found
 
