@@ -1,0 +1,229 @@
+"""Qwix's own models compute the same as ours, with an adapter moved in either direction; `make test-models` runs this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import assert_close, bits, trained
+from zoo.model import framework
+
+import lora_jax as lj
+
+pytestmark = pytest.mark.sweep
+
+RANK, ALPHA = 3, 6.0
+X = jax.random.normal(jax.random.key(7), (2, 5, 8))
+
+
+def provider(**rule: Any) -> Any:
+    return framework("qwix").LoraProvider(module_path=".*", rank=RANK, alpha=ALPHA, **rule)
+
+
+def randomized(tree: Any) -> Any:
+    """The tree with random values in Qwix's arrays, of which `b` is zero at first."""
+    random = np.random.default_rng(0)
+
+    def value(keys: Any, leaf: Any) -> Any:
+        name = jax.tree_util.keystr(keys)
+        return jnp.asarray(0.3 * random.standard_normal(leaf.shape), leaf.dtype) if "_lora_" in name else leaf
+
+    return jax.tree_util.tree_map_with_path(value, tree)
+
+
+def lora_only(tree: Any) -> list[Any]:
+    return [(path, value) for path, *value in bits(tree) if "_lora_" in path]
+
+
+def check_laws(
+    apply: Any, params: Any, args: Any, tree: Any, qwix_apply: Callable[[Any], Any], *, fresh: bool = True
+) -> dict[str, lj.Adapter]:
+    """Compares a model with Qwix's, for the arrays in `tree` and for an adapter of ours.
+
+    Args:
+      apply: the model, without Qwix.
+      params: its parameters.
+      args: its other arguments.
+      tree: the parameters of Qwix's model.
+      qwix_apply: Qwix's model, as a function of its parameters.
+      fresh: whether every adapter of ours has a counterpart.
+    """
+    tree = randomized(tree)
+    adapter = lj.qwix.from_qwix(tree, lj.kernels(apply, params, *args), alpha=ALPHA)
+    expected = qwix_apply(tree)
+    assert_close(lj.lora(apply)(params, adapter, *args), expected)
+    assert_close(apply(lj.merge(lj.quant.dequantize(params), adapter), *args), expected)
+    assert bits(lj.qwix.to_qwix(adapter, jax.tree.map(jnp.zeros_like, tree), alpha=ALPHA))[-1]
+    back = lj.qwix.to_qwix(adapter, tree, alpha=ALPHA)
+    assert bits(back) == bits(tree)
+    if fresh:
+        ours = trained(jax.random.key(3), adapter)
+        assert_close(qwix_apply(lj.qwix.to_qwix(ours, tree, alpha=ALPHA)), lj.lora(apply)(params, ours, *args))
+    return adapter
+
+
+# Linen
+
+
+class Attention(nn.Module):
+    """`DenseGeneral` with one and two axes, and `Dense`."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x)
+        return nn.Dense(3, name="head")(nn.relu(nn.Dense(8, name="square")(x)))
+
+
+class Convolutions(nn.Module):
+    """One and two dimensions, strided and dilated."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        x = nn.relu(nn.Conv(6, (3,), strides=2, name="one")(x))
+        return nn.Conv(4, (2, 3), kernel_dilation=2, name="two")(x[..., None])
+
+
+class Tied(nn.Module):
+    """A table that is also the head. Qwix has LoRA in the head only, so the lookup is of another table here."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Embed(11, 8, name="table").attend(x)
+
+
+class Block(nn.Module):
+    """A layer for a scan."""
+
+    @nn.compact
+    def __call__(self, x: Any, _: Any) -> Any:
+        x = x + nn.DenseGeneral(8, axis=(-2, -1), name="out")(nn.DenseGeneral((2, 3), name="in")(x))
+        return nn.relu(x), None
+
+
+class Stack(nn.Module):
+    """A scanned stack with its axis at a given place, and stacks of stacks."""
+
+    axis: int
+    depth: int = 1
+
+    @nn.compact
+    def __call__(self, x: Any, _: Any = None) -> Any:
+        block: Any = Block
+        for length in (3, 2)[: self.depth]:
+            block = nn.scan(block, variable_axes={"params": self.axis}, split_rngs={"params": True}, length=length)
+        return block(name="layers")(x, None)[0]
+
+
+class Experts(nn.Module):
+    """An einsum with a batch axis, whose `b` Qwix shares."""
+
+    first: bool
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        shape, text = ((4, 8, 6), "btd,edf->btef") if not self.first else ((5, 8, 6), "btd,tdf->btf")
+        return jnp.einsum(text, x, self.param("w", nn.initializers.normal(), shape))
+
+
+LINEN = {
+    "attention": Attention(),
+    "convolutions": Convolutions(),
+    "tied": Tied(),
+    "stack": Stack(0),
+    "stack-1": Stack(1),
+    "stack-last": Stack(-1),
+    "stacks": Stack(0, depth=2),
+    "outputs": Experts(False),
+    "experts": Experts(True),
+}
+
+
+def check_linen(model: nn.Module, *, quantized: bool = False, fresh: bool = True, **rule: Any) -> Any:
+    wrapped = framework("qwix").apply_lora_to_model(model, provider(**rule))
+    apply = lambda params, x: model.apply({"params": params}, x)
+    params = model.init(jax.random.key(0), X)["params"]
+    if quantized:
+        tree = wrapped.init(jax.random.key(0), X)["params"]
+        params = lj.quant.from_qwix(tree)
+    else:
+        tree = wrapped.apply({"params": params}, X, mutable=["params"], rngs={"params": jax.random.key(1)})[1]["params"]
+    return check_laws(apply, params, (X,), tree, lambda tree: wrapped.apply({"params": tree}, X), fresh=fresh)
+
+
+@pytest.mark.parametrize("name", LINEN)
+def test_a_linen_model_computes_the_same_in_both_directions(name: str) -> None:
+    adapter = check_linen(LINEN[name], fresh=name != "experts")
+    assert len(adapter) == {"attention": 6, "convolutions": 2}.get(name, 2 if name.startswith("stack") else 1)
+
+
+@pytest.mark.parametrize("rule", [{"weight_qtype": "nf4", "tile_size": 4}, {"weight_qtype": "int8"}], ids=str)
+def test_a_quantized_linen_model_computes_the_same(rule: dict[str, Any]) -> None:
+    check_linen(Attention(), quantized=True, **rule)
+
+
+# NNX
+
+
+class Layers(nnx.Module):
+    """Layers of every kind, with einsums as Tunix writes them."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.query = nnx.Einsum("BTD,NDH->BTNH", (2, 8, 4), rngs=rngs)
+        self.key_value = nnx.Einsum("BSD,CKDH->CBSKH", (2, 2, 8, 4), rngs=rngs)
+        self.out = nnx.Einsum("BTNH,NHD->BTD", (2, 4, 8), rngs=rngs)
+        self.up = nnx.LinearGeneral(8, (2, 3), rngs=rngs)
+        self.down = nnx.LinearGeneral((2, 3), 8, axis=(-2, -1), rngs=rngs)
+        self.conv = nnx.Conv(8, 8, (3,), rngs=rngs)
+        self.head = nnx.Linear(8, 8, rngs=rngs)
+
+    def __call__(self, x: Any) -> Any:
+        key, value = self.key_value(x)
+        x = x + self.out(self.query(x) * jax.nn.softmax(key) + value)
+        return self.head(self.conv(x + self.down(nnx.relu(self.up(x)))))
+
+
+class StackedLayers(nnx.Module):
+    """Layers stacked by `nnx.vmap` and run by `nnx.scan`."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.vmap(lambda rngs: nnx.LinearGeneral(8, (2, 4), rngs=rngs))(rngs.fork(split=3))
+
+    def __call__(self, x: Any) -> Any:
+        step = lambda x, layer: x + layer(x).reshape(x.shape)
+        return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
+
+
+def check_nnx(net: Any, args: Any, *, output: Callable[[Any], Any] = lambda y: y, **rule: Any) -> Any:
+    wrapped = framework("qwix").apply_lora_to_model(net, provider(**rule), *args, rngs=nnx.Rngs(1))
+    call, params, rest = lj.nnx.functional(net)
+    apply = lambda params, *args: output(call(params, rest, *args)[0])
+
+    def qwix_apply(state: Any) -> Any:
+        nnx.update(wrapped, state)
+        return output(wrapped(*args))
+
+    return check_laws(apply, params, args, nnx.state(wrapped, nnx.LoRAParam), qwix_apply)
+
+
+def test_an_nnx_module_computes_the_same_in_both_directions() -> None:
+    adapter = check_nnx(Layers(nnx.Rngs(0)), (X,))
+    assert {path: part.axes for path, part in adapter.items()} == {
+        "query/kernel": "oio",
+        "key_value/kernel": "ooio",
+        "out/kernel": "iio",
+        "up/kernel": "ioo",
+        "down/kernel": "iio",
+        "conv/kernel": "iio",
+        "head/kernel": "io",
+    }
+
+
+def test_a_stack_of_nnx_layers_computes_the_same_in_both_directions() -> None:
+    adapter = check_nnx(StackedLayers(nnx.Rngs(0)), (X,))
+    assert adapter["layers/kernel"].axes == "bioo"
