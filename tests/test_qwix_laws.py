@@ -56,15 +56,16 @@ def check_laws(
       fresh: whether every adapter of ours has a counterpart.
     """
     tree = randomized(tree)
-    adapter = lj.qwix.from_qwix(tree, lj.kernels(apply, params, *args), alpha=ALPHA)
+    kernels = lj.kernels(apply, params, *args)
+    adapter = lj.qwix.from_qwix(tree, kernels, alpha=ALPHA)
     expected = qwix_apply(tree)
     assert_close(lj.lora(apply)(params, adapter, *args), expected)
     assert_close(apply(lj.merge(lj.quant.dequantize(params), adapter), *args), expected)
     blank = jax.tree.map(jnp.zeros_like, tree)
-    assert in_qwix(lj.qwix.to_qwix(adapter, blank, alpha=ALPHA)) == in_qwix(tree)
+    assert in_qwix(lj.qwix.to_qwix(adapter, blank, kernels, alpha=ALPHA)) == in_qwix(tree)
     if fresh:
         ours = trained(jax.random.key(3), adapter)
-        assert_close(qwix_apply(lj.qwix.to_qwix(ours, tree, alpha=ALPHA)), lj.lora(apply)(params, ours, *args))
+        assert_close(qwix_apply(lj.qwix.to_qwix(ours, tree, kernels, alpha=ALPHA)), lj.lora(apply)(params, ours, *args))
     return adapter
 
 
