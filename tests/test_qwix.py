@@ -163,7 +163,7 @@ def test_what_does_not_fit_when_read_is_in_one_error() -> None:
     assert sorted(line.strip() for line in lines[1:-1]) == [
         "'down/kernel': it has `_lora_b`, and no `_lora_a`",
         "'head': its axes are not known: the traced call does not use it",
-        "'other/kernel': it is not in `kernels`; the nearest are 'up/kernel', 'down/kernel', 'table/embedding'",
+        "'other/kernel': it is not in `kernels`; the nearest are 'down/kernel', 'up/kernel', 'table/embedding'",
         "'table/embedding': the model also uses it in `gather`, where Qwix applies no LoRA",
         "'up/kernel': a kernel of shape (8, 6) with axes 'io' has a (8, 2) and b (2, 6); got a (8, 2) and b (2, 7)",
     ]

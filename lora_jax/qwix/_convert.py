@@ -163,7 +163,7 @@ def _kernel(path: str, kernels: Mapping[str, Kernel]) -> Kernel:
 
 
 class Resolved(NamedTuple):
-    """What is known of one kernel: Qwix's arrays, their layout, α, the axes, and the sizes of the axes and of `RANK`."""
+    """What is known of a kernel: Qwix's arrays, their layout, α, the axes, and the sizes of these and of `RANK`."""
 
     a: Any
     b: Any
