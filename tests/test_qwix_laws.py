@@ -22,8 +22,8 @@ RANK, ALPHA = 3, 6.0
 X = jax.random.normal(jax.random.key(7), (2, 5, 8))
 
 
-def provider(**rule: Any) -> Any:
-    return framework("qwix").LoraProvider(module_path=".*", rank=RANK, alpha=ALPHA, **rule)
+def provider(modules: str = ".*", **rule: Any) -> Any:
+    return framework("qwix").LoraProvider(module_path=modules, rank=RANK, alpha=ALPHA, **rule)
 
 
 def randomized(tree: Any) -> Any:
@@ -198,31 +198,24 @@ class Layers(nnx.Module):
         return self.head(self.conv(x + self.down(nnx.relu(self.up(x)))))
 
 
-class StackedLayers(nnx.Module):
-    """Layers stacked by `nnx.vmap` and run by `nnx.scan`."""
-
-    def __init__(self, rngs: nnx.Rngs) -> None:
-        self.layers = nnx.vmap(lambda rngs: nnx.LinearGeneral(8, (2, 4), rngs=rngs))(rngs.fork(split=3))
-
-    def __call__(self, x: Any) -> Any:
-        def step(x: Any, layer: Any) -> Any:
-            return x + layer(x).reshape(x.shape)
-
-        return nnx.scan(step, in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
-
-
 def check_nnx(
-    net: Any, args: Any, *, output: Callable[[Any], Any] = lambda y: y, fresh: bool = True, **rule: Any
+    net: Any,
+    args: Any,
+    *,
+    modules: str = ".*",
+    output: Callable[[Any], Any] = lambda y: y,
+    fresh: bool = True,
+    **keywords: Any,
 ) -> Any:
-    wrapped = framework("qwix").apply_lora_to_model(net, provider(**rule), *args, rngs=nnx.Rngs(1))
+    wrapped = framework("qwix").apply_lora_to_model(net, provider(modules), *args, **keywords, rngs=nnx.Rngs(1))
     call, params, rest = lj.nnx.functional(net)
 
     def apply(params: Any, *args: Any) -> Any:
-        return output(call(params, rest, *args)[0])
+        return output(call(params, rest, *args, **keywords)[0])
 
     def qwix_apply(state: Any) -> Any:
         nnx.update(wrapped, state)
-        return output(wrapped(*args))
+        return output(wrapped(*args, **keywords))
 
     return check_laws(apply, params, args, nnx.state(wrapped, nnx.LoRAParam), qwix_apply, fresh=fresh)
 
@@ -256,6 +249,47 @@ def test_a_shared_b_is_repeated(text: str, shape: tuple[int, ...]) -> None:
     assert adapter["w"].b.shape == (5, RANK, 6)
 
 
-def test_a_stack_of_nnx_layers_computes_the_same_in_both_directions() -> None:
-    adapter = check_nnx(StackedLayers(nnx.Rngs(0)), (X,))
-    assert adapter["layers/kernel"].axes == "bioo"
+# Tunix and MaxText
+
+IDS = jnp.arange(10).reshape(2, 5)
+POSITIONS = jnp.broadcast_to(jnp.arange(5), (2, 5))
+MASK = jnp.broadcast_to(jnp.tril(jnp.ones((5, 5), bool)), (2, 5, 5))
+SIZES = {"num_layers": 1, "embed_dim": 16, "hidden_dim": 24, "num_heads": 4, "head_dim": 6, "num_kv_heads": 2}
+
+
+def test_the_llama_of_tunix_computes_the_same_in_both_directions() -> None:
+    llama = framework("tunix.models.llama3.model")
+    net = llama.Llama3(llama.ModelConfig(**SIZES, vocab_size=31, rope_theta=10_000, norm_eps=1e-5), rngs=nnx.Rngs(0))
+    adapter = check_nnx(net, (IDS, POSITIONS, None, MASK), output=lambda y: y[0])
+    assert {path.split("/")[-2]: (part.axes, part.b.shape) for path, part in adapter.items()} == {
+        "q_proj": ("ioo", (RANK, 4, 6)),
+        "k_proj": ("ioo", (RANK, 2, 6)),
+        "v_proj": ("ioo", (RANK, 2, 6)),
+        "o_proj": ("iio", (RANK, 16)),
+        "gate_proj": ("io", (RANK, 24)),
+        "up_proj": ("io", (RANK, 24)),
+        "down_proj": ("io", (RANK, 16)),
+        "lm_head": ("io", (RANK, 31)),
+    }
+
+
+def test_the_gemma_of_tunix_computes_the_same_in_both_directions() -> None:
+    gemma = framework("tunix.models.gemma3.model")
+    config = gemma.ModelConfig(**SIZES, num_embed=31, sliding_window_size=4, param_dtype=jnp.float32)
+    adapter = check_nnx(gemma.Gemma3(config, rngs=nnx.Rngs(0)), (IDS, POSITIONS, None, MASK), output=lambda y: y[0])
+    print({path: (part.axes, part.b.shape) for path, part in adapter.items()})
+
+
+def test_the_scanned_layers_of_maxtext_compute_the_same_in_both_directions() -> None:
+    maxtext = framework("maxtext")
+    sizes = {"base_emb_dim": 16, "base_num_query_heads": 4, "base_num_kv_heads": 2, "head_dim": 6, "base_mlp_dim": 24}
+    config = maxtext.pyconfig.initialize(
+        run_name="lora", base_output_directory="out", enable_checkpointing=False, dtype="float32",
+        attention="dot_product", skip_jax_distributed_system=True, base_num_decoder_layers=5, vocab_size=32,
+        max_target_length=5, **sizes,
+    )  # fmt: skip
+    mesh = maxtext.maxtext_utils.get_mesh_from_config(config, jax.devices()[:1])
+    net = maxtext.Transformer(config, mesh, None, rngs=nnx.Rngs(0))
+    modules = "decoder/layers/.*(self_attention/(query|key|value|out)|mlp/(wi_0|wi_1|wo))"  # MaxText's own
+    adapter = check_nnx(net, (IDS, POSITIONS), modules=modules, enable_dropout=False)
+    print({path: (part.axes, part.b.shape) for path, part in adapter.items()})
