@@ -55,7 +55,8 @@ test-models: PYTHON = $(shell .ci/python 3.13 || .ci/python 3.12)
 	touch $@
 
 test-models: .venv-models/installed
-	.venv-models/bin/python -m pytest tests/test_docs.py -k models_other -n 0 -W ignore  # of these libraries
+	.venv-models/bin/python -m pytest tests/test_docs.py tests/test_qwix_laws.py -m "" -k "models_other or qwix" -n 0 \
+	  -W ignore  # of these libraries
 
 settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \

@@ -22,8 +22,8 @@ RANK, ALPHA = 3, 6.0
 X = jax.random.normal(jax.random.key(7), (2, 5, 8))
 
 
-def provider(modules: str = ".*", **rule: Any) -> Any:
-    return framework("qwix").LoraProvider(module_path=modules, rank=RANK, alpha=ALPHA, **rule)
+def provider(**rule: Any) -> Any:
+    return framework("qwix").LoraProvider(module_path=".*", rank=RANK, alpha=ALPHA, **rule)
 
 
 def randomized(tree: Any) -> Any:
@@ -202,12 +202,15 @@ def check_nnx(
     net: Any,
     args: Any,
     *,
-    modules: str = ".*",
+    wrap: Callable[..., Any] | None = None,
     output: Callable[[Any], Any] = lambda y: y,
     fresh: bool = True,
     **keywords: Any,
 ) -> Any:
-    wrapped = framework("qwix").apply_lora_to_model(net, provider(modules), *args, **keywords, rngs=nnx.Rngs(1))
+    if wrap is None:
+        wrapped = framework("qwix").apply_lora_to_model(net, provider(), *args, **keywords, rngs=nnx.Rngs(1))
+    else:
+        wrapped = wrap(net)
     call, params, rest = lj.nnx.functional(net)
 
     def apply(params: Any, *args: Any) -> Any:
@@ -277,7 +280,8 @@ def test_the_gemma_of_tunix_computes_the_same_in_both_directions() -> None:
     gemma = framework("tunix.models.gemma3.model")
     config = gemma.ModelConfig(**SIZES, num_embed=31, sliding_window_size=4, param_dtype=jnp.float32)
     adapter = check_nnx(gemma.Gemma3(config, rngs=nnx.Rngs(0)), (IDS, POSITIONS, None, MASK), output=lambda y: y[0])
-    print({path: (part.axes, part.b.shape) for path, part in adapter.items()})
+    attention = {path.split("/")[-2]: part.axes for path, part in adapter.items() if "einsum" in path}
+    assert attention == {"q_einsum": "oio", "kv_einsum": "ooio", "attn_vec_einsum": "iio"}
 
 
 def test_the_scanned_layers_of_maxtext_compute_the_same_in_both_directions() -> None:
@@ -286,10 +290,15 @@ def test_the_scanned_layers_of_maxtext_compute_the_same_in_both_directions() -> 
     config = maxtext.pyconfig.initialize(
         run_name="lora", base_output_directory="out", enable_checkpointing=False, dtype="float32",
         attention="dot_product", skip_jax_distributed_system=True, base_num_decoder_layers=5, vocab_size=32,
-        max_target_length=5, **sizes,
+        max_target_length=5, lora={"enable_lora": True, "lora_rank": RANK, "lora_alpha": ALPHA}, **sizes,
     )  # fmt: skip
     mesh = maxtext.maxtext_utils.get_mesh_from_config(config, jax.devices()[:1])
     net = maxtext.Transformer(config, mesh, None, rngs=nnx.Rngs(0))
-    modules = "decoder/layers/.*(self_attention/(query|key|value|out)|mlp/(wi_0|wi_1|wo))"  # MaxText's own
-    adapter = check_nnx(net, (IDS, POSITIONS), modules=modules, enable_dropout=False)
-    print({path: (part.axes, part.b.shape) for path, part in adapter.items()})
+    lora_utils = framework("maxtext.utils.lora_utils")
+    adapter = check_nnx(
+        net, (IDS, POSITIONS), wrap=lambda net: lora_utils.apply_lora_to_model(net, mesh, config), enable_dropout=False
+    )
+    shapes = {path.split("layers/")[1]: (part.axes, part.b.shape) for path, part in adapter.items()}
+    assert len(shapes) == 7
+    assert shapes["self_attention/query/kernel"] == ("iboo", (5, RANK, 4, 6))
+    assert shapes["self_attention/out/kernel"] == ("ibio", (5, RANK, 16))

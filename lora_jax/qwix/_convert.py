@@ -199,7 +199,7 @@ def _adapter(pair: Pair, kernel: Kernel, alpha: float | None) -> Adapter:
 def _arrays(part: Adapter, pair: Pair, kernel: Kernel, alpha: float | None, fold_scale: bool) -> dict[str, Array]:
     if not pair:
         raise MisfitError("it has no LoRA in `tree`")
-    if type(part.variant) not in (LoRA, RSLoRA):
+    if not isinstance(part.variant, LoRA | RSLoRA):
         raise MisfitError(f"Qwix has no counterpart for {part.variant}")
     *_, layout, alpha, axes, sizes = _resolved(pair, kernel, part.axes, alpha)
     rank, scale, b = sizes[RANK], part.variant.scale, part.b

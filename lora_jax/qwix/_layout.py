@@ -53,13 +53,13 @@ def _layouts(axes: str) -> Iterator[Layout]:
     inputs, outputs = axes_with(axes, "i"), axes_with(axes, "o")
     batch = axes_with(axes, "b")
     for stacked in itertools.chain.from_iterable(itertools.combinations(batch, n) for n in range(len(batch) + 1)):
-        own = [(axis,) for axis in batch if axis not in stacked]
-        kept = [(axis,) for axis in range(len(axes)) if axes[axis] != "o" and axis not in stacked]
-        operations = [
+        own: list[Group] = [(axis,) for axis in batch if axis not in stacked]
+        kept: list[Group] = [(axis,) for axis in range(len(axes)) if axes[axis] != "o" and axis not in stacked]
+        split: list[Group] = [(axis,) for axis in outputs]
+        for a, b in [
             ([*own, inputs, (RANK,)], [*own, (RANK,), outputs]),  # dot_general
-            ([*kept, (RANK,)], [(RANK,), *((axis,) for axis in outputs)]),  # einsum, conv_general_dilated
-        ]
-        for a, b in operations:
+            ([*kept, (RANK,)], [(RANK,), *split]),  # einsum, conv_general_dilated
+        ]:
             for axis in stacked:  # in the order of the kernel's axes, so that each gets the place that it has there
                 a.insert(axis, (axis,))
                 b.insert(axis, (axis,))
