@@ -13,6 +13,7 @@ from flax import nnx
 from helpers import bits
 
 import lora_jax as lj
+from lora_jax._core.uses import Kernel, Use
 from lora_jax.qwix import from_qwix, to_qwix
 
 Shape = tuple[int, ...]
@@ -22,8 +23,6 @@ R = 3
 
 def kernel(shape: Shape, axes: str | None, *primitives: str) -> Any:
     """What `kernels` returns for a leaf that the model uses in these operations."""
-    from lora_jax._core.uses import Kernel, Use
-
     uses = tuple(Use("w", primitive, "factored", None, 1, 0, "") for primitive in primitives or ("dot_general",))
     return Kernel(shape, jnp.float32, axes, uses, "the traced call does not use it")
 
@@ -187,6 +186,17 @@ def test_what_does_not_fit_when_written_is_in_one_error() -> None:
         to_qwix(ours(), {"down": TREE["down"]}, KERNELS, alpha=4)
     with pytest.raises(lj.AdapterError, match="'up/kernel' is not in `kernels`"):
         to_qwix(ours(), TREE, {"down/kernel": KERNELS["down/kernel"]}, alpha=4)
+
+
+def test_a_convolution_in_groups_is_refused() -> None:
+    def apply(params: Any, x: Any) -> Any:
+        return nn.Conv(6, (3,), feature_group_count=2).apply({"params": params}, x)
+
+    params = {"kernel": jnp.ones((3, 4, 6)), "bias": jnp.ones(6)}
+    kernels = lj.kernels(apply, params, SDS((2, 5, 8), jnp.float32))
+    assert [use.groups for use in kernels["kernel"].uses] == [2]
+    with pytest.raises(lj.CheckpointError, match="'kernel': it is the kernel of a convolution in groups, which Qwix's"):
+        from_qwix(arrays((3, 4, 2), (2, 6), "kernel"), kernels, alpha=4)
 
 
 def test_a_tree_without_lora_of_qwix_is_refused() -> None:

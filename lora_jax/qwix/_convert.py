@@ -51,8 +51,8 @@ def from_qwix(tree: Any, kernels: Mapping[str, Kernel], *, alpha: Alpha) -> dict
 
     Raises:
       CheckpointError: if there are no such arrays; if one has no partner or no kernel, or a shape that does not fit its
-        kernel or fits it in two ways; if the model also uses a kernel where Qwix applies no LoRA, such as a lookup; if
-        no pattern of `alpha` matches. One error lists all.
+        kernel or fits it in two ways; if the model also uses a kernel where Qwix applies no LoRA, such as a lookup, or
+        in a convolution in groups, which Qwix's update mixes; if no pattern of `alpha` matches. One error lists all.
       SpecError: if α is not a number, or a pattern of `alpha` matches nothing.
     """
     pairs = _pairs(flatten(tree)[0])
@@ -105,7 +105,8 @@ def to_qwix(
     Raises:
       AdapterError: if `tree` and the adapter have LoRA for different kernels; if Qwix has no counterpart for a variant;
         if a rank, scale or shape differs; if layers or experts differ where Qwix shares `b`; if the model also uses a
-        kernel where Qwix applies no LoRA; if no pattern of `alpha` matches. One error lists all.
+        kernel where Qwix applies no LoRA, or in a convolution in groups; if no pattern of `alpha` matches. One error
+        lists all.
       SpecError: if α is not a number, or a pattern of `alpha` matches nothing.
     """
     check(kernels, adapter, tree="kernels")
@@ -181,6 +182,8 @@ def _resolved(pair: Pair, kernel: Kernel, axes: str | None, alpha: float | None)
         raise MisfitError(f"its axes are not known: {kernel.unknown}")
     if others := sorted({use.primitive for use in kernel.uses} - _ADAPTED):
         raise MisfitError(f"the model also uses it in `{others[0]}`, where Qwix applies no LoRA")
+    if any(use.groups > 1 for use in kernel.uses):
+        raise MisfitError("it is the kernel of a convolution in groups, which Qwix's update mixes")
     if alpha is None:
         raise MisfitError("no pattern of `alpha` matches it")
     a, b = pair["a"][1], pair["b"][1]
