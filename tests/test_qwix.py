@@ -120,6 +120,13 @@ def test_boxes_and_states_and_checkpoints_of_states_are_read_and_written() -> No
         assert bits(from_qwix(written, KERNELS, alpha=4)) == bits(adapter)
 
 
+def test_shapes_suffice() -> None:
+    adapter = jax.eval_shape(lambda tree: from_qwix(tree, KERNELS, alpha=4), TREE)
+    assert adapter["down/kernel"].b.shape == (2, 8)
+    written = jax.eval_shape(lambda adapter, tree: to_qwix(adapter, tree, KERNELS, alpha=4), adapter, TREE)
+    assert jax.tree.map(jnp.shape, written) == jax.tree.map(jnp.shape, TREE)
+
+
 def test_rules_have_alphas_of_their_own() -> None:
     adapter = from_qwix(TREE, KERNELS, alpha={"up/*": 8, "**": 2})
     assert [part.variant.alpha for _, part in sorted(adapter.items())] == [2, 8]
