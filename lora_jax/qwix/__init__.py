@@ -9,8 +9,8 @@ train and checkpoint these. Their axes depend on the operation in which the mode
 | `einsum` | (batch and inputs, in the kernel's order, rank) | (rank, outputs…) |
 | `conv_general_dilated` | (spatial axes and inputs, rank) | (rank, outputs) |
 
-A stack of layers (`nn.scan`, `nnx.vmap`) adds its axis to `a` and `b` where the kernel has it. A product of axes is taken
-to be in the kernel's order, as in every layer of Flax; shapes do not show another order.
+A stack of layers (`nn.scan`, `nnx.vmap`) adds its axis to `a` and `b` where the kernel has it. A product of axes is
+taken to be in the kernel's order, as in every layer of Flax; shapes do not show another order.
 """
 
 from ._convert import from_qwix as from_qwix
