@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 FOLDER = Path(__file__).parent
 BLUE, ORANGE, GRAY, INK = "#3b6ea5", "#d1702f", "#8a8a8a", "#333333"
-LIGHT = {BLUE: "#d8e4f0", ORANGE: "#f8e0d0", GRAY: "#ececec"}
-OTHERS = ["#d1702f", "#3f8f5f", "#8a5fb0"]  # adapters, each of a color
+GREEN, PURPLE = "#3f8f5f", "#8a5fb0"
+LIGHT = {BLUE: "#d8e4f0", ORANGE: "#f8e0d0", GRAY: "#ececec", GREEN: "#d9ecdf", PURPLE: "#e8dcf2"}
+OTHERS = [ORANGE, GREEN, PURPLE]  # of the adapters
 
 
 class Drawing:
@@ -24,14 +25,14 @@ class Drawing:
     def __init__(self, width: int, height: int, title: str) -> None:
         head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img"'
         self.lines = [
-            f'{head} font-family="system-ui, sans-serif" font-size="14">',
+            f'{head} font-family="system-ui, sans-serif" font-size="17">',
             f"<title>{escape(title)}</title>",
             f'<rect width="{width}" height="{height}" rx="6" fill="white"/>',
         ]
 
     def box(self, x: float, y: float, width: float, height: float, color: str, *, solid: bool = False) -> None:
         """Draws a rectangle with its corner at (x, y)."""
-        fill = color if solid else LIGHT.get(color, "white")
+        fill = color if solid else LIGHT[color]
         self.lines.append(
             f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="{fill}" stroke="{color}"/>'
         )
@@ -54,8 +55,8 @@ class Drawing:
 
     def circle(self, x: float, y: float, text: str) -> None:
         """Draws a small circle with a sign in it."""
-        self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="13" fill="white" stroke="{INK}" stroke-width="1.5"/>')
-        self.text(x, y + 5, text)
+        self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="15" fill="white" stroke="{INK}" stroke-width="1.5"/>')
+        self.text(x, y + 6, text)
 
     def __str__(self) -> str:
         return "\n".join([*self.lines, "</svg>", ""])
@@ -63,88 +64,90 @@ class Drawing:
 
 def frozen() -> Drawing:
     """What is frozen, and what is trained, optimized and saved."""
-    picture = Drawing(720, 300, "The model's parameters are frozen; only the adapter is trained, optimized and saved.")
-    picture.box(30, 30, 170, 120, BLUE)
-    picture.text(115, 80, "params", color=BLUE, bold=True)
-    picture.text(115, 102, "frozen, any dtype")
-    picture.box(30, 190, 170, 44, ORANGE)
-    picture.text(115, 217, "adapter", color=ORANGE, bold=True)
-    picture.text(115, 262, "a pytree of its own: {path: A, B}")
-    picture.box(310, 80, 170, 90, GRAY)
-    picture.text(395, 120, "lora(apply)", bold=True)
-    picture.text(395, 142, "the model, unmodified")
-    picture.arrow((200, 100), (308, 100), color=BLUE)
-    picture.arrow((200, 205), (255, 205), (255, 150), (308, 150), color=ORANGE)
-    picture.text(395, 30, "x")
-    picture.arrow((395, 38), (395, 78))
-    picture.arrow((480, 125), (556, 125))
-    picture.box(558, 103, 130, 44, GRAY)
-    picture.text(623, 130, "loss")
-    picture.arrow((623, 147), (623, 222), (202, 222), color=ORANGE, dashed=True)
-    picture.text(440, 213, "gradient, optimizer, checkpoint: the adapter only", color=ORANGE)
+    picture = Drawing(720, 320, "The model's parameters are frozen; only the adapter is trained, optimized and saved.")
+    picture.box(20, 40, 180, 120, BLUE)
+    picture.text(110, 92, "params", color=BLUE, bold=True)
+    picture.text(110, 118, "frozen, any dtype")
+    picture.box(20, 210, 180, 70, ORANGE)
+    picture.text(110, 240, "adapter", color=ORANGE, bold=True)
+    picture.text(110, 266, "{path: A, B}")
+    picture.box(290, 80, 230, 90, GRAY)
+    picture.text(405, 120, "lora(apply)", bold=True)
+    picture.text(405, 146, "the model, unmodified")
+    picture.arrow((200, 105), (288, 105), color=BLUE)
+    picture.arrow((200, 230), (245, 230), (245, 145), (288, 145), color=ORANGE)
+    picture.text(405, 30, "x")
+    picture.arrow((405, 40), (405, 78))
+    picture.arrow((520, 125), (598, 125))
+    picture.box(600, 101, 90, 48, GRAY)
+    picture.text(645, 131, "loss")
+    picture.arrow((645, 149), (645, 262), (202, 262), color=ORANGE, dashed=True)
+    picture.text(430, 250, "gradient, optimizer, checkpoint:", color=ORANGE)
+    picture.text(430, 288, "the adapter only", color=ORANGE)
     return picture
 
 
 def factors() -> Drawing:
     """Where the factors act: beside the kernel, and not in it."""
     title = "x is multiplied by the frozen kernel W0, and by A, the scale s and B; the two results are added."
-    picture = Drawing(720, 330, title)
-    picture.box(30, 130, 60, 44, GRAY)
-    picture.text(60, 157, "x")
-    picture.text(60, 194, "tokens × in", color=GRAY)
-    picture.box(235, 30, 150, 110, BLUE)
-    picture.text(310, 80, "W0", color=BLUE, bold=True)
-    picture.text(310, 102, "in × out, frozen")
-    picture.arrow((90, 142), (140, 142), (140, 85), (233, 85))
-    picture.arrow((385, 85), (580, 85), (580, 129))
-    picture.text(480, 77, "x·W0")
-    picture.box(190, 180, 26, 110, ORANGE)
-    picture.text(203, 240, "A", color=ORANGE, bold=True)
-    picture.text(203, 310, "in × r")
-    picture.arrow((90, 162), (140, 162), (140, 235), (188, 235))
-    picture.arrow((216, 235), (315, 235))
-    picture.text(264, 227, "x·A")
-    picture.text(264, 254, "tokens × r", color=GRAY)
-    picture.circle(330, 235, "s")
-    picture.arrow((343, 235), (393, 235))
-    picture.box(395, 222, 130, 26, ORANGE)
-    picture.text(460, 240, "B", color=ORANGE, bold=True)
-    picture.text(460, 268, "r × out")
-    picture.arrow((525, 235), (580, 235), (580, 159))
-    picture.text(612, 227, "((x·A)·s)·B")
-    picture.circle(580, 144, "+")
-    picture.arrow((593, 144), (640, 144))
-    picture.box(642, 122, 50, 44, GRAY)
-    picture.text(667, 149, "y")
+    picture = Drawing(720, 350, title)
+    picture.box(25, 140, 70, 48, GRAY)
+    picture.text(60, 170, "x")
+    picture.text(62, 212, "tokens × in", color=GRAY)
+    picture.box(215, 25, 170, 120, BLUE)
+    picture.text(300, 80, "W0", color=BLUE, bold=True)
+    picture.text(300, 106, "in × out, frozen")
+    picture.arrow((95, 152), (140, 152), (140, 85), (213, 85))
+    picture.arrow((385, 85), (560, 85), (560, 143))
+    picture.text(470, 76, "x·W0")
+    picture.box(180, 190, 28, 120, ORANGE)
+    picture.text(194, 256, "A", color=ORANGE, bold=True)
+    picture.text(194, 334, "in × r")
+    picture.arrow((95, 176), (140, 176), (140, 250), (178, 250))
+    picture.arrow((208, 250), (317, 250))
+    picture.text(262, 240, "x·A")
+    picture.text(262, 275, "tokens × r", color=GRAY)
+    picture.circle(332, 250, "s")
+    picture.arrow((347, 250), (388, 250))
+    picture.box(390, 235, 120, 30, ORANGE)
+    picture.text(450, 256, "B", color=ORANGE, bold=True)
+    picture.text(450, 288, "r × out")
+    picture.arrow((510, 250), (560, 250), (560, 175))
+    picture.text(572, 244, "((x·A)·s)·B", at="start")
+    picture.circle(560, 160, "+")
+    picture.arrow((575, 160), (630, 160))
+    picture.box(632, 136, 60, 48, GRAY)
+    picture.text(662, 166, "y")
     return picture
 
 
 def many() -> Drawing:
     """One base and one adapter for each example."""
     title = "A batch of four examples: one product with the base, and the factors of each example's own adapter."
-    picture = Drawing(720, 310, title)
+    picture = Drawing(720, 350, title)
     names, chosen = ["french", "german", "polish"], [2, 0, None, 1]
-    picture.text(70, 28, "batch", bold=True)
+    picture.text(72, 30, "batch", bold=True)
     for row, which in enumerate(chosen):
-        y = 44 + 40 * row
-        picture.box(30, y, 80, 28, GRAY if which is None else OTHERS[which])
-        picture.text(70, y + 19, "base" if which is None else names[which])
-    picture.box(245, 44, 150, 148, BLUE)
-    picture.text(320, 112, "W0", color=BLUE, bold=True)
-    picture.text(320, 134, "one product for all")
-    picture.arrow((110, 118), (243, 118))
-    picture.arrow((395, 118), (595, 118))
-    picture.circle(610, 118, "+")
-    picture.arrow((623, 118), (670, 118))
-    picture.text(690, 123, "y")
-    picture.text(70, 250, "stack", bold=True)
+        y = 44 + 44 * row
+        color = GRAY if which is None else OTHERS[which]
+        picture.box(25, y, 94, 34, color)
+        picture.text(72, y + 23, "base" if which is None else names[which], color=color, bold=True)
+    picture.box(230, 44, 190, 166, BLUE)
+    picture.text(325, 118, "W0", color=BLUE, bold=True)
+    picture.text(325, 144, "one product for all")
+    picture.arrow((119, 127), (228, 127))
+    picture.arrow((420, 127), (610, 127))
+    picture.circle(625, 127, "+")
+    picture.arrow((640, 127), (684, 127))
+    picture.text(698, 133, "y")
+    picture.text(72, 286, "stack", bold=True)
     for index, name in enumerate(names):
-        x = 150 + 145 * index
-        picture.box(x, 225, 130, 40, OTHERS[index])
-        picture.text(x + 65, 250, f"{name}: A, B", color=OTHERS[index], bold=True)
-    picture.text(357, 292, "gathered by number: other numbers, and other adapters, compile nothing", color=GRAY)
-    picture.arrow((570, 245), (610, 245), (610, 133))
-    picture.text(500, 178, "each example its own", color=INK)
+        x = 130 + 150 * index
+        picture.box(x, 258, 135, 46, OTHERS[index])
+        picture.text(x + 67, 287, f"{name}: A, B", color=OTHERS[index], bold=True)
+    picture.text(352, 334, "gathered by number: other numbers compile nothing", color=GRAY)
+    picture.arrow((565, 281), (625, 281), (625, 142))
+    picture.text(614, 242, "x·A·B of each example", at="end")
     return picture
 
 
@@ -197,31 +200,31 @@ def costs() -> list[Cost]:
 
 def draw_costs(rows: list[Cost], version: str) -> Drawing:
     """Bars of FLOPs and of memory."""
-    picture = Drawing(720, 320, "FLOPs and memory of a training step: full fine-tuning, materialized kernels, LoRA.")
-    picture.text(300, 28, "FLOPs", bold=True)
-    picture.text(560, 28, "memory", bold=True)
+    picture = Drawing(720, 350, "FLOPs and memory of a training step: full fine-tuning, materialized kernels, LoRA.")
+    picture.text(315, 30, "FLOPs", bold=True)
+    picture.text(540, 30, "memory", bold=True)
     most_flops = max(row.flops for row in rows)
     most_bytes = max(row.parameters + row.trained + row.temporary for row in rows)
     for index, row in enumerate(rows):
         y = 50 + 62 * index
-        picture.text(200, y + 24, row.name, at="end", bold=row.name == "LoRA")
-        width = 180 * row.flops / most_flops
-        picture.box(212, y, width, 36, GRAY, solid=True)
-        picture.text(206 + width, y + 24, f"{row.flops / 1e12:.2f} T", color="white", at="end")
-        x = 430.0
+        picture.text(225, y + 25, row.name, at="end", bold=row.name == "LoRA")
+        width = 165 * row.flops / most_flops
+        picture.box(237, y, width, 40, GRAY, solid=True)
+        picture.text(229 + width, y + 26, f"{row.flops / 1e12:.2f} T", color="white", at="end")
+        x = 428.0
         for size, color in ((row.parameters, BLUE), (row.trained, ORANGE), (row.temporary, GRAY)):
-            width = 210 * size / most_bytes
-            picture.box(x, y, width, 36, color, solid=True)
+            width = 205 * size / most_bytes
+            picture.box(x, y, width, 40, color, solid=True)
             x += width
-        picture.text(x + 8, y + 24, f"{(row.parameters + row.trained + row.temporary) / 1e9:.2f} GB", at="start")
+        picture.text(x + 8, y + 26, f"{(row.parameters + row.trained + row.temporary) / 1e9:.2f} GB", at="start")
     names = (("parameters", BLUE), ("adapter, optimizer", ORANGE), ("activations, gradients", GRAY))
-    x = 212.0
+    x = 95.0
     for name, color in names:
-        picture.box(x, 246, 14, 14, color, solid=True)
-        picture.text(x + 20, 258, name, at="start")
-        x += 50 + 7.2 * len(name)
-    note = f"12 layers of width 768, rank 8, 8 × 128 tokens, float32, AdamW; lj.plan, JAX {version} for CPU"
-    picture.text(360, 296, note, color=GRAY)
+        picture.box(x, 250, 16, 16, color, solid=True)
+        picture.text(x + 23, 264, name, at="start")
+        x += 55 + 8.4 * len(name)
+    picture.text(360, 304, "12 layers of width 768, rank 8, 8 × 128 tokens, float32, AdamW", color=GRAY)
+    picture.text(360, 330, f"lj.plan, JAX {version} for CPU", color=GRAY)
     return picture
 
 

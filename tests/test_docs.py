@@ -1,7 +1,9 @@
 """Every Python block of the README and of docs/ runs, in order, as a reader would run it."""
 
+import operator
 import re
 import runpy
+import types
 from pathlib import Path
 
 import pytest
@@ -62,11 +64,13 @@ def test_links_between_files_work_on_github(page: Path) -> None:
 
 
 def test_every_public_name_has_a_page() -> None:
-    """`make docs` checks the same on the built site."""
+    """`make docs` checks the same on the built site. A page names a module, or each of its names."""
     pages = "\n".join(page.read_text() for page in API)
-    documented = set(re.findall(r"^::: (\S+)$", pages, re.MULTILINE))
-    names = {f"lora_jax.{name}" for name in lj.__all__} | {"lora_jax.peft.presets"}
-    assert documented == names
+    documented = set(re.findall(r"^::: lora_jax\.(\S+)$", pages, re.MULTILINE))
+    modules = {name for name in lj.__all__ if isinstance(getattr(lj, name), types.ModuleType)}
+    names = {f"{name}.{inner}" for name in modules - documented for inner in getattr(lj, name).__all__}
+    assert names | {*lj.__all__} - modules <= documented
+    assert all(operator.attrgetter(name)(lj) is not None for name in documented)
 
 
 def test_the_table_in_the_readme_matches_explain() -> None:
@@ -84,3 +88,9 @@ def test_the_page_of_rules_matches_the_registry() -> None:
     # JAX's list of primitives differs between versions.
     written, generated = (text.split("## Refused")[0] for text in (names["PAGE"].read_text(), names["page"]()))
     assert written == generated, "python docs/make_rules.py writes it again"
+
+
+def test_the_pictures_are_those_that_the_script_draws() -> None:
+    names = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    for name, draw in names["PICTURES"].items():
+        assert (ROOT / "docs" / f"{name}.svg").read_text() == str(draw()), "make pictures draws it again"
