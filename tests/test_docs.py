@@ -94,3 +94,14 @@ def test_the_pictures_are_those_that_the_script_draws() -> None:
     names = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
     for name, draw in names["PICTURES"].items():
         assert (ROOT / "docs" / f"{name}.svg").read_text() == str(draw()), "make pictures draws it again"
+
+
+@pytest.mark.sweep
+def test_the_picture_of_costs_and_its_text_match_the_plan() -> None:
+    names = runpy.run_path(str(ROOT / "docs" / "pictures.py"))
+    picture, page = (ROOT / "docs" / "costs.svg").read_text(), (ROOT / "docs" / "ideas.md").read_text()
+    full, merged, lora = names["costs"]()
+    assert all(f">{row.flops / 1e12:.2f} T<" in picture for row in (full, merged, lora))
+    adapter = lora.trained / 3  # as large as each of its two moments
+    assert f"{2 * adapter / 1e6:.1f} MB, those of all parameters {full.trained / 1e6:.1f} MB" in " ".join(page.split())
+    assert abs(lora.flops / full.flops - 2 / 3) < 0.02
