@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import stored_run
 from helpers import bits
 from jax import Array
 
@@ -1063,3 +1064,14 @@ def test_a_published_adapter_of_t5_large_is_read_and_written_in_full(shapes_of_t
 
 def test_rows_are_values() -> None:
     assert peft.linear("a") == peft.linear(peft.Part("a")) != dataclasses.replace(peft.linear("a"), conv1d=True)
+
+
+def test_files_that_version_0_1_wrote_are_read() -> None:
+    loaded = peft.load(stored_run.PEFT, stored_run.PEFT_MAPPING, stored_run.base())
+    expected = stored_run.peft_adapter()
+    assert {path: part.variant for path, part in loaded.items()} == {p: part.variant for p, part in expected.items()}
+    for path, part in expected.items():
+        for name, array in part.arrays.items():
+            # The file has the rows, in float32, and `Rows` the difference from a base in float16.
+            tolerance = 1e-6 if path == "embedding" else 0
+            np.testing.assert_allclose(loaded[path].arrays[name], array, rtol=0, atol=tolerance)
