@@ -140,17 +140,17 @@ def _problem(name: str, fields: Any) -> str | None:
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         return f"has dtype {shown(dtype)}; {', '.join(_DTYPES)} are read"
-    if not _are_sizes(shape, least=1) or len(shape) > _MAX_AXES:
-        return f"has shape {shown(shape)}; expected at most {_MAX_AXES} sizes of at least 1"
-    if not _are_sizes(offsets, least=0) or len(offsets) != 2:
+    if not _are_sizes(shape) or len(shape) > _MAX_AXES:
+        return f"has shape {shown(shape)}; expected at most {_MAX_AXES} sizes of at least 0"
+    if not _are_sizes(offsets) or len(offsets) != 2:
         return f"has offsets {shown(offsets)}; expected two of at least 0"
     if (needed := math.prod(shape) * _DTYPES[dtype].itemsize) != offsets[1] - offsets[0]:
         return f"has shape {shown(shape)} in {dtype}, which needs {shown(needed)} bytes, and offsets {shown(offsets)}"
     return None
 
 
-def _are_sizes(values: Any, least: int) -> bool:
-    return isinstance(values, list) and all(type(value) is int and least <= value < 2**63 for value in values)
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _is_finite(array: Values) -> bool:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ._layout import Values, outputs_from_torch
 from ._names import expected_shape, from_torch, parse, suffix
+from ._parameters import stored_as
 from ._sites import Site
 
 
@@ -23,7 +24,7 @@ class Tensors:
     """
 
     def __init__(self, arrays: Mapping[str, Values]) -> None:
-        self.arrays = arrays
+        self.arrays = dict(arrays)
         self.modules: dict[str, dict[str, str]] = {}
         self.taken: set[str] = set()
         self.problems: list[str] = []
@@ -32,6 +33,20 @@ class Tensors:
             if (parsed := parse(name)) is not None:
                 module, ours = parsed
                 self.modules.setdefault(module, {})[ours] = name
+
+    def find_parameters(self, places: list[Site], is_adapted: Callable[[str], bool]) -> None:
+        """Finds the tensors of parameters without a module under the modules that PEFT stores them with.
+
+        Args:
+          places: of one leaf.
+          is_adapted: whether a parameter, by the name of its site, has factors.
+        """
+        for site in places:
+            if site.row.is_parameter and site.module not in self.modules and is_adapted(site.module):
+                names = self.modules.pop(stored_as(site.module, site.row, is_adapted), {})
+                swapped = {"a": "b", "b": "a"} if site.row.kind.startswith("swapped") else {}
+                if names:
+                    self.modules[site.module] = {swapped.get(name, name): stored for name, stored in names.items()}
 
     def lacking(self, places: list[Site]) -> list[Site]:
         """Returns the modules that the file has no tensors of."""
@@ -63,7 +78,7 @@ class Tensors:
             )
             return None
         if tensor.shape != expected:
-            of_rank = f" and rank {rank}" if name in ("a", "b") else ""
+            of_rank = f" and rank {rank}" if name in ("a", "b", "e") else ""
             self.problems.append(
                 f"{stored!r} has shape {tensor.shape}; expected {expected}, for {site.path!r}{of_rank}"
             )
@@ -72,7 +87,7 @@ class Tensors:
             self.problems.append(f"{stored!r} has dtype {tensor.dtype}, and another tensor of {site.path!r} {dtype}")
             return None
         matrix = from_torch(plain, tensor, site.layout)
-        return matrix if name in ("a", "lambda_d") else outputs_from_torch(site.of_module(matrix), site.part)
+        return matrix if name in ("a", "e", "lambda_d") else outputs_from_torch(site.of_module(matrix), site.part)
 
     def outputs(
         self, places: list[Site], name: str, start: Values | None, relative: Mapping[Site, float] | None = None

@@ -11,13 +11,14 @@ The order of rows matters, as in a spec: `{"**/my_head/kernel": ..., **presets.b
 | `clip()` | `FlaxCLIP…` of `transformers` 4 | `CLIP…` |
 | `whisper()` | `FlaxWhisper…` of `transformers` 4 | `Whisper…` |
 | `smollm2()` | `Llama` of `examples/smollm2.py` | `LlamaForCausalLM` |
+| `t5()` | `FlaxT5…` of `transformers` 4 | `T5…` |
 """
 
 from __future__ import annotations
 
-from ._rows import Row, conv, embedding, layer, norm, vector
+from ._rows import Row, conv, embedding, layer, linear, norm, vector
 
-__all__ = ["bert", "clip", "gpt2", "roberta", "smollm2", "vit", "whisper"]
+__all__ = ["bert", "clip", "gpt2", "roberta", "smollm2", "t5", "vit", "whisper"]
 
 
 def bert(*, head: str | None = "cls.predictions.decoder") -> dict[str, Row]:
@@ -175,6 +176,27 @@ def smollm2(*, head: str | None = "lm_head") -> dict[str, Row]:
             mapping |= layer(f"{layers}/{path}", f"model.layers.{{i}}.{module}")
         for path, module in norms.items():
             mapping |= norm(f"{layers}/{path}", f"model.layers.{{i}}.{module}")
+    return mapping
+
+
+def t5() -> dict[str, Row]:
+    """Returns the mapping of T5, whose torch modules have the same names.
+
+    The table has no row: the torch model has it in three modules, the embeddings of the encoder and of the decoder and
+    the head.
+
+    >>> t5()["{**}/SelfAttention/q/kernel"].parts[0].module
+    '{**}.SelfAttention.q'
+
+    Returns:
+      The mapping.
+    """
+    names = [f"{attention}/{name}" for attention in ("SelfAttention", "EncDecAttention") for name in "qkvo"]
+    names += [*(f"DenseReluDense/{name}" for name in ("wi", "wi_0", "wi_1", "wo")), "lm_head"]
+    mapping = {f"{{**}}/{name}/kernel": linear("{**}." + name.replace("/", ".")) for name in names}
+    mapping["{**}/relative_attention_bias/embedding"] = embedding("{**}.relative_attention_bias")
+    for name in ("layer_norm", "final_layer_norm"):
+        mapping[f"{{**}}/{name}/weight"] = vector(f"{{**}}.{name}", parameter="weight")
     return mapping
 
 
