@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -55,7 +55,8 @@ test-models: PYTHON = $(shell .ci/python 3.13 || .ci/python 3.12)
 	touch $@
 
 test-models: .venv-models/installed
-	.venv-models/bin/python -m pytest tests/test_docs.py -k models_other -n 0 -W ignore  # of these libraries
+	.venv-models/bin/python -m pytest tests/test_docs.py tests/test_qwix_laws.py -m "" -k "models_other or qwix" -n 0 \
+	  -W ignore  # of these libraries
 
 settings: $(VENV)/installed
 	for setting in $(SETTINGS); do \
@@ -96,6 +97,17 @@ package: $(VENV)/installed
 	  tests/smoke.sh $$python dist/*.whl || exit 1; \
 	done
 	tests/smoke.sh $(PYTHON) dist/*.tar.gz
+
+# The site, in site/. A link, an anchor or a page that is missing is an error, and so is a public name without a page.
+$(VENV)/docs: $(VENV)/installed
+	$(VENV)/bin/python -m pip install --quiet -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --clean
+
+pictures: $(VENV)/installed
+	PYTHONPATH=benchmarks $(VENV)/bin/python docs/pictures.py
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/import_time.py
@@ -139,4 +151,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* .jax_cache dist demo_output paper_output qlora_output sweep_output mixture_output
+	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output

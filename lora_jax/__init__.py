@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from . import optim as optim
     from . import peft as peft
     from . import quant as quant
+    from . import qwix as qwix
     from . import sharding as sharding
     from . import starts as starts
     from . import testing as testing
@@ -95,6 +96,7 @@ __all__ = [
     "peft",
     "plan",
     "quant",
+    "qwix",
     "restore",
     "save",
     "sharding",
@@ -116,6 +118,7 @@ _LAZY = {
     "optim": "optim",
     "peft": "peft",
     "quant": "quant",
+    "qwix": "qwix",
     "sharding": "sharding",
     "starts": "starts",
     "testing": "testing",

@@ -37,6 +37,7 @@ ORDER = [
     "checkpoint",
     "many",
     "peft",
+    "qwix",
     "nnx",
     "testing",
 ]
@@ -155,6 +156,7 @@ OPENED = [
     "optim",
     "peft",
     "plan",
+    "qwix",
     "restore",
     "save",
     "sharding",
