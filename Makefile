@@ -137,6 +137,7 @@ examples-short: $(VENV)/installed
 	$(MALLOC) $(VENV)/bin/python examples/qlora_smollm2.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/sweep.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/mixture.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/dpo.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -151,4 +152,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output
+	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output dpo_output
