@@ -137,11 +137,8 @@ examples-short: $(VENV)/installed $(ORACLE)/installed
 	$(MALLOC) $(VENV)/bin/python examples/qlora_smollm2.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/sweep.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/mixture.py --short --out $(shell mktemp -d)
-<<<<<<< HEAD
 	$(MALLOC) $(VENV)/bin/python examples/export_to_peft.py --short --out $(shell mktemp -d) --torch-python $(ORACLE)/bin/python
-=======
 	$(MALLOC) $(VENV)/bin/python examples/dpo.py --short --out $(shell mktemp -d)
->>>>>>> dpo
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -156,8 +153,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-<<<<<<< HEAD
-	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output export_output
-=======
-	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output dpo_output
->>>>>>> dpo
+	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output export_output dpo_output
