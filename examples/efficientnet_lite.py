@@ -123,6 +123,13 @@ def normalize(pixels: NDArray[Any] | Array) -> Array:
     return (jnp.asarray(pixels, jnp.float32) - 127) / 128
 
 
+def center_square(pixels: NDArray[Any], size: int) -> NDArray[Any]:
+    """Returns the square at the center of an image, `(height, width, 3)`, as `(size, size, 3)`, by nearest pixels."""
+    height, width, _ = pixels.shape
+    at = np.arange(size) * min(height, width) // size
+    return pixels[np.ix_((height - min(height, width)) // 2 + at, (width - min(height, width)) // 2 + at)]
+
+
 def load(path: Path | None = None) -> dict[str, Any]:
     """Reads the published weights as variables of `EfficientNetLite0()`.
 
@@ -195,9 +202,9 @@ def _transposed(array: NDArray[Any]) -> NDArray[Any]:
     return array.transpose(*range(2, array.ndim), 1, 0) if array.ndim > 1 else array
 
 
-# torch.save, before torch 1.6: pickles of these two numbers, of the machine, of the tensors and of the storages' names,
-# then the storages themselves.
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# torch.save, before torch 1.6: pickles of a magic number, of a version, of the machine's sizes, of the tensors and of
+# the storages' names, then the storages themselves.
+_START = b"".join(pickle.dumps(number, protocol=2) for number in (0x1950A86A20F9469CFC6C, 1001))
 _DTYPES = {"FloatStorage": np.dtype("<f4"), "LongStorage": np.dtype("<i8")}
 
 
@@ -247,9 +254,9 @@ def read_torch(path: Path) -> dict[str, NDArray[Any]]:
       pickle.UnpicklingError: if it refers to anything but tensors.
     """
     with path.open("rb") as file:
-        if [_Unpickler(file).load() for _ in range(2)] != [_MAGIC, _PROTOCOL]:
+        if file.read(len(_START)) != _START:
             raise ValueError(f"Expected {path} to be in the format that torch had before version 1.6.")
-        _Unpickler(file).load()  # of the machine
+        _Unpickler(file).load()  # the machine's sizes
         tensors: dict[str, _Tensor] = _Unpickler(file).load()
         storages = {tensor.storage.name: tensor.storage for tensor in tensors.values()}
         arrays = {name: _read_storage(file, storages[name]) for name in _Unpickler(file).load()}
