@@ -51,10 +51,11 @@ class Method(NamedTuple):
     learning_rate: float
 
 
+# Full fine-tuning: of 500 other images, 442 are right after 3e-4 and 380 after 1e-4; after 1e-3 the model says one digit.
 METHODS = {
     "LoRA, pointwise": Method(HEAD | {"**/{expand,project,top}/conv/kernel": LORA}, 4e-3),
     "LoRA, all convolutions": Method(HEAD | {lj.targets.convolutions: LORA}, 4e-3),
-    "full fine-tuning": Method({"params/**": lj.Full()}, 1e-3),
+    "full fine-tuning": Method({"params/**": lj.Full()}, 3e-4),
 }
 PROBE = "linear probe"
 COLORS = {PROBE: GRAY, "LoRA, pointwise": "#7fb069", "LoRA, all convolutions": BLUE, "full fine-tuning": ORANGE}
