@@ -51,7 +51,7 @@ class Method(NamedTuple):
     learning_rate: float
 
 
-# Full fine-tuning: of 500 other images, 442 are right after 3e-4 and 380 after 1e-4; after 1e-3 the model says one digit.
+# Full fine-tuning: 442 of 500 other images are right after 3e-4, 380 after 1e-4; at 1e-3 the loss stays at log 10.
 METHODS = {
     "LoRA, pointwise": Method(HEAD | {"**/{expand,project,top}/conv/kernel": LORA}, 4e-3),
     "LoRA, all convolutions": Method(HEAD | {lj.targets.convolutions: LORA}, 4e-3),
