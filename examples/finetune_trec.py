@@ -166,12 +166,12 @@ def train(
     return adapter, curve, logits
 
 
-def progress_bar(name: str, questions: int) -> Any:
-    """Returns a progress bar that counts questions; few lines in a log file."""
+def progress_bar(name: str, total: int, *, unit: str = "questions") -> Any:
+    """Returns a progress bar that counts `unit`; few lines in a log file."""
     return tqdm(
-        total=questions,
+        total=total,
         desc=name,
-        unit=" questions",
+        unit=f" {unit}",
         mininterval=0.5 if sys.stderr.isatty() else 15,
         bar_format="{desc} {percentage:3.0f} % {bar:24} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
     )
