@@ -18,7 +18,7 @@ LABELS = jnp.arange(4) % 3
 
 
 def make_params():
-    return jax.jit(MODEL.init)(jax.random.key(0), jnp.ones((1, 28, 28, 1)), jnp.ones(1), jnp.zeros(1, int))
+    return jax.jit(MODEL.init)(jax.random.key(0), jnp.ones((1, 16, 16, 1)), jnp.ones(1), jnp.zeros(1, int))
 
 
 def exact(x):
@@ -32,16 +32,16 @@ def exact(x):
 
 
 def test_the_loss_of_the_exact_velocity_is_zero():
-    x = jnp.full((28, 28, 1), 0.3)
-    images = diffusion.Images(jnp.broadcast_to(x, (4, 28, 28, 1)), LABELS)
+    x = jnp.full((16, 16, 1), 0.3)
+    images = diffusion.Images(jnp.broadcast_to(x, (4, 16, 16, 1)), LABELS)
     assert diffusion.velocity_loss(exact(x), jax.random.key(1), images) < 1e-6
     assert diffusion.velocity_loss(exact(-x), jax.random.key(1), images) > 0.1
 
 
 def test_the_sampler_finds_the_image_of_the_exact_velocity():
-    x = jnp.linspace(-1, 1, 28 * 28).reshape(28, 28, 1)
+    x = jnp.linspace(-1, 1, 16 * 16).reshape(16, 16, 1)
     found = diffusion.sample(exact(x), jax.random.key(1), LABELS, steps=5)
-    np.testing.assert_allclose(found, jnp.broadcast_to(x, (4, 28, 28, 1)), atol=1e-5)
+    np.testing.assert_allclose(found, jnp.broadcast_to(x, (4, 16, 16, 1)), atol=1e-5)
 
 
 def test_the_distance_is_zero_for_equal_features_and_that_of_the_means_if_only_they_differ():
@@ -54,7 +54,7 @@ def test_the_distance_is_zero_for_equal_features_and_that_of_the_means_if_only_t
 
 def test_the_spec_selects_every_kernel_of_more_than_two_axes_and_the_merged_model_samples_the_same():
     params = make_params()
-    inputs = jnp.ones((2, 28, 28, 1)), jnp.ones(2), jnp.zeros(2, int)
+    inputs = jnp.ones((2, 16, 16, 1)), jnp.ones(2), jnp.zeros(2, int)
     apply, adapter = lj.adapt(MODEL.apply, params, diffusion.SPEC, *inputs, key=jax.random.key(1))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     expected = {"/".join(key.key for key in path) for path, leaf in leaves if leaf.ndim > 2}
@@ -74,7 +74,7 @@ def test_the_spec_selects_every_kernel_of_more_than_two_axes_and_the_merged_mode
 
 
 def test_training_lowers_the_held_out_loss_and_leaves_the_frozen_tree():
-    x = np.linspace(-1, 1, 28 * 28, dtype=np.float32).reshape(1, 28, 28, 1)
+    x = np.linspace(-1, 1, 16 * 16, dtype=np.float32).reshape(1, 16, 16, 1)
     images = diffusion.Images(np.repeat(x, 8, 0), np.zeros(8, np.int32))
     params = make_params()
     before = jax.tree.map(np.array, params)
