@@ -4,7 +4,7 @@
     python examples/diffusion.py --short    # every stage for a few steps, under a minute
 
 The base is a small UNet, trained here on the handwritten digits 0 to 8, conditioned on the label. Then 64 nines teach
-it the label 9: with LoRA of rank 8, and with full fine-tuning for as many steps. A classifier, trained on other nines,
+it the label 9: with LoRA of rank 8, and with full fine-tuning for as many steps. A classifier, trained on other images,
 says how many samples it takes for nines, and how far their features are from those of held-out nines.
 
 The model predicts the velocity v (Salimans & Ho 2022, arXiv:2202.00512), with the angle φ as the time:
@@ -19,7 +19,7 @@ import functools
 import gzip
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,7 @@ SPEC = {
 }
 NEW = 9  # the label that the base has never seen
 FEW = 64  # images of it
-CLASSIFIED = 300  # the classifier is trained on nines up to this one; the others measure
+TRAINING = 400  # images of each label; the other 100 measure
 BATCH = 64
 SEED = 0
 RATES = {"base": 2e-3, "classifier": 2e-3, "LoRA": 4e-3, "full fine-tuning": 1e-3}  # peak learning rates
@@ -121,8 +121,8 @@ class Classifier(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> tuple[Array, Array]:
         """Returns the logits, `(batch, 10)`, and the features that they are computed from, `(batch, 32)`."""
-        x = nn.relu(nn.Conv(16, (5, 5), strides=2)(images))
-        x = nn.relu(nn.Conv(32, (5, 5), strides=2)(x))
+        x = nn.relu(nn.Conv(32, (5, 5), strides=2)(images))
+        x = nn.relu(nn.Conv(64, (5, 5), strides=2)(x))
         features = nn.relu(nn.Dense(32)(x.reshape(len(x), -1)))
         return nn.Dense(10)(features), features
 
@@ -210,6 +210,20 @@ def train(
     return trained, curve
 
 
+def fit_classifier(images: Images, steps: int) -> Any:
+    """Returns the parameters of a classifier of all labels."""
+    model = Classifier()
+
+    def loss_of(params: Any, frozen: Any, key: Array, images: Images) -> Array:
+        del frozen  # everything is trained
+        shift = jax.random.randint(key, (2,), -1, 2)  # by up to a pixel, as there are few images
+        logits, _ = model.apply(params, jnp.roll(images.pixels, shift, axis=(1, 2)))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
+
+    params = jax.jit(model.init)(jax.random.key(SEED), images.pixels[:1])
+    return train("classifier", loss_of, params, None, images, steps)[0]
+
+
 def frechet_distance(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
     """Returns the Fréchet distance of two Gaussians fitted to features, `(images, features)` (Heusel et al. 2017)."""
     (mean_x, cov_x), (mean_y, cov_y) = ((f.mean(0), np.cov(f, rowvar=False)) for f in (x, y))
@@ -223,21 +237,12 @@ def run(out: Path, scale: Scale) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     data = read()
     place = np.arange(len(data.labels)) % 500  # among the images of its label
-    new, seen = data.labels == NEW, np.where(data.labels == NEW, CLASSIFIED, 400)
-    old, few = data[~new & (place < 400)], data[new & (place < FEW)]
-    for_classifier, held_out = data[(place < seen) & (~new | (place >= FEW))], data[place >= seen]
+    new, held_out = data.labels == NEW, data[place >= TRAINING]
+    old, few = data[~new & (place < TRAINING)], data[new & (place < FEW)]
     nines = held_out[held_out.labels == NEW]
 
-    classifier = Classifier()
-    classify = jax.jit(classifier.apply)
-
-    def classifier_loss(params: Any, frozen: Any, key: Array, images: Images) -> Array:
-        del frozen, key  # arguments of every loss
-        logits, _ = classifier.apply(params, images.pixels)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, images.labels).mean()
-
-    judge = classifier.init(jax.random.key(SEED), data.pixels[:1])
-    judge, _ = train("classifier", classifier_loss, judge, None, for_classifier, scale.classifier_steps)
+    judge = fit_classifier(data[(place < TRAINING) & (~new | (place >= FEW))], scale.classifier_steps)
+    classify = jax.jit(Classifier().apply)
 
     model = UNet(scale.channels)
     inputs = (few.pixels, jnp.ones(FEW), few.labels)
@@ -261,12 +266,10 @@ def run(out: Path, scale: Scale) -> dict[str, Any]:
     adapter, curves["LoRA"] = train("LoRA", adapted_loss, adapter, base, few, scale.steps, held_out=nines)
     full, curves["full fine-tuning"] = train("full fine-tuning", loss_of, base, None, few, scale.steps, held_out=nines)
 
-    # One compiled sampler: the merged tree is that of the unmodified model.
-    sampler = jax.jit(
-        lambda params, key, labels: sample(
-            functools.partial(model.apply, params), key, labels, steps=scale.sampler_steps
-        )
-    )
+    @jax.jit  # compiled once: the merged tree is that of the unmodified model
+    def draw_samples(params: Any, labels: Array) -> Array:
+        apply = functools.partial(model.apply, params)
+        return sample(apply, jax.random.key(SEED + 1), labels, steps=scale.sampler_steps)
 
     def measure(images: NDArray[np.float32], labels: NDArray[np.int32]) -> tuple[float, float]:
         logits, features = classify(judge, images)
@@ -281,7 +284,7 @@ def run(out: Path, scale: Scale) -> dict[str, Any]:
     trees = {"base": base, "LoRA": lj.merge(base, adapter), "full fine-tuning": full}
     pictures = {}
     for name, params in trees.items():
-        images = {kind: np.asarray(sampler(params, jax.random.key(SEED), labels[kind])) for kind in labels}
+        images = {kind: np.asarray(draw_samples(params, labels[kind])) for kind in labels}
         pictures[name] = images["new"]
         recognized, distance = measure(images["new"], labels["new"])
         old_recognized, _ = measure(images["old"], labels["old"])
@@ -292,15 +295,7 @@ def run(out: Path, scale: Scale) -> dict[str, Any]:
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     draw(pictures | {"training images": few.pixels}, curves, out / "diffusion.png")
 
-    table = Table(title=f"Samples for a new label, learned from {FEW} images", title_justify="left")
-    for column in ("", "recognized", "Fréchet distance", "other labels recognized"):
-        table.add_column(column, justify="right" if column else "left")
-    for name in (*trees, "training images"):
-        row = results[name]
-        others = f"{row['others recognized']:.1%}" if "others recognized" in row else ""
-        table.add_row(name, f"{row['recognized']:.1%}", f"{row['distance']:.2f}", others)
-    console.print(table)
-    console.print(f"The classifier is right about {results['classifier']:.1%} of the held-out images.")
+    print_table(results, (*trees, "training images"))
     if results["LoRA"]["recognized"] < scale.expected:
         raise RuntimeError(
             f"Expected the classifier to recognize {scale.expected:.0%} of LoRA's samples; got {results['LoRA']}."
@@ -312,9 +307,21 @@ def run(out: Path, scale: Scale) -> dict[str, Any]:
     return results
 
 
+def print_table(results: dict[str, Any], rows: Sequence[str]) -> None:
+    """Prints what the classifier says of each row."""
+    table = Table(title=f"Samples for a new label, learned from {FEW} images", title_justify="left")
+    for column in ("", "recognized", "Fréchet distance", "other labels recognized"):
+        table.add_column(column, justify="right" if column else "left")
+    for name in rows:
+        others = f"{results[name]['others recognized']:.1%}" if "others recognized" in results[name] else ""
+        table.add_row(name, f"{results[name]['recognized']:.1%}", f"{results[name]['distance']:.2f}", others)
+    console.print(table)
+    console.print(f"The classifier is right about {results['classifier']:.1%} of the held-out images.")
+
+
 def draw(rows: dict[str, NDArray[np.float32]], curves: dict[str, list[tuple[int, float]]], path: Path) -> None:
     """Draws some images of each row, above the held-out loss of each method, as PNG."""
-    columns = 14
+    columns = 16
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(7.2, 5.0), height_ratios=(len(rows), 3.5), layout="constrained")
     tiles = np.stack([np.pad(images[:columns, ..., 0], ((0, 0), (1, 1), (1, 1))) for images in rows.values()])
     top.imshow(tiles.transpose(0, 2, 1, 3).reshape(18 * len(rows), -1), cmap="gray_r", vmin=-1, vmax=1)
