@@ -73,7 +73,7 @@ class Scale(NamedTuple):
     expected: float  # minimum fraction of LoRA's samples that the classifier recognizes
 
 
-FULL = Scale(32, base_steps=1_500, classifier_steps=500, steps=200, samples=200, sampler_steps=25, expected=0.85)
+FULL = Scale(32, base_steps=1_200, classifier_steps=400, steps=160, samples=200, sampler_steps=25, expected=0.85)
 SHORT = Scale(8, base_steps=4, classifier_steps=4, steps=4, samples=18, sampler_steps=4, expected=0.0)
 
 

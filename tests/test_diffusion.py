@@ -1,6 +1,7 @@
 """The example of diffusion: its noise, its sampler, its measure, and LoRA on all of its convolutions and attention."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -90,10 +91,10 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_frozen_tree():
     jax.tree.map(np.testing.assert_array_equal, params, before)
 
 
-def test_a_short_run_writes_its_results(tmp_path):
-    tiny = diffusion.SHORT._replace(steps=1, base_steps=1, classifier_steps=1, sampler_steps=1)
-    results = diffusion.run(tmp_path, tiny)
+def test_a_run_writes_its_results_and_raises_if_they_are_worse_than_expected(tmp_path):
+    scale = diffusion.SHORT._replace(base_steps=2, classifier_steps=2, steps=2, sampler_steps=1, expected=1.1)
+    with pytest.raises(RuntimeError, match="Expected the classifier to recognize 110% of LoRA's samples"):
+        diffusion.run(tmp_path, scale)
+    results = json.loads((tmp_path / "results.json").read_text())
     assert {"base", "LoRA", "full fine-tuning", "training images"} <= results.keys()
     assert (tmp_path / "diffusion.png").stat().st_size > 10_000
-    with pytest.raises(RuntimeError, match="Expected the classifier to recognize 100% of LoRA's samples"):
-        diffusion.run(tmp_path, tiny._replace(expected=1.0))
