@@ -11,6 +11,7 @@ from .._core.adapter import Adapters
 from .._core.attach import check
 from .._core.paths import flatten, unflatten
 from .._core.stored import stored_among
+from .._core.table import Report
 from .._core.values import is_concrete, is_finite
 from .._errors import MergeError, listed
 from .fold import Rounding, fold, is_fold, overflows, rounding
@@ -64,7 +65,7 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     return unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
 
 
-def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Rounding]:
+def merge_report(params: Any, adapter: Adapters, merged: Any) -> Report[Rounding]:
     """Measures the rounding errors of `merge` in each leaf.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -81,6 +82,7 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
 
     Returns:
       `{path: Rounding}`: the largest and the mean error, and the share of the changed elements that were rounded back.
+      The dict prints as a table.
 
     Raises:
       AdapterError: if the adapter does not fit `params` or `merged`.
@@ -96,7 +98,7 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
     if not all(map(is_concrete, jax.tree.leaves((params, adapter, merged)))):
         raise MergeError("Expected arrays with values; got traced arrays.\n  Call merge_report outside `jit`.")
     check_merge(leaves, adapter, results, base="params")
-    return {path: rounding(leaves[path], part, results[path]) for path, part in adapter.items()}
+    return Report({path: rounding(leaves[path], part, results[path]) for path, part in adapter.items()})
 
 
 # Checks

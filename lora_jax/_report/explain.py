@@ -14,7 +14,7 @@ from .._core.attach import attach, check
 from .._core.base import abstract, base_of
 from .._core.kernel import PlainKernel
 from .._core.paths import Pattern, flatten
-from .._core.uses import Use
+from .._core.uses import NEVER_USED, Use, counted_uses
 from .._core.variant import LowRank
 from .._errors import AdapterError, listed, refuse_keywords
 from .._transform.contraction.costs import FormName
@@ -103,7 +103,7 @@ def explain(
     traced_axes = _traced_axes(program, adapter, uses)
     findings = _Findings(uses, _variant_flops(adapter, leaves), kinds(program.jaxpr, list(leaves)), traced_axes)
     rows = tuple(_row(path, part, leaves[path], findings, placed.get(path)) for path, part in adapter.items())
-    unused = [row.path for row in rows if row.used == _NEVER]
+    unused = [row.path for row in rows if row.used == NEVER_USED]
     if strict and unused:
         raise AdapterError(
             f"Expected the function to use every leaf of the adapter; it never uses {len(unused)} of {len(rows)}.\n"
@@ -131,9 +131,6 @@ def explain(
     )
 
 
-_NEVER = "never used"
-
-
 class _Findings(NamedTuple):
     """What tracing found for each leaf, by path."""
 
@@ -152,7 +149,7 @@ def _row(path: str, part: Adapter, leaf: Any, findings: _Findings, placed: Adapt
         type(variant).__name__,
         rank=getattr(variant, "rank", None),
         scale=variant.scale if isinstance(variant, LowRank) else None,
-        used=_used(uses, full=not variant.needs_axes),
+        used=counted_uses(uses, lambda use: f"{use.kind if variant.needs_axes else 'whole'} {use.primitive}"),
         parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
         flops=findings.variant_flops[path] + sum(use.flops for use in uses),
         placed="" if placed is None else _shardings_text(part, placed),
@@ -225,15 +222,6 @@ def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
         yield f"`lora` raises an error for {len(allowable)} leaves; to materialize them there: materialize={allowable}"
     if others:
         yield f"`lora` raises an error for {list(dict.fromkeys(others))}: remove them from the spec"
-
-
-def _used(uses: Sequence[Use], *, full: bool) -> str:
-    """Formats uses like `factored dot_general ×24, materialized mul ×1`."""
-    times: dict[str, int] = {}
-    for use in uses:
-        name = f"{'whole' if full else use.kind} {use.primitive}"
-        times[name] = times.get(name, 0) + use.times
-    return ", ".join(f"{name} ×{count}" for name, count in times.items()) or _NEVER
 
 
 def _flops_of(program: Program) -> int | None:
