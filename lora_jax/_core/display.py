@@ -48,7 +48,7 @@ def described(variant: Any, axes: str, arrays: Mapping[str, Any]) -> dict[str, D
 
     >>> from lora_jax import LoRA
     >>> described(LoRA(rank=2, alpha=4), "io", {"a": np.ones((4, 2), np.float32)})["a"].line
-    'in 4 × rank 2 · norm 2.83 · by rank ██'
+    'in 4 × rank 2 · norm 2.83 · by rank 2 ▁▁ 2'
     """
     layout = variant.layout(axes)
     return {name: _described(array, axes, layout.get(name, range(len(axes)))) for name, array in arrays.items()}
@@ -65,24 +65,29 @@ def _described(array: Any, axes: str, layout: Sequence[int]) -> Described:
     squares = _squares(array, along)
     if squares is None:
         return Described(sizes, "", "")
-    line = "" if along is None else f"by {names[along] or 'first axis'} {sparkline(np.sqrt(squares))}"
+    if along is None or not squares.size:
+        return Described(sizes, f"{np.sqrt(squares.sum()):.3g}", "")
+    line = f"by {names[along] or 'first axis'} {sparkline(np.sqrt(squares))}"
     return Described(sizes, f"{np.sqrt(squares.sum()):.3g}", line)
 
 
-def sparkline(values: np.ndarray[Any, Any], width: int = 32) -> str:
-    """Draws nonnegative numbers as bars between 0 and the largest; × for a number that is not finite.
+def sparkline(values: np.ndarray[Any, Any], width: int = 24) -> str:
+    """Draws numbers as bars between the smallest and the largest, which it writes on both sides.
 
-    More than `width` numbers are drawn as the means of neighbors.
+    A number that is not finite is an ×. More than `width` numbers are drawn as the means of neighbors.
 
-    >>> sparkline(np.array([0, 1, 2, 4, np.nan, 8]))
-    '▁▂▃▄×█'
+    >>> sparkline(np.array([1, 3, np.nan, 5.5, 8]))
+    '1 ▁▃×▆█ 8'
     """
     if len(values) > width:
         values = np.array([part.mean() for part in np.array_split(values, width)])
     finite = np.isfinite(values)
-    most = values[finite].max(initial=0) or 1
-    heights = np.where(finite, values, 0) / most * (len(_BARS) - 1)
-    return "".join(_BARS[round(height)] if shown else "×" for height, shown in zip(heights, finite, strict=True))
+    if not finite.any():
+        return "×" * len(values)
+    least, most = values[finite].min(), values[finite].max()
+    heights = (np.where(finite, values, least) - least) / ((most - least) or 1) * (len(_BARS) - 1)
+    bars = "".join(_BARS[round(height)] if shown else "×" for height, shown in zip(heights, finite, strict=True))
+    return f"{least:.3g} {bars} {most:.3g}"
 
 
 def table(variant: Any, axes: str, arrays: Mapping[str, Any]) -> Table:

@@ -10,8 +10,6 @@ from typing import Any, Protocol, TypeVar
 
 Cells = Sequence[str]
 
-_NARROW = 10  # a column of at most so many characters is not wrapped in a narrow terminal
-
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -65,20 +63,12 @@ class Table:
         return f'<div style="overflow-x:auto">{table}</div>' + (f"<p>{notes}</p>" if notes else "")
 
     def rich(self) -> Any:
-        """Returns a table of rich, which must be installed."""
-        import rich.box
-        import rich.console
-        import rich.table
-        from rich.text import Text  # cells are not markup: `[…]` is part of a path
+        """Returns the text for rich, which must be installed, with a bold head. A narrow terminal wraps its lines."""
+        from rich.text import Text
 
-        table = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-        for column, name in enumerate(self.head):
-            justify = "right" if name in self.numbers else "left"
-            narrow = max(len(row[column]) for row in (self.head, *self.rows)) <= _NARROW
-            table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=narrow)
-        for row in self.rows:
-            table.add_row(*map(Text, row))
-        return rich.console.Group(table, *map(Text, self.notes))
+        text = Text(self.text())
+        text.stylize("bold", 0, text.plain.index("\n"))
+        return text
 
 
 class Tabular(abc.ABC):
@@ -96,8 +86,9 @@ class Tabular(abc.ABC):
     def _repr_html_(self) -> str:
         return self._table().html()
 
-    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
-        printer.text(str(self))
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        del include, exclude  # IPython selects
+        return {"text/plain": str(self), "text/html": self._repr_html_()}  # in a terminal, the text
 
     def __rich__(self) -> Any:
         return self._table().rich()
@@ -117,6 +108,10 @@ class Report(dict[str, RowT], Tabular):
     """A dict from paths to values, shown as a table with a row for each."""
 
     __slots__ = ()
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        del cycle  # there is none
+        printer.text(str(self))  # IPython's own text for a dict has precedence over `_repr_mimebundle_`
 
     def _table(self) -> Table:
         rows = {path: value.cells() for path, value in self.items()}
