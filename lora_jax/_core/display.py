@@ -77,7 +77,7 @@ def sparkline(values: np.ndarray[Any, Any], width: int = 24) -> str:
     A number that is not finite is an ×. More than `width` numbers are drawn as the means of neighbors.
 
     >>> sparkline(np.array([1, 3, np.nan, 5.5, 8]))
-    '1 ▁▃×▆█ 8'
+    '1 ▁▃×▅█ 8'
     """
     if len(values) > width:
         values = np.array([part.mean() for part in np.array_split(values, width)])
