@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures notebook bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -108,6 +108,9 @@ docs: $(VENV)/docs
 
 pictures: $(VENV)/installed
 	PYTHONPATH=benchmarks $(VENV)/bin/python docs/pictures.py
+
+notebook: $(VENV)/installed
+	$(VENV)/bin/python docs/make_notebook.py
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/import_time.py

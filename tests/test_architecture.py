@@ -109,7 +109,7 @@ def test_only_public_jax_is_imported_and_jax_extend_in_one_file() -> None:
 
 # Modules that an import loads
 
-HEAVY = ["orbax", "tensorstore", "optax", "safetensors", "flax.nnx", "chex", "matplotlib"]
+HEAVY = ["orbax", "tensorstore", "optax", "safetensors", "flax.nnx", "chex", "matplotlib", "treescope", "rich"]
 IMPORT = """
 import sys
 import jax, flax

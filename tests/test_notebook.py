@@ -19,9 +19,6 @@ import lora_jax as lj
 from lora_jax import quant
 from lora_jax._core import display
 
-# Treescope asks NumPy for all its names, and NumPy has deprecated one.
-pytestmark = pytest.mark.filterwarnings("ignore:The chararray class is deprecated:DeprecationWarning")
-
 ROOT = pathlib.Path(__file__).parents[1]
 PARAMS = {"layers": jnp.ones((3, 8, 4)), "<b>": jnp.ones(4)}
 LORA = lj.LoRA(rank=2, alpha=4)
