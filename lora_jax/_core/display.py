@@ -137,11 +137,11 @@ def _squares(array: Any, along: int | None) -> np.ndarray[Any, Any] | None:
     if isinstance(array, Array):
         if array.is_deleted() or not array.is_fully_addressable:  # or another process would have to take part
             return None
-        devices = array.sharding.device_set
-        is_on_host = is_in_host_memory(array) or all(device.platform == "cpu" for device in devices)
-        if len(devices) > 1 or not is_on_host:
-            if is_in_host_memory(array):  # where its devices cannot compute
-                return None
+        devices: Any = array.sharding.device_set
+        is_in_host = is_in_host_memory(array)
+        if is_in_host and len(devices) > 1:  # each device would copy its shard
+            return None
+        if len(devices) > 1 or not (is_in_host or next(iter(devices)).platform == "cpu"):
             with jax.ensure_compile_time_eval(), jax.debug_nans(False):  # also under `jit`
                 sums = _squares_on_device(array, along)
             return np.asarray(jax.device_get(sums), np.float64) if is_concrete(sums) else None

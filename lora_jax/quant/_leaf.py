@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import math
 from typing import Any, Self
 
@@ -121,8 +120,7 @@ class QuantizedLeaf(StoredLeaf):
         if all(isinstance(getattr(array, "shape", None), tuple) for array in jax.tree.leaves(self)):  # not shardings
             bits = 8 * self.nbytes / max(self.size, 1)
             summary += f"{list(self.shape)} in {self.storage}, {bits:.3g} bits per element"
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del fields["dtype"]
+        fields = {name: value for name, value in vars(self).items() if name != "dtype"}
         return display.tree_node(self, summary, fields, path, subtree_renderer)
 
     def __repr__(self) -> str:
