@@ -41,7 +41,8 @@ def _bar(widgets: Any, box: str) -> str:
     before, bar, after = (
         widgets[child.removeprefix("IPY_MODEL_")]["state"]["value"] for child in widgets[box]["state"]["children"]
     )
-    return f"{html.unescape(before)}|{'█' * 20 if bar else ''}|{html.unescape(after)}"
+    text = f"{before}|{'█' * 20 if bar else ''}|{after}"
+    return html.unescape(text).replace("\u2007", " ")  # spaces as wide as a digit
 
 
 if __name__ == "__main__":
