@@ -115,7 +115,8 @@ class Site:
             raise NoRule(reason)
         form = form_in_training(kernel, contraction, self.settings.form)
         more = routing_flops(kernel, contraction) + (0 if kernel.gain is None else contraction.costs.y)
-        self.log_use(kernel, form.value, roles=roles, flops=added_flops(form, contraction.costs) + more)
+        flops = added_flops(form, contraction.costs) if kernel.a.shape[-1] else 0
+        self.log_use(kernel, form.value, roles=roles, flops=flops + more)
         if self.settings.log is not None:  # only shapes are needed, and the base's result has the same
             return apply_to_base(lambda w, x: contraction.base(x, w), kernel.w, x)
         return evaluate_contraction(kernel, x, contraction, self.settings.form)

@@ -87,7 +87,7 @@ def _ragged_dot_general(
     out = (*batch, *x_rest, *w_rest)
     gain = None if kernel.gain is None else gain_of(kernel)
     if gain is not None and not set(gain.labels) <= {group, *out}:
-        raise NoRule("a product that contracts outputs with a gain")
+        raise NoRule("a product that contracts axes with a gain")
     if gain is not None and kernel.dropout is not None:
         raise NoRule("a ragged product with dropout, of a kernel that has a gain")
     like: Any = site.eqn.outvars[0].aval
