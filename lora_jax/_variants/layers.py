@@ -107,11 +107,11 @@ class Layers(Wrapper):
             shape = [size if axis == at else 1 for axis, size in enumerate(kernel.shape)]
             is_adapted = (jnp.array(where) < len(self.layers)).reshape(shape)
             return jnp.where(is_adapted, _take(adapted, where, at, 0), as_array(kernel))
-        factors = {name: (array, layout(axes)) for name, (array, layout) in adapted.factors.items()}
-        whole = {
-            name: like_kernel(_take(array, where, layout.index(at), name == "gain"), layout, kernel)
-            for name, (array, layout) in factors.items()
-        }
+        whole: dict[str, Any] = {}
+        for name, (array, layout) in adapted.factors.items():
+            factor_axes = layout(axes)
+            factor = _take(array, where, factor_axes.index(at), name == "gain")
+            whole[name] = like_kernel(factor, factor_axes, kernel)
         return dataclasses.replace(adapted, w=kernel, **whole)
 
     def _shape(self, shape: Sequence[int], axes: str) -> tuple[int, ...]:
