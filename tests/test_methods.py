@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 from evaluate import without_compiling
-from helpers import bits, sweep_except
+from helpers import bits, sweep, sweep_except
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -314,3 +314,38 @@ def test_layers_of_a_variant_that_is_not_of_the_library_are_not_saved(tmp_path: 
     adapter = random_adapter(STACK, lj.Layers(variant=Own(rank=1, alpha=1, axes="bio"), layers=[1]))
     with pytest.raises(lj.CheckpointError, match="Expected one of the variants ALoRA, AdaLoRA"):
         lj.save(tmp_path, adapter, base=STACK)
+
+
+# QA-LoRA on a quantized base
+
+
+@pytest.mark.parametrize(
+    ("shape", "format_"),
+    [
+        ((8, 4), lj.quant.Int8(axes="io")),
+        sweep((8, 4), lj.quant.Float8(axes="io")),
+        sweep((2, 8, 4), lj.quant.Int8(axes="bio")),
+    ],
+    ids=str,
+)
+def test_the_groups_of_qa_lora_are_merged_into_zero_points(shape: tuple[int, ...], format_: Any) -> None:
+    w = normal(*shape).at[..., 0].set(0)  # a scale of 0
+    base = lj.quant.quantize({"w": w}, {"w": format_})
+    adapter = random_adapter(base, lj.QALoRA(rank=2, alpha=3, group=4, axes=format_.axes))
+    merged = lj.merge(base, adapter)
+    assert bits(merged["w"].codes) == bits(base["w"].codes)
+    assert merged["w"].zero_point.shape == (*shape[:-2], 2, 4)
+    expected = lj.merge(lj.quant.dequantize(base), adapter)
+    assert_close(lj.quant.dequantize(merged), expected)
+    twice = lj.merge(merged, adapter)  # into zero points that are there already
+    assert_close(lj.quant.dequantize(twice), lj.merge(expected, adapter))
+
+
+def test_groups_across_scales_and_formats_without_zero_points_are_not_merged() -> None:
+    adapter = random_adapter({"w": normal(64, 4)}, lj.QALoRA(rank=2, alpha=3, group=32, axes="io"))
+    tiles = lj.quant.from_qwix(
+        {"w": {"qvalue": jnp.ones((64, 4), jnp.int8), "scale": jnp.ones((4, 4)), "zero_point": None}}
+    )
+    for base in (tiles, lj.quant.quantize({"w": normal(64, 4)}, {"w": lj.quant.NF4()})):
+        with pytest.raises(lj.MergeError, match="Expected the adapted leaves of `params` to be arrays; 1 of 1 are"):
+            lj.merge(base, adapter)

@@ -18,6 +18,7 @@ from .contract import widest
 from .kernel import AdaptedKernel
 from .numbers import flag, fraction, integer, number
 from .spec_value import SpecValue
+from .stored import StoredLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -55,6 +56,11 @@ class Variant(SpecValue):
     @abc.abstractmethod
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel | Array:
         """Returns what the model receives in place of the kernel."""
+
+    def merged_into(self, leaf: StoredLeaf, arrays: dict[str, Array], axes: str) -> StoredLeaf | None:
+        """Returns a stored leaf merged with the arrays in its own form; None if that is not possible."""
+        del leaf, arrays, axes  # in general, the sum of a quantized kernel and an update is not quantized
+        return None
 
 
 def check_axes(variant: Variant, axes: str) -> None:

@@ -1,4 +1,4 @@
-"""MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure (Kang et al. 2024, 2409.15371)."""
+"""MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure (Kang and Yin 2024)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .._errors import SpecError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class MiSS(Ranked):
-    """One trained matrix, rank × out, that all shards of the inputs share (Kang et al. 2024, arXiv:2409.15371).
+    """One trained matrix, rank × out, that all shards of the inputs share (Kang and Yin 2024, arXiv:2409.15371).
 
         W[i] = W0[i] + B[i mod rank]        for each input i
 

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from .._core.axes import axes_of_a, axes_of_b, axes_with
-from .._core.kernel import AdaptedKernel
+from .._core.axes import axes_of_a, axes_of_b
+from .._core.contract import widest
+from .._core.kernel import AdaptedKernel, materialize
 from .._core.numbers import fraction, integer, number
+from .._core.stored import StoredLeaf
 from .._core.variant import Ranked
 from .._errors import SpecError
 
@@ -21,9 +23,9 @@ class QALoRA(Ranked):
 
         W = W0 + (alpha / rank)·repeat(A, group)·B        that is, y = x·W0 + s·(sum of x in each group)·A·B
 
-    If W0 is quantized in the same groups with zero points, the update of a group is a change of its zero points. `a`
-    has a row for each group; `b` is initialized to zero, so the model is initially unchanged. Groups are of consecutive
-    inputs, along the last input axis.
+    `a` has a row for each group of consecutive inputs, along the last input axis; `b` is initialized to zero, so the
+    model is initially unchanged. `merge` keeps a kernel quantized if its format has a zero point for each group, or can
+    get one: `quant.Int8`, `quant.Float8`, and arrays of Qwix whose tiles consist of groups.
 
     >>> QALoRA(rank=8, alpha=16, group=32)
     QALoRA(rank=8, alpha=16, group=32)
@@ -61,8 +63,7 @@ class QALoRA(Ranked):
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """`a`: (batch…, in…, rank), with a group for each input of the last axis; `b`: (batch…, rank, out…)."""
-        last = axes.rindex("i")
-        return super().shapes([size // self.group if axis == last else size for axis, size in enumerate(shape)], axes)
+        return super().shapes(self._groups(shape, axes), axes)
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
         """The factors as in `LoRA`."""
@@ -70,6 +71,17 @@ class QALoRA(Ranked):
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """Returns the kernel with its factors, `a` repeated."""
-        at = axes_of_a(axes).index(axes_with(axes, "i")[-1])
+        at = axes_of_a(axes).index(axes.rindex("i"))
         a = jnp.repeat(arrays["a"], self.group, axis=at)
         return AdaptedKernel(kernel, a, arrays["b"], scale=self.scale, roles=tuple(axes), paths=(path,))
+
+    def merged_into(self, leaf: StoredLeaf, arrays: dict[str, Array], axes: str) -> StoredLeaf | None:
+        """Adds the update of each group to a leaf whose format has zero points."""
+        groups = jnp.zeros(self._groups(leaf.shape, axes), widest(*(x.dtype for x in arrays.values()), jnp.float32))
+        of_groups = AdaptedKernel(groups, **arrays, scale=self.scale, roles=tuple(axes), paths=("",))
+        return leaf.plus(materialize(of_groups))
+
+    def _groups(self, shape: Sequence[int], axes: str) -> tuple[int, ...]:
+        """The shape of a kernel with one input for each group."""
+        last = axes.rindex("i")
+        return tuple(size // self.group if axis == last else size for axis, size in enumerate(shape))
