@@ -142,7 +142,7 @@ def test_concatenated_gains_of_the_inputs_and_of_the_outputs() -> None:
     assert_law(apply, params, {"other": gains(True, True)["other"]}, normal(3, 8, seed=2))
     for inputs, reason in (
         ((True, False), "of which one has a gain of the inputs and one of the outputs"),
-        ((False, False), "of which one has a gain, along an axis that the gain does not have"),
+        ((False, False), "along an axis that the gain of one of the kernels does not have"),
     ):
         with pytest.raises(lj.UnsupportedError, match=reason):
             lj.lora(apply)(params, gains(*inputs), normal(3, 8, seed=2))
@@ -210,6 +210,32 @@ def test_adapters_of_each_method_are_stacked_and_the_base_is_one_of_them() -> No
     got, none, expected = without_compiling(merged)(params, stacked, other)
     assert_close(got, expected)
     assert bits(none) == bits(params)
+
+
+# Sharding
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", METHODS)
+def test_the_function_is_the_same_inside_a_shard_map(name: str) -> None:
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,))
+    gather = lambda w: lax.all_gather(w, "model", axis=0, tiled=True)  # noqa: E731
+    cases = [  # the body, and the shardings of the kernel, of the activation and of the result
+        (lambda w, x: lax.psum(x @ w, "model"), P("model"), P(None, "model"), P()),
+        (lambda w, x: x @ w, P(None, "model"), P(), P(None, "model")),
+        (lambda w, x: x @ gather(w), P("model"), P("model"), P("model")),
+    ]
+    params, x = {"w": normal(8, 8)}, normal(4, 8, seed=1)
+    adapter = random_adapter(params, METHODS[name](axes="io"))
+    expected = linear(lj.merge(params, adapter), x)
+    for body, of_w, of_x, of_y in cases:
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=(of_w, of_x), out_specs=of_y)
+        with jax.set_mesh(mesh):
+            base = NamedSharding(mesh, of_w)
+            placed = jax.device_put((params, adapter), (base, lj.sharding.like_base(adapter, base)))
+            run = jax.jit(lj.lora(lambda params, x, mapped=mapped: mapped(params["w"], x)))
+            got = run(*placed, jax.device_put(x, NamedSharding(mesh, of_x)))
+        assert_close(jax.device_get(got), jax.device_get(expected))
 
 
 # Layers

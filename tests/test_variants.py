@@ -89,7 +89,8 @@ def test_all_forms_are_the_same_function(variant: str, form: Any) -> None:
 def test_initialization_keeps_the_model(variant: str, use: str) -> None:
     case = USES[use]
     adapter = lj.init(jax.random.key(0), case.params, {"w": ALL[variant](axes=case.roles)})
-    assert_close(lj.lora(case.apply)(case.params, adapter, *case.arrays), case.apply(case.params, *case.arrays))
+    adapted = lj.lora(case.apply, materialize=["w"] if (variant, use) in EXCEPT else [])
+    assert_close(adapted(case.params, adapter, *case.arrays), case.apply(case.params, *case.arrays))
 
 
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
@@ -105,7 +106,7 @@ def test_a_scanned_model_matches_merged_kernels(variant: str, transform: str, ke
 
 @pytest.mark.parametrize("variant", SWEPT)
 def test_a_base_in_bfloat16_keeps_its_dtype(variant: str) -> None:
-    params, x = {"w": normal(64, 32, dtype="bfloat16")}, normal(8, 64, seed=1, dtype="bfloat16")
+    params, x = {"w": normal(64, 32, size=0.2, dtype="bfloat16")}, normal(8, 64, seed=1, dtype="bfloat16")
     adapter = random_adapter(params, ALL[variant](axes="io"))
     assert_law(lambda params, x: x @ params["w"], params, adapter, x, dtype="bfloat16")
 
@@ -126,12 +127,13 @@ def test_the_function_is_the_same_on_an_explicit_mesh(variant: str, spec: P) -> 
     params, x = {"w": normal(8, 8, size=0.5), "other": normal(8, 8, seed=3)}, normal(3, 8, seed=2)
     adapter = random_adapter(params, ALL[variant](axes="io"))
     apply = lambda p, x: x @ jnp.concatenate([p["w"], p["other"]], 1)  # noqa: E731
+    adapted = lj.lora(apply, materialize=["w"] if variant == "IA3 of the inputs" else [])
     expected = jax.grad(lambda ad: total(apply(lj.merge(params, ad), x)))(adapter)
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         placed = jax.device_put(params, NamedSharding(mesh, spec))
         sharded = jax.device_put(adapter, lj.sharding.like_base(adapter, NamedSharding(mesh, spec)))
-        gradient = jax.jit(jax.grad(lambda ad: total(lj.lora(apply)(placed, ad, x))))(sharded)
+        gradient = jax.jit(jax.grad(lambda ad: total(adapted(placed, ad, x))))(sharded)
     assert_close(jax.device_get(gradient), jax.device_get(expected), {"float32": 1e-4})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from .._core.axes import axes_of_a, axes_of_b
+from .._core.axes import axes_of_a, axes_of_b, sizes
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel, materialize
 from .._core.numbers import fraction, integer, number
@@ -72,13 +72,16 @@ class QALoRA(Ranked):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """Returns the kernel with its factors, `a` repeated."""
         at = axes_of_a(axes).index(axes.rindex("i"))
-        a = jnp.repeat(arrays["a"], self.group, axis=at)
+        # Not `jnp.repeat`, which does not keep an explicit sharding of the groups.
+        groups = jnp.expand_dims(arrays["a"], at + 1)
+        repeated = jnp.broadcast_to(groups, [*groups.shape[: at + 1], self.group, *groups.shape[at + 2 :]])
+        a = repeated.reshape(sizes(axes_of_a(axes), kernel.shape, self.rank))
         return AdaptedKernel(kernel, a, arrays["b"], scale=self.scale, roles=tuple(axes), paths=(path,))
 
     def merged_into(self, leaf: StoredLeaf, arrays: dict[str, Array], axes: str) -> StoredLeaf | None:
         """Adds the update of each group to a leaf whose format has zero points."""
         groups = jnp.zeros(self._groups(leaf.shape, axes), widest(*(x.dtype for x in arrays.values()), jnp.float32))
-        of_groups = AdaptedKernel(groups, **arrays, scale=self.scale, roles=tuple(axes), paths=("",))
+        of_groups = AdaptedKernel(groups, arrays["a"], arrays["b"], self.scale, tuple(axes), paths=("",))
         return leaf.plus(materialize(of_groups))
 
     def _groups(self, shape: Sequence[int], axes: str) -> tuple[int, ...]:

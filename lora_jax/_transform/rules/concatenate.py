@@ -151,7 +151,7 @@ def _concatenate_gains(parts: Sequence[Value], axis: int, roles: Sequence[str], 
     if not known or (all(gain is known[0] for gain in gains) and axis not in axes):
         return known[0] if known else None
     if axis not in axes:
-        raise NoRule("a concatenation of kernels of which one has a gain, along an axis that the gain does not have")
+        raise NoRule("a concatenation along an axis that the gain of one of the kernels does not have")
     dtype = widest(*(gain.dtype for gain in known))
     arrays = [
         jnp.ones(sizes(axes, np.shape(base_value(part)), 1), dtype, out_sharding=_factor_sharding(part, axes))
