@@ -26,9 +26,9 @@ class Variant(SpecValue):
     """A method of adapting one kernel, with its hyperparameters: an immutable value without arrays."""
 
     adds: ClassVar[bool]  # whether it adds a term that does not depend on the kernel, so that it can be subtracted
+    constants: ClassVar[tuple[str, ...]] = ()  # the names of arrays that are not trained
     routed: ClassVar[bool] = False  # whether its update differs between tokens, and so cannot be merged
     needs_weights: ClassVar[bool] = False  # whether the caller passes `token_weights`
-    constants: ClassVar[tuple[str, ...]] = ()  # the names of arrays that are not trained
     experts_given: ClassVar[int | None] = None  # the size of their last axis; None if they have only token axes
     weights_per_layer: ClassVar[bool] = False  # whether their first axes are the batch axes of the kernel
     noun: ClassVar[str] = "variant"
