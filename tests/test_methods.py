@@ -212,6 +212,23 @@ def test_adapters_of_each_method_are_stacked_and_the_base_is_one_of_them() -> No
     assert bits(none) == bits(params)
 
 
+def test_updates_that_add_to_the_kernel_are_interpolated_and_others_are_not() -> None:
+    spec = {name: METHODS[name](axes="io") for name in METHODS}
+    parts = {name: random_adapter({"w": W}, spec[name])["w"] for name in METHODS}
+    adding = {name: part for name, part in parts.items() if part.variant.adds}
+    params = {name: W + 0 for name in adding}
+
+    def changes(adapter: Any) -> Any:
+        half, whole = (lj.merge(params, one) for one in (many.interpolate(adapter, 0.5), adapter))
+        return [(2 * (half[name] - W), whole[name] - W) for name in params]
+
+    for half, whole in without_compiling(changes)(adding):
+        assert_close(half, whole)
+    assert [*adding] == ["LoRA-XS", "MiSS", "QA-LoRA"]
+    with pytest.raises(lj.AdapterError, match="got 3 that cannot"):
+        many.interpolate(parts, 0.5)
+
+
 # Sharding
 
 
@@ -284,15 +301,16 @@ def test_the_axis_of_the_layers_is_the_first_batch_axis() -> None:
 
 
 @pytest.mark.sweep
-def test_layers_of_a_quantized_stack() -> None:
-    params = lj.quant.quantize({"w": normal(3, 64, 8)}, {"w": lj.quant.NF4(axes="bio")})
-    dense = lj.quant.dequantize(params)
-    spec = {"w": lj.Layers(variant=lj.DoRA(rank=2, alpha=3, axes="bio"), layers=[2])}
-    adapter = lj.init(jax.random.key(0), params, spec)
-    adapter["w"].arrays["b"] += 0.3
-    apply = lambda params, x: lax.scan(lambda x, w: (x + (x @ w).sum(-1, keepdims=True), None), x, params["w"])[0]  # noqa: E731
-    x = normal(2, 64, seed=1)
-    assert_close(jax.jit(lj.lora(apply))(params, adapter, x), apply(lj.merge(dense, adapter), x))
+@pytest.mark.parametrize("name", ["DoRA", *METHODS])
+def test_all_and_some_layers_of_a_quantized_stack(name: str) -> None:
+    base = lj.quant.quantize({"w": normal(3, 64, 64, size=0.1)}, {"w": lj.quant.NF4(axes="bio")})
+    variant, x = ALL[name](axes="bio"), normal(4, 64, seed=1)
+    adapters = [random_adapter(base, one) for one in (variant, lj.Layers(variant=variant, layers=[2]))]
+    run = USES["a stack of layers"].apply
+    got = jax.jit(lambda base: [lj.lora(run)(base, adapter, x) for adapter in adapters])(base)
+    dense = lj.quant.dequantize(base)
+    expected = jax.jit(lambda dense: [run(lj.merge(dense, adapter), x) for adapter in adapters])(dense)
+    assert_close(got, expected)
 
 
 @pytest.mark.sweep
