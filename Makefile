@@ -142,7 +142,7 @@ $(ORACLE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
 	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
-	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 bitsandbytes==0.50.2 pytest -e ".[examples]"
+	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 attrs bitsandbytes==0.50.2 pytest -e ".[examples]"
 	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
 	touch $@
 

@@ -716,16 +716,14 @@ def test_weights_of_one_count_every_token(use: str) -> None:
 
 @pytest.mark.sweep
 def test_activations_of_a_convolution_are_weighted_per_place() -> None:
-    x, w, given = BATCH["image"], PARAMS["conv"], np.arange(12.0).reshape(2, 3, 2) > 4
-    params, numbers = {"w": w}, ("NHWC", "HWIO", "NHWC")
-    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=2, axes="iiio")})
+    x, given, numbers = BATCH["image"], np.arange(24).reshape(2, 3, 4) % 5 > 1, ("NHWC", "HWIO", "NHWC")
+    params, adapter = {"conv": PARAMS["conv"]}, {"conv": adapter_of()["conv"]}
 
     def apply(params: Any, x: jax.Array) -> jax.Array:
-        return lax.conv_general_dilated(x, params["w"], STRIDES, "SAME", dimension_numbers=numbers)
+        return lax.conv_general_dilated(x, params["conv"], STRIDES, "SAME", dimension_numbers=numbers)
 
-    places = inputs()["conv"].reshape(12, 12)[given.ravel()] if apply(params, x).shape[:3] == given.shape else None
-    found = starts.activations(apply, params, adapter, x, token_weights=given)["w"]
-    assert places is not None
+    places = inputs()["conv"].reshape(3, 4, 2, 12).transpose(2, 0, 1, 3)[given]  # the batch is their last axis
+    found = starts.activations(apply, params, adapter, x, token_weights=given)["conv"]
     assert_near(found.gram[0], places.T @ places)
     assert_near(found.total[0], places.sum(0))
     assert found.count[0] == given.sum()
