@@ -125,7 +125,7 @@ def test_initializations_work_for_a_base_of_every_dtype(dtype: Any) -> None:
     params, apply, x = model(dtype)
     adapter, key = adapter_of(params), jax.random.key(1)
     loss = lambda params, x: jnp.sum(apply(params, x))  # noqa: E731
-    seen = starts.activations(apply, params, adapter, x)
+    seen = starts.activations(apply, params, adapter, x, token_weights=jnp.linspace(0, 1, 4))
     started = {
         "gaussian": starts.gaussian(key, params, adapter),
         "kaiming": starts.kaiming(key, params, adapter),

@@ -500,7 +500,8 @@ def test_eva_whitens_by_the_root_of_the_singular_values() -> None:
     assert_near(np.abs(a), np.abs(vt[:2].T) / np.sqrt(s[:2]), 1e-3)
     flat = starts.Activations(jnp.diag(jnp.eye(6)[0] * 4)[None], jnp.zeros((1, 6)), jnp.ones(1))
     a = starts.eva(PARAMS, part, {"dense": flat}, whiten=True).adapter["dense"].a
-    assert_near(np.linalg.norm(a, axis=0), [2**-0.5, 2**-0.5 * 2**5.75], 1e-4)  # epsilon is 2⁻²³
+    smallest = np.finfo(flat.gram.dtype).eps ** -0.25
+    assert_near(np.linalg.norm(a, axis=0), np.sqrt([0.5, 0.5 * smallest**2]), 1e-4)
 
 
 USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {

@@ -58,6 +58,8 @@ def sum_activations(
     if axes := of_total - of_a:  # in a `shard_map`, the axes along which `b` is sharded
         is_total = lax.pmax(is_total.astype(jnp.int8), tuple(axes)) > 0
     is_total = lax.expand_dims(is_total, range(batch, kernel.a.ndim - 1))
+    # The backward pass must not close over an array, which may be one of the trace of the forward pass.
+    array, labels = (None, None) if weights is None else weights
 
     def forward(x: Array, w: Array, a: Array, is_total: Array, array: Any, *others: Array) -> tuple[Array, Any]:
         return base(x, w, *others), (x, a, is_total, array, *others)
@@ -65,7 +67,7 @@ def sum_activations(
     def backward(residuals: tuple[Any, ...], cotangent: Array) -> tuple[Any, ...]:
         del cotangent
         x, a, is_total, array, *others = residuals
-        own = None if weights is None else weights._replace(array=array)
+        own = None if labels is None else Labeled(array, labels)
         # (x·s)·w = x·(s·w): the leaf w is multiplied with x·s.
         sums = _sums(x.astype(wide) * scale, a.astype(wide), is_total, lambda x, a: x_times_a(x, a, *others), own)
         # An array of zeros and not a symbolic zero, so that the backward pass continues to the layers below.
@@ -74,7 +76,7 @@ def sum_activations(
 
     function = jax.custom_vjp(lambda x, w, a, is_total, array, *others: base(x, w, *others))
     function.defvjp(forward, backward)
-    return function(x, kernel.w, kernel.a, is_total, None if weights is None else weights.array, *others)
+    return function(x, kernel.w, kernel.a, is_total, array, *others)
 
 
 def _sums(x: Array, a: Array, is_total: Array, x_times_a: Product, weights: Labeled | None) -> Array:
