@@ -25,7 +25,7 @@ def corda(
     mode: Literal["ipm", "kpm"] = "ipm",
     damping: float = 0.01,
 ) -> Start:
-    """Initializes the factors with what the kernel does with given inputs, most or least, and subtracts them.
+    """Initializes the factors with the directions that given inputs use most, or least, and subtracts them.
 
         C = Σ xᵀx / c + δ·1,   C·W0 = U·S·Vᵀ,   A = C⁻¹·U_r·√(S_r/s),   B = √(S_r/s)·V_rᵀ,   W = W0 - s·A·B
 
