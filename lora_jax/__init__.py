@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
+    from . import cli as cli
     from . import many as many
     from . import nnx as nnx
     from . import optim as optim
@@ -81,6 +82,7 @@ __all__ = [
     "adaptive",
     "analysis",
     "checkpoint",
+    "cli",
     "compress",
     "explain",
     "extract",
@@ -111,6 +113,7 @@ _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
+    "cli": "cli",
     "many": "many",
     "nnx": "nnx",
     "optim": "optim",

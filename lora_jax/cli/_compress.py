@@ -1,0 +1,71 @@
+"""`lora-jax compress`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import RenderableType
+
+from .._core.values import on_host
+from .._merge.compress import compress as compressed
+from ._report import Report, number, table
+from ._source import check_target, open_adapter, write_like
+
+
+def compress(
+    directory: Path,
+    out: Path,
+    /,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: Path | None = None,
+    force: bool = False,
+) -> Report:
+    """Writes an adapter of lower rank: the best approximation of each update.
+
+    The format is that of the input. Other arrays are unchanged, such as biases and magnitudes of DoRA.
+
+    Example: `lora-jax compress my_adapter smaller --energy 0.95`
+
+    Args:
+      directory: an adapter.
+      out: the directory to write.
+      rank: the rank of all layers; those of this rank or a lower one are unchanged.
+      energy: in place of a rank, the fraction of ‖ΔW‖² that each layer keeps, in (0, 1).
+      base: the directory of the model, in safetensors files; for trainable tokens and VeRA only.
+      force: write to a directory that is not empty.
+    """
+    check_target(out, [directory], force=force)
+    found = open_adapter(directory, base)
+    smaller, residual = compressed(found.adapter, rank, energy=energy)
+    write_like(found, out, smaller)
+    data = {
+        "source": str(directory),
+        "target": str(out),
+        "parameters": [_count(found.adapter), _count(smaller)],
+        "leaves": [
+            {
+                "path": path,
+                "ranks": [adapter[path].a.shape[-1] for adapter in (found.adapter, smaller)],
+                "error": float(np.max(on_host(error), initial=0.0)),
+            }
+            for path, error in residual.items()
+        ],
+    }
+    return Report(data, lambda: _shown(data))
+
+
+def _count(adapter: Mapping[str, Any]) -> int:
+    return sum(array.size for part in adapter.values() for array in part.arrays.values())
+
+
+def _shown(data: Mapping[str, Any]) -> Iterable[RenderableType]:
+    shown = table("leaf", "#rank", "#new rank", "#relative error")
+    for leaf in data["leaves"]:
+        shown.add_row(leaf["path"], *map(str, leaf["ranks"]), number(leaf["error"]))
+    yield shown
+    yield "{}: {:,} of {:,} parameters".format(data["target"], *reversed(data["parameters"]))

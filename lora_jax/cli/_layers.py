@@ -1,0 +1,135 @@
+"""The layers of an adapter, one for each torch module or element of a stack, and norms of what they change.
+
+Norms are computed in float64 from the factors, without materializing their product:
+
+    ‖s·A·B‖² = s²·Σ (AᵀA) ⊙ (BBᵀ)        ⟨s·A·B, t·C·D⟩ = s·t·Σ (AᵀC) ⊙ (BDᵀ)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .._core.adapter import Adapter, Adapters
+from .._core.axes import axes_with
+from .._core.linalg import has_factors
+from .._core.values import on_host
+from .._core.variant import LowRank, Variant
+
+Values = np.ndarray[Any, Any]
+
+_NUMBER = re.compile(r"(?<![^./\[])\d+(?![^./\]])")  # a whole segment of a name, or an index
+_NUMBERED = re.compile(r"_\d+(?![^./])")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layer:
+    """One torch module, or one element of a stack.
+
+    Attributes:
+      name: of the module, or the path with the index in the stack.
+      variant: of the leaf.
+      arrays: the arrays of the adapter, without batch axes.
+      factors: A, (in, rank), and B, (rank, out), in float64, without the scale; None if there are none.
+    """
+
+    name: str
+    variant: Variant
+    arrays: Mapping[str, Values]
+    factors: tuple[Values, Values] | None
+
+    @property
+    def kind(self) -> str:
+        """The name with `*` for numbers of layers, which all layers of one kind have in common."""
+        return _NUMBERED.sub("_*", _NUMBER.sub("*", self.name), count=1)
+
+    @property
+    def shape(self) -> list[int] | None:
+        """The number of inputs and outputs of the factors."""
+        return None if self.factors is None else [self.factors[0].shape[0], self.factors[1].shape[1]]
+
+    @property
+    def scale(self) -> float | None:
+        """s; None if the variant has none."""
+        return getattr(self.variant, "scale", None)
+
+    @property
+    def change(self) -> dict[str, Values]:
+        """The arrays other than factors, as what they add or store."""
+        rest = {name: array for name, array in self.arrays.items() if self.factors is None or name not in _FACTORS}
+        return {name: array * self.scale if name == "bias" else array for name, array in rest.items()}
+
+    def norm(self) -> float | None:
+        """Returns the norm of the update; None if it depends on the base."""
+        if self.factors is not None:
+            return math.sqrt(max(_dot(self, self), 0.0))
+        added = [array for name, array in self.change.items() if name in ("bias", "rows")]
+        return float(np.linalg.norm(added[0].astype(np.float64))) if added else None
+
+
+_FACTORS = ("a", "b", "e")  # e is the diagonal of AdaLoRA
+
+
+def layers_of(adapter: Adapters) -> dict[str, Layer]:
+    """Returns the layers of an adapter by name."""
+    return {layer.name: layer for path, part in adapter.items() for layer in _layers(path, part)}
+
+
+def difference(one: Layer, other: Layer) -> float | None:
+    """Returns the norm of the difference of two layers relative to the larger norm; the largest of all arrays.
+
+    None if they cannot be compared, because their arrays are others or of other shapes.
+    """
+    if one.shape != other.shape or one.change.keys() != other.change.keys():
+        return None
+    found = [0.0]
+    if one.factors is not None and not _are_same(one, other):
+        squares = _dot(one, one), _dot(other, other)
+        found.append(_relative(squares[0] + squares[1] - 2 * _dot(one, other), *squares))
+    for name, array in one.change.items():
+        first, second = array.astype(np.float64), other.change[name].astype(np.float64)
+        if first.shape != second.shape:
+            return None
+        found.append(_relative(*(float(np.vdot(x, x)) for x in (first - second, first, second))))
+    return max(found)
+
+
+def _layers(path: str, part: Adapter) -> Iterator[Layer]:
+    arrays = {name: on_host(array) for name, array in part.arrays.items()}
+    batch = len(axes_with(part.axes, "b"))
+    sizes = next(iter(arrays.values())).shape[:batch] if batch else ()
+    for index in np.ndindex(sizes):
+        own = {name: array[index] for name, array in arrays.items()}
+        name = path + "".join(f"[{at}]" for at in index)
+        yield Layer(name, part.variant, own, _factors(part, own))
+
+
+def _factors(part: Adapter, arrays: Mapping[str, Values]) -> tuple[Values, Values] | None:
+    if not has_factors(part):
+        return None
+    assert isinstance(part.variant, LowRank)
+    a, b = (arrays[name].astype(np.float64) for name in ("a", "b"))
+    a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
+    diagonal = part.variant.diagonal(dict(arrays))
+    return (a if diagonal is None else a * np.asarray(diagonal, np.float64), b)
+
+
+def _dot(one: Layer, other: Layer) -> float:
+    assert one.factors is not None and other.factors is not None and one.scale is not None and other.scale is not None
+    (a, b), (c, d) = one.factors, other.factors
+    return one.scale * other.scale * float(np.sum((a.T @ c) * (b @ d.T)))
+
+
+def _are_same(one: Layer, other: Layer) -> bool:
+    assert one.factors is not None and other.factors is not None
+    return one.scale == other.scale and all(map(np.array_equal, one.factors, other.factors))
+
+
+def _relative(square: float, *squares: float) -> float:
+    most = max(squares)
+    return math.sqrt(max(square, 0.0) / most) if most else 0.0

@@ -1,0 +1,68 @@
+"""What a command returns: plain data, how it is shown, and the exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import RenderableType
+from rich.table import Table
+
+
+class UsageError(Exception):
+    """Arguments that do not make sense together, or a target that must not be written to; exit code 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The result of a command.
+
+    Attributes:
+      data: what `--json` prints; its keys are stable.
+      shown: what is printed without `--json`.
+      code: the exit code.
+    """
+
+    data: dict[str, Any]
+    shown: Callable[[], Iterable[RenderableType]]
+    code: int = 0
+
+
+def table(*heads: str) -> Table:
+    """Makes a table; a column whose head starts with `#` has numbers."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for head in heads:
+        justify: Any = "right" if head.startswith("#") else "left"
+        made.add_column(head.removeprefix("#"), justify=justify, no_wrap=justify == "right", overflow="fold")
+    return made
+
+
+def number(value: float | None) -> str:
+    """Formats a number with three digits.
+
+    >>> number(None), number(8), number(0.5), number(0.123456)
+    ('', '8', '0.5', '0.123')
+    """
+    return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def span(least: float, most: float) -> str:
+    """Formats the least and the largest of several numbers.
+
+    >>> span(0.1, 0.1), span(0.1, 2.0)
+    ('0.1', '0.1–2')
+    """
+    ends = list(dict.fromkeys(map(number, (least, most))))
+    return "–".join(ends)
+
+
+def few(values: Iterable[str], most: int = 4) -> str:
+    """Joins values, and leaves out what is more than `most`.
+
+    >>> few(["8", "16"]), few("abcdef")
+    ('8, 16', 'a, b, c, d, …')
+    """
+    found = list(values)
+    return ", ".join([*found[:most], *(["…"] if len(found) > most else [])])

@@ -1,0 +1,121 @@
+"""Opens an adapter, in PEFT's format or as a checkpoint of `lora_jax.save`, and writes one in the same format."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from .. import peft
+from .._core.adapter import Adapter, Adapters
+from .._errors import CheckpointError
+from ..peft._files import CONFIG, TENSORS, read_config
+from ._layers import Layer, layers_of
+from ._report import UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An adapter in a directory.
+
+    Attributes:
+      path: the directory.
+      format: of the files.
+      adapter: of PEFT's format, with the names of the torch modules.
+      stated: PEFT's configuration; or the variant of each path.
+      mapping: for PEFT's format, to write an adapter with the same paths.
+      params: the base as far as it is known: shapes, or what the files have of it.
+    """
+
+    path: Path
+    format: Literal["peft", "orbax"]
+    adapter: Adapters
+    stated: Mapping[str, Any]
+    mapping: peft.MappingOfRows
+    params: Any
+
+    @property
+    def layers(self) -> dict[str, Layer]:
+        """The layers by name: of PEFT's format, the module, or the parameter if it is not a kernel's update."""
+        torch = self.format == "peft"
+        return layers_of({_torch_name(path, part) if torch else path: part for path, part in self.adapter.items()})
+
+    @property
+    def base(self) -> str | None:
+        """The name of the base; None if it is not stated."""
+        return self.stated.get("base_model_name_or_path") if self.format == "peft" else None
+
+    @property
+    def task(self) -> str | None:
+        """PEFT's name of the task."""
+        return self.stated.get("task_type") if self.format == "peft" else None
+
+
+def is_peft(directory: Path) -> bool:
+    """Whether a directory has files of PEFT's format."""
+    return any((directory / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin"))
+
+
+def open_adapter(directory: Path, base: Path | None = None) -> Source:
+    """Opens an adapter.
+
+    Args:
+      directory: in PEFT's format, or a checkpoint.
+      base: of PEFT's format, the directory of the model.
+
+    Raises:
+      CheckpointError: if it is neither, or it is damaged.
+    """
+    if is_peft(directory):
+        config = read_config(directory)
+        found = peft.read(directory, base=base)
+        return Source(directory, "peft", found.adapter, config, found.mapping, found.params)
+    if not any(_manifests(directory)):
+        what = "has neither" if directory.is_dir() else "is not a directory"
+        raise CheckpointError(
+            f"Expected an adapter: {CONFIG} and {TENSORS}, or a checkpoint of lora_jax; {directory} {what}."
+        )
+    from .. import checkpoint  # here, because Orbax is slow to import
+    from ..checkpoint._fingerprint import saved_weights
+
+    adapter = checkpoint.restore(directory, base=None)
+    weights = saved_weights(checkpoint.manifest(directory)["base"], adapter)
+    params = {path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in weights.items()}
+    return Source(directory, "orbax", adapter, {path: repr(part.variant) for path, part in adapter.items()}, {}, params)
+
+
+def write_like(found: Source, directory: Path, adapter: Adapters) -> None:
+    """Writes an adapter with paths of an opened one, in the same format."""
+    if found.format == "peft":
+        names = {"base_name": found.base, "task_type": found.task}
+        peft.export(directory, adapter, found.mapping, base=found.params, **names)
+    else:
+        from .. import checkpoint
+
+        checkpoint.save(directory, adapter, base=found.params)
+
+
+def check_target(target: Path, sources: Collection[Path], *, force: bool) -> None:
+    """Raises if a command must not write to a directory.
+
+    Raises:
+      UsageError: if it is a source, or if it has entries and `force` is false.
+    """
+    if target.resolve() in {source.resolve() for source in sources}:
+        raise UsageError(f"Expected another directory than that of the input; got {target}.")
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"Expected a directory to write to; {target} is a file.")
+    if not force and target.is_dir() and (entries := len(list(target.iterdir()))):
+        raise UsageError(f"Expected a new or an empty directory; {target} has {entries} entries. Pass --force to write.")
+
+
+def _torch_name(path: str, part: Adapter) -> str:
+    module, _, parameter = path.partition("/")
+    return module if part.variant.needs_axes else f"{module}.{parameter}"
+
+
+def _manifests(directory: Path) -> list[Path]:
+    return [*directory.glob("adapter.json"), *directory.glob("*/adapter/adapter.json")] if directory.is_dir() else []

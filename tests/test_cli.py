@@ -1,0 +1,412 @@
+"""The command line: what each command prints, writes and returns, and what it refuses in one line."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import lora_jax as lj
+from lora_jax import checkpoint, many, peft
+from lora_jax.cli import main
+
+L, D, F, V = 2, 6, 4, 10
+PARAMS = {
+    f"layers/{i}/{name}": np.random.default_rng(i).standard_normal((D, F)).astype(np.float32)
+    for i in range(L)
+    for name in ("up", "down")
+} | {"head/kernel": np.ones((F, 3), np.float32)}
+MAPPING = peft.layer("head", "score") | {"layers/{i}/{name}": peft.linear("model.layers.{i}.mlp.{name}_proj")}
+LORA = lj.LoRA(rank=2, alpha=4)
+
+
+def adapter_of(variant: Any = LORA, *, seed: int = 0, zero: str = "", full: bool = False) -> dict[str, lj.Adapter]:
+    """An adapter with random factors; `b` is zero at the path `zero`."""
+    rng = np.random.default_rng(seed)
+    adapter = {}
+    for path, kernel in PARAMS.items():
+        if path.startswith("layers"):
+            shapes = variant.shapes(kernel.shape, "io")
+            arrays = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+            if path == zero:
+                arrays["b"] *= 0
+            adapter[path] = lj.Adapter(variant, "io", **arrays)
+    if full:
+        adapter["head/kernel"] = lj.Adapter(lj.Full(), "", value=rng.standard_normal((F, 3)).astype(np.float32))
+    return adapter
+
+
+def exported(path: Path, adapter: dict[str, lj.Adapter] | None = None, **names: Any) -> Path:
+    adapter = adapter_of() if adapter is None else adapter
+    peft.export(path, adapter, MAPPING, base=PARAMS, **({"base_name": "some/model"} | names))
+    return path
+
+
+def loaded(path: Path) -> dict[str, lj.Adapter]:
+    return peft.load(path, MAPPING, PARAMS)
+
+
+def update(part: lj.Adapter) -> np.ndarray[Any, Any]:
+    return part.variant.scale * np.asarray(part.a, np.float64) @ np.asarray(part.b, np.float64)
+
+
+@dataclasses.dataclass
+class Ran:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def ran(*arguments: object) -> Ran:
+        capsys.readouterr()
+        code = main([str(argument) for argument in arguments])
+        return Ran(code, *capsys.readouterr())
+
+    return ran
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    return exported(tmp_path / "plain")
+
+
+# inspect
+
+
+def test_inspect_prints_golden_json(run: Any, tmp_path: Path) -> None:
+    one = lj.Adapter(LORA, "io", a=np.ones((D, 2), np.float32), b=np.ones((2, F), np.float32))
+    zero = lj.Adapter(lj.LoRA(rank=1, alpha=2), "io", a=np.ones((D, 1), np.float32), b=np.zeros((1, F), np.float32))
+    full = lj.Adapter(lj.Full(), "", value=np.ones((F, 3), np.float32))
+    adapter = {"layers/0/up": one, "layers/1/up": zero, "head/kernel": full}
+    path = exported(tmp_path / "some", adapter, task_type="SEQ_CLS")
+    ran = run("inspect", path, "--json")
+    norm = pytest.approx(2 * 2 * np.sqrt(D * F))
+    assert (ran.code, ran.err) == (0, "")
+    common = {"kind": "model.layers.*.mlp.up_proj", "method": "LoRA", "scale": 2.0, "shape": [D, F], "dtype": "float32"}
+    assert ran.data == {
+        "path": str(path),
+        "format": "peft",
+        "base": "some/model",
+        "task": "SEQ_CLS",
+        "parameters": 20 + 10 + 12,
+        "bytes": 4 * 42,
+        "zero": ["model.layers.1.mlp.up_proj"],
+        "kinds": [
+            {
+                "name": "model.layers.*.mlp.up_proj",
+                "layers": 2,
+                "zero": 1,
+                "norm": {"min": 0.0, "max": norm},
+                "method": ["LoRA"],
+                "rank": [1, 2],
+                "scale": [2.0],
+                "shape": [[D, F]],
+                "parameters": 30,
+                "bytes": 120,
+            },
+            {
+                "name": "score.weight",
+                "layers": 1,
+                "zero": 0,
+                "norm": None,
+                "method": ["Full"],
+                "rank": [],
+                "scale": [],
+                "shape": [],
+                "parameters": 12,
+                "bytes": 48,
+            },
+        ],
+        "layers": [
+            {"name": "model.layers.0.mlp.up_proj", "rank": 2, "alpha": 4.0, "norm": norm, "zero": False}
+            | {"parameters": 20, "bytes": 80}
+            | common,
+            {"name": "model.layers.1.mlp.up_proj", "rank": 1, "alpha": 2.0, "norm": 0.0, "zero": True}
+            | {"parameters": 10, "bytes": 40}
+            | common,
+            {"name": "score.weight", "kind": "score.weight", "method": "Full", "rank": None, "alpha": None}
+            | {"scale": None, "shape": None, "norm": None, "zero": False, "dtype": "float32"}
+            | {"parameters": 12, "bytes": 48},
+        ],
+    }
+    shown = run("inspect", path).out
+    assert "up_proj" in shown and "1 of 3 layers have an update of zero." in shown and "layers.1" not in shown
+    assert "model.layers.1.mlp.up_proj" in run("inspect", path, "--layers").out
+
+
+def test_inspect_splits_the_stacks_of_a_checkpoint(run: Any, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    part = lj.Adapter(
+        lj.RSLoRA(rank=4, alpha=2), "bio", a=rng.standard_normal((3, D, 4)), b=rng.standard_normal((3, 4, F))
+    )
+    part = jax.tree.map(lambda array: array.astype(np.float32), part)
+    checkpoint.save(tmp_path / "saved", {"layers/up": part}, base={"layers": {"up": np.ones((3, D, F), np.float32)}})
+    data = run("inspect", tmp_path / "saved", "--json").data
+    assert data["format"] == "orbax" and data["base"] is None
+    assert [kind["name"] for kind in data["kinds"]] == ["layers/up[*]"]
+    expected = [np.linalg.norm(update(jax.tree.map(lambda array, i=i: array[i], part))) for i in range(3)]
+    np.testing.assert_allclose([layer["norm"] for layer in data["layers"]], expected, rtol=1e-6)
+    assert [layer["name"] for layer in data["layers"]] == ["layers/up[0]", "layers/up[1]", "layers/up[2]"]
+
+
+# diff
+
+
+def test_diff_compares_updates_and_not_factors(run: Any, tmp_path: Path, plain: Path) -> None:
+    assert run("diff", plain, plain).code == 0
+    parts = adapter_of()
+    scaled = {path: lj.Adapter(LORA, "io", a=part.a * 2, b=part.b / 2) for path, part in parts.items()}
+    assert run("diff", plain, exported(tmp_path / "scaled", scaled), "--tolerance", 1e-7).code == 0
+    other = adapter_of(lj.LoRA(rank=3, alpha=4), seed=1)
+    ran = run("diff", plain, exported(tmp_path / "other", other), "--json")
+    assert ran.code == 1 and not ran.data["equal"]
+    assert ran.data["configuration"] == {"r": [2, 3]}
+    assert ran.data["only"] == [[], []]
+    for layer, path in zip(ran.data["layers"], sorted(parts), strict=True):
+        one, two = update(parts[path]), update(other[path])
+        most = max(np.linalg.norm(one), np.linalg.norm(two))
+        assert layer["relative"] == pytest.approx(np.linalg.norm(one - two) / most), path
+    shown = run("diff", plain, tmp_path / "other").out
+    assert "4 layers differ, 0 are equal." in shown and "model.layers.*.mlp.up_proj" in shown
+
+
+def test_diff_names_layers_that_one_has_and_other_shapes(run: Any, tmp_path: Path, plain: Path) -> None:
+    adapter = adapter_of(full=True)
+    del adapter["layers/0/up"]
+    data = run("diff", plain, exported(tmp_path / "other", adapter), "--json").data
+    assert data["only"] == [["model.layers.0.mlp.up_proj"], ["score.weight"]]
+    assert "only in" in run("diff", plain, tmp_path / "other").out
+    dora = adapter_of(lj.DoRA(rank=2, alpha=4))
+    data = run("diff", plain, exported(tmp_path / "dora", dora), "--json").data
+    assert {layer["relative"] for layer in data["layers"]} == {None}
+    assert "other shapes" in run("diff", plain, tmp_path / "dora").out
+
+
+# compress and combine
+
+
+def test_compress_writes_the_best_approximation(run: Any, tmp_path: Path, plain: Path) -> None:
+    ran = run("compress", plain, tmp_path / "small", "--rank", 1, "--json")
+    assert ran.code == 0 and ran.data["parameters"] == [80, 40]
+    assert {tuple(leaf["ranks"]) for leaf in ran.data["leaves"]} == {(2, 1)}
+    smaller = loaded(tmp_path / "small")
+    expected, residual = lj.compress(adapter_of(), 1)
+    for path, part in expected.items():
+        np.testing.assert_allclose(update(smaller[path]), update(part), atol=1e-5)
+    assert ran.data["leaves"][0]["error"] == pytest.approx(float(residual["layers/0/down"]), rel=1e-4)
+    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
+    assert "40 of 80 parameters" in run("compress", plain, tmp_path / "small", "--energy", 0.5, "--force").out
+
+
+def test_compress_keeps_a_checkpoint_a_checkpoint(run: Any, tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "saved", adapter_of(), base=PARAMS)
+    assert run("compress", tmp_path / "saved", tmp_path / "small", "--rank", 1).code == 0
+    assert lj.restore(tmp_path / "small", base=PARAMS)["layers/0/up"].variant.rank == 1
+
+
+def test_combine_is_the_weighted_sum(run: Any, tmp_path: Path, plain: Path) -> None:
+    other = exported(tmp_path / "other", adapter_of(seed=1))
+    terms = f"one={plain}:0.5", f"two={other}:-2"
+    ran = run("combine", tmp_path / "both", *terms, "--how", "concat", "--json")
+    assert ran.code == 0 and ran.data["ranks"] == [4, 4]
+    assert ran.data["adapters"]["two"] == {"path": str(other), "weight": -2.0}
+    one, two, both = adapter_of(), adapter_of(seed=1), loaded(tmp_path / "both")
+    for path, part in both.items():
+        np.testing.assert_allclose(update(part), 0.5 * update(one[path]) - 2 * update(two[path]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("how", "options", "method"),
+    [
+        ("linear", [], many.Linear()),
+        ("svd", ["--rank", 1], many.Truncate(rank=1)),
+        ("prune", ["--density", 0.5, "--on", "factors"], many.Prune(density=0.5, on="factors")),
+        ("ties", ["--density", 0.5, "--sign", "frequency"], many.Ties(density=0.5, sign="frequency")),
+        ("dare", ["--density", 0.5, "--seed", 3], many.Dare(density=0.5)),
+    ],
+)
+def test_combine_has_each_method(
+    how: str, options: list[Any], method: Any, run: Any, tmp_path: Path, plain: Path
+) -> None:
+    other = exported(tmp_path / "other", adapter_of(seed=1))
+    ran = run("combine", tmp_path / "both", f"one={plain}", f"two={other}", "--how", how, *options, "--json")
+    assert ran.code == 0 and ran.data["how"] == str(method)
+    found = {name: peft.read(path).adapter for name, path in (("one", plain), ("two", other))}
+    key = jax.random.key(3) if how == "dare" else None
+    expected = many.combine({name: (adapter, 1.0) for name, adapter in found.items()}, method, key=key)
+    both = peft.read(tmp_path / "both").adapter
+    for path, part in expected.items():
+        np.testing.assert_allclose(update(both[path]), update(part), atol=1e-6)
+
+
+def test_combine_warns_of_different_bases(run: Any, tmp_path: Path, plain: Path) -> None:
+    other = exported(tmp_path / "other", adapter_of(seed=1), base_name="another/model")
+    ran = run("combine", tmp_path / "both", f"one={plain}", f"two={other}", "--how", "concat")
+    assert "the adapters name different bases: one: some/model, two: another/model" in ran.err
+    assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+
+
+# convert
+
+
+def test_convert_writes_peft_from_a_checkpoint_and_back(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = ["from lora_jax import peft", "from test_cli import MAPPING, PARAMS", "def rows(): return MAPPING"]
+    Path("my_model.py").write_text("\n".join(lines))
+    checkpoint.save(tmp_path / "saved", adapter_of(), base=PARAMS)
+    arguments = ["--mapping", "my_model:rows", "--base-name", "some/model", "--task", "SEQ_CLS"]
+    assert run("convert", "saved", "out", "--to", "peft", *arguments).code == 0
+    assert run("inspect", "out", "--json").data["task"] == "SEQ_CLS"
+    np.testing.assert_array_equal(loaded(tmp_path / "out")["layers/0/up"].a, adapter_of()["layers/0/up"].a)
+    arguments = ["--mapping", "my_model:MAPPING", "--base", "my_model:PARAMS"]
+    assert run("convert", "out", "again", "--to", "orbax", *arguments).code == 0
+    assert run("diff", "saved", "again").code == 0
+    assert lj.restore(tmp_path / "again", base=PARAMS).keys() == adapter_of().keys()
+
+
+def test_convert_reads_the_base_from_a_checkpoint(run: Any, tmp_path: Path, plain: Path, monkeypatch: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    monkeypatch.chdir(tmp_path)
+    Path("my_rows.py").write_text("from test_cli import MAPPING")
+    tree: dict[str, Any] = {"layers": {str(i): {} for i in range(L)}}
+    for i in range(L):
+        tree["layers"][str(i)] = {name: PARAMS[f"layers/{i}/{name}"] for name in ("up", "down")}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "base", tree)
+    ran = run("convert", plain, "out", "--to", "orbax", "--mapping", "my_rows:MAPPING", "--base", "base")
+    assert ran.code == 0, ran.err
+    assert lj.restore(tmp_path / "out", base=tree).keys() == adapter_of().keys()
+    ran = run("convert", plain, "out2", "--to", "orbax", "--mapping", "my_rows:MAPPING", "--base", "nowhere")
+    assert ran.code == 1 and "Expected parameters that Orbax saved, in nowhere" in ran.err
+
+
+# Errors
+
+
+def one_line(ran: Ran, code: int, text: str) -> None:
+    assert ran.code == code, ran
+    assert ran.out == "" and "Traceback" not in ran.err
+    first, *rest = ran.err.splitlines()
+    assert first.startswith("lora-jax: ") and text in ran.err, ran.err
+    assert all(line.startswith("  ") for line in rest)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["inspect"], "DIRECTORY"),
+        (["inspect", "x", "--lyers"], "--lyers"),
+        (["insect"], 'Unknown command "insect"'),
+        (["compress", "{}", "out"], "Expected either `rank` or `energy`"),
+        (["compress", "{}", "out", "--rank", "x"], 'unable to convert "x" into int'),
+        (["compress", "{}", "out", "--energy", "2"], "Expected a number in (0, 1) for `energy`"),
+        (["compress", "{}", "{}", "--rank", "1", "--force"], "Expected another directory than that of the input"),
+        (["combine", "out", "--how", "concat"], "Expected at least one adapter"),
+        (["combine", "out", "{}", "--how", "concat"], "Expected NAME=DIRECTORY:WEIGHT"),
+        (["combine", "out", "a={}:x", "--how", "concat"], "Expected NAME=DIRECTORY:WEIGHT"),
+        (["combine", "out", "a={}", "a={}", "--how", "concat"], "with a name of its own"),
+        (["combine", "out", "a={}", "--how", "concat", "--rank", "2"], "Expected options of concat (none); got --rank"),
+        (["combine", "out", "a={}", "--how", "dare"], "Expected --density and --seed for dare"),
+        (["combine", "out", "a={}", "--how", "mean"], "mean"),
+        (["convert", "{}", "out", "--to", "orbax"], "Expected --mapping: bert"),
+        (["convert", "{}", "out", "--to", "orbax", "--mapping", "brt"], "got 'brt'"),
+        (["convert", "{}", "out", "--to", "orbax", "--mapping", "no_such:x"], "cannot be imported"),
+        (["convert", "{}", "out", "--to", "orbax", "--mapping", "bert"], "Expected --base"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_arguments_are_one_line_and_exit_code_2(
+    arguments: list[str], text: str, run: Any, plain: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    one_line(run(*(argument.format(plain) for argument in arguments)), 2, text)
+    assert not Path("out").exists()
+
+
+def test_a_target_with_entries_is_refused_without_force(run: Any, tmp_path: Path, plain: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    one_line(run("compress", plain, tmp_path / "out", "--rank", 1), 2, "has 1 entries. Pass --force to write.")
+    one_line(run("compress", plain, tmp_path / "out" / "mine.txt", "--rank", 1), 2, "mine.txt is a file")
+    assert run("compress", plain, tmp_path / "out", "--rank", 1, "--force").code == 0
+    assert (tmp_path / "out" / "mine.txt").read_text() == "mine"
+
+
+def damaged(path: Path, how: str) -> Path:
+    """A copy of a PEFT directory, damaged."""
+    exported(path)
+    config, tensors = path / "adapter_config.json", path / "adapter_model.safetensors"
+    match how:
+        case "truncated":
+            tensors.write_bytes(tensors.read_bytes()[:-9])
+        case "not JSON":
+            config.write_text("{")
+        case "no configuration":
+            config.unlink()
+        case "no tensors":
+            tensors.unlink()
+        case "pickle":
+            tensors.rename(path / "adapter_model.bin")
+        case "rank":
+            config.write_text(config.read_text().replace('"r": 2', '"r": 3'))
+        case "empty":
+            config.unlink()
+            tensors.unlink()
+    return path
+
+
+DAMAGED = ["truncated", "not JSON", "no configuration", "no tensors", "pickle", "rank", "empty"]
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_adapter_is_one_error_and_exit_code_1(how: str, run: Any, tmp_path: Path, plain: Path) -> None:
+    path = damaged(tmp_path / "damaged", how)
+    commands = [
+        ["inspect", path],
+        ["diff", plain, path],
+        ["compress", path, tmp_path / "out", "--rank", 1],
+        ["combine", tmp_path / "out", f"a={path}", "--how", "concat"],
+    ]
+    for command in commands:
+        one_line(run(*command), 1, "Expected")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(lj.CheckpointError):
+        run("inspect", path, "--traceback")
+
+
+# The program
+
+
+def test_help_has_an_example_for_each_command(run: Any) -> None:
+    names = ["inspect", "diff", "verify", "merge", "convert", "compress", "combine"]
+    shown = run("--help").out
+    for name in names:
+        assert name in shown
+        text = run(name, "--help").out
+        assert f"lora-jax {name} " in text and "--json" in text, name
+    assert run("--version").out.strip() == lj.__version__
+
+
+def test_the_program_runs_in_a_process_of_its_own(plain: Path) -> None:
+    command = [sys.executable, "-m", "lora_jax.cli", "inspect", plain, "--json"]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stderr == "", ran.stderr
+    assert json.loads(ran.stdout)["parameters"] == 80
+
+
+def test_a_missing_extra_is_one_line(monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["inspect", "x"]) == 2
+    assert capsys.readouterr().err == 'lora-jax needs cyclopts and rich: pip install "lora_jax[cli]"\n'
