@@ -6,6 +6,7 @@ needed, and no file is read with pickle.
 """
 
 from . import presets as presets
+from ._convert import convert as convert
 from ._export import export as export
 from ._load import load as load
 from ._rows import Part as Part
@@ -17,4 +18,17 @@ from ._rows import linear as linear
 from ._rows import norm as norm
 from ._rows import vector as vector
 
-__all__ = ["Part", "Row", "conv", "embedding", "export", "layer", "linear", "load", "norm", "presets", "vector"]
+__all__ = [
+    "Part",
+    "Row",
+    "conv",
+    "convert",
+    "embedding",
+    "export",
+    "layer",
+    "linear",
+    "load",
+    "norm",
+    "presets",
+    "vector",
+]

@@ -23,13 +23,8 @@ _DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float
 _MAX_HEADER = 100_000_000  # bytes, as the format limits it
 
 
-def write(directory: Path, tensors: Mapping[str, Values], config: Mapping[str, Any]) -> None:
-    """Writes both files; each replaces an older one only when it is complete."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(tensors.items())}
-    contents = {
-        TENSORS: safetensors.numpy.save(contiguous, metadata={"format": "pt"}),  # transformers requires a format
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
+def write(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes files; each replaces an older one only when it is complete."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -43,6 +38,17 @@ def write(directory: Path, tensors: Mapping[str, Values], config: Mapping[str, A
         ) from error
 
 
+def in_safetensors(tensors: Mapping[str, Values], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a file of tensors."""
+    contiguous = {name: np.asarray(array, order="C") for name, array in sorted(tensors.items())}
+    return safetensors.numpy.save(contiguous, metadata={"format": "pt", **(metadata or {})})  # transformers requires it
+
+
+def in_json(config: Mapping[str, Any]) -> bytes:
+    """Returns the content of a configuration's file."""
+    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     """Reads the configuration.
 
@@ -52,14 +58,14 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _parsed(_read(directory, CONFIG), directory / CONFIG)
 
 
-def read_tensors(directory: Path) -> dict[str, Values]:
-    """Reads the tensors.
+def read_tensors(directory: Path, name: str = TENSORS) -> dict[str, Values]:
+    """Reads the tensors of a file.
 
     Raises:
       CheckpointError: if there is no safetensors file, or it is invalid, or a value is not finite.
     """
-    path = directory / TENSORS
-    content = _read(directory, TENSORS)
+    path = directory / name
+    content = _read(directory, name)
     _check_header(content, path)
     try:
         entries = safetensors.deserialize(content)
