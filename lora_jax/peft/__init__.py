@@ -16,5 +16,21 @@ from ._rows import layer as layer
 from ._rows import linear as linear
 from ._rows import norm as norm
 from ._rows import vector as vector
+from ._torch_adapter import TorchAdapter as TorchAdapter
+from ._torch_adapter import read as read
 
-__all__ = ["Part", "Row", "conv", "embedding", "export", "layer", "linear", "load", "norm", "presets", "vector"]
+__all__ = [
+    "Part",
+    "Row",
+    "TorchAdapter",
+    "conv",
+    "embedding",
+    "export",
+    "layer",
+    "linear",
+    "load",
+    "norm",
+    "presets",
+    "read",
+    "vector",
+]
