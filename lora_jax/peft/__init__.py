@@ -17,10 +17,13 @@ from ._rows import layer as layer
 from ._rows import linear as linear
 from ._rows import norm as norm
 from ._rows import vector as vector
+from ._torch_adapter import TorchAdapter as TorchAdapter
+from ._torch_adapter import read as read
 
 __all__ = [
     "Part",
     "Row",
+    "TorchAdapter",
     "conv",
     "convert",
     "embedding",
@@ -30,5 +33,6 @@ __all__ = [
     "load",
     "norm",
     "presets",
+    "read",
     "vector",
 ]
