@@ -205,7 +205,9 @@ def test_compress_writes_the_best_approximation(run: Any, tmp_path: Path, plain:
     for path, part in expected.items():
         np.testing.assert_allclose(update(smaller[path]), update(part), atol=1e-5)
     assert ran.data["leaves"][0]["error"] == pytest.approx(float(residual["layers/0/down"]), rel=1e-4)
-    assert json.loads((tmp_path / "small" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
+    assert (
+        json.loads((tmp_path / "small" / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/model"
+    )
     assert "40 of 80 parameters" in run("compress", plain, tmp_path / "small", "--energy", 0.5, "--force").out
 
 

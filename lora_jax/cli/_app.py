@@ -20,6 +20,7 @@ Adapters are directories in PEFT's format, or checkpoints that `lora_jax.save` w
 
 app = App("lora-jax", help="Look into LoRA adapters, compare, verify, convert and merge them.", version=__version__)
 app.help_epilogue = _EPILOGUE
+app.default_parameter = Parameter(negative="", show_default=lambda value: value if value is not False else "")
 app.register_install_completion_command()
 
 # Each is imported when it is called, with the libraries that it needs.
@@ -32,8 +33,8 @@ _ALL = Group("All commands")
 @app.meta.default
 def _launch(
     *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    as_json: Annotated[bool, Parameter("--json", negative="", group=_ALL, help="Print JSON on stdout.")] = False,
-    traceback: Annotated[bool, Parameter(negative="", group=_ALL, help="Show where an error is raised.")] = False,
+    as_json: Annotated[bool, Parameter("--json", group=_ALL, help="Print JSON on stdout.")] = False,
+    traceback: Annotated[bool, Parameter(group=_ALL, help="Show where an error is raised.")] = False,
 ) -> int:
     command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     try:

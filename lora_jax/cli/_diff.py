@@ -15,7 +15,9 @@ from ._report import Report, few, number, span, table
 from ._source import Source, open_adapter
 
 
-def diff(one: Path, other: Path, /, *, layers: bool = False, tolerance: float = 0.0, base: Path | None = None) -> Report:
+def diff(
+    one: Path, other: Path, /, *, layers: bool = False, tolerance: float = 0.0, base: Path | None = None
+) -> Report:
     """Compares two adapters: configurations, layers, and the updates of each layer.
 
     The difference of a layer is ‖ΔW - ΔW'‖ relative to the larger of the two norms, from the factors; it does not

@@ -41,9 +41,7 @@ def merge(
     """
     check_target(out, [base, adapter], force=force)
     with bar(f"Merging into {out}") as step:
-        peft.merge_files(
-            base, adapter, out, max_shard_size=max_shard_size, untie=untie, overwrite=force, progress=step
-        )
+        peft.merge_files(base, adapter, out, max_shard_size=max_shard_size, untie=untie, overwrite=force, progress=step)
     tensors = stored_tensors(out)
     data = {
         "base": str(base),

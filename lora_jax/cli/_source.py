@@ -54,9 +54,12 @@ class Source:
         return self.stated.get("task_type") if self.format == "peft" else None
 
 
-def is_peft(directory: Path) -> bool:
-    """Whether a directory has files of PEFT's format."""
-    return any((directory / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin"))
+def format_of(path: Path) -> Literal["peft", "orbax", "safetensors"]:
+    """Returns the format of an adapter; files that are neither PEFT's nor a checkpoint are those of other programs."""
+    if any((path / name).exists() for name in (CONFIG, TENSORS, "adapter_model.bin")):
+        return "peft"
+    manifests = [*path.glob("adapter.json"), *path.glob("*/adapter/adapter.json")]
+    return "orbax" if manifests else "safetensors"
 
 
 def open_adapter(directory: Path, base: Path | None = None) -> Source:
@@ -69,14 +72,16 @@ def open_adapter(directory: Path, base: Path | None = None) -> Source:
     Raises:
       CheckpointError: if it is neither, or it is damaged.
     """
-    if is_peft(directory):
+    kind = format_of(directory)
+    if kind == "peft":
         config = read_config(directory)
         found = peft.read(directory, base=base)
-        return Source(directory, "peft", found.adapter, config, found.mapping, found.params)
-    if not any(_manifests(directory)):
+        return Source(directory, kind, found.adapter, config, found.mapping, found.params)
+    if kind != "orbax":
         what = "has neither" if directory.is_dir() else "is not a directory"
         raise CheckpointError(
-            f"Expected an adapter: {CONFIG} and {TENSORS}, or a checkpoint of lora_jax; {directory} {what}."
+            f"Expected an adapter: {CONFIG} and {TENSORS}, or a checkpoint of lora_jax; {directory} {what}.\n"
+            "  Files of kohya and diffusers can be converted: lora-jax convert."
         )
     from .. import checkpoint  # here, because Orbax is slow to import
     from ..checkpoint._fingerprint import saved_weights
@@ -84,7 +89,7 @@ def open_adapter(directory: Path, base: Path | None = None) -> Source:
     adapter = checkpoint.restore(directory, base=None)
     weights = saved_weights(checkpoint.manifest(directory)["base"], adapter)
     params = {path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in weights.items()}
-    return Source(directory, "orbax", adapter, {path: repr(part.variant) for path, part in adapter.items()}, {}, params)
+    return Source(directory, kind, adapter, {path: repr(part.variant) for path, part in adapter.items()}, {}, params)
 
 
 def write_like(found: Source, directory: Path, adapter: Adapters) -> None:
@@ -102,20 +107,18 @@ def check_target(target: Path, sources: Collection[Path], *, force: bool) -> Non
     """Raises if a command must not write to a directory.
 
     Raises:
-      UsageError: if it is a source, or if it has entries and `force` is false.
+      UsageError: if it is a source, or if it exists and is not an empty directory, and `force` is false.
     """
     if target.resolve() in {source.resolve() for source in sources}:
         raise UsageError(f"Expected another directory than that of the input; got {target}.")
-    if target.exists() and not target.is_dir():
-        raise UsageError(f"Expected a directory to write to; {target} is a file.")
+    if target.is_file() and not (force and target.suffix == ".safetensors"):
+        raise UsageError(f"Expected a new or an empty directory; {target} is a file.")
     if not force and target.is_dir() and (entries := len(list(target.iterdir()))):
-        raise UsageError(f"Expected a new or an empty directory; {target} has {entries} entries. Pass --force to write.")
+        raise UsageError(
+            f"Expected a new or an empty directory; {target} has {entries} entries. Pass --force to write."
+        )
 
 
 def _torch_name(path: str, part: Adapter) -> str:
     module, _, parameter = path.partition("/")
     return module if part.variant.needs_axes else f"{module}.{parameter}"
-
-
-def _manifests(directory: Path) -> list[Path]:
-    return [*directory.glob("adapter.json"), *directory.glob("*/adapter/adapter.json")] if directory.is_dir() else []

@@ -1,0 +1,128 @@
+"""`lora-jax verify`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import RenderableType
+from rich.text import Text
+
+from .._core.linalg import has_factors
+from .._core.variant import LowRank
+from .._errors import CheckpointError, counted
+from ..peft._servers import server as server_of
+from ..peft._sites import compiled, find, sites
+from ..peft._stored import named_for, stored_tensors
+from ._named import params
+from ._report import Report, UsageError, few
+from ._source import Source, format_of, open_adapter
+
+_OTHER_FILES = ("diffusers", "mlx-lm")
+_VLLM_RANK = 16  # the largest rank that vLLM accepts by default
+
+
+def verify(
+    directory: Path,
+    /,
+    *,
+    base: str | None = None,
+    server: Literal["vllm", "llama.cpp", "diffusers", "mlx-lm"] | None = None,
+    component: str | None = None,
+) -> Report:
+    """Verifies an adapter: its files, and whether it fits a base and a server.
+
+    The files are complete and valid, all values are finite, and tensors and configuration agree. With a base, each
+    module is there, with the same shape. With a server, nothing is refused or read with another scale. The exit code is
+    1 if there is a problem.
+
+    Example: `lora-jax verify my_adapter --base Qwen3-8B --server vllm`
+
+    Args:
+      directory: an adapter.
+      base: the directory of the model in safetensors files; of a checkpoint, the parameters: the directory of an Orbax
+        checkpoint, or package.module:function.
+      server: the program that is to read the adapter.
+      component: for diffusers, the part of the pipeline that the adapter is of, such as unet.
+    """
+    data = verified(directory, base, server, component)
+    return Report(data, lambda: _shown(data), code=0 if data["valid"] else 1)
+
+
+def verified(directory: Path, base: str | None, server: str | None, component: str | None) -> dict[str, Any]:
+    """Returns the problems of an adapter; None for what was not verified."""
+    problems: dict[str, list[str] | None] = {"files": [], "base": None, "server": None}
+    data = {"path": str(directory), "format": format_of(directory), "valid": False, "problems": problems, "notes": []}
+    if server is not None and data["format"] == "orbax":
+        raise UsageError("Expected PEFT's format for --server; got a checkpoint. Convert it first: lora-jax convert.")
+    try:
+        found = open_adapter(directory, Path(base) if base and data["format"] == "peft" else None)
+    except CheckpointError as error:
+        problems["files"] = [str(error)]
+        return data
+    if base is not None:
+        problems["base"] = _of_base(found, base)
+    if server is not None:
+        problems["server"] = _of_server(found, server, component)
+    if zero := [name for name, layer in found.layers.items() if layer.norm() == 0]:
+        data["notes"].append(f"{counted(len(zero), 'layer')} with an update of zero: {few(zero)}")
+    ranks = [part.a.shape[-1] for part in found.adapter.values() if has_factors(part)]
+    if server == "vllm" and max(ranks, default=0) > _VLLM_RANK:
+        data["notes"].append(f"vLLM needs --max-lora-rank {max(ranks)} or more")
+    return data | {"valid": not any(problems.values())}
+
+
+def _of_base(found: Source, base: str) -> list[str]:
+    """Returns which modules a base lacks, or has in another shape."""
+    if found.format == "orbax":
+        from ..checkpoint import manifest
+        from ..checkpoint._manifest import check_base
+
+        try:
+            check_base(manifest(found.path), params(base), allow_base_mismatch=False, where=found.path)
+        except CheckpointError as error:
+            return [str(error)]
+        return []
+    adapted = {path: part for path, part in found.adapter.items() if part.variant.needs_axes}
+    tensors = named_for({path.partition("/")[0] for path in adapted}, stored_tensors(Path(base)))
+    problems = []
+    for path, part in found.adapter.items():
+        shape, stored = tuple(found.params[path].shape), tensors.get(path.replace("/", "."))
+        if stored is None and path in adapted:
+            problems.append(f"{path!r}: the base has no such module")
+        elif stored is not None and stored.shape != shape:
+            problems.append(f"{path!r}: the base has the shape {stored.shape}, and {part.variant} is for {shape}")
+    return problems
+
+
+def _of_server(found: Source, name: str, component: str | None) -> list[str]:
+    """Returns what a server refuses, or reads with another scale."""
+    server, rows = server_of(name, component), compiled(found.mapping)
+    problems = [f"{server.name} reads other files than PEFT's; lora-jax convert writes them"] * (name in _OTHER_FILES)
+    if name == "vllm" and found.stated.get("lora_bias"):
+        problems.append("lora_bias is true, which vLLM refuses")
+    for path, part in found.adapter.items():
+        row = find(path, rows)
+        assert row is not None
+        places = sites(path, tuple(found.params[path].shape), row)
+        assert not isinstance(places, str)
+        if (problem := server.refusal(part, places, component)) is not None:
+            problems.append(f"{path!r}: {problem}")
+        elif name == "llama.cpp" and isinstance(part.variant, LowRank):
+            read = found.stated.get("lora_alpha", 0) / part.variant.rank
+            if not math.isclose(read, part.variant.scale, rel_tol=1e-6):
+                text = f"llama.cpp reads the scale {read:g}, and PEFT {part.variant.scale:g}"
+                problems.append(f"{path!r}: {text}; lora-jax convert --to llama.cpp multiplies it into the factors")
+    return problems
+
+
+def _shown(data: Mapping[str, Any]) -> Iterable[RenderableType]:
+    parts = [name for name, found in data["problems"].items() if found is not None]
+    yield f"{data['path']}: {'valid' if data['valid'] else 'invalid'} ({', '.join(parts)} verified)"
+    for name, found in data["problems"].items():
+        for problem in found or ():
+            yield Text(f"{name}: {problem}", style="red")
+    for text in data["notes"]:
+        yield f"note: {text}"
