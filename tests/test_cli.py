@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 import lora_jax as lj
 from lora_jax import checkpoint, many, peft
@@ -193,6 +194,71 @@ def test_diff_names_layers_that_one_has_and_other_shapes(run: Any, tmp_path: Pat
     assert "other shapes" in run("diff", plain, tmp_path / "dora").out
 
 
+# verify
+
+
+def model(path: Path, **shapes: tuple[int, ...]) -> Path:
+    """A torch model in a safetensors file; `shapes` replaces those of tensors, and an empty one removes a tensor."""
+    tensors = {f"model.layers.{i}.mlp.{name}_proj.weight": (F, D) for i in range(L) for name in ("up", "down")}
+    tensors |= {"score.weight": (3, F)} | shapes
+    path.mkdir()
+    arrays = {name: np.ones(shape, np.float32) for name, shape in tensors.items() if shape}
+    safetensors.numpy.save_file(arrays, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_verify_compares_with_a_base(run: Any, tmp_path: Path, plain: Path) -> None:
+    ran = run("verify", plain, "--base", model(tmp_path / "base"), "--json")
+    assert ran.code == 0
+    assert ran.data == {
+        "path": str(plain),
+        "format": "peft",
+        "valid": True,
+        "problems": {"files": [], "base": [], "server": None},
+        "notes": [],
+    }
+    wrong = {"model.layers.0.mlp.up_proj.weight": (D, D), "model.layers.1.mlp.up_proj.weight": ()}
+    ran = run("verify", plain, "--base", model(tmp_path / "wrong", **wrong), "--json")
+    assert ran.code == 1 and not ran.data["valid"]
+    assert ran.data["problems"]["base"] == [
+        "'model.layers.0.mlp.up_proj/weight': the base has the shape (6, 6), and the adapter is for (4, 6)",
+        "'model.layers.1.mlp.up_proj/weight': the base has no such module",
+    ]
+    shown = run("verify", plain, "--base", tmp_path / "wrong").out
+    assert "invalid (files, base verified)" in shown and "base: 'model.layers.1" in shown
+    one_line(run("verify", plain, "--base", tmp_path / "nowhere"), 1, "Expected a model in safetensors files")
+
+
+def test_verify_compares_a_checkpoint_with_its_base(run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my_base.py").write_text("from test_cli import PARAMS\nOTHER = {k: v + 1 for k, v in PARAMS.items()}")
+    checkpoint.save(tmp_path / "saved", adapter_of(zero="layers/0/up"), base=PARAMS)
+    ran = run("verify", "saved", "--base", "my_base:PARAMS", "--json")
+    assert ran.code == 0 and ran.data["notes"] == ["1 layer with an update of zero: layers/0/up"]
+    ran = run("verify", "saved", "--base", "my_base:OTHER", "--json")
+    assert ran.code == 1 and "'layers/0/up' has other values" in ran.data["problems"]["base"][0]
+    one_line(run("verify", "saved", "--server", "vllm"), 2, "Convert it first")
+
+
+def test_verify_says_what_a_server_refuses(run: Any, tmp_path: Path, plain: Path) -> None:
+    def problems(path: Path, server: str) -> list[str]:
+        ran = run("verify", path, "--server", server, "--json")
+        assert ran.code == (1 if ran.data["problems"]["server"] else 0)
+        return ran.data["problems"]["server"]
+
+    path = "'model.layers.0.mlp.down_proj/weight'"
+    dora = exported(tmp_path / "dora", adapter_of(lj.DoRA(rank=2, alpha=4)))
+    assert problems(plain, "vllm") == problems(plain, "llama.cpp") == []
+    assert problems(dora, "vllm")[0] == f"{path}: it has DoRA, which vLLM refuses"
+    assert "mlx-lm reads other files than PEFT's" in problems(plain, "mlx-lm")[0]
+    stabilized = exported(tmp_path / "stabilized", adapter_of(lj.RSLoRA(rank=4, alpha=4)))
+    assert problems(stabilized, "llama.cpp")[0].startswith(f"{path}: llama.cpp reads the scale 1, and PEFT 2; lora-jax")
+    assert run("convert", stabilized, tmp_path / "for_llama", "--to", "llama.cpp").code == 0
+    assert problems(tmp_path / "for_llama", "llama.cpp") == []
+    assert run("diff", stabilized, tmp_path / "for_llama", "--json").data["layers"][0]["relative"] < 1e-6
+    assert problems(stabilized, "vllm") == []
+
+
 # compress and combine
 
 
@@ -256,7 +322,7 @@ def test_combine_warns_of_different_bases(run: Any, tmp_path: Path, plain: Path)
     other = exported(tmp_path / "other", adapter_of(seed=1), base_name="another/model")
     ran = run("combine", tmp_path / "both", f"one={plain}", f"two={other}", "--how", "concat")
     assert "the adapters name different bases: one: some/model, two: another/model" in ran.err
-    assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["base_model_name_or_path"] is None
+    assert run("inspect", tmp_path / "both", "--json").data["base"] is None
 
 
 # convert
@@ -275,6 +341,20 @@ def test_convert_writes_peft_from_a_checkpoint_and_back(run: Any, tmp_path: Path
     assert run("convert", "out", "again", "--to", "orbax", *arguments).code == 0
     assert run("diff", "saved", "again").code == 0
     assert lj.restore(tmp_path / "again", base=PARAMS).keys() == adapter_of().keys()
+
+
+def test_convert_to_kohya_and_back_keeps_the_updates(run: Any, tmp_path: Path, plain: Path) -> None:
+    file = tmp_path / "lora.safetensors"
+    ran = run("convert", plain, file, "--to", "kohya", "--component", "unet", "--json")
+    assert ran.code == 0 and ran.data == {"source": str(plain), "target": str(file), "from": "peft", "to": "kohya"}
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"model.layers.{i}.mlp.{name}_proj" for i in range(L) for name in ("up", "down")))
+    for modules, target in ((names, "one"), (model(tmp_path / "base"), "two")):
+        assert run("convert", file, tmp_path / target, "--to", "peft", "--modules", modules).code == 0
+        assert {layer["relative"] for layer in run("diff", plain, tmp_path / target, "--json").data["layers"]} == {0.0}
+    one_line(run("convert", plain, file, "--to", "kohya", "--component", "unet"), 2, "lora.safetensors is a file")
+    assert run("convert", plain, tmp_path / "diffusers", "--to", "diffusers", "--component", "unet").code == 0
+    assert [entry.name for entry in (tmp_path / "diffusers").iterdir()] == ["pytorch_lora_weights.safetensors"]
 
 
 def test_convert_reads_the_base_from_a_checkpoint(run: Any, tmp_path: Path, plain: Path, monkeypatch: Any) -> None:
@@ -326,6 +406,9 @@ def one_line(ran: Ran, code: int, text: str) -> None:
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "brt"], "got 'brt'"),
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "no_such:x"], "cannot be imported"),
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "bert"], "Expected --base"),
+        (["convert", "{}", "out", "--to", "peft"], "Expected another format than that of the source, to convert to"),
+        (["convert", "nowhere", "out", "--to", "orbax"], "Expected PEFT's format as that of the source"),
+        (["convert", "{}", "out.safetensors", "--to", "kohya", "--component", "unit"], "got 'unit'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -386,6 +469,11 @@ def test_a_damaged_adapter_is_one_error_and_exit_code_1(how: str, run: Any, tmp_
     assert not (tmp_path / "out").exists()
     with pytest.raises(lj.CheckpointError):
         run("inspect", path, "--traceback")
+    ran = run("verify", path, "--json")
+    if how == "empty":
+        one_line(ran, 1, "has neither")
+    else:
+        assert ran.code == 1 and len(ran.data["problems"]["files"]) == 1
 
 
 # The program

@@ -10,22 +10,28 @@ from cyclopts import App, Group, Parameter
 
 from .._errors import LoRAError, SpecError
 from .._version import __version__
+from ._combine import combine
+from ._compress import compress
 from ._console import error, print_json, results
+from ._convert import convert
+from ._diff import diff
+from ._inspect import inspect
+from ._merge import merge
 from ._report import Report, UsageError
+from ._verify import verify
 
-_EPILOGUE = """\
-Adapters are directories in PEFT's format, or checkpoints that `lora_jax.save` wrote. Exit codes: 0, all is well;
-1, adapters differ or one is invalid; 2, wrong arguments. Completion: `lora-jax --install-completion`.
+_HELP = """\
+Look into LoRA adapters, compare, verify, convert and merge them.
+
+Adapters are directories in PEFT's format, or checkpoints that `lora_jax.save` wrote. Exit codes: 0 if all is well, 1 if
+adapters differ or one is invalid, 2 for wrong arguments. `lora-jax COMMAND --help` has an example.
 """
 
-app = App("lora-jax", help="Look into LoRA adapters, compare, verify, convert and merge them.", version=__version__)
-app.help_epilogue = _EPILOGUE
-app.default_parameter = Parameter(negative="", show_default=lambda value: value if value is not False else "")
+app = App("lora-jax", help=_HELP, version=__version__)
+app.default_parameter = Parameter(negative="", show_default=False)
 app.register_install_completion_command()
-
-# Each is imported when it is called, with the libraries that it needs.
-for _name in ("inspect", "diff", "verify", "merge", "convert", "compress", "combine"):
-    app.command(f"lora_jax.cli._{_name}:{_name}", name=_name)
+for _command in (inspect, diff, verify, merge, convert, compress, combine):
+    app.command(_command)
 
 _ALL = Group("All commands")
 
@@ -39,10 +45,13 @@ def _launch(
     command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     try:
         report = command(*bound.args, **bound.kwargs)
-    except (LoRAError, OSError, UsageError) as problem:
+    except Exception as problem:
         if traceback:
             raise
-        error(str(problem))
+        expected = isinstance(problem, LoRAError | OSError | UsageError)
+        error(
+            str(problem) if expected else f"{type(problem).__name__}: {problem}\n--traceback shows where it is raised."
+        )
         return 2 if isinstance(problem, UsageError | SpecError) else 1
     if not isinstance(report, Report):  # of --help and --version
         return 0

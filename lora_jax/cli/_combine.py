@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import jax
 
-from .. import many
 from .._core.adapter import Adapters
 from .._variants import Full
 from ..peft._stored import stored_tensors
@@ -17,13 +16,13 @@ from ._console import error
 from ._report import Report, UsageError, span
 from ._source import Source, check_target, open_adapter, write_like
 
-_METHODS: dict[str, tuple[Any, tuple[str, ...]]] = {  # with the options of each
-    "concat": (many.Concat, ()),
-    "linear": (many.Linear, ()),
-    "svd": (many.Truncate, ("rank", "energy")),
-    "prune": (many.Prune, ("density", "on", "rank")),
-    "ties": (many.Ties, ("density", "on", "rank", "sign")),
-    "dare": (many.Dare, ("density", "on", "rank", "sign", "seed")),
+_METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # names in `many`, and the options of each
+    "concat": ("Concat", ()),
+    "linear": ("Linear", ()),
+    "svd": ("Truncate", ("rank", "energy")),
+    "prune": ("Prune", ("density", "on", "rank")),
+    "ties": ("Ties", ("density", "on", "rank", "sign")),
+    "dare": ("Dare", ("density", "on", "rank", "sign", "seed")),
 }
 
 
@@ -62,6 +61,8 @@ def combine(
         VeRA only.
       force: write to a directory that is not empty.
     """
+    from .. import many
+
     options = {"rank": rank, "energy": energy, "density": density, "on": on, "sign": sign, "seed": seed}
     method, key = _method(how, {name: value for name, value in options.items() if value is not None})
     terms = _terms(adapters)
@@ -86,6 +87,8 @@ def combine(
 
 def _method(how: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     """Returns the method, and the key if it is random."""
+    from .. import many  # here, because it imports optax
+
     kind, names = _METHODS[how]
     if others := [f"--{name}" for name in options if name not in names]:
         allowed = ", ".join(f"--{name}" for name in names) or "none"
@@ -94,7 +97,7 @@ def _method(how: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     if needed:
         raise UsageError(f"Expected {' and '.join(f'--{name}' for name in needed)} for {how}.")
     seed = options.get("seed")
-    method = kind(**{name: value for name, value in options.items() if name != "seed"})
+    method = getattr(many, kind)(**{name: value for name, value in options.items() if name != "seed"})
     return method, None if seed is None else jax.random.key(seed)
 
 

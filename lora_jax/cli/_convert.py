@@ -32,9 +32,7 @@ def convert(
     Everything is converted, or nothing is written. For `vllm`, `llama.cpp` and `mlx-lm`, what the server does not read
     is refused, and a scale that it reads otherwise than PEFT is multiplied into the factors.
 
-    Examples:
-    `lora-jax convert checkpoints/adapter for_peft --to peft --mapping smollm2`;
-    `lora-jax convert for_peft for_llama --to llama.cpp`
+    Example: `lora-jax convert checkpoints/adapter my_adapter --to peft --mapping smollm2`
 
     Args:
       source: a checkpoint, a directory in PEFT's format, or a safetensors file of kohya or diffusers.

@@ -30,7 +30,7 @@ def diff(
       one: an adapter.
       other: another one, in the same format.
       layers: one row for each layer, in place of one for each kind.
-      tolerance: relative differences of layers up to this count as equal.
+      tolerance: relative differences of layers up to this count as equal; 0 by default.
       base: the directory of the model, in safetensors files; for trainable tokens and VeRA only.
     """
     data = compared(open_adapter(one, base), open_adapter(other, base), tolerance)

@@ -34,7 +34,7 @@ def merge(
       base: the directory of the model, in safetensors files.
       adapter: in PEFT's format.
       out: the directory to write.
-      max_shard_size: the size of a file.
+      max_shard_size: the largest size of a file, 5GB by default.
       untie: write the head as a tensor of its own if the adapter changes it and the embedding that it is tied to in
         different ways.
       force: replace a model in a directory that is not empty.

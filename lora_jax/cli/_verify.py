@@ -54,12 +54,17 @@ def verify(
 def verified(directory: Path, base: str | None, server: str | None, component: str | None) -> dict[str, Any]:
     """Returns the problems of an adapter; None for what was not verified."""
     problems: dict[str, list[str] | None] = {"files": [], "base": None, "server": None}
-    data = {"path": str(directory), "format": format_of(directory), "valid": False, "problems": problems, "notes": []}
-    if server is not None and data["format"] == "orbax":
+    kind = format_of(directory)
+    data: dict[str, Any] = {"path": str(directory), "format": kind, "valid": False, "problems": problems, "notes": []}
+    if server is not None and kind == "orbax":
         raise UsageError("Expected PEFT's format for --server; got a checkpoint. Convert it first: lora-jax convert.")
+    if base is not None and kind == "peft":
+        stored_tensors(Path(base))  # raises if it is not a model
     try:
-        found = open_adapter(directory, Path(base) if base and data["format"] == "peft" else None)
+        found = open_adapter(directory, Path(base) if base and kind == "peft" else None)
     except CheckpointError as error:
+        if kind == "safetensors":
+            raise
         problems["files"] = [str(error)]
         return data
     if base is not None:
@@ -88,12 +93,12 @@ def _of_base(found: Source, base: str) -> list[str]:
     adapted = {path: part for path, part in found.adapter.items() if part.variant.needs_axes}
     tensors = named_for({path.partition("/")[0] for path in adapted}, stored_tensors(Path(base)))
     problems = []
-    for path, part in found.adapter.items():
+    for path in found.adapter:
         shape, stored = tuple(found.params[path].shape), tensors.get(path.replace("/", "."))
         if stored is None and path in adapted:
             problems.append(f"{path!r}: the base has no such module")
         elif stored is not None and stored.shape != shape:
-            problems.append(f"{path!r}: the base has the shape {stored.shape}, and {part.variant} is for {shape}")
+            problems.append(f"{path!r}: the base has the shape {stored.shape}, and the adapter is for {shape}")
     return problems
 
 
