@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from helpers import sweep_except
 from zoo.model import framework
 
 from lora_jax._transform import registry as _registry
+from lora_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -49,3 +51,19 @@ def test_the_page_of_rules_matches_the_registry() -> None:
     # JAX's list of primitives differs between versions.
     written, generated = (text.split("## Refused")[0] for text in (names["PAGE"].read_text(), names["page"]()))
     assert written == generated, "python docs/make_rules.py writes it again"
+
+
+@pytest.mark.sweep
+def test_the_commands_of_a_page_print_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, names = (ROOT / "docs" / "cli.md").read_text(), dict[str, object]()
+    for language, block in re.findall(r"^```(python|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(block, names)
+            continue
+        for command, shown in re.findall(r"^\$ lora-jax (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            capsys.readouterr()
+            main(shlex.split(command))
+            assert "".join(capsys.readouterr()) == shown, command

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from rich.console import RenderableType
 
+from .._core.linalg import has_factors
 from .._core.values import on_host
 from .._merge.compress import compress as compressed
-from ._report import Report, number, table
+from ._console import bar
+from ._report import Report, UsageError, number, table
 from ._source import check_target, open_adapter, write_like
 
 
@@ -39,9 +41,18 @@ def compress(
       base: the directory of the model, in safetensors files; for trainable tokens and VeRA only.
       force: write to a directory that is not empty.
     """
+    if (rank is None) == (energy is None):
+        raise UsageError("Expected either --rank or --energy.")
     check_target(out, [directory], force=force)
     found = open_adapter(directory, base)
-    smaller, residual = compressed(found.adapter, rank, energy=energy)
+    smaller, errors = dict(found.adapter), {}
+    factored = [path for path, part in smaller.items() if has_factors(part)]
+    with bar("Compressing") as step:
+        for done, path in enumerate(factored):
+            step(done, len(factored))
+            one, residual = compressed({path: smaller[path]}, rank, energy=energy)
+            smaller |= one
+            errors[path] = float(np.max(on_host(residual[path]), initial=0.0))
     write_like(found, out, smaller)
     data = {
         "source": str(directory),
@@ -51,9 +62,9 @@ def compress(
             {
                 "path": path,
                 "ranks": [adapter[path].a.shape[-1] for adapter in (found.adapter, smaller)],
-                "error": float(np.max(on_host(error), initial=0.0)),
+                "error": error,
             }
-            for path, error in residual.items()
+            for path, error in errors.items()
         ],
     }
     return Report(data, lambda: _shown(data))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 _WIDE = 240  # columns where stdout is not a terminal: a table is not folded
 
@@ -33,14 +33,14 @@ def error(text: str) -> None:
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Callable[..., None]]:
+def bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """Shows a progress bar on stderr while the context is open, if stderr is a terminal."""
     console = Console(file=sys.stderr)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
 
-        def step(done: int, total: int, what: str = "") -> None:
-            progress.update(task, completed=done, total=total, description=f"{title} {what}".rstrip())
+        def step(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
 
         yield step

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from .. import peft
+from ..peft._sites import MappingOfRows
 from ..peft._stored import stored_tensors
 from ._named import mapping as mapping_of
 from ._named import params
@@ -77,7 +78,7 @@ def convert(
     return Report(data, lambda: [f"{target}: written in the format {to!r}"])
 
 
-def _to_checkpoint(source: Path, target: Path, rows: peft.MappingOfRows, base: str | None) -> None:
+def _to_checkpoint(source: Path, target: Path, rows: MappingOfRows, base: str | None) -> None:
     from .. import checkpoint
 
     if base is None:

@@ -14,6 +14,8 @@ from ._layers import Layer, difference
 from ._report import Report, few, number, span, table
 from ._source import Source, open_adapter
 
+_SHORT = 60  # characters; a longer list of a configuration is counted
+
 
 def diff(
     one: Path, other: Path, /, *, layers: bool = False, tolerance: float = 0.0, base: Path | None = None
@@ -40,12 +42,11 @@ def diff(
 def compared(one: Source, other: Source, tolerance: float) -> dict[str, Any]:
     """Returns the differences of two adapters."""
     first, second = one.layers, other.layers
-    stated = sorted({*one.stated, *other.stated}) if one.format == other.format else []
-    configuration = {
-        name: [one.stated.get(name), other.stated.get(name)]
-        for name in stated
-        if one.stated.get(name) != other.stated.get(name)
-    }
+    configuration = {}
+    for name in sorted({*one.stated, *other.stated}) if one.format == other.format else ():
+        values = [found.stated.get(name) for found in (one, other)]
+        if _meaning(values[0]) != _meaning(values[1]):
+            configuration[name] = values
     every = [_compared(layer, second[name], tolerance) for name, layer in first.items() if name in second]
     only = [sorted(mine.keys() - yours.keys()) for mine, yours in ((first, second), (second, first))]
     return {
@@ -56,6 +57,11 @@ def compared(one: Source, other: Source, tolerance: float) -> dict[str, Any]:
         "only": only,
         "layers": every,
     }
+
+
+def _meaning(value: Any) -> Any:
+    """Returns a value of a configuration, in which null is the same as false or empty, and a list has no order."""
+    return (sorted(map(str, value)) if isinstance(value, list) else value) or None
 
 
 def _compared(one: Layer, other: Layer, tolerance: float) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]
     if data["configuration"]:
         shown = table("configuration", *data["paths"])
         for name, values in data["configuration"].items():
-            shown.add_row(name, *map(str, values))
+            shown.add_row(name, *map(_short, values))
         yield shown
     for path, names in zip(data["paths"], data["only"], strict=True):
         if names:
@@ -85,6 +91,11 @@ def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]
         yield _table(differing, per_layer)
     equal = len(data["layers"]) - len(differing)
     yield "The adapters are equal." if data["equal"] else f"{len(differing)} layers differ, {equal} are equal."
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return f"{counted(len(value), 'value')}" if len(text) > _SHORT and isinstance(value, list | dict) else text
 
 
 def _table(differing: list[dict[str, Any]], per_layer: bool) -> RenderableType:

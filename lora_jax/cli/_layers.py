@@ -109,7 +109,7 @@ def _layers(path: str, part: Adapter) -> Iterator[Layer]:
         yield Layer(name, part.variant, own, _factors(part, own))
 
 
-def _factors(part: Adapter, arrays: Mapping[str, Values]) -> tuple[Values, Values] | None:
+def _factors(part: Adapter, arrays: Mapping[str, Any]) -> tuple[Values, Values] | None:
     if not has_factors(part):
         return None
     assert isinstance(part.variant, LowRank)

@@ -13,10 +13,11 @@ import numpy as np
 
 from .. import peft
 from .._errors import CheckpointError
+from ..peft._sites import MappingOfRows
 from ._report import UsageError
 
 
-def mapping(name: str | None) -> peft.MappingOfRows:
+def mapping(name: str | None) -> MappingOfRows:
     """Returns a mapping: a preset such as `smollm2`, or `package.module:function`."""
     if name is None:
         raise UsageError(f"Expected --mapping: {', '.join(peft.presets.__all__)}, or package.module:function.")

@@ -13,6 +13,7 @@ from .. import peft
 from .._core.adapter import Adapter, Adapters
 from .._errors import CheckpointError
 from ..peft._files import CONFIG, TENSORS, read_config
+from ..peft._sites import MappingOfRows
 from ._layers import Layer, layers_of
 from ._report import UsageError
 
@@ -34,7 +35,7 @@ class Source:
     format: Literal["peft", "orbax"]
     adapter: Adapters
     stated: Mapping[str, Any]
-    mapping: peft.MappingOfRows
+    mapping: MappingOfRows
     params: Any
 
     @property
