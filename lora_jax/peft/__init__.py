@@ -3,12 +3,18 @@
 `export` writes `adapter_model.safetensors` and `adapter_config.json`; `load` reads them. A mapping states which torch
 module each leaf is: one of `presets`, or rows of `linear`, `embedding`, `conv` and `vector`. Neither PEFT nor torch is
 needed, and no file is read with pickle.
+
+`merge_files` merges an adapter into the files of its base. `export_merged` writes parameters as a torch model, and
+`load_params` reads them.
 """
 
 from . import presets as presets
 from ._convert import convert as convert
 from ._export import export as export
+from ._export_merged import export_merged as export_merged
 from ._load import load as load
+from ._load_params import load_params as load_params
+from ._merge_files import merge_files as merge_files
 from ._rows import Part as Part
 from ._rows import Row as Row
 from ._rows import conv as conv
@@ -28,9 +34,12 @@ __all__ = [
     "convert",
     "embedding",
     "export",
+    "export_merged",
     "layer",
     "linear",
     "load",
+    "load_params",
+    "merge_files",
     "norm",
     "presets",
     "read",

@@ -99,9 +99,9 @@ def default_axes(row: Row, ndim: int, batch: int) -> str | None:
         "linear": "io" if core == 2 else None,
         "embedding": "io" if core == 2 else None,
         "conv": "i" * (core - 1) + "o" if core >= 3 else None,
-        "vector": "o" * core if core >= 1 else None,
+        "vector": "o" * core if core >= 1 or row.keep_shape else None,
     }[row.kind]
-    axes = row.axes if row.axes is not None else implied and "b" * batch + implied
+    axes = row.axes if row.axes is not None else None if implied is None else "b" * batch + implied
     return axes if axes is not None and len(axes) == ndim and axes.count("b") == batch else None
 
 

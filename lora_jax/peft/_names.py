@@ -51,6 +51,8 @@ def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
     """Returns a matrix `(in, out)`, or a vector of outputs, in the shape that the torch module has it in."""
     row = layout.row
     spatial = _spatial(layout)
+    if row.keep_shape and name.startswith("saved."):
+        return matrix.reshape(_outputs(layout))
     if name == "b" and row.kind == "conv":
         return matrix.T[(..., *(None,) * len(spatial))]
     if name == "magnitude" and row.kind == "conv":
@@ -65,6 +67,8 @@ def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
 def from_torch(name: str, tensor: Values, layout: Layout) -> Values:
     """Inverts `to_torch`, for a tensor of the shape that `expected_shape` states."""
     row = layout.row
+    if row.keep_shape and name.startswith("saved."):
+        return tensor.reshape(-1)
     if row.kind == "conv" and name in ("b", "magnitude"):
         tensor = tensor.reshape(-1, tensor.shape[1]) if name == "b" else tensor.reshape(-1)
     if row.kind == "conv" and name in ("a", "saved.weight"):
@@ -89,9 +93,16 @@ def expected_shape(name: str, layout: Layout, d_out: int, rank: int) -> tuple[in
         "lambda_d": (rank,),
         "saved.weight": (d_out,) if row.kind == "vector" else weight,
     }
+    if row.keep_shape and name.startswith("saved."):
+        return _outputs(layout)
     return shapes.get(name, (d_out,))
 
 
 def _spatial(layout: Layout) -> tuple[int, ...]:
     """Returns the sizes of a convolution kernel's spatial axes: all input axes but the last."""
     return tuple(layout.shape[axis] for axis in layout.inputs[:-1])
+
+
+def _outputs(layout: Layout) -> tuple[int, ...]:
+    """Returns the sizes of the output axes, in torch's order."""
+    return tuple(layout.shape[axis] for axis in layout.outputs)

@@ -54,6 +54,7 @@ class Row:
       outputs: the order in which torch has the output axes; None for that of the leaf.
       conv1d: whether the module is a `Conv1D` of `transformers`, whose weight is `(in, out)`.
       head: the torch module of an output head that is tied to an embedding.
+      keep_shape: whether the torch parameter of a vector has the leaf's axes, rather than one.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Row:
     outputs: tuple[int, ...] | None = None
     conv1d: bool = False
     head: str | None = None
+    keep_shape: bool = False
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs"):
@@ -151,8 +153,9 @@ def vector(
     parameter: str = "bias",
     axes: str | None = None,
     outputs: Sequence[int] | None = None,
+    keep_shape: bool = False,
 ) -> Row:
-    """Makes the row of a bias, or of a scale of a norm layer.
+    """Makes the row of a bias, of a scale of a norm layer, or of another parameter of the same values in torch.
 
     >>> vector("model.norm", parameter="weight").parameter
     'weight'
@@ -162,12 +165,15 @@ def vector(
       parameter: the name of the torch parameter.
       axes: the roles of the leaf's axes; None for outputs, after the batch axes of a stack.
       outputs: as in `linear`.
+      keep_shape: whether the torch parameter has the leaf's axes, such as (1, 1, features) of a class token or () of a
+        scalar, rather than one axis of outputs.
 
     Returns:
       The row.
     """
     order = None if outputs is None else tuple(outputs)
-    return Row(kind="vector", parts=_parts(module), parameter=parameter, axes=axes, outputs=order)
+    parts = _parts(module)
+    return Row(kind="vector", parts=parts, parameter=parameter, axes=axes, outputs=order, keep_shape=keep_shape)
 
 
 def layer(path: str, module: str, *, conv1d: bool = False, axes: str | None = None) -> dict[str, Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +102,10 @@ class Described:
         self._tied_by_peft = bool(config.get("ensure_weight_tying"))
         self._conv1d = bool(config.get("fan_in_fan_out"))
         by_module = Tensors(arrays).modules
-        modules = {name: {ours: arrays[stored] for ours, stored in some.items()} for name, some in by_module.items()}
+        modules = {
+            name: {ours: arrays[stored] for ours, stored in sorted(by_module[name].items())}
+            for name in sorted(by_module, key=_by_numbers)  # a file has them in no order
+        }
         changed = [module for module, some in modules.items() if any("." not in ours for ours in some)]
         self.base = None if base is None else named_for(changed, base)
         for module, tensors in modules.items():
@@ -158,8 +162,7 @@ class Described:
         elif parameter == "weight" and tensor.ndim > 2:
             row = _conv(module, tensor.ndim)
         else:
-            self.problems.append(f"{module!r} has a {parameter} of shape {tensor.shape}, which no row describes")
-            return
+            row = vector(module, parameter=parameter, keep_shape=True)
         self._add(module, parameter, row, jax.ShapeDtypeStruct(tensor.shape, tensor.dtype))
 
     def _add(self, module: str, parameter: str, row: Row, value: Any) -> None:
@@ -200,6 +203,11 @@ def _is_transposed(table: Mapping[str, Values], other: Mapping[str, Values]) -> 
         one is not None and two is not None and one.shape == two.shape[::-1] and np.array_equal(one, two.T)
         for one, two in pairs
     )
+
+
+def _by_numbers(module: str) -> list[Any]:
+    """Returns a key that sorts layer 2 before layer 10."""
+    return [int(text) if at % 2 else text for at, text in enumerate(re.split(r"(\d+)", module))]
 
 
 def _conv(module: str, ndim: int) -> Row:
