@@ -25,6 +25,7 @@ PARAMS = {
 } | {"head/kernel": np.ones((F, 3), np.float32)}
 MAPPING = peft.layer("head", "score") | {"layers/{i}/{name}": peft.linear("model.layers.{i}.mlp.{name}_proj")}
 LORA = lj.LoRA(rank=2, alpha=4)
+MODEL = "model.safetensors"
 
 
 def adapter_of(variant: Any = LORA, *, seed: int = 0, zero: str = "", full: bool = False) -> dict[str, lj.Adapter]:
@@ -204,7 +205,7 @@ def model(path: Path, **shapes: tuple[int, ...]) -> Path:
     tensors |= {"score.weight": (3, F)} | shapes
     path.mkdir()
     arrays = {name: np.ones(shape, np.float32) for name, shape in tensors.items() if shape}
-    safetensors.numpy.save_file(arrays, path / "model.safetensors", metadata={"format": "pt"})
+    safetensors.numpy.save_file(arrays, path / MODEL, metadata={"format": "pt"})
     return path
 
 
@@ -222,11 +223,11 @@ def test_verify_compares_with_a_base(run: Any, tmp_path: Path, plain: Path) -> N
     ran = run("verify", plain, "--base", model(tmp_path / "wrong", **wrong), "--json")
     assert ran.code == 1 and not ran.data["valid"]
     assert ran.data["problems"]["base"] == [
-        "'model.layers.0.mlp.up_proj/weight': the base has the shape (6, 6), and the adapter is for (4, 6)",
-        "'model.layers.1.mlp.up_proj/weight': the base has no such module",
+        "'model.layers.0.mlp.up_proj': the base has the shape (6, 6), and the adapter is for (4, 6)",
+        "'model.layers.1.mlp.up_proj': the base has no such module",
     ]
     shown = run("verify", plain, "--base", tmp_path / "wrong").out
-    assert "invalid (files, base verified)" in shown and "base: 'model.layers.1" in shown
+    assert "2 problems (files, base verified)" in shown and "base: 'model.layers.1" in shown
     one_line(run("verify", plain, "--base", tmp_path / "nowhere"), 1, "Expected a model in safetensors files")
 
 
@@ -247,7 +248,7 @@ def test_verify_says_what_a_server_refuses(run: Any, tmp_path: Path, plain: Path
         assert ran.code == (1 if ran.data["problems"]["server"] else 0)
         return ran.data["problems"]["server"]
 
-    path = "'model.layers.0.mlp.down_proj/weight'"
+    path = "'model.layers.0.mlp.down_proj'"
     dora = exported(tmp_path / "dora", adapter_of(lj.DoRA(rank=2, alpha=4)))
     assert problems(plain, "vllm") == problems(plain, "llama.cpp") == []
     assert problems(dora, "vllm")[0] == f"{path}: it has DoRA, which vLLM refuses"
@@ -258,6 +259,28 @@ def test_verify_says_what_a_server_refuses(run: Any, tmp_path: Path, plain: Path
     assert problems(tmp_path / "for_llama", "llama.cpp") == []
     assert run("diff", stabilized, tmp_path / "for_llama", "--json").data["layers"][0]["relative"] < 1e-6
     assert problems(stabilized, "vllm") == []
+
+
+# merge
+
+
+def test_merge_writes_the_model_with_the_update(run: Any, tmp_path: Path, plain: Path) -> None:
+    base = model(tmp_path / "base")
+    ran = run("merge", base, plain, tmp_path / "merged", "--json")
+    assert ran.code == 0, ran.err
+    assert (ran.data["tensors"], ran.data["bytes"], ran.data["files"]) == (5, 4 * (4 * D * F + 3 * F), [MODEL])
+    merged = safetensors.numpy.load_file(tmp_path / "merged" / MODEL)
+    for path, part in adapter_of().items():
+        _, i, name = path.split("/")
+        got = merged[f"model.layers.{i}.mlp.{name}_proj.weight"]
+        np.testing.assert_allclose(got, 1 + update(part).T, atol=1e-5)
+    np.testing.assert_array_equal(merged["score.weight"], 1)
+    one_line(run("merge", base, plain, tmp_path / "merged"), 2, "Pass --force to write.")
+    ran = run("merge", base, plain, tmp_path / "merged", "--force", "--max-shard-size", "200")
+    assert ran.code == 0 and "5 tensors in 3 files" in ran.out
+    wrong = model(tmp_path / "wrong", **{"model.layers.0.mlp.up_proj.weight": ()})
+    one_line(run("merge", wrong, plain, tmp_path / "out"), 1, "'model.layers.0.mlp.up_proj.weight' is not in the base")
+    assert not (tmp_path / "out").exists()
 
 
 # compress and combine
@@ -372,7 +395,7 @@ def test_convert_reads_the_base_from_a_checkpoint(run: Any, tmp_path: Path, plai
     assert ran.code == 0, ran.err
     assert lj.restore(tmp_path / "out", base=tree).keys() == adapter_of().keys()
     ran = run("convert", plain, "out2", "--to", "orbax", "--mapping", "my_rows:MAPPING", "--base", "nowhere")
-    assert ran.code == 1 and "Expected parameters that Orbax saved, in nowhere" in ran.err
+    assert ran.code == 1 and "Expected an Orbax checkpoint of a tree in nowhere" in ran.err
 
 
 # Errors

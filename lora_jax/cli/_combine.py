@@ -13,7 +13,7 @@ from .._core.adapter import Adapters
 from .._variants import Full
 from ..peft._stored import stored_tensors
 from ._console import error
-from ._report import Report, UsageError, span
+from ._report import Report, UsageError, spans
 from ._source import Source, check_target, open_adapter, write_like
 
 _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # names in `many`, and the options of each
@@ -143,5 +143,5 @@ def _values(base: Path, adapters: list[Adapters]) -> dict[str, Any]:
 
 
 def _shown(data: Mapping[str, Any]) -> str:
-    ranks = "" if data["ranks"] is None else f", rank {span(*data['ranks'])}"
-    return f"{data['target']}: {data['leaves']} adapted parameters{ranks}, {data['parameters']:,} parameters"
+    ranks = "" if data["ranks"] is None else f", rank {spans(data['ranks'])}"
+    return f"{data['target']}: {data['leaves']} leaves{ranks}, {data['parameters']:,} parameters"

@@ -13,7 +13,8 @@ from .._core.linalg import has_factors
 from .._core.values import on_host
 from .._merge.compress import compress as compressed
 from ._console import bar
-from ._report import Report, UsageError, number, table
+from ._layers import kind_of
+from ._report import Report, UsageError, grouped, spans, table
 from ._source import check_target, open_adapter, write_like
 
 
@@ -24,6 +25,7 @@ def compress(
     *,
     rank: int | None = None,
     energy: float | None = None,
+    layers: bool = False,
     base: Path | None = None,
     force: bool = False,
 ) -> Report:
@@ -38,6 +40,7 @@ def compress(
       out: the directory to write.
       rank: the rank of all layers; those of this rank or a lower one are unchanged.
       energy: in place of a rank, the fraction of ‖ΔW‖² that each layer keeps, in (0, 1).
+      layers: one row for each layer, in place of one for each kind.
       base: the directory of the model, in safetensors files; for trainable tokens and VeRA only.
       force: write to a directory that is not empty.
     """
@@ -60,23 +63,25 @@ def compress(
         "parameters": [_count(found.adapter), _count(smaller)],
         "leaves": [
             {
-                "path": path,
+                "name": (name := found.name(path)),
+                "kind": kind_of(name),
                 "ranks": [adapter[path].a.shape[-1] for adapter in (found.adapter, smaller)],
                 "error": error,
             }
             for path, error in errors.items()
         ],
     }
-    return Report(data, lambda: _shown(data))
+    return Report(data, lambda: _shown(data, layers))
 
 
 def _count(adapter: Mapping[str, Any]) -> int:
     return sum(array.size for part in adapter.values() for array in part.arrays.values())
 
 
-def _shown(data: Mapping[str, Any]) -> Iterable[RenderableType]:
-    shown = table("leaf", "#rank", "#new rank", "#relative error")
-    for leaf in data["leaves"]:
-        shown.add_row(leaf["path"], *map(str, leaf["ranks"]), number(leaf["error"]))
+def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]:
+    shown = table("module", "#layers", "#rank", "#new rank", "#relative error")
+    for name, some in grouped(data["leaves"], "name" if per_layer else "kind").items():
+        ranks = [spans(leaf["ranks"][at] for leaf in some) for at in (0, 1)]
+        shown.add_row(name, str(len(some)), *ranks, spans(leaf["error"] for leaf in some))
     yield shown
     yield "{}: {:,} of {:,} parameters".format(data["target"], *reversed(data["parameters"]))

@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import RenderableType
 
 from .._errors import counted
-from ._inspect import by_kind
-from ._layers import Layer, difference
-from ._report import Report, few, number, span, table
+from ._layers import Layer, difference, kind_of
+from ._report import Report, few, grouped, spans, table
 from ._source import Source, open_adapter
 
 _SHORT = 60  # characters; a longer list of a configuration is counted
@@ -68,7 +67,7 @@ def _compared(one: Layer, other: Layer, tolerance: float) -> dict[str, Any]:
     relative = difference(one, other)
     return {
         "name": one.name,
-        "kind": one.kind,
+        "kind": kind_of(one.name),
         "relative": relative,
         "differs": relative is None or relative > tolerance,
         "norms": [one.norm(), other.norm()],
@@ -100,10 +99,7 @@ def _short(value: Any) -> str:
 
 def _table(differing: list[dict[str, Any]], per_layer: bool) -> RenderableType:
     shown = table("module", "#layers", "#difference", "#‖ΔW‖", "#‖ΔW'‖")
-    groups = {layer["name"]: [layer] for layer in differing} if per_layer else by_kind(differing)
-    for name, some in groups.items():
-        found = [layer["relative"] for layer in some if layer["relative"] is not None]
-        norms = [[layer["norms"][at] for layer in some if layer["norms"][at] is not None] for at in (0, 1)]
-        cells = [span(min(each), max(each)) if each else "" for each in (found, *norms)]
-        shown.add_row(name, number(len(some)), cells[0] or "other shapes", *cells[1:])
+    for name, some in grouped(differing, "name" if per_layer else "kind").items():
+        relative = spans(layer["relative"] for layer in some) or "other shapes"
+        shown.add_row(name, str(len(some)), relative, *(spans(layer["norms"][at] for layer in some) for at in (0, 1)))
     return shown

@@ -10,8 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from .._report.table import size
-from ._layers import Layer
-from ._report import Report, few, number, span, table
+from ._layers import Layer, kind_of
+from ._report import Report, few, grouped, number, spans, table
 from ._source import Source, open_adapter
 
 
@@ -43,24 +43,16 @@ def described(found: Source) -> dict[str, Any]:
         "parameters": sum(layer["parameters"] for layer in every),
         "bytes": sum(layer["bytes"] for layer in every),
         "zero": [layer["name"] for layer in every if layer["zero"]],
-        "kinds": [_kind(name, some) for name, some in by_kind(every).items()],
+        "kinds": [_kind(name, some) for name, some in grouped(every, "kind").items()],
         "layers": every,
     }
-
-
-def by_kind(every: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Returns the layers of each kind."""
-    kinds: dict[str, list[dict[str, Any]]] = {}
-    for layer in every:
-        kinds.setdefault(layer["kind"], []).append(layer)
-    return kinds
 
 
 def _described(layer: Layer) -> dict[str, Any]:
     norm, arrays = layer.norm(), layer.arrays.values()
     return {
         "name": layer.name,
-        "kind": layer.kind,
+        "kind": kind_of(layer.name),
         "method": type(layer.variant).__name__,
         "rank": getattr(layer.variant, "rank", None),
         "alpha": getattr(layer.variant, "alpha", None),
@@ -94,7 +86,7 @@ def _distinct(some: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
 def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]:
     yield ", ".join(
         [
-            f"{data['path']}: {data['format']}",
+            f"{data['path']}: {'a checkpoint' if data['format'] == 'orbax' else 'in the format of PEFT'}",
             f"base {data['base'] or 'not named'}",
             *([f"task {data['task']}"] if data["task"] else []),
             f"{data['parameters']:,} parameters, {size(data['bytes'])}",
@@ -108,7 +100,7 @@ def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]
 def _per_kind(kinds: Iterable[Mapping[str, Any]]) -> Table:
     shown = table("module", "#layers", "method", "#rank", "#scale", "#‖s·A·B‖", "#zero", "#parameters")
     for kind in kinds:
-        norm = "" if kind["norm"] is None else span(kind["norm"]["min"], kind["norm"]["max"])
+        norm = spans((kind["norm"] or {}).values())
         few_of = [few(map(number, kind[name])) for name in ("rank", "scale")]
         zero = "" if not kind["zero"] else "all" if kind["zero"] == kind["layers"] else str(kind["zero"])
         cells = [kind["name"], str(kind["layers"]), few(kind["method"]), *few_of, norm, zero, f"{kind['parameters']:,}"]

@@ -44,11 +44,6 @@ class Layer:
     factors: tuple[Values, Values] | None
 
     @property
-    def kind(self) -> str:
-        """The name with `*` for numbers of layers, which all layers of one kind have in common."""
-        return _NUMBERED.sub("_*", _NUMBER.sub("*", self.name), count=1)
-
-    @property
     def shape(self) -> list[int] | None:
         """The number of inputs and outputs of the factors."""
         return None if self.factors is None else [self.factors[0].shape[0], self.factors[1].shape[1]]
@@ -73,6 +68,15 @@ class Layer:
 
 
 _FACTORS = ("a", "b", "e")  # e is the diagonal of AdaLoRA
+
+
+def kind_of(name: str) -> str:
+    """Returns the name of a layer with `*` for its numbers, which all layers of one kind have in common.
+
+    >>> kind_of("model.layers.3.self_attn.q_proj"), kind_of("h/0/c_attn/kernel[2]"), kind_of("Block_3/Dense_1/kernel")
+    ('model.layers.*.self_attn.q_proj', 'h/*/c_attn/kernel[*]', 'Block_*/Dense_1/kernel')
+    """
+    return _NUMBERED.sub("_*", _NUMBER.sub("*", name), count=1)
 
 
 def layers_of(adapter: Adapters) -> dict[str, Layer]:

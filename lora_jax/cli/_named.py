@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from .. import peft
-from .._errors import CheckpointError
+from ..peft._orbax import orbax_leaves
 from ..peft._sites import MappingOfRows
 from ._report import UsageError
 
@@ -32,7 +30,7 @@ def mapping(name: str | None) -> MappingOfRows:
 def params(name: str) -> Any:
     """Returns parameters: of the Orbax checkpoint in a directory, or those that `package.module:function` returns."""
     if Path(name).exists() or ":" not in name:
-        return _restored(Path(name))
+        return {path: leaf.read() for path, leaf in orbax_leaves(Path(name)).items()}
     return _object(name)
 
 
@@ -47,20 +45,3 @@ def _object(name: str) -> Any:
     finally:
         sys.path.remove(os.getcwd())
     return found() if callable(found) else found
-
-
-def _restored(directory: Path) -> Any:
-    import jax
-    import orbax.checkpoint as ocp
-
-    path = directory.absolute()
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            tree = checkpointer.metadata(path).item_metadata.tree
-            targets = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            return checkpointer.restore(path, ocp.args.PyTreeRestore(restore_args=targets))
-    except Exception as error:  # Orbax raises many types for what is not a checkpoint
-        raise CheckpointError(
-            f"Expected parameters that Orbax saved, in {directory}; they cannot be read.\n"
-            f"  {type(error).__name__}: {str(error)[:300]}\n  package.module:function can return them, too."
-        ) from error

@@ -48,14 +48,22 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def span(least: float, most: float) -> str:
+def spans(values: Iterable[float | None]) -> str:
     """Formats the least and the largest of several numbers.
 
-    >>> span(0.1, 0.1), span(0.1, 2.0)
-    ('0.1', '0.1–2')
+    >>> spans([0.1, 0.1]), spans([0.5, None, 2.0, 0.1]), spans([None])
+    ('0.1', '0.1–2', '')
     """
-    ends = list(dict.fromkeys(map(number, (least, most))))
-    return "–".join(ends)
+    known = [value for value in values if value is not None]
+    return "–".join(dict.fromkeys(map(number, (min(known), max(known))))) if known else ""
+
+
+def grouped(every: Iterable[dict[str, Any]], by: str) -> dict[str, list[dict[str, Any]]]:
+    """Groups layers by one of their values."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for layer in every:
+        groups.setdefault(layer[by], []).append(layer)
+    return groups
 
 
 def few(values: Iterable[str], most: int = 4) -> str:

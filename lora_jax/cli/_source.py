@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from .. import peft
-from .._core.adapter import Adapter, Adapters
+from .._core.adapter import Adapters
 from .._errors import CheckpointError
 from ..peft._files import CONFIG, TENSORS, read_config
 from ..peft._sites import MappingOfRows
@@ -40,9 +40,15 @@ class Source:
 
     @property
     def layers(self) -> dict[str, Layer]:
-        """The layers by name: of PEFT's format, the module, or the parameter if it is not a kernel's update."""
-        torch = self.format == "peft"
-        return layers_of({_torch_name(path, part) if torch else path: part for path, part in self.adapter.items()})
+        """The layers by name."""
+        return layers_of({self.name(path): part for path, part in self.adapter.items()})
+
+    def name(self, path: str) -> str:
+        """Returns the name of a leaf as its users know it: of PEFT's format, the torch module or the parameter."""
+        module, _, parameter = path.partition("/")
+        if self.format == "orbax":
+            return path
+        return module if self.adapter[path].variant.needs_axes else f"{module}.{parameter}"
 
     @property
     def base(self) -> str | None:
@@ -118,8 +124,3 @@ def check_target(target: Path, sources: Collection[Path], *, force: bool) -> Non
         raise UsageError(
             f"Expected a new or an empty directory; {target} has {entries} entries. Pass --force to write."
         )
-
-
-def _torch_name(path: str, part: Adapter) -> str:
-    module, _, parameter = path.partition("/")
-    return module if part.variant.needs_axes else f"{module}.{parameter}"

@@ -96,9 +96,11 @@ def _of_base(found: Source, base: str) -> list[str]:
     for path in found.adapter:
         shape, stored = tuple(found.params[path].shape), tensors.get(path.replace("/", "."))
         if stored is None and path in adapted:
-            problems.append(f"{path!r}: the base has no such module")
+            problems.append(f"{found.name(path)!r}: the base has no such module")
         elif stored is not None and stored.shape != shape:
-            problems.append(f"{path!r}: the base has the shape {stored.shape}, and the adapter is for {shape}")
+            problems.append(
+                f"{found.name(path)!r}: the base has the shape {stored.shape}, and the adapter is for {shape}"
+            )
     return problems
 
 
@@ -114,18 +116,21 @@ def _of_server(found: Source, name: str, component: str | None) -> list[str]:
         places = sites(path, tuple(found.params[path].shape), row)
         assert not isinstance(places, str)
         if (problem := server.refusal(part, places, component)) is not None:
-            problems.append(f"{path!r}: {problem}")
+            problems.append(f"{found.name(path)!r}: {problem}")
         elif name == "llama.cpp" and isinstance(part.variant, LowRank):
             read = found.stated.get("lora_alpha", 0) / part.variant.rank
             if not math.isclose(read, part.variant.scale, rel_tol=1e-6):
                 text = f"llama.cpp reads the scale {read:g}, and PEFT {part.variant.scale:g}"
-                problems.append(f"{path!r}: {text}; lora-jax convert --to llama.cpp multiplies it into the factors")
+                problems.append(
+                    f"{found.name(path)!r}: {text}; lora-jax convert --to llama.cpp multiplies it into the factors"
+                )
     return problems
 
 
 def _shown(data: Mapping[str, Any]) -> Iterable[RenderableType]:
     parts = [name for name, found in data["problems"].items() if found is not None]
-    yield f"{data['path']}: {'valid' if data['valid'] else 'invalid'} ({', '.join(parts)} verified)"
+    count = sum(len(found or ()) for found in data["problems"].values())
+    yield f"{data['path']}: {counted(count, 'problem') if count else 'valid'} ({', '.join(parts)} verified)"
     for name, found in data["problems"].items():
         for problem in found or ():
             yield Text(f"{name}: {problem}", style="red")
