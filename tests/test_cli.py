@@ -16,6 +16,7 @@ from helpers import sweep
 import lora_jax as lj
 from lora_jax import checkpoint, many, peft
 from lora_jax.cli import main
+from lora_jax.cli._app import app
 
 L, D, F, V = 2, 6, 4, 10
 PARAMS = {
@@ -501,6 +502,41 @@ def test_a_damaged_adapter_is_one_error_and_exit_code_1(how: str, run: Any, tmp_
         assert ran.code == 1 and len(ran.data["problems"]["files"]) == 1
 
 
+def test_names_in_files_do_not_control_the_terminal(run: Any, tmp_path: Path) -> None:
+    evil = {path: peft.linear(path.replace("/", "\x1b[31m")) for path in PARAMS}
+    peft.export(tmp_path / "evil", adapter_of(), evil, base=PARAMS, base_name="\x1b]0;title\x07[bold]")
+    for command in (["inspect", tmp_path / "evil"], ["verify", tmp_path / "evil", "--server", "diffusers"]):
+        shown = run(*command).out
+        assert "\x1b" not in shown and "\x07" not in shown and "\\x1b[31m" in shown
+    assert "[bold]" in run("inspect", tmp_path / "evil").out
+
+
+def test_advice_names_options_of_the_command(run: Any, tmp_path: Path, plain: Path) -> None:
+    rows = lj.Adapter(lj.Rows(ids=[1]), "io", rows=np.ones((1, D), np.float32))
+    base = {"table": np.ones((V, D), np.float32)}
+    peft.export(tmp_path / "rows", {"table": rows}, {"table": peft.embedding("embed")}, base=base)
+    ran = run("inspect", tmp_path / "rows")
+    assert ran.code == 1 and "Pass --base, the directory of the model" in ran.err
+    arguments = ["--base", model(tmp_path / "base", **{"embed.weight": (V, D)}), "--json"]
+    assert run("inspect", tmp_path / "rows", *arguments).data["layers"][0]["norm"] == pytest.approx(np.sqrt(D))
+
+
+def test_combine_adds_changes_of_modules_in_full(run: Any, tmp_path: Path) -> None:
+    path = exported(tmp_path / "full", adapter_of(full=True))
+    terms = f"one={path}", f"two={path}:2"
+    ran = run("combine", tmp_path / "out", *terms, "--how", "concat")
+    assert ran.code == 1 and "pass --base" in ran.err
+    ran = run("combine", tmp_path / "out", *terms, "--how", "concat", "--base", model(tmp_path / "base"))
+    assert ran.code == 0, ran.err
+    change = adapter_of(full=True)["head/kernel"].value - 1
+    np.testing.assert_allclose(loaded(tmp_path / "out")["head/kernel"].value, 1 + 3 * change, atol=1e-5)
+
+
+def test_an_unexpected_error_is_one_line_too(run: Any, plain: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("lora_jax.cli._inspect.described", lambda found: 1 / 0)
+    one_line(run("inspect", plain), 1, "ZeroDivisionError: division by zero\n  --traceback shows where")
+
+
 # The program
 
 
@@ -512,6 +548,18 @@ def test_help_has_an_example_for_each_command(run: Any) -> None:
         text = run(name, "--help").out
         assert f"lora-jax {name} " in text and "--json" in text, name
     assert run("--version").out.strip() == lj.__version__
+
+
+def test_completion_knows_the_commands() -> None:
+    script = app.generate_completion(shell="bash")
+    assert "inspect" in script and "--energy" in script
+
+
+def test_a_bar_is_shown_only_on_a_terminal(run: Any, tmp_path: Path, plain: Path, monkeypatch: Any) -> None:
+    assert run("compress", plain, tmp_path / "one", "--rank", 1).err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert "Compressing" in run("compress", plain, tmp_path / "two", "--rank", 1).err
 
 
 def test_the_program_runs_in_a_process_of_its_own(plain: Path) -> None:

@@ -12,12 +12,12 @@ from .._errors import LoRAError, SpecError
 from .._version import __version__
 from ._combine import combine
 from ._compress import compress
-from ._console import error, print_json, results
+from ._console import error, print_json, print_report
 from ._convert import convert
 from ._diff import diff
 from ._inspect import inspect
 from ._merge import merge
-from ._report import Report, UsageError
+from ._report import Report, UsageError, advice
 from ._verify import verify
 
 _HELP = """\
@@ -45,22 +45,20 @@ def _launch(
     command, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     try:
         report = command(*bound.args, **bound.kwargs)
+        if not isinstance(report, Report):  # of --help and --version
+            return 0
+        if as_json:
+            print_json(report.data)
+        else:
+            print_report(report)
     except Exception as problem:
         if traceback:
             raise
-        expected = isinstance(problem, LoRAError | OSError | UsageError)
-        error(
-            str(problem) if expected else f"{type(problem).__name__}: {problem}\n--traceback shows where it is raised."
-        )
+        if isinstance(problem, LoRAError | OSError | UsageError):
+            error(advice(str(problem)))
+        else:
+            error(f"{type(problem).__name__}: {problem}\n--traceback shows where it is raised.")
         return 2 if isinstance(problem, UsageError | SpecError) else 1
-    if not isinstance(report, Report):  # of --help and --version
-        return 0
-    if as_json:
-        print_json(report.data)
-    else:
-        console = results()
-        for shown in report.shown():
-            console.print(shown)
     return report.code
 
 

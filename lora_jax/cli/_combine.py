@@ -144,4 +144,5 @@ def _values(base: Path, adapters: list[Adapters]) -> dict[str, Any]:
 
 def _shown(data: Mapping[str, Any]) -> str:
     ranks = "" if data["ranks"] is None else f", rank {spans(data['ranks'])}"
-    return f"{data['target']}: {data['leaves']} leaves{ranks}, {data['parameters']:,} parameters"
+    leaves = "1 leaf" if data["leaves"] == 1 else f"{data['leaves']} leaves"
+    return f"{data['target']}: {leaves}{ranks}, {data['parameters']:,} parameters"

@@ -14,7 +14,7 @@ from .._core.values import on_host
 from .._merge.compress import compress as compressed
 from ._console import bar
 from ._layers import kind_of
-from ._report import Report, UsageError, grouped, spans, table
+from ._report import Report, UsageError, add_row, grouped, spans, table
 from ._source import check_target, open_adapter, write_like
 
 
@@ -82,6 +82,7 @@ def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]
     shown = table("module", "#layers", "#rank", "#new rank", "#relative error")
     for name, some in grouped(data["leaves"], "name" if per_layer else "kind").items():
         ranks = [spans(leaf["ranks"][at] for leaf in some) for at in (0, 1)]
-        shown.add_row(name, str(len(some)), *ranks, spans(leaf["error"] for leaf in some))
-    yield shown
+        add_row(shown, name, str(len(some)), *ranks, spans(leaf["error"] for leaf in some))
+    if data["leaves"]:
+        yield shown
     yield "{}: {:,} of {:,} parameters".format(data["target"], *reversed(data["parameters"]))

@@ -11,13 +11,17 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from ._report import Report, printable
+
 _WIDE = 240  # columns where stdout is not a terminal: a table is not folded
 
 
-def results() -> Console:
-    """Returns the console of stdout."""
+def print_report(report: Report) -> None:
+    """Prints a report on stdout."""
     width = None if sys.stdout.isatty() else _WIDE
-    return Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    for shown in report.shown():
+        console.print(printable(shown) if isinstance(shown, str) else shown)
 
 
 def print_json(data: Any) -> None:
@@ -27,7 +31,7 @@ def print_json(data: Any) -> None:
 
 def error(text: str) -> None:
     """Prints an error or a note on stderr. Lines after the first are details, and are indented."""
-    first, *rest = text.splitlines() or [""]
+    first, *rest = map(printable, text.splitlines() or [""])
     details = (line if line.startswith(" ") else f"  {line}" for line in rest)
     print("\n".join([f"lora-jax: {first}", *details]), file=sys.stderr)
 

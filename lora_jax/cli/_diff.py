@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from .._errors import counted
 from ._layers import Layer, difference, kind_of
-from ._report import Report, few, grouped, spans, table
+from ._report import Report, add_row, few, grouped, spans, table
 from ._source import Source, open_adapter
 
 _SHORT = 60  # characters; a longer list of a configuration is counted
@@ -81,7 +81,7 @@ def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]
     if data["configuration"]:
         shown = table("configuration", *data["paths"])
         for name, values in data["configuration"].items():
-            shown.add_row(name, *map(_short, values))
+            add_row(shown, name, *map(_short, values))
         yield shown
     for path, names in zip(data["paths"], data["only"], strict=True):
         if names:
@@ -101,5 +101,5 @@ def _table(differing: list[dict[str, Any]], per_layer: bool) -> RenderableType:
     shown = table("module", "#layers", "#difference", "#‖ΔW‖", "#‖ΔW'‖")
     for name, some in grouped(differing, "name" if per_layer else "kind").items():
         relative = spans(layer["relative"] for layer in some) or "other shapes"
-        shown.add_row(name, str(len(some)), relative, *(spans(layer["norms"][at] for layer in some) for at in (0, 1)))
+        add_row(shown, name, str(len(some)), relative, *(spans(layer["norms"][at] for layer in some) for at in (0, 1)))
     return shown

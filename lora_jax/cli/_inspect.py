@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .._report.table import size
 from ._layers import Layer, kind_of
-from ._report import Report, few, grouped, number, spans, table
+from ._report import Report, add_row, few, grouped, number, spans, table
 from ._source import Source, open_adapter
 
 
@@ -98,21 +98,21 @@ def _shown(data: Mapping[str, Any], per_layer: bool) -> Iterable[RenderableType]
 
 
 def _per_kind(kinds: Iterable[Mapping[str, Any]]) -> Table:
-    shown = table("module", "#layers", "method", "#rank", "#scale", "#‖s·A·B‖", "#zero", "#parameters")
+    shown = table("module", "#layers", "method", "#rank", "#scale", "#‖ΔW‖", "#zero", "#parameters")
     for kind in kinds:
         norm = spans((kind["norm"] or {}).values())
         few_of = [few(map(number, kind[name])) for name in ("rank", "scale")]
         zero = "" if not kind["zero"] else "all" if kind["zero"] == kind["layers"] else str(kind["zero"])
         cells = [kind["name"], str(kind["layers"]), few(kind["method"]), *few_of, norm, zero, f"{kind['parameters']:,}"]
-        shown.add_row(*cells, style="yellow" if zero else None)
+        add_row(shown, *cells, style="yellow" if zero else None)
     return shown
 
 
 def _per_layer(every: Iterable[Mapping[str, Any]]) -> Table:
-    shown = table("module", "method", "#rank", "#scale", "shape", "#‖s·A·B‖", "#parameters")
+    shown = table("module", "method", "#rank", "#scale", "shape", "#‖ΔW‖", "#parameters")
     for layer in every:
         norm = "zero" if layer["zero"] else number(layer["norm"])
         shape = "" if layer["shape"] is None else "{} × {}".format(*layer["shape"])
         cells = [layer["name"], layer["method"], number(layer["rank"]), number(layer["scale"]), shape, norm]
-        shown.add_row(*cells, f"{layer['parameters']:,}", style="yellow" if layer["zero"] else None)
+        add_row(shown, *cells, f"{layer['parameters']:,}", style="yellow" if layer["zero"] else None)
     return shown

@@ -39,6 +39,31 @@ def table(*heads: str) -> Table:
     return made
 
 
+def add_row(shown: Table, *cells: str, style: str | None = None) -> None:
+    """Adds a row to a table."""
+    shown.add_row(*map(printable, cells), style=style)
+
+
+def printable(text: str) -> str:
+    r"""Returns a text with what would control a terminal escaped; files that others wrote may have it in names.
+
+    >>> print(printable("fc1" + chr(27) + "[31m, ‖s·A·B‖"))
+    fc1\x1b[31m, ‖s·A·B‖
+    """
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
+# What the library's errors advise, as the options that do it.
+_OPTIONS = {"`base=`": "--base", "base=params": "--base", "untie=True": "--untie"}
+
+
+def advice(text: str) -> str:
+    """Returns the text of an error of the library, with options of the command in place of arguments."""
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    return text
+
+
 def number(value: float | None) -> str:
     """Formats a number with three digits.
 

@@ -17,7 +17,7 @@ from ..peft._servers import server as server_of
 from ..peft._sites import compiled, find, sites
 from ..peft._stored import named_for, stored_tensors
 from ._named import params
-from ._report import Report, UsageError, few
+from ._report import Report, UsageError, advice, few, printable
 from ._source import Source, format_of, open_adapter
 
 _OTHER_FILES = ("diffusers", "mlx-lm")
@@ -65,7 +65,7 @@ def verified(directory: Path, base: str | None, server: str | None, component: s
     except CheckpointError as error:
         if kind == "safetensors":
             raise
-        problems["files"] = [str(error)]
+        problems["files"] = [advice(str(error))]
         return data
     if base is not None:
         problems["base"] = _of_base(found, base)
@@ -133,6 +133,6 @@ def _shown(data: Mapping[str, Any]) -> Iterable[RenderableType]:
     yield f"{data['path']}: {counted(count, 'problem') if count else 'valid'} ({', '.join(parts)} verified)"
     for name, found in data["problems"].items():
         for problem in found or ():
-            yield Text(f"{name}: {problem}", style="red")
+            yield Text(printable(f"{name}: {problem}"), style="red")
     for text in data["notes"]:
         yield f"note: {text}"
