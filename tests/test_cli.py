@@ -260,6 +260,22 @@ def test_verify_says_what_a_server_refuses(run: Any, tmp_path: Path, plain: Path
     assert problems(tmp_path / "for_llama", "llama.cpp") == []
     assert run("diff", stabilized, tmp_path / "for_llama", "--json").data["layers"][0]["relative"] < 1e-6
     assert problems(stabilized, "vllm") == []
+    config = json.loads((plain / "adapter_config.json").read_text())
+    config |= {"init_lora_weights": "other", "lora_bias": True, "base_model_name_or_path": None}
+    del config["lora_alpha"]
+    (plain / "adapter_config.json").write_text(json.dumps(config))
+    assert problems(plain, "vllm") == [
+        "lora_alpha is missing in the configuration",
+        "lora_bias is True, which vLLM refuses",
+        "init_lora_weights is 'other', which vLLM refuses",
+    ]
+    assert problems(plain, "llama.cpp")[0] == "lora_alpha is missing in the configuration"
+    assert "llama.cpp needs --base" in run("verify", plain, "--server", "llama.cpp").out
+    large = {f"layers/0/{name}": lj.LoRA(rank=32, alpha=4) for name in ("up", "down")}
+    ones = {path: np.ones((64, 64), np.float32) for path in large}
+    parts = {path: lj.Adapter(lora, "io", a=ones[path][:, :32], b=ones[path][:32]) for path, lora in large.items()}
+    peft.export(tmp_path / "large", parts, MAPPING, base=ones)
+    assert "vLLM needs --max-lora-rank 32" in run("verify", tmp_path / "large", "--server", "vllm").out
 
 
 # merge
@@ -326,7 +342,7 @@ def test_combine_is_the_weighted_sum(run: Any, tmp_path: Path, plain: Path) -> N
         ("svd", ["--rank", 1], many.Truncate(rank=1)),
         sweep("prune", ["--density", 0.5, "--on", "factors"], many.Prune(density=0.5, on="factors")),
         sweep("ties", ["--density", 0.5, "--sign", "frequency"], many.Ties(density=0.5, sign="frequency")),
-        ("dare", ["--density", 0.5, "--seed", 3], many.Dare(density=0.5)),
+        sweep("dare", ["--density", 0.5, "--seed", 3], many.Dare(density=0.5)),
     ],
 )
 def test_combine_has_each_method(
@@ -380,6 +396,8 @@ def test_convert_to_kohya_and_back_keeps_the_updates(run: Any, tmp_path: Path, p
     one_line(run("convert", plain, file, "--to", "kohya", "--component", "unet"), 2, "lora.safetensors is a file")
     assert run("convert", plain, tmp_path / "diffusers", "--to", "diffusers", "--component", "unet").code == 0
     assert [entry.name for entry in (tmp_path / "diffusers").iterdir()] == ["pytorch_lora_weights.safetensors"]
+    assert run("convert", tmp_path / "diffusers", tmp_path / "three", "--to", "peft").code == 0
+    assert run("diff", plain, tmp_path / "three", "--tolerance", 1e-6, "--json").data["only"] == [[], []]
 
 
 def test_convert_reads_the_base_from_a_checkpoint(run: Any, tmp_path: Path, plain: Path, monkeypatch: Any) -> None:
@@ -541,12 +559,11 @@ def test_an_unexpected_error_is_one_line_too(run: Any, plain: Path, monkeypatch:
 
 
 def test_help_has_an_example_for_each_command(run: Any) -> None:
-    names = ["inspect", "diff", "verify", "merge", "convert", "compress", "combine"]
     shown = run("--help").out
-    for name in names:
-        assert name in shown
-        text = run(name, "--help").out
-        assert f"lora-jax {name} " in text and "--json" in text, name
+    for name in ("inspect", "diff", "verify", "merge", "convert", "compress", "combine"):
+        assert name in shown and f"Example: `lora-jax {name} " in app[name].help
+    shown = run("merge", "--help").out
+    assert "Example: lora-jax merge Qwen3-8B my_adapter merged" in shown and "--untie" in shown and "--json" in shown
     assert run("--version").out.strip() == lj.__version__
 
 

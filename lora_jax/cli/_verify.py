@@ -22,6 +22,11 @@ from ._source import Source, format_of, open_adapter
 
 _OTHER_FILES = ("diffusers", "mlx-lm")
 _VLLM_RANK = 16  # the largest rank that vLLM accepts by default
+_VLLM = {  # entries of PEFT's configuration with the values that vLLM accepts
+    "bias": (None, "none"),
+    "lora_bias": (None, False),
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica", "lora_ga"),
+}
 
 
 def verify(
@@ -76,6 +81,8 @@ def verified(directory: Path, base: str | None, server: str | None, component: s
     ranks = [part.a.shape[-1] for part in found.adapter.values() if has_factors(part)]
     if server == "vllm" and max(ranks, default=0) > _VLLM_RANK:
         data["notes"].append(f"vLLM needs --max-lora-rank {max(ranks)} or more")
+    if server == "llama.cpp" and not found.base:
+        data["notes"].append("llama.cpp needs --base to convert the files, as the configuration names none")
     return data | {"valid": not any(problems.values())}
 
 
@@ -108,8 +115,7 @@ def _of_server(found: Source, name: str, component: str | None) -> list[str]:
     """Returns what a server refuses, or reads with another scale."""
     server, rows = server_of(name, component), compiled(found.mapping)
     problems = [f"{server.name} reads other files than PEFT's; lora-jax convert writes them"] * (name in _OTHER_FILES)
-    if name == "vllm" and found.stated.get("lora_bias"):
-        problems.append("lora_bias is true, which vLLM refuses")
+    problems += _of_configuration(found.stated, name)
     for path, part in found.adapter.items():
         row = find(path, rows)
         assert row is not None
@@ -118,12 +124,22 @@ def _of_server(found: Source, name: str, component: str | None) -> list[str]:
         if (problem := server.refusal(part, places, component)) is not None:
             problems.append(f"{found.name(path)!r}: {problem}")
         elif name == "llama.cpp" and isinstance(part.variant, LowRank):
-            read = found.stated.get("lora_alpha", 0) / part.variant.rank
+            read = found.stated.get("lora_alpha", 0) / part.variant.rank or 1.0  # α of 0 stands for the scale 1
             if not math.isclose(read, part.variant.scale, rel_tol=1e-6):
                 text = f"llama.cpp reads the scale {read:g}, and PEFT {part.variant.scale:g}"
                 problems.append(
                     f"{found.name(path)!r}: {text}; lora-jax convert --to llama.cpp multiplies it into the factors"
                 )
+    return problems
+
+
+def _of_configuration(stated: Mapping[str, Any], name: str) -> list[str]:
+    """Returns what a server refuses in PEFT's configuration, whatever the tensors are."""
+    needed = {"vllm": ("r", "lora_alpha", "target_modules"), "llama.cpp": ("lora_alpha",)}.get(name, ())
+    problems = [f"{key} is missing in the configuration" for key in needed if stated.get(key) is None]
+    for key, accepted in _VLLM.items() if name == "vllm" else ():
+        if stated.get(key) not in accepted:
+            problems.append(f"{key} is {stated[key]!r}, which vLLM refuses")
     return problems
 
 
