@@ -102,6 +102,8 @@ def of_modules(
             for name, expected in (("bias", b.shape[:1]), ("magnitude", vector))
             if name in own and own[name].shape != expected
         ]
+        if "alpha" in own and own["alpha"].size != 1:
+            bad.append(f"{module!r} has an alpha of shape {own['alpha'].shape}; expected one value")
         problems += bad
         if not bad:
             found[module] = Factors(a, b, scale(module, a.shape[0]), own.get("magnitude"), own.get("bias"), kind)

@@ -83,7 +83,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Valu
             problems.append(f"{module!r} and {owners[name]!r} have the same name {name!r}")
         owners[name] = module
         own = own if own.scale else own.rescaled(1.0)  # an α of 0 is read as the rank
-        arrays = {"a": own.a, "b": own.b, "alpha": np.float32(own.alpha).reshape(())}
+        arrays = {"a": own.a, "b": own.b, "alpha": np.array(own.alpha, np.float32)}
         if own.magnitude is not None:
             arrays["magnitude"] = own.magnitude.reshape(-1, *(1,) * (own.a.ndim - 1))
         tensors |= {name + end: arrays[ours] for end, ours in _SUFFIXES.items() if ours in arrays}
