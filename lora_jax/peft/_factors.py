@@ -113,7 +113,7 @@ def of_modules(
 def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]) -> dict[str, Factors]:
     """Returns the factors in PEFT's format, by module; notes the tensors that are of no factors."""
     arrays: dict[str, dict[str, Values]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         module, ours = parse(name) or ("", "")
         if ours not in ARRAYS:
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")

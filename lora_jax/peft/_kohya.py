@@ -42,7 +42,7 @@ def read(tensors: Mapping[str, Values], modules: Iterable[str], problems: list[s
         known[component, rest.replace(".", "_")].add(rest)
     arrays: dict[str, dict[str, Values]] = {}
     names: dict[str, str] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         lora, _, end = name.partition(".")
         if f".{end}" not in _SUFFIXES:
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")
