@@ -51,8 +51,12 @@ class Factors:
         if scale == self.scale:
             return self
         ratio = self.scale / scale
-        b, bias = (None if x is None else (x.astype(np.float32) * ratio).astype(x.dtype) for x in (self.b, self.bias))
-        return dataclasses.replace(self, scale=scale, b=b, bias=bias)
+
+        def times(x: Values) -> Values:
+            return (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+
+        bias = None if self.bias is None else times(self.bias)
+        return dataclasses.replace(self, scale=scale, b=times(self.b), bias=bias)
 
     def padded(self, rank: int) -> Factors:
         """Returns factors of a larger rank with the same scale and product: the other ranks are zero."""

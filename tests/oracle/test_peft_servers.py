@@ -5,11 +5,16 @@ import logging
 import sys
 import types
 
+import diffusers
 import jax.numpy as jnp
+import mlx.core as mlx
 import numpy as np
 import pytest
 import torch
 import transformers
+from mlx.utils import tree_flatten
+from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.tuner.utils import load_adapters
 from peft import get_peft_model_state_dict
 
 import lora_jax as lj
@@ -67,7 +72,6 @@ def bits(adapter):
 
 # diffusers
 
-diffusers = pytest.importorskip("diffusers")
 PIPELINE = diffusers.loaders.StableDiffusionLoraLoaderMixin
 KINDS, ADAPTED = (
     (torch.nn.Linear, torch.nn.Conv2d),
@@ -188,12 +192,8 @@ def test_diffusers_loads_an_export_into_a_text_encoder(tmp_path, caplog):
 
 # mlx-lm
 
-mlx = pytest.importorskip("mlx.core")
-
 
 def llama(tied):
-    from mlx_lm.models.llama import Model, ModelArgs
-
     mlx.random.seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 24, "vocab_size": 11}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": tied, "rms_norm_eps": 1e-5}
@@ -203,9 +203,6 @@ def llama(tied):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("variant", [unequal, dora])
 def test_mlx_lm_loads_an_export(variant, tied, tmp_path):
-    from mlx.utils import tree_flatten
-    from mlx_lm.tuner.utils import load_adapters
-
     model, table = llama(tied), "model/embed_tokens"
     params, mapping = {}, {}
     for name, weight in tree_flatten(model.parameters()):
