@@ -121,6 +121,7 @@ $(ORACLE)/installed: pyproject.toml
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
 	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
 	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 bitsandbytes==0.50.2 pytest -e ".[examples]"
+	$(ORACLE)/bin/python -m pip install --quiet diffusers==0.42.1 mlx-lm==0.32.2 "mlx[cpu]==0.32.4"
 	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
 	touch $@
 

@@ -21,7 +21,7 @@ from ._report import Report, UsageError, advice, few, printable
 from ._source import Source, format_of, open_adapter
 
 _OTHER_FILES = ("diffusers", "mlx-lm")
-_VLLM_RANK = 16  # the largest rank that vLLM accepts by default
+_VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # the values of --max-lora-rank from the default
 _VLLM = {  # entries of PEFT's configuration with the values that vLLM accepts
     "bias": (None, "none"),
     "lora_bias": (None, False),
@@ -79,8 +79,9 @@ def verified(directory: Path, base: str | None, server: str | None, component: s
     if zero := [name for name, layer in found.layers.items() if layer.norm() == 0]:
         data["notes"].append(f"{counted(len(zero), 'layer')} with an update of zero: {few(zero)}")
     ranks = [part.a.shape[-1] for part in found.adapter.values() if has_factors(part)]
-    if server == "vllm" and max(ranks, default=0) > _VLLM_RANK:
-        data["notes"].append(f"vLLM needs --max-lora-rank {max(ranks)} or more")
+    if server == "vllm" and max(ranks, default=0) > _VLLM_RANKS[0]:
+        least = next((rank for rank in _VLLM_RANKS if rank >= max(ranks)), None)
+        data["notes"].append(f"vLLM needs --max-lora-rank {least}" if least else "vLLM has no --max-lora-rank so large")
     if server == "llama.cpp" and not found.base:
         data["notes"].append("llama.cpp needs --base to convert the files, as the configuration names none")
     return data | {"valid": not any(problems.values())}

@@ -13,7 +13,7 @@ from . import _diffusers as diffusers
 from . import _kohya as kohya
 from ._config import problems as unreadable
 from ._factors import Factors, from_peft, mixed, to_peft
-from ._files import CONFIG, TENSORS, in_json, in_safetensors, read_config, read_tensors, write
+from ._files import TENSORS, Files, read_config, read_tensors, write
 from ._layout import Values
 from ._names import PREFIX
 
@@ -78,6 +78,8 @@ def convert(
 
 def _read(source: Path) -> tuple[Path, Mapping[str, Values]]:
     """Returns the file of tensors, and the tensors."""
+    if not source.exists():
+        raise CheckpointError(f"Expected a directory or a file of tensors to convert; there is no {source}.")
     names = [name for name in (TENSORS, diffusers.FILE) if source.is_dir() and (source / name).exists()]
     if source.is_dir() and len(names) != 1:
         raise CheckpointError(
@@ -136,24 +138,24 @@ def _written(factors: dict[str, Factors], own: str, target: Path, to: str, compo
     if to == "peft":
         factors = _of_component(factors, component)
         problems += mixed(factors)
-        tensors, config = to_peft(factors)
-        directory, name, contents = target, TENSORS, {TENSORS: in_safetensors(tensors), CONFIG: in_json(config)}
+        directory, files = target, Files(*to_peft(factors))
     else:
         if own == "peft":
             factors = diffusers.prefixed(factors, component)
         directory, name = (target.parent, target.name) if target.suffix == ".safetensors" else (target, diffusers.FILE)
         if to == "kohya":
-            contents = {name: in_safetensors(kohya.write(factors, problems))}
+            files = Files(kohya.write(factors, problems), None, name)
         else:
-            contents = {name: in_safetensors(*diffusers.write(factors, problems))}
+            tensors, metadata = diffusers.write(factors, problems)
+            files = Files(tensors, None, name, metadata)
     if problems:
         raise AdapterError(
             f"Expected an adapter that the format {to!r} has a place for; got {counted(len(problems), 'problem')}:\n"
             f"{listed(problems)}\n"
             "  Nothing was written. `component` states what the adapter is of, if its names do not."
         )
-    write(directory, contents)
-    return directory / name
+    write(directory, files)
+    return directory / files.name
 
 
 def _of_component(factors: dict[str, Factors], component: str | None) -> dict[str, Factors]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._errors import SpecError
+from ._config import problems as unreadable
 from ._config import scale_of
 from ._factors import ARRAYS, Factors, mixed, of_modules, scales_to_config
 from ._layout import Values
@@ -59,7 +60,7 @@ def read(tensors: Mapping[str, Values], metadata: Mapping[str, str], problems: l
     The scale is that of the metadata, or else of a module's α, or else 1, as in diffusers.
     """
     arrays: dict[str, dict[str, Values]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         end = next((end for end in _READ if name.endswith(end)), "")
         module = name.removesuffix(end)
         if not end or component_of(module) is None:
@@ -81,8 +82,7 @@ def read(tensors: Mapping[str, Values], metadata: Mapping[str, str], problems: l
 def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str, Values], dict[str, str]]:
     """Returns the tensors and the metadata of factors, whose modules have their component in front.
 
-    All modules of a component have scale 1 and the largest of their ranks: then the function is the same for readers
-    that do not know the metadata. What has no place is noted.
+    All scales are 1, so that readers that do not know the metadata compute the same. What has no place is noted.
     """
     tensors: dict[str, Values] = {}
     configs: dict[str, Any] = {}
@@ -94,8 +94,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str
     for component in dict.fromkeys(map(component_of, factors)):
         own = {module: one for module, one in factors.items() if component_of(module) == component}
         problems += mixed(own)
-        rank = max(one.rank for one in own.values())
-        own = {module: one.rescaled(1.0).padded(rank) for module, one in own.items()}
+        own = {module: one.rescaled(1.0) for module, one in own.items()}
         tensors |= {
             module + end: array
             for module, one in own.items()
@@ -115,10 +114,11 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, dict
     """Returns the configuration of each component."""
     found: dict[str, dict[str, Any]] = {}
     try:
-        entries = json.loads(metadata.get(METADATA, "{}"))
-        for name, value in entries.items():
+        for name, value in json.loads(metadata.get(METADATA, "{}")).items():
             component, _, entry = name.partition(".")
-            found.setdefault(component, {})[entry] = value
+            found.setdefault(component, {"peft_type": "LORA"})[entry] = value
     except (ValueError, AttributeError, RecursionError) as error:
         problems.append(f"its metadata {METADATA!r} is invalid ({type(error).__name__}: {error})")
-    return found
+    bad = {component: unreadable(config) for component, config in found.items()}
+    problems += [f"its metadata of {component!r}: {line}" for component, lines in bad.items() for line in lines]
+    return {component: config for component, config in found.items() if not bad[component]}

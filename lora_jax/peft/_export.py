@@ -88,5 +88,4 @@ def export(
         exported.problems.append(f"{reader.name} does not read Full of the bias of a layer that has factors")
     exported.refuse(reader.name)
     config |= {"base_model_name_or_path": base_name, "task_type": task_type}
-    contents = reader.contents(exported.tensors(), config, exported.heads.values(), component)
-    write(Path(directory), contents)
+    write(Path(directory), reader.contents(exported.tensors(), config, exported.heads.values(), component))

@@ -51,8 +51,12 @@ class Factors:
         if scale == self.scale:
             return self
         ratio = self.scale / scale
-        b, bias = (None if x is None else (x.astype(np.float32) * ratio).astype(x.dtype) for x in (self.b, self.bias))
-        return dataclasses.replace(self, scale=scale, b=b, bias=bias)
+
+        def times(x: Values) -> Values:
+            return (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+
+        bias = None if self.bias is None else times(self.bias)
+        return dataclasses.replace(self, scale=scale, b=times(self.b), bias=bias)
 
     def padded(self, rank: int) -> Factors:
         """Returns factors of a larger rank with the same scale and product: the other ranks are zero."""
@@ -102,6 +106,8 @@ def of_modules(
             for name, expected in (("bias", b.shape[:1]), ("magnitude", vector))
             if name in own and own[name].shape != expected
         ]
+        if "alpha" in own and own["alpha"].size != 1:
+            bad.append(f"{module!r} has an alpha of shape {own['alpha'].shape}; expected one value")
         problems += bad
         if not bad:
             found[module] = Factors(a, b, scale(module, a.shape[0]), own.get("magnitude"), own.get("bias"), kind)
@@ -111,7 +117,7 @@ def of_modules(
 def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]) -> dict[str, Factors]:
     """Returns the factors in PEFT's format, by module; notes the tensors that are of no factors."""
     arrays: dict[str, dict[str, Values]] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         module, ours = parse(name) or ("", "")
         if ours not in ARRAYS:
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")

@@ -6,7 +6,8 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +24,22 @@ _DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float
 _MAX_HEADER = 100_000_000  # bytes, as the format limits it
 
 
-def write(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes files; each replaces an older one only when it is complete."""
+class Files(NamedTuple):
+    """What is written: a file of tensors, with its metadata, and a configuration unless it is None."""
+
+    tensors: Mapping[str, Values]
+    config: Mapping[str, Any] | None
+    name: str = TENSORS
+    metadata: Mapping[str, str] = MappingProxyType({})
+
+
+def write(directory: Path, files: Files) -> None:
+    """Writes the files; each replaces an older one only when it is complete."""
+    contiguous = {name: np.asarray(array, order="C") for name, array in sorted(files.tensors.items())}
+    metadata = {"format": "pt", **files.metadata}  # transformers requires a format
+    contents = {files.name: safetensors.numpy.save(contiguous, metadata=metadata)}
+    if files.config is not None:
+        contents[CONFIG] = (json.dumps(files.config, indent=2, sort_keys=True) + "\n").encode()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
@@ -36,17 +51,6 @@ def write(directory: Path, contents: Mapping[str, bytes]) -> None:
             f"Cannot write a PEFT adapter to {directory}.\n  {type(error).__name__}: {error}\n"
             "  Make the directory writable or free space, and export again."
         ) from error
-
-
-def in_safetensors(tensors: Mapping[str, Values], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Returns the content of a file of tensors."""
-    contiguous = {name: np.asarray(array, order="C") for name, array in sorted(tensors.items())}
-    return safetensors.numpy.save(contiguous, metadata={"format": "pt", **(metadata or {})})  # transformers requires it
-
-
-def in_json(config: Mapping[str, Any]) -> bytes:
-    """Returns the content of a configuration's file."""
-    return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def read(tensors: Mapping[str, Values], modules: Iterable[str], problems: list[s
         known[component, rest.replace(".", "_")].add(rest)
     arrays: dict[str, dict[str, Values]] = {}
     names: dict[str, str] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):
         lora, _, end = name.partition(".")
         if f".{end}" not in _SUFFIXES:
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")
@@ -83,7 +83,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Valu
             problems.append(f"{module!r} and {owners[name]!r} have the same name {name!r}")
         owners[name] = module
         own = own if own.scale else own.rescaled(1.0)  # an α of 0 is read as the rank
-        arrays = {"a": own.a, "b": own.b, "alpha": np.float32(own.alpha).reshape(())}
+        arrays = {"a": own.a, "b": own.b, "alpha": np.array(own.alpha, np.float32)}
         if own.magnitude is not None:
             arrays["magnitude"] = own.magnitude.reshape(-1, *(1,) * (own.a.ndim - 1))
         tensors |= {name + end: arrays[ours] for end, ours in _SUFFIXES.items() if ours in arrays}

@@ -21,7 +21,7 @@ def write(factors: Mapping[str, Factors], dropout: float) -> tuple[dict[str, Val
     """
     rank = max(one.rank for one in factors.values())
     scale = most_common(float(np.float32(one.scale)) for one in factors.values()) or 1.0
-    tensors = {}
+    tensors: dict[str, Values] = {}
     for module, one in factors.items():
         same = one.rescaled(one.scale if np.float32(one.scale) == np.float32(scale) else scale).padded(rank)
         tensors |= {f"{module}.lora_a": same.a.T, f"{module}.lora_b": same.b.T}

@@ -14,11 +14,9 @@ from . import _mlx as mlx
 from ._config import Config
 from ._diffusers import check_component, prefixed
 from ._factors import Factors, from_peft, most_common, scales_to_config, to_peft
-from ._files import CONFIG, TENSORS, in_json, in_safetensors
+from ._files import Files
 from ._layout import Values
 from ._sites import Site
-
-Files = Mapping[str, bytes]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Server:
     def contents(
         self, tensors: Mapping[str, Values], config: Config, heads: Iterable[str], component: str | None
     ) -> Files:
-        """Returns the contents of the files, from PEFT's tensors and configuration.
+        """Returns what is written, from PEFT's tensors and configuration.
 
         Args:
           tensors: in PEFT's format.
@@ -77,7 +75,7 @@ class Server:
           component: precedes the names of modules, if they have none.
         """
         if self.files is None:
-            return {TENSORS: in_safetensors(tensors), CONFIG: in_json(config)}
+            return Files(tensors, config)
         factors = from_peft(tensors, config, [])
         for head in () if self.heads else heads:
             factors.pop(head, None)
@@ -104,18 +102,18 @@ def _for_llama(factors: Mapping[str, Factors], config: Config) -> Files:
     """PEFT's files with one α: the scale is α over the rank of the tensor, whatever the configuration says."""
     alpha = most_common(one.alpha for one in factors.values()) or 1.0
     same = {module: one if one.alpha == alpha else one.rescaled(alpha / one.rank) for module, one in factors.items()}
-    return {TENSORS: in_safetensors(to_peft(same)[0]), CONFIG: in_json({**config, **scales_to_config(same)})}
+    return Files(to_peft(same)[0], {**config, **scales_to_config(same)})
 
 
 def _for_diffusers(factors: Mapping[str, Factors], config: Config) -> Files:
     del config  # diffusers reads the metadata
     tensors, metadata = diffusers.write(factors, [])
-    return {diffusers.FILE: in_safetensors(tensors, metadata)}
+    return Files(tensors, None, diffusers.FILE, metadata)
 
 
 def _for_mlx(factors: Mapping[str, Factors], config: Config) -> Files:
     tensors, own = mlx.write(factors, config.get("lora_dropout", 0.0))
-    return {mlx.FILE: in_safetensors(tensors), CONFIG: in_json(own)}
+    return Files(tensors, own, mlx.FILE)
 
 
 _PLAIN = frozenset({"LoRA", "RSLoRA", "linear"})
