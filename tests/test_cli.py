@@ -190,6 +190,8 @@ def test_diff_names_layers_that_one_has_and_other_shapes(run: Any, tmp_path: Pat
     del adapter["layers/0/up"]
     data = run("diff", plain, exported(tmp_path / "other", adapter), "--json").data
     assert data["only"] == [["model.layers.0.mlp.up_proj"], ["score.weight"]]
+    checkpoint.save(tmp_path / "saved", adapter, base=PARAMS)
+    one_line(run("diff", plain, tmp_path / "saved"), 2, "Expected adapters in one format")
     assert "only in" in run("diff", plain, tmp_path / "other").out
     dora = adapter_of(lj.DoRA(rank=2, alpha=4))
     data = run("diff", plain, exported(tmp_path / "dora", dora), "--json").data
@@ -450,6 +452,12 @@ def one_line(ran: Ran, code: int, text: str) -> None:
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "no_such:x"], "cannot be imported"),
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "bert"], "Expected --base"),
         (["convert", "{}", "out", "--to", "peft"], "Expected another format than that of the source, to convert to"),
+        (["convert", "{}", "out", "--to", "vllm", "--mapping", "bert"], "(--base, --base-name, --task); got --mapping"),
+        (["convert", "{}/adapter_model.safetensors", "{}", "--to", "peft", "--force"], "than that of the input"),
+        (
+            ["verify", "{}", "--component", "unet"],
+            "Expected options of verify without --server (none); got --component",
+        ),
         (["convert", "nowhere", "out", "--to", "orbax"], "Expected PEFT's format as that of the source"),
         (["convert", "{}", "out.safetensors", "--to", "kohya", "--component", "unit"], "got 'unit'"),
     ],

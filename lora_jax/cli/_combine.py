@@ -11,9 +11,9 @@ import jax
 
 from .._core.adapter import Adapters
 from .._variants import Full
-from ..peft._stored import stored_tensors
+from ..peft._stored import named_for, stored_tensors
 from ._console import error
-from ._report import Report, UsageError, spans
+from ._report import Report, UsageError, check_options, spans
 from ._source import Source, check_target, open_adapter, write_like
 
 _METHODS: dict[str, tuple[str, tuple[str, ...]]] = {  # names in `many`, and the options of each
@@ -64,6 +64,7 @@ def combine(
     from .. import many
 
     options = {"rank": rank, "energy": energy, "density": density, "on": on, "sign": sign, "seed": seed}
+    check_options(how, options, _METHODS[how][1])
     method, key = _method(how, {name: value for name, value in options.items() if value is not None})
     terms = _terms(adapters)
     check_target(out, [directory for directory, _ in terms.values()], force=force)
@@ -90,9 +91,6 @@ def _method(how: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
     from .. import many  # here, because it imports optax
 
     kind, names = _METHODS[how]
-    if others := [f"--{name}" for name in options if name not in names]:
-        allowed = ", ".join(f"--{name}" for name in names) or "none"
-        raise UsageError(f"Expected options of {how} ({allowed}); got {', '.join(others)}.")
     needed = [name for name in ("density", "seed") if name in names and name not in options]
     if needed:
         raise UsageError(f"Expected {' and '.join(f'--{name}' for name in needed)} for {how}.")
@@ -137,9 +135,9 @@ def _like(opened: Mapping[str, Source]) -> Source:
 
 def _values(base: Path, adapters: list[Adapters]) -> dict[str, Any]:
     """Returns the base's values of the leaves that are saved in full."""
-    stored = stored_tensors(base)
-    full = [path for adapter in adapters for path, part in adapter.items() if isinstance(part.variant, Full)]
-    return {path: stored[name].read() for path in full if (name := path.replace("/", ".")) in stored}
+    paths = [path for adapter in adapters for path, part in adapter.items() if isinstance(part.variant, Full)]
+    tensors = named_for({path.partition("/")[0] for path in paths}, stored_tensors(base))
+    return {path: tensors[name].read() for path in paths if (name := path.replace("/", ".")) in tensors}
 
 
 def _shown(data: Mapping[str, Any]) -> str:

@@ -10,8 +10,17 @@ from ..peft._sites import MappingOfRows
 from ..peft._stored import stored_tensors
 from ._named import mapping as mapping_of
 from ._named import params
-from ._report import Report, UsageError
+from ._report import Report, UsageError, check_options
 from ._source import check_target, format_of, open_adapter
+
+# The options that have an effect: with formats that have the names of modules; by the format of the source, and
+# whether a checkpoint is written.
+_BY_NAMES = ("modules", "component")
+_USED = {
+    ("orbax", False): ("mapping", "base", "base-name", "task", "component"),
+    ("peft", True): ("mapping", "base"),
+    ("peft", False): ("base", "base-name", "task"),
+}
 
 
 def convert(
@@ -56,7 +65,11 @@ def convert(
     if kind == to or (kind != "peft" and to == "orbax") or (kind, to) == ("orbax", "kohya"):
         what = "another format than" if kind == to else "PEFT's format as"
         raise UsageError(f"Expected {what} that of the source, to convert to {to!r}; {source} has {kind!r}.")
-    if kind == "safetensors" or (kind == "peft" and to in ("kohya", "diffusers")):
+    options = {"mapping": mapping, "base": base, "base-name": base_name, "task": task}
+    options |= {"modules": modules, "component": component}
+    by_names = kind == "safetensors" or (kind == "peft" and to in ("kohya", "diffusers"))
+    check_options(f"{kind} to {to}", options, _BY_NAMES if by_names else _USED[kind, to == "orbax"])
+    if by_names:
         names = None if modules is None else _modules(modules)
         peft.convert(source, target, to=to, modules=names, component=component)
     elif to == "orbax":

@@ -10,7 +10,7 @@ from rich.console import RenderableType
 
 from .._errors import counted
 from ._layers import Layer, difference, kind_of
-from ._report import Report, add_row, few, grouped, spans, table
+from ._report import Report, UsageError, add_row, few, grouped, spans, table
 from ._source import Source, open_adapter
 
 _SHORT = 60  # characters; a longer list of a configuration is counted
@@ -40,9 +40,12 @@ def diff(
 
 def compared(one: Source, other: Source, tolerance: float) -> dict[str, Any]:
     """Returns the differences of two adapters."""
+    if one.format != other.format:
+        formats = f"{one.path}: {one.format}, {other.path}: {other.format}"
+        raise UsageError(f"Expected adapters in one format; got {formats}. Convert one first: lora-jax convert.")
     first, second = one.layers, other.layers
     configuration = {}
-    for name in sorted({*one.stated, *other.stated}) if one.format == other.format else ():
+    for name in sorted({*one.stated, *other.stated}):
         values = [found.stated.get(name) for found in (one, other)]
         if _meaning(values[0]) != _meaning(values[1]):
             configuration[name] = values
@@ -50,7 +53,7 @@ def compared(one: Source, other: Source, tolerance: float) -> dict[str, Any]:
     only = [sorted(mine.keys() - yours.keys()) for mine, yours in ((first, second), (second, first))]
     return {
         "paths": [str(one.path), str(other.path)],
-        "formats": [one.format, other.format],
+        "format": one.format,
         "equal": not configuration and not any(only) and not any(layer["differs"] for layer in every),
         "configuration": configuration,
         "only": only,

@@ -17,7 +17,6 @@ import numpy as np
 
 from .._core.adapter import Adapter, Adapters
 from .._core.axes import axes_with
-from .._core.linalg import has_factors
 from .._core.values import on_host
 from .._core.variant import LowRank, Variant
 
@@ -35,18 +34,34 @@ class Layer:
       name: of the module, or the path with the index in the stack.
       variant: of the leaf.
       arrays: the arrays of the adapter, without batch axes.
-      factors: A, (in, rank), and B, (rank, out), in float64, without the scale; None if there are none.
     """
 
     name: str
     variant: Variant
     arrays: Mapping[str, Values]
-    factors: tuple[Values, Values] | None
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether the update is s·A·B."""
+        return isinstance(self.variant, LowRank) and {"a", "b"} <= self.arrays.keys()
+
+    @property
+    def factors(self) -> tuple[Values, Values]:
+        """A, (in, rank), and B, (rank, out), in float64, without the scale."""
+        assert isinstance(self.variant, LowRank)
+        a, b = (self.arrays[name].astype(np.float64) for name in "ab")
+        diagonal: Any = self.variant.diagonal(dict[str, Any](self.arrays))
+        a = a.reshape(-1, a.shape[-1])
+        return a if diagonal is None else a * np.asarray(diagonal, np.float64), b.reshape(b.shape[0], -1)
 
     @property
     def shape(self) -> list[int] | None:
-        """The number of inputs and outputs of the factors."""
-        return None if self.factors is None else [self.factors[0].shape[0], self.factors[1].shape[1]]
+        """The number of inputs and outputs of the factors; None if there are none."""
+        return (
+            [math.prod(self.arrays["a"].shape[:-1]), math.prod(self.arrays["b"].shape[1:])]
+            if self.has_factors
+            else None
+        )
 
     @property
     def scale(self) -> float | None:
@@ -54,17 +69,18 @@ class Layer:
         return getattr(self.variant, "scale", None)
 
     @property
-    def change(self) -> dict[str, Values]:
-        """The arrays other than factors, as what they add or store."""
-        rest = {name: array for name, array in self.arrays.items() if self.factors is None or name not in _FACTORS}
-        return {name: array * self.scale if name == "bias" else array for name, array in rest.items()}
+    def others(self) -> dict[str, Values]:
+        """The arrays that are not factors, as what they add or store, in float64."""
+        rest = {name: array for name, array in self.arrays.items() if not self.has_factors or name not in _FACTORS}
+        wide = {name: array.astype(np.float64) for name, array in rest.items()}
+        return {name: array * self.scale if name == "bias" else array for name, array in wide.items()}
 
     def norm(self) -> float | None:
         """Returns the norm of the update; None if it depends on the base."""
-        if self.factors is not None:
+        if self.has_factors:
             return math.sqrt(max(_dot(self, self), 0.0))
-        added = [array for name, array in self.change.items() if name in ("bias", "rows")]
-        return float(np.linalg.norm(added[0].astype(np.float64))) if added else None
+        added = [array for name, array in self.others.items() if name in ("bias", "rows")]
+        return float(np.linalg.norm(added[0])) if added else None
 
 
 _FACTORS = ("a", "b", "e")  # e is the diagonal of AdaLoRA
@@ -89,17 +105,17 @@ def difference(one: Layer, other: Layer) -> float | None:
 
     None if they cannot be compared, because their arrays are others or of other shapes.
     """
-    if one.shape != other.shape or one.change.keys() != other.change.keys():
+    first, second = one.others, other.others
+    if one.shape != other.shape or first.keys() != second.keys():
         return None
     found = [0.0]
-    if one.factors is not None and not _are_same(one, other):
+    if one.has_factors and not _are_same(one, other):
         squares = _dot(one, one), _dot(other, other)
         found.append(_relative(squares[0] + squares[1] - 2 * _dot(one, other), *squares))
-    for name, array in one.change.items():
-        first, second = array.astype(np.float64), other.change[name].astype(np.float64)
-        if first.shape != second.shape:
+    for name, array in first.items():
+        if array.shape != second[name].shape:
             return None
-        found.append(_relative(*(float(np.vdot(x, x)) for x in (first - second, first, second))))
+        found.append(_relative(*(float(np.vdot(x, x)) for x in (array - second[name], array, second[name]))))
     return max(found)
 
 
@@ -109,29 +125,19 @@ def _layers(path: str, part: Adapter) -> Iterator[Layer]:
     sizes = next(iter(arrays.values())).shape[:batch] if batch else ()
     for index in np.ndindex(sizes):
         own = {name: array[index] for name, array in arrays.items()}
-        name = path + "".join(f"[{at}]" for at in index)
-        yield Layer(name, part.variant, own, _factors(part, own))
-
-
-def _factors(part: Adapter, arrays: Mapping[str, Any]) -> tuple[Values, Values] | None:
-    if not has_factors(part):
-        return None
-    assert isinstance(part.variant, LowRank)
-    a, b = (arrays[name].astype(np.float64) for name in ("a", "b"))
-    a, b = a.reshape(-1, a.shape[-1]), b.reshape(b.shape[0], -1)
-    diagonal = part.variant.diagonal(dict(arrays))
-    return (a if diagonal is None else a * np.asarray(diagonal, np.float64), b)
+        yield Layer(path + "".join(f"[{at}]" for at in index), part.variant, own)
 
 
 def _dot(one: Layer, other: Layer) -> float:
-    assert one.factors is not None and other.factors is not None and one.scale is not None and other.scale is not None
+    """Returns the inner product of two updates."""
+    assert one.scale is not None and other.scale is not None
     (a, b), (c, d) = one.factors, other.factors
     return one.scale * other.scale * float(np.sum((a.T @ c) * (b @ d.T)))
 
 
 def _are_same(one: Layer, other: Layer) -> bool:
-    assert one.factors is not None and other.factors is not None
-    return one.scale == other.scale and all(map(np.array_equal, one.factors, other.factors))
+    pairs = ((one.arrays.get(name), other.arrays.get(name)) for name in _FACTORS)
+    return one.scale == other.scale and all(np.array_equal(*pair) for pair in pairs)
 
 
 def _relative(square: float, *squares: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -28,6 +28,22 @@ class Report:
     data: dict[str, Any]
     shown: Callable[[], Iterable[RenderableType]]
     code: int = 0
+
+
+def check_options(what: str, given: Mapping[str, Any], allowed: Collection[str]) -> None:
+    """Raises if an option is given that has no effect.
+
+    Args:
+      what: what is done.
+      given: the values of options by name; those that are not given are None.
+      allowed: the names of those that have an effect.
+
+    Raises:
+      UsageError: if there is one.
+    """
+    if unused := [f"--{name}" for name, value in given.items() if value is not None and name not in allowed]:
+        names = ", ".join(f"--{name}" for name in allowed) or "none"
+        raise UsageError(f"Expected options of {what} ({names}); got {', '.join(unused)}.")
 
 
 def table(*heads: str) -> Table:

@@ -116,7 +116,7 @@ def check_target(target: Path, sources: Collection[Path], *, force: bool) -> Non
     Raises:
       UsageError: if it is a source, or if it exists and is not an empty directory, and `force` is false.
     """
-    if target.resolve() in {source.resolve() for source in sources}:
+    if target.resolve() in {(source.parent if source.is_file() else source).resolve() for source in sources}:
         raise UsageError(f"Expected another directory than that of the input; got {target}.")
     if target.is_file() and not (force and target.suffix == ".safetensors"):
         raise UsageError(f"Expected a new or an empty directory; {target} is a file.")

@@ -17,7 +17,7 @@ from ..peft._servers import server as server_of
 from ..peft._sites import compiled, find, sites
 from ..peft._stored import named_for, stored_tensors
 from ._named import params
-from ._report import Report, UsageError, advice, few, printable
+from ._report import Report, UsageError, advice, check_options, few, printable
 from ._source import Source, format_of, open_adapter
 
 _OTHER_FILES = ("diffusers", "mlx-lm")
@@ -59,6 +59,8 @@ def verify(
 def verified(directory: Path, base: str | None, server: str | None, component: str | None) -> dict[str, Any]:
     """Returns the problems of an adapter; None for what was not verified."""
     problems: dict[str, list[str] | None] = {"files": [], "base": None, "server": None}
+    if server != "diffusers":
+        check_options(f"--server {server}" if server else "verify without --server", {"component": component}, ())
     kind = format_of(directory)
     data: dict[str, Any] = {"path": str(directory), "format": kind, "valid": False, "problems": problems, "notes": []}
     if server is not None and kind == "orbax":
