@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,11 @@ MAPPING = {
     for name, (_, _, row) in ROWS.items()
 }
 MAPPING |= {
+    "scalar": peft.vector("", parameter="scale", keep_shape=True),
     "norm": peft.vector("norm", parameter="weight"),
     "token": peft.vector("m", parameter="cls", keep_shape=True),
 }
-PARAMS = params_of(SHAPES | {"norm": (D,), "token": (1, 1, D)})
+PARAMS = params_of(SHAPES | {"norm": (D,), "token": (1, 1, D), "scalar": ()})
 
 
 def tensors_of(path: Path) -> dict[str, Any]:
@@ -460,3 +463,57 @@ def test_what_does_not_fit_the_tree_is_in_one_error(tmp_path: Path) -> None:
     save(tmp_path, tied | {HEAD: array(V, D, seed=1)})
     with pytest.raises(lj.CheckpointError, match=f"'{HEAD}' is not '{EMBED}', to which the mapping ties it"):
         peft.load_params(tmp_path, mapping, {"embed": params["embed"]})
+
+
+# Memory
+
+MEMORY = """
+import pathlib, resource, sys, tempfile
+import numpy as np, orbax.checkpoint as ocp, jax.numpy as jnp
+import lora_jax as lj
+from lora_jax import peft
+
+COUNT, SHAPE, SIZE = 24, (2048, 1024), 2048 * 1024 * 4
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def rows(count):
+    return {f"{i}": peft.linear(f"layers.{i}.fc") for i in range(count)}
+
+def params(count):
+    return {f"{i}": np.full(SHAPE, i, np.float32) for i in range(count)}
+
+def run(root, count):
+    parts = {
+        f"{i}": lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.ones((2048, 2)), b=jnp.ones((2, 1024)))
+        for i in range(count)
+    }
+    shapes = {f"{i}": np.broadcast_to(np.float32(0), SHAPE) for i in range(count)}
+    peft.export(root / "adapter", parts, rows(count), base=shapes)
+    if WHAT == "merge_files":
+        peft.merge_files(root / "base", root / "adapter", root / "out", max_shard_size=3 * SIZE)
+    else:
+        peft.export_merged(root / "out", root / "orbax", rows(count), adapter=parts, max_shard_size=3 * SIZE)
+
+WHAT, root = sys.argv[1], pathlib.Path(sys.argv[2])
+if sys.argv[3] == "write":
+    for name, count in (("few", 2), ("many", COUNT)):
+        peft.export_merged(root / name / "base", params(count), rows(count), max_shard_size=3 * SIZE)
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(root / name / "orbax", params(count))
+else:
+    run(root / "few", 2)
+    before = peak()
+    run(root / "many", COUNT)
+    print((peak() - before) / SIZE)
+"""
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("what", ["merge_files", "export_merged"])
+def test_memory_is_bounded_by_a_tensor(what: str, tmp_path: Path) -> None:
+    program = [sys.executable, "-c", MEMORY, what, str(tmp_path)]
+    subprocess.run([*program, "write"], check=True, capture_output=True, text=True)
+    ran = subprocess.run([*program, "run"], check=True, capture_output=True, text=True)
+    assert float(ran.stdout) < 3  # of 24 tensors, beyond what two need

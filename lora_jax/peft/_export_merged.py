@@ -171,7 +171,7 @@ class _Model:
 
 def tensor_of(site: Site) -> str:
     """Returns the name of the tensor that has a part of a leaf."""
-    return f"{site.module}.{site.row.parameter}"
+    return f"{site.module}.{site.row.parameter}".removeprefix(".")
 
 
 def outputs_of(site: Site) -> int:

@@ -69,7 +69,7 @@ class Layout:
         rank = matrix.shape[len(self.batch) + groups.index((RANK,))] if (RANK,) in groups else 0
         labels = self.labels(name)
         sizes = [rank if labels[axis] == RANK else self.shape[labels[axis]] for axis in order]
-        return np.ascontiguousarray(np.transpose(matrix.reshape(sizes), np.argsort(order)))
+        return np.asarray(np.transpose(matrix.reshape(sizes), np.argsort(order)), order="C")  # also if it has no axes
 
     def _order(self, name: str) -> tuple[list[tuple[int, ...]], list[int]]:
         """Returns the groups of axes that become one, and the order of the array's axes in which they are adjacent."""

@@ -104,6 +104,8 @@ def vit(*, transformers: int = 5) -> dict[str, Row]:
         mapping |= layer("{**}/encoder/layer/{i}/" + path, f"{layers}.{name}")
     for name in ("layernorm_before", "layernorm_after"):
         mapping |= norm("{**}/encoder/layer/{i}/" + name, f"{layers}.{name}")
+    for name in ("cls_token", "position_embeddings"):
+        mapping[f"{{**}}/embeddings/{name}"] = vector("{**}.embeddings", parameter=name, keep_shape=True)
     return mapping | norm("{**}/layernorm", "{**}.layernorm")
 
 
@@ -119,6 +121,8 @@ def clip() -> dict[str, Row]:
     tables = {name: embedding(f"{{**}}.{name}") for name in ("token_embedding", "position_embedding")}
     mapping = {f"{{**}}/{name}/embedding": row for name, row in tables.items()}
     mapping["{**}/patch_embedding/kernel"] = conv("{**}.patch_embedding")
+    mapping["{**}/class_embedding"] = vector("{**}", parameter="class_embedding")
+    mapping["logit_scale"] = vector("", parameter="logit_scale", keep_shape=True)
     mapping |= _same(*_ATTENTION, "mlp/fc1", "mlp/fc2", "visual_projection", "text_projection")
     for name in ("layer_norm1", "layer_norm2", "pre_layrnorm", "post_layernorm", "final_layer_norm"):
         mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
