@@ -65,7 +65,7 @@ def convert(
     if kind == to or (kind != "peft" and to == "orbax") or (kind, to) == ("orbax", "kohya"):
         what = "another format than" if kind == to else "PEFT's format as"
         raise UsageError(f"Expected {what} that of the source, to convert to {to!r}; {source} has {kind!r}.")
-    options = {"mapping": mapping, "base": base, "base-name": base_name, "task": task}
+    options: dict[str, object] = {"mapping": mapping, "base": base, "base-name": base_name, "task": task}
     options |= {"modules": modules, "component": component}
     by_names = kind == "safetensors" or (kind == "peft" and to in ("kohya", "diffusers"))
     check_options(f"{kind} to {to}", options, _BY_NAMES if by_names else _USED[kind, to == "orbax"])

@@ -73,7 +73,7 @@ class Layer:
         """The arrays that are not factors, as what they add or store, in float64."""
         rest = {name: array for name, array in self.arrays.items() if not self.has_factors or name not in _FACTORS}
         wide = {name: array.astype(np.float64) for name, array in rest.items()}
-        return {name: array * self.scale if name == "bias" else array for name, array in wide.items()}
+        return {name: array * (self.scale or 0.0) if name == "bias" else array for name, array in wide.items()}
 
     def norm(self) -> float | None:
         """Returns the norm of the update; None if it depends on the base."""
@@ -136,8 +136,7 @@ def _dot(one: Layer, other: Layer) -> float:
 
 
 def _are_same(one: Layer, other: Layer) -> bool:
-    pairs = ((one.arrays.get(name), other.arrays.get(name)) for name in _FACTORS)
-    return one.scale == other.scale and all(np.array_equal(*pair) for pair in pairs)
+    return one.scale == other.scale and all(map(np.array_equal, one.factors, other.factors))
 
 
 def _relative(square: float, *squares: float) -> float:
