@@ -127,7 +127,8 @@ class _Model:
           MergeError: if it changes them in different ways, unless `untie`.
         """
         head = f"{_HEAD}.weight"
-        tables = [name for name in self.tensors if name.split(".")[-2:] in [[table, "weight"] for table in _TABLES]]
+        ends = [[table, "weight"] for table in _TABLES]
+        tables = [name for name, one in self.tensors.items() if name.split(".")[-2:] in ends and one.dtype in FLOATS]
         if head in self.tensors or len(tables) != 1:
             return
         part, (table,) = self._updates.get(head), tables
