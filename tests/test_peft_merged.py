@@ -179,11 +179,12 @@ def test_a_tied_head_is_stored_once_or_on_request_apart(tmp_path: Path) -> None:
     with pytest.raises(lj.MergeError) as raised:
         peft.merge_files(tied, tmp_path, tmp_path / "out")
     assert str(raised.value) == (
-        "Expected one adapter of 'model.embed_tokens.weight' and of the head that is tied to it, 'lm_head.weight'; "
-        "only 'model.embed_tokens.weight' has one.\n  Pass untie=True to write the head as a tensor of its own."
+        "Expected one adapter of 'model.embed_tokens.weight' and of the head that is tied to it; only "
+        "'model.embed_tokens.weight' has one.\n"
+        "  Pass untie='lm_head', or what the head's module is called, to write it as a tensor of its own."
     )
     assert not (tmp_path / "out").exists()
-    peft.merge_files(tied, tmp_path, tmp_path / "out", untie=True)
+    peft.merge_files(tied, tmp_path, tmp_path / "out", untie="lm_head")
     after = tensors_of(tmp_path / "out")
     assert bits(after[HEAD]) == bits(np.asarray(params["embed"]))
     change = 2 * (tensors["model.embed_tokens.lora_embedding_B"] @ tensors["model.embed_tokens.lora_embedding_A"]).T
@@ -203,7 +204,7 @@ def test_an_adapter_of_a_tied_head_only_is_refused_unless_it_is_a_copy(tmp_path:
     )
     with pytest.raises(lj.MergeError, match=r"only 'lm_head.weight' has one"):
         peft.merge_files(tied, tmp_path, tmp_path / "out")
-    peft.merge_files(tied, tmp_path, tmp_path / "out", untie=True)
+    peft.merge_files(tied, tmp_path, tmp_path / "out", untie="lm_head")
     after = tensors_of(tmp_path / "out")
     assert bits(after[EMBED]) == bits(table)
     change = 2 * tensors["lm_head.lora_B.weight"] @ tensors["lm_head.lora_A.weight"]
@@ -214,7 +215,7 @@ def test_an_adapter_of_a_tied_head_only_is_refused_unless_it_is_a_copy(tmp_path:
     peft.merge_files(fused, tmp_path, tmp_path / "copy")
     assert sorted(tensors_of(tmp_path / "copy")) == ["fc.weight", EMBED]
     write(tmp_path, CONFIG | TABLE_CONFIG, TABLE | {"lm_head.lora_A.weight": (2, D), "lm_head.lora_B.weight": (V, 2)})
-    with pytest.raises(lj.MergeError, match=r"'lm_head.weight'; each has its own"):
+    with pytest.raises(lj.MergeError, match=r"tied to it; each has its own"):
         peft.merge_files(tied, tmp_path, tmp_path / "two")
 
 
