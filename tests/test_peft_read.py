@@ -61,6 +61,11 @@ def test_paths_are_torch_modules_and_axes_are_those_of_torch(tmp_path: Path) -> 
         "vit/cls": (1, 1, D),
         "clip/scale": (),
     }
+    peft.export(tmp_path / "again", found.adapter, found.mapping, base=found.params)
+    again = safetensors.numpy.load_file(tmp_path / "again" / "adapter_model.safetensors")
+    assert {name.removeprefix("base_model.model."): array.tobytes() for name, array in again.items()} == {
+        name: array.tobytes() for name, array in tensors.items()
+    }
     np.testing.assert_allclose(change(found.adapter["m.fc/weight"]), product(tensors, "m.fc", 2), rtol=1e-5, atol=1e-6)
 
 

@@ -96,7 +96,9 @@ def _problem(site: Site, tensors: Mapping[str, Stored]) -> str | None:
 
 
 def _same(one: Stored, other: Stored | None) -> bool:
-    return other is not None and one.shape == other.shape and bool(np.array_equal(one.read(), other.read()))
+    if other is None or one.shape != other.shape or not {one.dtype, other.dtype} <= set(FLOATS):
+        return False
+    return bool(np.array_equal(one.read(), other.read()))
 
 
 def _leaf(leaf: Any, places: list[Site], tensors: Mapping[str, Stored]) -> jax.Array:

@@ -22,7 +22,7 @@ from ._shards import Entry, bytes_of, check_empty, entry, write_model
 from ._stored import FLOATS, NAMES, Stored, invalid, stored_tensors
 from ._torch_adapter import Described, refuse
 
-# The names of input embeddings and of the head that models of `transformers` tie to them.
+# The names of input embeddings, and the most frequent name of a head that is tied to one, in `transformers`.
 _TABLES, _HEAD = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"), "lm_head"
 _COPIED = {".json", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 
@@ -33,7 +33,7 @@ def merge_files(
     out: str | os.PathLike[str],
     *,
     max_shard_size: int | str = "5GB",
-    untie: bool = False,
+    untie: str | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -59,8 +59,9 @@ def merge_files(
       adapter: has `adapter_model.safetensors` and `adapter_config.json`.
       out: a new or empty directory.
       max_shard_size: the size of a file, in bytes or as a text such as `"5GB"`.
-      untie: write the head as a tensor of its own if the adapter changes it and the embedding that it is tied to in
-        different ways; `tie_word_embeddings` of the configuration becomes false.
+      untie: the name of the head's module, such as `"lm_head"`: it gets a tensor of its own if the adapter changes it
+        and the embedding that it is tied to in different ways, and `tie_word_embeddings` of the configuration becomes
+        false. None refuses such an adapter.
       overwrite: replace a model in `out`.
       progress: called after each tensor with the bytes written and the bytes in total.
 
@@ -90,7 +91,7 @@ def merge_files(
     )
 
 
-def _merged(base: Path, adapter: Path, *, is_tied: bool, untie: bool) -> _Model:
+def _merged(base: Path, adapter: Path, *, is_tied: bool, untie: str | None) -> _Model:
     """Returns what is to be written, or raises; keeps the adapter, and no tensors of the base."""
     config = read_config(adapter)
     found = Described(config, read_tensors(adapter), stored_tensors(base))
@@ -120,14 +121,15 @@ class _Model:
         for tensor in (name, f"{row.head}.weight") if f"{row.head}.weight" in self.tensors else (name,):
             self._updates[tensor], self._rows[tensor], self._values[tensor] = part, row, value
 
-    def tie(self, *, untie: bool) -> None:
+    def tie(self, *, untie: str | None) -> None:
         """Finds what the adapter does to a head that is tied to a table.
 
         Raises:
           MergeError: if it changes them in different ways, unless `untie`.
         """
-        head = f"{_HEAD}.weight"
-        tables = [name for name in self.tensors if name.split(".")[-2:] in [[table, "weight"] for table in _TABLES]]
+        head = f"{untie or _HEAD}.weight"
+        ends = [[table, "weight"] for table in _TABLES]
+        tables = [name for name, one in self.tensors.items() if name.split(".")[-2:] in ends and one.dtype in FLOATS]
         if head in self.tensors or len(tables) != 1:
             return
         part, (table,) = self._updates.get(head), tables
@@ -144,15 +146,11 @@ class _Model:
         tied = update is None or self._rows[table].head is not None or isinstance(update.variant, Rows)
         if part is None and tied:
             return
-        if not untie:
-            got = (
-                "each has its own"
-                if part is not None and update is not None
-                else f"only {head if part else table!r} has one"
-            )
+        if untie is None:
+            got = "each has its own" if part and update else f"only {head if part else table!r} has one"
             raise MergeError(
-                f"Expected one adapter of {table!r} and of the head that is tied to it, {head!r}; {got}.\n"
-                "  Pass untie=True to write the head as a tensor of its own."
+                f"Expected one adapter of {table!r} and of the head that is tied to it; {got}.\n"
+                f"  Pass untie={_HEAD!r}, or what the head's module is called, to write it as a tensor of its own."
             )
         self.untied[head] = table
 

@@ -138,13 +138,14 @@ def test_merged_files_have_the_logits_of_peft(config, tmp_path):
     assert np.abs(got - before).max() > 0.05
 
 
-def test_an_untied_head_has_the_logits_of_peft(tmp_path):
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_an_untied_head_has_the_logits_of_peft(target, tmp_path):
     _, _, model = llama_pair(scanned=False)
     model.save_pretrained(tmp_path / "base")
-    model = adapted_by_peft(model, DEFAULTS | {"target_modules": ["lm_head"]}, tmp_path / "adapter")
-    with pytest.raises(lj.MergeError, match=r"only 'lm_head.weight' has one"):
+    model = adapted_by_peft(model, DEFAULTS | {"target_modules": [target]}, tmp_path / "adapter")
+    with pytest.raises(lj.MergeError, match=f"only '.*{target}.weight' has one"):
         peft.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
-    peft.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", untie=True)
+    peft.merge_files(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", untie="lm_head")
     got = torch_logits(loaded(transformers.LlamaForCausalLM, tmp_path / "out"), WORD_IDS)
     near(got, torch_logits(model, WORD_IDS))
 
