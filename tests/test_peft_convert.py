@@ -191,6 +191,10 @@ def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
         "Expected the names of the model's torch modules as `modules`: a file of kohya has underscores"
     )
     assert "got None" in text
+    assert "is of no module" in refused(
+        write(tmp_path, {"lora_unet_.alpha": DOWN}), target, to="peft", modules=["", "a"]
+    )
+    file = write(tmp_path, FC)
     assert "got 'fc_in'" in refused(file, target, to="peft", modules="fc_in")
     assert "'lora_unet_fc_in' is of no module in `modules`" in refused(file, target, to="peft", modules=["fc_out"])
     text = refused(file, target, to="peft", modules=["fc_in", "fc.in"])
@@ -208,6 +212,10 @@ def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
         ),
         ({"lora_unet_fc_in.dora_scale": array(1, D)}, "'unet.fc_in' has a magnitude of shape (1, 8); expected (6,)"),
         ({"lora_unet_fc_in.lora_up.weight": None}, "'unet.fc_in' has only one of its two factors"),
+        (
+            {"lora_unet_fc_in.lora_down.weight": array(0, D)},
+            "has factors of shapes (0, 8) and (6, 2), which do not fit",
+        ),
         ({"lora_unet_fc_in.alpha": array(2)}, "'unet.fc_in' has an alpha of shape (2,); expected one value"),
     ],
 )
@@ -224,6 +232,7 @@ def test_what_is_not_read_in_kohyas_files_is_refused(tensors: Any, expected: str
     ("tensors", "metadata", "expected"),
     [
         ({"unet.fc.lora_embedding_A": DOWN}, None, "'unet.fc.lora_embedding_A' (2, 8) is not of the factors of"),
+        ({"unet.lora_A.weight": DOWN}, None, "'unet.lora_A.weight' (2, 8) is not of the factors of"),
         ({"vae.fc.lora_A.weight": DOWN}, None, "'vae.fc.lora_A.weight' (2, 8) is not of the factors of a component's"),
         ({}, {"lora_adapter_metadata": "["}, "its metadata 'lora_adapter_metadata' is invalid (JSONDecodeError"),
         ({}, {"lora_adapter_metadata": "[]"}, "its metadata 'lora_adapter_metadata' is invalid (AttributeError"),

@@ -63,7 +63,7 @@ def read(tensors: Mapping[str, Values], metadata: Mapping[str, str], problems: l
     for name, tensor in sorted(tensors.items()):
         end = next((end for end in _READ if name.endswith(end)), "")
         module = name.removesuffix(end)
-        if not end or component_of(module) is None:
+        if not end or component_of(module) in (None, module):
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a component's module")
         else:
             arrays.setdefault(module, {})[_READ[end]] = tensor
@@ -94,7 +94,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str
     for component in dict.fromkeys(map(component_of, factors)):
         own = {module: one for module, one in factors.items() if component_of(module) == component}
         problems += mixed(own)
-        own = {module: one.rescaled(1.0) for module, one in own.items()}
+        own = {module: one.rescaled(1.0, module) for module, one in own.items()}
         tensors |= {
             module + end: array
             for module, one in own.items()

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .._core.values import is_finite
+from .._errors import AdapterError
 from ._config import Config, Scale, ranks_to_config, scale_of
 from ._layout import Values
 from ._names import EMBEDDING_SUFFIXES, PREFIX, parse, suffix
@@ -46,14 +48,26 @@ class Factors:
         """The α that gives the scale, as α/rank."""
         return float(np.float32(self.scale * self.rank))
 
-    def rescaled(self, scale: float) -> Factors:
-        """Returns factors with another scale and the same product: the ratio is multiplied into `b` and its bias."""
+    def rescaled(self, scale: float, module: str) -> Factors:
+        """Returns factors with another scale and the same product: the ratio is multiplied into `b` and its bias.
+
+        Raises:
+          AdapterError: if the dtype has no values as large; it names the module.
+        """
         if scale == self.scale:
             return self
         ratio = self.scale / scale
 
         def times(x: Values) -> Values:
-            return (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+            with np.errstate(over="ignore"):
+                product = (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+            if not is_finite(product):
+                raise AdapterError(
+                    f"Expected a scale that can be multiplied into the factors of {module!r}; {self.scale / scale:g} "
+                    f"times values of up to {float(np.abs(x).max()):g} is not finite in {x.dtype}.\n"
+                    "  Cast the adapter to float32."
+                )
+            return product
 
         bias = None if self.bias is None else times(self.bias)
         return dataclasses.replace(self, scale=scale, b=times(self.b), bias=bias)
@@ -96,7 +110,8 @@ def of_modules(
         if a is None or b is None:
             problems.append(f"{module!r} has only one of its two factors")
             continue
-        if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != b.shape[1] or any(size != 1 for size in b.shape[2:]):
+        fit = a.ndim == b.ndim >= 2 and a.shape[0] == b.shape[1] > 0 and b.shape[2:] == (1,) * (b.ndim - 2)
+        if not fit:
             problems.append(f"{module!r} has factors of shapes {a.shape} and {b.shape}, which do not fit together")
             continue
         kind = "conv" if a.ndim > 2 else kind

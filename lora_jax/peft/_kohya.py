@@ -39,7 +39,8 @@ def read(tensors: Mapping[str, Values], modules: Iterable[str], problems: list[s
     for module in modules:
         component = component_of(module) or ""
         rest = module.removeprefix(f"{component}.")
-        known[component, rest.replace(".", "_")].add(rest)
+        if rest:  # the root is one of `named_modules()`
+            known[component, rest.replace(".", "_")].add(rest)
     arrays: dict[str, dict[str, Values]] = {}
     names: dict[str, str] = {}
     for name, tensor in sorted(tensors.items()):
@@ -82,7 +83,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Valu
         if name in owners:
             problems.append(f"{module!r} and {owners[name]!r} have the same name {name!r}")
         owners[name] = module
-        own = own if own.scale else own.rescaled(1.0)  # an α of 0 is read as the rank
+        own = own if own.scale else own.rescaled(1.0, module)  # an α of 0 is read as the rank
         arrays = {"a": own.a, "b": own.b, "alpha": np.array(own.alpha, np.float32)}
         if own.magnitude is not None:
             arrays["magnitude"] = own.magnitude.reshape(-1, *(1,) * (own.a.ndim - 1))
@@ -106,6 +107,6 @@ def _module(lora: str, known: Mapping[tuple[str, str], set[str]], problems: list
 
 def _from_dora_scale(values: Values, b: Values) -> Values:
     """Returns a magnitude per output as PEFT has it; another shape, which is refused, as it is."""
-    if values.shape not in (b.shape[:1], (b.shape[0], *(1,) * (b.ndim - 1))):
+    if b.ndim < 2 or values.shape not in (b.shape[:1], (b.shape[0], *(1,) * (b.ndim - 1))):
         return values
-    return values.reshape(-1) if b.ndim == 2 else values.reshape(1, -1, *b.shape[2:])
+    return values.reshape(-1) if b.ndim == 2 else values.reshape(1, -1, *(1,) * (b.ndim - 2))
