@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from .._errors import AdapterError
 from ._config import Config, Scale, ranks_to_config, scale_of
 from ._layout import Values
 from ._names import EMBEDDING_SUFFIXES, PREFIX, parse, suffix
+
+Arrays = dict[str, dict[str, Values]]  # of each module, by our names
 
 ARRAYS = ("a", "b", "bias", "magnitude")  # what a module with factors may have, by our names
 
@@ -93,20 +95,27 @@ def mixed(factors: Mapping[str, Factors]) -> list[str]:
     return lines if len(without) < len(factors) else []
 
 
+def put(arrays: Arrays, module: str, ours: str, tensor: Values, problems: list[str]) -> None:
+    """Adds a tensor of a module; notes a second one of the same kind, which other names may hide."""
+    if ours in arrays.setdefault(module, {}):
+        problems.append(f"{module!r} has two tensors that are its {ours}")
+    arrays[module][ours] = tensor
+
+
 def of_modules(
-    arrays: Mapping[str, Mapping[str, Values]], scale: Callable[[str, int], float], problems: list[str]
+    arrays: Arrays, scale: Callable[[str, int], float], problems: list[str], tables: Collection[str] = ()
 ) -> dict[str, Factors]:
     """Makes the factors of modules from their arrays by our names, and notes those that do not fit together.
 
     Args:
-      arrays: of each module, by our names; `table` in place of `a` says that it is an embedding.
+      arrays: of each module, by our names.
       scale: from the module and its rank.
       problems: what does not fit is added.
+      tables: the modules that are embeddings.
     """
     found = {}
     for module, own in arrays.items():
-        kind = "embedding" if "table" in own else "linear"
-        a, b = own.get("table", own.get("a")), own.get("b")
+        a, b = own.get("a"), own.get("b")
         if a is None or b is None:
             problems.append(f"{module!r} has only one of its two factors")
             continue
@@ -114,7 +123,7 @@ def of_modules(
         if not fit:
             problems.append(f"{module!r} has factors of shapes {a.shape} and {b.shape}, which do not fit together")
             continue
-        kind = "conv" if a.ndim > 2 else kind
+        kind = "embedding" if module in tables else "conv" if a.ndim > 2 else "linear"
         vector = (1, b.shape[0], *b.shape[2:]) if kind == "conv" else (b.shape[0],)
         bad = [
             f"{module!r} has a {name} of shape {own[name].shape}; expected {expected}"
@@ -131,17 +140,19 @@ def of_modules(
 
 def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]) -> dict[str, Factors]:
     """Returns the factors in PEFT's format, by module; notes the tensors that are of no factors."""
-    arrays: dict[str, dict[str, Values]] = {}
+    arrays: Arrays = {}
+    tables = set()
     for name, tensor in sorted(tensors.items()):
         module, ours = parse(name) or ("", "")
         if ours not in ARRAYS:
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")
             continue
-        is_table = name.endswith(EMBEDDING_SUFFIXES["a"])
-        arrays.setdefault(module, {})["table" if is_table else ours] = tensor
+        put(arrays, module, ours, tensor, problems)
+        if name.endswith(tuple(EMBEDDING_SUFFIXES.values())):
+            tables.add(module)
     stabilized = bool(config.get("use_rslora"))
     ranks = {module: scale_of(config, module) for module in arrays}
-    found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems)
+    found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems, tables)
     problems += [
         f"{module!r} has rank {own.rank}, and the configuration states {ranks[module].rank}"
         for module, own in found.items()
