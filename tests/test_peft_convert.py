@@ -34,6 +34,8 @@ def array(*shape: int, seed: int = 0) -> Any:
 
 
 PARAMS = {path: jnp.asarray(array(*shape, seed=at)) for at, (path, shape) in enumerate(SHAPES.items())}
+DOWN, UP = array(2, D), array(F, 2)
+FC = {"lora_unet_fc_in.lora_down.weight": DOWN, "lora_unet_fc_in.lora_up.weight": UP}
 UNEQUAL = {"q": lj.LoRA(rank=2, alpha=4), "out": lj.LoRA(rank=3, alpha=2), "conv": lj.LoRA(rank=1, alpha=5)}
 DORA = {path: lj.DoRA(rank=2, alpha=3) for path in SHAPES}
 
@@ -147,6 +149,14 @@ def test_the_scale_of_kohyas_files_is_alpha_over_the_rank(alpha: Any, scale: flo
     assert part.variant == lj.LoRA(rank=2, alpha=2 * scale)
 
 
+def test_modules_without_a_component_are_of_the_given_one(tmp_path: Path) -> None:
+    file = write(tmp_path, FC)
+    target = peft.convert(file, tmp_path / "new", to="diffusers", modules=["fc.in"], component="transformer")
+    assert {name.partition(".")[0] for name in safetensors.numpy.load_file(target)} == {"transformer"}
+    text = refused(target, tmp_path / "x.safetensors", to="kohya", component="transformer")
+    assert text.startswith("Expected no `component`, which the names in ") and text.endswith("got 'transformer'.")
+
+
 def test_an_adapter_of_scale_zero_is_not_read_as_one(tmp_path: Path) -> None:
     exported({"q": lj.LoRA(rank=2, alpha=0)}, tmp_path / "peft")
     file = peft.convert(tmp_path / "peft", tmp_path / "lora.safetensors", to="kohya", component="unet")
@@ -180,10 +190,6 @@ def refused(source: Path, target: Path, **kwargs: Any) -> str:
     return str(error.value)
 
 
-DOWN, UP = array(2, D), array(F, 2)
-FC = {"lora_unet_fc_in.lora_down.weight": DOWN, "lora_unet_fc_in.lora_up.weight": UP}
-
-
 def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
     file, target = write(tmp_path, FC), tmp_path / "new"
     text = refused(file, target, to="peft")
@@ -191,6 +197,10 @@ def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
         "Expected the names of the model's torch modules as `modules`: a file of kohya has underscores"
     )
     assert "got None" in text
+    assert "is of no module" in refused(
+        write(tmp_path, {"lora_unet_.alpha": DOWN}), target, to="peft", modules=["", "a"]
+    )
+    file = write(tmp_path, FC)
     assert "got 'fc_in'" in refused(file, target, to="peft", modules="fc_in")
     assert "'lora_unet_fc_in' is of no module in `modules`" in refused(file, target, to="peft", modules=["fc_out"])
     text = refused(file, target, to="peft", modules=["fc_in", "fc.in"])
@@ -201,6 +211,7 @@ def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
     ("tensors", "expected"),
     [
         ({"lora_unet_fc_in.hada_w1_a": DOWN}, "'lora_unet_fc_in.hada_w1_a' (2, 8) is not of the factors of a module"),
+        ({"lora_unet_x.alpha": np.ones(1, np.float32)}, "'lora_unet_x' is of no module in `modules`"),
         ({"lora_unet_fc_in.lora_mid.weight": DOWN}, "lora_mid.weight' (2, 8) is not of the factors"),
         (
             {"lora_unet_fc_in.lora_up.weight": array(F, 3)},
@@ -208,6 +219,10 @@ def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
         ),
         ({"lora_unet_fc_in.dora_scale": array(1, D)}, "'unet.fc_in' has a magnitude of shape (1, 8); expected (6,)"),
         ({"lora_unet_fc_in.lora_up.weight": None}, "'unet.fc_in' has only one of its two factors"),
+        (
+            {"lora_unet_fc_in.lora_down.weight": array(0, D)},
+            "has factors of shapes (0, 8) and (6, 2), which do not fit",
+        ),
         ({"lora_unet_fc_in.alpha": array(2)}, "'unet.fc_in' has an alpha of shape (2,); expected one value"),
     ],
 )
@@ -224,6 +239,8 @@ def test_what_is_not_read_in_kohyas_files_is_refused(tensors: Any, expected: str
     ("tensors", "metadata", "expected"),
     [
         ({"unet.fc.lora_embedding_A": DOWN}, None, "'unet.fc.lora_embedding_A' (2, 8) is not of the factors of"),
+        ({"unet.fc.lora.up.weight": UP}, None, "'unet.fc' has two tensors that are its b"),
+        ({"unet.lora_A.weight": DOWN}, None, "'unet.lora_A.weight' (2, 8) is not of the factors of"),
         ({"vae.fc.lora_A.weight": DOWN}, None, "'vae.fc.lora_A.weight' (2, 8) is not of the factors of a component's"),
         ({}, {"lora_adapter_metadata": "["}, "its metadata 'lora_adapter_metadata' is invalid (JSONDecodeError"),
         ({}, {"lora_adapter_metadata": "[]"}, "its metadata 'lora_adapter_metadata' is invalid (AttributeError"),
@@ -262,6 +279,9 @@ def test_what_a_format_has_no_place_for_is_refused(tmp_path: Path) -> None:
     )
     text = refused(source, target, to="diffusers", component="unet")
     assert "'base_model.model.fc.bias' (6,) is not of the factors of a module" in text
+    both = {"base_model.model.fc.lora_A.weight": DOWN, "base_model.model.fc.lora_embedding_A": DOWN}
+    safetensors.numpy.save_file(both, source / "adapter_model.safetensors")
+    assert "'fc' has two tensors that are its a" in refused(source, target, to="kohya", component="unet")
     mixed = FC | {"lora_unet_b.lora_down.weight": DOWN, "lora_unet_b.lora_up.weight": UP}
     mixed |= {"lora_unet_b.dora_scale": array(F, 1)}
     text = refused(write(tmp_path / "peft", mixed), tmp_path / "new", to="peft", modules=["fc_in", "b"])

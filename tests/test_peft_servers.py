@@ -258,6 +258,38 @@ def test_vllm_has_full_values_of_classifiers_only(tmp_path: Path) -> None:
     assert config_of(tmp_path)["modules_to_save"] == ["score"]
 
 
+# Dtypes
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16])
+@pytest.mark.parametrize("server", ["llama.cpp", "mlx-lm", "diffusers"])
+def test_dtypes_are_kept_and_products_rounded_once(dtype: Any, server: str, tmp_path: Path) -> None:
+    variants = {"out": lj.LoRA(rank=2, alpha=14 / 3), "query": lj.LoRA(rank=1, alpha=2)}
+    adapter = {
+        path: lj.Adapter(part.variant, part.axes, a=part.a.astype(dtype), b=part.b.astype(dtype))
+        for path, part in made(variants).items()
+    }
+    tensors = export(adapter, tmp_path, server, component="unet" if server == "diffusers" else None)
+    assert {tensor.dtype for tensor in tensors.values()} == {np.dtype(dtype)}
+    name, ratio = {
+        "llama.cpp": ("base_model.model.model.out.lora_B.weight", 7 / 3),
+        "mlx-lm": ("model.out.lora_b", 7 / 6),
+        "diffusers": ("unet.model.out.lora_B.weight", 7 / 3),
+    }[server]
+    got = tensors[name] if server == "mlx-lm" else tensors[name].T
+    expected = (np.asarray(adapter["out"].b).astype(np.float32) * np.float32(ratio)).astype(dtype)
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_a_scale_that_does_not_fit_a_dtype_is_refused(tmp_path: Path) -> None:
+    part = made({"out": lj.LoRA(rank=2, alpha=200_000)})["out"]
+    adapter = {"out": lj.Adapter(part.variant, "iio", a=part.a, b=jnp.full((2, D), 2, np.float16))}
+    assert refused(adapter, tmp_path, for_server="diffusers", component="unet") == (
+        "Expected a scale that can be multiplied into the factors of 'unet.model.out'; 100000 times values of up to 2 "
+        "is not finite in float16.\n  Cast the adapter to float32."
+    )
+
+
 # Refusals
 
 ALL = {

@@ -50,8 +50,9 @@ def convert(
       to: `"peft"`, `"kohya"` or `"diffusers"`.
       modules: to read kohya's files, whose names have underscores for dots: the names of the model's torch modules,
         as `named_modules()` gives them, with their component in front if there are several.
-      component: the part of a pipeline that PEFT's files are of, such as `"unet"`; needed unless their names of modules
-        begin with one. From another format to PEFT, the component to take if there are several.
+      component: the part of a pipeline that the adapter is of, such as `"unet"`, for names of modules that do not begin
+        with one: needed for those of PEFT's files, and `"unet"` and `"text_encoder"` by default for kohya's. To PEFT,
+        the component to take; needed if there are several.
 
     Returns:
       The file of tensors that is written.
@@ -73,7 +74,9 @@ def convert(
     own = _format(file, tensors)
     if own == to:
         raise SpecError(f"Expected another format for `to` than that of the source, {own!r}; got to={to!r}.")
-    return _written(_factors(own, file, tensors, modules), own, target, to, component)
+    if (own, to) == ("diffusers", "kohya") and component is not None:
+        raise SpecError(f"Expected no `component`, which the names in {file} state; got {component!r}.")
+    return _written(_factors(own, file, tensors, modules, component), own, target, to, component)
 
 
 def _read(source: Path) -> tuple[Path, Mapping[str, Values]]:
@@ -105,7 +108,9 @@ def _format(file: Path, tensors: Mapping[str, Values]) -> str:
     )
 
 
-def _factors(own: str, file: Path, tensors: Mapping[str, Values], modules: Iterable[str] | None) -> dict[str, Factors]:
+def _factors(
+    own: str, file: Path, tensors: Mapping[str, Values], modules: Iterable[str] | None, component: str | None
+) -> dict[str, Factors]:
     problems: list[str] = []
     if own == "kohya":
         if modules is None or isinstance(modules, str):
@@ -114,7 +119,7 @@ def _factors(own: str, file: Path, tensors: Mapping[str, Values], modules: Itera
                 f"dots of names, and so does not tell them; got {modules!r} for {file}.\n"
                 "  Pass `[name for name, _ in unet.named_modules()]`, or the names in a file of the model."
             )
-        found = kohya.read(tensors, modules, problems)
+        found = kohya.read(tensors, modules, component, problems)
     elif own == "diffusers":
         with safetensors.safe_open(file, "numpy") as opened:
             found = diffusers.read(tensors, opened.metadata() or {}, problems)

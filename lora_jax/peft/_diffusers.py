@@ -9,7 +9,7 @@ from typing import Any
 from .._errors import SpecError
 from ._config import problems as unreadable
 from ._config import scale_of
-from ._factors import ARRAYS, Factors, mixed, of_modules, scales_to_config
+from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, put, scales_to_config
 from ._layout import Values
 from ._names import SUFFIXES
 
@@ -59,14 +59,14 @@ def read(tensors: Mapping[str, Values], metadata: Mapping[str, str], problems: l
 
     The scale is that of the metadata, or else of a module's α, or else 1, as in diffusers.
     """
-    arrays: dict[str, dict[str, Values]] = {}
+    arrays: Arrays = {}
     for name, tensor in sorted(tensors.items()):
         end = next((end for end in _READ if name.endswith(end)), "")
         module = name.removesuffix(end)
-        if not end or component_of(module) is None:
+        if not end or component_of(module) in (None, module):
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a component's module")
         else:
-            arrays.setdefault(module, {})[_READ[end]] = tensor
+            put(arrays, module, _READ[end], tensor, problems)
     configs = _configs(metadata, problems)
 
     def scale(module: str, rank: int) -> float:
@@ -94,7 +94,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str
     for component in dict.fromkeys(map(component_of, factors)):
         own = {module: one for module, one in factors.items() if component_of(module) == component}
         problems += mixed(own)
-        own = {module: one.rescaled(1.0) for module, one in own.items()}
+        own = {module: one.rescaled(1.0, module) for module, one in own.items()}
         tensors |= {
             module + end: array
             for module, one in own.items()

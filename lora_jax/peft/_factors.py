@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from .._core.values import is_finite
+from .._errors import AdapterError
 from ._config import Config, Scale, ranks_to_config, scale_of
 from ._layout import Values
 from ._names import EMBEDDING_SUFFIXES, PREFIX, parse, suffix
+
+Arrays = dict[str, dict[str, Values]]  # of each module, by our names
 
 ARRAYS = ("a", "b", "bias", "magnitude")  # what a module with factors may have, by our names
 
@@ -46,14 +50,26 @@ class Factors:
         """The α that gives the scale, as α/rank."""
         return float(np.float32(self.scale * self.rank))
 
-    def rescaled(self, scale: float) -> Factors:
-        """Returns factors with another scale and the same product: the ratio is multiplied into `b` and its bias."""
+    def rescaled(self, scale: float, module: str) -> Factors:
+        """Returns factors with another scale and the same product: the ratio is multiplied into `b` and its bias.
+
+        Raises:
+          AdapterError: if the dtype has no values as large; it names the module.
+        """
         if scale == self.scale:
             return self
         ratio = self.scale / scale
 
         def times(x: Values) -> Values:
-            return (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+            with np.errstate(over="ignore"):
+                product = (x.astype(np.promote_types(x.dtype, np.float32)) * ratio).astype(x.dtype)
+            if not is_finite(product):
+                raise AdapterError(
+                    f"Expected a scale that can be multiplied into the factors of {module!r}; {self.scale / scale:g} "
+                    f"times values of up to {float(np.abs(x).max()):g} is not finite in {x.dtype}.\n"
+                    "  Cast the adapter to float32."
+                )
+            return product
 
         bias = None if self.bias is None else times(self.bias)
         return dataclasses.replace(self, scale=scale, b=times(self.b), bias=bias)
@@ -79,27 +95,35 @@ def mixed(factors: Mapping[str, Factors]) -> list[str]:
     return lines if len(without) < len(factors) else []
 
 
+def put(arrays: Arrays, module: str, ours: str, tensor: Values, problems: list[str]) -> None:
+    """Adds a tensor of a module; notes a second one of the same kind, which other names may hide."""
+    if ours in arrays.setdefault(module, {}):
+        problems.append(f"{module!r} has two tensors that are its {ours}")
+    arrays[module][ours] = tensor
+
+
 def of_modules(
-    arrays: Mapping[str, Mapping[str, Values]], scale: Callable[[str, int], float], problems: list[str]
+    arrays: Arrays, scale: Callable[[str, int], float], problems: list[str], tables: Collection[str] = ()
 ) -> dict[str, Factors]:
     """Makes the factors of modules from their arrays by our names, and notes those that do not fit together.
 
     Args:
-      arrays: of each module, by our names; `table` in place of `a` says that it is an embedding.
+      arrays: of each module, by our names.
       scale: from the module and its rank.
       problems: what does not fit is added.
+      tables: the modules that are embeddings.
     """
     found = {}
     for module, own in arrays.items():
-        kind = "embedding" if "table" in own else "linear"
-        a, b = own.get("table", own.get("a")), own.get("b")
+        a, b = own.get("a"), own.get("b")
         if a is None or b is None:
             problems.append(f"{module!r} has only one of its two factors")
             continue
-        if a.ndim < 2 or a.ndim != b.ndim or a.shape[0] != b.shape[1] or any(size != 1 for size in b.shape[2:]):
+        fit = a.ndim == b.ndim >= 2 and a.shape[0] == b.shape[1] > 0 and b.shape[2:] == (1,) * (b.ndim - 2)
+        if not fit:
             problems.append(f"{module!r} has factors of shapes {a.shape} and {b.shape}, which do not fit together")
             continue
-        kind = "conv" if a.ndim > 2 else kind
+        kind = "embedding" if module in tables else "conv" if a.ndim > 2 else "linear"
         vector = (1, b.shape[0], *b.shape[2:]) if kind == "conv" else (b.shape[0],)
         bad = [
             f"{module!r} has a {name} of shape {own[name].shape}; expected {expected}"
@@ -116,17 +140,19 @@ def of_modules(
 
 def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]) -> dict[str, Factors]:
     """Returns the factors in PEFT's format, by module; notes the tensors that are of no factors."""
-    arrays: dict[str, dict[str, Values]] = {}
+    arrays: Arrays = {}
+    tables = set()
     for name, tensor in sorted(tensors.items()):
         module, ours = parse(name) or ("", "")
         if ours not in ARRAYS:
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")
             continue
-        is_table = name.endswith(EMBEDDING_SUFFIXES["a"])
-        arrays.setdefault(module, {})["table" if is_table else ours] = tensor
+        put(arrays, module, ours, tensor, problems)
+        if name.endswith(tuple(EMBEDDING_SUFFIXES.values())):
+            tables.add(module)
     stabilized = bool(config.get("use_rslora"))
     ranks = {module: scale_of(config, module) for module in arrays}
-    found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems)
+    found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems, tables)
     problems += [
         f"{module!r} has rank {own.rank}, and the configuration states {ranks[module].rank}"
         for module, own in found.items()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from ._diffusers import component_of
-from ._factors import Factors, of_modules
+from ._factors import Arrays, Factors, of_modules, put
 from ._layout import Values
 
 # The components that a prefix of names stands for. Without a component in the names of modules, it is the first.
@@ -27,20 +27,24 @@ def is_kohya(names: Iterable[str]) -> bool:
     return all(name.startswith(tuple(_PREFIXES)) for name in names)
 
 
-def read(tensors: Mapping[str, Values], modules: Iterable[str], problems: list[str]) -> dict[str, Factors]:
+def read(
+    tensors: Mapping[str, Values], modules: Iterable[str], component: str | None, problems: list[str]
+) -> dict[str, Factors]:
     """Returns the factors by module, with the component in front; notes what is not read.
 
     Args:
       tensors: of the file.
       modules: the names of the modules that the file may adapt, with the component in front or without.
+      component: that of the modules whose names have none; None for the first that their prefix stands for.
       problems: what is not read is added.
     """
     known = collections.defaultdict[tuple[str, str], set[str]](set)
     for module in modules:
-        component = component_of(module) or ""
-        rest = module.removeprefix(f"{component}.")
-        known[component, rest.replace(".", "_")].add(rest)
-    arrays: dict[str, dict[str, Values]] = {}
+        first = component_of(module) or ""
+        rest = module.removeprefix(f"{first}.")
+        if rest:  # the root is one of `named_modules()`
+            known[first, rest.replace(".", "_")].add(rest)
+    arrays: Arrays = {}
     names: dict[str, str] = {}
     for name, tensor in sorted(tensors.items()):
         lora, _, end = name.partition(".")
@@ -48,9 +52,9 @@ def read(tensors: Mapping[str, Values], modules: Iterable[str], problems: list[s
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a module")
             continue
         if lora not in names:
-            names[lora] = _module(lora, known, problems)
-        arrays.setdefault(names[lora], {})[_SUFFIXES[f".{end}"]] = tensor
-    arrays.pop("", None)  # of the names that are noted
+            names[lora] = _module(lora, known, component, problems)
+        if names[lora]:
+            put(arrays, names[lora], _SUFFIXES[f".{end}"], tensor, problems)
 
     def scale(module: str, rank: int) -> float:
         alpha = arrays[module].get("alpha")
@@ -82,7 +86,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Valu
         if name in owners:
             problems.append(f"{module!r} and {owners[name]!r} have the same name {name!r}")
         owners[name] = module
-        own = own if own.scale else own.rescaled(1.0)  # an α of 0 is read as the rank
+        own = own if own.scale else own.rescaled(1.0, module)  # an α of 0 is read as the rank
         arrays = {"a": own.a, "b": own.b, "alpha": np.array(own.alpha, np.float32)}
         if own.magnitude is not None:
             arrays["magnitude"] = own.magnitude.reshape(-1, *(1,) * (own.a.ndim - 1))
@@ -90,15 +94,16 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Valu
     return tensors
 
 
-def _module(lora: str, known: Mapping[tuple[str, str], set[str]], problems: list[str]) -> str:
+def _module(lora: str, known: Mapping[tuple[str, str], set[str]], component: str | None, problems: list[str]) -> str:
     """Returns the module that a name stands for; nothing, after noting a problem, if there is not one."""
     prefix = next((prefix for prefix in _PREFIXES if lora.startswith(prefix)), "")
     rest = lora.removeprefix(prefix)
-    components = (*_PREFIXES.get(prefix, ()), "")
-    found = [(component, module) for component in components for module in sorted(known[component, rest])]
+    components = _PREFIXES.get(prefix, ())
+    found = [(first, module) for first in (*components, "") for module in sorted(known[first, rest])]
     if len(found) == 1:
-        component, module = found[0]
-        return f"{component or _PREFIXES[prefix][0]}.{module}"
+        first, module = found[0]
+        own = component if component in components else components[0]
+        return f"{first or own}.{module}"
     several = f"the names of {len(found)}: {', '.join(module for _, module in found)}"
     problems.append(f"{lora!r} is {several if found else 'of no module'} in `modules`")
     return ""
@@ -106,6 +111,6 @@ def _module(lora: str, known: Mapping[tuple[str, str], set[str]], problems: list
 
 def _from_dora_scale(values: Values, b: Values) -> Values:
     """Returns a magnitude per output as PEFT has it; another shape, which is refused, as it is."""
-    if values.shape not in (b.shape[:1], (b.shape[0], *(1,) * (b.ndim - 1))):
+    if b.ndim < 2 or values.shape not in (b.shape[:1], (b.shape[0], *(1,) * (b.ndim - 1))):
         return values
-    return values.reshape(-1) if b.ndim == 2 else values.reshape(1, -1, *b.shape[2:])
+    return values.reshape(-1) if b.ndim == 2 else values.reshape(1, -1, *(1,) * (b.ndim - 2))

@@ -23,7 +23,8 @@ def write(factors: Mapping[str, Factors], dropout: float) -> tuple[dict[str, Val
     scale = most_common(float(np.float32(one.scale)) for one in factors.values()) or 1.0
     tensors: dict[str, Values] = {}
     for module, one in factors.items():
-        same = one.rescaled(one.scale if np.float32(one.scale) == np.float32(scale) else scale).padded(rank)
+        same = one if np.float32(one.scale) == np.float32(scale) else one.rescaled(scale, module)
+        same = same.padded(rank)
         tensors |= {f"{module}.lora_a": same.a.T, f"{module}.lora_b": same.b.T}
         if same.magnitude is not None:
             tensors[f"{module}.m"] = same.magnitude

@@ -101,7 +101,9 @@ def server(name: str | None, component: str | None) -> Server:
 def _for_llama(factors: Mapping[str, Factors], config: Config) -> Files:
     """PEFT's files with one α: the scale is α over the rank of the tensor, whatever the configuration says."""
     alpha = most_common(one.alpha for one in factors.values()) or 1.0
-    same = {module: one if one.alpha == alpha else one.rescaled(alpha / one.rank) for module, one in factors.items()}
+    same = {
+        module: one if one.alpha == alpha else one.rescaled(alpha / one.rank, module) for module, one in factors.items()
+    }
     return Files(to_peft(same)[0], {**config, **scales_to_config(same)})
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import mlx.core as mlx
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from mlx.utils import tree_flatten
@@ -136,6 +137,10 @@ def test_diffusers_loads_an_export_and_saves_it(variant, tmp_path, caplog):
         model.load_lora_adapter(tmp_path / "diffusers", prefix="unet", use_safetensors=True)
     assert not caplog.records
     near(run(model), expected)
+    without = unet()
+    tensors = safetensors.torch.load_file(tmp_path / "diffusers" / "pytorch_lora_weights.safetensors")
+    without.load_lora_adapter(tensors, prefix="unet")  # without the metadata
+    near(run(without), expected)
     # what diffusers saves is read back
     layers, metadata = (
         get_peft_model_state_dict(model, adapter_name="default_0"),
