@@ -302,6 +302,18 @@ def test_merge_writes_the_model_with_the_update(run: Any, tmp_path: Path, plain:
     assert not (tmp_path / "out").exists()
 
 
+def test_merge_can_untie_a_head(run: Any, tmp_path: Path) -> None:
+    table = lj.Adapter(LORA, "io", a=np.ones((V, 2), np.float32), b=np.ones((2, D), np.float32))
+    rows, params = {"table": peft.embedding("model.embed_tokens")}, {"table": np.ones((V, D), np.float32)}
+    peft.export(tmp_path / "of_table", {"table": table}, rows, base=params)
+    of_table = model(tmp_path / "tied", **{"model.embed_tokens.weight": (V, D)})
+    (of_table / "config.json").write_text(json.dumps({"architectures": ["MyForCausalLM"]}))
+    ran = run("merge", of_table, tmp_path / "of_table", tmp_path / "out")
+    assert ran.code == 1 and "Pass --untie 'lm_head'" in ran.err
+    ran = run("merge", of_table, tmp_path / "of_table", tmp_path / "untied", "--untie", "lm_head", "--json")
+    assert ran.data["tensors"] == 7
+
+
 # compress and combine
 
 

@@ -21,7 +21,7 @@ def merge(
     /,
     *,
     max_shard_size: str = "5GB",
-    untie: bool = False,
+    untie: str | None = None,
     force: bool = False,
 ) -> Report:
     """Writes the base with an adapter merged into it, as safetensors files that any reader of the base loads.
@@ -35,8 +35,8 @@ def merge(
       adapter: in PEFT's format.
       out: the directory to write.
       max_shard_size: the largest size of a file, 5GB by default.
-      untie: write the head as a tensor of its own if the adapter changes it and the embedding that it is tied to in
-        different ways.
+      untie: the name of the head's module, such as lm_head: it gets a tensor of its own if the adapter changes it and
+        the embedding that it is tied to in different ways.
       force: replace a model in a directory that is not empty.
     """
     check_target(out, [base, adapter], force=force)

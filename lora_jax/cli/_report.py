@@ -70,7 +70,7 @@ def printable(text: str) -> str:
 
 
 # What the library's errors advise, as the options that do it.
-_OPTIONS = {"`base=`": "--base", "base=params": "--base", "untie=True": "--untie"}
+_OPTIONS = {"`base=`": "--base", "base=params": "--base", "untie=": "--untie "}
 
 
 def advice(text: str) -> str:
