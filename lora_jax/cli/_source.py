@@ -53,12 +53,16 @@ class Source:
     @property
     def base(self) -> str | None:
         """The name of the base; None if it is not stated."""
-        return self.stated.get("base_model_name_or_path") if self.format == "peft" else None
+        return self._text("base_model_name_or_path")
 
     @property
     def task(self) -> str | None:
         """PEFT's name of the task."""
-        return self.stated.get("task_type") if self.format == "peft" else None
+        return self._text("task_type")
+
+    def _text(self, name: str) -> str | None:
+        value = self.stated.get(name) if self.format == "peft" else None
+        return value if isinstance(value, str) else None
 
 
 def format_of(path: Path) -> Literal["peft", "orbax", "safetensors"]:
