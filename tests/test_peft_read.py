@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_peft import CONFIG, FC, LAYERS, LORA, VARIANTS, D, F, V, change, made, params_of, product, write
+from test_peft import CONFIG, FC, LAYERS, LORA, VARIANTS, D, F, V, change, config_of, made, params_of, product, write
 
 import lora_jax as lj
 from lora_jax import peft
@@ -98,6 +98,10 @@ def test_a_head_with_the_factors_of_an_embedding_is_tied_to_it(tmp_path: Path) -
     shapes |= {"lm_head.lora_A.weight": (2, D), "lm_head.lora_B.weight": (V, 2)}
     write(tmp_path, CONFIG | {"target_modules": ["embed_tokens", "lm_head"]}, shapes)
     assert list(peft.read(tmp_path).adapter) == ["embed_tokens/weight", "lm_head/weight"]
+    peft.export(tmp_path, {"embed": made(LORA, (V, D), "io")}, mapping, base=params)
+    config = config_of(tmp_path) | {"alpha_pattern": {"lm_head": 3}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert [part.variant.alpha for part in peft.read(tmp_path).adapter.values()] == [4, 3]
 
 
 def test_copies_of_the_base_become_values_of_the_parameters(tmp_path: Path) -> None:
@@ -145,6 +149,7 @@ def test_tensors_that_do_not_determine_a_module_are_refused(tmp_path: Path) -> N
     for shapes, expected in [
         ({"fc.lora_A.weight": (2, D)}, "'fc' has factors of shapes (2, 8); expected A and B"),
         ({"f*.lora_A.weight": (2, D)}, "'f*' is not the name of a torch module"),
+        ({"fc.a/b": (2, D)}, "'fc' is not the name of a torch module, or has a parameter without one"),
     ]:
         write(tmp_path, CONFIG, shapes)
         with pytest.raises(lj.CheckpointError) as raised:

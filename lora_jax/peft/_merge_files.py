@@ -135,14 +135,10 @@ class _Model:
         part, (table,) = self._updates.get(head), tables
         update = self._updates.get(table)
         if part is not None and isinstance(part.variant, Full):  # a copy, if it has the same values
-            value = (
-                update.value if update is not None and isinstance(update.variant, Full) else self.tensors[table].read()
-            )
-            if np.array_equal(part.value, value):
+            saved = update is not None and isinstance(update.variant, Full)
+            if np.array_equal(part.value, update.value if saved else self.tensors[table].read()):
                 del self._updates[head]
-                if update is None or isinstance(update.variant, Full):
-                    return
-                part = None
+                part, update = None, None if saved else update
         tied = update is None or self._rows[table].head is not None or isinstance(update.variant, Rows)
         if part is None and tied:
             return
@@ -174,6 +170,7 @@ class _Model:
                 f"Expected an adapter of the model in {base}; got {counted(len(found), 'problem')}:\n{listed(found)}\n"
                 "  Pass the base that the adapter was trained for; nothing was written."
             )
+        self._values.clear()  # a table of the base may be among them
 
     def entries(self) -> list[Entry]:
         """Returns the tensors to write: those of the base, then the others."""

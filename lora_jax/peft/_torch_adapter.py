@@ -13,7 +13,7 @@ import numpy as np
 
 from .._core.adapter import Adapter
 from .._errors import CheckpointError, counted, listed
-from ._config import Config, problems
+from ._config import Config, problems, scale_of
 from ._files import read_config, read_tensors
 from ._layout import Values
 from ._load import load
@@ -109,12 +109,12 @@ class Described:
         changed = [module for module, some in modules.items() if any("." not in ours for ours in some)]
         self.base = None if base is None else named_for(changed, base)
         for module, tensors in modules.items():
-            if any(character in module for character in "*{}/"):
-                self.problems.append(f"{module!r} is not the name of a torch module")
+            if set("*{}/") & set(module).union(*tensors):
+                self.problems.append(f"{module!r} is not the name of a torch module, or has a parameter without one")
             else:
                 self._module(module, tensors, by_module[module])
-        if not config.get("use_dora"):
-            self._tie(modules)
+        if not config.get("use_dora") and not problems(config):
+            self._tie(modules, config)
 
     def _module(self, module: str, tensors: Mapping[str, Values], names: Mapping[str, str]) -> None:
         if "a" in tensors or "b" in tensors:
@@ -181,14 +181,20 @@ class Described:
             return entry
         return None
 
-    def _tie(self, modules: Mapping[str, Mapping[str, Values]]) -> None:
+    def _tie(self, modules: Mapping[str, Mapping[str, Values]], config: Config) -> None:
         """Makes one leaf of an embedding and the head that has its factors, transposed."""
         for module, tensors in modules.items():
             row = self.mapping.get(f"{module}/weight")
             if row is None or row.kind != "embedding" or "a" not in tensors:
                 continue
-            heads = [head for head, some in modules.items() if head != module and _is_transposed(tensors, some)]
-            if not heads and self._tied_by_peft and module.endswith("embed_tokens"):
+            heads = [
+                head
+                for head, some in modules.items()
+                if head != module
+                and _is_transposed(tensors, some)
+                and scale_of(config, head) == scale_of(config, module)
+            ]
+            if self._tied_by_peft and module.endswith("embed_tokens") and "a" not in modules.get("lm_head", {}):
                 heads = ["lm_head"]  # PEFT's name, which need not be in the file
             for head in heads[:1]:
                 self.mapping[f"{module}/weight"] = embedding(module, head=head)
@@ -207,7 +213,7 @@ def _is_transposed(table: Mapping[str, Values], other: Mapping[str, Values]) -> 
 
 def _by_numbers(module: str) -> list[Any]:
     """Returns a key that sorts layer 2 before layer 10."""
-    return [int(text) if at % 2 else text for at, text in enumerate(re.split(r"(\d+)", module))]
+    return [(len(text), text) if at % 2 else text for at, text in enumerate(re.split(r"(\d+)", module))]
 
 
 def _conv(module: str, ndim: int) -> Row:
