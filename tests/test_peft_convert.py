@@ -220,8 +220,8 @@ def test_kohyas_names_need_the_modules(tmp_path: Path) -> None:
         ({"lora_unet_fc_in.dora_scale": array(1, D)}, "'unet.fc_in' has a magnitude of shape (1, 8); expected (6,)"),
         ({"lora_unet_fc_in.lora_up.weight": None}, "'unet.fc_in' has only one of its two factors"),
         (
-            {"lora_unet_fc_in.lora_down.weight": array(0, D)},
-            "has factors of shapes (0, 8) and (6, 2), which do not fit",
+            {"lora_unet_fc_in.lora_down.weight": array(2, D, 3)},
+            "has factors of shapes (2, 8, 3) and (6, 2), which do not fit",
         ),
         ({"lora_unet_fc_in.alpha": array(2)}, "'unet.fc_in' has an alpha of shape (2,); expected one value"),
     ],
