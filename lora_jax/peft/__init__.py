@@ -7,6 +7,9 @@ needed, and no file is read with pickle.
 
 from . import presets as presets
 from ._export import export as export
+from ._guess.guess import guess as guess
+from ._guess.result import Guess as Guess
+from ._guess.result import GuessedRow as GuessedRow
 from ._load import load as load
 from ._rows import Part as Part
 from ._rows import Row as Row
@@ -17,4 +20,18 @@ from ._rows import linear as linear
 from ._rows import norm as norm
 from ._rows import vector as vector
 
-__all__ = ["Part", "Row", "conv", "embedding", "export", "layer", "linear", "load", "norm", "presets", "vector"]
+__all__ = [
+    "Guess",
+    "GuessedRow",
+    "Part",
+    "Row",
+    "conv",
+    "embedding",
+    "export",
+    "guess",
+    "layer",
+    "linear",
+    "load",
+    "norm",
+]
+__all__ += ["presets", "vector"]

@@ -12,7 +12,7 @@ from .._core.paths import flatten
 from .._errors import AdapterError
 from ._files import write
 from ._modules import Exported
-from ._sites import MappingOfRows, compiled, find, sites
+from ._sites import MappingOfRows, compiled, find, sites, without_own_heads
 
 
 def export(
@@ -54,8 +54,8 @@ def export(
       CheckpointError: if the files cannot be written.
       SpecError: if `mapping` is not a mapping to rows.
     """
-    rows = compiled(mapping)
     leaves = flatten(base)[0]
+    rows = without_own_heads(compiled(mapping), leaves)
     check(leaves, adapter, tree="base")
     if not adapter:
         raise AdapterError("Expected an adapter to export, with at least one leaf; got an empty one.")

@@ -12,7 +12,7 @@ from .._errors import CheckpointError, SpecError, counted, listed
 from ._config import Config, is_exact, is_target, problems
 from ._files import read_config, read_tensors
 from ._read import Reader
-from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
 from ._tensors import Tensors
 
 
@@ -48,14 +48,14 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         error lists all.
       SpecError: if `mapping` is not a mapping to rows.
     """
-    rows = compiled(mapping)
+    leaves = flatten(params)[0]
+    rows = without_own_heads(compiled(mapping), leaves)
     directory = Path(directory)
     config = read_config(directory)
     if found := problems(config):
         raise _unreadable(directory, found)
     file = Tensors(read_tensors(directory))
     reader = Reader(config, file)
-    leaves = flatten(params)[0]
     adapter, unusable = dict[str, Adapter](), list[str]()
     for path, leaf in leaves.items():
         if (row := find(path, rows)) is None:

@@ -1,0 +1,248 @@
+"""Pairs groups of leaves with groups of torch tensors: candidates by shape, ranked by values and names."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from .._rows import Part, Row
+from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, part_fits, stack_axes
+from .groups import Group, Shape
+from .names import Names, is_table, owner, similarity, vector_parameter
+from .result import Confidence, GuessedRow
+from .values import Both
+
+_MARGIN = 0.05  # of similarity, to the next candidate
+_ALIKE = 0.15  # the least similarity of names that say something
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """Fits that are taken together, and how similar the names are."""
+
+    fits: tuple[Fit, ...]
+    score: float
+    same_name: bool
+    equal: bool = False
+    compared: bool = False
+
+    @property
+    def leaves(self) -> frozenset[str]:
+        """The leaves that it takes."""
+        return frozenset(fit.leaf.group.name for fit in self.fits)
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The tensors that it takes."""
+        return frozenset(tensor.group.name for fit in self.fits for tensor in fit.tensors)
+
+    def shares(self, other: Candidate) -> bool:
+        """Whether only one of the two can be taken."""
+        return bool(self.leaves & other.leaves or self.tensors & other.tensors)
+
+    @property
+    def rank(self) -> tuple[bool, float, int]:
+        """A key that is larger for better candidates."""
+        return self.equal, self.score, -len(self.fits[0].open)
+
+
+class Proposal:
+    """The rows that pair leaves with tensors."""
+
+    def __init__(
+        self, axes: Mapping[str, str | None], tables: Mapping[str, bool], both: Both, names: tuple[Names, Names]
+    ) -> None:
+        self.axes, self.tables, self.both = axes, tables, both
+        self.own, self.other = names
+        self.rows: list[GuessedRow] = []
+
+    def add(self, leaves: Sequence[Group], tensors: Sequence[Group]) -> tuple[list[Group], list[Group]]:
+        """Pairs groups, adds their rows, and returns the groups that have no partner."""
+        kernels = [self._leaf(group) for group in leaves if self._may_be_kernel(group)]
+        torch = list(self._tensors(tensors))
+        weights = [tensor for tensor in torch if len(tensor.group.shape) >= 2]
+        taken = self._pair(list(self._kernels(kernels, weights)))
+        taken |= self._beside(leaves, torch, taken)
+        rest = [group for group in leaves if group.name not in taken]
+        vectors = [one for one in torch if len(one.group.shape) == 1 and one.group.name not in taken]
+        taken |= self._pair(list(self._vectors(rest, vectors)))
+        taken |= self._beside(rest, torch, taken)
+        return tuple([group for group in groups if group.name not in taken] for groups in (leaves, tensors))
+
+    def _leaf(self, group: Group) -> Leaf:
+        paths = list(group.members.values())
+        table = self.tables.get(paths[0], True if is_table(group.name) else None)
+        if group.name.endswith("kernel"):
+            table = False
+        return Leaf(group, self.axes.get(paths[0]), self.own.last(owner(group.name)), table)
+
+    def _may_be_kernel(self, group: Group) -> bool:
+        return len(group.shape) >= 2 and not group.name.endswith(("bias", "scale"))
+
+    def _tensors(self, groups: Iterable[Group]) -> Iterator[Tensor]:
+        by_name = {group.name: group for group in groups}
+        for group in by_name.values():
+            module, _, parameter = group.name.rpartition(".")
+            if module and parameter in ("weight", "bias"):
+                bias = by_name.get(f"{module}.bias")
+                size = None if bias is None or len(bias.shape) != 1 else bias.shape[0]
+                yield Tensor(group, module, parameter, size, self.other.last(module))
+
+    def _kernels(self, leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> Iterator[Candidate]:
+        usual = conventions(leaves, tensors)
+        by_parent: dict[str, list[Tensor]] = collections.defaultdict(list)
+        for tensor in tensors:
+            by_parent[_parent(tensor.module, ".")].append(tensor)
+        leaves_by_parent: dict[str, list[Leaf]] = collections.defaultdict(list)
+        for leaf in leaves:
+            leaves_by_parent[_parent(owner(leaf.group.name), "/")].append(leaf)
+            for tensor in tensors:
+                for fit in fits(leaf, tensor, usual):
+                    yield self._candidate((fit,))
+            for siblings in by_parent.values():
+                named = [one for one in siblings if one.last & leaf.last and len(one.group.shape) == 2]
+                for fit in fused_fits(leaf, named, usual):
+                    yield self._candidate((fit,))
+        for tensor in tensors:
+            for others in leaves_by_parent.values() if len(tensor.group.shape) == 2 else ():
+                together = tuple(part_fits([one for one in others if one.last & tensor.last], tensor, usual))
+                if len(together) > 1:
+                    yield self._candidate(together)
+
+    def _vectors(self, leaves: Sequence[Group], tensors: Sequence[Tensor]) -> Iterator[Candidate]:
+        for group in leaves:
+            leaf, parameter = self._leaf(group), vector_parameter(group.name)
+            for tensor in tensors:
+                batch = stack_axes(dataclasses.replace(leaf, axes=None), tensor)
+                if batch is None or parameter not in (tensor.parameter, None):
+                    continue
+                core = group.shape[len(batch) :]
+                if math.prod(core) == tensor.group.shape[0] and (len(core) == 1 or (core and parameter)):
+                    row = Row(kind="vector", parts=(Part(tensor.module),), parameter=tensor.parameter)
+                    yield self._candidate((Fit(leaf, (tensor,), row),))
+
+    def _candidate(self, together: tuple[Fit, ...]) -> Candidate:
+        """Compares the names, and the values of one leaf of each fit."""
+        own = _union(self.own.bag(owner(fit.leaf.group.name)) for fit in together)
+        other = _union(self.other.bag(tensor.module) for fit in together for tensor in fit.tensors)
+        first = together[0]
+        path, module = owner(first.leaf.group.name), first.tensors[0].module
+        same = path.replace("/", ".") == module and len(first.tensors) == len(together) == 1
+        score = 1.0 if same else 0.99 * similarity(own, other)
+        equal, changed = [], []
+        for fit in together:
+            paths = list(fit.leaf.group.members.values())
+            compared = self.both.compare(fit.leaf.group.name, fit.row, paths, all_of_them=False)
+            equal.append(compared.equal)
+            changed.append((dataclasses.replace(fit, row=compared.row), compared.cosine is not None))
+        known = all(one for _, one in changed)
+        return Candidate(tuple(fit for fit, _ in changed), score, same, known and all(equal), known)
+
+    def _pair(self, candidates: list[Candidate]) -> set[str]:
+        """Takes the best candidates, adds their rows, and returns the names of what they take."""
+        left, taken = sorted(candidates, key=lambda one: one.rank, reverse=True), set[str]()
+        while left:
+            best, *rest = left
+            rivals = [one for one in rest if best.shares(one)]
+            unique = not any(best.shares(one) for one in candidates if one is not best)
+            self._add(best, rivals, unique)
+            taken |= best.leaves | best.tensors
+            left = [one for one in rest if not best.shares(one)]
+        return taken
+
+    def _add(self, best: Candidate, rivals: Sequence[Candidate], unique: bool) -> None:
+        for fit in best.fits:
+            group = fit.leaf.group
+            compared = self.both.compare(group.name, fit.row, list(group.members.values()), all_of_them=True)
+            confidence, reasons = self._confidence(best, fit, rivals, unique)
+            if compared.equal:
+                confidence, reasons = "sure", ["values are equal"]
+            elif compared.cosine is not None:
+                reasons.append(f"values differ, cosine {compared.cosine:.2f}")
+                confidence = "unsure"
+            row = fit.row
+            self.rows.append(GuessedRow(group.name, row, confidence, tuple(reasons), group.members))
+
+    def _confidence(
+        self, best: Candidate, fit: Fit, rivals: Sequence[Candidate], unique: bool
+    ) -> tuple[Confidence, list[str]]:
+        reasons = [*fit.doubtful, *fit.open]
+        next_best = max((one.score for one in rivals), default=0.0)
+        if fit.doubtful:
+            return "unsure", reasons
+        if best.same_name:
+            return "likely" if fit.open else "sure", ["the same name", *reasons]
+        if unique:
+            return "likely" if fit.open else "sure", ["no other has its shape", *reasons]
+        if rivals and best.score - next_best < _MARGIN:
+            other = max(rivals, key=lambda one: one.score)
+            module = " + ".join(tensor.module for tensor in other.fits[0].tensors)
+            what = module if other.leaves == best.leaves else next(iter(other.leaves - best.leaves))
+            return "unsure", [f"its name is no nearer than {what!r}", *reasons]
+        if not rivals:
+            return "likely", ["of several with its shape, the one that is left", *reasons]
+        confidence: Confidence = "likely" if best.score >= _ALIKE else "unsure"
+        return confidence, ["of several with its shape, by name", *reasons]
+
+    def _beside(self, leaves: Sequence[Group], tensors: Sequence[Tensor], taken: set[str]) -> set[str]:
+        """Adds rows of biases beside kernels and scales that have rows, and returns the names of what they take."""
+        by_name, found = {tensor.group.name: tensor for tensor in tensors}, set[str]()
+        modules = {owner(guessed.pattern): guessed for guessed in self.rows if guessed.row.parameter == "weight"}
+        for group in leaves:
+            guessed = modules.get(owner(group.name))
+            if group.name in taken or vector_parameter(group.name) != "bias" or guessed is None:
+                continue
+            names = [f"{part.module}.bias" for part in guessed.row.parts]
+            if guessed.row.kind == "embedding" or any(name not in by_name or name in taken for name in names):
+                continue
+            row = Row(kind="vector", parts=guessed.row.parts, parameter="bias")
+            sizes = [by_name[name].group.shape[0] for name in names]
+            if guessed.paths.keys() == group.members.keys() and _width(group, by_name[names[0]]) == sum(sizes):
+                confidence, reasons = guessed.confidence, ("beside its kernel",)
+                compared = self.both.compare(group.name, row, list(group.members.values()), all_of_them=True)
+                if compared.cosine is not None:
+                    confidence = "sure" if compared.equal else "unsure"
+                    reasons = (
+                        "values are equal" if compared.equal else f"values differ, cosine {compared.cosine:.2f}",
+                    )
+                self.rows.append(GuessedRow(group.name, row, confidence, reasons, group.members))
+                found |= {group.name, *names}
+        return found
+
+
+def conventions(leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> Conventions:
+    """Returns what most matrices whose shapes show it have: kernels `(out, in)`, and modules `Conv1D`."""
+    with_bias = [one for one in tensors if len(one.group.shape) == 2 and one.bias in one.group.shape]
+    unequal = [one for one in with_bias if one.group.shape[0] != one.group.shape[1]]
+    conv1d = sum(one.group.shape[1] == one.bias for one in unequal) * 2 > len(unequal)
+    out_first, total = 0, 0
+    for leaf in leaves:
+        for tensor in unequal:
+            batch = stack_axes(leaf, tensor)
+            if batch is not None and sorted(leaf.group.shape[len(batch) :]) == sorted(tensor.group.shape):
+                total += 1
+                out_first += leaf.group.shape[-1] != tensor.bias
+    return Conventions(out_first=out_first * 2 > total, conv1d=conv1d)
+
+
+def _width(group: Group, tensor: Tensor) -> int:
+    batch = len(next(iter(tensor.group.members))) - len(next(iter(group.members)))
+    return math.prod(group.shape[batch:]) if batch >= 0 else 0
+
+
+def _parent(name: str, separator: str) -> str:
+    return name.rpartition(separator)[0]
+
+
+def _union(bags: Iterable[collections.Counter[str]]) -> collections.Counter[str]:
+    total: collections.Counter[str] = collections.Counter()
+    for bag in bags:
+        total |= bag
+    return total
+
+
+def shapes_of(groups: Iterable[Group]) -> dict[str, Shape]:
+    """Returns the shapes of all members of some groups."""
+    return {name: group.shape for group in groups for name in group.members.values()}
