@@ -54,6 +54,7 @@ def test_a_table_of_tunix_loads_in_peft(name, table, tmp_path):
     check_export(tunix_case(*name), spec, tmp_path, name)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}], ids=str)
 def test_an_adapter_of_peft_loads_in_tunix(case, options, tmp_path, request):
     mapping, apply, params, _ = case

@@ -50,6 +50,7 @@ class Fit:
       leaf: the leaf.
       tensors: the tensors, in the order of the leaf's outputs.
       row: the row.
+      others: rows with other roles of the axes, which fit as well.
       open: what shapes and traced axes do not decide.
       doubtful: what nothing decides.
     """
@@ -57,15 +58,16 @@ class Fit:
     leaf: Leaf
     tensors: tuple[Tensor, ...]
     row: Row
+    others: tuple[Row, ...] = ()
     open: tuple[str, ...] = ()
     doubtful: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Conventions:
-    """What is usual in the models: whether kernels are `(out, in)`, and whether modules are `Conv1D`."""
+    """What is usual in the models: whether kernels are `(out, in)`, if that is known, and modules `Conv1D`."""
 
-    out_first: bool
+    out_first: bool | None
     conv1d: bool
 
 
@@ -83,7 +85,7 @@ def fits(leaf: Leaf, tensor: Tensor, usual: Conventions) -> Iterator[Fit]:
         axes = "b" * len(batch) + "i" * (rank - 1) + "o"
         if core == (*spatial, d_in, out) and agree(axes, leaf.axes, shape):
             square = () if d_in != out or leaf.axes else ("square: `(spatial…, in, out)` is the convention",)
-            yield Fit(leaf, (tensor,), Row(kind="conv", parts=(Part(tensor.module),)), square)
+            yield Fit(leaf, (tensor,), Row(kind="conv", parts=(Part(tensor.module),)), (), square)
 
 
 def _matrices(leaf: Leaf, tensor: Tensor, batch: Sequence[int], usual: Conventions) -> Iterator[Fit]:
@@ -123,16 +125,17 @@ def _with_roles(
     found = [axes for axes in _roles(leaf.group.shape, batch, d_in, d_out) if agree(axes, leaf.axes, leaf.group.shape)]
     if not found:
         return
-    usual_axes = sorted(found, key=lambda axes: _unusual(axes, leaf, tensors, usual))
-    axes = usual_axes[0]
-    if len(found) > 1:
-        what = "its name" if axes.count("i") + axes.count("o") > 2 else "the convention"
-        reasons += (f"square: axes {axes!r} by {what}, {usual_axes[1]!r} fits as well",)
+    axes, *others = sorted(found, key=lambda axes: _unusual(axes, leaf, tensors, usual))
+    if others and axes != leaf.axes:
+        what = "its name" if len(leaf.group.shape) - len(batch) > 2 else "the convention"
+        reasons += (f"square: axes {axes!r} by {what}, {others[0]!r} fits as well",)
     if conv1d and d_in == d_out:
         reasons += ("square: `Conv1D`, as other modules",)
     default = "b" * len(batch) + "io"
-    row = Row(kind="linear", parts=parts, axes=None if axes == default else axes, conv1d=conv1d)
-    yield Fit(leaf, tensors, row, reasons, doubts)
+    row, *other_rows = (
+        Row(kind="linear", parts=parts, axes=None if one == default else one, conv1d=conv1d) for one in (axes, *others)
+    )
+    yield Fit(leaf, tensors, row, tuple(other_rows), reasons, doubts)
 
 
 def _roles(shape: Shape, batch: Sequence[int], d_in: int, d_out: int) -> Iterator[str]:
@@ -152,6 +155,13 @@ def _unusual(axes: str, leaf: Leaf, tensors: tuple[Tensor, ...], usual: Conventi
     if len(core) == 2:
         return True, core != ("oi" if usual.out_first else "io")
     return True, (core.count("i") > 1) != output, "oi" in core.strip("o") or "io" in core.strip("i"), core[0] != "i"
+
+
+def is_turned(fit: Fit, usual: Conventions) -> bool:
+    """Whether a kernel of two axes is `(out, in)` where others are `(in, out)`, or the other way, and is not traced."""
+    axes = (fit.row.axes or "io").replace("b", "")
+    known = fit.leaf.axes is not None or usual.out_first is None or fit.row.kind != "linear"
+    return not known and axes == ("io" if usual.out_first else "oi")
 
 
 def fused_fits(leaf: Leaf, tensors: Sequence[Tensor], usual: Conventions) -> Iterator[Fit]:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .._rows import Part, Row
-from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, part_fits, stack_axes
+from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes
 from .groups import Group, Shape
 from .names import Names, is_table, owner, similarity, vector_parameter
 from .result import Confidence, GuessedRow
@@ -16,6 +16,7 @@ from .values import Both
 
 _MARGIN = 0.05  # of similarity, to the next candidate
 _ALIKE = 0.15  # the least similarity of names that say something
+_TURNED, _NOT_THE_SAME = 0.6, 0.99  # of the similarity, for a kernel that is `(out, in)` where others are not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,6 @@ class Candidate:
     score: float
     same_name: bool
     equal: bool = False
-    compared: bool = False
 
     @property
     def leaves(self) -> frozenset[str]:
@@ -91,7 +91,23 @@ class Proposal:
                 yield Tensor(group, module, parameter, size, self.other.last(module))
 
     def _kernels(self, leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> Iterator[Candidate]:
-        usual = conventions(leaves, tensors)
+        yield from self._kernels_by(leaves, tensors, self._conventions(leaves, tensors))
+
+    def _conventions(self, leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> Conventions:
+        """Returns what most matrices have whose shapes show it: kernels `(out, in)`, and modules `Conv1D`."""
+        with_bias = [one for one in tensors if len(one.group.shape) == 2 and one.bias in one.group.shape]
+        unequal = [one for one in with_bias if one.group.shape[0] != one.group.shape[1]]
+        conv1d = sum(one.group.shape[1] == one.bias for one in unequal) * 2 > len(unequal)
+        flax = Conventions(out_first=None, conv1d=conv1d)
+        rows = [
+            fit.row for best, _ in _best(self._kernels_by(leaves, tensors, flax)) for fit in best.fits if not fit.open
+        ]
+        out_first = sum(row.axes == "oi" for row in rows) > sum(
+            row.axes is None and row.kind == "linear" for row in rows
+        )
+        return Conventions(out_first, conv1d)
+
+    def _kernels_by(self, leaves: Sequence[Leaf], tensors: Sequence[Tensor], usual: Conventions) -> Iterator[Candidate]:
         by_parent: dict[str, list[Tensor]] = collections.defaultdict(list)
         for tensor in tensors:
             by_parent[_parent(tensor.module, ".")].append(tensor)
@@ -100,7 +116,7 @@ class Proposal:
             leaves_by_parent[_parent(owner(leaf.group.name), "/")].append(leaf)
             for tensor in tensors:
                 for fit in fits(leaf, tensor, usual):
-                    yield self._candidate((fit,))
+                    yield self._candidate((fit,), _TURNED if is_turned(fit, usual) else _NOT_THE_SAME)
             for siblings in by_parent.values():
                 named = [one for one in siblings if one.last & leaf.last and len(one.group.shape) == 2]
                 for fit in fused_fits(leaf, named, usual):
@@ -123,59 +139,73 @@ class Proposal:
                     row = Row(kind="vector", parts=(Part(tensor.module),), parameter=tensor.parameter)
                     yield self._candidate((Fit(leaf, (tensor,), row),))
 
-    def _candidate(self, together: tuple[Fit, ...]) -> Candidate:
+    def _candidate(self, together: tuple[Fit, ...], factor: float = _NOT_THE_SAME) -> Candidate:
         """Compares the names, and the values of one leaf of each fit."""
         own = _union(self.own.bag(owner(fit.leaf.group.name)) for fit in together)
         other = _union(self.other.bag(tensor.module) for fit in together for tensor in fit.tensors)
         first = together[0]
         path, module = owner(first.leaf.group.name), first.tensors[0].module
         same = path.replace("/", ".") == module and len(first.tensors) == len(together) == 1
-        score = 1.0 if same else 0.99 * similarity(own, other)
-        equal, changed = [], []
-        for fit in together:
-            paths = list(fit.leaf.group.members.values())
-            compared = self.both.compare(fit.leaf.group.name, fit.row, paths, all_of_them=False)
-            equal.append(compared.equal)
-            changed.append((dataclasses.replace(fit, row=compared.row), compared.cosine is not None))
-        known = all(one for _, one in changed)
-        return Candidate(tuple(fit for fit, _ in changed), score, same, known and all(equal), known)
+        score = 1.0 if same else factor * similarity(own, other)
+        compared = [self._compared(fit) for fit in together]
+        return Candidate(tuple(fit for fit, _ in compared), score, same, all(equal for _, equal in compared))
+
+    def _compared(self, fit: Fit) -> tuple[Fit, bool]:
+        """Returns a fit with the row that fits the values of the first leaf, and whether they are equal."""
+        paths = list(fit.leaf.group.members.values())
+        for row in (fit.row, *fit.others):
+            compared = self.both.compare(fit.leaf.group.name, row, paths, all_of_them=False)
+            if compared.equal:
+                return dataclasses.replace(fit, row=compared.row), True
+        return fit, False
 
     def _pair(self, candidates: list[Candidate]) -> set[str]:
         """Takes the best candidates, adds their rows, and returns the names of what they take."""
-        left, taken = sorted(candidates, key=lambda one: one.rank, reverse=True), set[str]()
-        while left:
-            best, *rest = left
-            rivals = [one for one in rest if best.shares(one)]
+        taken = set[str]()
+        for best, rivals in _best(candidates):
             unique = not any(best.shares(one) for one in candidates if one is not best)
             self._add(best, rivals, unique)
             taken |= best.leaves | best.tensors
-            left = [one for one in rest if not best.shares(one)]
         return taken
 
     def _add(self, best: Candidate, rivals: Sequence[Candidate], unique: bool) -> None:
         for fit in best.fits:
             group = fit.leaf.group
             compared = self.both.compare(group.name, fit.row, list(group.members.values()), all_of_them=True)
-            confidence, reasons = self._confidence(best, fit, rivals, unique)
             if compared.equal:
-                confidence, reasons = "sure", ["values are equal"]
-            elif compared.cosine is not None:
-                reasons.append(f"values differ, cosine {compared.cosine:.2f}")
-                confidence = "unsure"
-            row = fit.row
-            self.rows.append(GuessedRow(group.name, row, confidence, tuple(reasons), group.members))
+                equal = [one for one in rivals if one.equal]
+                confidence, reasons = self._confidence(
+                    best, dataclasses.replace(fit, open=(), doubtful=()), equal, False
+                )
+                confidence, reasons = ("unsure", reasons) if confidence == "unsure" else ("sure", [])
+                reasons = ["values are equal", *reasons]
+            else:
+                confidence, reasons = self._confidence(best, fit, rivals, unique)
+            if compared.cosine is not None and not compared.equal:
+                confidence, reasons = "unsure", [*reasons, f"values differ, cosine {compared.cosine:.2f}"]
+            self.rows.append(GuessedRow(group.name, fit.row, confidence, tuple(reasons), group.members))
 
     def _confidence(
         self, best: Candidate, fit: Fit, rivals: Sequence[Candidate], unique: bool
     ) -> tuple[Confidence, list[str]]:
-        reasons = [*fit.doubtful, *fit.open]
+        open_questions = [*fit.open]
+        if (
+            not best.equal
+            and fit.row.kind == "linear"
+            and {"q", "k"} & set[str]().union(*(one.last for one in fit.tensors))
+        ):
+            open_questions.append("a rotary order or a factor would show in values only")
+        reasons = [*fit.doubtful, *open_questions]
         next_best = max((one.score for one in rivals), default=0.0)
-        if fit.doubtful:
+        inner = next((one for one in rivals if _is_within(one, best)), None)
+        if inner is not None:
+            reasons.append(f"{next(iter(inner.tensors))!r} has this shape as well")
+        if fit.doubtful or inner is not None:
             return "unsure", reasons
         if best.same_name:
-            return "likely" if fit.open else "sure", ["the same name", *reasons]
+            return "likely" if open_questions else "sure", ["the same name", *reasons]
         if unique:
-            return "likely" if fit.open else "sure", ["no other has its shape", *reasons]
+            return "likely" if open_questions else "sure", ["no other has its shape", *reasons]
         if rivals and best.score - next_best < _MARGIN:
             other = max(rivals, key=lambda one: one.score)
             module = " + ".join(tensor.module for tensor in other.fits[0].tensors)
@@ -212,19 +242,19 @@ class Proposal:
         return found
 
 
-def conventions(leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> Conventions:
-    """Returns what most matrices whose shapes show it have: kernels `(out, in)`, and modules `Conv1D`."""
-    with_bias = [one for one in tensors if len(one.group.shape) == 2 and one.bias in one.group.shape]
-    unequal = [one for one in with_bias if one.group.shape[0] != one.group.shape[1]]
-    conv1d = sum(one.group.shape[1] == one.bias for one in unequal) * 2 > len(unequal)
-    out_first, total = 0, 0
-    for leaf in leaves:
-        for tensor in unequal:
-            batch = stack_axes(leaf, tensor)
-            if batch is not None and sorted(leaf.group.shape[len(batch) :]) == sorted(tensor.group.shape):
-                total += 1
-                out_first += leaf.group.shape[-1] != tensor.bias
-    return Conventions(out_first=out_first * 2 > total, conv1d=conv1d)
+def _best(candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, list[Candidate]]]:
+    """Yields the candidates to take, best first, each with those that it excludes."""
+    left = sorted(candidates, key=lambda one: one.rank, reverse=True)
+    while left:
+        best, *rest = left
+        yield best, [one for one in rest if best.shares(one)]
+        left = [one for one in rest if not best.shares(one)]
+
+
+def _is_within(one: Candidate, other: Candidate) -> bool:
+    """Whether a candidate is a tensor of a module within that of another, such as of a head's decoder."""
+    outer = other.fits[0].tensors[0]
+    return one.leaves == other.leaves and one.fits[0].tensors[0].module.startswith(f"{outer.module}.")
 
 
 def _width(group: Group, tensor: Tensor) -> int:
