@@ -11,13 +11,10 @@ import numpy as np
 import torch
 import transformers
 from flax import nnx
+from torch_pairs import with_torch_values
 
 import lora_jax as lj
 from lora_jax import peft
-from lora_jax._core.paths import flatten, unflatten
-from lora_jax.peft._layout import outputs_from_torch
-from lora_jax.peft._names import from_torch
-from lora_jax.peft._sites import compiled, find, sites, without_own_heads
 
 WORDS = {"vocab_size": 31, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 16}
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 6, "rms_norm_eps": 1e-6}
@@ -127,20 +124,3 @@ def apply_of(call, rest):
         return logits
 
     return apply
-
-
-def with_torch_values(params, mapping, state):
-    """The tree with the values of a torch model, moved through the mapping."""
-    leaves, treedef = flatten(params)
-    rows, found = without_own_heads(compiled(mapping), leaves), {}
-    for path, leaf in leaves.items():
-        result = None
-        for site in sites(path, leaf.shape, find(path, rows)):
-            layout, kind = site.layout, "vector" if site.row.kind == "vector" else "kernel"
-            tensor = state[f"{site.module}.{site.row.parameter}"].detach().numpy()
-            matrix = outputs_from_torch(from_torch(f"saved.{site.row.parameter}", tensor, layout), site.part)
-            if result is None:
-                result = layout.to_matrix(kind, np.zeros(leaf.shape, np.float32))
-            result[(*site.index, ..., site.outputs)] = matrix
-        found[path] = jnp.asarray(layout.from_matrix(kind, result))
-    return unflatten(treedef, found)

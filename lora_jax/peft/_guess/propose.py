@@ -8,44 +8,14 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .._rows import Part, Row
+from .candidates import Candidate, best_of, judged
 from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes
 from .groups import Group, Shape
 from .names import Names, is_table, owner, similarity, vector_parameter
 from .result import Confidence, GuessedRow
 from .values import Both
 
-_MARGIN = 0.05  # of similarity, to the next candidate
-_ALIKE = 0.15  # the least similarity of names that say something
 _TURNED, _NOT_THE_SAME = 0.6, 0.99  # of the similarity, for a kernel that is `(out, in)` where others are not
-
-
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """Fits that are taken together, and how similar the names are."""
-
-    fits: tuple[Fit, ...]
-    score: float
-    same_name: bool
-    equal: bool = False
-
-    @property
-    def leaves(self) -> frozenset[str]:
-        """The leaves that it takes."""
-        return frozenset(fit.leaf.group.name for fit in self.fits)
-
-    @property
-    def tensors(self) -> frozenset[str]:
-        """The tensors that it takes."""
-        return frozenset(tensor.group.name for fit in self.fits for tensor in fit.tensors)
-
-    def shares(self, other: Candidate) -> bool:
-        """Whether only one of the two can be taken."""
-        return bool(self.leaves & other.leaves or self.tensors & other.tensors)
-
-    @property
-    def rank(self) -> tuple[bool, float, int]:
-        """A key that is larger for better candidates."""
-        return self.equal, self.score, -len(self.fits[0].open)
 
 
 class Proposal:
@@ -100,7 +70,7 @@ class Proposal:
         conv1d = sum(one.group.shape[1] == one.bias for one in unequal) * 2 > len(unequal)
         flax = Conventions(out_first=None, conv1d=conv1d)
         rows = [
-            fit.row for best, _ in _best(self._kernels_by(leaves, tensors, flax)) for fit in best.fits if not fit.open
+            fit.row for best in best_of(self._kernels_by(leaves, tensors, flax)) for fit in best.fits if not fit.open
         ]
         out_first = sum(row.axes == "oi" for row in rows) > sum(
             row.axes is None and row.kind == "linear" for row in rows
@@ -161,60 +131,31 @@ class Proposal:
 
     def _pair(self, candidates: list[Candidate]) -> set[str]:
         """Takes the best candidates, adds their rows, and returns the names of what they take."""
-        taken = set[str]()
-        for best, rivals in _best(candidates):
-            unique = not any(best.shares(one) for one in candidates if one is not best)
-            self._add(best, rivals, unique)
-            taken |= best.leaves | best.tensors
+        taken, unsure = set[str](), set[str]()
+        for best in best_of(candidates):
+            others = [one for one in candidates if one is not best and best.shares(one)]
+            # What only an unsure choice has taken is still a rival.
+            rivals = [one for one in others if not (one.names - best.names) & (taken - unsure)]
+            for fit in best.fits:
+                if self._add(best, fit, rivals, unique=not others) == "unsure":
+                    unsure |= best.names
+            taken |= best.names
         return taken
 
-    def _add(self, best: Candidate, rivals: Sequence[Candidate], unique: bool) -> None:
-        for fit in best.fits:
-            group = fit.leaf.group
-            compared = self.both.compare(group.name, fit.row, list(group.members.values()), all_of_them=True)
-            if compared.equal:
-                equal = [one for one in rivals if one.equal]
-                confidence, reasons = self._confidence(
-                    best, dataclasses.replace(fit, open=(), doubtful=()), equal, False
-                )
-                confidence, reasons = ("unsure", reasons) if confidence == "unsure" else ("sure", [])
-                reasons = ["values are equal", *reasons]
-            else:
-                confidence, reasons = self._confidence(best, fit, rivals, unique)
-            if compared.cosine is not None and not compared.equal:
-                confidence, reasons = "unsure", [*reasons, f"values differ, cosine {compared.cosine:.2f}"]
-            self.rows.append(GuessedRow(group.name, fit.row, confidence, tuple(reasons), group.members))
-
-    def _confidence(
-        self, best: Candidate, fit: Fit, rivals: Sequence[Candidate], unique: bool
-    ) -> tuple[Confidence, list[str]]:
-        open_questions = [*fit.open]
-        if (
-            not best.equal
-            and fit.row.kind == "linear"
-            and {"q", "k"} & set[str]().union(*(one.last for one in fit.tensors))
-        ):
-            open_questions.append("a rotary order or a factor would show in values only")
-        reasons = [*fit.doubtful, *open_questions]
-        next_best = max((one.score for one in rivals), default=0.0)
-        inner = next((one for one in rivals if _is_within(one, best)), None)
-        if inner is not None:
-            reasons.append(f"{next(iter(inner.tensors))!r} has this shape as well")
-        if fit.doubtful or inner is not None:
-            return "unsure", reasons
-        if best.same_name:
-            return "likely" if open_questions else "sure", ["the same name", *reasons]
-        if unique:
-            return "likely" if open_questions else "sure", ["no other has its shape", *reasons]
-        if rivals and best.score - next_best < _MARGIN:
-            other = max(rivals, key=lambda one: one.score)
-            module = " + ".join(tensor.module for tensor in other.fits[0].tensors)
-            what = module if other.leaves == best.leaves else next(iter(other.leaves - best.leaves))
-            return "unsure", [f"its name is no nearer than {what!r}", *reasons]
-        if not rivals:
-            return "likely", ["of several with its shape, the one that is left", *reasons]
-        confidence: Confidence = "likely" if best.score >= _ALIKE else "unsure"
-        return confidence, ["of several with its shape, by name", *reasons]
+    def _add(self, best: Candidate, fit: Fit, rivals: Sequence[Candidate], *, unique: bool) -> Confidence:
+        """Adds a row, and returns how sure it is."""
+        group = fit.leaf.group
+        compared = self.both.compare(group.name, fit.row, list(group.members.values()), all_of_them=True)
+        confidence, reasons = judged(best, fit, rivals, unique=unique)
+        if compared.equal:
+            equal = [one for one in rivals if one.equal]
+            settled, reasons = judged(best, dataclasses.replace(fit, open=(), doubtful=()), equal, unique=False)
+            confidence = "unsure" if settled == "unsure" else "sure"
+            reasons = ["values are equal", *(reasons if confidence == "unsure" else [])]
+        elif compared.cosine is not None:
+            confidence, reasons = "unsure", [*reasons, f"values differ, cosine {compared.cosine:.2f}"]
+        self.rows.append(GuessedRow(group.name, fit.row, confidence, tuple(reasons), group.members))
+        return confidence
 
     def _beside(self, leaves: Sequence[Group], tensors: Sequence[Tensor], taken: set[str]) -> set[str]:
         """Adds rows of biases beside kernels and scales that have rows, and returns the names of what they take."""
@@ -240,21 +181,6 @@ class Proposal:
                 self.rows.append(GuessedRow(group.name, row, confidence, reasons, group.members))
                 found |= {group.name, *names}
         return found
-
-
-def _best(candidates: Iterable[Candidate]) -> Iterator[tuple[Candidate, list[Candidate]]]:
-    """Yields the candidates to take, best first, each with those that it excludes."""
-    left = sorted(candidates, key=lambda one: one.rank, reverse=True)
-    while left:
-        best, *rest = left
-        yield best, [one for one in rest if best.shares(one)]
-        left = [one for one in rest if not best.shares(one)]
-
-
-def _is_within(one: Candidate, other: Candidate) -> bool:
-    """Whether a candidate is a tensor of a module within that of another, such as of a head's decoder."""
-    outer = other.fits[0].tensors[0]
-    return one.leaves == other.leaves and one.fits[0].tensors[0].module.startswith(f"{outer.module}.")
 
 
 def _width(group: Group, tensor: Tensor) -> int:
