@@ -121,7 +121,8 @@ $(ORACLE)/installed: pyproject.toml
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
 	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
 	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 bitsandbytes==0.50.2 pytest -e ".[examples]"
-	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
+	$(ORACLE)/bin/python -m pip install --quiet einops jaxtyping
+	$(ORACLE)/bin/python -m pip install --quiet --no-deps google-tunix==0.1.7 $(DATA)  # of Tunix, models only
 	touch $@
 
 test-oracle: $(ORACLE)/installed

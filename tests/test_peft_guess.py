@@ -1,5 +1,6 @@
 """`peft.guess`: what it proposes, and what it does not claim to know. `oracle/test_peft_guess.py` has real models."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def test_values_show_the_rotary_order_and_a_factor() -> None:
     assert q_row[0] == peft.linear(Part("k_proj", interleaved=HD, factor=0.5), axes="ioo") and q_row[1] == "sure"
     assert k_row[0] == peft.linear(Part("q_proj", interleaved=HD), axes="ioo") and k_row[1] == "sure"
     shapes = peft.guess(params, {"q_proj.weight": (D, D), "k_proj.weight": (D, D)})
-    assert "a rotary order or a factor would show in values only" in row_of(shapes, "q/kernel")[2]
+    assert "values would show a rotary order" in row_of(shapes, "q/kernel")[2]
 
 
 def test_fused_kernels_are_divided_by_the_sizes_of_the_modules() -> None:
@@ -179,6 +180,19 @@ def test_the_norms_of_a_block_are_named_by_what_follows_them() -> None:
     assert modules(row_of(guess, "layers/0/attention_norm/scale")[0]) == ["model.layers.{i}.input_layernorm"]
     assert modules(row_of(guess, "layers/0/mlp_norm/scale")[0]) == ["model.layers.{i}.post_attention_layernorm"]
     assert {row.confidence for row in guess.rows} == {"likely"}
+
+
+def test_the_table_in_the_documentation_is_what_is_printed() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "peft.md").read_text()
+    (block,) = (
+        one for one in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "peft.guess" in one
+    )
+    kernels: Shapes = {"query": (2, 16, 4, 4), "up": (2, 16, 32), "down": (2, 32, 16)}
+    shapes = {f"layers/{name}/kernel": shape for name, shape in kernels.items()}
+    shapes |= {"layers/query/bias": (2, 4, 4), "head/kernel": (16, 3), "head/bias": (3,)}
+    names: dict[str, Any] = {"peft": peft, "params": tree(shapes)}
+    exec(block.split("print(")[0], names)
+    assert str(names["proposed"]) in text
 
 
 def test_a_guess_exports_and_loads(tmp_path: Path) -> None:

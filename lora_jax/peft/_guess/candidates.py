@@ -88,7 +88,7 @@ def judged(best: Candidate, fit: Fit, rivals: Sequence[Candidate], *, unique: bo
 def _only_values_show(best: Candidate, fit: Fit) -> list[str]:
     words = frozenset[str]().union(*(tensor.last for tensor in fit.tensors))
     rotated = fit.row.kind == "linear" and words & {"q", "k"} and not best.equal
-    return ["a rotary order or a factor would show in values only"] if rotated else []
+    return ["values would show a rotary order"] if rotated else []
 
 
 def _is_within(one: Candidate, other: Candidate) -> bool:

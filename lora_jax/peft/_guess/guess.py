@@ -38,12 +38,12 @@ def guess(
     >>> shapes = {"model.h.0.fc1.weight": (8, 4), "model.h.1.fc1.weight": (8, 4), "score.weight": (3, 4)}
     >>> found = lj.peft.guess(params, shapes)
     >>> found
-    leaf              torch                    axes  confidence  because
-    ────────────────  ───────────────────────  ────  ──────────  ──────────────────────
-    layers/up/kernel  model.h.{i}.fc1.weight         sure        no other has its shape
-    head/kernel       score.weight                   sure        no other has its shape
+    leaf              torch                   axes  confidence  because
+    ────────────────  ──────────────────────  ────  ──────────  ──────────────────────
+    head/kernel       score.weight                  sure        no other has its shape
+    layers/up/kernel  model.h.{i}.fc1.weight        sure        no other has its shape
     >>> list(found.mapping)
-    ['layers/up/kernel', 'head/kernel']
+    ['head/kernel', 'layers/up/kernel']
 
     Args:
       params: the parameter tree; arrays may be `ShapeDtypeStruct`s.
