@@ -138,6 +138,15 @@ def test_fused_kernels_are_divided_by_the_sizes_of_the_modules() -> None:
     assert {row.confidence for row in guess.rows} == {"likely"} and not guess.tensors
 
 
+def test_values_show_the_order_of_what_a_kernel_fuses() -> None:
+    params = tree({"mixer/w": (D, 2, F)})
+    values = {f"block.m{at}.weight": params["mixer/w"][:, 1 - at].T for at in range(2)}
+    (row,) = peft.guess(params, values).rows
+    assert row.row == peft.linear([Part("block.m1"), Part("block.m0")], axes="ioo") and row.confidence == "sure"
+    (row,) = peft.guess(params, {name: value.shape for name, value in values.items()}).rows
+    assert row.confidence == "unsure" and "fused: nothing states the order" in row.reasons
+
+
 def test_leaves_that_a_module_fuses_are_unsure_without_values() -> None:
     shapes = {f"attn/{name}/kernel": (D, D) for name in ("key", "query", "value")}
     params, biases = tree(shapes), {"h.c_attn.bias": (3 * D,)}

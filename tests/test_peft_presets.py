@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -14,6 +15,17 @@ import lora_jax as lj
 from lora_jax import peft
 
 REFERENCE = Path(__file__).parent / "data" / "presets"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_a_leaf_is_not_tied(tied: bool, tmp_path: Path) -> None:
+    params = {"embedder/input_embedding": jnp.ones((10, 8))} | ({} if tied else {"lm_head/w": jnp.ones((8, 10))})
+    part = lj.Adapter(lj.LoRA(rank=2, alpha=4), "io", a=jnp.ones((10, 2)), b=jnp.ones((2, 8)))
+    adapter, mapping = {"embedder/input_embedding": part}, peft.presets.tunix_llama3()
+    peft.export(tmp_path, adapter, mapping, base=params)
+    names = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    assert any("lm_head" in name for name in names) is tied
+    assert list(peft.load(tmp_path, mapping, params)) == list(adapter)
 
 
 def flax_model(name: str) -> Any:

@@ -121,7 +121,8 @@ def embedding(module: str, *, head: str | None = None) -> Row:
     Args:
       module: the torch module's name.
       head: the torch module of the output head, if it is tied to the table. An adapter of the table acts on both, so
-        both are written, and a file with only one of them is refused.
+        both are written, and a file with only one of them is refused. It is not tied if a leaf of the tree is its
+        kernel.
 
     Returns:
       The row.

@@ -166,31 +166,45 @@ def is_turned(fit: Fit, usual: Conventions) -> bool:
 
 def fused_fits(leaf: Leaf, tensors: Sequence[Tensor], usual: Conventions) -> Iterator[Fit]:
     """Yields the fit of a leaf that fuses some modules along its outputs, in the order that its name states."""
-    order = _fused_order(leaf.last)
-    places = in_order([tensor.last for tensor in tensors], order) if order else None
-    if places is None or len(places) != len(tensors):
-        return
-    ordered = tuple(tensors[at] for at in places)
+    if (order := _fused_order(leaf.last)) is not None:
+        named = [tensor for tensor in tensors if tensor.last & leaf.last]
+        places = in_order([tensor.last for tensor in named], order)
+        if places is not None and len(places) == len(named):
+            text = f"fused: in the order {', '.join(order.split())}"
+            yield from _fused(leaf, tuple(named[at] for at in places), usual, (text,), ())
+
+
+def unordered_fits(leaf: Leaf, tensors: Sequence[Tensor], usual: Conventions) -> Iterator[Fit]:
+    """Yields the fits of a leaf that fuses two or three modules of one parent, in all orders."""
+    for number in (2, 3) if len(tensors) <= _MOST_SIBLINGS else ():
+        for ordered in itertools.permutations(tensors, number):
+            yield from _fused(leaf, ordered, usual, (), ("fused: nothing states the order",))
+
+
+_MOST_SIBLINGS = 8
+
+
+def _fused(
+    leaf: Leaf, ordered: tuple[Tensor, ...], usual: Conventions, reasons: tuple[str, ...], doubts: tuple[str, ...]
+) -> Iterator[Fit]:
     conv1d = is_conv1d(ordered[0], usual)
     shapes = [tensor.group.shape[::-1] if conv1d else tensor.group.shape for tensor in ordered]
-    batches = {stack_axes(leaf, tensor) for tensor in ordered}
-    if len({d_in for _, d_in in shapes}) > 1 or len(batches) > 1 or None in batches:
+    batch = stack_axes(leaf, ordered[0])
+    if batch is None or any(stack_axes(leaf, tensor) != batch for tensor in ordered) or len({d for _, d in shapes}) > 1:
         return
     equal = len({d_out for d_out, _ in shapes}) == 1
     parts = tuple(
         Part(tensor.module, size=None if equal else d_out) for tensor, (d_out, _) in zip(ordered, shapes, strict=True)
     )
-    text = f"fused: in the order {', '.join(order.split())}"
     total = sum(d_out for d_out, _ in shapes)
-    (batch,) = batches
-    assert batch is not None
-    yield from _with_roles(leaf, ordered, parts, batch, shapes[0][1], total, conv1d, usual, (text,))
+    yield from _with_roles(leaf, ordered, parts, batch, shapes[0][1], total, conv1d, usual, reasons, doubts)
 
 
 def part_fits(leaves: Sequence[Leaf], tensor: Tensor, usual: Conventions) -> Iterator[Fit]:
     """Yields the fits of leaves that one module fuses along its outputs, in the order that its name states."""
-    order = _fused_order(tensor.last)
-    places = in_order([leaf.last for leaf in leaves], order) if order else None
+    if (order := _fused_order(tensor.last)) is None:
+        return
+    places = in_order([leaf.last for leaf in leaves], order)
     if places is None or len(places) != len(leaves) or any(stack_axes(leaf, tensor) is None for leaf in leaves):
         return
     rows, columns = tensor.group.shape

@@ -78,7 +78,7 @@ def _numbers(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[st
             below[path].add(segments[at + 1 :])
             if match := _NUMBERED.fullmatch(segment):
                 families[segments[:at], match[1]][int(match[2])] = path
-    found = {}
+    found: dict[tuple[str, ...], tuple[str, int]] = {}
     for (_, text), paths in families.items():
         same = len({frozenset(below[path]) for path in paths.values()}) == 1
         counted = sorted(paths) == list(range(len(paths)))

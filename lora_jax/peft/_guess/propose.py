@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .._rows import Part, Row
 from .candidates import Candidate, best_of, judged
-from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes
+from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes, unordered_fits
 from .groups import Group, Shape
 from .names import Names, is_table, owner, similarity, vector_parameter
 from .result import Confidence, GuessedRow
@@ -39,7 +39,8 @@ class Proposal:
         vectors = [one for one in torch if len(one.group.shape) == 1 and one.group.name not in taken]
         taken |= self._pair(list(self._vectors(rest, vectors)))
         taken |= self._beside(rest, torch, taken)
-        return tuple([group for group in groups if group.name not in taken] for groups in (leaves, tensors))
+        left, right = ([group for group in groups if group.name not in taken] for groups in (leaves, tensors))
+        return left, right
 
     def _leaf(self, group: Group) -> Leaf:
         paths = list(group.members.values())
@@ -84,13 +85,19 @@ class Proposal:
         leaves_by_parent: dict[str, list[Leaf]] = collections.defaultdict(list)
         for leaf in leaves:
             leaves_by_parent[_parent(owner(leaf.group.name), "/")].append(leaf)
-            for tensor in tensors:
-                for fit in fits(leaf, tensor, usual):
-                    yield self._candidate((fit,), _TURNED if is_turned(fit, usual) else _NOT_THE_SAME)
+            found = [fit for tensor in tensors for fit in fits(leaf, tensor, usual)]
+            for fit in found:
+                yield self._candidate((fit,), _TURNED if is_turned(fit, usual) else _NOT_THE_SAME)
             for siblings in by_parent.values():
-                named = [one for one in siblings if one.last & leaf.last and len(one.group.shape) == 2]
-                for fit in fused_fits(leaf, named, usual):
+                matrices = [tensor for tensor in siblings if len(tensor.group.shape) == 2]
+                for fit in fused_fits(leaf, matrices, usual):
+                    found.append(fit)
                     yield self._candidate((fit,))
+            for siblings in by_parent.values():
+                matrices = [tensor for tensor in siblings if len(tensor.group.shape) == 2]
+                for candidate in (self._candidate((fit,)) for fit in unordered_fits(leaf, matrices, usual)):
+                    if candidate.equal or not found:
+                        yield candidate
         for tensor in tensors:
             for others in leaves_by_parent.values() if len(tensor.group.shape) == 2 else ():
                 together = tuple(part_fits([one for one in others if one.last & tensor.last], tensor, usual))

@@ -11,14 +11,14 @@ import numpy as np
 
 from ..._core.base import dense
 from ..._core.values import is_concrete, on_host
-from .._layout import Values
-from .._module import module_value
+from .._layout import Layout, Values, outputs_to_torch
 from .._names import to_torch
-from .._rows import Part, Row
+from .._rows import Row
 from .._sites import Site, compiled, find, sites
 
 _EQUAL = 1e-4  # of 1 - cosine: the rounding of bfloat16 is less
 _FACTOR = 1e-2
+_MOST = 2**24  # values to compare of one tensor
 
 
 class Compared(NamedTuple):
@@ -49,23 +49,26 @@ class Both:
 
     def _with_parts(self, pattern: str, row: Row, path: str) -> Row:
         """Returns the row with the order of rotary positions and the factors that the values show."""
-        for interleaved in (None, *self._heads(pattern, row, path)):
-            parts = tuple(dataclasses.replace(part, interleaved=interleaved) for part in row.parts)
-            changed, found = dataclasses.replace(row, parts=parts), list[Part]()
-            for part, (got, expected, cosine) in zip(
-                parts, self._pairs(pattern, changed, path, first=True), strict=False
-            ):
-                if 1 - cosine < _EQUAL:
-                    factor = float(np.vdot(expected, got) / np.vdot(expected, expected))
-                    found.append(part if abs(factor - 1) < _FACTOR else dataclasses.replace(part, factor=factor))
-            if len(found) == len(parts):
+        plain = list(self._pairs(pattern, row, path, first=True))
+        turned = self._heads(pattern, row, path) if all(_may_be_permuted(one, other) for one, other, _ in plain) else []
+        for interleaved in (None, *turned):
+            parts, pairs = row.parts, plain
+            if interleaved is not None:
+                parts = tuple(dataclasses.replace(part, interleaved=interleaved) for part in row.parts)
+                pairs = list(self._pairs(pattern, dataclasses.replace(row, parts=parts), path, first=True))
+            if len(pairs) == len(parts) and all(1 - cosine < _EQUAL for _, _, cosine in pairs):
+                factors = [float(np.vdot(other, one) / np.vdot(other, other)) for one, other, _ in pairs]
+                found = [
+                    part if abs(factor - 1) < _FACTOR else dataclasses.replace(part, factor=factor)
+                    for part, factor in zip(parts, factors, strict=True)
+                ]
                 return dataclasses.replace(row, parts=tuple(found))
         return row
 
     def _heads(self, pattern: str, row: Row, path: str) -> list[int]:
         """Returns the sizes of heads to try: that of the last axis of outputs, or all that divide the outputs."""
         places = self._sites(pattern, row, path)
-        if row.kind == "embedding" or not places:
+        if row.kind != "linear" or not places:
             return []
         layout = places[0].layout
         width = min(site.last - site.first for site in places)
@@ -77,16 +80,17 @@ class Both:
         leaf = self.leaves[path]
         if isinstance(leaf, jax.ShapeDtypeStruct) or not all(map(is_concrete, jax.tree.leaves(leaf))):
             return
-        value = on_host(dense(leaf))
-        places = self._sites(pattern, row, path)
+        value, places = dense(leaf), self._sites(pattern, row, path)
         for site in places[: len(row.parts)] if first else places:
-            if (tensor := _array(self.tensors.get(f"{site.module}.{row.parameter}"))) is None:
+            if (tensor := self.tensors.get(f"{site.module}.{row.parameter}")) is None or _is_shape(tensor):
                 continue
-            got = _as_float(to_torch(f"saved.{row.parameter}", module_value(site, value), site.layout))
-            expected = _as_float(tensor)
             if site.part.of is not None:
-                axis = -1 if row.conv1d else 0
-                expected = np.take(expected, range(site.part.of[0], site.part.of[0] + site.last - site.first), axis)
+                outputs = slice(site.part.of[0], site.part.of[0] + site.last - site.first)
+                tensor = tensor[:, outputs] if row.conv1d and row.kind == "linear" else tensor[outputs]
+            got = _as_torch(site, value)
+            if (every := -(-got.size // _MOST)) > 1:  # of the inputs, so that large tables are not converted whole
+                got, tensor = got[:, ::every], tensor[:, ::every]
+            got, expected = np.asarray(got, np.float32), _on_host(tensor)
             if got.shape == expected.shape and (cosine := _cosine(got, expected)) is not None:
                 yield got, expected, cosine
 
@@ -96,16 +100,30 @@ class Both:
         return [] if isinstance(places, str) else places
 
 
-def _array(tensor: Any) -> Values | None:
-    """Returns the values of a tensor of torch, JAX or NumPy; None for a shape."""
-    if tensor is None or isinstance(tensor, list | tuple | jax.ShapeDtypeStruct):
-        return None
+def _as_torch(site: Site, value: Any) -> Values:
+    """Returns the values of one torch module: only its layer of a stack is read."""
+    axes, row, index = site.layout.axes, site.row, iter(site.index)
+    layer = on_host(value[tuple(next(index) if role == "b" else slice(None) for role in axes)])
+    layout = Layout(row, axes.replace("b", ""), layer.shape)
+    matrix = layout.to_matrix("vector" if row.kind == "vector" else "kernel", layer)
+    return to_torch(f"saved.{row.parameter}", outputs_to_torch(matrix[..., site.outputs], site.part), layout)
+
+
+def _is_shape(tensor: Any) -> bool:
+    return isinstance(tensor, list | tuple | jax.ShapeDtypeStruct)
+
+
+def _on_host(tensor: Any) -> Values:
+    """Returns the values of an array of torch, JAX or NumPy."""
     detach = getattr(tensor, "detach", None)  # torch's
-    return np.asarray(tensor if detach is None else detach().float().cpu().numpy())
+    return np.asarray(tensor if detach is None else detach().float().cpu().numpy(), np.float32)
 
 
-def _as_float(array: Values) -> Values:
-    return np.asarray(array, np.float32)
+def _may_be_permuted(one: Values, other: Values) -> bool:
+    """Whether two matrices may have the same rows up to a factor, by the norms of these."""
+    norms = [np.sort(np.linalg.norm(matrix.reshape(len(matrix), -1), axis=1)) for matrix in (one, other)]
+    first, second = (norm / max(norm.sum(), 1e-30) for norm in norms)
+    return np.allclose(first, second, rtol=_FACTOR, atol=0)
 
 
 def _cosine(one: Values, other: Values) -> float | None:
