@@ -13,6 +13,7 @@ import lora_jax as lj
 from lora_jax import peft
 from lora_jax._core.uses import Kernel
 from lora_jax.peft import Guess, Part, Row
+from lora_jax.peft._guess import values
 
 L, D, H, HD, F, V = 2, 8, 2, 4, 12, 10
 Shapes = dict[str, tuple[int, ...]]
@@ -92,8 +93,8 @@ def test_the_orientation_of_a_square_matrix_is_never_silently_a_convention() -> 
         )
         assert (row.axes, confidence) == (expected, "sure")
     params = tree(shapes)
-    for values, axes in [(params["a/kernel"].T, None), (params["a/kernel"], "oi")]:
-        row, confidence, _ = row_of(peft.guess(params, {"a.weight": values}), "a/kernel")
+    for array, axes in [(params["a/kernel"].T, None), (params["a/kernel"], "oi")]:
+        row, confidence, _ = row_of(peft.guess(params, {"a.weight": array}), "a/kernel")
         assert (row.axes, confidence) == (axes, "sure")
     _, confidence, reasons = row_of(peft.guess(params, {"a.weight": random(D, D, seed=9)}), "a/kernel")
     assert confidence == "unsure" and "values differ, cosine" in reasons
@@ -107,11 +108,11 @@ def test_modules_of_one_shape_with_names_that_say_nothing_are_unsure() -> None:
     assert guess.rows[0].reasons == ("its name is not much nearer than that of 'block.omega.weight'",)
     assert guess.unsure == guess.rows
     params = tree(shapes)
-    values = {
+    arrays = {
         "block.alpha.weight": params["mixer/second/kernel"].T,
         "block.omega.weight": params["mixer/first/kernel"].T,
     }
-    guess = peft.guess(params, values)
+    guess = peft.guess(params, arrays)
     assert [modules(row.row) for row in guess.rows] == [["block.omega"], ["block.alpha"]]
     assert [row.confidence for row in guess.rows] == ["sure", "sure"]
 
@@ -129,6 +130,23 @@ def test_values_show_the_rotary_order_and_a_factor() -> None:
     assert "values would show a rotary order" in row_of(shapes, "q/kernel")[2]
 
 
+@pytest.mark.parametrize("most", [2**20, 20])
+def test_of_large_leaves_some_of_the_inputs_are_compared(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values, "_MOST", most)
+    params = tree({"q": (L, H, D, HD), "out": (L, H, HD, D), "table": (V, D), "fc/w": (F, D)})
+    torch = {"y.weight": params["table"], "x.weight": params["fc/w"].T, "x.bias": np.ones(F)}
+    for i in range(L):
+        torch[f"h.{i}.a.weight"] = params["q"][i].transpose(0, 2, 1).reshape(-1, D)
+        torch[f"h.{i}.b.weight"] = params["out"][i].reshape(-1, D).T
+    guess = peft.guess(params, torch)
+    assert [row.confidence for row in guess.rows] == ["sure"] * 4, guess
+    assert guess.mapping["q"] == peft.linear("h.{i}.a", axes="boio")
+    assert guess.mapping["out"] == peft.linear("h.{i}.b", axes="biio")
+    assert guess.mapping["fc/w"] == peft.linear("x", axes="oi", conv1d=True)
+    torch["h.1.a.weight"] = torch["h.0.a.weight"]  # a second layer that differs
+    assert row_of(peft.guess(params, torch), "q")[1] == "unsure"
+
+
 def test_fused_kernels_are_divided_by_the_sizes_of_the_modules() -> None:
     torch = {"attn.q_proj.weight": (D, D), "attn.k_proj.weight": (4, D), "attn.v_proj.weight": (4, D)}
     torch |= {f"attn.{name}_proj.bias": (size,) for name, size in {"q": D, "k": 4, "v": 4}.items()}
@@ -140,10 +158,10 @@ def test_fused_kernels_are_divided_by_the_sizes_of_the_modules() -> None:
 
 def test_values_show_the_order_of_what_a_kernel_fuses() -> None:
     params = tree({"mixer/w": (D, 2, F)})
-    values = {f"block.m{at}.weight": params["mixer/w"][:, 1 - at].T for at in range(2)}
-    (row,) = peft.guess(params, values).rows
+    arrays = {f"block.m{at}.weight": params["mixer/w"][:, 1 - at].T for at in range(2)}
+    (row,) = peft.guess(params, arrays).rows
     assert row.row == peft.linear([Part("block.m1"), Part("block.m0")], axes="ioo") and row.confidence == "sure"
-    (row,) = peft.guess(params, {name: value.shape for name, value in values.items()}).rows
+    (row,) = peft.guess(params, {name: value.shape for name, value in arrays.items()}).rows
     assert row.confidence == "unsure" and "fused: nothing states the order" in row.reasons
 
 
@@ -166,8 +184,8 @@ def test_a_tied_head_is_part_of_the_row_of_the_table() -> None:
     own = peft.guess(tree({"embedder/input_embedding": (V, D), "lm_head/kernel": (D, V)}), torch).mapping
     assert own["embedder/input_embedding"].head is None and own["lm_head/kernel"] == peft.linear("lm_head")
     params = tree({"table": (V, D)})
-    values = {"words.weight": params["table"], "decoder.weight": params["table"]}
-    row, confidence, _ = row_of(peft.guess(params, values), "table")
+    arrays = {"words.weight": params["table"], "decoder.weight": params["table"]}
+    row, confidence, _ = row_of(peft.guess(params, arrays), "table")
     assert confidence in ("sure", "unsure") and modules(row) in (["words"], ["decoder"])
 
 

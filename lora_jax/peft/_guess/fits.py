@@ -232,7 +232,7 @@ def _fused_order(last: Words) -> str | None:
 
 def stack_axes(leaf: Leaf, tensor: Tensor) -> tuple[int, ...] | None:
     """Returns the axes along which a leaf stacks torch modules; None if their numbers do not fit."""
-    own, other = set(leaf.group.members), set(tensor.group.members)
+    own, other = leaf.group.members.keys(), tensor.group.members.keys()
     extra = len(next(iter(other))) - len(next(iter(own)))
     if extra < 0 or extra > len(leaf.group.shape):
         return None
@@ -241,8 +241,10 @@ def stack_axes(leaf: Leaf, tensor: Tensor) -> tuple[int, ...] | None:
         axes = tuple(axis for axis, role in enumerate(leaf.axes) if role == "b")
         if len(axes) != extra:
             return None
-    sizes = [range(leaf.group.shape[axis]) for axis in axes]
-    stacked: set[Index] = {(*index, *more) for index in own for more in itertools.product(*sizes)}
+    sizes = [leaf.group.shape[axis] for axis in axes]
+    if len(own) * math.prod(sizes) != len(other):
+        return None
+    stacked: set[Index] = {(*index, *more) for index in own for more in itertools.product(*map(range, sizes))}
     return axes if stacked == other else None
 
 

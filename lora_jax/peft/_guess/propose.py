@@ -95,7 +95,9 @@ class Proposal:
                     yield self._candidate((fit,))
             for siblings in by_parent.values():
                 matrices = [tensor for tensor in siblings if len(tensor.group.shape) == 2]
-                for candidate in (self._candidate((fit,)) for fit in unordered_fits(leaf, matrices, usual)):
+                named = [fit.row.parts for fit in found]
+                others = (fit for fit in unordered_fits(leaf, matrices, usual) if fit.row.parts not in named)
+                for candidate in (self._candidate((fit,)) for fit in others):
                     if candidate.equal or not found:
                         yield candidate
         for tensor in tensors:

@@ -18,7 +18,7 @@ from .._sites import Site, compiled, find, sites
 
 _EQUAL = 1e-4  # of 1 - cosine: the rounding of bfloat16 is less
 _FACTOR = 1e-2
-_MOST = 2**24  # values to compare of one tensor
+_MOST = 2**20  # values to compare of one tensor
 
 
 class Compared(NamedTuple):
@@ -87,10 +87,7 @@ class Both:
             if site.part.of is not None:
                 outputs = slice(site.part.of[0], site.part.of[0] + site.last - site.first)
                 tensor = tensor[:, outputs] if row.conv1d and row.kind == "linear" else tensor[outputs]
-            got = _as_torch(site, value)
-            if (every := -(-got.size // _MOST)) > 1:  # of the inputs, so that large tables are not converted whole
-                got, tensor = got[:, ::every], tensor[:, ::every]
-            got, expected = np.asarray(got, np.float32), _on_host(tensor)
+            got, expected = _as_torch(site, value, tensor)
             if got.shape == expected.shape and (cosine := _cosine(got, expected)) is not None:
                 yield got, expected, cosine
 
@@ -100,13 +97,23 @@ class Both:
         return [] if isinstance(places, str) else places
 
 
-def _as_torch(site: Site, value: Any) -> Values:
-    """Returns the values of one torch module: only its layer of a stack is read."""
+def _as_torch(site: Site, value: Any, tensor: Any) -> tuple[Values, Values]:
+    """Returns the values of one torch module, from the leaf and from torch; of large ones, some of the inputs."""
     axes, row, index = site.layout.axes, site.row, iter(site.index)
-    layer = on_host(value[tuple(next(index) if role == "b" else slice(None) for role in axes)])
-    layout = Layout(row, axes.replace("b", ""), layer.shape)
-    matrix = layout.to_matrix("vector" if row.kind == "vector" else "kernel", layer)
-    return to_torch(f"saved.{row.parameter}", outputs_to_torch(matrix[..., site.outputs], site.part), layout)
+    layer = value[tuple(next(index) if role == "b" else slice(None) for role in axes)]
+    layout, every = Layout(row, axes.replace("b", ""), tuple(layer.shape)), 1
+    if row.kind in ("linear", "embedding") and (every := -(-layer.size // _MOST)) > 1:
+        axis, width = layout.inputs[0], layout.d_in
+        layer = layer[tuple(slice(None, None, every if at == axis else None) for at in range(layer.ndim))]
+        first, (rows, columns) = layout.shape[axis], tensor.shape
+        if row.kind == "embedding" or row.conv1d:
+            tensor = tensor.reshape(first, width // first, columns)[::every].reshape(-1, columns)
+        else:
+            tensor = tensor.reshape(rows, first, width // first)[:, ::every].reshape(rows, -1)
+        layout = dataclasses.replace(layout, shape=tuple(layer.shape))
+    matrix = layout.to_matrix("vector" if row.kind == "vector" else "kernel", on_host(layer))
+    got = to_torch(f"saved.{row.parameter}", outputs_to_torch(matrix[..., site.outputs], site.part), layout)
+    return np.asarray(got, np.float32), _on_host(tensor)
 
 
 def _is_shape(tensor: Any) -> bool:
