@@ -96,8 +96,8 @@ class Proposal:
             for siblings in by_parent.values():
                 matrices = [tensor for tensor in siblings if len(tensor.group.shape) == 2]
                 named = [fit.row.parts for fit in found]
-                others = (fit for fit in unordered_fits(leaf, matrices, usual) if fit.row.parts not in named)
-                for candidate in (self._candidate((fit,)) for fit in others):
+                orders = (fit for fit in unordered_fits(leaf, matrices, usual) if fit.row.parts not in named)
+                for candidate in (self._candidate((fit,)) for fit in orders):
                     if candidate.equal or not found:
                         yield candidate
         for tensor in tensors:
