@@ -167,14 +167,15 @@ def test_values_show_the_order_of_what_a_kernel_fuses() -> None:
 
 def test_leaves_that_a_module_fuses_are_unsure_without_values() -> None:
     shapes = {f"attn/{name}/kernel": (D, D) for name in ("key", "query", "value")}
-    params, biases = tree(shapes), {"h.c_attn.bias": (3 * D,)}
+    params, biases = tree(shapes | {"attn/key/bias": (D,)}), {"h.c_attn.bias": (3 * D,)}
     guess = peft.guess(params, biases | {"h.c_attn.weight": (D, 3 * D)})
     row, confidence, reasons = row_of(guess, "attn/key/kernel")
     assert row == peft.linear(Part("h.c_attn", of=(D, 3 * D)), conv1d=True) and confidence == "unsure"
     assert "one of q, k, v in a module that fuses them, by the convention of their order" in reasons
     fused = np.concatenate([params[f"attn/{name}/kernel"] for name in ("query", "key", "value")], axis=1)
     guess = peft.guess(params, biases | {"h.c_attn.weight": fused})
-    assert [row.confidence for row in guess.rows] == ["sure"] * 3
+    assert [row.confidence for row in guess.rows] == ["sure"] * 4
+    assert guess.mapping["attn/key/bias"] == peft.vector(Part("h.c_attn", of=(D, 3 * D)))
 
 
 def test_a_tied_head_is_part_of_the_row_of_the_table() -> None:
@@ -220,6 +221,14 @@ def test_the_table_in_the_documentation_is_what_is_printed() -> None:
     names: dict[str, Any] = {"peft": peft, "params": tree(shapes)}
     exec(block.split("print(")[0], names)
     assert str(names["proposed"]) in text
+
+
+def test_a_leaf_without_the_name_of_a_parameter_is_not_sure() -> None:
+    for path in ("norm/offsets", "rope/frequencies"):
+        _, confidence, reasons = row_of(peft.guess(tree({path: (7,)}), {"model.norm.weight": (7,)}), path)
+        assert confidence == "likely" and "its name is not that of a bias or a scale" in reasons
+    _, confidence, reasons = row_of(peft.guess(tree({"a/kernel": (D, F)}), {"x.weight": (F, D)}), "a/kernel")
+    assert confidence == "likely" and reasons == "no other has its shape, and their names share no word"
 
 
 def test_a_guess_exports_and_loads(tmp_path: Path) -> None:

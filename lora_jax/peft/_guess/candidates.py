@@ -74,8 +74,10 @@ def judged(best: Candidate, fit: Fit, rivals: Sequence[Candidate], *, unique: bo
     settled: Confidence = "likely" if still_open else "sure"
     if best.same_name:
         return settled, ["the same name", *reasons]
-    if unique:
+    if unique and best.score:
         return settled, ["no other has its shape", *reasons]
+    if unique:
+        return "likely", ["no other has its shape, and their names share no word", *reasons]
     if not rivals:
         return "likely", ["of several with its shape, the one that is left", *reasons]
     other = max(rivals, key=lambda one: one.score)

@@ -35,13 +35,13 @@ def guess(
 
     >>> import jax.numpy as jnp, lora_jax as lj
     >>> params = {"layers": {"up": {"kernel": jnp.ones((2, 4, 8))}}, "head": {"kernel": jnp.ones((4, 3))}}
-    >>> shapes = {"model.h.0.fc1.weight": (8, 4), "model.h.1.fc1.weight": (8, 4), "score.weight": (3, 4)}
+    >>> shapes = {"model.h.0.fc_up.weight": (8, 4), "model.h.1.fc_up.weight": (8, 4), "score.weight": (3, 4)}
     >>> found = lj.peft.guess(params, shapes)
     >>> found
-    leaf              torch                   axes  confidence  because
-    ────────────────  ──────────────────────  ────  ──────────  ──────────────────────
-    head/kernel       score.weight                  sure        no other has its shape
-    layers/up/kernel  model.h.{i}.fc1.weight        sure        no other has its shape
+    leaf              torch                     axes  confidence  because
+    ────────────────  ────────────────────────  ────  ──────────  ─────────────────────────────────────────────────────
+    head/kernel       score.weight                    likely      no other has its shape, and their names share no word
+    layers/up/kernel  model.h.{i}.fc_up.weight        sure        no other has its shape
     >>> list(found.mapping)
     ['head/kernel', 'layers/up/kernel']
 

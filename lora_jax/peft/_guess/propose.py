@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from .._rows import Part, Row
 from .candidates import Candidate, best_of, judged
 from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes, unordered_fits
-from .groups import Group, Shape
+from .groups import Group, Shape, shape_of
 from .names import Names, is_table, owner, similarity, vector_parameter
 from .result import Confidence, GuessedRow
 from .values import Both
@@ -53,13 +53,13 @@ class Proposal:
         return len(group.shape) >= 2 and not group.name.endswith(("bias", "scale"))
 
     def _tensors(self, groups: Iterable[Group]) -> Iterator[Tensor]:
-        by_name = {group.name: group for group in groups}
-        for group in by_name.values():
+        for group in groups:
             module, _, parameter = group.name.rpartition(".")
             if module and parameter in ("weight", "bias"):
-                bias = by_name.get(f"{module}.bias")
-                size = None if bias is None or len(bias.shape) != 1 else bias.shape[0]
-                yield Tensor(group, module, parameter, size, self.other.last(module))
+                first = next(iter(group.members.values())).rpartition(".")[0]
+                bias = self.both.tensors.get(f"{first}.bias")
+                shape = () if bias is None else shape_of(bias)
+                yield Tensor(group, module, parameter, shape[0] if len(shape) == 1 else None, self.other.last(module))
 
     def _kernels(self, leaves: Sequence[Leaf], tensors: Sequence[Tensor]) -> Iterator[Candidate]:
         yield from self._kernels_by(leaves, tensors, self._conventions(leaves, tensors))
@@ -107,8 +107,11 @@ class Proposal:
                     yield self._candidate(together)
 
     def _vectors(self, leaves: Sequence[Group], tensors: Sequence[Tensor]) -> Iterator[Candidate]:
+        kernels = {owner(group.name) for group in leaves if self._may_be_kernel(group)}
+        kernels |= {owner(row.pattern) for row in self.rows if row.row.kind != "vector"}
         for group in leaves:
             leaf, parameter = self._leaf(group), vector_parameter(group.name)
+            apart = ("apart from its kernel",) if owner(group.name) in kernels else ()
             for tensor in tensors:
                 batch = stack_axes(dataclasses.replace(leaf, axes=None), tensor)
                 if batch is None or parameter not in (tensor.parameter, None):
@@ -116,7 +119,8 @@ class Proposal:
                 core = group.shape[len(batch) :]
                 if math.prod(core) == tensor.group.shape[0] and (len(core) == 1 or (core and parameter)):
                     row = Row(kind="vector", parts=(Part(tensor.module),), parameter=tensor.parameter)
-                    yield self._candidate((Fit(leaf, (tensor,), row),))
+                    still_open = () if parameter else ("its name is not that of a bias or a scale",)
+                    yield self._candidate((Fit(leaf, (tensor,), row, (), still_open, apart),))
 
     def _candidate(self, together: tuple[Fit, ...], factor: float = _NOT_THE_SAME) -> Candidate:
         """Compares the names, and the values of one leaf of each fit."""
@@ -178,8 +182,10 @@ class Proposal:
             if guessed.row.kind == "embedding" or any(name not in by_name or name in taken for name in names):
                 continue
             row = Row(kind="vector", parts=guessed.row.parts, parameter="bias")
+            width = _width(group, by_name[names[0]])
             sizes = [by_name[name].group.shape[0] for name in names]
-            if guessed.paths.keys() == group.members.keys() and _width(group, by_name[names[0]]) == sum(sizes):
+            fits_beside = width == sum(sizes) or guessed.row.parts[0].of is not None  # the kernel has that size
+            if guessed.paths.keys() == group.members.keys() and fits_beside:
                 confidence, reasons = guessed.confidence, ("beside its kernel",)
                 compared = self.both.compare(group.name, row, list(group.members.values()), all_of_them=True)
                 if compared.cosine is not None:

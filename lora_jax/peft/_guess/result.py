@@ -21,8 +21,8 @@ class GuessedRow:
     Attributes:
       pattern: the pattern of the paths.
       row: the row.
-      confidence: `"sure"` if values are equal, or if shapes and traced axes leave no other choice; `"likely"` if names
-        or conventions decide; `"unsure"` if nothing does.
+      confidence: `"sure"` if values are equal, or if names agree and shapes and axes leave no other choice; `"likely"`
+        if names or conventions decide; `"unsure"` if nothing does.
       reasons: what the choice rests on.
       paths: the leaves, by their numbers in the pattern.
     """
