@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ MODELS: dict[str, tuple[str, dict[str, Any], str, list[str]]] = {
         "CLIPModel",
         ["q_proj", "k_proj", "out_proj", "fc1", "fc2", "patch_embedding", "visual_projection", "text_projection"],
     ),
+    "bart": (
+        "BartConfig",
+        _WORDS
+        | _PARTS
+        | {"d_model": 12, "max_position_embeddings": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | {"decoder_start_token_id": 1, "forced_eos_token_id": None},
+        "BartForConditionalGeneration",
+        ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"],
+    ),
     "whisper": (
         "WhisperConfig",
         _WORDS
@@ -73,7 +83,8 @@ def with_torch_values(params: Any, mapping: Any, state: dict[str, Any]) -> Any:
     rows, found = without_own_heads(compiled(mapping), leaves), {}
     for path, leaf in leaves.items():
         if (row := find(path, rows)) is None:
-            found[path] = np.asarray(state[path.replace("/", ".")])
+            name = re.sub(r"\.embedding$", ".weight", path.replace("/", "."))
+            found[path] = np.asarray(state[name], np.float32)
             assert found[path].shape == leaf.shape, path
             continue
         places = sites(path, leaf.shape, row)

@@ -10,6 +10,7 @@ The order of rows matters, as in a spec: `{"**/my_head/kernel": ..., **presets.b
 | `vit()` | `FlaxViT…` of `transformers` 4 | `ViT…` |
 | `clip()` | `FlaxCLIP…` of `transformers` 4 | `CLIP…` |
 | `whisper()` | `FlaxWhisper…` of `transformers` 4 | `Whisper…` |
+| `bart()` | `FlaxBart…` of `transformers` 4 | `Bart…` |
 | `smollm2()` | `Llama` of `examples/smollm2.py` | `LlamaForCausalLM` |
 | `tunix_llama3()`, `tunix_qwen3()` | `Llama3`, `Qwen2`, `Qwen3` of Tunix | `Llama…`, `Qwen2…`, `Qwen3ForCausalLM` |
 | `tunix_gemma2()`, `tunix_gemma3()` | `Gemma`, `Gemma3` of Tunix | `Gemma…`, `Gemma2…`, `Gemma3ForCausalLM` |
@@ -28,7 +29,7 @@ from ._presets_nnx import tunix_llama3 as tunix_llama3
 from ._presets_nnx import tunix_qwen3 as tunix_qwen3
 from ._rows import Row, conv, embedding, layer, norm, vector
 
-__all__ = ["bert", "clip", "gpt2", "roberta", "smollm2", "vit", "whisper"]
+__all__ = ["bart", "bert", "clip", "gpt2", "roberta", "smollm2", "vit", "whisper"]
 __all__ += ["bonsai_gemma3", "bonsai_llama3", "bonsai_qwen3"]
 __all__ += ["tunix_gemma2", "tunix_gemma3", "tunix_llama3", "tunix_qwen3"]
 
@@ -156,6 +157,22 @@ def whisper(*, head: str | None = "proj_out") -> dict[str, Row]:
         mapping |= layer(f"{{**}}/{name}", f"{{**}}.{name}") | {f"{{**}}/{name}/kernel": conv(f"{{**}}.{name}")}
     mapping |= _same(*_ATTENTION, *(name.replace("self", "encoder") for name in _ATTENTION), "fc1", "fc2")
     for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layer_norm"):
+        mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
+    return mapping
+
+
+def bart() -> dict[str, Row]:
+    """Returns the mapping of BART, without its embedding: torch has one each in encoder, decoder and head, all tied.
+
+    >>> bart()["{**}/encoder_attn/q_proj/kernel"].parts[0].module
+    '{**}.encoder_attn.q_proj'
+
+    Returns:
+      The mapping.
+    """
+    mapping = {"{**}/embed_positions/embedding": embedding("{**}.embed_positions")}
+    mapping |= _same(*_ATTENTION, *(name.replace("self", "encoder") for name in _ATTENTION), "fc1", "fc2")
+    for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"):
         mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
     return mapping
 

@@ -5,6 +5,7 @@ writes PEFT's files for each model, and `reference.npz` with the weights, float1
 models are in an older version of `transformers`, where `tests/test_peft_presets.py` compares.
 """
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -59,5 +60,5 @@ def write(name):
 
 
 if __name__ == "__main__":
-    for name in MODELS:
+    for name in sys.argv[1:] or MODELS:
         write(name)
