@@ -47,8 +47,25 @@ def tunix_qwen3(*, head: str | None = "lm_head", model: str = "model") -> dict[s
     return tunix_llama3(head=head, model=model)
 
 
+def tunix_gemma1(*, head: str | None = "lm_head", model: str = "model") -> dict[str, Row]:
+    """Returns the mapping of Tunix's Gemma 1, which has two norms in a layer.
+
+    >>> tunix_gemma1()["layers/{i}/pre_ffw_norm/scale"].parts[0].module
+    'model.layers.{i}.post_attention_layernorm'
+
+    Args:
+      head: as in `tunix_llama3`.
+      model: as in `tunix_llama3`.
+
+    Returns:
+      The mapping.
+    """
+    norms = {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
+    return _tunix_gemma(head, model, norms)
+
+
 def tunix_gemma2(*, head: str | None = "lm_head", model: str = "model") -> dict[str, Row]:
-    """Returns the mapping of Tunix's Gemma 1 and 2.
+    """Returns the mapping of Tunix's Gemma 2.
 
     Keys and values are one kernel, `(2, heads, in, features)`, or one with the queries if there are as many of them.
 
@@ -62,7 +79,7 @@ def tunix_gemma2(*, head: str | None = "lm_head", model: str = "model") -> dict[
     Returns:
       The mapping.
     """
-    return _tunix_gemma(head, model, after_attention="post_attn_norm")
+    return _tunix_gemma(head, model, _GEMMA_NORMS | {"post_attn_norm": "post_attention_layernorm"})
 
 
 def tunix_gemma3(*, head: str | None = "lm_head", model: str = "model") -> dict[str, Row]:
@@ -78,7 +95,7 @@ def tunix_gemma3(*, head: str | None = "lm_head", model: str = "model") -> dict[
     Returns:
       The mapping.
     """
-    return _tunix_gemma(head, model, after_attention="post_attention_norm")
+    return _tunix_gemma(head, model, _GEMMA_NORMS | {"post_attention_norm": "post_attention_layernorm"})
 
 
 def bonsai_llama3(*, head: str | None = "lm_head", model: str = "model") -> dict[str, Row]:
@@ -191,13 +208,14 @@ def _projections(model: str, path: str, leaf: str, *, heads: bool = False) -> di
     }
 
 
-def _tunix_gemma(head: str | None, model: str, *, after_attention: str) -> dict[str, Row]:
-    norms = {
-        "pre_attention_norm": "input_layernorm",
-        after_attention: "post_attention_layernorm",
-        "pre_ffw_norm": "pre_feedforward_layernorm",
-        "post_ffw_norm": "post_feedforward_layernorm",
-    }
+_GEMMA_NORMS = {
+    "pre_attention_norm": "input_layernorm",
+    "pre_ffw_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+
+
+def _tunix_gemma(head: str | None, model: str, norms: Mapping[str, str]) -> dict[str, Row]:
     table = "embedder/input_embedding"
     mapping = _decoder(model, attention="attn", table=table, head=head, scale="scale", norms=norms)
     attention, paths = f"{model}.layers.{{i}}.self_attn", "layers/{i}/attn"

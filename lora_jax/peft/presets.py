@@ -13,7 +13,8 @@ The order of rows matters, as in a spec: `{"**/my_head/kernel": ..., **presets.b
 | `bart()` | `FlaxBart…` of `transformers` 4 | `Bart…` |
 | `smollm2()` | `Llama` of `examples/smollm2.py` | `LlamaForCausalLM` |
 | `tunix_llama3()`, `tunix_qwen3()` | `Llama3`, `Qwen2`, `Qwen3` of Tunix | `Llama…`, `Qwen2…`, `Qwen3ForCausalLM` |
-| `tunix_gemma2()`, `tunix_gemma3()` | `Gemma`, `Gemma3` of Tunix | `Gemma…`, `Gemma2…`, `Gemma3ForCausalLM` |
+| `tunix_gemma1()`, `tunix_gemma2()` | `Gemma` of Tunix | `Gemma…`, `Gemma2ForCausalLM` |
+| `tunix_gemma3()` | `Gemma3` of Tunix | `Gemma3ForCausalLM` |
 | `bonsai_llama3()`, `bonsai_qwen3()` | `Llama`, `Qwen3` of Bonsai | `Llama…`, `Qwen3ForCausalLM` |
 | `bonsai_gemma3()` | `Gemma3Model` of Bonsai | `Gemma3ForConditionalGeneration` |
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 from ._presets_nnx import bonsai_gemma3 as bonsai_gemma3
 from ._presets_nnx import bonsai_llama3 as bonsai_llama3
 from ._presets_nnx import bonsai_qwen3 as bonsai_qwen3
+from ._presets_nnx import tunix_gemma1 as tunix_gemma1
 from ._presets_nnx import tunix_gemma2 as tunix_gemma2
 from ._presets_nnx import tunix_gemma3 as tunix_gemma3
 from ._presets_nnx import tunix_llama3 as tunix_llama3
@@ -31,7 +33,7 @@ from ._rows import Row, conv, embedding, layer, norm, vector
 
 __all__ = ["bart", "bert", "clip", "gpt2", "roberta", "smollm2", "vit", "whisper"]
 __all__ += ["bonsai_gemma3", "bonsai_llama3", "bonsai_qwen3"]
-__all__ += ["tunix_gemma2", "tunix_gemma3", "tunix_llama3", "tunix_qwen3"]
+__all__ += ["tunix_gemma1", "tunix_gemma2", "tunix_gemma3", "tunix_llama3", "tunix_qwen3"]
 
 
 def bert(*, head: str | None = "cls.predictions.decoder") -> dict[str, Row]:

@@ -17,7 +17,7 @@ from lora_jax.peft._sites import compiled, find, sites, without_own_heads
 
 FLAX = ["bert", "roberta", "gpt2", "vit", "clip", "whisper"]
 TUNIX = [("llama3", 2, True), ("llama3", 2, False), ("qwen2", 2, False), ("qwen3", 2, True), ("gemma", 2, True)]
-TUNIX += [("gemma", 4, True), ("gemma3", 2, True), ("gemma3", 1, True)]
+TUNIX += [("gemma", 4, True), ("gemma1", 1, True), ("gemma3", 2, True), ("gemma3", 1, True)]
 PAGE = Path(__file__).parents[2] / "docs" / "peft.md"
 
 

@@ -14,7 +14,7 @@ from lora_jax import peft
 
 # With 1 head of keys and values, as the small Gemma 3; with 4, as many as of queries, they are fused.
 CASES = [("llama3", 2, True), ("llama3", 2, False), ("qwen2", 2, False), ("qwen3", 2, True), ("qwen3", 2, False)]
-CASES += [("gemma", 2, True), ("gemma", 4, True), ("gemma3", 2, True), ("gemma3", 1, True)]
+CASES += [("gemma", 2, True), ("gemma", 4, True), ("gemma1", 1, True), ("gemma3", 2, True), ("gemma3", 1, True)]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

@@ -51,7 +51,7 @@ GEMMA = {"query_pre_attn_scalar": 6, "sliding_window": 4, "hidden_activation": "
 def tunix_case(name, kv_heads=2, tied=True):
     """The mapping, the function and parameters of Tunix's model, and the torch model, with equal random weights."""
     heads = {"num_heads": 4, "num_kv_heads": kv_heads, "head_dim": 6}
-    module = tunix_model(name)
+    module = tunix_model("gemma" if name == "gemma1" else name)
     net, config = MODELS[name](module, {"num_layers": 2, "embed_dim": 16, "hidden_dim": 24, **heads}, tied)
     other = torch_model(name, kv_heads, tied)
     call, params, rest = lj.nnx.functional(net(config, rngs=nnx.Rngs(0)))
@@ -77,20 +77,35 @@ def gemma(module, sizes, tied):
     return module.Gemma, module.ModelConfig(num_embed=31, attention_types=kinds, **options, **sizes)
 
 
+def gemma1(module, sizes, tied):
+    options = {"final_logit_softcap": None, "use_post_attn_norm": False, "use_post_ffw_norm": False}
+    kinds = (module.AttentionType.GLOBAL,) * 2
+    return module.Gemma, module.ModelConfig(num_embed=31, attention_types=kinds, **options, **sizes)
+
+
 def gemma3(module, sizes, tied):
     return module.Gemma3, module.ModelConfig(num_embed=31, sliding_window_size=4, param_dtype=jnp.float32, **sizes)
 
 
-MODELS = {"llama3": llama3, "qwen2": qwen, "qwen3": qwen, "gemma": gemma, "gemma3": gemma3}
+MODELS = {"llama3": llama3, "qwen2": qwen, "qwen3": qwen, "gemma1": gemma1, "gemma": gemma, "gemma3": gemma3}
 PRESETS = {"llama3": "tunix_llama3", "qwen2": "tunix_llama3", "qwen3": "tunix_qwen3"}
-PRESETS |= {"gemma": "tunix_gemma2", "gemma3": "tunix_gemma3"}
-TORCH = {"llama3": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma": "Gemma2", "gemma3": "Gemma3"}
+PRESETS |= {"gemma1": "tunix_gemma1", "gemma": "tunix_gemma2", "gemma3": "tunix_gemma3"}
+TORCH = {
+    "llama3": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "gemma1": "Gemma",
+    "gemma": "Gemma2",
+    "gemma3": "Gemma3",
+}
 
 
 def torch_model(name, kv_heads, tied):
     options = WORDS | SIZES | {"num_attention_heads": 4, "num_key_value_heads": kv_heads, "tie_word_embeddings": tied}
     if name == "gemma":
         options |= GEMMA | {"rope_parameters": LOCAL}
+    elif name == "gemma1":
+        options |= {"rope_parameters": LOCAL}
     elif name == "gemma3":
         ropes = {kind: LOCAL for kind in ("sliding_attention", "full_attention")}
         options |= GEMMA | {"rope_parameters": ropes, "layer_types": ["sliding_attention"] * 2}
