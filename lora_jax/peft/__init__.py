@@ -1,8 +1,8 @@
 """PEFT's file format: adapters trained here load in PEFT and in what reads its files, and PEFT's load here.
 
 `export` writes `adapter_model.safetensors` and `adapter_config.json`; `load` reads them. A mapping states which torch
-module each leaf is: one of `presets`, or rows of `linear`, `embedding`, `conv` and `vector`. Neither PEFT nor torch is
-needed, and no file is read with pickle.
+module each leaf is: one of `presets`, or rows of `linear`, `embedding`, `conv`, `experts` and `vector`. Neither PEFT
+nor torch is needed, and no file is read with pickle.
 """
 
 from . import presets as presets
@@ -15,6 +15,7 @@ from ._rows import Part as Part
 from ._rows import Row as Row
 from ._rows import conv as conv
 from ._rows import embedding as embedding
+from ._rows import experts as experts
 from ._rows import layer as layer
 from ._rows import linear as linear
 from ._rows import norm as norm
@@ -27,11 +28,13 @@ __all__ = [
     "Row",
     "conv",
     "embedding",
+    "experts",
     "export",
     "guess",
     "layer",
     "linear",
     "load",
     "norm",
+    "presets",
+    "vector",
 ]
-__all__ += ["presets", "vector"]

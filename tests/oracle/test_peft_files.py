@@ -224,6 +224,13 @@ CONFIGS = {
     "all-linear": {"target_modules": "all-linear"},
     "exclude": {"target_modules": LINEAR, "exclude_modules": ["head"]},
     "orthogonal": {"target_modules": ["q"], "init_lora_weights": "orthogonal"},
+    "gaussian": {"target_modules": ["q"], "init_lora_weights": "gaussian"},
+    "eva": {"target_modules": ["q"], "init_lora_weights": "eva"},
+    "default start": {"target_modules": ["q"], "init_lora_weights": True},
+    "dropout": {"target_modules": LINEAR, "lora_dropout": 0.3},
+    "DoRA, rank-stabilized": {"target_modules": LINEAR, "use_dora": True, "use_rslora": True},
+    "layers": {"target_modules": ["down", "up"], "layers_to_transform": [1], "layers_pattern": "layers"},
+    "names": {"target_modules": ["layers.1.down", "q"], "exclude_modules": r".*\.up"},
 }
 
 
