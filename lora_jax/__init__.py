@@ -20,13 +20,6 @@ from ._errors import MergeError as MergeError
 from ._errors import SpecError as SpecError
 from ._errors import TracingError as TracingError
 from ._errors import UnsupportedError as UnsupportedError
-from ._merge.compress import compress as compress
-from ._merge.extract import extract as extract
-from ._merge.merge import merge as merge
-from ._merge.merge import merge_report as merge_report
-from ._merge.unmerge import unmerge as unmerge
-from ._merge.unmerge import unmerge_approximately as unmerge_approximately
-from ._report.explain import explain as explain
 from ._transform.adapt import adapt as adapt
 from ._transform.kernels import kernels as kernels
 from ._transform.lora import lora as lora
@@ -52,9 +45,17 @@ if TYPE_CHECKING:
     from . import optim as optim
     from . import peft as peft
     from . import quant as quant
+    from . import qwix as qwix
     from . import sharding as sharding
     from . import starts as starts
     from . import testing as testing
+    from ._merge.compress import compress as compress
+    from ._merge.extract import extract as extract
+    from ._merge.merge import merge as merge
+    from ._merge.merge import merge_report as merge_report
+    from ._merge.unmerge import unmerge as unmerge
+    from ._merge.unmerge import unmerge_approximately as unmerge_approximately
+    from ._report.explain import explain as explain
     from ._report.plan import plan as plan
     from .checkpoint import restore as restore
     from .checkpoint import save as save
@@ -97,6 +98,7 @@ __all__ = [
     "peft",
     "plan",
     "quant",
+    "qwix",
     "restore",
     "save",
     "sharding",
@@ -108,7 +110,7 @@ __all__ = [
     "unmerge_approximately",
 ]
 
-# Imported on first access, because they import optax, Orbax, safetensors or plotting libraries.
+# Imported on first access: what a training step does not need. Some import optax, Orbax, safetensors or matplotlib.
 _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
@@ -119,20 +121,30 @@ _LAZY = {
     "optim": "optim",
     "peft": "peft",
     "quant": "quant",
+    "qwix": "qwix",
     "sharding": "sharding",
     "starts": "starts",
     "testing": "testing",
+    "compress": "_merge.compress",
+    "explain": "_report.explain",
+    "extract": "_merge.extract",
+    "merge": "_merge.merge",
+    "merge_report": "_merge.merge",
     "plan": "_report.plan",
     "restore": "checkpoint",
     "save": "checkpoint",
+    "unmerge": "_merge.unmerge",
+    "unmerge_approximately": "_merge.unmerge",
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
-    return module if name == _LAZY[name] else getattr(module, name)
+if not TYPE_CHECKING:  # a type checker would accept every name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LAZY:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        module = importlib.import_module(f"{__name__}.{_LAZY[name]}")
+        return module if name == _LAZY[name] else getattr(module, name)
 
 
 def __dir__() -> list[str]:

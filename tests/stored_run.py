@@ -1,6 +1,6 @@
-"""The small run that version 1 of the checkpoint format stored in `tests/data/format_1`, to compare with.
+"""What is stored in `tests/data`, to compare with: a small run in version 1 of the checkpoint format, and PEFT files.
 
-`python tests/stored_run.py ROOT` stores it. lora_jax 0.1.0 wrote `tests/data`, which must not change.
+`python tests/stored_run.py ROOT` stores both. lora_jax 0.1.0 wrote `tests/data`, which must not change.
 """
 
 import sys
@@ -13,9 +13,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import lora_jax as lj
+from lora_jax import peft
 from lora_jax.checkpoint import AdapterSave, StateSave
 
 STORED = Path(__file__).parent / "data" / "format_1"
+PEFT = Path(__file__).parent / "data" / "peft_1"
+PEFT_MAPPING = {
+    "embedding": peft.embedding("model.embed_tokens"),
+    "query/kernel": peft.linear(peft.Part("model.q_proj", interleaved=8, factor=0.5), axes="ioo"),
+    "query/bias": peft.vector(peft.Part("model.q_proj", interleaved=8, factor=0.5)),
+}
 
 # The variant and axes of each adapted leaf.
 ADAPTED: dict[str, tuple[Any, str]] = {
@@ -59,6 +66,11 @@ def adapter() -> dict[str, lj.Adapter]:
     return {path: part(variant, axes, shapes[path]) for path, (variant, axes) in ADAPTED.items()}
 
 
+def peft_adapter() -> dict[str, lj.Adapter]:
+    """The parts that one PEFT file can hold."""
+    return {path: part for path, part in adapter().items() if path in PEFT_MAPPING}
+
+
 def paths(tree: Any) -> list[tuple[Any, Any]]:
     return jax.tree_util.tree_flatten_with_path(tree)[0]
 
@@ -75,6 +87,8 @@ def state() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    with ocp.CheckpointManager(Path(sys.argv[1]).absolute()) as manager:
+    root = Path(sys.argv[1]).absolute()
+    peft.export(root / PEFT.name, peft_adapter(), PEFT_MAPPING, base=base())
+    with ocp.CheckpointManager(root / STORED.name) as manager:
         items = {"adapter": AdapterSave(adapter(), base=base()), "state": StateSave(state())}
         manager.save(5, args=ocp.args.Composite(**items))

@@ -234,6 +234,11 @@ INVALID: list[tuple[Any, type[Exception], str]] = [
         lj.MergeError,
         "Expected finite factors and merged leaves that fit their dtype; 1 leaves are not finite.\n  'w'",
     ),
+    (
+        lambda: many.place(dict.fromkeys(("w", "head"), jnp.ones((6, 5))), _W),
+        lj.MergeError,
+        "'head' holds the same one (tied weights).\n  Place a tree in which 'w' is a copy.",
+    ),
     (lambda: make_tree(any_variant).adapter("polite"), lj.AdapterError, "Expected leaves that can be combined"),
 ]
 _ALORA = part((6, 5), lj.ALoRA(rank=1, alpha=1, invocation=(1,)), 0)

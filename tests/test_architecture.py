@@ -37,6 +37,7 @@ ORDER = [
     "checkpoint",
     "many",
     "peft",
+    "qwix",
     "nnx",
     "testing",
     "cli",
@@ -157,6 +158,7 @@ OPENED = [
     "optim",
     "peft",
     "plan",
+    "qwix",
     "restore",
     "save",
     "sharding",
@@ -279,3 +281,8 @@ def test_no_file_or_definition_has_a_meaningless_name() -> None:
         words = {word for name in (file.stem, *names) for word in name.lower().split("_")}
         assert not words & VAGUE, file
         assert not [name for name in names if name.lower().endswith(tuple(VAGUE))], file
+
+
+def test_the_citation_states_the_version() -> None:
+    text = (PACKAGE.parent / "CITATION.cff").read_text()
+    assert re.search(r"(?m)^version: (.*)$", text)[1] == lora_jax.__version__

@@ -459,7 +459,7 @@ def one_line(ran: Ran, code: int, text: str) -> None:
         (["combine", "out", "a={}", "--how", "concat", "--rank", "2"], "Expected options of concat (none); got --rank"),
         (["combine", "out", "a={}", "--how", "dare"], "Expected --density and --seed for dare"),
         (["combine", "out", "a={}", "--how", "mean"], "mean"),
-        (["convert", "{}", "out", "--to", "orbax"], "Expected --mapping: bert"),
+        (["convert", "{}", "out", "--to", "orbax"], "Expected --mapping: bart, bert"),
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "brt"], "got 'brt'"),
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "no_such:x"], "cannot be imported"),
         (["convert", "{}", "out", "--to", "orbax", "--mapping", "bert"], "Expected --base"),

@@ -296,6 +296,7 @@ def test_configurations_that_are_not_converted_are_refused(tmp_path: Path) -> No
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     for change, expected in [
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"target_parameters": ["experts.up"]}, "target_parameters is set"),
         ({"rank_pattern": {}}, "'mid_block.conv_in' has rank 1, and the configuration states"),
     ]:
         (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps(config | change))

@@ -156,7 +156,7 @@ def test_tensors_that_do_not_determine_a_module_are_refused(tmp_path: Path) -> N
             peft.read(tmp_path)
         assert f"Expected tensors of torch modules in {tmp_path}; got 1 problem:\n  {expected}" in str(raised.value)
     write(tmp_path, CONFIG | {"peft_type": "IA3"}, {"fc.lora_A.weight": (2, D)})
-    with pytest.raises(lj.CheckpointError, match="peft_type is 'IA3'; 'LORA' and 'VERA' can be read"):
+    with pytest.raises(lj.CheckpointError, match="peft_type is 'IA3'; 'LORA', 'VERA' and 'ADALORA'"):
         peft.read(tmp_path)
     write(tmp_path, CONFIG, FC | {"fc.lora_diag": (2,)})
     with pytest.raises(lj.CheckpointError, match=r"1 tensor that no leaf of `params` takes:\n.*fc.lora_diag"):
@@ -189,3 +189,17 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
         with pytest.raises(lj.CheckpointError) as raised:
             stored_tensors(tmp_path)
         assert expected in str(raised.value)
+
+
+def test_adalora_is_read_and_experts_are_refused(tmp_path: Path) -> None:
+    config = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 8, "target_modules": ["fc"]}
+    tensors = write(tmp_path, config, {"fc.lora_A": (4, D), "fc.lora_B": (F, 4), "fc.lora_E": (4, 1)})
+    found = peft.read(tmp_path)
+    [(path, part)] = found.adapter.items()
+    assert (path, part.variant, part.axes) == ("fc/weight", lj.AdaLoRA(rank=4, alpha=8), "oi")
+    expected = 2 * tensors["fc.lora_B"] @ (tensors["fc.lora_E"] * tensors["fc.lora_A"])
+    merged = lj.merge({"fc/weight": jnp.zeros((F, D))}, {"fc/weight": part})["fc/weight"]
+    np.testing.assert_allclose(merged, expected, rtol=1e-5, atol=1e-6)
+    write(tmp_path, CONFIG | {"target_parameters": ["experts.up"]}, {"experts.lora_A.weight": (4, D)})
+    with pytest.raises(lj.CheckpointError, match="target_parameters is set, whose tensors do not show the experts"):
+        peft.read(tmp_path)

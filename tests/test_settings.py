@@ -19,7 +19,7 @@ from law import assert_law, normal
 from zoo import ZOO
 
 import lora_jax as lj
-from lora_jax import adaptive, analysis, optim, starts
+from lora_jax import adaptive, analysis, many, optim, starts
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 # The rounding error, relative to the largest element.
@@ -205,3 +205,43 @@ def test_models_obey_the_laws(name: str) -> None:
     kernels = lj.kernels(zoo_model.apply, zoo_model.params, *zoo_model.args)
     adapter = trained(jax.random.key(1), lj.init(jax.random.key(0), zoo_model.params, zoo_model.spec, kernels=kernels))
     assert_law(zoo_model.apply, zoo_model.params, adapter, *zoo_model.args, compiled=True)
+
+
+@in_dtypes(jnp.float32, jnp.bfloat16)
+def test_many_adapters_are_trained_selected_mixed_and_combined(dtype: Any) -> None:
+    params, apply, x = model(dtype)
+    one, other = adapter_of(params, dtype=dtype), adapter_of(params, "RSLoRA", dtype=dtype)
+    tolerance = 5 * TOLERANCE[jnp.dtype(dtype).name]
+    stacked = many.swap(many.stack({"one": one, "other": other}), "one", one)
+
+    def loss(params: Any, adapter: Any, x: jax.Array) -> jax.Array:
+        return jnp.mean(lj.lora(apply)(params, adapter, x) ** 2)
+
+    tx = optax.sgd(1e-3, momentum=0.9)
+    states = jax.vmap(tx.init)(stacked.members.trainable)
+    step = jax.jit(many.train_step(loss, tx, in_axes=None))
+    active = np.array([True, False])
+    trained_stack, _, losses = step(params, stacked, states, x, rates=np.ones(2, np.float32), active=active)
+    assert np.isfinite(np.asarray(losses)).all()
+    for got, expected in zip(*map(jax.tree.leaves, (many.unstack(trained_stack)["other"], other)), strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+    which = np.array([0, 1, 1, 0], np.int32)
+    rows = jax.jit(many.per_example(apply))(params, stacked, which, x)
+    each = [lj.lora(apply)(params, (one, other)[at], x) for at in which]
+    assert_near(rows, [row[at] for at, row in enumerate(each)], tolerance)
+
+    combined = many.combine({"one": (one, 2.0), "other": (other, -0.5)}, "concat")
+    deltas = [
+        np.asarray(lj.merge(params, adapter)["stack"], np.float64) - np.asarray(params["stack"], np.float64)
+        for adapter in (combined, one, other)
+    ]
+    assert_near(deltas[0], 2 * deltas[1] - 0.5 * deltas[2], tolerance)
+    half = many.interpolate(one, 0.5)
+    assert_near(lj.merge(params, half)["stack"], np.asarray(params["stack"], np.float64) + 0.5 * deltas[1], tolerance)
+
+    routers = (many.Constant(), many.Gate(top_k=1), many.SigmoidGate(), many.Arrow(top_k=1))
+    for router in routers:
+        key = jax.random.key(3) if isinstance(router, (many.Gate, many.SigmoidGate)) else None
+        mixed = many.mixture({"one": one, "other": other}, router, key=key)
+        assert np.isfinite(np.asarray(jax.jit(lj.lora(apply))(params, mixed, x), np.float64)).all()

@@ -12,11 +12,11 @@ import numpy as np
 
 from .._errors import SpecError, listed
 from .stored import StoredLeaf
-from .targets import Key, key_text, matching_leaves
+from .targets import Key, Rules, key_text, matching_leaves
 from .uses import Kernel
 from .variant import LowRank, Variant, largest_rank
 
-Spec = Mapping[Key, Variant | None]
+Spec = Rules[Variant | None]
 
 _VECTORS = {"bias", "scale", "mean", "var"}  # names of vectors in Flax, which a scan stacks into matrices
 
@@ -81,7 +81,7 @@ def spec(kernels: Mapping[str, Kernel], rules: Spec) -> dict[str, Variant]:
 
 
 def fit(
-    spec: Mapping[Key, Any],
+    spec: Rules[Any],
     leaves: Mapping[str, Any],
     kernels: Mapping[str, Kernel] | None,
     only: Collection[str] | None = None,
@@ -140,7 +140,7 @@ def refuse(problems: Sequence[Problem], total: int, verb: str = Variant.verb) ->
 
 
 def resolve(
-    spec: Mapping[Key, Any],
+    spec: Rules[Any],
     leaves: Mapping[str, Any],
     kernels: Mapping[str, Kernel] | None = None,
     *,
@@ -159,7 +159,7 @@ def resolve(
     """
     if not isinstance(spec, Mapping):
         raise SpecError(f"Expected a spec, a mapping such as {{'**/kernel': {kind.example}}}; got {spec!r}.")
-    decided: dict[str, Key] = {}
+    decided: dict[str, Choice] = {}
     for pattern, variant in spec.items():
         if variant is not None and not isinstance(variant, kind):
             raise SpecError(
@@ -168,16 +168,15 @@ def resolve(
         found = matching_leaves(pattern, leaves, kernels)
         undecided = [path for path in found if path not in decided]
         if not undecided:
-            earlier = dict.fromkeys(key_text(decided[path]) for path in found)
+            earlier = dict.fromkeys(key_text(decided[path].pattern) for path in found)
             raise SpecError(
                 f"Expected every rule to have an effect; {key_text(pattern)} has none, because earlier rules match all "
                 f"{len(found)} leaves that it matches.\n"
                 f"  The earlier rules: {', '.join(earlier)}.\n"
                 "  The first match decides: put the more specific rule first, or delete this one."
             )
-        decided |= dict.fromkeys(undecided, pattern)
-    chosen = {path: (decided[path], spec[decided[path]]) for path in leaves if path in decided}
-    adapted = {path: Choice(pattern, variant) for path, (pattern, variant) in chosen.items() if variant is not None}
+        decided |= dict.fromkeys(undecided, Choice(pattern, variant))
+    adapted = {path: decided[path] for path in leaves if path in decided and decided[path].variant is not None}
     if not adapted:
         raise SpecError(f"Expected a spec that {kind.verb}s at least one leaf; got {dict(spec)!r}.")
     return adapted

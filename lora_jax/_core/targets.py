@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from .._errors import SpecError
 from .paths import Pattern, matching_paths, pattern_text
@@ -37,6 +37,9 @@ biases = Target("biases", ("bias",))
 norms = Target("norms", ("norm",))
 
 Key = Pattern | Target
+_T = TypeVar("_T")
+# The keys of a `Mapping` are invariant: without the first two, a checker refuses a variable of type `dict[str, LoRA]`.
+Rules = Mapping[str, _T] | Mapping[Target, _T] | Mapping[Key, _T]
 
 
 def key_text(key: Key) -> str:

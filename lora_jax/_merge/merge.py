@@ -58,7 +58,7 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     check_arrays(leaves, adapter, advice=_MERGE_ADVICE)
     check_finite(adapter)
     if not untie:
-        check_tied(leaves, adapter)
+        check_tied(leaves, adapter, advice="merge(..., untie=True) changes only {path!r}; or adapt an untied tree.")
     folded = {path: fold(leaves[path], part) for path, part in adapter.items()}
     check_fits(leaves, adapter, folded)
     return unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
@@ -163,8 +163,8 @@ def check_fits(
         )
 
 
-def check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
-    """Raises `MergeError` if an adapted leaf is the same object as another leaf."""
+def check_tied(leaves: Mapping[str, Any], adapter: Adapters, *, advice: str) -> None:
+    """Raises `MergeError` if another path holds the array of an adapted leaf. `advice` names its `path`."""
     paths: dict[int, list[str]] = {}
     for path, leaf in leaves.items():
         paths.setdefault(id(leaf), []).append(path)
@@ -173,5 +173,5 @@ def check_tied(leaves: Mapping[str, Any], adapter: Adapters) -> None:
         if others:
             raise MergeError(
                 f"Expected {path!r} to hold a separate array; {others[0]!r} holds the same one (tied weights).\n"
-                f"  merge(..., untie=True) changes only {path!r}; or adapt an untied tree."
+                f"  {advice.format(path=path)}"
             )

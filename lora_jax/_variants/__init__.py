@@ -6,8 +6,6 @@ from .dora import DoRA as DoRA
 from .full import Full as Full
 from .lora import LoRA as LoRA
 from .lora_bias import LoRABias as LoRABias
-from .mixture import Mixture as Mixture
-from .routers import ROUTERS as ROUTERS
 from .rows import Rows as Rows
 from .rslora import RSLoRA as RSLoRA
 from .vera import VeRA as VeRA

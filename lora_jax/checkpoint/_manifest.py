@@ -18,7 +18,9 @@ from .._core.paths import flatten, nearest
 from .._core.routing import Router
 from .._core.variant import LowRank, Variant
 from .._errors import CheckpointError, counted, listed
-from .._variants import ROUTERS, AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Mixture, Rows, RSLoRA, VeRA
+from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from .._variants.mixture import Mixture
+from .._variants.routers import ROUTERS
 from .._version import __version__
 from ._arrays import check_dtype, check_values, describe_array, restore_target
 from ._fingerprint import content_differences, fingerprint, saved_weights, structural_differences, weights_of

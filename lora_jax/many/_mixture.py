@@ -17,7 +17,8 @@ from .._core.keys import key_for
 from .._core.linalg import svd_of_product
 from .._core.routing import Router
 from .._errors import AdapterError, SpecError, listed
-from .._variants import AdaLoRA, LoRA, Mixture, RSLoRA
+from .._variants import AdaLoRA, LoRA, RSLoRA
+from .._variants.mixture import Mixture
 from .._variants.routers import PHATGOOSE, Arrow, Constant, Gate, SigmoidGate
 
 

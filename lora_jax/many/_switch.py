@@ -19,12 +19,13 @@ from .._core.paths import flatten, unflatten
 from .._core.values import in_device_memory
 from .._errors import MergeError, listed
 from .._merge.fold import add, keep_float64, subtract
-from .._merge.merge import check_arrays, check_mergeable, merge
+from .._merge.merge import check_arrays, check_mergeable, check_tied, merge
 from .._variants import Full
 from ._select import BASE
 from ._tree import Tree, Walk
 
 _ADVICE = "Dequantize it first: place(quant.dequantize(params), tree)."
+_UNTIE = "Place a tree in which {path!r} is a copy."
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -72,14 +73,15 @@ def place(params: Any, tree: Tree, *, exact: bool = True) -> Merged:
 
     Raises:
       AdapterError: if an adapter does not fit `params`.
-      MergeError: if an adapted leaf is quantized; for a variant that acts on some tokens only; without `exact` for one
-        that replaces or scales a leaf, such as DoRA.
+      MergeError: if an adapted leaf is quantized, or another path holds the same array; for a variant that acts on some
+        tokens only; without `exact` for one that replaces or scales a leaf, such as DoRA.
     """
     leaves = flatten(params)[0]
     for adapter in tree.adapters.values():
         check(leaves, adapter)
         check_mergeable(adapter)
         check_arrays(leaves, adapter, advice=_ADVICE)
+        check_tied(leaves, adapter, advice=_UNTIE)
     bad = [
         f"{path!r} of {name!r}: {part.variant}"
         for name, adapter in tree.adapters.items()

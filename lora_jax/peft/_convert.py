@@ -126,7 +126,7 @@ def _factors(
     else:
         config = read_config(file.parent)
         problems += unreadable(config)
-        problems += ["alora_invocation_tokens is set"] * bool(config.get("alora_invocation_tokens"))
+        problems += [f"{name} is set" for name in ("alora_invocation_tokens", "target_parameters") if config.get(name)]
         found = {} if problems else from_peft(tensors, config, problems)
     if problems:
         raise CheckpointError(

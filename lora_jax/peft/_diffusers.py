@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._errors import SpecError
+from ._config import prepared, scale_of
 from ._config import problems as unreadable
-from ._config import scale_of
 from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, put, scales_to_config
 from ._layout import Values
 from ._names import SUFFIXES
@@ -121,4 +121,4 @@ def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, dict
         problems.append(f"its metadata {METADATA!r} is invalid ({type(error).__name__}: {error})")
     bad = {component: unreadable(config) for component, config in found.items()}
     problems += [f"its metadata of {component!r}: {line}" for component, lines in bad.items() for line in lines]
-    return {component: config for component, config in found.items() if not bad[component]}
+    return {component: dict(prepared(config)) for component, config in found.items() if not bad[component]}

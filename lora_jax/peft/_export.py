@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from .._core.adapter import Adapters
 from .._core.attach import check
 from .._core.paths import flatten
-from .._errors import AdapterError
+from .._errors import AdapterError, CheckpointError
 from ._files import write
 from ._modules import Exported
 from ._servers import server
-from ._sites import MappingOfRows, compiled, find, sites
+from ._sites import MappingOfRows, compiled, find, sites, without_own_heads
 
 
 def export(
@@ -32,6 +37,9 @@ def export(
     `LoRA`, `RSLoRA`, `DoRA` and `ALoRA` become factors, `VeRA` its vectors and matrices, `LoRABias` becomes
     `lora_bias`, `Full` becomes `modules_to_save`, and `Rows` becomes trainable tokens. Ranks and scales may differ
     between leaves. Everything is written, or nothing is: an adapter that the format cannot express is an error.
+
+    If there are several processes, each must call it. The first one writes, and the others wait for it; arrays that are
+    sharded over them are gathered.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"up": {"kernel": jnp.ones((4, 3))}}
@@ -64,8 +72,8 @@ def export(
       SpecError: if `mapping` is not a mapping to rows, or `for_server` or `component` is not one that is known.
     """
     reader = server(for_server, component)
-    rows = compiled(mapping)
     leaves = flatten(base)[0]
+    rows = without_own_heads(compiled(mapping), leaves)
     check(leaves, adapter, tree="base")
     if not adapter:
         raise AdapterError("Expected an adapter to export, with at least one leaf; got an empty one.")
@@ -88,4 +96,22 @@ def export(
         exported.problems.append(f"{reader.name} does not read Full of the bias of a layer that has factors")
     exported.refuse(reader.name)
     config |= {"base_model_name_or_path": base_name, "task_type": task_type}
-    write(Path(directory), reader.contents(exported.tensors(), config, exported.heads.values(), component))
+    files = reader.contents(exported.tensors(), config, exported.heads.values(), component)
+    _in_first_process(lambda: write(Path(directory), files), directory)
+
+
+def _in_first_process(write: Callable[[], None], directory: str | os.PathLike[str]) -> None:
+    """Writes in the first process, for which the others wait."""
+    failure = None
+    if jax.process_index() == 0:
+        try:
+            write()
+        except CheckpointError as error:
+            failure = error
+    count = jax.process_count()
+    if count > 1 and multihost_utils.broadcast_one_to_all(np.array(failure is not None)) and failure is None:
+        failure = CheckpointError(
+            f"The first of {count} processes could not write a PEFT adapter to {directory}; its error says why."
+        )
+    if failure is not None:
+        raise failure

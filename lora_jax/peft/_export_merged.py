@@ -24,7 +24,7 @@ from ._module import in_module
 from ._names import expected_shape, to_torch
 from ._orbax import OrbaxLeaf, orbax_leaves
 from ._shards import Entry, bytes_of, entry, write_model
-from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
 from ._stored import NAMES
 
 
@@ -74,14 +74,15 @@ def export_merged(
       MergeError: where `merge` raises it, except that adapted leaves may be quantized.
       SpecError: if `mapping` is not a mapping to rows, or `max_shard_size` not a size.
     """
-    model = _Model(compiled(mapping))
+    rows = compiled(mapping)
     adapter = {} if adapter is None else adapter
     leaves = orbax_leaves(Path(params)) if isinstance(params, str | os.PathLike) else flatten(params)[0]
     check(leaves, adapter)
     check_mergeable(adapter)
     check_finite(adapter)
-    check_tied(leaves, adapter)
+    check_tied(leaves, adapter, advice="Export a tree in which {path!r} is a copy.")
     excluded = as_tuple(exclude)
+    model = _Model(without_own_heads(rows, leaves))
     for path, leaf in leaves.items():
         if not matches_any(path, excluded):
             model.add(path, leaf)
@@ -101,6 +102,10 @@ def export_merged(
         overwrite=overwrite,
         progress=progress,
     )
+
+
+# PEFT's file is the same for modules that store (experts, in, out) and (experts, out, in).
+NO_EXPERTS = "a row of `experts` does not state how the module stores values; it is for factors only"
 
 
 class _Model:
@@ -125,6 +130,8 @@ class _Model:
             self._unmatched.append(repr(path))
         elif isinstance(places := sites(path, tuple(leaf.shape), found), str):
             self._problems.append(f"{path!r}: {places}")
+        elif places[0].row.is_parameter:
+            self._problems.append(f"{path!r}: {NO_EXPERTS}")
         elif isinstance(leaf, jax.ShapeDtypeStruct):
             self._problems.append(f"{path!r}: its values are needed; got a shape")
         elif np.dtype(leaf.dtype) not in NAMES:

@@ -11,7 +11,7 @@ import numpy as np
 
 from .._core.values import is_finite
 from .._errors import AdapterError
-from ._config import Config, Scale, ranks_to_config, scale_of
+from ._config import Config, Scale, prepared, ranks_to_config, scale_of
 from ._layout import Values
 from ._names import EMBEDDING_SUFFIXES, PREFIX, parse, suffix
 
@@ -151,6 +151,7 @@ def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]
         if name.endswith(tuple(EMBEDDING_SUFFIXES.values())):
             tables.add(module)
     stabilized = bool(config.get("use_rslora"))
+    config = prepared(config)
     ranks = {module: scale_of(config, module) for module in arrays}
     found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems, tables)
     problems += [

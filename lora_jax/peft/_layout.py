@@ -25,6 +25,7 @@ class Layout:
     row: Row
     axes: str
     shape: tuple[int, ...]
+    experts: int | None = None  # their number, if one torch parameter has all; their axis is the last batch axis
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -49,7 +50,12 @@ class Layout:
     @property
     def batch(self) -> tuple[int, ...]:
         """The sizes of the batch axes."""
-        return tuple(self.shape[axis] for axis in axes_with(self.axes, "b"))
+        return tuple(self.shape[axis] for axis in self._batch_axes)
+
+    @property
+    def _batch_axes(self) -> tuple[int, ...]:
+        axes = axes_with(self.axes, "b")
+        return (*axes[1:], axes[0]) if self.row.experts_first and self.experts else axes
 
     def labels(self, name: str) -> tuple[int, ...]:
         """Returns the kernel axis of each axis of an array: of `a`, `b`, a `vector` of outputs, or the `kernel`."""
@@ -80,7 +86,7 @@ class Layout:
             "kernel": [self.inputs, self.outputs],
         }[name]
         labels = self.labels(name)
-        wanted = (*axes_with(self.axes, "b"), *(axis for group in groups for axis in group))
+        wanted = (*self._batch_axes, *(axis for group in groups for axis in group))
         return groups, [labels.index(axis) for axis in wanted]
 
     def _flat(self, groups: Sequence[tuple[int, ...]], array: Values) -> list[int]:
@@ -100,9 +106,11 @@ def default_axes(row: Row, ndim: int, batch: int) -> str | None:
         "embedding": "io" if core == 2 else None,
         "conv": "i" * (core - 1) + "o" if core >= 3 else None,
         "vector": "o" * core if core >= 1 or row.keep_shape else None,
-    }[row.kind]
+        "parameter": {2: "io", 3: "bio"}.get(core),
+    }[row.kind.removeprefix("swapped ")]
     axes = row.axes if row.axes is not None else None if implied is None else "b" * batch + implied
-    return axes if axes is not None and len(axes) == ndim and axes.count("b") == batch else None
+    batches = (batch, batch + 1) if row.is_parameter else (batch,)
+    return axes if axes is not None and len(axes) == ndim and axes.count("b") in batches else None
 
 
 def bounds(parts: Sequence[Part], d_out: int) -> list[tuple[int, int]] | None:

@@ -13,10 +13,10 @@ import numpy as np
 
 from .._core.paths import Patterns, as_tuple, flatten, matches_any, unflatten
 from .._errors import CheckpointError, counted, listed
-from ._export_merged import outputs_of, tensor_of
+from ._export_merged import NO_EXPERTS, outputs_of, tensor_of
 from ._layout import outputs_from_torch
 from ._names import expected_shape, from_torch
-from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
 from ._stored import FLOATS, Stored, named_for, stored_tensors
 
 
@@ -58,6 +58,7 @@ def load_params(
     """
     directory, rows, excluded = Path(directory), compiled(mapping), as_tuple(exclude)
     leaves, treedef = flatten(params)
+    rows = without_own_heads(rows, leaves)
     places, problems = dict[str, list[Site]](), list[str]()
     for path, leaf in leaves.items():
         if matches_any(path, excluded):
@@ -66,6 +67,8 @@ def load_params(
             problems.append(f"{path!r}: no row of the mapping matches it")
         elif isinstance(some := sites(path, tuple(leaf.shape), found), str):
             problems.append(f"{path!r}: {some}")
+        elif some[0].row.is_parameter:
+            problems.append(f"{path!r}: {NO_EXPERTS}")
         else:
             places[path] = some
     modules = {site.module for some in places.values() for site in some}

@@ -135,10 +135,10 @@ class _Model:
         part, (table,) = self._updates.get(head), tables
         update = self._updates.get(table)
         if part is not None and isinstance(part.variant, Full):  # a copy, if it has the same values
-            saved = update is not None and isinstance(update.variant, Full)
-            if np.array_equal(part.value, update.value if saved else self.tensors[table].read()):
+            saved = update if update is not None and isinstance(update.variant, Full) else None
+            if np.array_equal(part.value, self.tensors[table].read() if saved is None else saved.value):
                 del self._updates[head]
-                part, update = None, None if saved else update
+                part, update = None, update if saved is None else None
         tied = update is None or self._rows[table].head is not None or isinstance(update.variant, Rows)
         if part is None and tied:
             return

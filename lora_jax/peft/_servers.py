@@ -124,7 +124,7 @@ SERVERS = {
     None: Server(),
     "vllm": Server(
         "vLLM",
-        _PLAIN | {"embedding", "Conv1D", "tied head"},
+        _PLAIN | {"embedding", "Conv1D", "tied head", "parameter", "swapped parameter"},
         files=None,
         refuses={"conv": "does not adapt", "": "refuses"},
         full=("classifier", "score"),

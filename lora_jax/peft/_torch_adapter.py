@@ -13,7 +13,8 @@ import numpy as np
 
 from .._core.adapter import Adapter
 from .._errors import CheckpointError, counted, listed
-from ._config import Config, problems, scale_of
+from . import _adalora as adalora
+from ._config import Config, prepared, problems, scale_of
 from ._files import read_config, read_tensors
 from ._layout import Values
 from ._load import load
@@ -101,6 +102,9 @@ class Described:
         self.problems: list[str] = []
         self._tied_by_peft = bool(config.get("ensure_weight_tying"))
         self._conv1d = bool(config.get("fan_in_fan_out"))
+        arrays = adalora.as_factors(arrays) if config.get("peft_type") == "ADALORA" else arrays
+        if config.get("target_parameters"):
+            self.problems.append("target_parameters is set, whose tensors do not show the experts: load with a mapping")
         by_module = Tensors(arrays).modules
         modules = {
             name: {ours: arrays[stored] for ours, stored in sorted(by_module[name].items())}
@@ -114,7 +118,7 @@ class Described:
             else:
                 self._module(module, tensors, by_module[module])
         if not config.get("use_dora") and not problems(config):
-            self._tie(modules, config)
+            self._tie(modules, prepared(config))
 
     def _module(self, module: str, tensors: Mapping[str, Values], names: Mapping[str, str]) -> None:
         if "a" in tensors or "b" in tensors:

@@ -17,7 +17,7 @@ from .._core.paths import Pattern, flatten, matching_paths, unflatten
 from .._core.placement import explicit_sharding, with_auto_axes
 from .._core.spec import Choice, fit
 from .._core.stored import StoredLeaf
-from .._core.targets import Key
+from .._core.targets import Rules
 from .._core.uses import Kernel
 from .._core.values import is_concrete, is_finite
 from .._errors import SpecError, listed
@@ -27,7 +27,7 @@ from ._leaf import shardings_like
 
 def quantize(
     params: Any,
-    spec: Mapping[Key, Format | None],
+    spec: Rules[Format | None],
     *,
     kernels: Mapping[str, Kernel] | None = None,
     donate: bool = False,
@@ -69,7 +69,7 @@ def quantize(
 
 
 def choose_formats(
-    spec: Mapping[Key, Format | None], leaves: Mapping[str, Any], kernels: Mapping[str, Kernel] | None
+    spec: Rules[Format | None], leaves: Mapping[str, Any], kernels: Mapping[str, Kernel] | None
 ) -> dict[str, Choice]:
     """Returns the format and the roles of the axes for each leaf that a spec quantizes.
 

@@ -14,7 +14,7 @@ from .._core.base import dense
 from .._core.contract import widest
 from .._core.paths import differences, flatten, unflatten
 from .._core.stored import StoredLeaf
-from .._core.targets import Key
+from .._core.targets import Rules
 from .._core.uses import Kernel
 from .._core.values import is_concrete
 from .._errors import MergeError, SpecError, counted, listed
@@ -39,7 +39,7 @@ class Survival(NamedTuple):
 def requantize(
     base: Any,
     merged: Any,
-    spec: Mapping[Key, Format | None] | None = None,
+    spec: Rules[Format | None] | None = None,
     *,
     kernels: Mapping[str, Kernel] | None = None,
 ) -> tuple[Any, dict[str, Survival]]:

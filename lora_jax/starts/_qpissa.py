@@ -8,7 +8,7 @@ from typing import Any
 from jax import Array
 
 from .._core.adapter import Adapters
-from .._core.targets import Key
+from .._core.targets import Rules
 from .._core.uses import Kernel
 from ..quant import Format
 from ._leaf import Start
@@ -18,7 +18,7 @@ from ._quantized import alternate
 def qpissa(
     params: Any,
     adapter: Adapters,
-    formats: Mapping[Key, Format | None],
+    formats: Rules[Format | None],
     *,
     iterations: int = 1,
     kernels: Mapping[str, Kernel] | None = None,

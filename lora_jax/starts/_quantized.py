@@ -12,7 +12,7 @@ from .._core.adapter import Adapter, Adapters
 from .._core.numbers import integer
 from .._core.paths import flatten, unflatten
 from .._core.stored import StoredLeaf
-from .._core.targets import Key
+from .._core.targets import Rules
 from .._core.uses import Kernel
 from .._errors import SpecError, listed
 from .._merge.fold import unfold
@@ -26,7 +26,7 @@ from ._pissa import approximation
 def alternate(
     params: Any,
     adapter: Adapters,
-    formats: Mapping[Key, Format | None],
+    formats: Rules[Format | None],
     *,
     factors_first: bool,
     iterations: int,
