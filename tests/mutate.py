@@ -125,6 +125,12 @@ MUTATIONS = [
     Mutation("sharding.py", "None if axis in undivided else entry", "entry", "sharding"),
     Mutation("_report/flops.py", "return length * flops(", "return flops(", "flops"),
     Mutation("_transform/rules/gather.py", "flops=y.size * (2 *", "flops=y.size * (", "explain lookups"),
+    # PEFT's files: a gap between values, a key twice, a file that is not regular, a scale.
+    Mutation("peft/_safetensors.py", "entry.first != end", "entry.first < end", "peft"),
+    Mutation("peft/_json.py", "if name in found:", "if False:", "peft"),
+    Mutation("peft/_files.py", "stat.S_ISREG(before.st_mode)", "True", "untrusted_files"),
+    Mutation("peft/_patterns.py", 'rf"(?:.*\.)?', 'rf"(?:.*)?', "untrusted_files"),
+    Mutation("peft/_read.py", "most * top.rank if stabilized else top.alpha", "top.alpha", "peft"),
 ]
 
 

@@ -148,8 +148,9 @@ class Site:
     ) -> tuple[Use, ...]:
         """Returns the uses that `log_use` logs."""
         axes = tuple(zip(kernel.roles, roles, strict=True)) if roles else None
-        repeats, live = self.settings.repeats, self.settings.live
-        total = Use("", self.eqn.primitive.name, kind, axes, repeats, repeats * flops, user_line(self.eqn), live=live)
+        name, line, settings = self.eqn.primitive.name, user_line(self.eqn), self.settings
+        repeats, groups = settings.repeats, self.eqn.params.get("feature_group_count", 1)
+        total = Use("", name, kind, axes, repeats, repeats * flops, line, live=settings.live, groups=groups)
         uses = split_by_leaf(total, kernel)
         return tuple(dataclasses.replace(use, evidence=self.evidence.get(use.path, use.evidence)) for use in uses)
 
