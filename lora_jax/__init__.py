@@ -45,11 +45,13 @@ if TYPE_CHECKING:
     from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
+    from . import cli as cli
     from . import many as many
     from . import nnx as nnx
     from . import optim as optim
     from . import peft as peft
     from . import quant as quant
+    from . import qwix as qwix
     from . import sharding as sharding
     from . import starts as starts
     from . import testing as testing
@@ -93,6 +95,7 @@ __all__ = [
     "adaptive",
     "analysis",
     "checkpoint",
+    "cli",
     "compress",
     "explain",
     "extract",
@@ -107,6 +110,7 @@ __all__ = [
     "peft",
     "plan",
     "quant",
+    "qwix",
     "restore",
     "save",
     "sharding",
@@ -123,11 +127,13 @@ _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
+    "cli": "cli",
     "many": "many",
     "nnx": "nnx",
     "optim": "optim",
     "peft": "peft",
     "quant": "quant",
+    "qwix": "qwix",
     "sharding": "sharding",
     "starts": "starts",
     "testing": "testing",

@@ -37,8 +37,10 @@ ORDER = [
     "checkpoint",
     "many",
     "peft",
+    "qwix",
     "nnx",
     "testing",
+    "cli",
 ]
 PUBLIC = [name for name in ORDER if not name.startswith("_")]
 
@@ -108,7 +110,7 @@ def test_only_public_jax_is_imported_and_jax_extend_in_one_file() -> None:
 
 # Modules that an import loads
 
-HEAVY = ["orbax", "tensorstore", "optax", "safetensors", "flax.nnx", "chex", "matplotlib"]
+HEAVY = ["orbax", "tensorstore", "optax", "safetensors", "flax.nnx", "chex", "matplotlib", "cyclopts", "rich"]
 IMPORT = """
 import sys
 import jax, flax
@@ -150,11 +152,13 @@ OPENED = [
     "adaptive",
     "analysis",
     "checkpoint",
+    "cli",
     "many",
     "nnx",
     "optim",
     "peft",
     "plan",
+    "qwix",
     "restore",
     "save",
     "sharding",

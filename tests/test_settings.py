@@ -131,12 +131,14 @@ def test_initializations_work_for_a_base_of_every_dtype(dtype: Any) -> None:
     params, apply, x = model(dtype)
     adapter, key = adapter_of(params), jax.random.key(1)
     loss = lambda params, x: jnp.sum(apply(params, x))  # noqa: E731
-    seen = starts.activations(apply, params, adapter, x)
+    seen = starts.activations(apply, params, adapter, x, token_weights=jnp.linspace(0, 1, 4))
     started = {
         "gaussian": starts.gaussian(key, params, adapter),
         "kaiming": starts.kaiming(key, params, adapter),
         "orthogonal": starts.orthogonal(key, params, adapter),
-        "eva": starts.eva(params, adapter, seen),
+        "eva": starts.eva(params, adapter, seen, whiten=True),
+        "corda": starts.corda(params, adapter, seen),
+        "mica": starts.mica(params, adapter),
         "pissa": starts.pissa(params, adapter),
         "pissa, randomized": starts.pissa(params, adapter, niter=2, key=key),
         "olora": starts.olora(params, adapter),

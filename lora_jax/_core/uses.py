@@ -38,6 +38,7 @@ class Use:
       line: the user's line.
       evidence: how reliably the use shows the roles of axes.
       live: whether a result of the call depends on the use.
+      groups: the feature groups of a convolution; otherwise 1.
     """
 
     path: str
@@ -49,6 +50,7 @@ class Use:
     line: str
     evidence: Evidence = _CONSTANT
     live: bool = True
+    groups: int = 1
 
 
 @dataclasses.dataclass(frozen=True)

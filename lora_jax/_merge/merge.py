@@ -59,7 +59,7 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     stored = {path: merged for path, part in adapter.items() if (merged := _merged_stored(leaves[path], part))}
     rest = {path: part for path, part in adapter.items() if path not in stored}
     check_arrays(leaves, rest, advice=_MERGE_ADVICE)
-    _check_finite(adapter)
+    check_finite(adapter)
     if not untie:
         check_tied(leaves, adapter, advice="merge(..., untie=True) changes only {path!r}; or adapt an untied tree.")
     folded = {path: fold(leaves[path], part) for path, part in rest.items()}
@@ -145,7 +145,8 @@ def check_merge(leaves: Mapping[str, Any], adapter: Adapters, merged: Mapping[st
         )
 
 
-def _check_finite(adapter: Adapters) -> None:
+def check_finite(adapter: Adapters) -> None:
+    """Raises `MergeError` if an array of the adapter has a value that is not finite."""
     bad = [
         f"{path!r}: {name}"
         for path, part in adapter.items()

@@ -15,7 +15,8 @@ from .._core.values import is_concrete
 from .._errors import AdapterError, SpecError
 from ._member import Member, Settings, Stack
 
-BASE = "base"  # the name that selects the base
+BASE = "base"
+"""The name that selects the base."""
 _BASE_ID = -1
 
 Unknown = Literal["nan", "base"]

@@ -170,10 +170,10 @@ class _Groups:
         factor = Labeled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
         return self.contract(ones, factor, keep={self.ragged, *x.labels})
 
-    def x_times_a(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
+    def x_times_a(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Labeled:
         """Multiplies `x` with `a` only, for given sizes of the groups."""
         precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
-        return precise.contract(Labeled(x, labels), Labeled(a, axes_of_a(roles)), keep=keep).array
+        return precise.contract(Labeled(x, labels), Labeled(a, axes_of_a(roles)), keep=keep)
 
     def flops(self, x: Labeled, factor: Labeled) -> int:
         """Counts the FLOPs of a product; each row is multiplied with the factor of one expert."""
