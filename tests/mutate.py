@@ -129,7 +129,7 @@ MUTATIONS = [
     Mutation("peft/_safetensors.py", "entry.first != end", "entry.first < end", "peft"),
     Mutation("peft/_json.py", "if name in found:", "if False:", "peft"),
     Mutation("peft/_files.py", "stat.S_ISREG(before.st_mode)", "True", "untrusted_files"),
-    Mutation("peft/_patterns.py", 'rf"(?:.*\.)?', 'rf"(?:.*)?', "untrusted_files"),
+    Mutation("peft/_patterns.py", r"(?:.*\.)?(?:{pattern})$", "(?:.*)?(?:{pattern})$", "untrusted_files"),
     Mutation("peft/_read.py", "most * top.rank if stabilized else top.alpha", "top.alpha", "peft"),
 ]
 
