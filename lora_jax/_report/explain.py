@@ -15,7 +15,6 @@ from .._core.base import abstract, base_of
 from .._core.kernel import PlainKernel
 from .._core.paths import Pattern, flatten
 from .._core.uses import NEVER_USED, Use, counted_uses
-from .._core.variant import LowRank
 from .._errors import AdapterError, listed, refuse_keywords
 from .._transform.contraction.costs import FormName
 from .._transform.kernels import find_kernels, group_by_path, roles_agree
@@ -146,11 +145,11 @@ def _row(path: str, part: Adapter, leaf: Any, findings: _Findings, placed: Adapt
         path,
         tuple(leaf.shape),
         part.axes,
-        type(variant).__name__,
+        variant.title,
         rank=getattr(variant, "rank", None),
-        scale=variant.scale if isinstance(variant, LowRank) else None,
+        scale=getattr(variant, "scale", None) if variant.needs_axes else None,
         used=counted_uses(uses, lambda use: f"{use.kind if variant.needs_axes else 'whole'} {use.primitive}"),
-        parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
+        parameters=sum(math.prod(x.shape) for name, x in part.arrays.items() if name not in variant.constants),
         flops=findings.variant_flops[path] + sum(use.flops for use in uses),
         placed="" if placed is None else _shardings_text(part, placed),
         kind=findings.kinds[path],

@@ -16,9 +16,9 @@ class Row:
       path: of the leaf.
       shape: of the leaf.
       axes: the role of each axis; empty if the variant needs no roles.
-      variant: the name of the variant, such as `"LoRA"`.
+      variant: the name of the variant, such as `"LoRA"`, and for `Layers` the layers.
       rank: None for variants without factors.
-      scale: the factor of `A·B`; None for variants without factors.
+      scale: s, the factor of the update; None for variants without one.
       used: how the model uses the leaf, such as `"factored dot_general ×2"`, or `"never used"`.
       parameters: the number of trainable parameters.
       flops: FLOPs added to one forward call.

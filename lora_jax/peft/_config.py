@@ -5,8 +5,12 @@ from __future__ import annotations
 import collections
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from . import _patterns
+from ._json import shown
+from ._patterns import Patterns
 
 Config = Mapping[str, Any]
 
@@ -22,11 +26,14 @@ class Scale(NamedTuple):
         return self.alpha / (math.sqrt(self.rank) if rank_stabilized else self.rank)
 
 
-def ranks_to_config(scales: Mapping[str, Scale]) -> dict[str, Any]:
-    """Returns `r`, `lora_alpha` and the patterns: the most frequent values, and the modules with others."""
+def ranks_to_config(scales: Mapping[str, Scale], first: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns `r`, `lora_alpha` and the patterns: the most frequent values, and the modules with others.
+
+    The values are the most frequent of the modules in `first`, if there are any.
+    """
     if not scales:
         return {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}
-    (rank, alpha), _ = collections.Counter(scales.values()).most_common(1)[0]
+    (rank, alpha), _ = collections.Counter(scales[name] for name in first or scales).most_common(1)[0]
     return {
         "r": rank,
         "lora_alpha": _plain(alpha),
@@ -36,24 +43,45 @@ def ranks_to_config(scales: Mapping[str, Scale]) -> dict[str, Any]:
 
 
 def scale_of(config: Config, module: str) -> Scale:
-    """Returns the rank and α of a module, as PEFT reads them: the first pattern that matches, else the default."""
+    """Returns the rank and α of a module, as PEFT reads them: the first pattern that matches, else the default.
+
+    Of AdaLoRA, the rank is what is left, and α that of the same scale, which PEFT computes with the initial rank.
+    """
+    if config.get("peft_type") == "ADALORA":
+        initial, alpha = config.get("init_r", 12), config.get("lora_alpha", 8)
+        mask = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
+        rank = initial if mask is None else sum(mask)
+        return Scale(rank, (alpha if alpha > 0 else initial) * rank / initial)
     rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
     alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
     return Scale(rank, alpha)
 
 
-def is_target(config: Config, module: str) -> bool:
-    """Whether the configuration gives a module factors, as far as `target_modules` says."""
-    targets = config.get("target_modules")
+def is_target(config: Config, module: str, parameter: bool = False) -> bool:
+    """Whether the configuration gives a module, or a parameter, factors, as far as its targets say."""
+    targets = config.get("target_parameters" if parameter else "target_modules")
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, module) is not None
-    return any(module == target or module.endswith(f".{target}") for target in targets or ())
+        return targets == "all-linear" or _patterns.fullmatch(targets, module)
+    return not frozenset(targets or ()).isdisjoint(_patterns.ends(module))
+
+
+def prepared(config: Config) -> Config:
+    """Returns a configuration without `problems`, with only what PEFT reads of it, and patterns compiled."""
+    if config["peft_type"] == "VERA":
+        config = {name: value for name, value in config.items() if name not in _LORA_ONLY}
+    targets = config.get("target_modules")
+    names = ("alpha_pattern",) if config["peft_type"] == "ADALORA" else ("rank_pattern", "alpha_pattern")
+    patterns = {name: Patterns(config.get(name) or {}) for name in names}
+    return {**config, **patterns, "target_modules": frozenset(targets) if isinstance(targets, list) else targets}
 
 
 def is_exact(config: Config) -> bool:
-    """Whether `target_modules` alone decides which modules have factors."""
-    others = ("exclude_modules", "layers_to_transform", "target_parameters")
-    return config.get("target_modules") != "all-linear" and not any(config.get(name) is not None for name in others)
+    """Whether `target_modules` and `target_parameters` alone decide what has factors, and can be matched."""
+    others = ("exclude_modules", "layers_to_transform")
+    targets = config.get("target_modules")
+    if any(config.get(name) is not None for name in others) or targets == "all-linear":
+        return False
+    return not (isinstance(targets, str) and _patterns.problems([targets]))
 
 
 def rows_of(config: Config, module: str) -> list[int] | None:
@@ -65,15 +93,24 @@ def rows_of(config: Config, module: str) -> list[int] | None:
 
 
 _BASE_CHANGES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+_LORA_ONLY = ("use_rslora", "use_dora", "lora_dropout", "alora_invocation_tokens", "trainable_token_indices")
 _METHODS = ("layer_replication", "use_bdlora", "use_qalora", "arrow_config", "kasa_config", "velora_config")
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and -3e38 < value < 3e38  # of float32; an integer of JSON may be larger than any
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(index) is int and index < 2**31 for index in value)
 
 
 # What each entry has to be, unless it is null.
@@ -83,50 +120,50 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "rank_pattern": lambda value: isinstance(value, dict),
     "alpha_pattern": lambda value: isinstance(value, dict),
     "target_modules": lambda value: isinstance(value, str) or _are_names(value),
+    "target_parameters": _are_names,
     "modules_to_save": _are_names,
-    "trainable_token_indices": lambda value: isinstance(value, list | dict),
+    "trainable_token_indices": lambda value: all(map(_are_ids, value.values() if isinstance(value, dict) else [value])),
+    "alora_invocation_tokens": _are_ids,
+    **dict.fromkeys(("lora_dropout", "vera_dropout", "d_initial"), _is_number),
+    **dict.fromkeys(("use_rslora", "use_dora", "save_projection", "ensure_weight_tying"), _is_flag),
 }
 
 
 def problems(config: Config) -> list[str]:
     """Returns what a configuration states that cannot be read here, with the reason."""
     found = []
-    if (kind := config.get("peft_type")) not in ("LORA", "VERA"):
-        return [f"peft_type is {kind!r}; 'LORA' and 'VERA' can be read"]
+    if (kind := config.get("peft_type")) not in ("LORA", "VERA", "ADALORA"):
+        return [f"peft_type is {shown(kind)}; 'LORA', 'VERA' and 'ADALORA' can be read"]
     if kind == "VERA" and not config.get("save_projection", True):
         found.append("save_projection is false: the random matrices are not in the file")
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.startswith(_BASE_CHANGES):
         found.append(
-            f"init_lora_weights is {start!r}: the adapter is for a base that this start has changed; save it with "
+            f"init_lora_weights is {shown(start)}: the adapter is for a base that this start has changed; save it with "
             "PEFT's path_initial_model_for_weight_conversion"
         )
     found += [
         f"{name} is set, which has no variant here" for name in (*_METHODS, "monteclora_config") if config.get(name)
     ]
-    if config.get("target_parameters"):
-        found.append("target_parameters is set; factors of parameters without a module are not read")
+    if config.get("use_dora") and config.get("alora_invocation_tokens") is not None:
+        found.append("use_dora and alora_invocation_tokens are both set, and PEFT has one or the other")
     for name, fits in _TYPES.items():
         if config.get(name) is not None and not fits(config[name]):
-            found.append(f"{name} is {config[name]!r}")
+            found.append(f"{name} is {shown(config[name])}")
     return found + _numbers(config)
 
 
 def _numbers(config: Config) -> list[str]:
     """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
     found = []
+    if config.get("peft_type") == "ADALORA":
+        config = {**config, "rank_pattern": None}  # masks, which `_adalora` checks
     ranks = [config.get("r", 8), *_values(config, "rank_pattern")]
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern")]
-    found += [f"a rank is {rank!r}" for rank in ranks if type(rank) is not int or rank < 1]
-    found += [f"an alpha is {alpha!r}" for alpha in alphas if not _is_number(alpha)]
+    found += [f"a rank is {shown(rank)}" for rank in ranks if type(rank) is not int or not 1 <= rank < 2**31]
+    found += [f"an alpha is {shown(alpha)}" for alpha in alphas if not _is_number(alpha)]
     patterns = [*_keys(config, "rank_pattern"), *_keys(config, "alpha_pattern")]
-    targets = config.get("target_modules")
-    for pattern in [*patterns, *([targets] if isinstance(targets, str) else [])]:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            found.append(f"{pattern!r} is not a regular expression ({error})")
-    return found
+    return found + [f"{shown(pattern)} {why}" for pattern, why in _patterns.problems(patterns)]
 
 
 def _values(config: Config, name: str) -> list[Any]:
@@ -137,11 +174,8 @@ def _keys(config: Config, name: str) -> list[str]:
     return list(config[name]) if isinstance(config.get(name), dict) else []
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
+def _by_pattern(patterns: Patterns | Mapping[str, Any] | None, module: str, default: Any) -> Any:
+    return (patterns if isinstance(patterns, Patterns) else Patterns(patterns or {})).find(module, default)
 
 
 def _exactly(module: str) -> str:

@@ -1,42 +1,64 @@
-"""Reads and writes the two files of an adapter: tensors in safetensors, and a configuration in JSON. Never pickle."""
+"""Reads and writes the two files of an adapter: tensors in safetensors, and a configuration in JSON. Never pickle.
+
+The files are untrusted: only regular files are read, and every size is checked before anything is allocated.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+import secrets
+import stat
+from collections.abc import Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.numpy
-
-from .._errors import CheckpointError, listed
+from .._errors import CheckpointError
+from . import _safetensors
+from ._json import MAX_BYTES, invalid, parse
 from ._layout import Values
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
-_DTYPES: dict[str, Any] = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
-_MAX_HEADER = 100_000_000  # bytes, as the format limits it
+
+class Files(NamedTuple):
+    """What is written: a file of tensors, with its metadata, and a configuration unless it is None."""
+
+    tensors: Mapping[str, Values]
+    config: Mapping[str, Any] | None
+    name: str = TENSORS
+    metadata: Mapping[str, str] = MappingProxyType({})
 
 
-def write(directory: Path, tensors: Mapping[str, Values], config: Mapping[str, Any]) -> None:
-    """Writes both files; each replaces an older one only when it is complete."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in sorted(tensors.items())}
-    contents = {
-        TENSORS: safetensors.numpy.save(contiguous, metadata={"format": "pt"}),  # transformers requires a format
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
+def write(directory: Path, files: Files) -> None:
+    """Writes the files; they replace older ones when all are complete.
+
+    Raises:
+      AdapterError: if a tensor has a dtype that is not read.
+      CheckpointError: if the files cannot be written.
+    """
+    _safetensors.check_dtypes(files.tensors)
+    names = [files.name] if files.config is None else [files.name, CONFIG]
+    # A name that nobody can guess: links of other names are neither followed nor replaced.
+    new = {name: directory / f".{name}.{secrets.token_hex(8)}" for name in names}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            new = directory / f".{name}.new"
-            new.write_bytes(content)
-            os.replace(new, directory / name)
-    except OSError as error:
+        try:
+            with new[files.name].open("xb") as file:
+                _safetensors.write(file, files.tensors, files.metadata)
+            if files.config is not None:
+                with new[CONFIG].open("xb") as file:
+                    file.write((json.dumps(files.config, indent=2, sort_keys=True) + "\n").encode())
+            for name, path in new.items():
+                os.replace(path, directory / name)  # replaces a link, not what it points to
+        finally:
+            for path in new.values():
+                path.unlink(missing_ok=True)
+    except (OSError, UnicodeEncodeError) as error:
         raise CheckpointError(
             f"Cannot write a PEFT adapter to {directory}.\n  {type(error).__name__}: {error}\n"
             "  Make the directory writable or free space, and export again."
@@ -49,36 +71,36 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: if there is none, or if it is not a JSON object without duplicate keys.
     """
-    return _parsed(_read(directory, CONFIG), directory / CONFIG)
+    with _opened(directory, CONFIG) as (file, size):
+        return parse(file.read(min(size, MAX_BYTES) + 1), directory / CONFIG)
 
 
-def read_tensors(directory: Path) -> dict[str, Values]:
-    """Reads the tensors.
+def read_tensors(directory: Path, name: str = TENSORS, *, most: int | None = None) -> dict[str, Values]:
+    """Reads the tensors of a file.
+
+    Args:
+      directory: of the adapter.
+      name: of the file.
+      most: the largest number of bytes of all values; None for any.
 
     Raises:
       CheckpointError: if there is no safetensors file, or it is invalid, or a value is not finite.
     """
-    path = directory / TENSORS
-    content = _read(directory, TENSORS)
-    _check_header(content, path)
-    try:
-        entries = safetensors.deserialize(content)
-    except safetensors.SafetensorError as error:
-        raise _invalid(path, str(error)) from error
-    if other := [f"{name!r} has dtype {entry['dtype']}" for name, entry in entries if entry["dtype"] not in _DTYPES]:
-        raise _invalid(path, f"tensors are not in {', '.join(_DTYPES)}:\n{listed(other)}")
-    tensors = {
-        name: np.frombuffer(entry["data"], _DTYPES[entry["dtype"]]).reshape(entry["shape"]) for name, entry in entries
-    }
-    if bad := [f"{name!r}" for name, array in tensors.items() if not np.isfinite(array).all()]:
-        raise _invalid(path, f"tensors have values that are not finite:\n{listed(bad)}")
-    return tensors
+    with _opened(directory, name) as (file, size):
+        return _safetensors.read(file, size, directory / name, most)
 
 
-def _read(directory: Path, name: str) -> bytes:
+@contextlib.contextmanager
+def _opened(directory: Path, name: str) -> Iterator[tuple[BufferedReader, int]]:
+    """Opens a regular file, through links as Hugging Face's cache has them, and yields it with its size."""
     path = directory / name
     try:
-        return path.read_bytes()
+        with open(path, "rb", opener=_without_waiting) as file:
+            before = os.fstat(file.fileno())
+            if not stat.S_ISREG(before.st_mode):
+                raise invalid(path, "it is not a regular file")
+            yield file, before.st_size
+            after = os.fstat(file.fileno())
     except OSError as error:
         pickles = [pickle for pickle in _PICKLES if (directory / pickle).exists()]
         if name == TENSORS and pickles:
@@ -91,36 +113,10 @@ def _read(directory: Path, name: str) -> bytes:
             f"Expected a PEFT adapter, with {CONFIG} and {TENSORS}, in {directory}; {name} cannot be read.\n"
             f"  {type(error).__name__}: {error}"
         ) from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise invalid(path, "it changed while it was read")
 
 
-def _check_header(content: bytes, path: Path) -> None:
-    """Raises if a name occurs twice, which the library does not see."""
-    size = int.from_bytes(content[:8], "little")
-    if len(content) < 8 or size > min(len(content) - 8, _MAX_HEADER):
-        raise _invalid(path, f"its header states {size} bytes, and the file has {len(content)}")
-    _parsed(content[8 : 8 + size], path)
-
-
-def _parsed(content: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise ValueError(f"the key {name!r} occurs twice")
-            found[name] = value
-        return found
-
-    try:
-        parsed = json.loads(content, object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise _invalid(path, f"{type(error).__name__}: {error}") from error
-    if not isinstance(parsed, dict):
-        raise _invalid(path, f"it has a {type(parsed).__name__} in place of a JSON object")
-    return parsed
-
-
-def _invalid(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"Expected a valid {path.name}; {reason}, in {path.parent}.\n"
-        "  The file is damaged, or was not written by PEFT: copy it again."
-    )
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; for a FIFO, without waiting for a process that writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

@@ -12,8 +12,8 @@ from ._sites import Site
 
 def own_ranks(site: Site, a: Values, b: Values) -> tuple[Values, Values]:
     """Returns the factors without the ranks that a module has for other leaves that it fuses."""
-    own = b.any(1)
-    return (a, b) if site.part.of is None or not own.any() else (a[:, own], b[own])
+    own = b.any((*range(b.ndim - 2), -1))
+    return (a, b) if site.part.of is None or not own.any() else (a[..., own], b[..., own, :])
 
 
 def joined_factors(
@@ -26,10 +26,10 @@ def joined_factors(
     ]
     first = scaled[0][1]
     shared = all(np.array_equal(a, first) for _, a, _ in scaled)
-    rank = first.shape[1] if shared else sum(a.shape[1] for _, a, _ in scaled)
-    joined = np.zeros((rank, layout.d_out), scaled[0][2].dtype)
+    rank = first.shape[-1] if shared else sum(a.shape[-1] for _, a, _ in scaled)
+    joined = np.zeros((*first.shape[:-2], rank, layout.d_out), scaled[0][2].dtype)
     at = 0
     for site, a, b in scaled:
-        joined[at : at + a.shape[1], site.outputs] = b
-        at += 0 if shared else a.shape[1]
-    return (first if shared else np.concatenate([a for _, a, _ in scaled], axis=1)), joined
+        joined[..., at : at + a.shape[-1], site.outputs] = b
+        at += 0 if shared else a.shape[-1]
+    return (first if shared else np.concatenate([a for _, a, _ in scaled], axis=-1)), joined

@@ -25,6 +25,7 @@ class Layout:
     row: Row
     axes: str
     shape: tuple[int, ...]
+    experts: int | None = None  # their number, if one torch parameter has all; their axis is the last batch axis
 
     @property
     def inputs(self) -> tuple[int, ...]:
@@ -49,7 +50,12 @@ class Layout:
     @property
     def batch(self) -> tuple[int, ...]:
         """The sizes of the batch axes."""
-        return tuple(self.shape[axis] for axis in axes_with(self.axes, "b"))
+        return tuple(self.shape[axis] for axis in self._batch_axes)
+
+    @property
+    def _batch_axes(self) -> tuple[int, ...]:
+        axes = axes_with(self.axes, "b")
+        return (*axes[1:], axes[0]) if self.row.experts_first and self.experts else axes
 
     def labels(self, name: str) -> tuple[int, ...]:
         """Returns the kernel axis of each axis of an array: of `a`, `b`, a `vector` of outputs, or the `kernel`."""
@@ -69,7 +75,7 @@ class Layout:
         rank = matrix.shape[len(self.batch) + groups.index((RANK,))] if (RANK,) in groups else 0
         labels = self.labels(name)
         sizes = [rank if labels[axis] == RANK else self.shape[labels[axis]] for axis in order]
-        return np.ascontiguousarray(np.transpose(matrix.reshape(sizes), np.argsort(order)))
+        return np.asarray(np.transpose(matrix.reshape(sizes), np.argsort(order)), order="C")  # also if it has no axes
 
     def _order(self, name: str) -> tuple[list[tuple[int, ...]], list[int]]:
         """Returns the groups of axes that become one, and the order of the array's axes in which they are adjacent."""
@@ -80,7 +86,7 @@ class Layout:
             "kernel": [self.inputs, self.outputs],
         }[name]
         labels = self.labels(name)
-        wanted = (*axes_with(self.axes, "b"), *(axis for group in groups for axis in group))
+        wanted = (*self._batch_axes, *(axis for group in groups for axis in group))
         return groups, [labels.index(axis) for axis in wanted]
 
     def _flat(self, groups: Sequence[tuple[int, ...]], array: Values) -> list[int]:
@@ -99,10 +105,12 @@ def default_axes(row: Row, ndim: int, batch: int) -> str | None:
         "linear": "io" if core == 2 else None,
         "embedding": "io" if core == 2 else None,
         "conv": "i" * (core - 1) + "o" if core >= 3 else None,
-        "vector": "o" * core if core >= 1 else None,
-    }[row.kind]
-    axes = row.axes if row.axes is not None else implied and "b" * batch + implied
-    return axes if axes is not None and len(axes) == ndim and axes.count("b") == batch else None
+        "vector": "o" * core if core >= 1 or row.keep_shape else None,
+        "parameter": {2: "io", 3: "bio"}.get(core),
+    }[row.kind.removeprefix("swapped ")]
+    axes = row.axes if row.axes is not None else None if implied is None else "b" * batch + implied
+    batches = (batch, batch + 1) if row.is_parameter else (batch,)
+    return axes if axes is not None and len(axes) == ndim and axes.count("b") in batches else None
 
 
 def bounds(parts: Sequence[Part], d_out: int) -> list[tuple[int, int]] | None:

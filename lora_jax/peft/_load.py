@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .._core.adapter import Adapter
 from .._core.paths import flatten
 from .._errors import CheckpointError, SpecError, counted, listed
-from ._config import Config, is_exact, is_target, problems
+from . import _adalora as adalora
+from ._config import Config, is_exact, is_target, prepared, problems
 from ._files import read_config, read_tensors
 from ._read import Reader
-from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
 from ._tensors import Tensors
+
+# No adapter has more bytes than this and 32 for each parameter, so that a file of any size does not fill the memory.
+_SMALL = 2**26
 
 
 def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any) -> dict[str, Adapter]:
     """Reads an adapter in PEFT's format, such as PEFT's `save_pretrained` or `export` writes.
 
-    Factors become `LoRA`, `RSLoRA`, `DoRA` or `ALoRA`; `lora_bias`, `LoRABias`; `modules_to_save` and plain biases,
-    `Full`; trainable tokens, `Rows`. Layers of a stack, and modules that a kernel fuses, may have different ranks and
-    scales, or no factors: the leaf has the largest rank, and differences of scale are multiplied into `b`. Fused
-    modules with different `A` have the sum of their ranks. VeRA whose matrices `VeRA` does not generate becomes `LoRA`.
+    Factors become `LoRA`, `RSLoRA`, `DoRA`, `ALoRA` or `AdaLoRA`; `lora_bias`, `LoRABias`; `modules_to_save` and plain
+    biases, `Full`; trainable tokens, `Rows`. Layers of a stack, and modules that a kernel fuses, may have different
+    ranks and scales, or no factors: the leaf has the largest rank, and differences of scale are multiplied into `b`.
+    Fused modules with different `A` have the sum of their ranks. VeRA whose matrices `VeRA` does not generate, and
+    AdaLoRA of fused modules, become `LoRA`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"embed": {"embedding": jnp.ones((7, 3))}}
@@ -48,14 +57,21 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         error lists all.
       SpecError: if `mapping` is not a mapping to rows.
     """
-    rows = compiled(mapping)
-    directory = Path(directory)
-    config = read_config(directory)
-    if found := problems(config):
-        raise _unreadable(directory, found)
-    file = Tensors(read_tensors(directory))
-    reader = Reader(config, file)
     leaves = flatten(params)[0]
+    rows = without_own_heads(compiled(mapping), leaves)
+    directory = Path(directory)
+    config: Config = read_config(directory)
+    is_adaptive = config.get("peft_type") == "ADALORA"
+    if found := problems(config) + (adalora.problems(config) if is_adaptive else []):
+        raise _unreadable(directory, found)
+    config = prepared(config)
+    most = _SMALL + 32 * sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves.values())
+    arrays = read_tensors(directory, most=most)
+    file = Tensors(adalora.as_factors(arrays) if is_adaptive else arrays)
+    try:
+        reader = Reader(config, file)
+    except SpecError as error:  # from VeRA
+        raise _unreadable(directory, [str(error)]) from error
     adapter, unusable = dict[str, Adapter](), list[str]()
     for path, leaf in leaves.items():
         if (row := find(path, rows)) is None:
@@ -64,8 +80,13 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         if isinstance(places, str):
             unusable.append(f"{path!r}: {places}")
             continue
+        file.find_parameters(places, functools.partial(is_target, config, parameter=True))
         try:
-            part = reader.leaf(path, leaf, places)
+            with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found
+                part = reader.leaf(path, leaf, places)
+        except OverflowError as error:
+            file.problems.append(f"{path!r}: {error}")
+            continue
         except SpecError as error:  # from the variant, which checks what the configuration states
             raise _unreadable(directory, [f"{path!r}: {error}"]) from error
         if part is not None:
@@ -78,6 +99,7 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
 
 
 def _unreadable(directory: Path, found: list[str]) -> CheckpointError:
+    found = [line if len(line) < 2_000 else f"{line[:2_000]} …" for line in found]
     return CheckpointError(
         f"Expected a configuration that can be read, in {directory}; got:\n{listed(found)}\n"
         "  Load the adapter with PEFT, and save it as a LoRA adapter without this."
@@ -88,11 +110,12 @@ def _missing(config: Config, lacking: list[Site]) -> list[str]:
     """Returns which modules without tensors the configuration states."""
     places = [site for site in lacking if site.row.kind != "vector"]
     saved = tuple(config.get("modules_to_save") or ())
-    names = [site.module for site in places]
+    names = [site.module for site in places if not site.row.is_parameter]
+    parameters = [site.module for site in places if site.row.is_parameter and is_target(config, site.module, True)]
     found = [f"{name!r} is in modules_to_save, and has no tensor" for name in names if saved and name.endswith(saved)]
     if not found and is_exact(config):
         found = [f"{name!r} is in target_modules, and has no tensors" for name in names if is_target(config, name)]
-    return found
+    return found + [f"{name!r} is in target_parameters, and has no tensors" for name in parameters]
 
 
 def _refuse(file: Tensors, unusable: list[str], directory: Path) -> None:

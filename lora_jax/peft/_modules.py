@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from ._config import Scale, ranks_to_config
 from ._layout import Values
 from ._module import Module, in_module, module_outputs, module_value
 from ._names import PREFIX, suffix, to_torch
+from ._parameters import stored_as
 from ._refusal import refusal
 from ._sites import Site
 from ._vera import matrices, relative, to_config
@@ -106,13 +107,14 @@ class Exported:
             if name in self.heads:
                 scales[self.heads[name]] = scales[name]
         biased = self._biases(low)
+        parameters = self._parameters(low)
         saved = {name for name in self.saved if name not in low}
         tied = {name.split(".")[-1] for pair in self.heads.items() for name in pair}
         rows = {name: list(module.rows) for name, module in self.modules.items() if module.rows is not None}
         first: Any = next(iter(variants.values()), None)
-        return ranks_to_config(scales) | {
+        return ranks_to_config(scales, parameters) | {
             "peft_type": "LORA",
-            "target_modules": sorted(scales) or "dummy-target-modules",  # PEFT's name for none
+            **_targets(scales, parameters),
             "lora_dropout": getattr(first, "dropout", 0.0),
             "use_rslora": stabilized,
             "use_dora": isinstance(first, DoRA),
@@ -133,6 +135,8 @@ class Exported:
         for name, module in self.modules.items():
             for ours, matrix in module.tensors.items():
                 place = f"{name}.base_layer" if ours.startswith("saved.") and module.variant is not None else name
+                if module.layout.row.is_parameter:
+                    place = stored_as(name, module.layout.row, self.modules.__contains__)
                 tensor = to_torch(ours, matrix, module.layout)
                 found[f"{PREFIX}{place}{suffix(module.layout.row.kind, ours)}"] = tensor
             if name in self.heads:
@@ -142,8 +146,8 @@ class Exported:
                         found[head + suffix("linear", ours)] = module.tensors[tied]
         return found
 
-    def refuse(self) -> None:
-        """Raises if anything cannot be written."""
+    def refuse(self, reader: str) -> None:
+        """Raises if anything cannot be written for a reader."""
         lines = []
         if self.unmatched:
             count = counted(len(self.unmatched), "path")
@@ -153,7 +157,7 @@ class Exported:
         if lines:
             text = "\n".join(lines)
             raise AdapterError(
-                f"Expected an adapter that PEFT's format and the mapping can express; got:\n{text}\n"
+                f"Expected an adapter that {reader} and the mapping can express; got:\n{text}\n"
                 "  Add rows to the mapping, or change the leaves; nothing was written."
             )
 
@@ -179,15 +183,15 @@ class Exported:
         for site, variant, a, b in module.factors:
             if module.variant is None:
                 shared = all(np.array_equal(a, other) for _, _, other, _ in module.factors)
-                ranks = [a.shape[1]] if shared else [other.shape[1] for _, _, other, _ in module.factors]
+                ranks = [a.shape[-1]] if shared else [other.shape[-1] for _, _, other, _ in module.factors]
                 module.variant, at = variant.at_rank(sum(ranks)), 0
-                self._put(site, "a", a if shared else np.concatenate([one for _, _, one, _ in module.factors], axis=1))
+                self._put(site, "a", a if shared else np.concatenate([one for _, _, one, _ in module.factors], axis=-1))
             elif type(variant) is not type(module.variant):
                 self.problems.append(f"{site.path!r}: {name!r} fuses {variant} with {module.variant}")
             relative = variant.scale / module.variant.scale if module.variant.scale else 1.0
-            rows = np.zeros((sum(ranks), b.shape[1]), b.dtype)
-            rows[at : at + b.shape[0]] = b if relative == 1 else b * np.asarray(relative, b.dtype)
-            at += 0 if shared else b.shape[0]
+            rows = np.zeros((*b.shape[:-2], sum(ranks), b.shape[-1]), b.dtype)
+            rows[..., at : at + b.shape[-2], :] = b if relative == 1 else b * np.asarray(relative, b.dtype)
+            at += 0 if shared else b.shape[-2]
             self._put(site, "b", rows)
         for tensor, filled in module.filled.items():
             width = module.tensors[tensor].shape[-1]
@@ -249,6 +253,18 @@ class Exported:
             module.tensors.setdefault("bias", np.zeros(b.shape[1:], b.dtype))
         return bool(biased)
 
+    def _parameters(self, low: Mapping[str, Module]) -> list[str]:
+        """Returns the parameters without a module; notes what PEFT does not have alongside them."""
+        found = sorted(name for name, module in low.items() if module.layout.row.is_parameter)
+        for module in low.values() if found else ():
+            variant, biased = module.variant, module.bias_scale is not None
+            has = {"dropout": variant.dropout if variant else 0, "Conv1D": module.layout.row.conv1d, "LoRABias": biased}
+            for what in filter(has.get, has):
+                self.problems.append(
+                    f"{module.path!r}: PEFT has no {what} alongside a parameter without a module, {found[0]!r}"
+                )
+        return found
+
     def _same(self, what: str, values: Mapping[str, Any]) -> None:
         if len(set(values.values())) > 1:
             first, *rest = values.items()
@@ -257,6 +273,14 @@ class Exported:
                 f"{path!r}: PEFT has one setting of {what} for all modules; here it is {value}, and {first[1]} at "
                 f"{first[0]!r}"
             )
+
+
+def _targets(names: Iterable[str], parameters: list[str]) -> dict[str, Any]:
+    """Returns the entries of the modules with factors, and of the parameters without a module."""
+    modules = sorted(set(names) - set(parameters))
+    if parameters:
+        return {"target_modules": modules, "target_parameters": parameters}
+    return {"target_modules": modules or "dummy-target-modules"}  # PEFT's name for none
 
 
 def _is_stabilized(variant: LowRank) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._layout import Layout, Values
+from ._parameters import from_parameter, parameter_shape, to_parameter
 
 PREFIX = "base_model.model."
 
@@ -12,6 +13,7 @@ PREFIX = "base_model.model."
 SUFFIXES = {
     "a": ".lora_A.weight",
     "b": ".lora_B.weight",
+    "e": ".lora_E",
     "bias": ".lora_B.bias",
     "magnitude": ".lora_magnitude_vector",
     "lambda_b": ".vera_lambda_b",
@@ -19,12 +21,12 @@ SUFFIXES = {
     "rows": ".token_adapter.trainable_tokens_delta",
 }
 EMBEDDING_SUFFIXES = {"a": ".lora_embedding_A", "b": ".lora_embedding_B"}
+_OF_KIND = {"embedding": EMBEDDING_SUFFIXES, "swapped parameter": {"a": SUFFIXES["b"], "b": SUFFIXES["a"]}}
 
 
 def suffix(kind: str, name: str) -> str:
     """Returns the suffix of a tensor of a module of this kind."""
-    table = SUFFIXES | EMBEDDING_SUFFIXES if kind == "embedding" else SUFFIXES
-    return table.get(name, f".{name.removeprefix('saved.')}")
+    return (SUFFIXES | _OF_KIND.get(kind, {})).get(name, f".{name.removeprefix('saved.')}")
 
 
 def parse(name: str) -> tuple[str, str] | None:
@@ -50,7 +52,11 @@ def parse(name: str) -> tuple[str, str] | None:
 def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
     """Returns a matrix `(in, out)`, or a vector of outputs, in the shape that the torch module has it in."""
     row = layout.row
+    if row.is_parameter:
+        return to_parameter(name, matrix, layout)
     spatial = _spatial(layout)
+    if row.keep_shape and name.startswith("saved."):
+        return matrix.reshape(_outputs(layout))
     if name == "b" and row.kind == "conv":
         return matrix.T[(..., *(None,) * len(spatial))]
     if name == "magnitude" and row.kind == "conv":
@@ -65,6 +71,10 @@ def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
 def from_torch(name: str, tensor: Values, layout: Layout) -> Values:
     """Inverts `to_torch`, for a tensor of the shape that `expected_shape` states."""
     row = layout.row
+    if row.keep_shape and name.startswith("saved."):
+        return tensor.reshape(-1)
+    if row.is_parameter:
+        return from_parameter(name, tensor, layout)
     if row.kind == "conv" and name in ("b", "magnitude"):
         tensor = tensor.reshape(-1, tensor.shape[1]) if name == "b" else tensor.reshape(-1)
     if row.kind == "conv" and name in ("a", "saved.weight"):
@@ -77,6 +87,8 @@ def from_torch(name: str, tensor: Values, layout: Layout) -> Values:
 def expected_shape(name: str, layout: Layout, d_out: int, rank: int) -> tuple[int, ...]:
     """Returns the shape of a tensor of a module with `d_out` outputs. For `rows`, the rank is the number of rows."""
     row, d_in, spatial = layout.row, layout.d_in, tuple[int, ...]()
+    if row.is_parameter:
+        return parameter_shape(name, layout, d_out, rank)
     if row.kind == "conv":
         spatial, d_in = _spatial(layout), layout.shape[layout.inputs[-1]]
     ones = (1,) * len(spatial)
@@ -87,11 +99,19 @@ def expected_shape(name: str, layout: Layout, d_out: int, rank: int) -> tuple[in
         "magnitude": (1, d_out, *ones) if row.kind == "conv" else (d_out,),
         "rows": (rank, d_out),
         "lambda_d": (rank,),
+        "e": (rank, 1),
         "saved.weight": (d_out,) if row.kind == "vector" else weight,
     }
+    if row.keep_shape and name.startswith("saved."):
+        return _outputs(layout)
     return shapes.get(name, (d_out,))
 
 
 def _spatial(layout: Layout) -> tuple[int, ...]:
     """Returns the sizes of a convolution kernel's spatial axes: all input axes but the last."""
     return tuple(layout.shape[axis] for axis in layout.inputs[:-1])
+
+
+def _outputs(layout: Layout) -> tuple[int, ...]:
+    """Returns the sizes of the output axes, in torch's order."""
+    return tuple(layout.shape[axis] for axis in layout.outputs)

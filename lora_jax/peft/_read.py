@@ -14,12 +14,14 @@ from .._core.adapter import Adapter
 from .._core.base import dense
 from .._core.values import on_host
 from .._core.variant import LowRank
-from .._variants import ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from . import _adalora as adalora
 from . import _vera as vera
 from ._config import Config, Scale, is_exact, is_target, rows_of, scale_of
 from ._joined import joined_factors, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
-from ._names import PREFIX
+from ._module import module_value
+from ._names import PREFIX, to_torch
 from ._refusal import refusal
 from ._sites import Site
 from ._tensors import Tensors
@@ -32,6 +34,7 @@ class Reader:
         self.config, self.file = config, file
         self._changes: dict[str, tuple[set[str], bool]] = {}
         self._generated = None
+        self._is_adaptive = config.get("peft_type") == "ADALORA"
         if config.get("peft_type") == "VERA":
             file.taken |= {vera.A, vera.B}
             self._generated = vera.from_config(config, file.arrays)
@@ -50,9 +53,10 @@ class Reader:
                 return self._lora_bias(path, places)
         else:
             self._compare_base(leaf, places)
-            if has("a") or has("b"):
+            is_vera = self.config.get("peft_type") == "VERA"
+            if not is_vera and (has("a") or has("b")):
                 return self._low_rank(places)
-            if has("lambda_b") or has("lambda_d"):
+            if is_vera and (has("lambda_b") or has("lambda_d")):
                 return self._from_vera(places)
             if has("rows"):
                 return self._rows(leaf, places)
@@ -67,23 +71,41 @@ class Reader:
         layout, row, known = places[0].layout, places[0].row, len(self.file.problems)
         pieces: dict[Site, tuple[Values, Values]] = {}
         scales: dict[Site, Scale] = {}
+        diagonals: dict[Site, Values] = {}
         for site in places:
             if self.file.has(site, "a") or self.file.has(site, "b"):
                 scale = scale_of(self.config, site.module)
-                factors = [self.file.take(site, name, scale.rank) for name in "ab"]
-                if factors[0] is not None and factors[1] is not None:
-                    if self._is_of_others(site, factors[1]):
+                if (factors := self._factors(site, scale.rank)) is not None:
+                    a, b, diagonal = factors
+                    if not scale.rank or self._is_of_others(site, b):
                         continue
-                    pieces[site], scales[site] = own_ranks(site, factors[0], factors[1]), scale
+                    pieces[site], scales[site] = own_ranks(site, a, b), scale
+                    if diagonal is not None:
+                        diagonals[site] = diagonal
                     self._check_target(site)
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
             return None if len(self.file.problems) == known else _empty(layout)
-        return self._assembled(places, pieces, scales)
+        return self._assembled(places, pieces, scales, diagonals)
+
+    def _factors(self, site: Site, rank: int) -> tuple[Values, Values, Values | None] | None:
+        """Returns `a`, `b` and the diagonal of AdaLoRA; None, after noting a problem, if a tensor does not fit."""
+        if self._is_adaptive:
+            adalora.arrange(self.file, site, rank)
+        a, b, e = (self.file.take(site, name, rank) if name != "e" or self._is_adaptive else None for name in "abe")
+        if a is None or b is None or (self._is_adaptive and e is None):
+            return None
+        if e is None or adalora.is_kept(site.row):
+            return a, b, None if e is None else e[:, 0]
+        return a * e[:, 0], b, None
 
     def _assembled(
-        self, places: list[Site], pieces: Mapping[Site, tuple[Values, Values]], scales: Mapping[Site, Scale]
+        self,
+        places: list[Site],
+        pieces: Mapping[Site, tuple[Values, Values]],
+        scales: Mapping[Site, Scale],
+        diagonals: Mapping[Site, Values],
     ) -> Adapter:
         """Returns the adapter of a leaf from the factors of its modules."""
         layout = places[0].layout
@@ -101,23 +123,30 @@ class Reader:
         b = np.zeros((*layout.batch, rank, layout.d_out), dtypes[1])
         for index, (one, other) in joined.items():
             a[(*index, ..., slice(one.shape[-1]))] = one
-            b[(*index, slice(one.shape[-1]))] = other
+            b[(*index, ..., slice(one.shape[-1]), slice(None))] = other
         arrays = {"a": layout.from_matrix("a", a), "b": layout.from_matrix("b", b)}
         if isinstance(variant, DoRA):
             arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", None))
+        if isinstance(variant, AdaLoRA):
+            arrays["e"] = np.zeros((*layout.batch, rank), next(iter(diagonals.values())).dtype)
+            for site, diagonal in diagonals.items():
+                arrays["e"][(*site.index, slice(diagonal.size))] = diagonal
         return _adapter(variant.at_rank(rank), layout, arrays)
 
     def _variant(self, scales: Mapping[Site, Scale]) -> tuple[LowRank, dict[Site, float]]:
         """Returns the variant, and the scale of each module relative to that of the variant."""
-        stabilized = bool(self.config.get("use_rslora"))
+        stabilized = bool(self.config.get("use_rslora")) and not self._is_adaptive
         top = max(scales.values(), key=lambda scale: abs(scale.scale(stabilized)))
         fields: dict[str, Any] = {"rank": top.rank, "alpha": top.alpha}
         fields["dropout"] = self.config.get("lora_dropout", self.config.get("vera_dropout", 0.0))
         most = top.scale(stabilized)
         relative = {site: scale.scale(stabilized) / most if most else 1.0 for site, scale in scales.items()}
+        if self._is_adaptive:
+            return (AdaLoRA if adalora.is_kept(next(iter(scales)).row) else LoRA)(**fields), relative
         if self.config.get("use_dora"):
             return DoRA(**fields, rank_stabilized=stabilized), relative
         if (invocation := self.config.get("alora_invocation_tokens")) is not None:
+            fields["alpha"] = most * top.rank if stabilized else top.alpha  # ALoRA divides by the rank
             return ALoRA(**fields, invocation=invocation), relative
         return (RSLoRA if stabilized else LoRA)(**fields), relative
 
@@ -153,7 +182,7 @@ class Reader:
         for (site, (one, other)), size in zip(vectors.items(), sizes, strict=True):
             rows = outputs_from_torch(site.of_module(b[:size].T), dataclasses.replace(site.part, factor=1.0))
             pieces[site] = (a[:, : layout.d_in].T, one[:, None] * rows * other)
-        return self._assembled(places, pieces, dict.fromkeys(found, Scale(rank, rank)))
+        return self._assembled(places, pieces, dict.fromkeys(found, Scale(rank, rank)), {})
 
     def _lora_bias(self, path: str, places: list[Site]) -> Adapter:
         layout, stabilized = places[0].layout, bool(self.config.get("use_rslora"))
@@ -162,19 +191,21 @@ class Reader:
         }
         most = max(scales.values(), key=abs)
         zero = np.zeros((*layout.batch, layout.d_out), np.float32)
-        bias = self.file.outputs(places, "bias", zero, {site: scale / most for site, scale in scales.items() if most})
+        bias = self.file.outputs(places, "bias", zero, {site: scale / (most or 1.0) for site, scale in scales.items()})
         self._changes[path] = {"lora_bias"}, not bias.any()
         return _adapter(LoRABias(scale=most), layout, {"bias": layout.from_matrix("vector", bias)})
 
     def _saved(self, path: str, leaf: Any, places: list[Site], name: str) -> Adapter:
         layout = places[0].layout
         array = "vector" if places[0].row.kind == "vector" else "kernel"
-        base = layout.to_matrix(array, self._base(leaf, places[0]))
+        is_known = not isinstance(leaf, jax.ShapeDtypeStruct)
+        needed = is_known or not all(self.file.has(site, name) for site in places)
+        base = layout.to_matrix(array, self._base(leaf, places[0]) if needed else np.zeros(leaf.shape, leaf.dtype))
         value = self.file.outputs(places, name, base)
         if (head := places[0].row.head) is not None:
             self._check_head(places[0], head, {"saved.weight": "saved.weight"})
         heads = [places[0].row.head] if places[0].row.head is not None else []
-        same = bool(np.array_equal(value, base))
+        same = is_known and bool(np.array_equal(value, base))
         self._changes[path] = {*(site.module for site in places), *heads}, same
         return _adapter(Full(), layout, {"value": layout.from_matrix(array, value)})
 
@@ -208,6 +239,8 @@ class Reader:
         return bool(self.file.arrays[self.file.modules[site.module]["b"]].any())
 
     def _check_target(self, site: Site) -> None:
+        if site.row.is_parameter:  # those that are no targets are not found
+            return
         if is_exact(self.config) and not is_target(self.config, site.module):
             self.file.problems.append(
                 f"{site.module!r} has factors, and is not in target_modules: PEFT would not read them"
@@ -238,21 +271,24 @@ class Reader:
 
     def _compare_base(self, leaf: Any, places: list[Site]) -> None:
         """Takes the copies of adapted embeddings that PEFT stores, if they are those of the base."""
-        row, head = places[0].row, places[0].row.head
-        copies = {f"{PREFIX}{site.module}.base_layer.weight" for site in places}
+        head = places[0].row.head
+        copies = {f"{PREFIX}{site.module}.base_layer.weight": site for site in places}
         if head is not None:
-            copies.add(f"{PREFIX}{head}.base_layer.weight")
+            copies[f"{PREFIX}{head}.base_layer.weight"] = places[0]
             if "saved.weight" not in self.file.modules.get(places[0].module, ()):
-                copies.add(f"{PREFIX}{head}.weight")
-        for name in sorted(copies & set(self.file.arrays)):
+                copies[f"{PREFIX}{head}.weight"] = places[0]
+        for name, site in copies.items():
+            if (stored := self.file.arrays.get(name)) is None:
+                continue
             self.file.taken.add(name)
-            base, stored = self._base(leaf, places[0]), self.file.arrays[name]
-            base = base if row.kind == "embedding" else base.T
+            base = to_torch("saved.weight", module_value(site, self._base(leaf, site)), site.layout)
             if stored.shape != base.shape or not np.array_equal(stored.astype(base.dtype), base):
-                self.file.problems.append(f"{name!r} is not the base's value at {places[0].path!r}")
+                self.file.problems.append(f"{name!r} is not the base's value at {site.path!r}")
 
 
 def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adapter:
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise OverflowError("its values are too large: with their scales or matrices, they are not finite")
     axes = layout.axes if variant.needs_axes else ""
     return Adapter(variant, axes, **{name: jnp.asarray(array) for name, array in arrays.items()})
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from .._errors import SpecError
 
 Parts = "str | Part | Sequence[Part]"
+_EXPERTS = ("gate_up_proj", "down_proj")  # as all models of `transformers` declare them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +44,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """How one leaf is stored in torch modules. `linear`, `embedding`, `conv` and `vector` make rows.
+    """How one leaf is stored in torch modules. `linear`, `embedding`, `conv`, `vector` and `experts` make rows.
 
     Attributes:
-      kind: `"linear"`, `"embedding"`, `"conv"` or `"vector"`.
+      kind: `"linear"`, `"embedding"`, `"conv"`, `"vector"`, `"parameter"` or `"swapped parameter"`.
       parts: the torch modules; more than one if the leaf fuses them along its outputs.
       parameter: the name of the torch parameter.
       axes: the roles of the leaf's axes; None for those of `Dense`, `Embed` and `Conv`.
@@ -54,6 +55,9 @@ class Row:
       outputs: the order in which torch has the output axes; None for that of the leaf.
       conv1d: whether the module is a `Conv1D` of `transformers`, whose weight is `(in, out)`.
       head: the torch module of an output head that is tied to an embedding.
+      keep_shape: whether the torch parameter of a vector has the leaf's axes, rather than one.
+      declared: the parameters of a module, in the order in which it declares them; see `experts`.
+      experts_first: whether the axis of experts is the first batch axis and not the last.
     """
 
     kind: str
@@ -64,12 +68,20 @@ class Row:
     outputs: tuple[int, ...] | None = None
     conv1d: bool = False
     head: str | None = None
+    keep_shape: bool = False
+    declared: tuple[str, ...] = ()
+    experts_first: bool = False
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs"):
             order = getattr(self, name)
             if order is not None and sorted(order) != list(range(len(order))):
                 raise SpecError(f"Expected an order of axes such as (1, 0, 2) for `{name}`; got {order}.")
+
+    @property
+    def is_parameter(self) -> bool:
+        """Whether the leaf is a parameter without a module of its own."""
+        return self.kind.endswith("parameter")
 
 
 def linear(
@@ -121,7 +133,8 @@ def embedding(module: str, *, head: str | None = None) -> Row:
     Args:
       module: the torch module's name.
       head: the torch module of the output head, if it is tied to the table. An adapter of the table acts on both, so
-        both are written, and a file with only one of them is refused.
+        both are written, and a file with only one of them is refused. It is not tied if a leaf of the tree is its
+        kernel.
 
     Returns:
       The row.
@@ -151,8 +164,9 @@ def vector(
     parameter: str = "bias",
     axes: str | None = None,
     outputs: Sequence[int] | None = None,
+    keep_shape: bool = False,
 ) -> Row:
-    """Makes the row of a bias, or of a scale of a norm layer.
+    """Makes the row of a bias, of a scale of a norm layer, or of another parameter of the same values in torch.
 
     >>> vector("model.norm", parameter="weight").parameter
     'weight'
@@ -162,12 +176,64 @@ def vector(
       parameter: the name of the torch parameter.
       axes: the roles of the leaf's axes; None for outputs, after the batch axes of a stack.
       outputs: as in `linear`.
+      keep_shape: whether the torch parameter has the leaf's axes, such as (1, 1, features) of a class token or () of a
+        scalar, rather than one axis of outputs.
 
     Returns:
       The row.
     """
     order = None if outputs is None else tuple(outputs)
-    return Row(kind="vector", parts=_parts(module), parameter=parameter, axes=axes, outputs=order)
+    parts = _parts(module)
+    return Row(kind="vector", parts=parts, parameter=parameter, axes=axes, outputs=order, keep_shape=keep_shape)
+
+
+def experts(
+    module: str | Part,
+    *,
+    parameter: str,
+    declared: Sequence[str] = (),
+    axes: str | None = None,
+    swapped: bool = False,
+    experts_first: bool = False,
+) -> Row:
+    """Makes the row of a kernel that is a parameter without a module of its own: PEFT's `target_parameters`.
+
+    Such are the stacked kernels of experts, `(experts, in, out)`, and the router `(in, experts)` in `transformers` 5.
+
+    >>> experts("model.layers.{i}.mlp.experts", parameter="down_proj").declared
+    ('gate_up_proj', 'down_proj')
+    >>> experts("model.layers.{i}.mlp.gate", parameter="weight").declared
+    ('weight',)
+
+    Args:
+      module: the torch module that has the parameter.
+      parameter: the parameter's name.
+      declared: the parameters of the module that may have factors, in the order in which the module declares them. It
+        decides PEFT's names for their factors. If empty, `("gate_up_proj", "down_proj")` for these two, and else only
+        the parameter itself.
+      axes: the roles of the kernel's axes; None for `"bio"`, or `"io"` of a parameter of two axes, after the batch axes
+        of a stack of layers.
+      swapped: whether the parameter is stored as `(experts, in, out)` by a module without the attribute
+        `is_transposed`, as that of Llama 4. PEFT then takes its outputs for inputs.
+      experts_first: whether the experts are the first batch axis and the layers the second, as in a stack of MaxText.
+
+    Returns:
+      The row.
+
+    Raises:
+      SpecError: if `declared` does not have the parameter.
+    """
+    names = tuple(declared) or (_EXPERTS if parameter in _EXPERTS else (parameter,))
+    if parameter not in names:
+        raise SpecError(f"Expected {parameter!r} to be among the parameters of its module, `declared`; got {names}.")
+    return Row(
+        kind="swapped parameter" if swapped else "parameter",
+        parts=_parts(module),
+        parameter=parameter,
+        axes=axes,
+        declared=names,
+        experts_first=experts_first,
+    )
 
 
 def layer(path: str, module: str, *, conv1d: bool = False, axes: str | None = None) -> dict[str, Row]:

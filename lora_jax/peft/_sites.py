@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from .._core.axes import axes_with
 from .._errors import SpecError
 from ._layout import Layout, bounds, default_axes
 from ._rows import Part, Row
@@ -24,7 +25,7 @@ class Site:
 
     Attributes:
       path: the leaf.
-      module: the name of the torch module.
+      module: the name of the torch module; of a parameter without one, that of its module and its own.
       layout: the axes of the leaf.
       part: the torch module's part of the row.
       index: index along the batch axes.
@@ -75,6 +76,17 @@ def compiled(mapping: Any) -> list[tuple[re.Pattern[str], Row]]:
             '  A row is made by `peft.linear("the.torch.module")`, `embedding`, `conv` or `vector`.'
         )
     return [(_matcher(pattern), row) for pattern, row in mapping.items()]
+
+
+def without_own_heads(
+    rows: list[tuple[re.Pattern[str], Row]], leaves: Mapping[str, Any]
+) -> list[tuple[re.Pattern[str], Row]]:
+    """Returns the rows without heads that are leaves of the tree, and so are not tied to a table."""
+    heads = {row.head for _, row in rows} - {None}
+    found = [one for path in leaves if heads and (one := find(path, rows)) is not None]
+    kernels = [one for one in found if one.row.kind == "linear" and not _free(one.row.parts[0].module, one.segments)]
+    own = {filled(part.module, one.segments) for one in kernels for part in one.row.parts}
+    return [(pattern, dataclasses.replace(row, head=None) if row.head in own else row) for pattern, row in rows]
 
 
 @functools.cache
@@ -129,7 +141,9 @@ def sites(path: str, shape: tuple[int, ...], found: Found, axes: str | None = No
         return f"its shape is {shape}{stack}, and its row has axes {row.axes!r}; state its axes in the row"
     if axes and axes != expected:
         return f"the adapter has axes {axes!r}, and its row {expected!r}"
-    layout = Layout(row, expected, shape)
+    batch = [shape[axis] for axis in axes_with(expected, "b")]
+    experts = batch[0 if row.experts_first else -1] if len(batch) > len(free) else None
+    layout = Layout(row, expected, shape, experts)
     for order, roles in ((row.inputs, "i"), (row.outputs, "o")):
         if order is not None and len(order) != expected.count(roles):
             return f"its row orders {len(order)} axes, and axes {expected!r} have {expected.count(roles)} {roles!r}"
@@ -146,10 +160,13 @@ def sites(path: str, shape: tuple[int, ...], found: Found, axes: str | None = No
 def _sites(
     path: str, layout: Layout, segments: dict[str, str], free: list[str], ends: list[tuple[int, int]]
 ) -> Iterator[Site]:
-    for index in itertools.product(*map(range, layout.batch)):
+    for index in itertools.product(*map(range, layout.batch[: len(free)])):
         names = segments | dict(zip(free, map(str, index), strict=True))
         for part, (first, last) in zip(layout.row.parts, ends, strict=True):
-            yield Site(path, filled(part.module, names), layout, part, index, first, last)
+            module = filled(part.module, names)
+            if layout.row.is_parameter:
+                module += f".{layout.row.parameter}"
+            yield Site(path, module, layout, part, index, first, last)
 
 
 def _free(module: str, segments: Mapping[str, str]) -> list[str]:

@@ -150,6 +150,27 @@ def test_initialization_matches_peft():
     assert not part.e.any() and not expected["lora_E"].any()
 
 
+# Files
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'. 2 LoRA tensor.s. have invalid shape")  # a layer of rank 0
+@pytest.mark.parametrize(("name", "budget"), [("dense", None), ("dense", 5), ("dense", 1), ("conv", None), ("conv", 3)])
+def test_a_file_of_peft_loads_with_equal_results(name, budget, tmp_path):
+    (params, adapter), (_, call, _, x) = lora_jax_case(name), MODELS[name]
+    model, layers = peft_case(name, adapter)
+    if budget is not None:
+        allocator = model.base_model.rankallocator
+        set_gradients(layers, slope(adapter, 1))
+        allocator.update_ipt(model.base_model.model)
+        model.peft_config["default"].rank_pattern = allocator.mask_to_budget(model.base_model.model, budget)
+    model.save_pretrained(tmp_path)
+    mapping = {path: lj.peft.conv(path) if name == "conv" else lj.peft.linear(path) for path in params}
+    back = lj.peft.load(tmp_path, mapping, params)
+    assert sum(part.variant.rank for part in back.values()) == (budget or RANK * len(params))
+    assert {type(part.variant) for part in back.values()} == {lj.AdaLoRA}
+    near(lj.lora(call)(params, back, x), model(torch.from_numpy(x)).detach().numpy())
+
+
 # The budget
 
 
