@@ -18,7 +18,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures notebook bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -109,6 +109,9 @@ docs: $(VENV)/docs
 pictures: $(VENV)/installed
 	PYTHONPATH=benchmarks $(VENV)/bin/python docs/pictures.py
 
+notebook: $(VENV)/installed
+	$(VENV)/bin/python docs/make_notebook.py
+
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/import_time.py
 	$(VENV)/bin/python benchmarks/step.py
@@ -146,8 +149,10 @@ $(ORACLE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
 	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
-	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 bitsandbytes==0.50.2 pytest -e ".[examples]"
-	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
+	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 attrs bitsandbytes==0.50.2 pytest -e ".[examples]"
+	$(ORACLE)/bin/python -m pip install --quiet diffusers==0.42.1 mlx-lm==0.32.2 "mlx[cpu]==0.32.4"
+	$(ORACLE)/bin/python -m pip install --quiet einops jaxtyping
+	$(ORACLE)/bin/python -m pip install --quiet --no-deps google-tunix==0.1.7 $(DATA)  # of Tunix, models only
 	touch $@
 
 test-oracle: $(ORACLE)/installed

@@ -197,7 +197,7 @@ def train(
 
     state, rng, key = tx.init(trained), np.random.default_rng(SEED), jax.random.key(SEED)
     evaluate, curve = jax.jit(loss_of), []
-    with progress_bar(name, steps * BATCH, unit="images") as bar:
+    with progress_bar(name, steps * BATCH, unit=" images") as bar:
         for i in range(steps):
             if held_out is not None and i % max(1, steps // 12) == 0:
                 curve.append((i, float(evaluate(trained, frozen, key, held_out))))
