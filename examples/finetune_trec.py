@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from threadpoolctl import threadpool_limits
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 import lora_jax as lj
 import minilm
@@ -166,14 +166,16 @@ def train(
     return adapter, curve, logits
 
 
-def progress_bar(name: str, total: int, *, unit: str = "questions") -> Any:
-    """Returns a progress bar that counts questions, or another unit; few lines in a log file."""
+def progress_bar(name: str, total: int, unit: str = " questions", **options: Any) -> Any:
+    """Returns a progress bar of tqdm: a widget in a notebook, and few lines in a log file."""
+    is_watched = sys.stderr.isatty() or "ipykernel" in sys.modules
     return tqdm(
         total=total,
         desc=name,
-        unit=f" {unit}",
-        mininterval=0.5 if sys.stderr.isatty() else 15,
-        bar_format="{desc} {percentage:3.0f} % {bar:24} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
+        unit=unit,
+        mininterval=0.5 if is_watched else 15,
+        bar_format="{desc} {percentage:3.0f} % {bar} {n}/{total}, {rate_fmt}, {remaining} left{postfix}",
+        **options,
     )
 
 

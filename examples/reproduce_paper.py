@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,13 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from tqdm import tqdm
 
 import lora_jax as lj
 import minilm
 import paper_report
 import trec
-from finetune_trec import MODEL, SMOOTHING, WARM_UP, compile_quickly, console, evaluate, init_head
+from finetune_trec import MODEL, SMOOTHING, WARM_UP, compile_quickly, console, evaluate, init_head, progress_bar
 from paper_configurations import CONFIGURATIONS, GRID, Configuration
 
 BATCH = 16
@@ -243,14 +241,7 @@ def run_all(
     results = {path: finished(path, expected) for path, _, _, expected in plan}
     missing = [entry for entry in plan if results[entry[0]] is None]
     console.print(f"{len(plan)} runs of {scale.steps} steps; {len(plan) - len(missing)} of them are finished.")
-    bar = tqdm(
-        total=len(missing) * scale.steps,
-        unit=" steps",
-        disable=not missing,
-        mininterval=0.5 if sys.stderr.isatty() else 15,  # few lines in a log file
-        bar_format="{percentage:3.0f} % {bar:20} {n}/{total} steps, {elapsed} elapsed, {remaining} left; {desc}",
-    )
-    with bar:
+    with progress_bar("", len(missing) * scale.steps, " steps", disable=not missing) as bar:
         for number, (path, configuration, seed, expected) in enumerate(missing, start=1):
             name = configuration.name
             bar.set_description_str(f"run {number} of {len(missing)}: {name}, seed {seed}", refresh=False)

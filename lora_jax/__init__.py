@@ -23,12 +23,18 @@ from ._errors import UnsupportedError as UnsupportedError
 from ._transform.adapt import adapt as adapt
 from ._transform.kernels import kernels as kernels
 from ._transform.lora import lora as lora
+from ._variants import IA3 as IA3
 from ._variants import AdaLoRA as AdaLoRA
 from ._variants import ALoRA as ALoRA
+from ._variants import DeLoRA as DeLoRA
 from ._variants import DoRA as DoRA
 from ._variants import Full as Full
+from ._variants import Layers as Layers
 from ._variants import LoRA as LoRA
 from ._variants import LoRABias as LoRABias
+from ._variants import LoRAXS as LoRAXS
+from ._variants import MiSS as MiSS
+from ._variants import QALoRA as QALoRA
 from ._variants import Rows as Rows
 from ._variants import RSLoRA as RSLoRA
 from ._variants import VeRA as VeRA
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
     from . import adaptive as adaptive
     from . import analysis as analysis
     from . import checkpoint as checkpoint
+    from . import cli as cli
     from . import many as many
     from . import nnx as nnx
     from . import optim as optim
@@ -60,17 +67,23 @@ if TYPE_CHECKING:
     from .checkpoint import save as save
 
 __all__ = [
+    "IA3",
     "ALoRA",
     "AdaLoRA",
     "Adapter",
     "AdapterError",
     "CheckpointError",
+    "DeLoRA",
     "DoRA",
     "Full",
+    "Layers",
     "LoRA",
     "LoRABias",
     "LoRAError",
+    "LoRAXS",
     "MergeError",
+    "MiSS",
+    "QALoRA",
     "RSLoRA",
     "Rows",
     "SpecError",
@@ -82,6 +95,7 @@ __all__ = [
     "adaptive",
     "analysis",
     "checkpoint",
+    "cli",
     "compress",
     "explain",
     "extract",
@@ -113,6 +127,7 @@ _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",
     "checkpoint": "checkpoint",
+    "cli": "cli",
     "many": "many",
     "nnx": "nnx",
     "optim": "optim",

@@ -97,7 +97,9 @@ MUTATIONS = [
     # Initializations, optimizers, adaptive ranks.
     Mutation("_core/linalg.py", "jnp.sqrt(svd.s[..., :rank] / abs(scale))", "jnp.sqrt(svd.s[..., :rank])", "starts"),
     Mutation("_transform/statistics.py", "count = total(jnp.ones_like(x))", "count = total(x)", "starts"),
+    Mutation("_transform/statistics.py", "y if weights is None else x_times_a(x, a).array", "y", "starts"),
     Mutation("starts/_activations.py", "(mean * mean.mT if centered else 0)", "0", "starts"),
+    Mutation("starts/_corda.py", "return jnp.linalg.solve(c, a), b", "return a, b", "starts"),
     Mutation("optim/_precondition.py", "scale_of(part) ** 2", "scale_of(part)", "optim_factors"),
     Mutation("adaptive/_importance.py", "jnp.abs(one - other)", "one - other", "adaptive"),
     Mutation("adaptive/_schedule.py", "height * remaining**3", "height * remaining**2 * length", "adaptive"),
@@ -127,7 +129,7 @@ MUTATIONS = [
     Mutation("peft/_safetensors.py", "entry.first != end", "entry.first < end", "peft"),
     Mutation("peft/_json.py", "if name in found:", "if False:", "peft"),
     Mutation("peft/_files.py", "stat.S_ISREG(before.st_mode)", "True", "untrusted_files"),
-    Mutation("peft/_patterns.py", 'rf"(?:.*\.)?', 'rf"(?:.*)?', "untrusted_files"),
+    Mutation("peft/_patterns.py", r"(?:.*\.)?(?:{pattern})$", "(?:.*)?(?:{pattern})$", "untrusted_files"),
     Mutation("peft/_read.py", "most * top.rank if stabilized else top.alpha", "top.alpha", "peft"),
 ]
 

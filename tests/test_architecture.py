@@ -40,6 +40,7 @@ ORDER = [
     "qwix",
     "nnx",
     "testing",
+    "cli",
 ]
 PUBLIC = [name for name in ORDER if not name.startswith("_")]
 
@@ -109,7 +110,18 @@ def test_only_public_jax_is_imported_and_jax_extend_in_one_file() -> None:
 
 # Modules that an import loads
 
-HEAVY = ["orbax", "tensorstore", "optax", "safetensors", "flax.nnx", "chex", "matplotlib"]
+HEAVY = [
+    "orbax",
+    "tensorstore",
+    "optax",
+    "safetensors",
+    "flax.nnx",
+    "chex",
+    "matplotlib",
+    "cyclopts",
+    "rich",
+    "treescope",
+]
 IMPORT = """
 import sys
 import jax, flax
@@ -151,6 +163,7 @@ OPENED = [
     "adaptive",
     "analysis",
     "checkpoint",
+    "cli",
     "many",
     "nnx",
     "optim",
@@ -217,6 +230,12 @@ def test_the_public_names_match_the_design() -> None:
         "ALoRA",
         "LoRA",
         "LoRABias",
+        "LoRAXS",
+        "DeLoRA",
+        "IA3",
+        "MiSS",
+        "QALoRA",
+        "Layers",
         "DoRA",
         "RSLoRA",
         "Rows",

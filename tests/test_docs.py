@@ -3,6 +3,7 @@
 import operator
 import re
 import runpy
+import shlex
 import types
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from zoo.model import framework
 
 import lora_jax as lj
 from lora_jax._transform import registry as _registry
+from lora_jax.cli import main
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -105,3 +107,20 @@ def test_the_picture_of_costs_and_its_text_match_the_plan() -> None:
     adapter = lora.trained / 3  # as large as each of its two moments
     assert f"{2 * adapter / 1e6:.1f} MB, those of all parameters {full.trained / 1e6:.1f} MB" in " ".join(page.split())
     assert abs(lora.flops / full.flops - 2 / 3) < 0.02
+
+
+@pytest.mark.sweep
+def test_the_commands_of_a_page_print_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text, names = (ROOT / "docs" / "cli.md").read_text(), dict[str, object]()
+    for language, block in re.findall(r"^```(python|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(block, names)
+            continue
+        for command, shown in re.findall(r"^\$ lora-jax (.*)\n((?:(?!\$ ).*\n)*)", block, re.MULTILINE):
+            capsys.readouterr()
+            main(shlex.split(command))
+            printed = re.sub(r" +$", "", "".join(capsys.readouterr()), flags=re.MULTILINE)
+            assert printed == shown, command

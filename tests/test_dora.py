@@ -113,7 +113,7 @@ REFUSED = {
     "padding": (lambda p, x: x @ jnp.pad(p["w"], ((0, 0), (1, 0)), constant_values=2.0), "a value other than 0"),
     "concatenated with another, along the inputs": (
         lambda p, x: jnp.concatenate([x, x], 1) @ jnp.concatenate([p["w"], jnp.ones((4, 4))], 0),
-        "a concatenation along the inputs",
+        "a concatenation along an axis that the gain of one of the kernels does not have",
     ),
 }
 

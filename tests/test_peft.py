@@ -249,9 +249,13 @@ def test_only_shapes_of_the_base_are_needed_for_factors(tmp_path: Path) -> None:
     for base in (jax.eval_shape(lambda: params), lj.quant.quantize(params, {"kernel": lj.quant.NF4(axes="io")})):
         peft.export(tmp_path, adapter, mapping, base=base)
         assert bits(peft.load(tmp_path, mapping, base)) == bits(adapter)
-    peft.export(tmp_path, {"bias": made(lj.Full(), (F,))}, mapping, base=params_of({"bias": (F,)}))
-    text = refused_load(tmp_path, mapping, jax.eval_shape(lambda: params_of({"bias": (F,)})))
-    assert "'bias': its values in `params` are needed, for 'fc'; got a shape" in text
+    params, adapter = params_of({"bias": (F,)}), {"bias": made(lj.Full(), (F,))}
+    peft.export(tmp_path, adapter, mapping, base=params)
+    assert bits(peft.load(tmp_path, mapping, jax.eval_shape(lambda: params))) == bits(adapter)
+    params, mapping = params_of({"embed": (V, D)}), {"embed": peft.embedding("embed")}
+    peft.export(tmp_path, {"embed": made(lj.Rows(ids=(1,)), (V, D), "io")}, mapping, base=params)
+    text = refused_load(tmp_path, mapping, jax.eval_shape(lambda: params))
+    assert "'embed': its values in `params` are needed, for 'embed'; got a shape" in text
 
 
 def test_adalora_is_exported_after_it_is_compacted(tmp_path: Path) -> None:

@@ -33,6 +33,12 @@ VARIANTS: dict[str, Callable[..., Any]] = {
     "DoRA": functools.partial(lj.DoRA, rank=2, alpha=3),
     "AdaLoRA": functools.partial(lj.AdaLoRA, rank=2, alpha=3),
     "VeRA": functools.partial(lj.VeRA, rank=6, seed=1),
+    "LoRAXS": functools.partial(lj.LoRAXS, rank=2, alpha=3),
+    "DeLoRA": functools.partial(lj.DeLoRA, rank=2),
+    "IA3": lj.IA3,
+    "MiSS": functools.partial(lj.MiSS, rank=2),
+    "QALoRA": functools.partial(lj.QALoRA, rank=2, alpha=3, group=2),
+    "Layers": lambda axes: lj.Layers(variant=lj.LoRA(rank=2, alpha=3, axes=axes), layers=[1]),
     "Rows": functools.partial(lj.Rows, ids=[0, 3]),
     "Full": lambda axes: lj.Full(),
     "LoRABias": lambda axes: lj.LoRABias(scale=2),
@@ -125,12 +131,14 @@ def test_initializations_work_for_a_base_of_every_dtype(dtype: Any) -> None:
     params, apply, x = model(dtype)
     adapter, key = adapter_of(params), jax.random.key(1)
     loss = lambda params, x: jnp.sum(apply(params, x))  # noqa: E731
-    seen = starts.activations(apply, params, adapter, x)
+    seen = starts.activations(apply, params, adapter, x, token_weights=jnp.linspace(0, 1, 4))
     started = {
         "gaussian": starts.gaussian(key, params, adapter),
         "kaiming": starts.kaiming(key, params, adapter),
         "orthogonal": starts.orthogonal(key, params, adapter),
-        "eva": starts.eva(params, adapter, seen),
+        "eva": starts.eva(params, adapter, seen, whiten=True),
+        "corda": starts.corda(params, adapter, seen),
+        "mica": starts.mica(params, adapter),
         "pissa": starts.pissa(params, adapter),
         "pissa, randomized": starts.pissa(params, adapter, niter=2, key=key),
         "olora": starts.olora(params, adapter),

@@ -233,7 +233,7 @@ def test_an_axis_that_the_devices_do_not_divide_is_replicated_and_reported() -> 
     )
     header, *_, last = str(explained).split("\n")
     assert header.endswith("placed") and last == f"placed:    {explained.undivided[0]}"
-    assert "<td>value 32@(data,model)</td>" in explained._repr_html_()
+    assert ">value 32@(data,model)</td>" in explained._repr_html_()
     assert "placed" not in str(lj.explain(apply, params, adapter, jnp.ones((3, 6))))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import sweep_except, trained
 from hypothesis import given, settings
@@ -20,7 +22,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from law import assert_close, normal
 
 import lora_jax as lj
-from lora_jax import starts
+from lora_jax import optim, starts
 
 LORA, RSLORA = lj.LoRA(rank=2, alpha=3), lj.RSLoRA(rank=2, alpha=1)
 
@@ -92,10 +94,10 @@ def seen_by(params: Any, adapter: Any, batch: Any) -> Any:
     return starts.activations(model, params, {path: adapter[path] for path in adapter if path != "embedding"}, batch)
 
 
-def by_eva(params: Any, adapter: Any) -> Any:
+def by_activations(function: Callable[..., Any], params: Any, adapter: Any) -> Any:
     """Embeddings keep their initialization, because lookups have no activations."""
     seen = seen_by(params, adapter, BATCH)
-    params, new = starts.eva(params, {path: part for path, part in adapter.items() if path != "embedding"}, seen)
+    params, new = function(params, {path: part for path, part in adapter.items() if path != "embedding"}, seen)
     return params, adapter | new
 
 
@@ -103,7 +105,9 @@ STARTS: dict[str, Callable[[Any, Any], Any]] = {
     "gaussian": lambda params, adapter: starts.gaussian(jax.random.key(1), params, adapter),
     "kaiming": lambda params, adapter: starts.kaiming(jax.random.key(1), params, adapter),
     "orthogonal": lambda params, adapter: starts.orthogonal(jax.random.key(1), params, adapter),
-    "eva": by_eva,
+    "eva": functools.partial(by_activations, starts.eva),
+    "corda": functools.partial(by_activations, starts.corda),
+    "mica": starts.mica,
     "pissa": starts.pissa,
     "randomized pissa": lambda params, ad: starts.pissa(params, ad, niter=4, key=jax.random.key(1)),
     "olora": starts.olora,
@@ -163,18 +167,18 @@ def test_every_initialization_keeps_the_model(start: str, layout: str) -> None:
     assert_close(got[layout], expected[layout])
 
 
-@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize("start", sweep_except([name for name in STARTS if name not in ("corda", "mica")], STARTS))
 def test_an_initialization_changes_only_adapted_kernels_of_the_base(start: str) -> None:
     params, adapter = started(start)
     for path, leaf in PARAMS.items():
-        moves = start in MOVING and path in KERNELS
+        moves = (start in MOVING and path in KERNELS) or (start == "corda" and path in MET)
         assert np.array_equal(leaf, params[path]) != moves, path
     assert adapter["bias"] is not None and np.array_equal(adapter["bias"].value, PARAMS["bias"])
     assert {path: part.variant for path, part in adapter.items()} == {
         path: part.variant for path, part in adapter_of().items()
     }
     changed = [path for path in KERNELS if not np.array_equal(adapter[path].a, adapter_of()[path].a)]
-    assert changed == [path for path in KERNELS if (start, path) != ("eva", "embedding")]
+    assert changed == [path for path in KERNELS if (start, path) not in (("eva", "embedding"), ("corda", "embedding"))]
 
 
 @pytest.mark.parametrize("start", MOVING)
@@ -317,6 +321,88 @@ def test_lora_ga_does_not_depend_on_the_size_of_the_gradient() -> None:
     assert_near(np.abs(wider.a), 2 * np.abs(one.a), 1e-4)
 
 
+def test_every_choice_of_lora_ga_takes_the_same_first_step_up_to_its_scale() -> None:
+    part, gradient, key = {"dense": adapter_of()["dense"]}, {"dense": gradient_of()["dense"]}, jax.random.key(1)
+    w, g, s = np.asarray(PARAMS["dense"]), np.asarray(gradient["dense"], np.float64), LORA.scale
+    u, singular, vt = np.linalg.svd(g)
+    nearest = u[:, :4] * singular[:4] @ vt[:4]
+    sizes = {
+        "stable": 5**0.25 / 4,
+        "unit": 1.0,
+        "gd": 1 / s,
+        "weight_svd": np.sqrt(np.linalg.svd(w, compute_uv=False)[:2] / s).mean(),
+    }
+    columns: dict[str, Any] = {"ArB2r": [0, 1], "A2rBr": [2, 3], "ArBr": [1, 3]}
+    choices: list[dict[str, Any]] = [{"direction": direction} for direction in columns]
+    choices += [{"scale": scale} for scale in sizes] + [{"direction": "random", "key": key, "scale": "unit"}]
+    for choice in choices:
+        moved, new = starts.lora_ga(PARAMS, part, gradient, **choice)
+        ((a,), (b,)), c = factors(new["dense"]), sizes[choice.get("scale", "stable")]
+        assert_near(-rate_of_change(a, b, g), c**2 * nearest, 1e-4)
+        assert_near(np.asarray(moved["dense"]) + s * a @ b, w)
+        direction = choice.get("direction", "ArB2r")
+        if direction in columns:
+            assert_near(np.abs(u[:, columns[direction]].T @ a), c * np.eye(2), 1e-4)
+
+
+def rate_of_change(a: np.ndarray, b: np.ndarray, g: np.ndarray) -> np.ndarray:
+    """The derivative of `a·b` in a step of gradient descent, without the scale."""
+    return -(g @ b.T @ b + a @ a.T @ g)
+
+
+def test_random_directions_of_lora_ga_depend_on_the_key_and_the_path() -> None:
+    params = {name: PARAMS["dense"] for name in "vw"}
+    adapter = lj.init(jax.random.key(0), params, {"*": LORA})
+
+    def run(seed: int) -> Any:
+        return starts.lora_ga(params, adapter, params, direction="random", key=jax.random.key(seed)).adapter
+
+    one, other = run(0), run(1)
+    assert np.array_equal(run(0)["w"].a, one["w"].a)
+    assert not np.array_equal(one["w"].a, other["w"].a) and not np.array_equal(one["w"].a, one["v"].a)
+
+
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_splits_the_kernel_along_the_covariance_of_its_inputs(mode: Any) -> None:
+    layouts = ("query", "stack along 1")
+    moved, new = starts.corda(PARAMS, {path: adapter_of()[path] for path in layouts}, seen(), mode=mode, damping=0.02)
+    for layout in layouts:
+        x, w, (a, b) = inputs()[layout], matrices(PARAMS[layout], layout), factors(new[layout])
+        c = x.transpose(0, 2, 1) @ x
+        c = c / c.trace(axis1=1, axis2=2)[:, None, None] * 6 + 0.02 * np.eye(6)
+        assert_near(matrices(moved[layout], layout) + new[layout].variant.scale * a @ b, w)
+        s = np.linalg.svd(c @ w, compute_uv=False)
+        taken, kept = (s[:, :2], s[:, 2:]) if mode == "ipm" else (s[:, -2:], s[:, :-2])
+        assert_near(np.linalg.svd(c @ a @ b, compute_uv=False)[:, :2] * new[layout].variant.scale, taken, 1e-4)
+        left = np.linalg.svd(c @ matrices(moved[layout], layout), compute_uv=False)
+        assert_near(left[:, : kept.shape[1]], kept, 1e-4)
+        assert_near(np.square(b).sum(2), taken / new[layout].variant.scale, 1e-4)  # √(S/s) for b
+
+
+def test_corda_does_not_depend_on_the_size_of_the_activations() -> None:
+    part, statistics = {"dense": adapter_of()["dense"]}, seen()["dense"]
+    larger = {"dense": dataclasses.replace(statistics, gram=100 * statistics.gram)}
+    one, other = (starts.corda(PARAMS, part, sums) for sums in (seen(), larger))
+    assert_near(np.abs(one.adapter["dense"].a), np.abs(other.adapter["dense"].a), 1e-4)
+    assert_near(one.params["dense"], other.params["dense"], 1e-4)
+
+
+def test_mica_freezes_the_outputs_to_which_the_kernel_contributes_least() -> None:
+    adapter = {path: adapter_of()[path] for path in ("stack along 1", "bias")}
+    base, new = starts.mica(PARAMS, adapter)
+    assert base is PARAMS and new["bias"] is adapter["bias"]
+    w, (a, b) = matrices(PARAMS["stack along 1"], "stack along 1"), factors(new["stack along 1"])
+    assert not a.any()
+    assert_near(b @ b.transpose(0, 2, 1), np.broadcast_to(np.eye(2), (3, 2, 2)))
+    smallest = np.linalg.svd(w, compute_uv=False)[:, -2:]
+    assert_near(np.linalg.norm(w @ b.transpose(0, 2, 1), axis=1), smallest, 1e-4)
+    tx = optax.transforms.selective_transform(optax.sgd(0.1), freeze_mask=optim.select("b")(new))
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, new), tx.init(new), new)
+    after = optax.apply_updates(new, updates)
+    changed = [not np.array_equal(x, y) for x, y in zip(jax.tree.leaves(after), jax.tree.leaves(new), strict=True)]
+    assert changed == jax.tree.leaves(jax.tree.map(lambda mask: not mask, optim.select("b")(new)))
+
+
 def test_bfloat16_gradients_are_added_in_float32() -> None:
     params = {"w": jnp.ones((2, 2), jnp.bfloat16)}
     adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
@@ -405,6 +491,17 @@ MASK = jnp.array([1.0, 0.0, 0.0, 1.0])
 def test_eva_without_centering_uses_the_uncentered_directions() -> None:
     a = one_kernel(lambda w, x: x @ w, W, X, centered=False)
     assert_near(np.abs(a[:, 0]), np.abs(np.linalg.svd(np.asarray(X))[2][0]), 1e-4)
+
+
+def test_eva_whitens_by_the_root_of_the_singular_values() -> None:
+    x = inputs()["dense"][0] - inputs()["dense"].mean(1)
+    part, (_, s, vt) = {"dense": adapter_of()["dense"]}, np.linalg.svd(x)
+    a = starts.eva(PARAMS, part, seen(), whiten=True).adapter["dense"].a
+    assert_near(np.abs(a), np.abs(vt[:2].T) / np.sqrt(s[:2]), 1e-3)
+    flat = starts.Activations(jnp.diag(jnp.eye(6)[0] * 4)[None], jnp.zeros((1, 6)), jnp.ones(1))
+    a = starts.eva(PARAMS, part, {"dense": flat}, whiten=True).adapter["dense"].a
+    smallest = np.finfo(flat.gram.dtype).eps ** -0.25
+    assert_near(np.linalg.norm(a, axis=0), np.sqrt([0.5, 0.5 * smallest**2]), 1e-4)
 
 
 USES: dict[str, tuple[Callable[..., Any], np.ndarray, int]] = {
@@ -571,6 +668,90 @@ def test_activations_are_summed_over_batches_of_any_order_and_size() -> None:
     jax.tree.map(assert_near, parts, once)
 
 
+# Weights of tokens
+
+
+def test_activations_are_weighted_per_token() -> None:
+    x = normal(2, 3, 4, seed=1) + 1
+    mask = np.array([[True, False, True], [False, False, True]])
+    given = np.array([[0.5, 0.0, 2.0], [1.0, 0.25, 3.0]], np.float32)
+    params = {"stack": normal(2, 4, 4, seed=2), "v": normal(4, 3, seed=3), "w": normal(4, 2, seed=4)}
+
+    def apply(params: Any, x: jax.Array) -> Any:
+        both = x.reshape(6, 4) @ jnp.concatenate([params["v"], params["w"]], 1)
+        return layers(params["stack"], x), jnp.tanh(both).sum() + (x[:, 0] @ params["w"]).sum()
+
+    adapter = lj.init(jax.random.key(0), params, {"stack": lj.LoRA(rank=1, alpha=1, axes="bio"), "*": LORA})
+    run = jax.jit(lambda params, x, **options: starts.activations(apply, params, adapter, x, **options))
+    found = run(params, x, token_weights={"stack": mask, "v": given.reshape(6)})
+    inner = jnp.tanh(x @ params["stack"][0])
+    cases: list[Any] = [("stack", 0, x, mask), ("stack", 1, inner, mask), ("v", 0, x, given)]
+    cases += [("w", 0, jnp.concatenate([x, x[:, :1]], 1), np.ones((2, 4)))]  # without weights, in both uses
+    for path, layer, rows, each in cases:
+        assert_near(found[path].gram[layer], np.einsum("bti,btj,bt->ij", rows, rows, each))
+        assert_near(found[path].total[layer], np.einsum("bti,bt->i", rows, each))
+        assert_near(found[path].count[layer], each.sum())
+    centered = np.asarray(x - np.einsum("bti,bt->i", x, given) / given.sum())
+    covariance = np.einsum("bti,btj,bt->ij", centered, centered, given) / given.sum()
+    assert_near(found["v"].covariance(centered=True)[0], covariance, 1e-4)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("use", USES)
+def test_weights_of_one_count_every_token(use: str) -> None:
+    apply, gram, count = USES[use]
+    params = {"w": W}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=1, alpha=1)})
+
+    def run(weights: Any) -> Any:
+        return starts.activations(lambda p, x: apply(p["w"], x), params, adapter, X, token_weights=weights)["w"]
+
+    if use in ("with an opaque use", "scan over tokens"):
+        with pytest.raises(lj.AdapterError, match=r"(?s)Expected `token_weights` with a weight for each token"):
+            run(np.ones(5, bool))
+        return
+    for ones in (np.ones(5, bool), np.ones(5)):
+        assert_near(run(ones).gram[0], gram)
+        assert run(ones).count[0] == pytest.approx(count)
+
+
+@pytest.mark.sweep
+def test_activations_of_a_convolution_are_weighted_per_place() -> None:
+    x, given, numbers = BATCH["image"], np.arange(24).reshape(2, 3, 4) % 5 > 1, ("NHWC", "HWIO", "NHWC")
+    params, adapter = {"conv": PARAMS["conv"]}, {"conv": adapter_of()["conv"]}
+
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return lax.conv_general_dilated(x, params["conv"], STRIDES, "SAME", dimension_numbers=numbers)
+
+    places = inputs()["conv"].reshape(3, 4, 2, 12).transpose(2, 0, 1, 3)[given]  # the batch is their last axis
+    found = starts.activations(apply, params, adapter, x, token_weights=given)["conv"]
+    assert_near(found.gram[0], places.T @ places)
+    assert_near(found.total[0], places.sum(0))
+    assert found.count[0] == given.sum()
+
+
+def test_weights_that_do_not_fit_the_tokens_are_an_error() -> None:
+    params = {"v": W, "w": W}
+    adapter = lj.init(jax.random.key(0), params, {"*": lj.LoRA(rank=1, alpha=1)})
+
+    def run(weights: Any, apply: Any = lambda p, x: jnp.tanh(x @ p["v"]) @ p["w"]) -> Any:
+        return jax.eval_shape(lambda x: starts.activations(apply, params, adapter, x, token_weights=weights), X)
+
+    text = r"(?s)with a weight for each token.*2 uses have other tokens.*'v', passed to `dot_general`: expected token "
+    with pytest.raises(lj.AdapterError, match=text + r"axes of shape \(4,\), as `token_weights` has; got \(5,\)"):
+        run(np.ones(4))
+    with pytest.raises(lj.AdapterError, match=r"(?s)1 uses have.*'w', passed to `abs`.*or None to count all their tok"):
+        run(np.ones(5), lambda p, x: x @ p["v"] + jnp.abs(p["w"]).sum())
+    with pytest.raises(lj.AdapterError, match=r"(?s)floating-point array; got int32 for 'v'.*attention_mask == 1"):
+        run({"v": np.ones(5, np.int32)})
+    with pytest.raises(lj.AdapterError, match="got list for 'v'"):
+        run({"v": [1.0] * 5})
+    with pytest.raises(lj.AdapterError, match="'x' matches none of 2"):
+        run({"x": np.ones(5)})
+    with pytest.raises(lj.SpecError, match=r"no parameter named 'token_weights', .* of `starts.activations`"):
+        starts.activations(lambda p, x, token_weights: x, params, adapter, X, token_weights=np.ones(5))
+
+
 def test_a_kernel_behind_stop_gradient_is_an_error_with_the_reason() -> None:
     params, adapter = {"w": W}, lj.init(jax.random.key(0), {"w": W}, {"w": lj.LoRA(rank=1, alpha=1)})
     unused = starts.activations(lambda p, x: lax.stop_gradient(x @ p["w"]), params, adapter, X)
@@ -596,7 +777,10 @@ def test_eva_distributes_ranks_by_explained_variance() -> None:
     ranks = {path: part.variant.rank for path, part in new.items() if path != "bias"}
     assert ranks == {path: won.count(path) for path in ranks} and sum(ranks.values()) == 8
     assert len(set(ranks.values())) > 1
+    _, fixed = starts.eva(PARAMS, adapter, seen(), rho=2, keep_scale=False)
     for path, rank in ranks.items():
+        assert fixed[path].variant == dataclasses.replace(adapter[path].variant, rank=rank)  # the same α
+        assert np.array_equal(fixed[path].a, new[path].a)
         assert new[path].a.shape[-1] == rank
         assert new[path].variant.scale == pytest.approx(adapter[path].variant.scale)
     assert new["bias"] is adapter["bias"] and params is PARAMS
@@ -690,6 +874,20 @@ def test_invalid_arguments_are_errors() -> None:
     expect(lj.SpecError, "got niter=None and a key", lambda: starts.pissa(params, odd, key=key))
     expect(lj.SpecError, "At 'w': expected a positive scale", lambda: starts.pissa(params, negative))
     expect(lj.SpecError, "rank of at most 3", lambda: starts.lora_ga(params, wide, params))
+    for options, text in (
+        ({"scale": "none"}, "Expected 'stable' or 'unit' or 'gd' or 'weight_svd' for `scale`; got 'none'"),
+        ({"direction": "A"}, "Expected 'ArB2r' or 'A2rBr' or 'ArBr' or 'random' for `direction`; got 'A'"),
+        ({"direction": "ArBr", "key": key}, "'random', and none for another; got direction='ArBr' and a key"),
+        ({"direction": "random"}, "got direction='random' and no key"),
+        ({"scale": "gd"}, "At 'w': expected a positive scale"),
+    ):
+        expect(lj.SpecError, text, functools.partial(starts.lora_ga, params, negative, params, **options))
+    for options, text in (
+        ({"mode": "cpm"}, "Expected 'ipm' or 'kpm' for `mode`; got 'cpm'"),
+        ({"damping": 0}, "Expected a positive number for `damping`; got damping=0"),
+    ):
+        expect(lj.SpecError, text, functools.partial(starts.corda, params, odd, {}, **options))
+    expect(lj.AdapterError, "Expected the activations of every", lambda: starts.corda(params, odd, {}))
     expect(lj.AdapterError, "1 are not in `gradient`", lambda: starts.lora_ga(params, odd, {}))
     expect(lj.SpecError, "Expected rho to be 1", lambda: starts.eva(params, odd, {}, rho=0.5))
     expect(lj.AdapterError, "Expected the activations of every", lambda: starts.eva(params, odd, {}))
@@ -705,6 +903,8 @@ SWAPPED: dict[str, Callable[[Any, Any, Any], Any]] = {
     "olora": lambda key, params, adapter: starts.olora(adapter, params),
     "lora_ga": lambda key, params, adapter: starts.lora_ga(adapter, params, {}),
     "eva": lambda key, params, adapter: starts.eva(adapter, params, {}),
+    "corda": lambda key, params, adapter: starts.corda(adapter, params, {}),
+    "mica": lambda key, params, adapter: starts.mica(adapter, params),
     "activations": lambda key, params, adapter: starts.activations(lambda p, x: x, adapter, params, X),
     "gradients": lambda key, params, adapter: starts.gradients(lambda p, x: x.sum(), adapter, params, X),
     "as_plain": lambda key, params, adapter: starts.as_plain(adapter, params, params, adapter),

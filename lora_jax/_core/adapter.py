@@ -10,6 +10,7 @@ import jax
 from jax.tree_util import GetAttrKey
 
 from .._errors import AdapterError, LoRAError
+from . import display
 from .variant import Variant
 
 
@@ -47,6 +48,17 @@ class Adapter:
     def __repr__(self) -> str:
         arrays = "".join(f", {name}={_summary(array)}" for name, array in self.arrays.items())
         return f"Adapter({self.variant}, {self.axes!r}{arrays})"
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        # Not `_repr_html_`, which Treescope would show below what it shows itself.
+        del include, exclude  # IPython selects
+        return {"text/plain": repr(self), "text/html": display.table(self.variant, self.axes, self.arrays).html()}
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        texts = display.described(self.variant, self.axes, self.arrays)
+        comments = {name: text.line for name, text in texts.items()}
+        summary = f"{self.variant}, {self.axes!r}"
+        return display.tree_node(self, summary, self.arrays, path, subtree_renderer, comments)
 
     def tree_flatten_with_keys(self) -> tuple[list[tuple[GetAttrKey, Any]], Any]:
         """Returns the arrays by name, and the static data."""

@@ -134,6 +134,7 @@ class AdaptedKernel(TrackedKernel):
       paths: the path of the leaf; several, if the model has concatenated kernels.
       dropout: dropout of the activations before `a`, or None.
       gain: `(batch…, 1, out…)`, a factor for each output, with axes as in `b`; None for 1.
+      gain_role: `"o"`; `"i"` if the gain is `(batch…, in…, 1)`, a factor for each input, with axes as in `a`.
       experts: the experts to whom the ranks belong, in order, if they are weighted per token; empty otherwise.
       p: `(batch…, in…, experts)`, what routers multiply the activation with; None if there is none.
       given: `(experts, tokens…)`, the weights from the caller; None if there are none, or if only shapes are known.
@@ -150,6 +151,7 @@ class AdaptedKernel(TrackedKernel):
     paths: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     dropout: Dropout | None = None
     gain: Any = None
+    gain_role: str = dataclasses.field(default="o", metadata={"static": True})
     experts: tuple[Experts, ...] = dataclasses.field(default=(), metadata={"static": True})
     p: Any = None
     given: Any = None
@@ -174,11 +176,16 @@ class AdaptedKernel(TrackedKernel):
 
         The last axes of `given`, the tokens, are not axes of the kernel and are not in its layout.
         """
-        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": axes_of_b, "p": axes_of_a}
+        layouts = {"a": axes_of_a, "b": axes_of_b, "gain": self.axes_of_gain, "p": axes_of_a}
         if self.given_per_layer:
             layouts["given"] = axes_of_given
         arrays = {name: getattr(self, name) for name in layouts}
         return {name: (array, layouts[name]) for name, array in arrays.items() if array is not None}
+
+    @property
+    def axes_of_gain(self) -> Layout:
+        """A function from roles to the kernel axis of each axis of the gain."""
+        return axes_of_a if self.gain_role == "i" else axes_of_b
 
     def role_of_new_axis(self, name: str) -> str:
         """Returns `name`."""
@@ -237,6 +244,6 @@ def materialize(kernel: TrackedKernel, *, precision: Any = lax.Precision.HIGHEST
 
 def gain_of(kernel: AdaptedKernel) -> Labeled:
     """Returns the gain without its rank axis, labeled with the kernel's axes."""
-    axes = axes_of_b(kernel.roles)
+    axes = kernel.axes_of_gain(kernel.roles)
     rank = axes.index(RANK)
     return Labeled(lax.squeeze(kernel.gain, [rank]), (*axes[:rank], *axes[rank + 1 :]))

@@ -1,14 +1,15 @@
-"""Norms of the outputs of an adapted kernel, from the factors: `W0 + s·A·B` is not materialized."""
+"""Norms of kernels: of the outputs of an adapted one, from the factors, and of the inputs of a base."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from .axes import RANK, axes_of_a, axes_of_b, axes_with
-from .base import Recorded, as_array
+from .base import Base, Recorded, as_array
 from .contract import Labeled, contract, widest
 from .kernel import AdaptedKernel
 
@@ -24,7 +25,7 @@ def norms(kernel: AdaptedKernel) -> Array:
       kernel: any adapted kernel; its gain is ignored.
     """
     roles = kernel.roles
-    if isinstance(kernel.w, Recorded) and kernel.w.is_sliceable and roles[0] == "b":  # one layer at a time
+    if _is_stack_of_stored(kernel.w, roles):
         return lax.map(lambda layer: norms(dataclasses.replace(layer, roles=roles[1:])), kernel)
     dtype = widest(kernel.w.dtype, kernel.a.dtype, kernel.b.dtype, jnp.float32)
     w = Labeled(as_array(kernel.w).astype(dtype), tuple(range(kernel.w.ndim)))
@@ -40,3 +41,18 @@ def norms(kernel: AdaptedKernel) -> Array:
     gram_b = gram_b._replace(labels=tuple(RANK if label == _RANK_2 else label for label in gram_b.labels))
     change = jnp.sum((2 * wa + gram_b.in_order(b.labels)) * b.array, b.labels.index(RANK))
     return jnp.sqrt(jnp.maximum(w_squared + change, jnp.finfo(dtype).tiny))
+
+
+def input_norms(w: Base, roles: Sequence[str]) -> Array:
+    """Returns the Euclidean norm over the output axes, `(batch…, in…)`, in at least float32."""
+    if _is_stack_of_stored(w, roles):
+        return lax.map(lambda layer: input_norms(layer, roles[1:]), w)
+    wide = as_array(w).astype(widest(w.dtype, jnp.float32))
+    kept = sorted((*axes_with(roles, "b"), *axes_with(roles, "i")))
+    squared = Labeled(jnp.sum(jnp.square(wide), axes_with(roles, "o")), tuple(kept))
+    return jnp.sqrt(squared.in_order(axes_of_a(roles)[:-1]))
+
+
+def _is_stack_of_stored(w: Base, roles: Sequence[str]) -> bool:
+    """Whether to compute one layer at a time, so that only one is dequantized."""
+    return isinstance(w, Recorded) and w.is_sliceable and roles[0] == "b"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -78,6 +78,17 @@ def flag(name: str, value: Any) -> bool:
     if not isinstance(plain, bool):
         raise SpecError(f"Expected True or False for `{name}`; got {value!r}.")
     return plain
+
+
+def chosen(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Returns `value`.
+
+    Raises:
+      SpecError: if it is not one of the choices.
+    """
+    if value not in choices:
+        raise SpecError(f"Expected {' or '.join(map(repr, choices))} for `{name}`; got {value!r}.")
+    return str(value)
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -51,6 +51,15 @@ class StoredLeaf(abc.ABC):
         del spec, mesh
         return None
 
+    def plus(self, change: Array) -> StoredLeaf | None:
+        """Returns a leaf that represents a sum; None if the format cannot.
+
+        Args:
+          change: has as many axes as the array. Each element is for a tile, which the sizes of the axes divide.
+        """
+        del change
+        return None
+
     @property
     @abc.abstractmethod
     def sliceable(self) -> bool:

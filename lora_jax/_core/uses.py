@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 
@@ -73,3 +74,24 @@ class Kernel:
     uses: tuple[Use, ...]
     unknown: str = ""
     kind: str | None = None
+
+    def cells(self) -> dict[str, str]:
+        """Returns the text of each column of a table."""
+        return {
+            "shape": "×".join(map(str, self.shape)),
+            "dtype": str(self.dtype),
+            "axes": self.axes or "-",
+            "kind": self.kind or "-",
+            "used": counted_uses(self.uses, lambda use: use.primitive),
+        }
+
+
+def counted_uses(uses: Sequence[Use], name: Callable[[Use], str]) -> str:
+    """Formats uses with their names, like `factored dot_general ×24, materialized mul ×1`."""
+    times: dict[str, int] = {}
+    for use in uses:
+        times[name(use)] = times.get(name(use), 0) + use.times
+    return ", ".join(f"{name} ×{count}" for name, count in times.items()) or NEVER_USED
+
+
+NEVER_USED = "never used"

@@ -18,6 +18,7 @@ from .contract import widest
 from .kernel import AdaptedKernel
 from .numbers import flag, fraction, integer, number
 from .spec_value import SpecValue
+from .stored import StoredLeaf
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -25,6 +26,7 @@ class Variant(SpecValue):
     """A method of adapting one kernel, with its hyperparameters: an immutable value without arrays."""
 
     adds: ClassVar[bool]  # whether it adds a term that does not depend on the kernel, so that it can be subtracted
+    constants: ClassVar[tuple[str, ...]] = ()  # the names of arrays that are not trained
     routed: ClassVar[bool] = False  # whether its update differs between tokens, and so cannot be merged
     needs_weights: ClassVar[bool] = False  # whether the caller passes `token_weights`
     experts_given: ClassVar[int | None] = None  # the size of their last axis; None if they have only token axes
@@ -33,6 +35,11 @@ class Variant(SpecValue):
     example: ClassVar[str] = "LoRA(rank=8, alpha=16)"
     verb: ClassVar[str] = "adapt"
     function: ClassVar[str] = "init"
+
+    @property
+    def title(self) -> str:
+        """The name, for reports."""
+        return type(self).__name__
 
     @abc.abstractmethod
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
@@ -50,6 +57,11 @@ class Variant(SpecValue):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel | Array:
         """Returns what the model receives in place of the kernel."""
 
+    def merged_into(self, leaf: StoredLeaf, arrays: dict[str, Array], axes: str) -> StoredLeaf | None:
+        """Returns a stored leaf merged with the arrays in its own form; None if that is not possible."""
+        del leaf, arrays, axes  # in general, the sum of a quantized kernel and an update is not quantized
+        return None
+
 
 def check_axes(variant: Variant, axes: str) -> None:
     """Raises `SpecError` if there is no input axis or no output axis."""
@@ -62,6 +74,15 @@ def largest_rank(shape: Sequence[int], axes: str) -> int:
     return min(width(axes, shape, "i"), width(axes, shape, "o"))
 
 
+def check_values(variant: Variant, kernel: Any) -> None:
+    """Raises `SpecError` if the kernel has a shape only, for a variant that is initialized from its values."""
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        raise SpecError(
+            f"{type(variant).__name__} is initialized from the values of the kernel, and got a shape only; "
+            "pass the parameters, or call `init` under `jax.eval_shape`"
+        )
+
+
 def scale_ranks(a: Array, diagonal: Array, axes: str) -> Array:
     """Multiplies each column of `a`, (batch…, in…, rank), with its element of a diagonal, (batch…, rank)."""
     inputs = [i for i, axis in enumerate(axes_of_a(axes)) if axis in axes_with(axes, "i")]
@@ -70,24 +91,52 @@ def scale_ranks(a: Array, diagonal: Array, axes: str) -> Array:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class LowRank(Variant):
-    """Methods that add `scale·a·b` to the kernel.
+class Ranked(Variant):
+    """Methods whose arrays have axes of the kernel and of a rank.
 
     `b` is initialized to zero, so that the model is initially unchanged. `a` is uniform in ±1/√fan_in, as in the
     implementations of Microsoft and Hugging Face. Batch axes (layers, experts) do not count for the fan-in.
     """
 
     rank: int
-    alpha: float
-    dropout: float = 0.0
-    clip_rank: bool = False
     needs_axes: ClassVar[bool] = True
     adds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self._set(rank=integer("rank", self.rank, least=1))
+
+    def check(self, shape: Sequence[int], axes: str) -> None:
+        """Raises if there is no input or output axis, or if the rank is too large."""
+        check_axes(self, axes)
+        if self.rank > (most := largest_rank(shape, axes)):
+            raise SpecError(f"rank={self.rank} is too large; with axes {axes!r} it can be at most {most}")
+
+    def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
+        """Follows from the layout."""
+        return {name: sizes(array_axes, shape, self.rank) for name, array_axes in self.layout(axes).items()}
+
+    def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
+        """Returns `a` uniform in ±1/√fan_in, and `b` zero."""
+        shapes = self.shapes(kernel.shape, axes)
+        bound = 1 / math.sqrt(width(axes, kernel.shape, "i"))
+        return {
+            "a": jax.random.uniform(key, shapes["a"], dtype, -bound, bound),
+            "b": jnp.zeros(shapes["b"], dtype),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class LowRank(Ranked):
+    """Methods that add `scale·a·b` to the kernel."""
+
+    alpha: float
+    dropout: float = 0.0
+    clip_rank: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         self._set(
-            rank=integer("rank", self.rank, least=1),
             alpha=number("alpha", self.alpha),
             dropout=fraction("dropout", self.dropout),
             clip_rank=flag("clip_rank", self.clip_rank),
@@ -108,9 +157,8 @@ class LowRank(Variant):
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises if there is no input or output axis, or if the rank is too large and `clip_rank` is false."""
         check_axes(self, axes)
-        most = largest_rank(shape, axes)
-        if self.rank > most and not (self.clip_rank and most):
-            raise SpecError(f"rank={self.rank} is too large; with axes {axes!r} it can be at most {most}")
+        if not (self.clip_rank and largest_rank(shape, axes)):
+            super().check(shape, axes)
 
     def fitted(self, shape: Sequence[int], axes: str) -> Self:
         """Applies `clip_rank`: reduces the rank to the largest that the kernel allows, with the same α."""
@@ -119,22 +167,9 @@ class LowRank(Variant):
             return variant
         return dataclasses.replace(variant, rank=min(self.rank, largest_rank(shape, axes)), clip_rank=False)
 
-    def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
-        """`a`: (batch…, in…, rank); `b`: (batch…, rank, out…)."""
-        return {name: sizes(array_axes, shape, self.rank) for name, array_axes in self.layout(axes).items()}
-
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
         """`a`: (batch…, in…, `RANK`); `b`: (batch…, `RANK`, out…)."""
         return {"a": axes_of_a(axes), "b": axes_of_b(axes)}
-
-    def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
-        """Returns `a` uniform in ±1/√fan_in, and `b` zero."""
-        shapes = self.shapes(kernel.shape, axes)
-        bound = 1 / math.sqrt(width(axes, kernel.shape, "i"))
-        return {
-            "a": jax.random.uniform(key, shapes["a"], dtype, -bound, bound),
-            "b": jnp.zeros(shapes["b"], dtype),
-        }
 
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """Returns the kernel with its factors."""
@@ -150,3 +185,44 @@ class LowRank(Variant):
         """Returns the diagonal between the factors, (batch…, rank); None if there is none."""
         del arrays  # for variants with a diagonal
         return None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
+class Wrapper(Variant):
+    """A variant that changes another one.
+
+    Attributes:
+      variant: the other one.
+    """
+
+    variant: Variant
+
+    @property
+    def dropout(self) -> float:
+        """The probability of dropout, as in the variant."""
+        return getattr(self.variant, "dropout", 0.0)
+
+    @property
+    def needs_axes(self) -> bool:  # type: ignore[override]
+        """As in the variant."""
+        return self.variant.needs_axes
+
+    @property
+    def adds(self) -> bool:  # type: ignore[override]
+        """As in the variant."""
+        return self.variant.adds
+
+    @property
+    def constants(self) -> tuple[str, ...]:  # type: ignore[override]
+        """As in the variant."""
+        return self.variant.constants
+
+    @property
+    def routed(self) -> bool:  # type: ignore[override]
+        """As in the variant."""
+        return self.variant.routed
+
+    @property
+    def needs_weights(self) -> bool:  # type: ignore[override]
+        """As in the variant."""
+        return self.variant.needs_weights

@@ -37,6 +37,14 @@ class Rounding(NamedTuple):
     mean_error: float
     lost: float
 
+    def cells(self) -> dict[str, str]:
+        """Returns the text of each column of a table."""
+        return {
+            "max error": f"{self.max_error:.3g}",
+            "mean error": f"{self.mean_error:.3g}",
+            "lost": f"{self.lost:.2%}",
+        }
+
 
 def fold(w: Any, part: Adapter) -> Any:
     """Returns the leaf merged with its adapter, such as `W0 + s·A·B`."""

@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 
-from .._core.adapter import Adapters
+from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.paths import flatten, unflatten
-from .._core.stored import stored_among
+from .._core.stored import StoredLeaf, stored_among
+from .._core.table import Report
 from .._core.values import is_concrete, is_finite
 from .._errors import MergeError, listed
 from .fold import Rounding, fold, is_fold, overflows, rounding
@@ -23,9 +24,10 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     changed in place; `jax.jit(merge, donate_argnums=0)` reuses the base's memory. `merge_report` measures the rounding
     errors of the cast. Merging an adapter twice adds it twice: a merged tree cannot be distinguished from a base.
 
-    An adapted leaf must be an array. For a quantized one there are two choices, and which is better depends on the
-    model: `merge(quant.dequantize(params), adapter)` merges into the weights that the adapter was trained on, and
-    `merge(original, adapter)` into the weights before they were quantized. `quant.requantize` quantizes the result.
+    An adapted leaf must be an array; `QALoRA` is also merged into the zero points of a quantized one. Otherwise there
+    are two choices, and which is better depends on the model: `merge(quant.dequantize(params), adapter)` merges into
+    the weights that the adapter was trained on, and `merge(original, adapter)` into the weights before they were
+    quantized. `quant.requantize` quantizes the result.
     Quantized leaves without an adapter stay as they are.
 
     Leaves are tied if they are the same Python object. Equal copies, views of one buffer and leaves that are separate
@@ -55,16 +57,23 @@ def merge(params: Any, adapter: Adapters, *, untie: bool = False) -> Any:
     leaves, treedef = flatten(params)
     check(leaves, adapter)
     check_mergeable(adapter)
-    check_arrays(leaves, adapter, advice=_MERGE_ADVICE)
-    _check_finite(adapter)
+    stored = {path: merged for path, part in adapter.items() if (merged := _merged_stored(leaves[path], part))}
+    rest = {path: part for path, part in adapter.items() if path not in stored}
+    check_arrays(leaves, rest, advice=_MERGE_ADVICE)
+    check_finite(adapter)
     if not untie:
         check_tied(leaves, adapter, advice="merge(..., untie=True) changes only {path!r}; or adapt an untied tree.")
-    folded = {path: fold(leaves[path], part) for path, part in adapter.items()}
+    folded = {path: fold(leaves[path], part) for path, part in rest.items()}
     check_fits(leaves, adapter, folded)
-    return unflatten(treedef, {path: folded.get(path, leaf) for path, leaf in leaves.items()})
+    return unflatten(treedef, leaves | folded | stored)
 
 
-def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Rounding]:
+def _merged_stored(leaf: Any, part: Adapter) -> Any:
+    """Returns a quantized leaf merged with its adapter, or None."""
+    return part.variant.merged_into(leaf, part.arrays, part.axes) if isinstance(leaf, StoredLeaf) else None
+
+
+def merge_report(params: Any, adapter: Adapters, merged: Any) -> Report[Rounding]:
     """Measures the rounding errors of `merge` in each leaf.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
@@ -81,6 +90,7 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
 
     Returns:
       `{path: Rounding}`: the largest and the mean error, and the share of the changed elements that were rounded back.
+      The dict prints as a table.
 
     Raises:
       AdapterError: if the adapter does not fit `params` or `merged`.
@@ -96,7 +106,7 @@ def merge_report(params: Any, adapter: Adapters, merged: Any) -> dict[str, Round
     if not all(map(is_concrete, jax.tree.leaves((params, adapter, merged)))):
         raise MergeError("Expected arrays with values; got traced arrays.\n  Call merge_report outside `jit`.")
     check_merge(leaves, adapter, results, base="params")
-    return {path: rounding(leaves[path], part, results[path]) for path, part in adapter.items()}
+    return Report({path: rounding(leaves[path], part, results[path]) for path, part in adapter.items()})
 
 
 # Checks
@@ -137,7 +147,8 @@ def check_merge(leaves: Mapping[str, Any], adapter: Adapters, merged: Mapping[st
         )
 
 
-def _check_finite(adapter: Adapters) -> None:
+def check_finite(adapter: Adapters) -> None:
+    """Raises `MergeError` if an array of the adapter has a value that is not finite."""
     bad = [
         f"{path!r}: {name}"
         for path, part in adapter.items()

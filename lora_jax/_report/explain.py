@@ -14,8 +14,7 @@ from .._core.attach import attach, check
 from .._core.base import abstract, base_of
 from .._core.kernel import PlainKernel
 from .._core.paths import Pattern, flatten
-from .._core.uses import Use
-from .._core.variant import LowRank
+from .._core.uses import NEVER_USED, Use, counted_uses
 from .._errors import AdapterError, listed, refuse_keywords
 from .._transform.contraction.costs import FormName
 from .._transform.kernels import find_kernels, group_by_path, roles_agree
@@ -103,7 +102,7 @@ def explain(
     traced_axes = _traced_axes(program, adapter, uses)
     findings = _Findings(uses, _variant_flops(adapter, leaves), kinds(program.jaxpr, list(leaves)), traced_axes)
     rows = tuple(_row(path, part, leaves[path], findings, placed.get(path)) for path, part in adapter.items())
-    unused = [row.path for row in rows if row.used == _NEVER]
+    unused = [row.path for row in rows if row.used == NEVER_USED]
     if strict and unused:
         raise AdapterError(
             f"Expected the function to use every leaf of the adapter; it never uses {len(unused)} of {len(rows)}.\n"
@@ -131,9 +130,6 @@ def explain(
     )
 
 
-_NEVER = "never used"
-
-
 class _Findings(NamedTuple):
     """What tracing found for each leaf, by path."""
 
@@ -149,11 +145,11 @@ def _row(path: str, part: Adapter, leaf: Any, findings: _Findings, placed: Adapt
         path,
         tuple(leaf.shape),
         part.axes,
-        type(variant).__name__,
+        variant.title,
         rank=getattr(variant, "rank", None),
-        scale=variant.scale if isinstance(variant, LowRank) else None,
-        used=_used(uses, full=not variant.needs_axes),
-        parameters=sum(math.prod(array.shape) for array in part.arrays.values()),
+        scale=getattr(variant, "scale", None) if variant.needs_axes else None,
+        used=counted_uses(uses, lambda use: f"{use.kind if variant.needs_axes else 'whole'} {use.primitive}"),
+        parameters=sum(math.prod(x.shape) for name, x in part.arrays.items() if name not in variant.constants),
         flops=findings.variant_flops[path] + sum(use.flops for use in uses),
         placed="" if placed is None else _shardings_text(part, placed),
         kind=findings.kinds[path],
@@ -225,15 +221,6 @@ def _refused(refusals: Sequence[Refusal]) -> Iterator[str]:
         yield f"`lora` raises an error for {len(allowable)} leaves; to materialize them there: materialize={allowable}"
     if others:
         yield f"`lora` raises an error for {list(dict.fromkeys(others))}: remove them from the spec"
-
-
-def _used(uses: Sequence[Use], *, full: bool) -> str:
-    """Formats uses like `factored dot_general ×24, materialized mul ×1`."""
-    times: dict[str, int] = {}
-    for use in uses:
-        name = f"{'whole' if full else use.kind} {use.primitive}"
-        times[name] = times.get(name, 0) + use.times
-    return ", ".join(f"{name} ×{count}" for name, count in times.items()) or _NEVER
 
 
 def _flops_of(program: Program) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from .._core.sizes import count_text, is_known
-from .table import as_html, as_text, size
+from .._core.table import Table, Tabular, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Row:
       path: of the leaf.
       shape: of the leaf.
       axes: the role of each axis; empty if the variant needs no roles.
-      variant: the name of the variant, such as `"LoRA"`.
+      variant: the name of the variant, such as `"LoRA"`, and for `Layers` the layers.
       rank: None for variants without factors.
-      scale: the factor of `A·B`; None for variants without factors.
+      scale: s, the factor of the update; None for variants without one.
       used: how the model uses the leaf, such as `"factored dot_general ×2"`, or `"never used"`.
       parameters: the number of trainable parameters.
       flops: FLOPs added to one forward call.
@@ -42,7 +42,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Explanation:
+class Explanation(Tabular):
     """The result of `explain`; prints as a table, also in notebooks.
 
     Attributes:
@@ -76,18 +76,11 @@ class Explanation:
         """FLOPs that the adapter adds to one forward call."""
         return sum(row.flops for row in self.rows)
 
-    def __str__(self) -> str:
-        head, *rows = self._table()
-        return "\n".join([as_text(head, rows, numbers=_NUMBERS), "", *self._totals()])
-
-    def _repr_html_(self) -> str:
-        head, *rows = self._table()
-        return as_html(head, rows, self._totals())
-
-    def _table(self) -> list[list[str]]:
-        """Returns the cells by row, header first; the column `placed` is omitted without shardings."""
-        cells = [_HEADER, *map(self._cells, self.rows)]
-        return cells if any(row.placed for row in self.rows) else [row[:-1] for row in cells]
+    def _table(self) -> Table:
+        head, *rows = [_HEADER, *map(self._cells, self.rows)]
+        if not any(row.placed for row in self.rows):  # without shardings
+            head, rows = head[:-1], [row[:-1] for row in rows]
+        return Table(head, rows, _NUMBERS, self._totals())
 
     def _cells(self, row: Row) -> list[str]:
         return [

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from .._core.table import Table, Tabular, size
 from .collectives import Collective
-from .table import as_html, as_text, size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(Tabular):
     """The result of `plan`; prints as a table, also in notebooks.
 
     Attributes:
@@ -103,15 +103,7 @@ class Plan:
         """The number of devices."""
         return math.prod(self.mesh.values())
 
-    def __str__(self) -> str:
-        head, rows = self._columns()
-        return "\n".join([as_text(head, rows, numbers=head[1:]), "", *self._notes()])
-
-    def _repr_html_(self) -> str:
-        return as_html(*self._columns(), self._notes())
-
-    def _columns(self) -> tuple[list[str], list[list[str]]]:
-        """Returns the header of the table and its rows."""
+    def _table(self) -> Table:
         steps = [self.lora] if self.full is None else [self.lora, self.full]
         shown = [row for row in _ROWS if row[0] != HOST or any(step.host for step in steps)]
         rows = [[name, *(_shown(value(step), show) for step in steps)] for name, value, show in shown]
@@ -121,7 +113,8 @@ class Plan:
             pairs = [(value(self.lora), value(self.full)) for _, value, _ in shown]
             pairs += [((self.lora.wire or {}).get(kind, 0), (self.full.wire or {}).get(kind, 0)) for kind in kinds]
             rows = [[*row, _ratio(*pair)] for row, pair in zip(rows, pairs, strict=True)]
-        return ["per device", "LoRA", "full fine-tuning", "ratio"][: len(rows[0])], rows
+        head = ["per device", "LoRA", "full fine-tuning", "ratio"][: len(rows[0])]
+        return Table(head, rows, head[1:], self._notes())
 
     def _notes(self) -> list[str]:
         axes = " × ".join(f"{name} {count}" for name, count in self.mesh.items())

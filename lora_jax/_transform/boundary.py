@@ -43,7 +43,7 @@ def python_without_values(apply: Callable[..., Any]) -> Iterator[None]:
 
 
 def check_keywords(apply: Callable[..., Any], names: Sequence[str], function: str) -> None:
-    """Raises `SpecError` if a parameter of `apply` has the name of one of the library's keyword arguments."""
+    """Raises `SpecError` if a parameter of `apply` has the name of one of a function's keyword arguments."""
     try:
         parameters = inspect.signature(apply).parameters
     except (TypeError, ValueError):  # some callables have no signature
@@ -51,8 +51,8 @@ def check_keywords(apply: Callable[..., Any], names: Sequence[str], function: st
     if clashing := [name for name in names if name in parameters]:
         raise SpecError(
             f"Expected {_name(apply)} to have no parameter named {clashing[0]!r}, which is a keyword argument "
-            f"of the function that `{function}` returns.\n"
-            f"  Wrap it: lora(lambda params, *args, mine=None: apply(params, *args, {clashing[0]}=mine))."
+            f"of {function}.\n"
+            f"  Wrap it: lambda params, *args, mine=None: apply(params, *args, {clashing[0]}=mine)."
         )
 
 

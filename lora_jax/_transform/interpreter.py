@@ -28,17 +28,17 @@ from .._compat import (
     variables,
 )
 from .._core.base import apply_to_base, as_array, type_of
-from .._core.contract import computable, is_narrow
+from .._core.contract import Labeled, computable, is_narrow
 from .._core.kernel import AdaptedKernel, PlainKernel, TrackedKernel, delta, materialize
 from .._core.uses import Evidence, Use
 from .contraction.costs import added_flops
 from .contraction.forms import Sum, add_pending, evaluate_contraction, form_in_training, gain_problem
 from .contraction.operation import Contraction
-from .contraction.routing import NO_TOKENS, routing_flops, routing_problem
+from .contraction.routing import NO_TOKENS, routing_flops, routing_problem, weights_by_rank
 from .refusal import Refusal, Refused, is_custom
 from .registry import parameter_names, rule_of
 from .settings import Settings
-from .statistics import Operation, sum_activations
+from .statistics import Operation, Product, sum_activations
 
 Value = Any  # an Array or a TrackedKernel; what a rule returns may also be a Sum
 
@@ -104,18 +104,20 @@ class Site:
 
     def contract(self, kernel: AdaptedKernel, x: Array, contraction: Contraction, *, roles: Sequence[str]) -> Value:
         """Evaluates a contraction with a kernel in the form requested or chosen, and logs the use."""
-        if self.settings.observe:
-            return self.observe(
-                kernel, x, contraction.base, lambda x, a: contraction.x_times_a(x, a).array, roles=roles
-            )
         if reason := gain_problem(kernel, contraction, x):
             raise NoRule(reason)
         y: Any = self.eqn.outvars[0].aval
         if kernel.is_routed and (reason := routing_problem(kernel, contraction, y.shape)):
             raise NoRule(reason)
+        if self.settings.observe:
+            weights = weights_by_rank(kernel, x, contraction) if kernel.is_routed else None
+            if weights is not None and len(kernel.experts) == 1:
+                weights = weights._replace(array=weights.array[..., :1])
+            return self.observe(kernel, x, contraction.base, contraction.x_times_a, weights=weights, roles=roles)
         form = form_in_training(kernel, contraction, self.settings.form)
         more = routing_flops(kernel, contraction) + (0 if kernel.gain is None else contraction.costs.y)
-        self.log_use(kernel, form.value, roles=roles, flops=added_flops(form, contraction.costs) + more)
+        flops = added_flops(form, contraction.costs) if kernel.a.shape[-1] else 0
+        self.log_use(kernel, form.value, roles=roles, flops=flops + more)
         if self.settings.log is not None:  # only shapes are needed, and the base's result has the same
             return apply_to_base(lambda w, x: contraction.base(x, w), kernel.w, x)
         return evaluate_contraction(kernel, x, contraction, self.settings.form)
@@ -125,8 +127,9 @@ class Site:
         kernel: AdaptedKernel,
         x: Array,
         base: Operation,
-        x_times_a: Operation,
+        x_times_a: Product,
         *others: Array,
+        weights: Labeled | None = None,
         roles: Sequence[str],
     ) -> Array:
         """Evaluates the base's operation; sums `x` if it contracts the axes that are the adapter's inputs."""
@@ -134,7 +137,7 @@ class Site:
         if any((role == "i") != (used_as == "i") for role, used_as, size in axes if size != 1):
             return apply_to_base(lambda w, x, *others: base(x, w, *others), kernel.w, x, *others)
         self.log_use(kernel, OBSERVED, roles=roles)
-        return sum_activations(kernel.with_array(), x, base, x_times_a, *others)
+        return sum_activations(kernel.with_array(), x, base, x_times_a, *others, weights=weights)
 
     def log_use(self, kernel: TrackedKernel, kind: str, *, roles: Sequence[str] = (), flops: int = 0) -> None:
         """Logs that the equation consumes a kernel; `roles` are the roles of the axes of `kernel.w` in this use."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from .._core.base import base_of
 from .._core.kernel import Label, PlainKernel
+from .._core.table import Report
 from .._core.uses import Evidence, Kernel, Use
 from .._errors import refuse_keywords
 from .kinds import kinds
@@ -23,7 +24,7 @@ def kernels(
     *args: Any,
     kwargs: Mapping[str, Any] | None = None,
     **unexpected: Any,
-) -> dict[str, Kernel]:
+) -> Report[Kernel]:
     """Traces `apply` and returns how it uses each leaf of `params`, without evaluating it.
 
     An axis that is contracted with the activation, or along which rows are looked up, is an input (`i`). A batch axis
@@ -50,7 +51,8 @@ def kernels(
       **unexpected: not allowed; the model's keyword arguments are passed in `kwargs`.
 
     Returns:
-      A `Kernel` for each leaf that is an array, by path. A leaf that the call does not use has no uses.
+      A `Kernel` for each leaf that is an array, by path. A leaf that the call does not use has no uses. The dict prints
+      as a table.
 
     Raises:
       TypeError: if there are other keyword arguments.
@@ -58,7 +60,7 @@ def kernels(
     """
     refuse_keywords("kernels", unexpected)
     program = trace(apply, params, args, kwargs or {})
-    return find_kernels(program, list(program.param_arrays))
+    return Report(find_kernels(program, list(program.param_arrays)))
 
 
 def find_kernels(program: Program, paths: Collection[str]) -> dict[str, Kernel]:

@@ -79,7 +79,7 @@ def lora(
       SpecError: if an argument has an invalid value; at the call, if a transformation does not support `"hybrid"`.
     """
     if not (isinstance(apply, types.FunctionType) and apply in _adapted):  # of a nested one the outer takes them
-        check_keywords(apply, ("dropout_key", "token_weights"), "lora")
+        check_keywords(apply, ("dropout_key", "token_weights"), "the function that `lora` returns")
     options = make_settings(materialize=materialize, custom_derivatives=custom_derivatives, form=form)
     cache = ProgramCache()
 

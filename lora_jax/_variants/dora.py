@@ -6,7 +6,6 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -17,8 +16,7 @@ from .._core.kernel import AdaptedKernel
 from .._core.norms import norms
 from .._core.numbers import flag
 from .._core.stored import StoredLeaf
-from .._core.variant import LowRank
-from .._errors import SpecError
+from .._core.variant import LowRank, check_values
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -60,11 +58,7 @@ class DoRA(LowRank):
 
     def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
         """Returns the factors as in `LoRA`, and as magnitude the norm of each output of the kernel."""
-        if isinstance(kernel, jax.ShapeDtypeStruct):
-            raise SpecError(
-                "DoRA is initialized from the values of the kernel, and got a shape only; "
-                "pass the parameters, or call `init` under `jax.eval_shape`"
-            )
+        check_values(self, kernel)
         factors = super().init(key, kernel, axes, dtype)
         base = base_of(kernel if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel))
         plain = super().apply(base, factors, axes, "")

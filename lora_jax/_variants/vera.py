@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +16,11 @@ from .._core.contract import widest
 from .._core.kernel import AdaptedKernel
 from .._core.numbers import fraction, integer, number
 from .._core.placement import like_kernel
-from .._core.variant import Variant, check_axes
+from .._core.variant import Ranked, check_axes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class VeRA(Variant):
+class VeRA(Ranked):
     """Two trained vectors for each kernel, with shared random matrices (Kopiczko et al. 2023, arXiv:2310.11454).
 
         W = W0 + A·diag(lambda_d)·B·diag(lambda_b)
@@ -41,17 +41,13 @@ class VeRA(Variant):
       axes: as in `LoRA`.
     """
 
-    rank: int
     seed: int
     start_d: float = 0.1
     dropout: float = 0.0
-    needs_axes: ClassVar[bool] = True
-    adds: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._set(
-            rank=integer("rank", self.rank, least=1),
             seed=integer("seed", self.seed, least=0, below=2**32),
             start_d=number("start_d", self.start_d),
             dropout=fraction("dropout", self.dropout),
@@ -60,10 +56,6 @@ class VeRA(Variant):
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises if there is no input axis or no output axis; any rank is valid."""
         check_axes(self, axes)
-
-    def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
-        """`lambda_b`: (batch…, out…); `lambda_d`: (batch…, rank)."""
-        return {name: sizes(array_axes, shape, self.rank) for name, array_axes in self.layout(axes).items()}
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
         """`lambda_b`: the batch and output axes; `lambda_d`: (batch…, `RANK`)."""

@@ -1,13 +1,14 @@
 """Checkpoints on Orbax: the adapter, a readable manifest, and a fingerprint of the base instead of the base.
 
-`save` and `restore` handle one adapter. `AdapterSave` and `AdapterRestore` make an adapter an item of a
-`CheckpointManager`; `StateSave` and `StateRestore` do the same for optimizer state, step and key. Every file has a
-checksum. `import lora_jax` imports neither this module nor Orbax.
+`save` and `restore` handle one adapter; `manifest` reads what is in one, without its arrays. `AdapterSave` and
+`AdapterRestore` make an adapter an item of a `CheckpointManager`; `StateSave` and `StateRestore` do the same for
+optimizer state, step and key. Every file has a checksum. `import lora_jax` imports neither this module nor Orbax.
 """
 
 from ._adapter import AdapterHandler as AdapterHandler
 from ._adapter import AdapterRestore as AdapterRestore
 from ._adapter import AdapterSave as AdapterSave
+from ._adapter import manifest as manifest
 from ._adapter import restore as restore
 from ._adapter import save as save
 from ._state import StateHandler as StateHandler
@@ -21,6 +22,7 @@ __all__ = [
     "StateHandler",
     "StateRestore",
     "StateSave",
+    "manifest",
     "restore",
     "save",
 ]

@@ -107,11 +107,40 @@ def restore(path: Path, *, base: Any, shardings: Any = None, allow_base_mismatch
     while True:
         step = _latest(root)
         try:
-            return _read(root if step is None else root / str(step) / _ITEM, args)
+            return _read(_item(root, step), args)
         except (OSError, ValueError):
             # Another process may have saved a newer step and deleted this one in the meantime.
             if _latest(root) == step:
                 raise
+
+
+def manifest(path: Path) -> dict[str, Any]:
+    """Reads what a checkpoint states about its adapter and its base, without the arrays.
+
+    >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
+    >>> params = {"query": {"kernel": jnp.ones((4, 3))}}
+    >>> adapter = lj.init(jax.random.key(0), params, {"**/kernel": lj.LoRA(rank=2, alpha=4)})
+    >>> with tempfile.TemporaryDirectory() as path:
+    ...     save(path, adapter, base=params)
+    ...     found = manifest(path)
+    >>> found["adapter"]["query/kernel"]["axes"], found["base"]["query/kernel"]["shape"]
+    ('io', [4, 3])
+
+    Args:
+      path: as in `restore`.
+
+    Returns:
+      The manifest: `"adapter"` has the variant, the axes, and the shapes and dtypes of the arrays for each path;
+      `"base"` the shape and dtype of each leaf, and a digest of samples of its values.
+
+    Raises:
+      CheckpointError: if there is no adapter at `path`, or the manifest is damaged or has a newer format.
+    """
+    root = _absolute(path)
+    item = _item(root, _latest(root))
+    if not (text := item / AdapterHandler.description).exists():
+        raise no_checkpoint(item)
+    return loads(text.read_bytes(), item)
 
 
 class AdapterHandler(ItemHandler):
@@ -211,6 +240,11 @@ def _latest(root: epath.Path) -> int | None:
         return None
     latest = ocp.path.step.latest_step_metadata(root, ocp.path.step.standard_name_format())
     return None if latest is None else int(latest.step)
+
+
+def _item(root: epath.Path, step: int | None) -> epath.Path:
+    """Returns the directory of the adapter of a step; without a step, `root` may be it."""
+    return root if step is None else root / str(step) / _ITEM
 
 
 def _refuse_others(root: epath.Path) -> None:

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from .. import _variants
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.paths import flatten, nearest
 from .._core.routing import Router
 from .._core.variant import LowRank, Variant
 from .._errors import CheckpointError, counted, listed
-from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from .._variants import Layers
 from .._variants.mixture import Mixture
 from .._variants.routers import ROUTERS
 from .._version import __version__
@@ -31,8 +32,8 @@ FORMAT = "lora_jax.adapter"
 VERSION = 1  # of the formats of adapter and state; all versions up to this one can be read
 
 _VARIANTS: dict[str, type[Variant]] = {
-    variant.__name__: variant for variant in (AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Mixture, Rows, RSLoRA, VeRA)
-}
+    name: variant for name, variant in sorted(vars(_variants).items()) if isinstance(variant, type)
+} | {"Mixture": Mixture}
 
 # Fields of variants by their former names, which stored manifests still have.
 _RENAMED = {"rank_stabilised": "rank_stabilized"}
@@ -147,7 +148,7 @@ def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, wher
 
 
 def _check_part(path: str, part: Adapter) -> None:
-    if _VARIANTS.get(type(part.variant).__name__) is not type(part.variant):
+    if not all(_VARIANTS.get(type(x).__name__) is type(x) for x in (part.variant, _inner(part.variant))):
         raise CheckpointError(
             f"Expected one of the variants {', '.join(_VARIANTS)}, which are restored by name; got {part.variant!r} "
             f"at {path!r}.\n  Save an adapter of a stack as `many.unstack` returns it, and adapters of other "
@@ -158,7 +159,9 @@ def _check_part(path: str, part: Adapter) -> None:
 
 
 def _describe_part(part: Adapter) -> dict[str, Any]:
-    fields = {name: _named(value) if isinstance(value, Router) else value for name, value in _fields(part.variant)}
+    fields = {
+        name: _named(value) if isinstance(value, Router | Variant) else value for name, value in _fields(part.variant)
+    }
     if not fields.get("clip_rank", True):  # only set in specs; version 1 of the format has no such field
         del fields["clip_rank"]
     arrays = {name: describe_array(array) for name, array in part.arrays.items()}
@@ -170,8 +173,13 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
     return [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value) if field.init]
 
 
-def _named(router: Router) -> dict[str, Any]:
-    return {"name": type(router).__name__, **dict(_fields(router))}
+def _named(value: Router | Variant) -> dict[str, Any]:
+    return {"name": type(value).__name__, **dict(_fields(value))}
+
+
+def _inner(variant: Variant) -> Variant:
+    """Returns the variant that a variant changes; the variant itself if it changes none."""
+    return variant.variant if isinstance(variant, Layers) else variant
 
 
 def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
@@ -182,9 +190,10 @@ def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:
             f"Expected one of the variants {', '.join(_VARIANTS)}; got {name!r} at {path!r}, in {where}.\n"
             f"  Upgrade lora_jax (this is {__version__})."
         )
-    if "router" in fields:
-        router = dict(fields["router"])
-        fields["router"] = ROUTERS[router.pop("name")](**router)
+    for field, classes in (("router", ROUTERS), ("variant", _VARIANTS)):
+        if field in fields:
+            inner = dict(fields[field])
+            fields[field] = classes[inner.pop("name")](**inner)
     variant = _VARIANTS[name](**fields)
     if isinstance(variant, LowRank) and not math.isclose(variant.scale, part["scale"], rel_tol=1e-6):
         raise CheckpointError(

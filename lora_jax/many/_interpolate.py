@@ -17,7 +17,7 @@ from .._errors import AdapterError, SpecError, listed
 from .._variants import Full
 
 # The update is linear in each of these arrays. `scale` is that of a leaf of a stack.
-_LINEAR = ("scale", "b", "lambda_b", "rows", "bias")
+_LINEAR = ("scale", "b", "lambda_b", "rows", "bias", "r")
 
 
 def interpolate(adapter: Adapters, weight: Any, *, base: Any = None) -> dict[str, Adapter]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .._core import display
 from .._core.adapter import Adapter
 from ._variant import ABSENT, Padded, join, split
 
@@ -95,6 +96,10 @@ class Stack:
 
     def __repr__(self) -> str:
         return f"Stack({', '.join(map(repr, self.names))}; {len(self.members)} leaves)"
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        summary = f"{len(self.names)} adapters, {len(self.members)} leaves"
+        return display.tree_node(self, summary, vars(self), path, subtree_renderer)
 
     def replace(self, members: Member) -> Self:
         """Returns a stack with other members, such as after a training step."""

@@ -50,8 +50,9 @@ def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
 
     Raises:
       AdapterError: if there is no leaf; for a name that is not a string, or is `BASE`; if leaves cannot be stacked: of
-        different variants (other than LoRA, rsLoRA, DoRA), dropout, `ids` of `Rows`, `invocation` of aLoRA, seed or
-        rank of VeRA, axes, shapes or dtypes, or of a variant that is not from this library. One error lists all leaves.
+        different variants (other than LoRA, rsLoRA, DoRA), dropout, `invocation` of aLoRA, or any field of a variant
+        whose ranks are not padded, such as `ids` of `Rows`; of other axes, shapes or dtypes; of `Layers`, or of a
+        variant that is not from this library. One error lists all leaves.
       SpecError: for a rank below 1.
     """
     rank = integer("rank", rank, least=1)

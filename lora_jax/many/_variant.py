@@ -16,11 +16,26 @@ from .._core.axes import RANK
 from .._core.base import as_array
 from .._core.contract import widest
 from .._core.kernel import AdaptedKernel
-from .._core.variant import Variant
+from .._core.variant import Variant, Wrapper
 from .._errors import SpecError
-from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
+from .._variants import (
+    IA3,
+    AdaLoRA,
+    ALoRA,
+    DeLoRA,
+    DoRA,
+    Full,
+    LoRA,
+    LoRABias,
+    LoRAXS,
+    MiSS,
+    QALoRA,
+    Rows,
+    RSLoRA,
+    VeRA,
+)
 
-_STACKABLE = (LoRA, RSLoRA, DoRA, AdaLoRA, ALoRA, LoRABias, VeRA, Rows, Full)
+_STACKABLE = (LoRA, RSLoRA, DoRA, AdaLoRA, ALoRA, LoRABias, LoRAXS, MiSS, QALoRA, DeLoRA, IA3, VeRA, Rows, Full)
 
 ABSENT = 0  # the kind of a leaf that an adapter does not have
 _PLAIN, _STABILIZED, _DORA, _DORA_STABILIZED, _OTHER = range(1, 6)
@@ -92,14 +107,12 @@ def join(shared: Variant, kind: int, rank: int, alpha: float) -> Variant:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Padded(Variant):
+class Padded(Wrapper):
     """A variant with a padded rank. Its scale is an array, so that adapters with different scales share a program.
 
     Attributes:
       variant: with the padded rank and scale 1; `DoRA` if one of the adapters has it.
     """
-
-    variant: Variant
 
     @classmethod
     def of(cls, variants: Sequence[Variant], rank: int) -> Padded:
@@ -115,31 +128,6 @@ class Padded(Variant):
     def shared(self) -> Variant:
         """What the adapters share, to compare with that of another variant."""
         return split(self.variant).shared
-
-    @property
-    def dropout(self) -> float:
-        """The probability of dropout, as in the variant."""
-        return getattr(self.variant, "dropout", 0.0)
-
-    @property
-    def needs_axes(self) -> bool:  # type: ignore[override]
-        """As in the variant."""
-        return self.variant.needs_axes
-
-    @property
-    def adds(self) -> bool:  # type: ignore[override]
-        """As in the variant."""
-        return self.variant.adds
-
-    @property
-    def routed(self) -> bool:  # type: ignore[override]
-        """As in the variant."""
-        return self.variant.routed
-
-    @property
-    def needs_weights(self) -> bool:  # type: ignore[override]
-        """As in the variant."""
-        return self.variant.needs_weights
 
     def check(self, shape: Sequence[int], axes: str) -> None:
         """Raises: stacks are made from adapters."""
@@ -170,7 +158,7 @@ class Padded(Variant):
             value = jnp.asarray(trained["value"], kernel.dtype)
             value = jnp.where(jnp.isnan(scale), jnp.full_like(value, jnp.nan), value)
             return jnp.where(scale == 0, as_array(kernel), value)
-        names = [name for name in ("a", "b", "lambda_b", "rows", "bias") if name in trained]
+        names = [name for name in ("a", "b", "lambda_b", "rows", "bias", "r", "gain") if name in trained]
         name = min(names, key=lambda name: trained[name].size)
         dtype = widest(trained[name].dtype, jnp.float32)
         trained[name] = trained[name].astype(dtype) * scale.astype(dtype)

@@ -15,9 +15,10 @@ from .._core.adapter import Adapters
 from .._core.attach import check
 from .._core.paths import flatten
 from .._errors import AdapterError, CheckpointError
-from ._files import Files, write
+from ._files import write
 from ._modules import Exported
-from ._sites import MappingOfRows, compiled, find, sites
+from ._servers import server
+from ._sites import MappingOfRows, compiled, find, sites, without_own_heads
 
 
 def export(
@@ -28,6 +29,8 @@ def export(
     base: Any,
     base_name: str | None = None,
     task_type: str | None = None,
+    for_server: str | None = None,
+    component: str | None = None,
 ) -> None:
     """Writes an adapter in PEFT's format: `adapter_model.safetensors` and `adapter_config.json`.
 
@@ -55,15 +58,22 @@ def export(
         stores a module with all of its parameters, and rows rather than differences.
       base_name: name or path of the torch model, for readers that look it up.
       task_type: PEFT's name of the task, such as `"CAUSAL_LM"`.
+      for_server: the program that is to read the files: `"vllm"`, `"llama.cpp"`, `"diffusers"` or `"mlx-lm"`. What it
+        does not read is refused, and a scale that it reads otherwise than PEFT is multiplied into `b`. For
+        `"diffusers"` and `"mlx-lm"` the files are in their formats. None for PEFT.
+      component: for `"diffusers"`, the component that the adapter is of, such as `"unet"`; None if the names of the
+        mapping's modules begin with one.
 
     Raises:
       AdapterError: if the adapter does not belong to `base`, or if a leaf cannot be written: no row matches its path,
-        its axes or outputs disagree with the row, or the format has no place for its variant. One error lists all.
+        its axes or outputs disagree with the row, or the format or the server has no place for its variant. One error
+        lists all.
       CheckpointError: if the files cannot be written.
-      SpecError: if `mapping` is not a mapping to rows.
+      SpecError: if `mapping` is not a mapping to rows, or `for_server` or `component` is not one that is known.
     """
-    rows = compiled(mapping)
+    reader = server(for_server, component)
     leaves = flatten(base)[0]
+    rows = without_own_heads(compiled(mapping), leaves)
     check(leaves, adapter, tree="base")
     if not adapter:
         raise AdapterError("Expected an adapter to export, with at least one leaf; got an empty one.")
@@ -74,15 +84,20 @@ def export(
         elif isinstance(places := sites(path, tuple(leaves[path].shape), found, part.axes), str):
             exported.problems.append(f"{path!r}: {places}")
         else:
+            if (problem := reader.refusal(part, places, component)) is not None:
+                exported.problems.append(f"{path!r}: {problem}")
             exported.add(path, part, places, leaves[path])
     for path, leaf in leaves.items() if exported.saved else ():
         if path not in adapter and (found := find(path, rows)) is not None:
             places = sites(path, tuple(leaf.shape), found)
             exported.complete(path, [] if isinstance(places, str) else places, leaf)
     config = exported.config()
-    exported.refuse()
-    names = {"base_model_name_or_path": base_name, "task_type": task_type}
-    _in_first_process(lambda: write(Path(directory), Files(exported.tensors(), config | names)), directory)
+    if reader.reads is not None and config["bias"] != "none":
+        exported.problems.append(f"{reader.name} does not read Full of the bias of a layer that has factors")
+    exported.refuse(reader.name)
+    config |= {"base_model_name_or_path": base_name, "task_type": task_type}
+    files = reader.contents(exported.tensors(), config, exported.heads.values(), component)
+    _in_first_process(lambda: write(Path(directory), files), directory)
 
 
 def _in_first_process(write: Callable[[], None], directory: str | os.PathLike[str]) -> None:

@@ -75,7 +75,7 @@ class Layout:
         rank = matrix.shape[len(self.batch) + groups.index((RANK,))] if (RANK,) in groups else 0
         labels = self.labels(name)
         sizes = [rank if labels[axis] == RANK else self.shape[labels[axis]] for axis in order]
-        return np.ascontiguousarray(np.transpose(matrix.reshape(sizes), np.argsort(order)))
+        return np.asarray(np.transpose(matrix.reshape(sizes), np.argsort(order)), order="C")  # also if it has no axes
 
     def _order(self, name: str) -> tuple[list[tuple[int, ...]], list[int]]:
         """Returns the groups of axes that become one, and the order of the array's axes in which they are adjacent."""
@@ -105,10 +105,10 @@ def default_axes(row: Row, ndim: int, batch: int) -> str | None:
         "linear": "io" if core == 2 else None,
         "embedding": "io" if core == 2 else None,
         "conv": "i" * (core - 1) + "o" if core >= 3 else None,
-        "vector": "o" * core if core >= 1 else None,
+        "vector": "o" * core if core >= 1 or row.keep_shape else None,
         "parameter": {2: "io", 3: "bio"}.get(core),
     }[row.kind.removeprefix("swapped ")]
-    axes = row.axes if row.axes is not None else implied and "b" * batch + implied
+    axes = row.axes if row.axes is not None else None if implied is None else "b" * batch + implied
     batches = (batch, batch + 1) if row.is_parameter else (batch,)
     return axes if axes is not None and len(axes) == ndim and axes.count("b") in batches else None
 

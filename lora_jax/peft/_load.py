@@ -17,7 +17,7 @@ from . import _adalora as adalora
 from ._config import Config, is_exact, is_target, prepared, problems
 from ._files import read_config, read_tensors
 from ._read import Reader
-from ._sites import MappingOfRows, Site, compiled, find, sites
+from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
 from ._tensors import Tensors
 
 # No adapter has more bytes than this and 32 for each parameter, so that a file of any size does not fill the memory.
@@ -57,9 +57,9 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         error lists all.
       SpecError: if `mapping` is not a mapping to rows.
     """
-    rows = compiled(mapping)
-    directory = Path(directory)
     leaves = flatten(params)[0]
+    rows = without_own_heads(compiled(mapping), leaves)
+    directory = Path(directory)
     config: Config = read_config(directory)
     is_adaptive = config.get("peft_type") == "ADALORA"
     if found := problems(config) + (adalora.problems(config) if is_adaptive else []):

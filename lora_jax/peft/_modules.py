@@ -146,8 +146,8 @@ class Exported:
                         found[head + suffix("linear", ours)] = module.tensors[tied]
         return found
 
-    def refuse(self) -> None:
-        """Raises if anything cannot be written."""
+    def refuse(self, reader: str) -> None:
+        """Raises if anything cannot be written for a reader."""
         lines = []
         if self.unmatched:
             count = counted(len(self.unmatched), "path")
@@ -157,7 +157,7 @@ class Exported:
         if lines:
             text = "\n".join(lines)
             raise AdapterError(
-                f"Expected an adapter that PEFT's format and the mapping can express; got:\n{text}\n"
+                f"Expected an adapter that {reader} and the mapping can express; got:\n{text}\n"
                 "  Add rows to the mapping, or change the leaves; nothing was written."
             )
 

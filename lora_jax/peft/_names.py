@@ -55,6 +55,8 @@ def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
     if row.is_parameter:
         return to_parameter(name, matrix, layout)
     spatial = _spatial(layout)
+    if row.keep_shape and name.startswith("saved."):
+        return matrix.reshape(_outputs(layout))
     if name == "b" and row.kind == "conv":
         return matrix.T[(..., *(None,) * len(spatial))]
     if name == "magnitude" and row.kind == "conv":
@@ -69,6 +71,8 @@ def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
 def from_torch(name: str, tensor: Values, layout: Layout) -> Values:
     """Inverts `to_torch`, for a tensor of the shape that `expected_shape` states."""
     row = layout.row
+    if row.keep_shape and name.startswith("saved."):
+        return tensor.reshape(-1)
     if row.is_parameter:
         return from_parameter(name, tensor, layout)
     if row.kind == "conv" and name in ("b", "magnitude"):
@@ -98,9 +102,16 @@ def expected_shape(name: str, layout: Layout, d_out: int, rank: int) -> tuple[in
         "e": (rank, 1),
         "saved.weight": (d_out,) if row.kind == "vector" else weight,
     }
+    if row.keep_shape and name.startswith("saved."):
+        return _outputs(layout)
     return shapes.get(name, (d_out,))
 
 
 def _spatial(layout: Layout) -> tuple[int, ...]:
     """Returns the sizes of a convolution kernel's spatial axes: all input axes but the last."""
     return tuple(layout.shape[axis] for axis in layout.inputs[:-1])
+
+
+def _outputs(layout: Layout) -> tuple[int, ...]:
+    """Returns the sizes of the output axes, in torch's order."""
+    return tuple(layout.shape[axis] for axis in layout.outputs)

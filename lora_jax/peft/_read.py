@@ -20,7 +20,8 @@ from . import _vera as vera
 from ._config import Config, Scale, is_exact, is_target, rows_of, scale_of
 from ._joined import joined_factors, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
-from ._names import PREFIX
+from ._module import module_value
+from ._names import PREFIX, to_torch
 from ._refusal import refusal
 from ._sites import Site
 from ._tensors import Tensors
@@ -197,12 +198,14 @@ class Reader:
     def _saved(self, path: str, leaf: Any, places: list[Site], name: str) -> Adapter:
         layout = places[0].layout
         array = "vector" if places[0].row.kind == "vector" else "kernel"
-        base = layout.to_matrix(array, self._base(leaf, places[0]))
+        is_known = not isinstance(leaf, jax.ShapeDtypeStruct)
+        needed = is_known or not all(self.file.has(site, name) for site in places)
+        base = layout.to_matrix(array, self._base(leaf, places[0]) if needed else np.zeros(leaf.shape, leaf.dtype))
         value = self.file.outputs(places, name, base)
         if (head := places[0].row.head) is not None:
             self._check_head(places[0], head, {"saved.weight": "saved.weight"})
         heads = [places[0].row.head] if places[0].row.head is not None else []
-        same = bool(np.array_equal(value, base))
+        same = is_known and bool(np.array_equal(value, base))
         self._changes[path] = {*(site.module for site in places), *heads}, same
         return _adapter(Full(), layout, {"value": layout.from_matrix(array, value)})
 
@@ -268,18 +271,19 @@ class Reader:
 
     def _compare_base(self, leaf: Any, places: list[Site]) -> None:
         """Takes the copies of adapted embeddings that PEFT stores, if they are those of the base."""
-        row, head = places[0].row, places[0].row.head
-        copies = {f"{PREFIX}{site.module}.base_layer.weight" for site in places}
+        head = places[0].row.head
+        copies = {f"{PREFIX}{site.module}.base_layer.weight": site for site in places}
         if head is not None:
-            copies.add(f"{PREFIX}{head}.base_layer.weight")
+            copies[f"{PREFIX}{head}.base_layer.weight"] = places[0]
             if "saved.weight" not in self.file.modules.get(places[0].module, ()):
-                copies.add(f"{PREFIX}{head}.weight")
-        for name in sorted(copies & set(self.file.arrays)):
+                copies[f"{PREFIX}{head}.weight"] = places[0]
+        for name, site in copies.items():
+            if (stored := self.file.arrays.get(name)) is None:
+                continue
             self.file.taken.add(name)
-            base, stored = self._base(leaf, places[0]), self.file.arrays[name]
-            base = base if row.kind == "embedding" else base.T
+            base = to_torch("saved.weight", module_value(site, self._base(leaf, site)), site.layout)
             if stored.shape != base.shape or not np.array_equal(stored.astype(base.dtype), base):
-                self.file.problems.append(f"{name!r} is not the base's value at {places[0].path!r}")
+                self.file.problems.append(f"{name!r} is not the base's value at {site.path!r}")
 
 
 def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adapter:

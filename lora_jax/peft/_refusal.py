@@ -19,7 +19,7 @@ def refusal(part: Adapter, row: Row) -> str | None:
         if not plain or row.parts[0].interleaved is not None or row.parts[0].of is not None:
             return "it has VeRA, which PEFT has for linear modules whose outputs are in the order of the leaf"
     elif type(variant) not in (LoRA, RSLoRA, DoRA, ALoRA, LoRABias, Full, Rows):
-        return f"it has {name}, which PEFT's format has no place for"
+        return f"it has {name}, which is not written to PEFT's files"
     if row.is_parameter and type(variant) not in (LoRA, RSLoRA):
         return f"it has {name}, and its row is of a parameter without a module, for which PEFT has LoRA and RSLoRA"
     vectors = row.kind == "vector"

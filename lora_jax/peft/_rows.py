@@ -55,6 +55,7 @@ class Row:
       outputs: the order in which torch has the output axes; None for that of the leaf.
       conv1d: whether the module is a `Conv1D` of `transformers`, whose weight is `(in, out)`.
       head: the torch module of an output head that is tied to an embedding.
+      keep_shape: whether the torch parameter of a vector has the leaf's axes, rather than one.
       declared: the parameters of a module, in the order in which it declares them; see `experts`.
       experts_first: whether the axis of experts is the first batch axis and not the last.
     """
@@ -67,6 +68,7 @@ class Row:
     outputs: tuple[int, ...] | None = None
     conv1d: bool = False
     head: str | None = None
+    keep_shape: bool = False
     declared: tuple[str, ...] = ()
     experts_first: bool = False
 
@@ -131,7 +133,8 @@ def embedding(module: str, *, head: str | None = None) -> Row:
     Args:
       module: the torch module's name.
       head: the torch module of the output head, if it is tied to the table. An adapter of the table acts on both, so
-        both are written, and a file with only one of them is refused.
+        both are written, and a file with only one of them is refused. It is not tied if a leaf of the tree is its
+        kernel.
 
     Returns:
       The row.
@@ -161,8 +164,9 @@ def vector(
     parameter: str = "bias",
     axes: str | None = None,
     outputs: Sequence[int] | None = None,
+    keep_shape: bool = False,
 ) -> Row:
-    """Makes the row of a bias, or of a scale of a norm layer.
+    """Makes the row of a bias, of a scale of a norm layer, or of another parameter of the same values in torch.
 
     >>> vector("model.norm", parameter="weight").parameter
     'weight'
@@ -172,12 +176,15 @@ def vector(
       parameter: the name of the torch parameter.
       axes: the roles of the leaf's axes; None for outputs, after the batch axes of a stack.
       outputs: as in `linear`.
+      keep_shape: whether the torch parameter has the leaf's axes, such as (1, 1, features) of a class token or () of a
+        scalar, rather than one axis of outputs.
 
     Returns:
       The row.
     """
     order = None if outputs is None else tuple(outputs)
-    return Row(kind="vector", parts=_parts(module), parameter=parameter, axes=axes, outputs=order)
+    parts = _parts(module)
+    return Row(kind="vector", parts=parts, parameter=parameter, axes=axes, outputs=order, keep_shape=keep_shape)
 
 
 def experts(

@@ -78,6 +78,17 @@ def compiled(mapping: Any) -> list[tuple[re.Pattern[str], Row]]:
     return [(_matcher(pattern), row) for pattern, row in mapping.items()]
 
 
+def without_own_heads(
+    rows: list[tuple[re.Pattern[str], Row]], leaves: Mapping[str, Any]
+) -> list[tuple[re.Pattern[str], Row]]:
+    """Returns the rows without heads that are leaves of the tree, and so are not tied to a table."""
+    heads = {row.head for _, row in rows} - {None}
+    found = [one for path in leaves if heads and (one := find(path, rows)) is not None]
+    kernels = [one for one in found if one.row.kind == "linear" and not _free(one.row.parts[0].module, one.segments)]
+    own = {filled(part.module, one.segments) for one in kernels for part in one.row.parts}
+    return [(pattern, dataclasses.replace(row, head=None) if row.head in own else row) for pattern, row in rows]
+
+
 @functools.cache
 def _matcher(pattern: str) -> re.Pattern[str]:
     """Returns the expression for the paths of a pattern; `params/`, the collection of Linen, may precede the path."""

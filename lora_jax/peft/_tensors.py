@@ -30,7 +30,11 @@ class Tensors:
         self.problems: list[str] = []
         self._dtypes: dict[tuple[str, str], np.dtype[Any]] = {}
         for name in arrays:
-            if (parsed := parse(name)) is not None:
+            if ".modules_to_save." in name or ".original_module." in name:
+                self.taken.add(
+                    name
+                )  # PEFT adds them if it saves biases and modules; they repeat others, and it reads none
+            elif (parsed := parse(name)) is not None:
                 module, ours = parsed
                 self.modules.setdefault(module, {})[ours] = name
 

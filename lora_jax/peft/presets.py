@@ -10,15 +10,31 @@ The order of rows matters, as in a spec: `{"**/my_head/kernel": ..., **presets.b
 | `vit()` | `FlaxViT…` of `transformers` 4 | `ViT…` |
 | `clip()` | `FlaxCLIP…` of `transformers` 4 | `CLIP…` |
 | `whisper()` | `FlaxWhisper…` of `transformers` 4 | `Whisper…` |
+| `bart()` | `FlaxBart…` of `transformers` 4 | `Bart…` |
 | `smollm2()` | `Llama` of `examples/smollm2.py` | `LlamaForCausalLM` |
 | `t5()` | `FlaxT5…` of `transformers` 4 | `T5…` |
+| `tunix_llama3()`, `tunix_qwen3()` | `Llama3`, `Qwen2`, `Qwen3` of Tunix | `Llama…`, `Qwen2…`, `Qwen3ForCausalLM` |
+| `tunix_gemma1()`, `tunix_gemma2()` | `Gemma` of Tunix | `Gemma…`, `Gemma2ForCausalLM` |
+| `tunix_gemma3()` | `Gemma3` of Tunix | `Gemma3ForCausalLM` |
+| `bonsai_llama3()`, `bonsai_qwen3()` | `Llama`, `Qwen3` of Bonsai | `Llama…`, `Qwen3ForCausalLM` |
+| `bonsai_gemma3()` | `Gemma3Model` of Bonsai | `Gemma3ForConditionalGeneration` |
 """
 
 from __future__ import annotations
 
+from ._presets_nnx import bonsai_gemma3 as bonsai_gemma3
+from ._presets_nnx import bonsai_llama3 as bonsai_llama3
+from ._presets_nnx import bonsai_qwen3 as bonsai_qwen3
+from ._presets_nnx import tunix_gemma1 as tunix_gemma1
+from ._presets_nnx import tunix_gemma2 as tunix_gemma2
+from ._presets_nnx import tunix_gemma3 as tunix_gemma3
+from ._presets_nnx import tunix_llama3 as tunix_llama3
+from ._presets_nnx import tunix_qwen3 as tunix_qwen3
 from ._rows import Row, conv, embedding, layer, linear, norm, vector
 
-__all__ = ["bert", "clip", "gpt2", "roberta", "smollm2", "t5", "vit", "whisper"]
+__all__ = ["bart", "bert", "clip", "gpt2", "roberta", "smollm2", "t5", "vit", "whisper"]
+__all__ += ["bonsai_gemma3", "bonsai_llama3", "bonsai_qwen3"]
+__all__ += ["tunix_gemma1", "tunix_gemma2", "tunix_gemma3", "tunix_llama3", "tunix_qwen3"]
 
 
 def bert(*, head: str | None = "cls.predictions.decoder") -> dict[str, Row]:
@@ -105,6 +121,8 @@ def vit(*, transformers: int = 5) -> dict[str, Row]:
         mapping |= layer("{**}/encoder/layer/{i}/" + path, f"{layers}.{name}")
     for name in ("layernorm_before", "layernorm_after"):
         mapping |= norm("{**}/encoder/layer/{i}/" + name, f"{layers}.{name}")
+    for name in ("cls_token", "position_embeddings"):
+        mapping[f"{{**}}/embeddings/{name}"] = vector("{**}.embeddings", parameter=name, keep_shape=True)
     return mapping | norm("{**}/layernorm", "{**}.layernorm")
 
 
@@ -120,6 +138,8 @@ def clip() -> dict[str, Row]:
     tables = {name: embedding(f"{{**}}.{name}") for name in ("token_embedding", "position_embedding")}
     mapping = {f"{{**}}/{name}/embedding": row for name, row in tables.items()}
     mapping["{**}/patch_embedding/kernel"] = conv("{**}.patch_embedding")
+    mapping["{**}/class_embedding"] = vector("{**}", parameter="class_embedding")
+    mapping["logit_scale"] = vector("", parameter="logit_scale", keep_shape=True)
     mapping |= _same(*_ATTENTION, "mlp/fc1", "mlp/fc2", "visual_projection", "text_projection")
     for name in ("layer_norm1", "layer_norm2", "pre_layrnorm", "post_layernorm", "final_layer_norm"):
         mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
@@ -144,6 +164,22 @@ def whisper(*, head: str | None = "proj_out") -> dict[str, Row]:
         mapping |= layer(f"{{**}}/{name}", f"{{**}}.{name}") | {f"{{**}}/{name}/kernel": conv(f"{{**}}.{name}")}
     mapping |= _same(*_ATTENTION, *(name.replace("self", "encoder") for name in _ATTENTION), "fc1", "fc2")
     for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layer_norm"):
+        mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
+    return mapping
+
+
+def bart() -> dict[str, Row]:
+    """Returns the mapping of BART, without its embedding: torch has one each in encoder, decoder and head, all tied.
+
+    >>> bart()["{**}/encoder_attn/q_proj/kernel"].parts[0].module
+    '{**}.encoder_attn.q_proj'
+
+    Returns:
+      The mapping.
+    """
+    mapping = {"{**}/embed_positions/embedding": embedding("{**}.embed_positions")}
+    mapping |= _same(*_ATTENTION, *(name.replace("self", "encoder") for name in _ATTENTION), "fc1", "fc2")
+    for name in ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm", "layernorm_embedding"):
         mapping |= norm(f"{{**}}/{name}", f"{{**}}.{name}")
     return mapping
 

@@ -10,6 +10,7 @@ import jax
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from .._core import display
 from .._core.placement import explicit_sharding, mesh_axes, with_auto_axes
 from .._core.stored import Change, StoredLeaf
 from ._format import Format
@@ -113,6 +114,14 @@ class QuantizedLeaf(StoredLeaf):
     def _kernel_sharding(self, of_codes: NamedSharding) -> NamedSharding:
         names = dict(zip(self.layout().codes, of_codes.spec, strict=False))
         return of_codes.update(spec=PartitionSpec(*(names.get(axis) for axis in range(self.ndim))))
+
+    def __treescope_repr__(self, path: str | None, subtree_renderer: Any) -> Any:
+        summary = jax.numpy.dtype(self.dtype).name
+        if all(isinstance(getattr(array, "shape", None), tuple) for array in jax.tree.leaves(self)):  # not shardings
+            bits = 8 * self.nbytes / max(self.size, 1)
+            summary += f"{list(self.shape)} in {self.storage}, {bits:.3g} bits per element"
+        fields = {name: value for name, value in vars(self).items() if name != "dtype"}
+        return display.tree_node(self, summary, fields, path, subtree_renderer)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({jax.numpy.dtype(self.dtype).name}{list(self.shape)})"

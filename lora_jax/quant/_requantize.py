@@ -14,6 +14,7 @@ from .._core.base import dense
 from .._core.contract import widest
 from .._core.paths import differences, flatten, unflatten
 from .._core.stored import StoredLeaf
+from .._core.table import Report
 from .._core.targets import Rules
 from .._core.uses import Kernel
 from .._core.values import is_concrete
@@ -35,6 +36,10 @@ class Survival(NamedTuple):
     survived: float
     error: float
 
+    def cells(self) -> dict[str, str]:
+        """Returns the text of each column of a table."""
+        return {"survived": f"{self.survived:.2%}", "error": f"{self.error:.3g}"}
+
 
 def requantize(
     base: Any,
@@ -42,7 +47,7 @@ def requantize(
     spec: Rules[Format | None] | None = None,
     *,
     kernels: Mapping[str, Kernel] | None = None,
-) -> tuple[Any, dict[str, Survival]]:
+) -> tuple[Any, Report[Survival]]:
     """Quantizes a merged tree again, and reports how much of the update survives in each leaf.
 
         Q' = quantize(Q + Δ),   ΔQ = Q' - Q
@@ -71,7 +76,7 @@ def requantize(
 
     Returns:
       A tree like `merged`, with the leaves quantized again; leaves that equal those of `base`, dequantized, are those
-      of `base`. And for each other quantized leaf its `Survival`, by path.
+      of `base`. And for each other quantized leaf its `Survival`, by path, which prints as a table.
 
     Raises:
       MergeError: if the trees differ in paths or shapes; if `base` has no quantized leaf and there is no `spec`; under
@@ -81,7 +86,7 @@ def requantize(
     before, (leaves, treedef) = flatten(base)[0], flatten(merged)
     _check(before, leaves)
     found = _formats(before) if spec is None else _chosen(spec, leaves, kernels)
-    report = {}
+    report: Report[Survival] = Report()
     for path, (format_, axes) in found.items():
         old, leaf = before[path], leaves[path]
         if isinstance(leaf, StoredLeaf):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -79,12 +80,27 @@ class ScaledLeaf(QuantizedLeaf):
             values = values - self._spread(self.zero_point.astype(wide))
         return (values * self._spread(self.scales.astype(wide))).astype(self.dtype)
 
+    def plus(self, change: Array) -> ScaledLeaf | None:
+        """Subtracts the change from the zero points; None if a tile of it has more than one scale."""
+        if any(count % scales for count, scales in zip(change.shape, self.scales.shape, strict=True)):
+            return None
+        zero_point = jnp.zeros((1,) * self.ndim) if self.zero_point is None else self.zero_point
+        tiles = tuple(map(math.lcm, change.shape, zero_point.shape))
+        scales = jnp.where(self.scales == 0, 1, self.scales)  # the codes of zeros are 0 for any scale
+        change, old, divisor = (_spread(x.astype(change.dtype), tiles) for x in (change, zero_point, scales))
+        return dataclasses.replace(self, scales=scales, zero_point=old - change / divisor)
+
     def _spread(self, tiles: Array) -> Array:
-        """Repeats each element over its tile; an axis of size 1 is left to broadcasting."""
-        for axis, (size, count) in enumerate(zip(self.shape, tiles.shape, strict=True)):
-            if count not in (1, size):
-                tiles = jnp.repeat(tiles, size // count, axis=axis)
-        return tiles
+        """Repeats each element over its tile."""
+        return _spread(tiles, self.shape)
+
+
+def _spread(tiles: Array, shape: Sequence[int]) -> Array:
+    """Repeats each element over its part of a shape; an axis of size 1 is left to broadcasting."""
+    for axis, (size, count) in enumerate(zip(shape, tiles.shape, strict=True)):
+        if count not in (1, size):
+            tiles = jnp.repeat(tiles, size // count, axis=axis)
+    return tiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)

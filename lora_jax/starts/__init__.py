@@ -5,18 +5,20 @@
 Each function initializes all low-rank leaves of the adapter, each layer and expert of a stack separately, and returns
 other leaves unchanged. To initialize kernels in different ways, pass each function a part of the adapter:
 `{path: part for path, part in adapter.items() if …}`. The model computes the same function as before, up to rounding.
-`pissa`, `olora` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base. `loftq` and
-`qpissa` quantize the base, which reduces the error of the quantization and does not remove it.
+`pissa`, `olora`, `corda` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base.
+`loftq` and `qpissa` quantize the base, which reduces the error of the quantization and does not remove it.
 """
 
 from ._activations import Activations as Activations
 from ._activations import activations as activations
 from ._as_plain import as_plain as as_plain
+from ._corda import corda as corda
 from ._eva import eva as eva
 from ._leaf import Start as Start
 from ._loftq import loftq as loftq
 from ._lora_ga import gradients as gradients
 from ._lora_ga import lora_ga as lora_ga
+from ._mica import mica as mica
 from ._olora import olora as olora
 from ._pissa import pissa as pissa
 from ._qpissa import qpissa as qpissa
@@ -29,12 +31,14 @@ __all__ = [
     "Start",
     "activations",
     "as_plain",
+    "corda",
     "eva",
     "gaussian",
     "gradients",
     "kaiming",
     "loftq",
     "lora_ga",
+    "mica",
     "olora",
     "orthogonal",
     "pissa",

@@ -25,9 +25,9 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
 
         W + s·A·B = (W0 - s·A₀·B₀) + s·A·B = W0 + s·[A, A₀]·[B; -B₀]
 
-    An adapter that `pissa`, `olora` or `lora_ga` initialized belongs to the base that they returned; the result belongs
-    to the original base. The conversion is exact: α is such that the scale stays the same at rank 2r, 2α for LoRA and
-    √2·α for rsLoRA. The adapter of an unchanged kernel is returned as it is.
+    An adapter that `pissa`, `olora`, `corda` or `lora_ga` initialized belongs to the base that they returned; the
+    result belongs to the original base. The conversion is exact: α is such that the scale stays the same at rank 2r, 2α
+    for LoRA and √2·α for rsLoRA. The adapter of an unchanged kernel is returned as it is.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts

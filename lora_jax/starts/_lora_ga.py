@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +12,42 @@ from jax import Array
 
 from .._core.adapter import Adapters
 from .._core.contract import widest
+from .._core.keys import key_for
+from .._core.numbers import chosen
 from .._core.paths import flatten, unflatten
-from .._errors import AdapterError, listed
-from ._leaf import Leaf, Start, check_arrays, initialize, low_rank_leaves
+from .._errors import AdapterError, SpecError, listed
+from ._leaf import Leaf, Start, check_arrays, initialize, low_rank_leaves, positive_scale
+
+Direction = Literal["ArB2r", "A2rBr", "ArBr", "random"]
+Scale = Literal["stable", "unit", "gd", "weight_svd"]
 
 
-def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, gamma: float = 16.0) -> Start:
+def lora_ga(
+    params: Any,
+    adapter: Adapters,
+    gradient: Mapping[str, Array],
+    *,
+    direction: Direction = "ArB2r",
+    scale: Scale = "stable",
+    gamma: float = 16.0,
+    key: Array | None = None,
+) -> Start:
     """Initializes the factors so that the first step approximates a step of full fine-tuning.
 
-        G = U·S·Vᵀ,   A = c·U[:, 1…r],   B = c·V[:, r+1…2r]ᵀ,   c = out^¼/√γ,   W = W0 - s·A·B
+        G = U·S·Vᵀ,   A = c·U[:, I],   B = c·V[:, J]ᵀ,   I ∪ J = {1…2r},   W = W0 - s·A·B
 
     (Wang et al. 2024, arXiv:2407.05000), where G is the gradient of the kernel. One step of gradient descent changes
-    the kernel by -η·s²·c² times the best approximation of G of rank 2r. Both factors are scaled by c, as in the
-    authors' code. PEFT multiplies `B` by S, which depends on the scale of the loss, and does not scale `A`; its first
-    step is not a multiple of the best approximation.
+    the kernel by -η·s²·c² times the best approximation of G of rank 2r, for any I and J. The choices are those of the
+    authors' code:
+
+        direction:   "ArB2r":  I = 1…r, J = r+1…2r       "A2rBr":  the reverse
+                     "ArBr":   I = 2, 4…2r, J = 1, 3…2r-1   "random": a random half each, of each kernel
+        scale:       "stable": c = out^¼/√γ              "unit":   c = 1
+                     "gd":     c = 1/s                   "weight_svd": c = mean √(σⱼ(W0)/s) over j = 1…r
+
+    Both factors are scaled by c. PEFT scales only one of them in most cases, multiplies `B` by S, which depends on the
+    scale of the loss, and uses the same half for both in `"random"`; its first step is not a multiple of the best
+    approximation.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj
     >>> from lora_jax import starts
@@ -42,16 +64,28 @@ def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, ga
       adapter: from `init`; its factors are replaced.
       gradient: the gradient of each adapted kernel, by path, from `gradients`. The result does not depend on its norm,
         so a sum over a few batches works like their mean.
-      gamma: γ; a smaller value gives larger factors.
+      direction: which directions each factor gets.
+      scale: what both factors are multiplied with.
+      gamma: γ of `"stable"`; a smaller value gives larger factors.
+      key: PRNG key for `direction="random"`; consumed. Folded with each path.
 
     Returns:
       The changed base `W0 - s·A·B`, rounded as in `pissa`, and the adapter.
 
     Raises:
-      SpecError: if 2r is more than the number of inputs or outputs of a kernel.
+      SpecError: if 2r is more than the number of inputs or outputs of a kernel; if `direction` or `scale` has another
+        value; if `key` is missing for `"random"`, or given for another direction; if the scale of a variant is not
+        positive where c depends on it.
       AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter; if an adapted kernel
         is quantized.
     """
+    chosen("direction", direction, get_args(Direction))
+    chosen("scale", scale, get_args(Scale))
+    if (direction == "random") != (key is not None):
+        raise SpecError(
+            f"Expected a `key` for direction='random', and none for another; got direction={direction!r} and "
+            f"{'no key' if key is None else 'a key'}."
+        )
     leaves = low_rank_leaves(adapter, flatten(params)[0])
     check_arrays(leaves)
     if missing := [repr(leaf.path) for leaf in leaves if leaf.path not in gradient]:
@@ -67,10 +101,36 @@ def lora_ga(params: Any, adapter: Adapters, gradient: Mapping[str, Array], *, ga
                 f"expected a rank of at most {min(d_in, d_out) // 2}, half of the gradient's; got rank={rank}"
             )
         u, _, vt = jnp.linalg.svd(leaf.as_matrices(gradient[leaf.path]), full_matrices=False)
-        c = d_out**0.25 / math.sqrt(gamma)
-        return c * u[:, :, :rank], c * vt[:, rank : 2 * rank]
+        of_a, of_b = _directions(direction, rank, None if key is None else key_for(key, leaf.path))
+        c = _size(leaf, scale, gamma)
+        return c * u[:, :, of_a], c * vt[:, of_b]
 
     return initialize(params, adapter, method, changes_base=True)
+
+
+def _directions(direction: Direction, rank: int, key: Array | None) -> tuple[Any, Any]:
+    """Returns the indices of the singular vectors in `A` and in `B`."""
+    if key is not None:
+        order = jax.random.permutation(key, 2 * rank)
+        return order[:rank], order[rank:]
+    if direction == "ArBr":
+        return slice(1, 2 * rank, 2), slice(0, 2 * rank, 2)
+    halves = slice(rank), slice(rank, 2 * rank)
+    return halves if direction == "ArB2r" else halves[::-1]
+
+
+def _size(leaf: Leaf, scale: Scale, gamma: float) -> float | Array:
+    """Returns c, for `"weight_svd"` of each layer."""
+    match scale:
+        case "stable":
+            return leaf.shape[2] ** 0.25 / math.sqrt(gamma)
+        case "unit":
+            return 1.0
+        case "gd":
+            return 1 / positive_scale(leaf)
+        case "weight_svd":
+            largest = jnp.linalg.svd(leaf.matrices, compute_uv=False)[:, : leaf.variant.rank]
+            return jnp.sqrt(largest / positive_scale(leaf)).mean(1)[:, None, None]
 
 
 def gradients(

@@ -17,6 +17,7 @@ from torch import nn
 import lora_jax as lj
 import smollm2
 from lora_jax import peft
+from lora_jax.peft._export_merged import tensor_of
 from lora_jax.peft._sites import compiled, find, sites
 
 V, D, H, HD, F, L, C, T = 11, 12, 2, 6, 10, 2, 3, 7
@@ -152,7 +153,7 @@ def load_in_peft(model, path):
 def torch_logits(model, tokens=TOKENS, **kwargs):
     with torch.no_grad():
         result = model.eval()(torch.from_numpy(tokens), **kwargs)
-    return getattr(result, "logits", result).numpy()
+    return getattr(result, "logits", getattr(result, "logits_per_image", result)).numpy()
 
 
 AXES = {"conv": "iio", "query": "ioo", "out": "iio", "gate_up": "boio", "down": "bio"}
@@ -439,7 +440,11 @@ def old_name(path):
     return path
 
 
-IMAGES = random_array(2, 3, 8, 8, seed=3)
+IMAGES, SOUND = random_array(2, 3, 8, 8, seed=3), random_array(4, 4, 12, seed=4)
+MORE = {
+    "clip": {"pixel_values": torch.from_numpy(IMAGES)},
+    "whisper": {"decoder_input_ids": torch.from_numpy(WORD_IDS)},
+}
 
 
 def preset_case(name):
@@ -453,6 +458,16 @@ def preset_case(name):
         config = transformers.GPT2Config(n_positions=8, n_embd=12, n_layer=2, n_head=2, vocab_size=31)
         model = transformers.GPT2LMHeadModel(config)
         return model, flax_tree(model), peft.presets.gpt2(), WORD_IDS, "**/wte/embedding"
+    if name == "clip":
+        images = {"image_size": 8, "patch_size": 4}
+        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=WORDS | SIZES, vision_config=images | SIZES))
+        return model, flax_tree(model), peft.presets.clip(), WORD_IDS, "**/token_embedding/embedding"
+    if name == "whisper":
+        sizes = {f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+        sizes |= {"num_mel_bins": 4, "max_source_positions": 6, "max_target_positions": 8, "d_model": 12}
+        config = transformers.WhisperConfig(decoder_start_token_id=1, **sizes, **WORDS)
+        model = transformers.WhisperForConditionalGeneration(config)
+        return model, flax_tree(model), peft.presets.whisper(), SOUND, "**/embed_tokens/embedding"
     model = transformers.ViTForImageClassification(
         transformers.ViTConfig(num_labels=3, image_size=8, patch_size=4, **SIZES)
     )
@@ -462,31 +477,25 @@ def preset_case(name):
 
 @pytest.mark.parametrize("name", ["clip", "whisper"])
 def test_a_preset_names_the_modules_of_the_torch_model(name):
-    if name == "clip":
-        images = {"image_size": 8, "patch_size": 4}
-        model = transformers.CLIPModel(transformers.CLIPConfig(text_config=WORDS | SIZES, vision_config=images | SIZES))
-    else:
-        sizes = {f"{part}_{key}": 2 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")}
-        model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(d_model=12, **sizes))
-    rows, named = compiled(getattr(peft.presets, name)()), set()
-    for path, array in flax_tree(model).items():
+    model, tree, mapping, *_ = preset_case(name)
+    rows, named = compiled(mapping), set()
+    for path, array in tree.items():
         if (found := find(path, rows)) is not None:
-            named |= {f"{site.module}.{site.row.parameter}" for site in sites(path, array.shape, found)}
-    others = {"logit_scale", "vision_model.embeddings.class_embedding"}
-    assert named == {parameter for parameter, _ in model.named_parameters()} - others
+            named |= {tensor_of(site) for site in sites(path, array.shape, found)}
+    assert named == {parameter for parameter, _ in model.named_parameters()}
 
 
 def with_values(model, tree):
     """The torch model with the values of a Flax tree: the inverse of `flax_tree`."""
-    names = {(old_name(path) if "vit" in path or "classifier" in path else path): None for path in flax_tree(model)}
-    assert set(names) == set(tree)
-    state = {}
+    state, paths = {}, set()
     for name, parameter in model.named_parameters():
-        path = next(p for p in flax_tree_names(name, parameter))
+        path = next(path for path in flax_tree_names(name, parameter) if path in tree)
+        paths.add(path)
         array = np.asarray(tree[path])
         if path.endswith("kernel"):
-            array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+            array = np.moveaxis(array, (-1, -2), (0, 1))
         state[name] = torch.from_numpy(array.copy())
+    assert paths == set(tree)
     model.load_state_dict(state, strict=False)
     return model
 
@@ -496,10 +505,10 @@ def flax_tree_names(name, parameter):
         def named_parameters(self):
             return [(name, parameter)]
 
-    return [old_name(path) for path in flax_tree(One())]
+    return [name for path in flax_tree(One()) for name in (path, old_name(path))]
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "vit", "clip", "whisper"])
 @pytest.mark.parametrize("make", [lj.LoRA, lj.DoRA])
 def test_a_preset_of_hugging_face_loads_in_peft(name, make, tmp_path):
     check_preset(name, make, lj.LoRA(rank=2, alpha=4) if make is lj.LoRA else None, tmp_path)
@@ -516,15 +525,17 @@ def check_preset(name, make, variant, tmp_path):
     torch.manual_seed(0)
     model, params, mapping, x, table = preset_case(name)
     axes = {"axes": "oi"} if name == "gpt2" else {}
-    spec = {"**/projection/kernel": make(rank=2, alpha=3, axes="iiio")} if name == "vit" else {}
+    spec = {"**/{projection,patch_embedding}/kernel": make(rank=2, alpha=3, axes="iiio")}
+    spec = {"vit": spec, "clip": spec, "whisper": {"**/conv*/kernel": None}}.get(name, {})  # Whisper reads strides
     spec |= {"classifier/**": lj.Full()} if name == "vit" else {}
     spec |= {"**/kernel": make(rank=2, alpha=4, **axes)}
     spec |= {table: variant} if table and variant else {}
     adapter = randomized(lj.init(jax.random.key(0), params, spec))
     merged = lj.merge(params, adapter)
     peft.export(tmp_path, adapter, mapping, base=params)
-    got = torch_logits(load_in_peft(model, tmp_path), x)
-    near(got, torch_logits(with_values(preset_case(name)[0], merged), x))
+    more = MORE.get(name, {})
+    got = torch_logits(load_in_peft(model, tmp_path), x, **more)
+    near(got, torch_logits(with_values(preset_case(name)[0], merged), x, **more))
     back = peft.load(tmp_path, mapping, params)
     assert set(back) == set(adapter)
     for path, part in adapter.items():

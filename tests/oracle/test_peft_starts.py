@@ -1,6 +1,7 @@
 """Compares the initializations with PEFT on the same weights; `make test-oracle`.
 
-Random values of torch's generator and the scaling of LoRA-GA, where PEFT differs from the authors' code, are excluded.
+Random values of torch's generator are excluded. The scaling of LoRA-GA, where PEFT differs from the authors' code, and
+the size of CorDA's factors, which in PEFT depends on the number of tokens, are compared up to these differences.
 """
 
 import jax
@@ -10,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft.tuners.lora.config import EvaConfig
+from peft.tuners.lora.corda import preprocess_corda
 from safetensors.numpy import load_file
 from torch import nn
 
@@ -123,17 +125,26 @@ def batch():
     return (rng.standard_normal((128, D_IN)) * np.geomspace(8, 0.0001, D_IN) + 0.5).astype(np.float32)
 
 
-def test_eva_finds_the_same_directions_and_ranks_as_peft():
-    base = params()
+def peft_eva(batches, **options):
+    """PEFT's model after EVA, with every row, or those that are not masked if a batch has labels."""
     torch.manual_seed(0)
-    eva_config = EvaConfig(rho=2.0, use_label_mask=False)
-    model = peft.get_peft_model(Net(), config("eva", eva_config=eva_config), low_cpu_mem_usage=True)
-    options = dict.fromkeys(["prepare_model_inputs_fn", "prepare_layer_inputs_fn"])  # use every row
-    loader = [{"x": torch.from_numpy(batch())}]
-    peft.initialize_lora_eva_weights(model, loader, show_progress_bar=False, **options)
-    fresh = adapter(base)
+    model = peft.get_peft_model(MaskedNet(), config("eva", eva_config=EvaConfig(**options)), low_cpu_mem_usage=True)
+    functions = {} if "labels" in batches[0] else dict.fromkeys(["prepare_model_inputs_fn", "prepare_layer_inputs_fn"])
+    peft.initialize_lora_eva_weights(model, batches, show_progress_bar=False, **functions)
+    return model
+
+
+class MaskedNet(Net):
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        return super().forward(input_ids)
+
+
+@pytest.mark.parametrize("keep_scale", [True, False])
+def test_eva_finds_the_same_directions_and_ranks_as_peft(keep_scale):
+    base, fresh = params(), adapter(params())
+    model = peft_eva([{"input_ids": torch.from_numpy(batch())}], rho=2.0, adjust_scaling_factors=keep_scale)
     seen = starts.activations(apply, base, fresh, jnp.asarray(batch()))
-    _, new = starts.eva(base, fresh, seen, rho=2)
+    _, new = starts.eva(base, fresh, seen, rho=2, keep_scale=keep_scale)
     for name in NAMES:
         a, b, _ = peft_kernels(model, name)
         part = new[f"{name}/kernel"]
@@ -144,9 +155,90 @@ def test_eva_finds_the_same_directions_and_ranks_as_peft():
         cosines = np.abs(np.sum(np.asarray(part.a) * a, 0))
         assert cosines.min() > 0.99, cosines  # PEFT's decomposition is randomized and stops at 0.99
     assert {part.variant.rank for part in new.values()} != {RANK}, new  # ranks are redistributed
+    assert {part.variant.alpha for part in new.values()} != {ALPHA} or not keep_scale
 
 
-def test_lora_ga_has_the_directions_of_peft_with_another_scaling():
+def test_whitened_directions_of_eva_have_the_size_of_peft():
+    base, fresh = params(), adapter(params())
+    model = peft_eva([{"input_ids": torch.from_numpy(batch())}], rho=1.0, whiten=True)
+    seen = starts.activations(apply, base, fresh, jnp.asarray(batch()))
+    twice = jax.tree.map(jnp.add, seen, seen)  # PEFT sees a batch again to find out that it converged
+    _, new = starts.eva(base, fresh, twice, whiten=True)
+    for name in NAMES:
+        a, _, _ = peft_kernels(model, name)
+        got = np.linalg.norm(new[f"{name}/kernel"].a, axis=0)
+        np.testing.assert_allclose(got, np.linalg.norm(a, axis=0), rtol=1e-3)
+
+
+def test_token_weights_count_the_tokens_that_peft_counts():
+    x = batch().reshape(8, 16, D_IN)
+    x[:, ::3] = x[:, ::3, ::-1]  # other directions, which are masked
+    labels = np.full((8, 16), 1)
+    labels[:, ::3] = -100
+    attention_mask = np.ones((8, 16), int)
+    attention_mask[5:, 10:] = 0
+    arrays = {"input_ids": x, "labels": labels, "attention_mask": attention_mask}
+    model = peft_eva([{name: torch.from_numpy(array) for name, array in arrays.items()}], rho=1.0)
+    base, fresh = params(), adapter(params())
+    counted = (labels != -100) & (attention_mask == 1)
+    seen, every = (
+        starts.activations(apply, base, fresh, jnp.asarray(x), token_weights=weights) for weights in (counted, None)
+    )
+    for name in NAMES:
+        a, _, _ = peft_kernels(model, name)
+        masked, whole = (starts.eva(base, fresh, sums).adapter[f"{name}/kernel"].a for sums in (seen, every))
+        assert seen[f"{name}/kernel"].count[0] == counted.sum()
+        assert np.abs(np.sum(np.asarray(masked) * a, 0)).min() > 0.99
+        assert np.abs(np.sum(np.asarray(whole) * a, 0)).min() < 0.9
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("mode", ["ipm", "kpm"])
+def test_corda_matches_peft_up_to_a_number_per_kernel(mode, rslora):
+    base, fresh, x = params(), adapter(params(), rslora), batch()
+    net = Net()
+    lora_config = config("corda", rslora, corda_config=peft.tuners.lora.config.CordaConfig(corda_method=mode))
+    preprocess_corda(net, lora_config, lambda: net(torch.from_numpy(x)))
+    model = peft.get_peft_model(net, lora_config)
+    moved, new = starts.corda(base, fresh, starts.activations(apply, base, fresh, jnp.asarray(x)), mode=mode)
+    for name in NAMES:
+        a, b, residue = peft_kernels(model, name)
+        part = new[f"{name}/kernel"]
+        assert_near(part.a @ part.b, a @ b, 1e-3)
+        assert_near(moved[name]["kernel"], residue, 1e-4)
+        c = np.linalg.norm(a) / np.linalg.norm(part.a)
+        assert_near(np.abs(part.a) * c, np.abs(a), 1e-2)
+        assert_near(np.abs(part.b) / c, np.abs(b), 1e-2)
+
+
+def test_mica_matches_peft():
+    base = params()
+    model = peft.get_peft_model(Net(), config("mica"))
+    same, new = starts.mica(base, adapter(base))
+    assert same is base
+    trained = {name for name, leaf in model.named_parameters() if leaf.requires_grad}
+    assert trained == {
+        f"base_model.model.{name}.lora_A.default.weight" for name in NAMES
+    }  # as with `optim.select("b")`
+    for name in NAMES:
+        a, b, _ = peft_kernels(model, name)
+        part = new[f"{name}/kernel"]
+        assert not a.any() and not part.a.any()
+        assert_near(np.abs(part.b), np.abs(b), 1e-4)
+
+
+# What PEFT multiplies each factor with, of the unit singular vectors, beside the singular values of the gradient in B.
+PEFT_SCALES = {
+    "stable": lambda s, d_out, w, g: (1, d_out**0.25 / 4),
+    "unit": lambda s, d_out, w, g: (1, 1),
+    "gd": lambda s, d_out, w, g: (1 / s, 1 / s),
+    "weight_svd": lambda s, d_out, w, g: (1, np.linalg.svd(w)[1][0] / g[0]),
+}
+
+
+@pytest.mark.parametrize("scale", PEFT_SCALES)
+@pytest.mark.parametrize("direction", ["ArB2r", "A2rBr", "ArBr"])
+def test_lora_ga_has_the_directions_of_peft_with_another_scaling(direction, scale):
     base, x = params(), batch()
 
     def train_step():
@@ -154,22 +246,33 @@ def test_lora_ga_has_the_directions_of_peft_with_another_scaling():
         loss.backward()
 
     net = Net()
-    lora_config = config("lora_ga", lora_ga_config=peft.LoraGAConfig())
+    ga = peft.LoraGAConfig(direction=direction, scale={"gd": "gd_scale"}.get(scale, scale))
+    lora_config = config("lora_ga", lora_ga_config=ga)
     peft.tuners.lora.preprocess_loraga(net, lora_config, train_step)
     model = peft.get_peft_model(net, lora_config)
     gradient = starts.gradients(lambda params, x: (apply(params, x) ** 2).sum(), base, adapter(base), jnp.asarray(x))
-    _, new = starts.lora_ga(base, adapter(base), gradient)
+    _, new = starts.lora_ga(base, adapter(base), gradient, direction=direction, scale=scale)
     for name, (_, d_out) in NAMES.items():
         a, b, _ = peft_kernels(model, name)
         part = new[f"{name}/kernel"]
         for got, expected in ((np.asarray(part.a), a), (np.asarray(part.b).T, b.T)):
             cosines = np.abs((got * expected).sum(0)) / (np.linalg.norm(got, axis=0) * np.linalg.norm(expected, axis=0))
             assert cosines.min() > 0.999, cosines
-        c = d_out**0.25 / 4
-        assert_near(np.linalg.norm(part.a, axis=0), np.full(RANK, c))
-        assert_near(np.linalg.norm(part.b, axis=1), np.full(RANK, c))
-        assert_near(np.linalg.norm(a, axis=0), np.ones(RANK))  # PEFT does not scale A
-        assert np.ptp(np.linalg.norm(b, axis=1)) > 0.01  # PEFT scales the rows of B differently
+        w, singular = base[name]["kernel"], np.linalg.svd(gradient[f"{name}/kernel"])[1]
+        of_b = {"ArB2r": slice(RANK, 2 * RANK), "A2rBr": slice(RANK), "ArBr": slice(0, 2 * RANK, 2)}[direction]
+        singular = singular[of_b]
+        size_a, size_b = PEFT_SCALES[scale](part.variant.scale, d_out, w, singular)
+        assert_near(np.linalg.norm(a, axis=0), np.full(RANK, size_a), 1e-4)
+        assert_near(np.linalg.norm(b, axis=1), size_b * singular, 1e-2)  # of a randomized decomposition
+        largest = np.linalg.svd(w)[1][:RANK]
+        c = {
+            "stable": d_out**0.25 / 4,
+            "unit": 1,
+            "gd": 1 / part.variant.scale,
+            "weight_svd": np.sqrt(largest / part.variant.scale).mean(),
+        }[scale]
+        for size in (np.linalg.norm(part.a, axis=0), np.linalg.norm(part.b, axis=1)):
+            assert_near(size, np.full(RANK, c))
 
 
 def test_random_factors_have_the_variance_of_peft():

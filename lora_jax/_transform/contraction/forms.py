@@ -117,7 +117,7 @@ def evaluate_contraction(kernel: AdaptedKernel, x: Array, contraction: Contracti
     """Evaluates the contraction of `x` with an adapted kernel, in the form requested or else in that of `choose_form`.
 
     A gain multiplies the result, `x·(K ⊙ g) = (x·K) ⊙ g`. If the kernel's outputs are contracted, as by a tied head, it
-    multiplies `x`: `y·(K ⊙ g)ᵀ = (y ⊙ g)·Kᵀ`.
+    multiplies `x`: `y·(K ⊙ g)ᵀ = (y ⊙ g)·Kᵀ`. So does a gain of the inputs, where these are contracted.
     """
     if kernel.gain is None:
         return _without_gain(kernel, x, contraction, form)
@@ -150,7 +150,7 @@ def _squeezed_gain(kernel: AdaptedKernel) -> Labeled:
 def gain_problem(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> str | None:
     """Returns why the gain of a kernel cannot be applied to a contraction, or None.
 
-    The outputs that have a gain must be all kept, or all contracted with an `x` that has the same sizes. A narrow `x`
+    The axes that have a gain must be all kept, or all contracted with an `x` that has the same sizes. A narrow `x`
     cannot be multiplied with a gain, because its dtype may not hold the result.
     """
     if kernel.gain is None:
@@ -160,14 +160,16 @@ def gain_problem(kernel: AdaptedKernel, contraction: Contraction, x: Array) -> s
     if set(labels := _squeezed_gain(kernel).labels) <= set(contraction.y):
         return None
     if is_narrow(x.dtype):
-        return "a product in fewer than 16 bits that contracts outputs with a gain"
+        return "a product in fewer than 16 bits that contracts axes with a gain"
     sizes = dict(zip(contraction.x, x.shape, strict=True))
     if all(sizes.get(label) == kernel.w.shape[label] for label in labels):
         return None
-    return "a product that contracts only some of the outputs with a gain"
+    return "a product that contracts only some of the axes with a gain"
 
 
 def _without_gain(kernel: AdaptedKernel, x: Array, contraction: Contraction, form: Form | None) -> Array | Sum:
+    if not kernel.a.shape[-1]:
+        return _base(kernel, x, contraction)
     fixed = fixed_form(kernel, contraction, form)
     if fixed is Form.FACTORED:
         return Sum(_base(kernel, x, contraction), _low_rank(kernel, x, contraction))

@@ -74,6 +74,9 @@ def _concatenate_kernels(site: Site, parts: Sequence[Value], axis: int) -> Track
     if len({part.scale for part in adapted}) > 1:
         parts = [_fold_scale(part, axis) if isinstance(part, AdaptedKernel) else part for part in parts]
         adapted = [part for part in parts if isinstance(part, AdaptedKernel)]
+    gain_role, *others = dict.fromkeys(part.gain_role for part in adapted if part.gain is not None) or ["o"]
+    if others:
+        raise NoRule("a concatenation of kernels of which one has a gain of the inputs and one of the outputs")
     along_batch = roles[axis] == "b"
     experts, given = _concatenate_experts(adapted, along_batch=along_batch)
 
@@ -100,7 +103,8 @@ def _concatenate_kernels(site: Site, parts: Sequence[Value], axis: int) -> Track
 
     return dataclasses.replace(
         adapted[0],
-        gain=_concatenate_gains(parts, axis, roles),
+        gain=_concatenate_gains(parts, axis, roles, gain_role),
+        gain_role=gain_role,
         w=concatenate([base_value(part) for part in parts], axis),
         a=concatenate_factors("a", axes_of_a(roles)),
         b=concatenate_factors("b", axes_of_b(roles)),
@@ -139,15 +143,16 @@ def _concatenate_experts(adapted: Sequence[AdaptedKernel], *, along_batch: bool)
     return tuple(itertools.chain(*groups)), lax.concatenate(wide, 0)
 
 
-def _concatenate_gains(parts: Sequence[Value], axis: int, roles: Sequence[str]) -> Any:
+def _concatenate_gains(parts: Sequence[Value], axis: int, roles: Sequence[str], role: str) -> Any:
     """Returns the gain of the result, if any part has one; the gain of the others is 1."""
     gains = [part.gain if isinstance(part, AdaptedKernel) else None for part in parts]
     known = [gain for gain in gains if gain is not None]
-    if not known or (all(gain is known[0] for gain in gains) and axis not in axes_of_b(roles)):
+    axes = axes_of_a(roles) if role == "i" else axes_of_b(roles)
+    if not known or (all(gain is known[0] for gain in gains) and axis not in axes):
         return known[0] if known else None
-    if axis not in axes_of_b(roles):
-        raise NoRule("a concatenation along the inputs of kernels of which one has a gain")
-    axes, dtype = axes_of_b(roles), widest(*(gain.dtype for gain in known))
+    if axis not in axes:
+        raise NoRule("a concatenation along an axis that the gain of one of the kernels does not have")
+    dtype = widest(*(gain.dtype for gain in known))
     arrays = [
         jnp.ones(sizes(axes, np.shape(base_value(part)), 1), dtype, out_sharding=_factor_sharding(part, axes))
         if gain is None

@@ -85,7 +85,8 @@ def _gather(
             roles=tuple(roles),
             replicated=(),  # the indices may differ between devices
         )
-        return moved if gain is None else dataclasses.replace(moved, gain=_insert_rank(gain, order_b))
+        order = order_a if kernel.gain_role == "i" else order_b
+        return moved if gain is None else dataclasses.replace(moved, gain=_insert_rank(gain, order))
     check_unrouted(kernel)
     y = lookup.apply(look_up(fill_value), kernel.w, indices)
     dtype = computable(y.dtype)
@@ -110,7 +111,7 @@ def _gather(
 
 
 def _insert_rank(gain: Labeled, order: Labels) -> Array:
-    """Returns a gain with the axes of `b`, with size 1 for the rank."""
+    """Returns a gain with the axes of a factor, with size 1 for the rank."""
     at = order.index(RANK)
     return lax.expand_dims(gain.in_order((*order[:at], *order[at + 1 :])), [at])
 

@@ -87,7 +87,7 @@ def _ragged_dot_general(
     out = (*batch, *x_rest, *w_rest)
     gain = None if kernel.gain is None else gain_of(kernel)
     if gain is not None and not set(gain.labels) <= {group, *out}:
-        raise NoRule("a product that contracts outputs with a gain")
+        raise NoRule("a product that contracts axes with a gain")
     if gain is not None and kernel.dropout is not None:
         raise NoRule("a ragged product with dropout, of a kernel that has a gain")
     like: Any = site.eqn.outvars[0].aval
@@ -170,10 +170,10 @@ class _Groups:
         factor = Labeled(lax.expand_dims(x.array, [x.array.ndim]), (*x.labels, RANK))
         return self.contract(ones, factor, keep={self.ragged, *x.labels})
 
-    def x_times_a(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Array:
+    def x_times_a(self, labels: Labels, roles: str, keep: Collection[int], x: Array, a: Array, sizes: Array) -> Labeled:
         """Multiplies `x` with `a` only, for given sizes of the groups."""
         precise = dataclasses.replace(self, sizes=sizes, precision=lax.Precision.HIGHEST)
-        return precise.contract(Labeled(x, labels), Labeled(a, axes_of_a(roles)), keep=keep).array
+        return precise.contract(Labeled(x, labels), Labeled(a, axes_of_a(roles)), keep=keep)
 
     def flops(self, x: Labeled, factor: Labeled) -> int:
         """Counts the FLOPs of a product; each row is multiplied with the factor of one expert."""

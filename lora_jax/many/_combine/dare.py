@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .method import Change, chosen, weighted_sum
+from ..._core.numbers import chosen
+from .method import Change, weighted_sum
 from .sparse import Sparse, elected_mean
 
 

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ..._core.axes import RANK, axes_of_b
-from ..._errors import SpecError
 
 
 class Term(NamedTuple):
@@ -96,14 +95,3 @@ def signed_roots(terms: Sequence[Term]) -> tuple[list[Array], list[Array]]:
 def split(key: Any) -> tuple[Any, Any]:
     """Returns two keys; None twice for None."""
     return (None, None) if key is None else tuple(jax.random.split(key))  # type: ignore[return-value]
-
-
-def chosen(name: str, value: Any, choices: Sequence[str]) -> str:
-    """Returns `value`.
-
-    Raises:
-      SpecError: if it is not one of the choices.
-    """
-    if value not in choices:
-        raise SpecError(f"Expected {' or '.join(map(repr, choices))} for `{name}`; got {value!r}.")
-    return str(value)

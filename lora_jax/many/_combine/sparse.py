@@ -12,11 +12,11 @@ from jax import Array, lax
 
 from ..._core.adapter import Adapter
 from ..._core.linalg import SVD, as_factors, delta_matrices, factors_from_svd, kernel_shape, product
-from ..._core.numbers import integer, number
+from ..._core.numbers import chosen, integer, number
 from ..._core.placement import replicated
 from ..._errors import SpecError
 from ..._variants import LoRA
-from .method import Change, Combination, Term, as_dtype, chosen, signed_roots, split
+from .method import Change, Combination, Term, as_dtype, signed_roots, split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

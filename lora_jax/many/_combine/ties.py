@@ -8,7 +8,8 @@ from typing import Literal
 
 from jax import Array
 
-from .method import Change, chosen
+from ..._core.numbers import chosen
+from .method import Change
 from .sparse import Sparse, elected_mean, keep_largest
 
 

@@ -1,0 +1,1 @@
+"""Proposals of a mapping: `guess`, from names, shapes, traced axes and values."""
