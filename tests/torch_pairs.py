@@ -92,7 +92,7 @@ def with_torch_values(params: Any, mapping: Any, state: dict[str, Any]) -> Any:
         kind, layout = "vector" if row.row.kind == "vector" else "kernel", places[0].layout
         result = layout.to_matrix(kind, np.zeros(leaf.shape, np.float32))
         for site in places:
-            tensor = np.asarray(state[f"{site.module}.{row.row.parameter}"], np.float32)
+            tensor = np.asarray(state[f"{site.module}.{row.row.parameter}".removeprefix(".")], np.float32)
             matrix = outputs_from_torch(from_torch(f"saved.{row.row.parameter}", tensor, layout), site.part)
             result[(*site.index, ..., site.outputs)] = matrix
         found[path] = layout.from_matrix(kind, result)

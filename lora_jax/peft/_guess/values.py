@@ -82,7 +82,9 @@ class Both:
             return
         value, places = dense(leaf), self._sites(pattern, row, path)
         for site in places[: len(row.parts)] if first else places:
-            if (tensor := self.tensors.get(f"{site.module}.{row.parameter}")) is None or _is_shape(tensor):
+            if (tensor := self.tensors.get(f"{site.module}.{row.parameter}".removeprefix("."))) is None or _is_shape(
+                tensor
+            ):
                 continue
             if site.part.of is not None:
                 outputs = slice(site.part.of[0], site.part.of[0] + site.last - site.first)
