@@ -20,7 +20,7 @@ GRADIENT = {"float64": 1e-11, "float32": 1e-4, "bfloat16": 8e-2}
 
 def sweep_except(kept: Container[Any], cases: Iterable[Any]) -> list[Any]:
     """Returns the cases as parameters; `make test` runs those in `kept`, and `make sweeps` runs the others."""
-    return [case if case in kept else sweep(case) for case in cases]
+    return [case if case in kept else sweep(*case) if isinstance(case, tuple) else sweep(case) for case in cases]
 
 
 def sweep(*values: Any) -> Any:

@@ -192,7 +192,7 @@ SMALL_FORMATS = {"NF4": quant.NF4(block=16), "int8": INT8, "fp8": FLOAT8}
         ("NF4", False, lj.LoRA),
         ("NF4", True, lj.LoRA),
         ("NF4", True, lj.DoRA),
-        ("NF4", False, lj.VeRA),
+        sweep("NF4", False, lj.VeRA),
         sweep("int8", True, lj.LoRA),
         sweep("fp8", True, lj.LoRA),
     ],
