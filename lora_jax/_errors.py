@@ -80,6 +80,11 @@ def listed(lines: Sequence[str], most: int = SHOWN) -> str:
     return "\n".join(shown)
 
 
+def sections(*parts: tuple[str, str, Sequence[str]]) -> str:
+    """Formats lists that are not empty, each `(noun, what, lines)` below a line such as `2 paths that are missing:`."""
+    return "\n".join(f"  {counted(len(lines), noun)}{what}:\n{listed(lines)}" for noun, what, lines in parts if lines)
+
+
 def refuse_keywords(function: str, unexpected: Mapping[str, Any]) -> None:
     """Raises `TypeError` for unexpected keyword arguments, with advice to pass the model's in `kwargs`."""
     if unexpected:

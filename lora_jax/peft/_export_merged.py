@@ -16,7 +16,7 @@ from .._core.attach import check
 from .._core.base import dense
 from .._core.paths import Patterns, as_tuple, flatten, matches_any
 from .._core.values import on_host
-from .._errors import AdapterError, counted, listed
+from .._errors import AdapterError, sections
 from .._merge.fold import fold
 from .._merge.merge import check_finite, check_fits, check_mergeable, check_tied
 from ._layout import Values, outputs_to_torch
@@ -162,14 +162,8 @@ class _Model:
             for name, filled in self._filled.items()
             if name not in complete
         ]
-        lines = []
-        if self._unmatched:
-            count = counted(len(self._unmatched), "path")
-            lines += [f"  {count} that no row of the mapping matches:\n{listed(self._unmatched)}"]
-        if problems:
-            lines += [f"  {counted(len(problems), 'problem')}:\n{listed(problems)}"]
-        if lines:
-            text = "\n".join(lines)
+        text = sections(("path", " that no row of the mapping matches", self._unmatched), ("problem", "", problems))
+        if text:
             raise AdapterError(
                 f"Expected a mapping from every leaf of `params` to a torch module; got:\n{text}\n"
                 "  Add rows to the mapping, or patterns to `exclude`; nothing was written."

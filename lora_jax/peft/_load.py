@@ -12,7 +12,7 @@ import numpy as np
 
 from .._core.adapter import Adapter
 from .._core.paths import flatten
-from .._errors import CheckpointError, SpecError, counted, listed
+from .._errors import CheckpointError, SpecError, listed, sections
 from . import _adalora as adalora
 from ._config import Config, is_exact, is_target, prepared, problems
 from ._files import read_config, read_tensors
@@ -119,15 +119,13 @@ def _missing(config: Config, lacking: list[Site]) -> list[str]:
 
 
 def _refuse(file: Tensors, unusable: list[str], directory: Path) -> None:
-    lines = []
-    if left := file.left():
-        lines += [f"  {counted(len(left), 'tensor')} that no leaf of `params` takes:\n{listed(left)}"]
-        if unusable:
-            lines += [f"  {counted(len(unusable), 'row')} that do not fit their leaves:\n{listed(unusable)}"]
-    if file.problems:
-        lines += [f"  {counted(len(file.problems), 'problem')}:\n{listed(file.problems)}"]
-    if lines:
-        text = "\n".join(lines)
+    left = file.left()
+    text = sections(
+        ("tensor", " that no leaf of `params` takes", left),
+        ("row", " that do not fit their leaves", unusable if left else []),
+        ("problem", "", file.problems),
+    )
+    if text:
         raise CheckpointError(
             f"Expected every tensor in {directory} to fit a leaf of `params` through the mapping; got:\n{text}\n"
             "  Pass the mapping and the parameters of the model that the adapter was trained for."

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.paths import Patterns, as_tuple, flatten, matches_any, unflatten
-from .._errors import CheckpointError, counted, listed
+from .._errors import CheckpointError, sections
 from ._export_merged import NO_EXPERTS, outputs_of, tensor_of
 from ._layout import outputs_from_torch
 from ._names import expected_shape, from_torch
@@ -120,13 +120,8 @@ def _leaf(leaf: Any, places: list[Site], tensors: Mapping[str, Stored]) -> jax.A
 
 
 def _refuse(directory: Path, left: list[str], problems: list[str]) -> None:
-    lines = []
-    if left:
-        lines += [f"  {counted(len(left), 'tensor')} that no leaf of `params` takes:\n{listed(list(map(repr, left)))}"]
-    if problems:
-        lines += [f"  {counted(len(problems), 'problem')}:\n{listed(problems)}"]
-    if lines:
-        text = "\n".join(lines)
+    names = list(map(repr, left))
+    if text := sections(("tensor", " that no leaf of `params` takes", names), ("problem", "", problems)):
         raise CheckpointError(
             f"Expected every leaf of `params` to have tensors in {directory}, and every tensor a leaf; got:\n{text}\n"
             "  Add rows to the mapping, or patterns to `exclude` and `unused`; nothing was read."

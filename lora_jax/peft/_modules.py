@@ -13,7 +13,7 @@ from .._core.adapter import Adapter
 from .._core.base import dense
 from .._core.values import is_concrete, is_finite, on_host
 from .._core.variant import LowRank
-from .._errors import AdapterError, counted, listed
+from .._errors import AdapterError, sections
 from .._variants import ALoRA, DoRA, LoRABias, Rows, RSLoRA, VeRA
 from ._config import Scale, ranks_to_config
 from ._layout import Values
@@ -148,14 +148,9 @@ class Exported:
 
     def refuse(self, reader: str) -> None:
         """Raises if anything cannot be written for a reader."""
-        lines = []
-        if self.unmatched:
-            count = counted(len(self.unmatched), "path")
-            lines += [f"  {count} that no row of the mapping matches:\n{listed(self.unmatched)}"]
-        if problems := list(dict.fromkeys(self.problems)):  # a stack repeats those of its layers
-            lines += [f"  {counted(len(problems), 'problem')}:\n{listed(problems)}"]
-        if lines:
-            text = "\n".join(lines)
+        problems = list(dict.fromkeys(self.problems))  # a stack repeats those of its layers
+        text = sections(("path", " that no row of the mapping matches", self.unmatched), ("problem", "", problems))
+        if text:
             raise AdapterError(
                 f"Expected an adapter that {reader} and the mapping can express; got:\n{text}\n"
                 "  Add rows to the mapping, or change the leaves; nothing was written."

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from .._errors import SpecError
 
-Parts = "str | Part | Sequence[Part]"
 _EXPERTS = ("gate_up_proj", "down_proj")  # as all models of `transformers` declare them
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -20,13 +20,13 @@ from .._errors import AdapterError, listed
 from ._json import MAX_BYTES, invalid, parse, shown
 from ._layout import Values
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+FLOATS: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in FLOATS.items()}
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_NAME = 1_000
 _MAX_AXES = 32  # of NumPy 1
@@ -50,17 +50,21 @@ def write(file: BinaryIO, tensors: Mapping[str, Values], metadata: Mapping[str, 
     """
     # As the library does, wide dtypes first: all values are aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    header: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}  # transformers requires a format
-    first = 0
-    for name, array in ordered:
-        offsets = [first, first + array.nbytes]
-        header[name] = {"dtype": _NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
-        first += array.nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    file.write(header([(name, _NAMES[x.dtype], x.shape, x.nbytes) for name, x in ordered], metadata))
     for _, array in ordered:
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
+    """Returns what precedes the values: of each tensor, in their order, the name, dtype, shape and size in bytes."""
+    fields: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}  # transformers requires a format
+    first = 0
+    for name, dtype, shape, size in tensors:
+        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [first, first + size]}
+        first += size
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def check_dtypes(tensors: Mapping[str, Values]) -> None:
@@ -118,7 +122,7 @@ def _entries(header: dict[str, Any], size: int, path: Path) -> dict[str, _Entry]
     if problems := [f"{shown(name)} {problem}" for name, problem in found if problem is not None]:
         raise invalid(path, f"its header is wrong:\n{listed(problems)}")
     entries = {
-        name: _Entry(_DTYPES[fields["dtype"]], tuple(fields["shape"]), *fields["data_offsets"])
+        name: _Entry(FLOATS[fields["dtype"]], tuple(fields["shape"]), *fields["data_offsets"])
         for name, fields in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
     }
     end = 0
@@ -138,13 +142,13 @@ def _problem(name: str, fields: Any) -> str | None:
     if not isinstance(fields, dict) or fields.keys() != _FIELDS:
         return f"has {shown(fields)}; expected {', '.join(sorted(_FIELDS))}"
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        return f"has dtype {shown(dtype)}; {', '.join(_DTYPES)} are read"
+    if not isinstance(dtype, str) or dtype not in FLOATS:
+        return f"has dtype {shown(dtype)}; {', '.join(FLOATS)} are read"
     if not _are_sizes(shape) or len(shape) > _MAX_AXES:
         return f"has shape {shown(shape)}; expected at most {_MAX_AXES} sizes of at least 0"
     if not _are_sizes(offsets) or len(offsets) != 2:
         return f"has offsets {shown(offsets)}; expected two of at least 0"
-    if (needed := math.prod(shape) * _DTYPES[dtype].itemsize) != offsets[1] - offsets[0]:
+    if (needed := math.prod(shape) * FLOATS[dtype].itemsize) != offsets[1] - offsets[0]:
         return f"has shape {shown(shape)} in {dtype}, which needs {shown(needed)} bytes, and offsets {shown(offsets)}"
     return None
 

@@ -7,6 +7,7 @@ names until all of them are complete.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .._errors import CheckpointError, SpecError
+from ._safetensors import header
 from ._stored import DTYPES, INDEX, MODEL
 
 Progress = Callable[[int, int], None]
@@ -151,19 +153,12 @@ def check_empty(directory: Path, overwrite: bool) -> None:
 
 def _written(file: BinaryIO, shard: Sequence[Entry], contents: Iterator[Iterable[Any]]) -> Iterator[Entry]:
     """Writes a shard, and yields each tensor when it is complete."""
-    offsets, at = {}, 0
-    for one in sorted(shard, key=lambda one: -_alignment(one)):  # torch needs offsets that are multiples of the size
-        offsets[one.name] = at
-        at += one.size
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers requires a format
-    for one in sorted(shard, key=lambda one: offsets[one.name]):
-        first = offsets[one.name]
-        header[one.name] = {"dtype": one.dtype, "shape": list(one.shape), "data_offsets": [first, first + one.size]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
+    ordered = sorted(shard, key=lambda one: -_alignment(one))  # torch needs offsets that are multiples of the size
+    file.write(header(ordered, {}))
+    starts = itertools.accumulate((one.size for one in ordered), initial=file.tell())
+    offsets = {one.name: start for one, start in zip(ordered, starts, strict=False)}
     for one in shard:
-        first = 8 + len(text) + offsets[one.name]
+        first = offsets[one.name]
         file.seek(first)
         for piece in next(contents):
             file.write(piece)

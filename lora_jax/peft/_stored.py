@@ -9,21 +9,18 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 import safetensors
 
 from .._errors import CheckpointError
 from ._layout import Values
+from ._safetensors import FLOATS as FLOATS
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 # The dtypes whose values can be read. Tensors of others can be copied.
 DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
+    **FLOATS,
     "I64": np.int64,
     "I32": np.int32,
     "I16": np.int16,
@@ -31,7 +28,6 @@ DTYPES: dict[str, Any] = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
-FLOATS = ("F64", "F32", "F16", "BF16")
 _PIECE = 2**22  # bytes that are read at once
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 
