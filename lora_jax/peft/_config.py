@@ -76,7 +76,7 @@ def prepared(config: Config) -> Config:
 
 
 def is_exact(config: Config) -> bool:
-    """Whether `target_modules` and `target_parameters` alone decide what has factors, and can be matched."""
+    """Whether only `target_modules` and `target_parameters` decide what has factors, and can be matched."""
     others = ("exclude_modules", "layers_to_transform")
     targets = config.get("target_modules")
     if any(config.get(name) is not None for name in others) or targets == "all-linear":

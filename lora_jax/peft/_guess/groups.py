@@ -30,7 +30,7 @@ class Group:
     shape: Shape
     members: Mapping[Index, str]
 
-    def alone(self) -> Iterator[Group]:
+    def single(self) -> Iterator[Group]:
         """Yields a group for each member."""
         for name in self.members.values():
             yield Group(name, self.shape, {(): name})

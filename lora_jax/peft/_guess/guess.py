@@ -69,8 +69,8 @@ def guess(
     both = Both(leaves, tensors)
     proposal = Proposal(axes, tables, both, names)
     own, other = proposal.add(own, other)
-    alone = [[one for group in rest for one in group.alone()] for rest in (own, other)]
-    own, other = proposal.add(*alone)
+    singles = [[one for group in rest for one in group.single()] for rest in (own, other)]
+    own, other = proposal.add(*singles)
     left = shapes_of(other)
     rows = tuple(_with_head(row, left, leaves, tensors) for row in proposal.rows)
     order = {path: at for at, path in enumerate(leaves)}
