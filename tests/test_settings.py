@@ -21,10 +21,10 @@ from zoo import ZOO
 import lora_jax as lj
 from lora_jax import adaptive, analysis, many, optim, starts
 
-E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-# The rounding error, relative to the largest element.
 pytestmark = pytest.mark.sweep
 
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+# The rounding error, relative to the largest element.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float8_e4m3fn": 7e-2, "float8_e5m2": 0.13}
 
 VARIANTS: dict[str, Callable[..., Any]] = {

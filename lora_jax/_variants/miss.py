@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -62,6 +63,6 @@ class MiSS(Ranked):
         b, shape = arrays["b"], sizes(axes_of_a(axes), kernel.shape, self.rank)
         inputs = shape[axes.count("b") : -1]
         which = jnp.arange(math.prod(inputs)).reshape(inputs) % self.rank
-        one_hot = which[..., None] == jnp.arange(self.rank)
-        a = like_kernel(jnp.broadcast_to(one_hot.astype(b.dtype), shape), axes_of_a(axes), kernel)
+        one_hot = jax.nn.one_hot(which, self.rank, dtype=b.dtype)
+        a = like_kernel(jnp.broadcast_to(one_hot, shape), axes_of_a(axes), kernel)
         return AdaptedKernel(kernel, a, b, scale=1.0, roles=tuple(axes), paths=(path,))
