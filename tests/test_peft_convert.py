@@ -242,8 +242,8 @@ def test_what_is_not_read_in_kohyas_files_is_refused(tensors: Any, expected: str
         ({"unet.fc.lora.up.weight": UP}, None, "'unet.fc' has two tensors that are its b"),
         ({"unet.lora_A.weight": DOWN}, None, "'unet.lora_A.weight' (2, 8) is not of the factors of"),
         ({"vae.fc.lora_A.weight": DOWN}, None, "'vae.fc.lora_A.weight' (2, 8) is not of the factors of a component's"),
-        ({}, {"lora_adapter_metadata": "["}, "its metadata 'lora_adapter_metadata' is invalid (JSONDecodeError"),
-        ({}, {"lora_adapter_metadata": "[]"}, "its metadata 'lora_adapter_metadata' is invalid (AttributeError"),
+        ({}, {"lora_adapter_metadata": "["}, "a valid lora_adapter_metadata; JSONDecodeError"),
+        ({}, {"lora_adapter_metadata": "[]"}, "lora_adapter_metadata; it has a list in place of"),
         ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "1"}'}, "its metadata of 'unet': lora_alpha is '1'"),
     ],
 )

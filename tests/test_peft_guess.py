@@ -252,6 +252,12 @@ def test_the_headers_of_a_directory_are_read(tmp_path: Path) -> None:
     }
 
 
+def test_heads_of_an_odd_size_have_no_rotary_order() -> None:
+    params = {"q": {"kernel": np.arange(80.0).reshape(8, 2, 5)}}
+    found = peft.guess(params, {"q.weight": params["q"]["kernel"].reshape(8, 10).T})
+    assert found.mapping["q/kernel"] == peft.linear("q", axes="ioo")
+
+
 def test_what_has_no_shapes_is_refused(tmp_path: Path) -> None:
     bad: Any = {"x.weight": "float32"}
     with pytest.raises(lj.SpecError, match=r"a shape for each torch parameter; got str for 'x\.weight'"):
@@ -259,5 +265,5 @@ def test_what_has_no_shapes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lj.CheckpointError, match=r"Expected safetensors files in .*; got none"):
         peft.guess({}, tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"abc")
-    with pytest.raises(lj.CheckpointError, match=r"Expected a valid x.safetensors; SafetensorError"):
+    with pytest.raises(lj.CheckpointError, match=r"Expected a valid x.safetensors; its header states"):
         peft.guess({}, tmp_path)

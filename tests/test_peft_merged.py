@@ -20,8 +20,9 @@ from test_peft import CONFIG, FUSED, FUSED_SHAPES, HD, LAYERS, LORA, D, F, H, L,
 
 import lora_jax as lj
 from lora_jax import peft
+from lora_jax.peft._safetensors import DTYPES
 from lora_jax.peft._shards import as_bytes
-from lora_jax.peft._stored import DTYPES, stored_tensors
+from lora_jax.peft._stored import stored_tensors
 
 MODEL = "model.safetensors"
 ROWS = {kind.replace(" ", "_"): (shape, axes, row) for kind, (shape, axes, row, _) in LAYERS.items()}

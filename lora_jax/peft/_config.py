@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from . import _patterns
-from ._json import shown
 from ._patterns import Patterns
+from ._untrusted import shown
 
 Config = Mapping[str, Any]
 

@@ -23,9 +23,9 @@ from ._layout import Values, outputs_to_torch
 from ._module import in_module
 from ._names import expected_shape, to_torch
 from ._orbax import OrbaxLeaf, orbax_leaves
+from ._safetensors import NAMES
 from ._shards import Entry, bytes_of, entry, write_model
 from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
-from ._stored import NAMES
 
 
 def export_merged(

@@ -66,7 +66,7 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
         raise _unreadable(directory, found)
     config = prepared(config)
     most = _SMALL + 32 * sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves.values())
-    arrays = read_tensors(directory, most=most)
+    arrays = read_tensors(directory, most=most).tensors
     file = Tensors(adalora.as_factors(arrays) if is_adaptive else arrays)
     try:
         reader = Reader(config, file)

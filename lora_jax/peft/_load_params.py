@@ -16,8 +16,9 @@ from .._errors import CheckpointError, sections
 from ._export_merged import NO_EXPERTS, outputs_of, tensor_of
 from ._layout import outputs_from_torch
 from ._names import expected_shape, from_torch
+from ._safetensors import FLOATS, Stored
 from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
-from ._stored import FLOATS, Stored, named_for, stored_tensors
+from ._stored import named_for, stored_tensors
 
 
 def load_params(

@@ -19,7 +19,8 @@ from ._files import read_config, read_tensors
 from ._layout import Values
 from ._load import load
 from ._rows import Part, Row, embedding, linear, vector
-from ._stored import FLOATS, Stored, named_for, stored_tensors
+from ._safetensors import FLOATS, Stored
+from ._stored import named_for, stored_tensors
 from ._tensors import Tensors
 
 
@@ -70,7 +71,7 @@ def read(directory: str | os.PathLike[str], *, base: str | os.PathLike[str] | No
         needed and missing, or lacks a module. One error lists all.
     """
     directory = Path(directory)
-    config, arrays = read_config(directory), read_tensors(directory)
+    config, arrays = read_config(directory), read_tensors(directory).tensors
     found = Described(config, arrays, None if base is None else stored_tensors(Path(base)))
     refuse(found, config, directory)
     return TorchAdapter(load(directory, found.mapping, found.params), found.mapping, found.params)
