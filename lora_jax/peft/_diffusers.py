@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SpecError
-from ._config import prepared, scale_of
+from ._config import Prepared, prepared, scale_of
 from ._config import problems as unreadable
 from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, put, scales_to_config
 from ._layout import Values
@@ -117,7 +117,7 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str
     return tensors, {METADATA: json.dumps(configs, indent=2, sort_keys=True)}
 
 
-def _configs(metadata: Mapping[str, str], file: Path, problems: list[str]) -> dict[str, dict[str, Any]]:
+def _configs(metadata: Mapping[str, str], file: Path, problems: list[str]) -> dict[str, Prepared]:
     """Returns the configuration of each component."""
     found: dict[str, dict[str, Any]] = {}
     text = metadata.get(METADATA, "{}")
@@ -126,4 +126,4 @@ def _configs(metadata: Mapping[str, str], file: Path, problems: list[str]) -> di
         found.setdefault(component, {"peft_type": "LORA"})[entry] = value
     bad = {component: unreadable(config) for component, config in found.items()}
     problems += [f"its metadata of {component!r}: {line}" for component, lines in bad.items() for line in lines]
-    return {component: dict(prepared(config)) for component, config in found.items() if not bad[component]}
+    return {component: prepared(config) for component, config in found.items() if not bad[component]}

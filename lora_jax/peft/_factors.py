@@ -150,9 +150,9 @@ def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]
         put(arrays, module, ours, tensor, problems)
         if name.endswith(tuple(EMBEDDING_SUFFIXES.values())):
             tables.add(module)
+    stated = prepared(config)
+    ranks = {module: scale_of(stated, module) for module in arrays}
     stabilized = bool(config.get("use_rslora"))
-    config = prepared(config)
-    ranks = {module: scale_of(config, module) for module in arrays}
     found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems, tables)
     problems += [
         f"{module!r} has rank {own.rank}, and the configuration states {ranks[module].rank}"

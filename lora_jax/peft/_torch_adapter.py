@@ -14,7 +14,7 @@ import numpy as np
 from .._core.adapter import Adapter
 from .._errors import CheckpointError, counted, listed
 from . import _adalora as adalora
-from ._config import Config, prepared, problems, scale_of
+from ._config import Config, Prepared, prepared, problems, scale_of
 from ._files import read_config, read_tensors
 from ._layout import Values
 from ._load import load
@@ -186,7 +186,7 @@ class Described:
             return entry
         return None
 
-    def _tie(self, modules: Mapping[str, Mapping[str, Values]], config: Config) -> None:
+    def _tie(self, modules: Mapping[str, Mapping[str, Values]], config: Prepared) -> None:
         """Makes one leaf of an embedding and the head that has its factors, transposed."""
         for module, tensors in modules.items():
             row = self.mapping.get(f"{module}/weight")
