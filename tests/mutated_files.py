@@ -601,7 +601,8 @@ def of_diffusers(path: Path) -> dict[str, np.ndarray]:
     """The update of each module in a file of diffusers, by the library safetensors and the formulas of diffusers."""
     content = path.read_bytes()
     metadata = parsed(content).header[0][1]
-    config = {name.partition(".")[2]: value for name, value in json.loads(metadata.get(METADATA, "{}")).items()}
+    stated = json.loads(metadata.get(METADATA, "{}"))
+    config = {name.removeprefix("unet."): value for name, value in stated.items() if name.startswith("unet.")}
     tensors = {}
     for name, entry in safetensors.deserialize(content):
         dtype = next(dtype for dtype, text in DTYPES.items() if text == entry["dtype"])

@@ -460,6 +460,9 @@ def test_what_does_not_fit_the_tree_is_in_one_error(tmp_path: Path) -> None:
         "  'c': there is no tensor 'c.weight'\n"
         "  Add rows to the mapping, or patterns to `exclude` and `unused`; nothing was read."
     )
+    save(tmp_path / "large", {"a.weight": np.full((F, D), 1e6, np.float32)})
+    with pytest.raises(lj.CheckpointError, match=r"float16, the dtype of 'a', can hold; got up to 1e\+06 in 'a.weight'"):
+        peft.load_params(tmp_path / "large", mapping, {"a": jax.ShapeDtypeStruct((D, F), np.float16)})
     back = peft.load_params(tmp_path, mapping, {"embed": params["embed"]}, unused=["**.inv_freq", "{a,b}.weight"])
     assert bits(back["embed"]) == bits(tied[EMBED])
     save(tmp_path, tied | {HEAD: array(V, D, seed=1)})

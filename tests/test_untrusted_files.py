@@ -143,7 +143,8 @@ def check_model(count: int, seed: int, tmp_path: Path) -> None:
         try:
             read = peft.load_params(directory, MAPPING, shapes)
         except lj.CheckpointError as error:
-            assert str(directory) in str(error) and len(str(error)) < 20_000
+            assert "that float32, the dtype of" in str(error) or str(directory) in str(error)
+            assert len(str(error)) < 20_000
             counts[str(error).split(";")[0].split(", in ")[0]] += 1
         else:
             expected = mutated_files.of_model(directory)
@@ -203,7 +204,7 @@ def test_damaged_files_of_diffusers_are_refused_or_converted_as_what_they_say(tm
 def test_thousands_of_damaged_models_and_files_of_diffusers(tmp_path: Path) -> None:
     for name, run in (("models", check_model), ("converted", check_converted)):
         (tmp_path / name).mkdir()
-        run(3_000, 1, tmp_path / name)
+        run(1_000, 1, tmp_path / name)
 
 
 # The files themselves

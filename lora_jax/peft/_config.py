@@ -155,6 +155,13 @@ def problems(config: Config) -> list[str]:
     return found + _numbers(config)
 
 
+def problems_to_convert(config: Config) -> list[str]:
+    """Returns what of a configuration cannot be read as that of factors with a scale for each module."""
+    if (kind := config.get("peft_type")) != "LORA":
+        return [f"peft_type is {shown(kind)}; only 'LORA' can be converted"]
+    return problems(config)
+
+
 def _numbers(config: Config) -> list[str]:
     """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
     found = []

@@ -9,7 +9,7 @@ from pathlib import Path
 from .._errors import AdapterError, CheckpointError, SpecError, counted, listed
 from . import _diffusers as diffusers
 from . import _kohya as kohya
-from ._config import problems as unreadable
+from ._config import problems_to_convert
 from ._factors import Factors, from_peft, mixed, to_peft
 from ._files import TENSORS, Files, read_config, read_tensors, write
 from ._layout import Values
@@ -124,7 +124,7 @@ def _factors(
         found = diffusers.read(tensors, metadata, file, problems)
     else:
         config = read_config(file.parent)
-        problems += unreadable(config)
+        problems += problems_to_convert(config)
         problems += [f"{name} is set" for name in ("alora_invocation_tokens", "target_parameters") if config.get(name)]
         found = {} if problems else from_peft(tensors, config, problems)
     if problems:

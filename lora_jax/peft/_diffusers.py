@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from .._errors import SpecError
-from ._config import Prepared, prepared, scale_of
-from ._config import problems as unreadable
-from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, put, scales_to_config
+from ._config import Prepared, prepared, problems_to_convert, scale_of
+from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, other_ranks, put, scales_to_config
 from ._layout import Values
 from ._names import SUFFIXES
-from ._untrusted import parse
+from ._untrusted import parse, shown
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -75,15 +74,18 @@ def read(
         else:
             put(arrays, module, _READ[end], tensor, problems)
     configs = _configs(metadata, file, problems)
+    split = {module: module.partition(".") for module in arrays}
+    stated = {module: scale_of(configs[first], rest) for module, (first, _, rest) in split.items() if first in configs}
 
     def scale(module: str, rank: int) -> float:
-        component, _, rest = module.partition(".")
-        if component in configs:
-            return scale_of(configs[component], rest).scale(bool(configs[component].get("use_rslora")))
+        if module in stated:
+            return stated[module].scale(bool(configs[split[module][0]].get("use_rslora")))
         alpha = arrays[module].get("alpha")
         return 1.0 if alpha is None else float(alpha.reshape(())) / rank
 
-    return of_modules(arrays, scale, problems)
+    found = of_modules(arrays, scale, problems)
+    problems += other_ranks(found, stated)
+    return found
 
 
 def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str, Values], dict[str, str]]:
@@ -123,7 +125,9 @@ def _configs(metadata: Mapping[str, str], file: Path, problems: list[str]) -> di
     text = metadata.get(METADATA, "{}")
     for name, value in parse(text.encode(errors="surrogatepass"), file / METADATA).items():
         component, _, entry = name.partition(".")
+        if component not in COMPONENTS:
+            problems.append(f"its metadata {shown(name)} are of no component")
         found.setdefault(component, {"peft_type": "LORA"})[entry] = value
-    bad = {component: unreadable(config) for component, config in found.items()}
+    bad = {component: problems_to_convert(config) for component, config in found.items()}
     problems += [f"its metadata of {component!r}: {line}" for component, lines in bad.items() for line in lines]
     return {component: prepared(config) for component, config in found.items() if not bad[component]}

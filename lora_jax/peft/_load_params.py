@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.paths import Patterns, as_tuple, flatten, matches_any, unflatten
+from .._core.values import is_finite
 from .._errors import CheckpointError, sections
 from ._export_merged import NO_EXPERTS, outputs_of, tensor_of
 from ._layout import outputs_from_torch
@@ -54,7 +55,8 @@ def load_params(
 
     Raises:
       CheckpointError: if there are no safetensors files or they are damaged; if a leaf has no row or no tensor, or does
-        not fit it; if a tensor has no leaf. One error lists all, before anything is read.
+        not fit it; if a tensor has no leaf. One error lists all, before anything is read. If a value overflows the
+        dtype of its leaf.
       SpecError: if `mapping` is not a mapping to rows.
     """
     directory, rows, excluded = Path(directory), compiled(mapping), as_tuple(exclude)
@@ -112,8 +114,15 @@ def _leaf(leaf: Any, places: list[Site], tensors: Mapping[str, Stored]) -> jax.A
     core = (layout.d_out,) if kind == "vector" else (layout.d_in, layout.d_out)
     matrix = np.empty((*layout.batch, *core), leaf.dtype)
     for site in places:
-        tensor = from_torch(name, tensors[tensor_of(site)].read(), layout)
-        matrix[(*site.index, ..., site.outputs)] = outputs_from_torch(site.of_module(tensor), site.part)
+        stored = tensors[tensor_of(site)].read()
+        tensor = outputs_from_torch(site.of_module(from_torch(name, stored, layout)), site.part)
+        with np.errstate(over="ignore"):
+            matrix[(*site.index, ..., site.outputs)] = tensor
+        if not is_finite(matrix[(*site.index, ..., site.outputs)]) and is_finite(stored):
+            raise CheckpointError(
+                f"Expected values that {leaf.dtype}, the dtype of {site.path!r}, can hold; got up to "
+                f"{float(np.abs(stored).max()):g} in {tensor_of(site)!r}.\n  Load into a leaf of a wider dtype."
+            )
     array = layout.from_matrix(kind, matrix)
     if (sharding := getattr(leaf, "sharding", None)) is None:
         return jnp.asarray(array)
