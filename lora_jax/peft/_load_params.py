@@ -14,7 +14,7 @@ import numpy as np
 from .._core.paths import Patterns, as_tuple, flatten, matches_any, unflatten
 from .._core.values import is_finite
 from .._errors import CheckpointError, sections
-from ._export_merged import NO_EXPERTS, outputs_of, tensor_of
+from ._export_merged import NOT_STORED, outputs_of, tensor_of
 from ._layout import outputs_from_torch
 from ._names import expected_shape, from_torch
 from ._safetensors import FLOATS, Stored
@@ -70,11 +70,11 @@ def load_params(
             problems.append(f"{path!r}: no row of the mapping matches it")
         elif isinstance(some := sites(path, tuple(leaf.shape), found), str):
             problems.append(f"{path!r}: {some}")
-        elif some[0].row.is_parameter:
-            problems.append(f"{path!r}: {NO_EXPERTS}")
+        elif some[0].row.is_parameter and some[0].row.stored is None:
+            problems.append(f"{path!r}: {NOT_STORED}")
         else:
             places[path] = some
-    modules = {site.module for some in places.values() for site in some}
+    modules = {tensor_of(site).rpartition(".")[0] for some in places.values() for site in some}
     tensors = named_for(modules, stored_tensors(directory))
     for path, some in places.items():
         problems += [f"{path!r}: {problem}" for site in some if (problem := _problem(site, tensors))]
