@@ -122,7 +122,7 @@ __all__ = [
     "unmerge_approximately",
 ]
 
-# Imported on first access: what a training step does not need. Some import optax, Orbax, safetensors or matplotlib.
+# Imported on first access: what a training step does not need. Some import optax, Orbax or matplotlib.
 _LAZY = {
     "adaptive": "adaptive",
     "analysis": "analysis",

@@ -126,9 +126,9 @@ MUTATIONS = [
     Mutation("_report/flops.py", "return length * flops(", "return flops(", "flops"),
     Mutation("_transform/rules/gather.py", "flops=y.size * (2 *", "flops=y.size * (", "explain lookups"),
     # PEFT's files: a gap between values, a key twice, a file that is not regular, a scale.
-    Mutation("peft/_safetensors.py", "entry.first != end", "entry.first < end", "peft"),
-    Mutation("peft/_json.py", "if name in found:", "if False:", "peft"),
-    Mutation("peft/_files.py", "stat.S_ISREG(before.st_mode)", "True", "untrusted_files"),
+    Mutation("peft/_safetensors.py", "first != end", "first < end", "peft"),
+    Mutation("peft/_untrusted.py", "if name in found:", "if False:", "peft"),
+    Mutation("peft/_untrusted.py", "stat.S_ISREG(before.st_mode)", "True", "untrusted_files"),
     Mutation("peft/_patterns.py", r"(?:.*\.)?(?:{pattern})$", "(?:.*)?(?:{pattern})$", "untrusted_files"),
     Mutation("peft/_read.py", "most * top.rank if stabilized else top.alpha", "top.alpha", "peft"),
 ]

@@ -294,7 +294,7 @@ def change_tensors(rng: random.Random, file: File) -> File:
         dtype = next(one for one, text in DTYPES.items() if text == fields["dtype"])
         first, last = fields["data_offsets"]
         tensors[name] = np.frombuffer(file.data[first:last], dtype).reshape(fields["shape"])
-    chosen = rng.sample(sorted(tensors), rng.choice([1, 1, 2, len(tensors)]))
+    chosen = rng.sample(sorted(tensors), min(len(tensors), rng.choice([1, 1, 2, len(tensors)])))
     kind = rng.choice(["value", "dtype", "shape", "rank", "drop", "add", "rename", "order", "scale"])
     for name in chosen:
         array = tensors[name]
@@ -490,4 +490,139 @@ def meaning(adapter: dict[str, lj.Adapter]) -> dict[str, dict[str, Any]]:
                 entry["variant"] = list(part.variant.invocation)
         if "magnitude" in arrays:
             entry["magnitude"] = arrays["magnitude"]
+    return found
+
+
+# Models, and files of diffusers
+
+INDEX = "model.safetensors.index.json"
+
+
+def model(directory: Path) -> dict[str, File]:
+    """Writes a whole model in two shards, and returns its shards and its index, as the configuration of a file."""
+    peft.export_merged(directory, PARAMS, MAPPING, max_shard_size=1500)
+    index = json.loads((directory / INDEX).read_text())
+    files = {path.name: parsed(path.read_bytes()) for path in sorted(directory.glob("*.safetensors"))}
+    return files | {INDEX: File([], b"", list(index.items()))}
+
+
+def parsed(content: bytes) -> File:
+    length = int.from_bytes(content[:8], "little")
+    return File(list(json.loads(content[8 : 8 + length]).items()), content[8 + length :], [])
+
+
+def encoded(file: File) -> bytes:
+    text = joined(file.header)
+    return len(text).to_bytes(8, "little") + text + file.data
+
+
+def change_index(rng: random.Random, file: File) -> File:
+    """Changes one entry of an index, or of its map."""
+    pairs = dict(file.config)
+    files = list(pairs["weight_map"].items())
+    at = rng.randrange(len(files))
+    others = [rng.choice(files)[1], "../" + files[at][1], rng.choice(VALUES)]
+    kind = rng.choice(["name", "file", "file", "drop", "twice", "all", "value"])
+    if kind == "name":
+        files[at] = (rng.choice([*STRINGS, files[at][0].upper()]), files[at][1])
+    elif kind == "file":
+        files[at] = (files[at][0], rng.choice(others))
+    elif kind == "drop":
+        del files[at]
+    elif kind == "twice":
+        return File([], b"", [*pairs.items(), ("weight_map", dict(files[:1]))])
+    elif kind == "all":
+        return File([], b"", [("weight_map", rng.choice(VALUES))])
+    else:
+        return File([], b"", [*pairs.items(), (rng.choice(STRINGS), rng.choice(VALUES))])
+    return File([], b"", list((pairs | {"weight_map": dict(files)}).items()))
+
+
+def damaged_model(rng: random.Random, files: dict[str, File]) -> dict[str, bytes]:
+    """Returns the content of each file of a model, one of them damaged."""
+    name = rng.choice(list(files))
+    contents = {one: joined(file.config) if one == INDEX else encoded(file) for one, file in files.items()}
+    file = files[name]
+    if name != INDEX and rng.random() < 0.3:
+        file = change_tensors(rng, file)
+    for _ in range(rng.choice([0, 1, 1, 2])):
+        file = (change_index if name == INDEX else change_header)(rng, file)
+        if name == INDEX:
+            break
+    contents[name] = joined(file.config) if name == INDEX else encoded(file)
+    if rng.random() < 0.2:
+        contents[name] = change_bytes(rng, contents[name])
+    return contents
+
+
+def of_model(directory: Path) -> dict[str, np.ndarray]:
+    """The leaves of a model, by the library safetensors."""
+    files = json.loads((directory / INDEX).read_bytes())["weight_map"]
+    tensors = {}
+    for file in sorted(set(files.values())):
+        for name, entry in safetensors.deserialize((directory / file).read_bytes()):
+            if files.get(name) == file:
+                dtype = next(dtype for dtype, text in DTYPES.items() if text == entry["dtype"])
+                tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"])
+    found = {path: np.zeros(shape, np.float32) for path, shape in SHAPES.items()}
+    with np.errstate(over="ignore"):
+        for module, (path, place, *_) in MODULES.items():
+            weight = tensors[f"{module}.weight"]
+            found[path][place] = weight if module == "model.embed_tokens" else weight.T
+        for name in ("score.weight", "score.bias", "model.fc.bias"):
+            found[SAVED[name]][...] = tensors[name].T
+    return found
+
+
+METADATA = "lora_adapter_metadata"
+
+
+def damaged_diffusers(rng: random.Random, file: File) -> bytes:
+    """Returns a file of diffusers with damaged tensors or metadata."""
+    config = list(json.loads(dict(file.header)["__metadata__"][METADATA]).items())
+    if rng.random() < 0.3:
+        file = change_tensors(rng, file)
+    if rng.random() < 0.5:
+        config = change_config(rng, file._replace(config=config)).config
+        names = [name if "." in name else f"unet.{name}" for name, _ in config]
+        config = [(name, value) for name, (_, value) in zip(names, config, strict=True)]
+    text = joined(config)
+    if rng.random() < 0.1:
+        text = change_bytes(rng, text)
+    metadata = ("__metadata__", {METADATA: text.decode("latin-1")})
+    file = file._replace(header=[metadata, *file.header[1:]])
+    if rng.random() < 0.4:
+        file = change_header(rng, file)
+    content = encoded(file)
+    return change_bytes(rng, content) if rng.random() < 0.1 else content
+
+
+def of_diffusers(path: Path) -> dict[str, np.ndarray]:
+    """The update of each module in a file of diffusers, by the library safetensors and the formulas of diffusers."""
+    content = path.read_bytes()
+    metadata = parsed(content).header[0][1]
+    stated = json.loads(metadata.get(METADATA, "{}"))
+    config = {name.removeprefix("unet."): value for name, value in stated.items() if name.startswith("unet.")}
+    tensors = {}
+    for name, entry in safetensors.deserialize(content):
+        dtype = next(dtype for dtype, text in DTYPES.items() if text == entry["dtype"])
+        tensors[name] = np.frombuffer(entry["data"], dtype).reshape(entry["shape"]).astype(np.float64)
+    return updates(config, {name.removeprefix("unet."): tensor for name, tensor in tensors.items()})
+
+
+def of_peft(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The update of each module in files of PEFT."""
+    return updates(config, {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()})
+
+
+def updates(config: dict[str, Any], tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    found = {}
+    for name, a in tensors.items():
+        module = name.removesuffix(".lora_A.weight")
+        if module != name:
+            b = tensors[f"{module}.lora_B.weight"].astype(np.float64)
+            rank = of_pattern(config.get("rank_pattern"), module, config.get("r", 8))
+            scale = of_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+            scale = scale / (math.sqrt(rank) if config.get("use_rslora") else rank) if config else 1
+            found[module] = scale * b @ a
     return found

@@ -63,6 +63,16 @@ def test_a_report_is_a_dict_and_a_table() -> None:
     assert console_text(report) == text
 
 
+def test_a_report_is_a_pytree_as_a_dict_is() -> None:
+    found = lj.kernels(lambda p, x: x @ p["layers"][0] + p["<b>"], PARAMS, jnp.ones((2, 8)))
+    paths = [jax.tree_util.keystr(keys) for keys, _ in jax.tree.leaves_with_path(found)]
+    assert paths == [jax.tree_util.keystr(keys) for keys, _ in jax.tree.leaves_with_path(dict(found))]
+    axes = jax.tree.map(lambda kernel: kernel.axes or "none", found)
+    assert type(axes) is type(found) and axes == {"<b>": "none", "layers": "bio"}
+    assert str(axes) == "path    value\n──────  ─────\n<b>     none\nlayers  bio"
+    assert jax.jit(lambda report: report)(jax.tree.map(lambda kernel: 1, found)) == {"<b>": 1, "layers": 1}
+
+
 def test_kernels_and_requantize_return_tables() -> None:
     found = lj.kernels(lambda p, x: x @ p["layers"][0] + p["<b>"], PARAMS, jnp.ones((2, 8)))
     rows = [line.split("  ") for line in re.sub(" {2,}", "  ", str(found)).split("\n")]

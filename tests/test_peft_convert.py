@@ -242,9 +242,16 @@ def test_what_is_not_read_in_kohyas_files_is_refused(tensors: Any, expected: str
         ({"unet.fc.lora.up.weight": UP}, None, "'unet.fc' has two tensors that are its b"),
         ({"unet.lora_A.weight": DOWN}, None, "'unet.lora_A.weight' (2, 8) is not of the factors of"),
         ({"vae.fc.lora_A.weight": DOWN}, None, "'vae.fc.lora_A.weight' (2, 8) is not of the factors of a component's"),
-        ({}, {"lora_adapter_metadata": "["}, "its metadata 'lora_adapter_metadata' is invalid (JSONDecodeError"),
-        ({}, {"lora_adapter_metadata": "[]"}, "its metadata 'lora_adapter_metadata' is invalid (AttributeError"),
+        ({}, {"lora_adapter_metadata": "["}, "a valid lora_adapter_metadata; JSONDecodeError"),
+        ({}, {"lora_adapter_metadata": "[]"}, "lora_adapter_metadata; it has a list in place of"),
         ({}, {"lora_adapter_metadata": '{"unet.lora_alpha": "1"}'}, "its metadata of 'unet': lora_alpha is '1'"),
+        (
+            {},
+            {"lora_adapter_metadata": '{"unet.lora_alpha": 1}'},
+            "'unet.fc' has rank 2, and the configuration states 8",
+        ),
+        ({}, {"lora_adapter_metadata": '{"vae.r": 2}'}, "its metadata 'vae.r' are of no component"),
+        ({}, {"lora_adapter_metadata": '{"unet.peft_type": "ADALORA"}'}, "peft_type is 'ADALORA'; only 'LORA' can be"),
     ],
 )
 def test_what_is_not_read_in_diffusers_files_is_refused(

@@ -201,6 +201,37 @@ def test_conv_kernels_and_what_has_no_partner() -> None:
     assert "leaves without a partner:\n  cls (1, 1, 8)\n  probe (7,)" in text and text.endswith("  other.weight (5, 5)")
 
 
+def test_parameters_that_are_no_weights_are_paired_by_shape_and_name() -> None:
+    shapes = {
+        "vit/cls": (1, 1, D),
+        "vit/pos_embed": (1, 5, D),
+        "logit_scale": (),
+        "blocks/gamma_1": (L, D),
+        "probe": (7,),
+    }
+    torch: Shapes = {"v.cls_token": (1, 1, D), "v.mask_token": (1, 1, D), "v.position_embeddings": (1, 5, D)}
+    torch |= {"logit_scale": (), "rotary.inv_freq": (7,)} | {f"v.layer.{i}.gamma_1": (D,) for i in range(L)}
+    guess = peft.guess(tree(shapes), torch)
+    assert guess.mapping == {
+        "vit/cls": peft.vector("v", parameter="cls_token", keep_shape=True),
+        "vit/pos_embed": peft.vector("v", parameter="position_embeddings", keep_shape=True),
+        "logit_scale": peft.vector("", parameter="logit_scale", keep_shape=True),
+        "blocks/gamma_1": peft.vector("v.layer.{i}", parameter="gamma_1"),
+    }
+    assert {row.pattern: (row.confidence, *row.reasons) for row in guess.rows} == {
+        "vit/cls": ("likely", "of several with its shape, by name"),
+        "vit/pos_embed": ("sure", "no other has its shape"),
+        "logit_scale": ("sure", "the same name"),
+        "blocks/gamma_1": ("sure", "no other has its shape"),
+    }
+    assert guess.leaves == {"probe": (7,)} and set(guess.tensors) == {"v.mask_token", "rotary.inv_freq"}
+
+
+def test_kernels_of_experts_are_not_taken_for_parameters() -> None:
+    guess = peft.guess(tree({"experts/down": (L, D, F)}), {"mlp.experts.down_proj": (L, D, F)})
+    assert not guess.rows
+
+
 def test_the_norms_of_a_block_are_named_by_what_follows_them() -> None:
     scales: Shapes = {f"layers/{i}/{name}/scale": (D,) for i in range(L) for name in ("attention_norm", "mlp_norm")}
     torch = layers(input_layernorm=(D,), post_attention_layernorm=(D,))
@@ -252,6 +283,12 @@ def test_the_headers_of_a_directory_are_read(tmp_path: Path) -> None:
     }
 
 
+def test_heads_of_an_odd_size_have_no_rotary_order() -> None:
+    params = {"q": {"kernel": np.arange(80.0).reshape(8, 2, 5)}}
+    found = peft.guess(params, {"q.weight": params["q"]["kernel"].reshape(8, 10).T})
+    assert found.mapping["q/kernel"] == peft.linear("q", axes="ioo")
+
+
 def test_what_has_no_shapes_is_refused(tmp_path: Path) -> None:
     bad: Any = {"x.weight": "float32"}
     with pytest.raises(lj.SpecError, match=r"a shape for each torch parameter; got str for 'x\.weight'"):
@@ -259,5 +296,5 @@ def test_what_has_no_shapes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(lj.CheckpointError, match=r"Expected safetensors files in .*; got none"):
         peft.guess({}, tmp_path)
     (tmp_path / "x.safetensors").write_bytes(b"abc")
-    with pytest.raises(lj.CheckpointError, match=r"Expected a valid x.safetensors; SafetensorError"):
+    with pytest.raises(lj.CheckpointError, match=r"Expected a valid x.safetensors; its header states"):
         peft.guess({}, tmp_path)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +21,9 @@ from test_peft import CONFIG, FUSED, FUSED_SHAPES, HD, LAYERS, LORA, D, F, H, L,
 
 import lora_jax as lj
 from lora_jax import peft
+from lora_jax.peft._safetensors import DTYPES
 from lora_jax.peft._shards import as_bytes
-from lora_jax.peft._stored import DTYPES, stored_tensors
+from lora_jax.peft._stored import stored_tensors
 
 MODEL = "model.safetensors"
 ROWS = {kind.replace(" ", "_"): (shape, axes, row) for kind, (shape, axes, row, _) in LAYERS.items()}
@@ -459,11 +461,67 @@ def test_what_does_not_fit_the_tree_is_in_one_error(tmp_path: Path) -> None:
         "  'c': there is no tensor 'c.weight'\n"
         "  Add rows to the mapping, or patterns to `exclude` and `unused`; nothing was read."
     )
+    save(tmp_path / "large", {"a.weight": np.full((F, D), 1e6, np.float32)})
+    with pytest.raises(
+        lj.CheckpointError, match=r"float16, the dtype of 'a', can hold; got up to 1e\+06 in 'a.weight'"
+    ):
+        peft.load_params(tmp_path / "large", mapping, {"a": jax.ShapeDtypeStruct((D, F), np.float16)})
     back = peft.load_params(tmp_path, mapping, {"embed": params["embed"]}, unused=["**.inv_freq", "{a,b}.weight"])
     assert bits(back["embed"]) == bits(tied[EMBED])
     save(tmp_path, tied | {HEAD: array(V, D, seed=1)})
     with pytest.raises(lj.CheckpointError, match=f"'{HEAD}' is not '{EMBED}', to which the mapping ties it"):
         peft.load_params(tmp_path, mapping, {"embed": params["embed"]})
+
+
+# Experts
+
+
+E = 3
+STACKED = {"gate": (L, E, D, F), "up": (L, E, D, F), "down": (L, E, F, D), "router": (L, D, E), "first": (E, L, D, F)}
+
+
+def rows_of_experts(stored: Any) -> Any:
+    module = "layers.{i}.experts"
+    halves = {"gate": peft.Part(module, of=(0, 2 * F)), "up": peft.Part(module, of=(F, 2 * F))}
+    rows = {name: peft.experts(part, parameter="gate_up_proj", stored=stored) for name, part in halves.items()}
+    rows["down"] = peft.experts(module, parameter="down_proj", stored=stored)
+    rows["router"] = peft.experts("layers.{i}.gate", parameter="weight", stored="oi")
+    return rows | {"first": peft.experts("layers.{i}.first", parameter="w", stored=stored, experts_first=True)}
+
+
+@pytest.mark.parametrize("stored", ["oi", "io"])
+def test_kernels_of_experts_are_written_and_read_as_torch_stores_them(stored: Any, tmp_path: Path) -> None:
+    params = params_of(STACKED)
+    adapter = {"down": made(lj.LoRA(rank=2, alpha=3), STACKED["down"], "bbio")}
+    peft.export_merged(tmp_path, params, rows_of_experts(stored), adapter=adapter)
+    tensors, merged = tensors_of(tmp_path), jax.tree.map(np.asarray, lj.merge(params, adapter))
+    turn = (lambda x: x.swapaxes(-1, -2)) if stored == "oi" else (lambda x: x)
+    for i in range(L):
+        fused = np.concatenate([merged["gate"][i], merged["up"][i]], -1)
+        np.testing.assert_array_equal(tensors[f"layers.{i}.experts.gate_up_proj"], turn(fused))
+        np.testing.assert_array_equal(tensors[f"layers.{i}.experts.down_proj"], turn(merged["down"][i]))
+        np.testing.assert_array_equal(tensors[f"layers.{i}.gate.weight"], merged["router"][i].T)
+        np.testing.assert_array_equal(tensors[f"layers.{i}.first.w"], turn(merged["first"][:, i]))
+    back = peft.load_params(tmp_path, rows_of_experts(stored), jax.eval_shape(lambda: params))
+    assert all(bits(back[path]) == bits(merged[path]) for path in params)
+
+
+def test_experts_need_the_order_in_which_torch_stores_them(tmp_path: Path) -> None:
+    params, rows = params_of({"down": STACKED["down"]}), rows_of_experts(None)
+    text = re.escape(
+        "'down': its row does not state how torch stores it: peft.experts(…, stored='oi') for (experts, out"
+    )
+    with pytest.raises(lj.AdapterError, match=text):
+        peft.export_merged(tmp_path, params, rows)
+    peft.export_merged(tmp_path, params, rows_of_experts("oi"))
+    with pytest.raises(lj.CheckpointError, match=text):
+        peft.load_params(tmp_path, rows, params)
+    with pytest.raises(lj.CheckpointError, match=r"down_proj' has shape \(3, 8, 6\); expected \(3, 6, 8\)"):
+        peft.load_params(tmp_path, rows_of_experts("io"), params)
+    assert peft.experts("e", parameter="w", swapped=True).stored == "io"
+    for options, expected in [({"stored": "ab"}, "'oi', 'io' or None"), ({"stored": "oi", "swapped": True}, "'io' or")]:
+        with pytest.raises(lj.SpecError, match=f"Expected {expected}.* for `stored`; got"):
+            peft.experts("e", parameter="w", **options)
 
 
 # Memory

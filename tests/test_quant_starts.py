@@ -226,10 +226,6 @@ PART = {"w": adapter()["dense"]}
         (lambda: starts.lora_ga(QUANTIZED, PART, DENSE), "'w' of shape (16, 8): Int8(axes='io')"),
         (lambda: starts.gradients(lambda p: p["w"].sum(), QUANTIZED, PART), "starts.loftq or starts.qpissa"),
         (
-            lambda: starts.loftq(QUANTIZED, PART, {"w": quant.NF4()}),
-            "or the kernels as arrays: quant.dequantize(params)",
-        ),
-        (
             lambda: starts.as_plain(DENSE, PART, *starts.qpissa(DENSE, PART, {"w": quant.Int8()})),
             "Expected the changed kernels to be arrays, because only then the conversion is exact",
         ),
@@ -255,6 +251,19 @@ def test_what_cannot_be_initialized_is_an_error(variant: Any, options: Any, text
     initial = lj.init(jax.random.key(0), DENSE, {"w": variant})
     with pytest.raises(lj.SpecError, match=re.escape(text)):
         starts.loftq(DENSE, initial, {"w": quant.Int8()}, **options)
+
+
+def test_formats_of_no_adapted_leaf_are_an_error() -> None:
+    params = DENSE | {"v": PARAMS["dense"], "u": PARAMS["dense"]}
+    with pytest.raises(lj.SpecError, match=re.escape("Expected formats for at least one adapted leaf")):
+        starts.loftq(params, PART, {"v": quant.Int8()})
+    with pytest.raises(lj.SpecError, match="already quantized"):
+        starts.loftq(QUANTIZED, PART, {"w": quant.NF4(block=16)})
+    initial = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=4), "v": lj.MiSS(rank=2)})
+    with pytest.raises(lj.AdapterError, match="'v': MiSS"):
+        starts.qpissa(params, initial, {"*": quant.Int8()})
+    _, new = starts.qpissa(params, initial, {"w": quant.Int8()})
+    assert new["v"] is initial["v"]
 
 
 def test_initializations_that_leave_the_base_work_on_quantized_kernels() -> None:

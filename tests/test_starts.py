@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from law import assert_close, normal
 
 import lora_jax as lj
-from lora_jax import optim, starts
+from lora_jax import many, optim, quant, starts
 
 LORA, RSLORA = lj.LoRA(rank=2, alpha=3), lj.RSLoRA(rank=2, alpha=1)
 
@@ -38,6 +39,7 @@ KERNELS: dict[str, tuple[tuple[int, ...], Any]] = {
     "experts": ((3, 6, 5), lj.LoRA(rank=2, alpha=3, axes="bio")),
     "transposed": ((5, 6), lj.LoRA(rank=2, alpha=3, axes="oi")),
     "embedding": ((9, 6), LORA),
+    "some layers": ((6, 3, 6), lj.Layers(layers=[0, 2], variant=lj.RSLoRA(rank=2, alpha=2, axes="ibo"))),
 }
 STRIDES = (2, 1)
 
@@ -75,6 +77,7 @@ def model(params: Any, batch: Any) -> dict[str, jax.Array]:
         ),
         "stack": layers(params["stack"], x),
         "stack along 1": layers(jnp.moveaxis(params["stack along 1"], 1, 0), x),
+        "some layers": layers(jnp.moveaxis(params["some layers"], 1, 0), x),
         "experts": jnp.einsum("etd,edf->etf", batch["experts"], params["experts"]),
         "transposed": x @ params["transposed"].T,
         "embedding": params["embedding"][batch["ids"]],
@@ -122,9 +125,11 @@ def started(name: str) -> Any:
 
 
 def matrices(array: Any, layout: str) -> np.ndarray:
-    """A kernel, `(layers, in, out)`."""
+    """A kernel, `(layers, in, out)`, of the layers that are adapted."""
     axes = adapter_of()[layout].axes
     array = np.asarray(array, np.float64)
+    if layout == "some layers":
+        array = array[:, [0, 2]]
     order = [axis for role in "bio" for axis, letter in enumerate(axes) if letter == role]
     sizes = [math.prod(array.shape[axis] for axis, letter in enumerate(axes) if letter == role) for role in "bio"]
     return array.transpose(order).reshape(sizes)
@@ -199,6 +204,12 @@ def test_a_bfloat16_base_differs_by_one_rounding_of_the_residual(start: str, lay
     assert np.abs(error).max() > 1e-5  # otherwise the test would be trivial
 
 
+def test_the_base_of_layers_without_an_adapter_is_unchanged() -> None:
+    moved, _ = started("pissa")
+    unchanged = [np.array_equal(moved["some layers"][:, n], PARAMS["some layers"][:, n]) for n in range(3)]
+    assert unchanged == [False, True, False]
+
+
 def test_an_initialization_keeps_dtypes_and_its_arguments() -> None:
     params = {"dense": np.asarray(PARAMS["dense"]), "bias": [np.ones(5)]}
     adapter = lj.init(jax.random.key(0), params, {"dense": LORA}, param_dtype=jnp.bfloat16)
@@ -224,6 +235,123 @@ def test_random_values_of_a_path_do_not_depend_on_other_paths() -> None:
     adapter = started("gaussian").adapter
     assert not np.array_equal(adapter["stack"].a[0], adapter["stack"].a[1])
     assert not np.array_equal(adapter["stack"].a, adapter["experts"].a)
+
+
+# Which variants
+
+KINDS: dict[str, Any] = {
+    "LoRA": lj.LoRA(rank=2, alpha=2),
+    "RSLoRA": lj.RSLoRA(rank=2, alpha=2),
+    "DoRA": lj.DoRA(rank=2, alpha=2),
+    "ALoRA": lj.ALoRA(rank=2, alpha=2, invocation=[1]),
+    "AdaLoRA": lj.AdaLoRA(rank=2, alpha=2),
+    "VeRA": lj.VeRA(rank=2, seed=0),
+    "LoRAXS": lj.LoRAXS(rank=2, alpha=2),
+    "DeLoRA": lj.DeLoRA(rank=2),
+    "MiSS": lj.MiSS(rank=2),
+    "QALoRA": lj.QALoRA(rank=2, alpha=2, group=2),
+    "Full": lj.Full(),
+    "Rows": lj.Rows(ids=[1]),
+    "LoRABias": lj.LoRABias(scale=2),
+    "IA3": lj.IA3(),
+}
+
+
+@functools.cache
+def kinds() -> tuple[Any, Any]:
+    """Parameters with a kernel for each variant, and their adapter."""
+    params = {name: normal(4, 4, seed=n) for n, name in enumerate(KINDS)} | {"Layers": normal(2, 4, 4, seed=20)}
+    spec = KINDS | {"Layers": lj.Layers(layers=[1], variant=lj.LoRA(rank=2, alpha=2, axes="bio"))}
+    adapter = lj.init(jax.random.key(0), params, spec)
+    merged = many.mixture({"one": {"LoRA": adapter["LoRA"]}, "other": {"LoRA": adapter["LoRA"]}}, many.Constant())
+    return params | {"many.mixture": params["LoRA"]}, adapter | {"many.mixture": merged["LoRA"]}
+
+
+def run(start: str, params: Any, adapter: Any) -> Any:
+    key = jax.random.key(1)
+    if start in ("gaussian", "kaiming", "orthogonal"):
+        return getattr(starts, start)(key, params, adapter)
+    if start in ("eva", "corda"):
+        sums = starts.Activations(jnp.eye(4)[None], jnp.ones((1, 4)), jnp.ones(1))
+        return getattr(starts, start)(params, adapter, dict.fromkeys(adapter, sums))
+    if start in ("loftq", "qpissa"):
+        formats = {path: quant.Int8(axes="bio" if path == "Layers" else "io") for path in adapter if path != "Full"}
+        return getattr(starts, start)(params, adapter, formats)
+    return getattr(starts, start)(params, adapter, *([params] if start == "lora_ga" else []))
+
+
+def traced(start: str, params: Any, adapter: Any) -> Any:
+    """The initialized adapter, in which arrays have shapes only, and unchanged leaves are the same objects."""
+    new: dict[str, Any] = {}
+    jax.eval_shape(lambda params: new.update(run(start, params, adapter).adapter), params)
+    return new
+
+
+def table_of_variants() -> dict[tuple[str, str], str]:
+    """What `docs/starts.md` says about each variant, by initialization."""
+    page = Path(__file__).parents[1].joinpath("docs/starts.md").read_text()
+    header, _, *lines = [
+        [re.findall(r"`([\w.]+)`", cell) or [cell.strip()] for cell in line.strip("|").split("|")]
+        for line in page.split("## Which variants")[1].split("\n\n")[1].splitlines()
+    ]
+    return {
+        (start, kind): cell[0].split(":")[0]
+        for kinds, *cells in lines
+        for column, cell in zip(header[1:], cells, strict=True)
+        for start in column
+        for kind in kinds
+    }
+
+
+def test_variants_are_initialized_unchanged_or_refused_as_the_table_says() -> None:
+    (params, adapter), table = kinds(), table_of_variants()
+    functions = {name for name in starts.__all__ if name.islower()} - {"activations", "gradients", "as_plain"}
+    assert set(table) == {(start, kind) for start in functions for kind in adapter}
+    table |= {(start, "Layers"): table[start, "LoRA"] for start in functions}  # that of the layers
+    for start in functions:
+        taken = {kind: part for kind, part in adapter.items() if table[start, kind] != "error"}
+        new = traced(start, params, taken)
+        for kind, part in taken.items():
+            assert (new[kind] is part) == (table[start, kind] == "unchanged"), (start, kind)
+            assert new[kind].variant == part.variant
+        for kind in adapter.keys() - taken:
+            with pytest.raises((lj.AdapterError, lj.SpecError), match=f"{kind}|has a diagonal".replace("many.", "")):
+                run(start, params, {kind: adapter[kind], "LoRA": adapter["LoRA"]})
+
+
+def test_what_no_initialization_takes_is_an_error() -> None:
+    params, adapter = kinds()
+    vera, full = ({kind: adapter[kind]} for kind in ("VeRA", "Full"))
+    inner = {"Layers": lj.Layers(layers=[0], variant=lj.MiSS(rank=2, axes="bio"))}
+    text = (
+        "Expected variants whose factors an initialization can set, such as LoRA, RSLoRA, DoRA, or Layers around one "
+    )
+    expect(
+        lj.AdapterError,
+        f"{text}of them; 1 of 2 have other arrays.\n  'VeRA': VeRA",
+        lambda: starts.pissa(params, vera | full),
+    )
+    expect(lj.AdapterError, "{path: part for path, part in adapter.items() if …}", lambda: starts.mica(params, vera))
+    miss = lj.init(jax.random.key(0), params, inner)
+    expect(lj.AdapterError, "'Layers': Layers(variant=MiSS(rank=2), layers=(0,))", lambda: starts.olora(params, miss))
+    for call in (starts.pissa, starts.mica, lambda params, adapter: starts.eva(params, adapter, {})):
+        expect(lj.AdapterError, "or Layers around one of them; got Full.", functools.partial(call, params, full))
+    expect(lj.AdapterError, "got an empty adapter", lambda: starts.olora(params, {}))
+    expect(lj.AdapterError, "'VeRA': VeRA", lambda: starts.gradients(lambda p: p["VeRA"].sum(), params, vera))
+
+
+def test_as_plain_returns_other_variants_of_an_unchanged_base() -> None:
+    params, adapter = kinds()
+    vera = {"VeRA": adapter["VeRA"]}
+    moved, new = starts.pissa(params, {"Layers": adapter["Layers"]})
+    plain = starts.as_plain(params, vera | new, moved, vera | new)
+    assert plain["VeRA"] is adapter["VeRA"] and plain["Layers"].variant.variant.rank == 4
+    changed = moved | {"VeRA": params["VeRA"] + 1}
+    expect(
+        lj.AdapterError,
+        "'VeRA': `started_params` with",
+        lambda: starts.as_plain(params, vera | new, changed, vera | new),
+    )
 
 
 # Single initializations
@@ -429,11 +557,12 @@ def inputs() -> dict[str, np.ndarray]:
     batch = {name: np.asarray(x, np.float64) for name, x in BATCH.items()}
     x = batch["tokens"]
     stacks = {}
-    for name in ("stack", "stack along 1"):
+    for name, axis in {"stack": 0, "stack along 1": 1, "some layers": 1}.items():
         met = [x]
-        for w in matrices(PARAMS[name], name)[:-1]:
+        for w in np.moveaxis(np.asarray(PARAMS[name], np.float64), axis, 0)[:-1]:
             met.append(np.tanh(met[-1] @ w))
         stacks[name] = np.stack(met)
+    stacks["some layers"] = stacks["some layers"][[0, 2]]
     pads = lax.padtype_to_pads((5, 4), (3, 2), STRIDES, "SAME")
     groups = [windows(batch["signal"][..., 2 * g : 2 * g + 2], (3,), (1,), [(0, 0)]).reshape(-1, 6) for g in (0, 1)]
     return stacks | {

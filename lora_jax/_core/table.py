@@ -5,8 +5,11 @@ from __future__ import annotations
 import abc
 import dataclasses
 import html
-from collections.abc import Collection, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
+
+import jax
+from jax.tree_util import DictKey
 
 Cells = Sequence[str]
 
@@ -94,18 +97,20 @@ class Tabular(abc.ABC):
         return self._table().rich()
 
 
+@runtime_checkable
 class Row(Protocol):
-    """A value of a `Report`."""
+    """A value of a `Report`, unless the report is a result of `jax.tree.map`."""
 
     def cells(self) -> dict[str, str]:
         """Returns the text of each column."""
 
 
-RowT = TypeVar("RowT", bound=Row)
+RowT = TypeVar("RowT")
 
 
+@jax.tree_util.register_pytree_with_keys_class
 class Report(dict[str, RowT], Tabular):
-    """A dict from paths to values, shown as a table with a row for each."""
+    """A dict from paths to values, shown as a table with a row for each. To JAX, it is a pytree as any dict."""
 
     __slots__ = ()
 
@@ -114,13 +119,25 @@ class Report(dict[str, RowT], Tabular):
         printer.text(str(self))  # IPython's own text for a dict has precedence over `_repr_mimebundle_`
 
     def _table(self) -> Table:
-        rows = {path: value.cells() for path, value in self.items()}
+        rows = {
+            path: value.cells() if isinstance(value, Row) else {"value": str(value)} for path, value in self.items()
+        }
         head = list(next(iter(rows.values()), {}))
         numbers = [name for name in head if name not in _TEXTS]
         return Table(["path", *head], [[path, *row.values()] for path, row in rows.items()], numbers)
 
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[DictKey, RowT]], tuple[str, ...]]:
+        """Returns the values by path, and the paths, sorted as JAX sorts those of a dict."""
+        paths = tuple(sorted(self))
+        return [(DictKey(path), self[path]) for path in paths], paths
 
-_TEXTS = {"shape", "dtype", "axes", "kind", "used"}  # the columns of reports that are not numbers
+    @classmethod
+    def tree_unflatten(cls, paths: Sequence[str], values: Iterable[RowT]) -> Self:
+        """Rebuilds a report."""
+        return cls(zip(paths, values, strict=True))
+
+
+_TEXTS = {"shape", "dtype", "axes", "kind", "used", "value"}  # the columns of reports that are not numbers
 
 
 def size(count: int) -> str:

@@ -73,16 +73,16 @@ class Layers(Wrapper):
             raise SpecError(f"Layers needs a batch axis, the axis of the layers; the axes are {axes!r}")
         if not shape or max(self.layers) >= shape[_axis(axes)]:
             raise SpecError(f"expected layers of a leaf of shape {tuple(shape)}, axis {_axis(axes)}; got {self}")
-        self.variant.check(self._shape(shape, axes), axes)
+        self.variant.check(self.shape_of_layers(shape, axes), axes)
 
     def fitted(self, shape: Sequence[int], axes: str) -> Self:
         """Applies that of the variant."""
-        fitted = self.variant.fitted(self._shape(shape, axes), axes)
+        fitted = self.variant.fitted(self.shape_of_layers(shape, axes), axes)
         return dataclasses.replace(self, variant=fitted, axes=None)
 
     def shapes(self, shape: Sequence[int], axes: str) -> dict[str, tuple[int, ...]]:
         """Those of the variant, for these layers only."""
-        return self.variant.shapes(self._shape(shape, axes), axes)
+        return self.variant.shapes(self.shape_of_layers(shape, axes), axes)
 
     def layout(self, axes: str) -> dict[str, tuple[int, ...]]:
         """As in the variant."""
@@ -91,7 +91,7 @@ class Layers(Wrapper):
     def init(self, key: Array, kernel: Any, axes: str, dtype: Any) -> dict[str, Array]:
         """Returns the arrays of the variant for these layers."""
         if isinstance(kernel, jax.ShapeDtypeStruct):
-            part: Any = jax.ShapeDtypeStruct(self._shape(kernel.shape, axes), kernel.dtype)
+            part: Any = jax.ShapeDtypeStruct(self.shape_of_layers(kernel.shape, axes), kernel.dtype)
         else:
             base = base_of(kernel if isinstance(kernel, StoredLeaf) else jnp.asarray(kernel))
             part = as_array(self._part(base, axes))
@@ -114,8 +114,8 @@ class Layers(Wrapper):
             whole[name] = like_kernel(factor, factor_axes, kernel)
         return dataclasses.replace(adapted, w=kernel, **whole)
 
-    def _shape(self, shape: Sequence[int], axes: str) -> tuple[int, ...]:
-        """The shape of these layers of a kernel."""
+    def shape_of_layers(self, shape: Sequence[int], axes: str) -> tuple[int, ...]:
+        """Returns the shape of these layers of a kernel of shape `shape`."""
         return tuple(len(self.layers) if axis == _axis(axes) else size for axis, size in enumerate(shape))
 
     def _part(self, kernel: Base, axes: str) -> Base:

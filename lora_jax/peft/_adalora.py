@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ._json import shown
 from ._layout import Values
 from ._names import expected_shape
 from ._rows import Row
 from ._sites import Site
 from ._tensors import Tensors
+from ._untrusted import shown
 
 
 def as_factors(arrays: Mapping[str, Values]) -> dict[str, Values]:

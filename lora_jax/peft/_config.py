@@ -6,13 +6,14 @@ import collections
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NewType
 
 from . import _patterns
-from ._json import shown
 from ._patterns import Patterns
+from ._untrusted import shown
 
-Config = Mapping[str, Any]
+Config = Mapping[str, Any]  # as it is in a file
+Prepared = NewType("Prepared", Config)  # from `prepared`
 
 
 class Scale(NamedTuple):
@@ -42,7 +43,7 @@ def ranks_to_config(scales: Mapping[str, Scale], first: Sequence[str] = ()) -> d
     }
 
 
-def scale_of(config: Config, module: str) -> Scale:
+def scale_of(config: Prepared, module: str) -> Scale:
     """Returns the rank and α of a module, as PEFT reads them: the first pattern that matches, else the default.
 
     Of AdaLoRA, the rank is what is left, and α that of the same scale, which PEFT computes with the initial rank.
@@ -52,12 +53,12 @@ def scale_of(config: Config, module: str) -> Scale:
         mask = (config.get("rank_pattern") or {}).get(f"{module}.lora_E")
         rank = initial if mask is None else sum(mask)
         return Scale(rank, (alpha if alpha > 0 else initial) * rank / initial)
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r", 8))
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    rank = config["rank_pattern"].find(module, config.get("r", 8))
+    alpha = config["alpha_pattern"].find(module, config.get("lora_alpha", 8))
     return Scale(rank, alpha)
 
 
-def is_target(config: Config, module: str, parameter: bool = False) -> bool:
+def is_target(config: Prepared, module: str, parameter: bool = False) -> bool:
     """Whether the configuration gives a module, or a parameter, factors, as far as its targets say."""
     targets = config.get("target_parameters" if parameter else "target_modules")
     if isinstance(targets, str):
@@ -65,17 +66,18 @@ def is_target(config: Config, module: str, parameter: bool = False) -> bool:
     return not frozenset(targets or ()).isdisjoint(_patterns.ends(module))
 
 
-def prepared(config: Config) -> Config:
+def prepared(config: Config) -> Prepared:
     """Returns a configuration without `problems`, with only what PEFT reads of it, and patterns compiled."""
     if config["peft_type"] == "VERA":
         config = {name: value for name, value in config.items() if name not in _LORA_ONLY}
     targets = config.get("target_modules")
     names = ("alpha_pattern",) if config["peft_type"] == "ADALORA" else ("rank_pattern", "alpha_pattern")
     patterns = {name: Patterns(config.get(name) or {}) for name in names}
-    return {**config, **patterns, "target_modules": frozenset(targets) if isinstance(targets, list) else targets}
+    targets = frozenset(targets) if isinstance(targets, list) else targets
+    return Prepared({**config, **patterns, "target_modules": targets})
 
 
-def is_exact(config: Config) -> bool:
+def is_exact(config: Prepared) -> bool:
     """Whether only `target_modules` and `target_parameters` decide what has factors, and can be matched."""
     others = ("exclude_modules", "layers_to_transform")
     targets = config.get("target_modules")
@@ -84,7 +86,7 @@ def is_exact(config: Config) -> bool:
     return not (isinstance(targets, str) and _patterns.problems([targets]))
 
 
-def rows_of(config: Config, module: str) -> list[int] | None:
+def rows_of(config: Prepared, module: str) -> list[int] | None:
     """Returns the ids of the trainable tokens of a module."""
     ids = config.get("trainable_token_indices")
     if isinstance(ids, Mapping):
@@ -153,6 +155,13 @@ def problems(config: Config) -> list[str]:
     return found + _numbers(config)
 
 
+def problems_to_convert(config: Config) -> list[str]:
+    """Returns what of a configuration cannot be read as that of factors with a scale for each module."""
+    if (kind := config.get("peft_type")) != "LORA":
+        return [f"peft_type is {shown(kind)}; only 'LORA' can be converted"]
+    return problems(config)
+
+
 def _numbers(config: Config) -> list[str]:
     """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
     found = []
@@ -172,10 +181,6 @@ def _values(config: Config, name: str) -> list[Any]:
 
 def _keys(config: Config, name: str) -> list[str]:
     return list(config[name]) if isinstance(config.get(name), dict) else []
-
-
-def _by_pattern(patterns: Patterns | Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    return (patterns if isinstance(patterns, Patterns) else Patterns(patterns or {})).find(module, default)
 
 
 def _exactly(module: str) -> str:

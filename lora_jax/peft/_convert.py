@@ -6,16 +6,15 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import safetensors
-
 from .._errors import AdapterError, CheckpointError, SpecError, counted, listed
 from . import _diffusers as diffusers
 from . import _kohya as kohya
-from ._config import problems as unreadable
+from ._config import problems_to_convert
 from ._factors import Factors, from_peft, mixed, to_peft
 from ._files import TENSORS, Files, read_config, read_tensors, write
 from ._layout import Values
 from ._names import PREFIX
+from ._safetensors import Contents
 
 FORMATS = ("peft", "kohya", "diffusers")
 
@@ -70,17 +69,17 @@ def convert(
     if (to == "peft") == (target.suffix == ".safetensors") and to != "diffusers":
         what = "a directory" if to == "peft" else "a file whose name ends in .safetensors"
         raise SpecError(f"Expected {what} for `target`, for to={to!r}; got {str(target)!r}.")
-    file, tensors = _read(source)
-    own = _format(file, tensors)
+    file, contents = _read(source)
+    own = _format(file, contents.tensors)
     if own == to:
         raise SpecError(f"Expected another format for `to` than that of the source, {own!r}; got to={to!r}.")
     if (own, to) == ("diffusers", "kohya") and component is not None:
         raise SpecError(f"Expected no `component`, which the names in {file} state; got {component!r}.")
-    return _written(_factors(own, file, tensors, modules, component), own, target, to, component)
+    return _written(_factors(own, file, contents, modules, component), own, target, to, component)
 
 
-def _read(source: Path) -> tuple[Path, Mapping[str, Values]]:
-    """Returns the file of tensors, and the tensors."""
+def _read(source: Path) -> tuple[Path, Contents]:
+    """Returns the file of tensors, and what it has."""
     if not source.exists():
         raise CheckpointError(f"Expected a directory or a file of tensors to convert; there is no {source}.")
     names = [name for name in (TENSORS, diffusers.FILE) if source.is_dir() and (source / name).exists()]
@@ -109,9 +108,10 @@ def _format(file: Path, tensors: Mapping[str, Values]) -> str:
 
 
 def _factors(
-    own: str, file: Path, tensors: Mapping[str, Values], modules: Iterable[str] | None, component: str | None
+    own: str, file: Path, contents: Contents, modules: Iterable[str] | None, component: str | None
 ) -> dict[str, Factors]:
     problems: list[str] = []
+    tensors, metadata = contents
     if own == "kohya":
         if modules is None or isinstance(modules, str):
             raise SpecError(
@@ -121,11 +121,10 @@ def _factors(
             )
         found = kohya.read(tensors, modules, component, problems)
     elif own == "diffusers":
-        with safetensors.safe_open(file, "numpy") as opened:
-            found = diffusers.read(tensors, opened.metadata() or {}, problems)
+        found = diffusers.read(tensors, metadata, file, problems)
     else:
         config = read_config(file.parent)
-        problems += unreadable(config)
+        problems += problems_to_convert(config)
         problems += [f"{name} is set" for name in ("alora_invocation_tokens", "target_parameters") if config.get(name)]
         found = {} if problems else from_peft(tensors, config, problems)
     if problems:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .._errors import SpecError
-from ._config import prepared, scale_of
-from ._config import problems as unreadable
-from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, put, scales_to_config
+from ._config import Prepared, prepared, problems_to_convert, scale_of
+from ._factors import ARRAYS, Arrays, Factors, mixed, of_modules, other_ranks, put, scales_to_config
 from ._layout import Values
 from ._names import SUFFIXES
+from ._untrusted import parse, shown
 
 FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -54,10 +55,15 @@ def prefixed(factors: Mapping[str, Factors], component: str | None) -> dict[str,
     return {module if component is None else f"{component}.{module}": own for module, own in factors.items()}
 
 
-def read(tensors: Mapping[str, Values], metadata: Mapping[str, str], problems: list[str]) -> dict[str, Factors]:
+def read(
+    tensors: Mapping[str, Values], metadata: Mapping[str, str], file: Path, problems: list[str]
+) -> dict[str, Factors]:
     """Returns the factors by module, with the component in front; notes what is not read.
 
     The scale is that of the metadata, or else of a module's α, or else 1, as in diffusers.
+
+    Raises:
+      CheckpointError: if the metadata are not a JSON object; `file` is for the error.
     """
     arrays: Arrays = {}
     for name, tensor in sorted(tensors.items()):
@@ -67,16 +73,19 @@ def read(tensors: Mapping[str, Values], metadata: Mapping[str, str], problems: l
             problems.append(f"{name!r} {tensor.shape} is not of the factors of a component's module")
         else:
             put(arrays, module, _READ[end], tensor, problems)
-    configs = _configs(metadata, problems)
+    configs = _configs(metadata, file, problems)
+    split = {module: module.partition(".") for module in arrays}
+    stated = {module: scale_of(configs[first], rest) for module, (first, _, rest) in split.items() if first in configs}
 
     def scale(module: str, rank: int) -> float:
-        component, _, rest = module.partition(".")
-        if component in configs:
-            return scale_of(configs[component], rest).scale(bool(configs[component].get("use_rslora")))
+        if module in stated:
+            return stated[module].scale(bool(configs[split[module][0]].get("use_rslora")))
         alpha = arrays[module].get("alpha")
         return 1.0 if alpha is None else float(alpha.reshape(())) / rank
 
-    return of_modules(arrays, scale, problems)
+    found = of_modules(arrays, scale, problems)
+    problems += other_ranks(found, stated)
+    return found
 
 
 def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str, Values], dict[str, str]]:
@@ -110,15 +119,15 @@ def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str
     return tensors, {METADATA: json.dumps(configs, indent=2, sort_keys=True)}
 
 
-def _configs(metadata: Mapping[str, str], problems: list[str]) -> dict[str, dict[str, Any]]:
+def _configs(metadata: Mapping[str, str], file: Path, problems: list[str]) -> dict[str, Prepared]:
     """Returns the configuration of each component."""
     found: dict[str, dict[str, Any]] = {}
-    try:
-        for name, value in json.loads(metadata.get(METADATA, "{}")).items():
-            component, _, entry = name.partition(".")
-            found.setdefault(component, {"peft_type": "LORA"})[entry] = value
-    except (ValueError, AttributeError, RecursionError) as error:
-        problems.append(f"its metadata {METADATA!r} is invalid ({type(error).__name__}: {error})")
-    bad = {component: unreadable(config) for component, config in found.items()}
+    text = metadata.get(METADATA, "{}")
+    for name, value in parse(text.encode(errors="surrogatepass"), file / METADATA).items():
+        component, _, entry = name.partition(".")
+        if component not in COMPONENTS:
+            problems.append(f"its metadata {shown(name)} are of no component")
+        found.setdefault(component, {"peft_type": "LORA"})[entry] = value
+    bad = {component: problems_to_convert(config) for component, config in found.items()}
     problems += [f"its metadata of {component!r}: {line}" for component, lines in bad.items() for line in lines]
-    return {component: dict(prepared(config)) for component, config in found.items() if not bad[component]}
+    return {component: prepared(config) for component, config in found.items() if not bad[component]}

@@ -23,9 +23,9 @@ from ._layout import Values, outputs_to_torch
 from ._module import in_module
 from ._names import expected_shape, to_torch
 from ._orbax import OrbaxLeaf, orbax_leaves
+from ._safetensors import NAMES
 from ._shards import Entry, bytes_of, entry, write_model
 from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
-from ._stored import NAMES
 
 
 def export_merged(
@@ -105,7 +105,10 @@ def export_merged(
 
 
 # PEFT's file is the same for modules that store (experts, in, out) and (experts, out, in).
-NO_EXPERTS = "a row of `experts` does not state how the module stores values; it is for factors only"
+NOT_STORED = (
+    "its row does not state how torch stores it: peft.experts(…, stored='oi') for (experts, out, in), as in Mixtral; "
+    "'io' as in GPT-OSS"
+)
 
 
 class _Model:
@@ -130,8 +133,8 @@ class _Model:
             self._unmatched.append(repr(path))
         elif isinstance(places := sites(path, tuple(leaf.shape), found), str):
             self._problems.append(f"{path!r}: {places}")
-        elif places[0].row.is_parameter:
-            self._problems.append(f"{path!r}: {NO_EXPERTS}")
+        elif places[0].row.is_parameter and places[0].row.stored is None:
+            self._problems.append(f"{path!r}: {NOT_STORED}")
         elif isinstance(leaf, jax.ShapeDtypeStruct):
             self._problems.append(f"{path!r}: its values are needed; got a shape")
         elif np.dtype(leaf.dtype) not in NAMES:
@@ -172,7 +175,7 @@ class _Model:
 
 def tensor_of(site: Site) -> str:
     """Returns the name of the tensor that has a part of a leaf."""
-    return f"{site.module}.{site.row.parameter}".removeprefix(".")
+    return site.module if site.row.is_parameter else f"{site.module}.{site.row.parameter}".removeprefix(".")
 
 
 def outputs_of(site: Site) -> int:

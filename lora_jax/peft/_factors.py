@@ -150,16 +150,21 @@ def from_peft(tensors: Mapping[str, Values], config: Config, problems: list[str]
         put(arrays, module, ours, tensor, problems)
         if name.endswith(tuple(EMBEDDING_SUFFIXES.values())):
             tables.add(module)
+    stated = prepared(config)
+    ranks = {module: scale_of(stated, module) for module in arrays}
     stabilized = bool(config.get("use_rslora"))
-    config = prepared(config)
-    ranks = {module: scale_of(config, module) for module in arrays}
     found = of_modules(arrays, lambda module, rank: ranks[module].scale(stabilized), problems, tables)
-    problems += [
-        f"{module!r} has rank {own.rank}, and the configuration states {ranks[module].rank}"
-        for module, own in found.items()
-        if own.rank != ranks[module].rank
-    ]
+    problems += other_ranks(found, ranks)
     return found
+
+
+def other_ranks(factors: Mapping[str, Factors], stated: Mapping[str, Scale]) -> list[str]:
+    """Returns the modules with another rank than their configuration states."""
+    return [
+        f"{module!r} has rank {own.rank}, and the configuration states {stated[module].rank}"
+        for module, own in factors.items()
+        if module in stated and own.rank != stated[module].rank
+    ]
 
 
 def to_peft(factors: Mapping[str, Factors]) -> tuple[dict[str, Values], dict[str, Any]]:

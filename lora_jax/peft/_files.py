@@ -1,7 +1,4 @@
-"""Reads and writes the two files of an adapter: tensors in safetensors, and a configuration in JSON. Never pickle.
-
-The files are untrusted: only regular files are read, and every size is checked before anything is allocated.
-"""
+"""Reads and writes the two files of an adapter: tensors in safetensors, and a configuration in JSON. Never pickle."""
 
 from __future__ import annotations
 
@@ -9,17 +6,16 @@ import contextlib
 import json
 import os
 import secrets
-import stat
 from collections.abc import Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .._errors import CheckpointError
 from . import _safetensors
-from ._json import MAX_BYTES, invalid, parse
 from ._layout import Values
+from ._safetensors import Contents
+from ._untrusted import read_json
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -71,12 +67,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises:
       CheckpointError: if there is none, or if it is not a JSON object without duplicate keys.
     """
-    with _opened(directory, CONFIG) as (file, size):
-        return parse(file.read(min(size, MAX_BYTES) + 1), directory / CONFIG)
+    with _readable(directory, CONFIG):
+        return read_json(directory / CONFIG)
 
 
-def read_tensors(directory: Path, name: str = TENSORS, *, most: int | None = None) -> dict[str, Values]:
-    """Reads the tensors of a file.
+def read_tensors(directory: Path, name: str = TENSORS, *, most: int | None = None) -> Contents:
+    """Reads the tensors and the metadata of a file.
 
     Args:
       directory: of the adapter.
@@ -86,21 +82,15 @@ def read_tensors(directory: Path, name: str = TENSORS, *, most: int | None = Non
     Raises:
       CheckpointError: if there is no safetensors file, or it is invalid, or a value is not finite.
     """
-    with _opened(directory, name) as (file, size):
-        return _safetensors.read(file, size, directory / name, most)
+    with _readable(directory, name):
+        return _safetensors.read(directory / name, most)
 
 
 @contextlib.contextmanager
-def _opened(directory: Path, name: str) -> Iterator[tuple[BufferedReader, int]]:
-    """Opens a regular file, through links as Hugging Face's cache has them, and yields it with its size."""
-    path = directory / name
+def _readable(directory: Path, name: str) -> Iterator[None]:
+    """Raises `CheckpointError` if a file of an adapter cannot be read."""
     try:
-        with open(path, "rb", opener=_without_waiting) as file:
-            before = os.fstat(file.fileno())
-            if not stat.S_ISREG(before.st_mode):
-                raise invalid(path, "it is not a regular file")
-            yield file, before.st_size
-            after = os.fstat(file.fileno())
+        yield
     except OSError as error:
         pickles = [pickle for pickle in _PICKLES if (directory / pickle).exists()]
         if name == TENSORS and pickles:
@@ -113,10 +103,3 @@ def _opened(directory: Path, name: str) -> Iterator[tuple[BufferedReader, int]]:
             f"Expected a PEFT adapter, with {CONFIG} and {TENSORS}, in {directory}; {name} cannot be read.\n"
             f"  {type(error).__name__}: {error}"
         ) from error
-    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-        raise invalid(path, "it changed while it was read")
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file; for a FIFO, without waiting for a process that writes to it."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))

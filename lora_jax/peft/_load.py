@@ -14,7 +14,7 @@ from .._core.adapter import Adapter
 from .._core.paths import flatten
 from .._errors import CheckpointError, SpecError, listed, sections
 from . import _adalora as adalora
-from ._config import Config, is_exact, is_target, prepared, problems
+from ._config import Prepared, is_exact, is_target, prepared, problems
 from ._files import read_config, read_tensors
 from ._read import Reader
 from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
@@ -60,13 +60,13 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
     leaves = flatten(params)[0]
     rows = without_own_heads(compiled(mapping), leaves)
     directory = Path(directory)
-    config: Config = read_config(directory)
-    is_adaptive = config.get("peft_type") == "ADALORA"
-    if found := problems(config) + (adalora.problems(config) if is_adaptive else []):
+    stated = read_config(directory)
+    is_adaptive = stated.get("peft_type") == "ADALORA"
+    if found := problems(stated) + (adalora.problems(stated) if is_adaptive else []):
         raise _unreadable(directory, found)
-    config = prepared(config)
+    config = prepared(stated)
     most = _SMALL + 32 * sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves.values())
-    arrays = read_tensors(directory, most=most)
+    arrays = read_tensors(directory, most=most).tensors
     file = Tensors(adalora.as_factors(arrays) if is_adaptive else arrays)
     try:
         reader = Reader(config, file)
@@ -106,7 +106,7 @@ def _unreadable(directory: Path, found: list[str]) -> CheckpointError:
     )
 
 
-def _missing(config: Config, lacking: list[Site]) -> list[str]:
+def _missing(config: Prepared, lacking: list[Site]) -> list[str]:
     """Returns which modules without tensors the configuration states."""
     places = [site for site in lacking if site.row.kind != "vector"]
     saved = tuple(config.get("modules_to_save") or ())

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._core.paths import Patterns, as_tuple, flatten, matches_any, unflatten
+from .._core.values import is_finite
 from .._errors import CheckpointError, sections
-from ._export_merged import NO_EXPERTS, outputs_of, tensor_of
+from ._export_merged import NOT_STORED, outputs_of, tensor_of
 from ._layout import outputs_from_torch
 from ._names import expected_shape, from_torch
+from ._safetensors import FLOATS, Stored
 from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
-from ._stored import FLOATS, Stored, named_for, stored_tensors
+from ._stored import named_for, stored_tensors
 
 
 def load_params(
@@ -53,7 +55,8 @@ def load_params(
 
     Raises:
       CheckpointError: if there are no safetensors files or they are damaged; if a leaf has no row or no tensor, or does
-        not fit it; if a tensor has no leaf. One error lists all, before anything is read.
+        not fit it; if a tensor has no leaf. One error lists all, before anything is read. If a value overflows the
+        dtype of its leaf.
       SpecError: if `mapping` is not a mapping to rows.
     """
     directory, rows, excluded = Path(directory), compiled(mapping), as_tuple(exclude)
@@ -67,11 +70,11 @@ def load_params(
             problems.append(f"{path!r}: no row of the mapping matches it")
         elif isinstance(some := sites(path, tuple(leaf.shape), found), str):
             problems.append(f"{path!r}: {some}")
-        elif some[0].row.is_parameter:
-            problems.append(f"{path!r}: {NO_EXPERTS}")
+        elif some[0].row.is_parameter and some[0].row.stored is None:
+            problems.append(f"{path!r}: {NOT_STORED}")
         else:
             places[path] = some
-    modules = {site.module for some in places.values() for site in some}
+    modules = {tensor_of(site).rpartition(".")[0] for some in places.values() for site in some}
     tensors = named_for(modules, stored_tensors(directory))
     for path, some in places.items():
         problems += [f"{path!r}: {problem}" for site in some if (problem := _problem(site, tensors))]
@@ -111,8 +114,15 @@ def _leaf(leaf: Any, places: list[Site], tensors: Mapping[str, Stored]) -> jax.A
     core = (layout.d_out,) if kind == "vector" else (layout.d_in, layout.d_out)
     matrix = np.empty((*layout.batch, *core), leaf.dtype)
     for site in places:
-        tensor = from_torch(name, tensors[tensor_of(site)].read(), layout)
-        matrix[(*site.index, ..., site.outputs)] = outputs_from_torch(site.of_module(tensor), site.part)
+        stored = tensors[tensor_of(site)].read()
+        tensor = outputs_from_torch(site.of_module(from_torch(name, stored, layout)), site.part)
+        with np.errstate(over="ignore"):
+            matrix[(*site.index, ..., site.outputs)] = tensor
+        if not is_finite(matrix[(*site.index, ..., site.outputs)]) and is_finite(stored):
+            raise CheckpointError(
+                f"Expected values that {leaf.dtype}, the dtype of {site.path!r}, can hold; got up to "
+                f"{float(np.abs(stored).max()):g} in {tensor_of(site)!r}.\n  Load into a leaf of a wider dtype."
+            )
     array = layout.from_matrix(kind, matrix)
     if (sharding := getattr(leaf, "sharding", None)) is None:
         return jnp.asarray(array)

@@ -18,9 +18,11 @@ from .._variants import Full, Rows
 from ._files import read_config, read_tensors
 from ._load import load
 from ._rows import Row
+from ._safetensors import FLOATS, NAMES, Stored
 from ._shards import Entry, bytes_of, check_empty, entry, write_model
-from ._stored import FLOATS, NAMES, Stored, invalid, stored_tensors
+from ._stored import stored_tensors
 from ._torch_adapter import Described, refuse
+from ._untrusted import invalid
 
 # The names of input embeddings, and the most frequent name of a head that is tied to one, in `transformers`.
 _TABLES, _HEAD = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"), "lm_head"
@@ -94,7 +96,7 @@ def merge_files(
 def _merged(base: Path, adapter: Path, *, is_tied: bool, untie: str | None) -> _Model:
     """Returns what is to be written, or raises; keeps the adapter, and no tensors of the base."""
     config = read_config(adapter)
-    found = Described(config, read_tensors(adapter), stored_tensors(base))
+    found = Described(config, read_tensors(adapter).tensors, stored_tensors(base))
     refuse(found, config, adapter)
     assert found.base is not None
     model = _Model(found.base)

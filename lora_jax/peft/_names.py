@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from ._layout import Layout, Values
-from ._parameters import from_parameter, parameter_shape, to_parameter
+from ._parameters import from_parameter, parameter_shape, to_parameter, turned, value_shape
 
 PREFIX = "base_model.model."
 
@@ -53,7 +53,7 @@ def to_torch(name: str, matrix: Values, layout: Layout) -> Values:
     """Returns a matrix `(in, out)`, or a vector of outputs, in the shape that the torch module has it in."""
     row = layout.row
     if row.is_parameter:
-        return to_parameter(name, matrix, layout)
+        return turned(matrix, layout) if name.startswith("saved.") else to_parameter(name, matrix, layout)
     spatial = _spatial(layout)
     if row.keep_shape and name.startswith("saved."):
         return matrix.reshape(_outputs(layout))
@@ -74,7 +74,7 @@ def from_torch(name: str, tensor: Values, layout: Layout) -> Values:
     if row.keep_shape and name.startswith("saved."):
         return tensor.reshape(-1)
     if row.is_parameter:
-        return from_parameter(name, tensor, layout)
+        return turned(tensor, layout) if name.startswith("saved.") else from_parameter(name, tensor, layout)
     if row.kind == "conv" and name in ("b", "magnitude"):
         tensor = tensor.reshape(-1, tensor.shape[1]) if name == "b" else tensor.reshape(-1)
     if row.kind == "conv" and name in ("a", "saved.weight"):
@@ -88,7 +88,7 @@ def expected_shape(name: str, layout: Layout, d_out: int, rank: int) -> tuple[in
     """Returns the shape of a tensor of a module with `d_out` outputs. For `rows`, the rank is the number of rows."""
     row, d_in, spatial = layout.row, layout.d_in, tuple[int, ...]()
     if row.is_parameter:
-        return parameter_shape(name, layout, d_out, rank)
+        return value_shape(layout, d_out) if name.startswith("saved.") else parameter_shape(name, layout, d_out, rank)
     if row.kind == "conv":
         spatial, d_in = _spatial(layout), layout.shape[layout.inputs[-1]]
     ones = (1,) * len(spatial)

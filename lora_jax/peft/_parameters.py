@@ -50,6 +50,17 @@ def from_parameter(name: str, tensor: Values, layout: Layout) -> Values:
     return matrix if layout.experts else matrix[0]
 
 
+def value_shape(layout: Layout, d_out: int) -> tuple[int, ...]:
+    """Returns the shape of the parameter itself."""
+    experts = () if layout.experts is None else (layout.experts,)
+    return (*experts, *((d_out, layout.d_in) if layout.row.stored == "oi" else (layout.d_in, d_out)))
+
+
+def turned(matrix: Values, layout: Layout) -> Values:
+    """Returns a value, (experts, in, out), as torch stores it, or the reverse."""
+    return matrix.swapaxes(-1, -2) if layout.row.stored == "oi" else matrix
+
+
 def _is_first(name: str, layout: Layout) -> bool:
     """Whether a factor is PEFT's `A`."""
     return (name == "b") == layout.row.kind.startswith("swapped")

@@ -17,7 +17,7 @@ from .._core.variant import LowRank
 from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
 from . import _adalora as adalora
 from . import _vera as vera
-from ._config import Config, Scale, is_exact, is_target, rows_of, scale_of
+from ._config import Prepared, Scale, is_exact, is_target, rows_of, scale_of
 from ._joined import joined_factors, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
 from ._module import module_value
@@ -30,7 +30,7 @@ from ._tensors import Tensors
 class Reader:
     """Makes adapters from the tensors of a file, and notes what is wrong in its `problems`."""
 
-    def __init__(self, config: Config, file: Tensors) -> None:
+    def __init__(self, config: Prepared, file: Tensors) -> None:
         self.config, self.file = config, file
         self._changes: dict[str, tuple[set[str], bool]] = {}
         self._generated = None

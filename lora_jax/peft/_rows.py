@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from .._errors import SpecError
 
@@ -57,6 +58,7 @@ class Row:
       keep_shape: whether the torch parameter of a vector has the leaf's axes, rather than one.
       declared: the parameters of a module, in the order in which it declares them; see `experts`.
       experts_first: whether the axis of experts is the first batch axis and not the last.
+      stored: for a parameter without a module, the order of its last axes in torch: `"oi"` or `"io"`; None if unknown.
     """
 
     kind: str
@@ -70,6 +72,7 @@ class Row:
     keep_shape: bool = False
     declared: tuple[str, ...] = ()
     experts_first: bool = False
+    stored: Literal["oi", "io"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("inputs", "outputs"):
@@ -192,6 +195,7 @@ def experts(
     parameter: str,
     declared: Sequence[str] = (),
     axes: str | None = None,
+    stored: Literal["oi", "io"] | None = None,
     swapped: bool = False,
     experts_first: bool = False,
 ) -> Row:
@@ -199,9 +203,9 @@ def experts(
 
     Such are the stacked kernels of experts, `(experts, in, out)`, and the router `(in, experts)` in `transformers` 5.
 
-    >>> experts("model.layers.{i}.mlp.experts", parameter="down_proj").declared
+    >>> experts("model.layers.{i}.mlp.experts", parameter="down_proj", stored="oi").declared
     ('gate_up_proj', 'down_proj')
-    >>> experts("model.layers.{i}.mlp.gate", parameter="weight").declared
+    >>> experts("model.layers.{i}.mlp.gate", parameter="weight", stored="oi").declared
     ('weight',)
 
     Args:
@@ -212,19 +216,25 @@ def experts(
         the parameter itself.
       axes: the roles of the kernel's axes; None for `"bio"`, or `"io"` of a parameter of two axes, after the batch axes
         of a stack of layers.
-      swapped: whether the parameter is stored as `(experts, in, out)` by a module without the attribute
-        `is_transposed`, as that of Llama 4. PEFT then takes its outputs for inputs.
+      stored: the order of inputs and outputs in torch: `"oi"` for `(experts, out, in)`, as in Mixtral and most other
+        models, or `"io"`, as in GPT-OSS. Needed by `export_merged` and `load_params`, for values; PEFT's factors do not
+        depend on it.
+      swapped: whether the parameter is stored as `"io"` by a module without the attribute `is_transposed`, as that of
+        Llama 4. PEFT then takes its outputs for inputs.
       experts_first: whether the experts are the first batch axis and the layers the second, as in a stack of MaxText.
 
     Returns:
       The row.
 
     Raises:
-      SpecError: if `declared` does not have the parameter.
+      SpecError: if `declared` does not have the parameter, or `stored` is another text, or `"oi"` with `swapped`.
     """
     names = tuple(declared) or (_EXPERTS if parameter in _EXPERTS else (parameter,))
     if parameter not in names:
         raise SpecError(f"Expected {parameter!r} to be among the parameters of its module, `declared`; got {names}.")
+    if stored not in (("io", None) if swapped else ("oi", "io", None)):
+        what = "'io' or None, as swapped=True implies 'io'," if swapped else "'oi', 'io' or None"
+        raise SpecError(f"Expected {what} for `stored`; got {stored!r}.")
     return Row(
         kind="swapped parameter" if swapped else "parameter",
         parts=_parts(module),
@@ -232,6 +242,7 @@ def experts(
         axes=axes,
         declared=names,
         experts_first=experts_first,
+        stored="io" if swapped else stored,
     )
 
 

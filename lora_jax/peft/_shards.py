@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from .._errors import CheckpointError, SpecError
-from ._safetensors import header
-from ._stored import DTYPES, INDEX, MODEL
+from ._safetensors import DTYPES, header
+from ._stored import INDEX, MODEL
 
 Progress = Callable[[int, int], None]
 
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
 
 def entry(name: str, dtype: str, shape: Sequence[int]) -> Entry:
     """Returns the entry of a tensor whose dtype has values that can be read."""
-    return Entry(name, dtype, tuple(shape), math.prod(shape) * np.dtype(DTYPES[dtype]).itemsize)
+    return Entry(name, dtype, tuple(shape), math.prod(shape) * DTYPES[dtype].itemsize)
 
 
 def bytes_of(array: Any) -> memoryview:

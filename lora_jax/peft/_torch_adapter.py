@@ -14,12 +14,13 @@ import numpy as np
 from .._core.adapter import Adapter
 from .._errors import CheckpointError, counted, listed
 from . import _adalora as adalora
-from ._config import Config, prepared, problems, scale_of
+from ._config import Config, Prepared, prepared, problems, scale_of
 from ._files import read_config, read_tensors
 from ._layout import Values
 from ._load import load
 from ._rows import Part, Row, embedding, linear, vector
-from ._stored import FLOATS, Stored, named_for, stored_tensors
+from ._safetensors import FLOATS, Stored
+from ._stored import named_for, stored_tensors
 from ._tensors import Tensors
 
 
@@ -70,7 +71,7 @@ def read(directory: str | os.PathLike[str], *, base: str | os.PathLike[str] | No
         needed and missing, or lacks a module. One error lists all.
     """
     directory = Path(directory)
-    config, arrays = read_config(directory), read_tensors(directory)
+    config, arrays = read_config(directory), read_tensors(directory).tensors
     found = Described(config, arrays, None if base is None else stored_tensors(Path(base)))
     refuse(found, config, directory)
     return TorchAdapter(load(directory, found.mapping, found.params), found.mapping, found.params)
@@ -185,7 +186,7 @@ class Described:
             return entry
         return None
 
-    def _tie(self, modules: Mapping[str, Mapping[str, Values]], config: Config) -> None:
+    def _tie(self, modules: Mapping[str, Mapping[str, Values]], config: Prepared) -> None:
         """Makes one leaf of an embedding and the head that has its factors, transposed."""
         for module, tensors in modules.items():
             row = self.mapping.get(f"{module}/weight")

@@ -2,8 +2,9 @@
 
     params, adapter = starts.pissa(params, adapter)
 
-Each function initializes all low-rank leaves of the adapter, each layer and expert of a stack separately, and returns
-other leaves unchanged. To initialize kernels in different ways, pass each function a part of the adapter:
+Each function initializes all leaves of the adapter that have factors, each layer and expert of a stack separately, and
+returns leaves without a rank, such as `Full`, unchanged. Other variants, such as `VeRA`, raise, and so does an adapter
+without factors. To initialize kernels in different ways, pass each function a part of the adapter:
 `{path: part for path, part in adapter.items() if …}`. The model computes the same function as before, up to rounding.
 `pissa`, `olora`, `corda` and `lora_ga` change the base; `as_plain` converts the adapter to one on the original base.
 `loftq` and `qpissa` quantize the base, which reduces the error of the quantization and does not remove it.

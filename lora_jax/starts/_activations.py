@@ -114,11 +114,12 @@ def activations(
     _check_refusals(refusals)
     _check(leaves, log)
     (sums,) = backward([jnp.zeros_like(result) for result in results])
-    return {path: _split_columns(columns.reshape(*leaves[path].shape[:2], -1)) for path, columns in sums.items()}
+    return {path: _split_columns(leaf, sums[path]) for path, leaf in leaves.items()}
 
 
-def _split_columns(sums: Array) -> Activations:
-    """Splits the gradient of a tap, `(layers, d, d + 2)`, into the three sums."""
+def _split_columns(leaf: Leaf, columns: Array) -> Activations:
+    """Splits the gradient of a tap, `(batch…, in…, d + 2)`, into the three sums of the layers that are adapted."""
+    sums = leaf.adapted_layers(columns).reshape(*leaf.shape[:2], -1)
     return Activations(sums[..., :-2], sums[..., -2], sums[..., -1].max(-1, initial=0))
 
 

@@ -17,7 +17,7 @@ from .._core.stored import stored_among
 from .._core.values import equal, is_concrete, on_same_devices
 from .._errors import AdapterError, listed
 from .._merge.fold import fold, keep_float64
-from ._leaf import Leaf, low_rank_leaves
+from ._leaf import Leaf, low_rank
 
 
 def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapter: Adapters) -> dict[str, Adapter]:
@@ -55,22 +55,22 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
     leaves, changed = flatten(params)[0], flatten(started_params)[0]
     check(changed, started_adapter, tree="started_params")
     check(changed, adapter, tree="started_params")
-    initial = {leaf.path: leaf for leaf in low_rank_leaves(started_adapter, leaves)}
+    check(leaves, started_adapter)
+    initial = {path: Leaf(path, leaves[path], part) for path, part in started_adapter.items()}
     _check_arrays(initial, changed)
     _check(adapter, initial, changed)
     plain = dict(adapter)
     for path, leaf in initial.items():
-        if path in adapter and not _equal(leaf.w, changed[path]):
-            plain[path] = _concatenate(adapter[path], leaf.part)
+        if path in adapter and low_rank(leaf.part.variant) and not _equal(leaf.w, changed[path]):
+            plain[path] = _concatenate(adapter[path], leaf)
     return plain
 
 
-def _concatenate(trained: Adapter, initial: Adapter) -> Adapter:
-    variant: Any = initial.variant
-    rank_axis = axes_of_b(initial.axes).index(RANK)
-    a = jnp.concatenate([trained.a, initial.a], -1)
-    b = jnp.concatenate([trained.b, -initial.b], rank_axis)
-    return Adapter(variant.at_rank(2 * variant.rank), initial.axes, **{**trained.arrays, "a": a, "b": b})
+def _concatenate(trained: Adapter, initial: Leaf) -> Adapter:
+    rank_axis = axes_of_b(trained.axes).index(RANK)
+    a = jnp.concatenate([trained.a, initial.part.a], -1)
+    b = jnp.concatenate([trained.b, -initial.part.b], rank_axis)
+    return initial.replaced(initial.variant.at_rank(2 * initial.variant.rank), {**trained.arrays, "a": a, "b": b})
 
 
 def _check_arrays(initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
@@ -119,6 +119,8 @@ def _restores(leaf: Leaf, changed: Any) -> bool:
     """Returns whether a changed kernel plus its initial update is the original kernel, up to rounding."""
     if not (is_concrete(leaf.w) and is_concrete(changed)):
         return True
+    if low_rank(leaf.part.variant) is None:  # no initialization changes its base
+        return False
     with jax.ensure_compile_time_eval(), keep_float64(leaf.w):
         return bool(_is_near(*on_same_devices(leaf.w, changed, fold(changed, leaf.part))))
 

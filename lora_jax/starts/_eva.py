@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from .._core.adapter import Adapter, Adapters
+from .._core.adapter import Adapters
 from .._core.paths import flatten
 from .._core.values import is_concrete, on_host
 from .._errors import AdapterError, SpecError
@@ -86,13 +86,10 @@ def eva(
 
     _, new = initialize(params, {path: part for path, part in adapter.items() if ranks.get(path) != 0}, method)
     if not keep_scale:
-        new |= {path: _with_alpha_of(leaves[path], new[path]) for path in leaves if path in new}
+        for path in leaves.keys() & new.keys():
+            variant = dataclasses.replace(leaves[path].variant, rank=ranks[path])
+            new[path] = leaves[path].replaced(variant, new[path].arrays)
     return Start(params, new)
-
-
-def _with_alpha_of(leaf: Leaf, part: Adapter) -> Adapter:
-    variant = dataclasses.replace(leaf.variant, rank=part.a.shape[-1])
-    return Adapter(variant, part.axes, **part.arrays)
 
 
 class _Components(NamedTuple):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from .._core.adapter import Adapter, Adapters
@@ -16,9 +17,10 @@ from .._core.axes import width
 from .._core.linalg import as_factors, kernel_matrix
 from .._core.paths import flatten, unflatten
 from .._core.stored import stored_among
-from .._core.variant import LowRank
+from .._core.variant import LowRank, Variant, Wrapper
 from .._errors import AdapterError, SpecError, listed
 from .._merge.fold import overflows, unfold
+from .._variants import Layers
 
 
 class Start(NamedTuple):
@@ -27,7 +29,7 @@ class Start(NamedTuple):
     Attributes:
       params: the base that belongs to the adapter: the one that was passed, or, if the initialization changes the base,
         a tree whose adapted kernels are `W0 - s·A·B`.
-      adapter: the adapter with new factors; leaves without factors are unchanged.
+      adapter: the adapter with new factors; leaves without a rank are unchanged.
     """
 
     params: Any
@@ -38,9 +40,11 @@ class Start(NamedTuple):
 class Leaf:
     """One adapted kernel as a stack of matrices: batch, input and output axes are each flattened to one.
 
+    With `Layers`, it consists of the layers that are adapted.
+
     Attributes:
       path: the path of the kernel.
-      w: the kernel.
+      w: the kernel, with all layers.
       part: the adapter of the kernel.
     """
 
@@ -50,14 +54,21 @@ class Leaf:
 
     @property
     def variant(self) -> LowRank:
-        """The variant."""
-        assert isinstance(self.part.variant, LowRank)
-        return self.part.variant
+        """The variant; with `Layers`, that of the layers."""
+        variant = low_rank(self.part.variant)
+        assert variant is not None
+        return variant
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The shape of the kernel; with `Layers`, of the layers that are adapted."""
+        variant, shape = self.part.variant, tuple(self.w.shape)
+        return variant.shape_of_layers(shape, self.part.axes) if isinstance(variant, Layers) else shape
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """`(layers, in, out)`."""
-        layers, d_in, d_out = (width(self.part.axes, self.w.shape, role) for role in "bio")
+        layers, d_in, d_out = (width(self.part.axes, self.kernel_shape, role) for role in "bio")
         return layers, d_in, d_out
 
     @property
@@ -67,13 +78,24 @@ class Leaf:
 
     def as_matrices(self, array: Any) -> Array:
         """Reshapes an array of the kernel's shape to `(layers, in, out)`, in float32 or wider."""
-        return kernel_matrix(array, self.part.axes).reshape(self.shape)
+        return self.adapted_layers(kernel_matrix(array, self.part.axes)).reshape(self.shape)
+
+    def adapted_layers(self, stack: Array) -> Array:
+        """Selects the layers that are adapted from an array of all layers, `(batch…, …)`."""
+        variant = self.part.variant
+        return stack[jnp.array(variant.layers)] if isinstance(variant, Layers) else stack
 
     def adapter(self, a: Array, b: Array) -> Adapter:
         """Replaces the factors by `(layers, in, rank)` and `(layers, rank, out)`; the rank may change."""
-        part = self.part
-        new = {name: x.astype(part.arrays[name].dtype) for name, x in as_factors(a, b, part.axes, self.w.shape).items()}
-        return Adapter(self.variant.at_rank(a.shape[-1]), part.axes, **{**part.arrays, **new})
+        factors = as_factors(a, b, self.part.axes, self.kernel_shape)
+        cast = {name: factor.astype(self.part.arrays[name].dtype) for name, factor in factors.items()}
+        return self.replaced(self.variant.at_rank(a.shape[-1]), cast)
+
+    def replaced(self, variant: LowRank, arrays: Mapping[str, Array]) -> Adapter:
+        """Returns the adapter with another variant, for the same layers, and with some other arrays."""
+        outer = self.part.variant
+        new = dataclasses.replace(outer, variant=variant) if isinstance(outer, Layers) else variant
+        return Adapter(new, self.part.axes, **{**self.part.arrays, **arrays})
 
     def error(self, text: str) -> SpecError:
         """Returns an error about this leaf."""
@@ -84,7 +106,7 @@ Method = Callable[[Leaf], tuple[Array, Array]]
 
 
 def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: bool = False) -> Start:
-    """Replaces the factors of each low-rank leaf.
+    """Replaces the factors of each leaf of `low_rank_leaves`.
 
     Args:
       params: the base.
@@ -112,10 +134,43 @@ def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: 
     return Start(unflatten(treedef, leaves | residual), new)
 
 
+def unwrapped(variant: Variant) -> Variant:
+    """Returns the variant inside of wrappers such as `Layers`."""
+    return unwrapped(variant.variant) if isinstance(variant, Wrapper) else variant
+
+
+def low_rank(variant: Variant) -> LowRank | None:
+    """Returns the variant, or the one of `Layers`, if an initialization can set its factors."""
+    inner = variant.variant if isinstance(variant, Layers) else variant
+    return inner if isinstance(inner, LowRank) else None
+
+
 def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
-    """Checks the adapter, and returns its leaves that have factors."""
+    """Checks the adapter, and returns its leaves whose factors an initialization can set.
+
+    Raises:
+      AdapterError: if the adapter does not fit the leaves; if there is no such leaf; if another leaf has a rank.
+    """
     check(leaves, adapter)
-    return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
+    found = [Leaf(path, leaves[path], part) for path, part in adapter.items() if low_rank(part.variant)]
+    others = {path: part.variant for path, part in adapter.items() if not low_rank(part.variant)}
+    ranked = {path: variant for path, variant in others.items() if getattr(unwrapped(variant), "rank", None)}
+    accepted = "LoRA, RSLoRA, DoRA, or Layers around one of them"
+    if ranked:
+        lines = [f"{path!r}: {variant}" for path, variant in ranked.items()]
+        raise AdapterError(
+            f"Expected variants whose factors an initialization can set, such as {accepted}; {len(ranked)} of "
+            f"{len(adapter)} have other arrays.\n{listed(lines)}\n"
+            "  Use another variant, or leave these leaves out, {path: part for path, part in adapter.items() if …}, "
+            "and join the result with them: adapter | new."
+        )
+    if not found:
+        kinds = ", ".join(sorted({variant.title for variant in others.values()})) or "an empty adapter"
+        raise AdapterError(
+            f"Expected an adapter with variants whose factors an initialization can set, such as {accepted}; got "
+            f"{kinds}.\n  Pass a part of the adapter that has one, or use another spec."
+        )
+    return found
 
 
 def check_arrays(adapted: Sequence[Leaf]) -> None:

@@ -9,6 +9,7 @@ import jax
 from jax import Array
 
 from .._core.adapter import Adapter, Adapters
+from .._core.attach import check
 from .._core.numbers import integer
 from .._core.paths import flatten, unflatten
 from .._core.stored import StoredLeaf
@@ -19,7 +20,7 @@ from .._merge.fold import unfold
 from .._variants import Full
 from ..quant import Format
 from ..quant._quantize import choose_formats, quantize_leaf
-from ._leaf import Leaf, Start, check_arrays, check_variant, low_rank_leaves
+from ._leaf import Leaf, Start, check_variant, low_rank_leaves, unwrapped
 from ._pissa import approximation
 
 
@@ -49,10 +50,13 @@ def alternate(
     iterations = integer("iterations", iterations, least=1)
     approximate = approximation(niter, key)
     leaves, treedef = flatten(params)
-    adapted = {leaf.path: leaf for leaf in low_rank_leaves(adapter, leaves)}
-    check_arrays(list(adapted.values()))
+    check(leaves, adapter)
     chosen = choose_formats(formats, leaves, kernels)
-    _check(adapter, adapted, chosen)
+    selected = {path: adapter[path] for path in chosen if path in adapter}
+    _check_selected(adapter, selected)
+    adapted = {leaf.path: leaf for leaf in low_rank_leaves(selected, leaves)}
+    for leaf in adapted.values():
+        check_variant(leaf, changes_base=True)
     new: dict[str, Any] = dict(adapter)
     with jax.default_matmul_precision("highest"):  # accelerators multiply float32 in bfloat16 by default
         for path, (_, format_, axes) in chosen.items():
@@ -82,13 +86,17 @@ def _residual(leaf: Leaf, part: Adapter | None) -> Any:
 _dequantize: Callable[[StoredLeaf], Array] = jax.jit(lambda stored: stored.dequantize())
 
 
-def _check(adapter: Adapters, adapted: Mapping[str, Leaf], chosen: Mapping[str, Any]) -> None:
-    trained = [repr(path) for path in chosen if path in adapter and isinstance(adapter[path].variant, Full)]
+def _check_selected(adapter: Adapters, selected: Adapters) -> None:
+    """Raises if `formats` selects no adapted leaf, or one that is trained itself."""
+    if not selected:
+        raise SpecError(
+            "Expected formats for at least one adapted leaf, because the factors are to correct its error; they select "
+            f"none of {len(adapter)}.\n{listed([repr(path) for path in adapter])}\n"
+            "  To quantize other leaves only: quant.quantize(params, formats)."
+        )
+    trained = [repr(path) for path, part in selected.items() if isinstance(unwrapped(part.variant), Full)]
     if trained:
         raise SpecError(
             f"Expected formats for leaves that stay frozen; {len(trained)} are trained with Full().\n"
             f"{listed(trained)}\n  Put a rule before it that leaves them as they are: {{{trained[0]}: None}}."
         )
-    for path in chosen:
-        if path in adapted:
-            check_variant(adapted[path], changes_base=True)

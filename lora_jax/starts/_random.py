@@ -75,7 +75,7 @@ def kaiming(key: Array, params: Any, adapter: Adapters) -> Start:
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
         layers, d_in, d_out = leaf.shape
-        arrays = leaf.variant.init(key_for(key, leaf.path), leaf.w, leaf.part.axes, leaf.part.a.dtype)
+        arrays = leaf.part.variant.init(key_for(key, leaf.path), leaf.w, leaf.part.axes, leaf.part.a.dtype)
         rank = leaf.variant.rank
         return arrays["a"].reshape(layers, d_in, rank), arrays["b"].reshape(layers, rank, d_out)
 

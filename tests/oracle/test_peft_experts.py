@@ -159,6 +159,67 @@ def test_all_linear_of_peft_has_experts_and_routers(tmp_path):
     near(torch_logits(expected, WORDS), torch_logits(model, WORDS))
 
 
+QWEN3 = {"qwen 3": (transformers.Qwen3MoeForCausalLM, transformers.Qwen3MoeConfig)}
+QWEN_SIZES = {"num_experts": E, "moe_intermediate_size": F, "norm_topk_prob": True}
+
+
+def whole_model(name):
+    if name in MODELS:
+        return torch_model(name)
+    make, config = QWEN3[name]
+    torch.manual_seed(0)
+    model = make(config(**SIZES, **TOKENS, **QWEN_SIZES))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def whole_tree(name):
+    """All parameters of a torch model, kernels as `(in, out)`, and their rows."""
+    stored = "io" if name in MODELS and MODELS[name][4] else "oi"
+    params, mapping = {}, {}
+    for key, parameter in whole_model(name).named_parameters():
+        module, _, last = key.rpartition(".")
+        array = parameter.detach().numpy()
+        if last in ("gate_up_proj", "down_proj"):
+            mapping[key] = peft.experts(module, parameter=last, stored=stored, swapped=name == "llama 4")
+            array = array.swapaxes(-1, -2) if stored == "oi" else array
+        elif last == "weight" and array.ndim == 2:
+            mapping[key] = peft.embedding(module) if "embed" in module else peft.linear(module)
+            if module.endswith("mlp.gate"):  # a parameter without a module, in Mixtral and Qwen
+                mapping[key] = peft.experts(module, parameter="weight", stored="oi")
+            array = array if "embed" in module else array.T
+        else:
+            mapping[key] = peft.vector(module, parameter=last, keep_shape=True)
+        params[key] = jnp.asarray(array.copy())
+    return params, mapping
+
+
+@pytest.mark.parametrize("name", [*MODELS, *QWEN3])
+def test_models_of_experts_are_written_merged_and_read(name, tmp_path):
+    params, mapping = whole_tree(name)
+    model = whole_model(name)
+    spec = {"*.{gate_up_proj,down_proj}": lj.LoRA(rank=2, alpha=6, axes="bio")}
+    adapter = randomized(lj.init(jax.random.key(0), params, spec))
+    merged = lj.merge(params, adapter)
+    # The same parameters set one by one.
+    expected = whole_model(name)
+    for key, array in merged.items():
+        row, array = mapping[key], np.asarray(array)
+        turned = row.kind == "linear" or row.stored == "oi"
+        expected.get_parameter(key).data = torch.from_numpy((array.swapaxes(-1, -2) if turned else array).copy())
+    expected = torch_logits(expected, WORDS)
+    assert np.abs(expected - torch_logits(model, WORDS)).max() > 0.02
+
+    peft.export_merged(tmp_path, params, mapping, adapter=adapter, config=model.config.to_dict())
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    near(torch_logits(loaded, WORDS), expected)
+    back = peft.load_params(tmp_path, mapping, jax.eval_shape(lambda: params))
+    jax.tree.map(np.testing.assert_array_equal, back, merged)
+
+
 class Block(nn.Module):
     """One block of Mixtral."""
 

@@ -33,13 +33,26 @@ class Leaf:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Torch parameters of one group, with the size of the bias beside them and the words of the module's name."""
+    """Torch parameters of one group.
+
+    Attributes:
+      group: their names and shape.
+      module: the name of the module.
+      parameter: the name of the parameter.
+      bias: the size of the bias beside them, if there is one.
+      last: the words of the last part of `owner`.
+    """
 
     group: Group
     module: str
     parameter: str
     bias: int | None
     last: Words
+
+    @property
+    def owner(self) -> str:
+        """The name to compare: that of the module of a weight or a bias, and that of any other parameter."""
+        return self.module if self.parameter in ("weight", "bias") else self.group.name
 
 
 @dataclasses.dataclass(frozen=True)

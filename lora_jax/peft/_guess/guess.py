@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-
 from ..._core.paths import flatten
 from ..._core.uses import Kernel
 from ..._errors import CheckpointError, SpecError
+from .._safetensors import read_header
 from .groups import Group, Shape, groups, shape_of
 from .names import Names, owner, words
 from .propose import Proposal, shapes_of
@@ -89,11 +88,10 @@ def read_shapes(path: Path) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for file in files:
         try:
-            with safetensors.safe_open(file, framework="numpy") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
-        except (safetensors.SafetensorError, OSError) as error:
+            shapes |= {name: stored.shape for name, stored in read_header(file).tensors.items()}
+        except OSError as error:
             raise CheckpointError(
-                f"Expected a valid {file.name}; {type(error).__name__}: {error}, in {file.parent}."
+                f"Expected a safetensors file; {file} cannot be read.\n  {type(error).__name__}: {error}"
             ) from error
     return shapes
 

@@ -11,7 +11,7 @@ from .._rows import Part, Row
 from .candidates import Candidate, best_of, judged
 from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes, unordered_fits
 from .groups import Group, Shape, shape_of
-from .names import Names, is_table, owner, similarity, vector_parameter
+from .names import Names, is_table, owner, similarity, vector_parameter, words
 from .result import Confidence, GuessedRow
 from .values import Both
 
@@ -39,6 +39,8 @@ class Proposal:
         vectors = [one for one in torch if len(one.group.shape) == 1 and one.group.name not in taken]
         taken |= self._pair(list(self._vectors(rest, vectors)))
         taken |= self._beside(rest, torch, taken)
+        rest = [group for group in rest if group.name not in taken]
+        taken |= self._pair(*self._parameters(rest, tensors))
         left, right = ([group for group in groups if group.name not in taken] for groups in (leaves, tensors))
         return left, right
 
@@ -122,13 +124,34 @@ class Proposal:
                     still_open = () if parameter else ("its name is not that of a bias or a scale",)
                     yield self._candidate((Fit(leaf, (tensor,), row, (), still_open, apart),))
 
+    def _parameters(self, groups: Sequence[Group], tensors: Iterable[Group]) -> tuple[list[Candidate], list[Candidate]]:
+        """Returns the candidates for parameters that are neither weights nor biases, such as a class token.
+
+        They have the shape of the tensor; the first also share a word of the last part of the name.
+        """
+        leaves = [
+            Leaf(one, self.axes.get(next(iter(one.members.values()))), self.own.last(one.name), None) for one in groups
+        ]
+        leaves = [leaf for leaf in leaves if not _is_kernel(leaf)]
+        alike, others = list[Candidate](), list[Candidate]()
+        for group in tensors:
+            module, _, parameter = group.name.rpartition(".")
+            tensor = Tensor(group, module, parameter, None, self.other.last(group.name))
+            for leaf in leaves if parameter not in ("weight", "bias") else ():
+                batch = stack_axes(dataclasses.replace(leaf, axes=None), tensor)
+                if batch is not None and leaf.group.shape[len(batch) :] == group.shape:
+                    keep_shape = len(group.shape) != 1
+                    row = Row(kind="vector", parts=(Part(module),), parameter=parameter, keep_shape=keep_shape)
+                    (alike if leaf.last & tensor.last else others).append(self._candidate((Fit(leaf, (tensor,), row),)))
+        return alike, others
+
     def _candidate(self, together: tuple[Fit, ...], factor: float = _NOT_THE_SAME) -> Candidate:
         """Compares the names, and the values of one leaf of each fit."""
         own = _union(self.own.bag(owner(fit.leaf.group.name)) for fit in together)
-        other = _union(self.other.bag(tensor.module) for fit in together for tensor in fit.tensors)
+        other = _union(self.other.bag(tensor.owner) for fit in together for tensor in fit.tensors)
         first = together[0]
-        path, module = owner(first.leaf.group.name), first.tensors[0].module
-        same = path.replace("/", ".") == module and len(first.tensors) == len(together) == 1
+        path, name = owner(first.leaf.group.name), first.tensors[0].owner
+        same = path.replace("/", ".") == name and len(first.tensors) == len(together) == 1
         score = 1.0 if same else factor * similarity(own, other)
         compared = [self._compared(fit) for fit in together]
         return Candidate(tuple(fit for fit, _ in compared), score, same, all(equal for _, equal in compared))
@@ -142,11 +165,14 @@ class Proposal:
                 return dataclasses.replace(fit, row=compared.row), True
         return fit, False
 
-    def _pair(self, candidates: list[Candidate]) -> set[str]:
-        """Takes the best candidates, adds their rows, and returns the names of what they take."""
+    def _pair(self, candidates: list[Candidate], never: Sequence[Candidate] = ()) -> set[str]:
+        """Takes the best candidates, adds their rows, and returns the names of what they take.
+
+        Those in `never` are not taken, but make others less sure.
+        """
         taken, unsure = set[str](), set[str]()
         for best in best_of(candidates):
-            others = [one for one in candidates if one is not best and best.shares(one)]
+            others = [one for one in (*candidates, *never) if one is not best and best.shares(one)]
             # What only an unsure choice has taken is still a rival.
             rivals = [one for one in others if not (one.names - best.names) & (taken - unsure)]
             for fit in best.fits:
@@ -201,6 +227,12 @@ class Proposal:
 def _width(group: Group, tensor: Tensor) -> int:
     batch = len(next(iter(tensor.group.members))) - len(next(iter(group.members)))
     return math.prod(group.shape[batch:]) if batch >= 0 else 0
+
+
+def _is_kernel(leaf: Leaf) -> bool:
+    """Whether a leaf is the kernel of a layer or of experts."""
+    traced = leaf.axes is not None and {"i", "o"} <= set(leaf.axes)
+    return traced or leaf.group.name.endswith("kernel") or not {"expert", "experts"}.isdisjoint(words(leaf.group.name))
 
 
 def _parent(name: str, separator: str) -> str:

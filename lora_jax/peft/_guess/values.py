@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,8 @@ class Both:
     def _with_parts(self, pattern: str, row: Row, path: str) -> Row:
         """Returns the row with the order of rotary positions and the factors that the values show."""
         plain = list(self._pairs(pattern, row, path, first=True))
-        turned = self._heads(pattern, row, path) if all(_may_be_permuted(one, other) for one, other, _ in plain) else []
+        may_be_turned = plain and all(_may_be_permuted(one, other) for one, other, _ in plain)
+        turned = self._heads(pattern, row, path) if may_be_turned else []
         for interleaved in (None, *turned):
             parts, pairs = row.parts, plain
             if interleaved is not None:
@@ -72,8 +73,9 @@ class Both:
             return []
         layout = places[0].layout
         width = min(site.last - site.first for site in places)
-        sizes = [layout.shape[axis] for axis in layout.outputs]
-        return [size for size in (sizes[-1:] if len(sizes) > 1 else range(4, 513, 2)) if size > 2 and width % size == 0]
+        sizes: Sequence[int] = [layout.shape[axis] for axis in layout.outputs]
+        sizes = sizes[-1:] if len(sizes) > 1 else range(4, 513, 2)
+        return [size for size in sizes if size > 2 and size % 2 == 0 and width % size == 0]
 
     def _pairs(self, pattern: str, row: Row, path: str, *, first: bool) -> Iterator[tuple[Values, Values, float]]:
         """Yields the values of a leaf as torch has them, those of torch, and their cosine."""

@@ -1,10 +1,18 @@
-"""JSON of an untrusted file, and the error for a file that is not as expected."""
+"""Opens untrusted files and parses their JSON; the error for a file that is not as expected.
+
+Only regular files are read, and every size is checked before anything is allocated.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import reprlib
+import stat
+from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +39,42 @@ def invalid(path: Path, reason: str) -> CheckpointError:
     """Returns the error for a file that is damaged."""
     return CheckpointError(
         f"Expected a valid {path.name}; {reason}, in {path.parent}.\n"
-        "  The file is damaged, or was not written by PEFT: copy it again."
+        "  The file is damaged, or its writer did not follow the format: copy it again, or save it again."
     )
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[tuple[BufferedReader, int]]:
+    """Opens a regular file, through links as Hugging Face's cache has them, and yields it with its size.
+
+    Raises:
+      CheckpointError: if it is not a regular file, or changes before it is closed.
+      OSError: if it cannot be read.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        before = os.fstat(file.fileno())
+        if not stat.S_ISREG(before.st_mode):
+            raise invalid(path, "it is not a regular file")
+        yield file, before.st_size
+        after = os.fstat(file.fileno())
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise invalid(path, "it changed while it was read")
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; for a FIFO, without waiting for a process that writes to it."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a file with a JSON object.
+
+    Raises:
+      CheckpointError: as `opened` and `parse`.
+      OSError: if it cannot be read.
+    """
+    with opened(path) as (file, size):
+        return parse(file.read(min(size, MAX_BYTES) + 1), path)
 
 
 def parse(content: bytes, path: Path) -> dict[str, Any]:
@@ -40,7 +82,7 @@ def parse(content: bytes, path: Path) -> dict[str, Any]:
 
     Raises:
       CheckpointError: if it is not a JSON object in UTF-8, has a key twice or a number that is not finite, or is larger
-        or more deeply nested than the configuration or the header of an adapter can be.
+        or more deeply nested than a configuration or a header can be.
     """
     if len(content) > MAX_BYTES:
         raise invalid(path, f"it has more than {MAX_BYTES:,} bytes of JSON")
