@@ -877,6 +877,14 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
     )
 
 
+def test_the_weight_of_a_linear_module_may_be_a_target_parameter(tmp_path: Path) -> None:
+    # PEFT stores its factors as those of the module, and matches patterns with the parameter's name.
+    config = {"target_modules": ["up"], "target_parameters": ["fc.weight"], "r": 4, "rank_pattern": {"fc.weight": 2}}
+    write(tmp_path, CONFIG | config, FC)
+    loaded = peft.load(tmp_path, peft.layer("fc", "fc"), params_of({"fc/kernel": (D, F), "fc/bias": (F,)}))
+    assert loaded["fc/kernel"].variant.rank == 2
+
+
 @pytest.mark.parametrize(
     ("shapes", "config", "expected"),
     [
