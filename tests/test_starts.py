@@ -862,6 +862,22 @@ def expect(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
         call()
 
 
+def test_factors_of_some_layers_are_an_error() -> None:
+    params = {"stack": jnp.ones((3, 4, 4)), "w": jnp.ones((4, 4))}
+    some = lj.Layers(layers=[1], variant=lj.LoRA(rank=1, alpha=1, axes="bio"))
+    adapter = lj.init(jax.random.key(0), params, {"stack": some, "w": LORA})
+    for start in (starts.pissa, lambda *args: starts.gaussian(jax.random.key(1), *args)):
+        with pytest.raises(lj.AdapterError) as caught:
+            start(params, adapter)
+        assert str(caught.value) == (
+            "Expected factors for all layers of a stack; 1 of 2 leaves have them for some.\n"
+            "  'stack': Layers(variant=LoRA(rank=1, alpha=1), layers=(1,))\n"
+            "  Adapt all layers of these stacks, or initialize the other leaves only, and add these to the result."
+        )
+    with pytest.raises(lj.AdapterError, match="Expected factors for all layers"):
+        starts.loftq(params, adapter, {"w": lj.quant.NF4(block=4)})
+
+
 def test_invalid_arguments_are_errors() -> None:
     params, key = {"w": jnp.eye(6)}, jax.random.key(0)
 

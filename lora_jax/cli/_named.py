@@ -31,7 +31,7 @@ def params(name: str) -> Any:
     """Returns parameters: of the Orbax checkpoint in a directory, or those that `package.module:function` returns."""
     if next(Path(name).glob("*.safetensors"), None):
         raise UsageError(
-            "Expected the parameters of a checkpoint: the directory of an Orbax checkpoint, or package.module:function; "
+            "Expected parameters for a checkpoint: the directory of an Orbax checkpoint, or package.module:function; "
             f"{name} is a torch model."
         )
     if Path(name).exists() or ":" not in name:

@@ -60,8 +60,8 @@ def corda(
 
     Raises:
       SpecError: if `mode` has another value; if `damping` or a scale is not positive.
-      AdapterError: if the adapter does not fit `params`, or `activations` does not fit the adapter; if `activations`
-        has no rows for a layer; if an adapted kernel is quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack; if `activations` does
+        not fit the adapter, or has no rows for a layer; if an adapted kernel is quantized.
     """
     smallest = chosen("mode", mode, ("ipm", "kpm")) == "kpm"
     if not number("damping", damping) > 0:

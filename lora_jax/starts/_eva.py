@@ -67,8 +67,9 @@ def eva(
 
     Raises:
       SpecError: if `rho` is below 1.
-      AdapterError: if the adapter does not fit `params`, or `activations` does not fit the adapter; if `activations`
-        has no rows for a layer; if `rho` is above 1 under `jit`, where shapes cannot depend on values.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack; if `activations` does
+        not fit the adapter, or has no rows for a layer; if `rho` is above 1 under `jit`, where shapes cannot depend on
+        values.
     """
     if not rho >= 1:
         raise SpecError(f"Expected rho to be 1, which keeps the ranks, or more; got rho={rho!r}.")

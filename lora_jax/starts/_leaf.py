@@ -19,6 +19,7 @@ from .._core.stored import stored_among
 from .._core.variant import LowRank
 from .._errors import AdapterError, SpecError, listed
 from .._merge.fold import overflows, unfold
+from .._variants import Layers
 
 
 class Start(NamedTuple):
@@ -94,6 +95,7 @@ def initialize(params: Any, adapter: Adapters, method: Method, *, changes_base: 
     """
     leaves, treedef = flatten(params)
     adapted = low_rank_leaves(adapter, leaves)
+    check_layers(adapter)
     if changes_base:
         check_arrays(adapted)
     for leaf in adapted:
@@ -116,6 +118,17 @@ def low_rank_leaves(adapter: Adapters, leaves: Mapping[str, Any]) -> list[Leaf]:
     """Checks the adapter, and returns its leaves that have factors."""
     check(leaves, adapter)
     return [Leaf(path, leaves[path], part) for path, part in adapter.items() if isinstance(part.variant, LowRank)]
+
+
+def check_layers(adapter: Adapters) -> None:
+    """Raises if a leaf has factors for some layers of a stack, which would silently keep their initialization."""
+    some = {path: part.variant for path, part in adapter.items() if isinstance(part.variant, Layers)}
+    if some := {path: variant for path, variant in some.items() if isinstance(variant.variant, LowRank)}:
+        raise AdapterError(
+            f"Expected factors for all layers of a stack; {len(some)} of {len(adapter)} leaves have them for some.\n"
+            f"{listed([f'{path!r}: {variant}' for path, variant in some.items()])}\n"
+            "  Adapt all layers of these stacks, or initialize the other leaves only, and add these to the result."
+        )
 
 
 def check_arrays(adapted: Sequence[Leaf]) -> None:

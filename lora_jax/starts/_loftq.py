@@ -64,7 +64,8 @@ def loftq(
       SpecError: where `quant.quantize` raises it; if `iterations` is below 1, only one of `niter` and `key` is given,
         or a scale is not positive; if a variant is not of the form s·A·B for all tokens, or `Full` trains a leaf that
         `formats` selects.
-      AdapterError: if the adapter does not fit `params`, or an adapted kernel is already quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack, or an adapted kernel is
+        already quantized.
     """
     return alternate(
         params, adapter, formats, factors_first=False, iterations=iterations, kernels=kernels, niter=niter, key=key

@@ -76,8 +76,8 @@ def lora_ga(
       SpecError: if 2r is more than the number of inputs or outputs of a kernel; if `direction` or `scale` has another
         value; if `key` is missing for `"random"`, or given for another direction; if the scale of a variant is not
         positive where c depends on it.
-      AdapterError: if the adapter does not fit `params`, or `gradient` does not fit the adapter; if an adapted kernel
-        is quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack; if `gradient` does not
+        fit the adapter; if an adapted kernel is quantized.
     """
     chosen("direction", direction, get_args(Direction))
     chosen("scale", scale, get_args(Scale))
@@ -160,7 +160,8 @@ def gradients(
       The gradients by path, each of the shape of its kernel.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack, or an adapted kernel is
+        quantized.
     """
     leaves, treedef = flatten(params)
     adapted = low_rank_leaves(adapter, leaves)

@@ -39,7 +39,8 @@ def mica(params: Any, adapter: Adapters) -> Start:
 
     Raises:
       SpecError: if a variant has a diagonal in addition to the factors.
-      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack, or an adapted kernel is
+        quantized.
     """
     check_arrays(low_rank_leaves(adapter, flatten(params)[0]))
 

@@ -36,7 +36,8 @@ def olora(params: Any, adapter: Adapters) -> Start:
       The changed base `W0 - s·A·B`, rounded as in `pissa`, and the adapter.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack, or an adapted kernel is
+        quantized.
     """
 
     def method(leaf: Leaf) -> tuple[Array, Array]:

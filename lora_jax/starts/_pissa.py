@@ -47,7 +47,8 @@ def pissa(params: Any, adapter: Adapters, *, niter: int | None = None, key: Arra
 
     Raises:
       SpecError: if only one of `niter` and `key` is given; if a scale is not positive.
-      AdapterError: if the adapter does not fit `params`, or an adapted kernel is quantized.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack, or an adapted kernel is
+        quantized.
     """
     approximate = approximation(niter, key)
     return initialize(params, adapter, lambda leaf: approximate(leaf, leaf.matrices), changes_base=True)

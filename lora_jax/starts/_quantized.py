@@ -19,7 +19,7 @@ from .._merge.fold import unfold
 from .._variants import Full
 from ..quant import Format
 from ..quant._quantize import choose_formats, quantize_leaf
-from ._leaf import Leaf, Start, check_arrays, check_variant, low_rank_leaves
+from ._leaf import Leaf, Start, check_arrays, check_layers, check_variant, low_rank_leaves
 from ._pissa import approximation
 
 
@@ -50,6 +50,7 @@ def alternate(
     approximate = approximation(niter, key)
     leaves, treedef = flatten(params)
     adapted = {leaf.path: leaf for leaf in low_rank_leaves(adapter, leaves)}
+    check_layers(adapter)
     check_arrays(list(adapted.values()))
     chosen = choose_formats(formats, leaves, kernels)
     _check(adapter, adapted, chosen)

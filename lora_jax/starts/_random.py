@@ -35,7 +35,7 @@ def gaussian(key: Array, params: Any, adapter: Adapters) -> Start:
       `params` unchanged, and the adapter.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack.
     """
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
@@ -70,7 +70,7 @@ def kaiming(key: Array, params: Any, adapter: Adapters) -> Start:
       `params` unchanged, and the adapter.
 
     Raises:
-      AdapterError: if the adapter does not fit `params`.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack.
     """
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
@@ -108,7 +108,7 @@ def orthogonal(key: Array, params: Any, adapter: Adapters) -> Start:
 
     Raises:
       SpecError: if a rank is odd.
-      AdapterError: if the adapter does not fit `params`.
+      AdapterError: if the adapter does not fit `params` or adapts only some layers of a stack.
     """
 
     def method(leaf: Leaf) -> tuple[Array, Array]:
