@@ -94,10 +94,14 @@ def loss_of(adapter: Any, params: Any, ids: Array, mask: Array, labels: Array) -
     return optax.softmax_cross_entropy(logits, targets).mean()
 
 
-def make_step(tx: optax.GradientTransformation) -> Callable[..., tuple[Any, Any, Array]]:
-    """Returns an update with gradient accumulation: ids (micro, batch, tokens), labels (micro, batch)."""
+def make_step(tx: optax.GradientTransformation, targets: Any) -> Callable[..., tuple[Any, Any, Array]]:
+    """Returns an update with gradient accumulation: ids (micro, batch, tokens), labels (micro, batch).
 
-    @functools.partial(jax.jit, donate_argnums=(1, 2))
+    `targets` are the shardings of adapter and optimizer state. Without them the compiler chooses those of the results,
+    and compiles the second step again if they differ.
+    """
+
+    @functools.partial(jax.jit, donate_argnums=(1, 2), out_shardings=(*targets, None))
     def step(params: Any, adapter: Any, opt_state: Any, ids: Array, mask: Array, labels: Array) -> Any:
         def add(total: Any, batch: tuple[Array, Array, Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(adapter, params, *batch)), None
@@ -157,7 +161,7 @@ def train(given: argparse.Namespace, mesh: Mesh, data: trec.Trec) -> tuple[Any, 
             restored = manager.restore(done, args=items)
             adapter, opt_state = restored["adapter"], restored["state"]["optimizer"]
             console.print(f"Resumes after step {done} of {steps}.")
-        step, batch_sharding = make_step(tx), NamedSharding(mesh, P(None, "data"))
+        step, batch_sharding = make_step(tx, targets), NamedSharding(mesh, P(None, "data"))
         batches = itertools.islice(batches_from(tokens, size, done), steps - done)
         bar = progress_bar("LoRA", steps, " steps", iterable=batches, initial=done)
         for number, batch in enumerate(bar, start=done + 1):

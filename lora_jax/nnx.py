@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +49,7 @@ def functional(module: Any, *, wrt: Any = None, method: str | None = None) -> Fu
       method: the name of the method to call; `__call__` by default.
 
     Returns:
-      `(apply, params, rest)`.
+      `(apply, params, rest)`. `apply` returns `(outputs, rest)`, and raises `TypeError` if `rest` is not a state.
 
     Raises:
       TypeError: if `module` is not an `nnx.Module`.
@@ -66,11 +66,21 @@ def functional(module: Any, *, wrt: Any = None, method: str | None = None) -> Fu
     graph, params, rest = nnx.split(module, wrt, ...)
 
     def apply(params: Any, rest: Any, /, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if not isinstance(rest, Mapping):
+            raise TypeError(
+                f"Expected the rest of the state of `{type(module).__name__}`, the third result of `functional`, after "
+                f"the parameters and the adapter; got {_type(rest)}.\n"
+                "  Call apply(params, rest, *args), or lora(apply)(params, adapter, rest, *args)."
+            )
         merged = nnx.merge(graph, params, rest, copy=True)  # variables of this trace
         outputs = (merged if method is None else getattr(merged, method))(*args, **kwargs)
         return outputs, nnx.split(merged, wrt, ...)[2]
 
     return Functional(apply, params, rest)
+
+
+def _type(x: Any) -> str:
+    return "an array" if isinstance(x, jax.Array) else type(x).__name__
 
 
 class AdapterModule(nnx.Module):  # type: ignore[misc]

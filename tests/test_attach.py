@@ -160,7 +160,7 @@ NO_ADAPTERS = {
     "an optimizer's state": (optax.adam(1e-3).init(init(BASE)), "tuple"),
     "None": (None, "NoneType"),
     "a list": ([init(BASE)], "list"),
-    "the input": (X, "ArrayImpl"),
+    "the input": (X, "an array"),
     "one part": (init(BASE)["layer_0/kernel"], "Adapter"),
     "a tree with the adapter": ({"base": BASE, "adapter": init(BASE)}, "dict at 'base'"),
     "frozen parameters": (FrozenDict(BASE), "FrozenDict at 'layer_0'"),

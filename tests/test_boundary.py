@@ -10,11 +10,13 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax import lax
 from law import adapted, assert_close, normal
 
@@ -195,6 +197,35 @@ def test_python_code_that_needs_a_value_is_an_error_with_line_and_advice(apply: 
         "  Python code may depend on shapes and on arguments that are not arrays, such as numbers and strings."
     )
     assert type(error.value.__cause__) is getattr(jax.errors, NEEDING[apply])
+
+
+class Linear(nn.Module):
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x
+
+
+WHOLE = "Expected a function of parameters, `apply(params, *args)`; got "
+NO_FUNCTIONS = {
+    "Linen": (Linear(), "the Linen module `Linear`.\n  Pass its method: `model.apply`."),
+    "NNX": (
+        nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+        "the NNX module `Linear`, which holds its parameters.\n  Split it: apply, params, rest = "
+        "lora_jax.nnx.functional(module); `rest` is the model's first argument.",
+    ),
+    "parameters": (
+        PARAMS,
+        "a value of type `dict`.\n  The arguments come in this order: first `apply`, then `params`.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_FUNCTIONS)
+def test_a_module_in_place_of_a_function_is_an_error_with_advice(name: str) -> None:
+    apply, text = NO_FUNCTIONS[name]
+    for call in (lj.lora, lambda apply: lj.kernels(apply, PARAMS, X)):
+        with pytest.raises(lj.TracingError) as error:
+            call(apply)
+        assert str(error.value) == WHOLE + text
 
 
 def test_kernels_explain_plan_and_jit_raise_the_same_error() -> None:

@@ -162,6 +162,12 @@ def test_inspect_splits_the_stacks_of_a_checkpoint(run: Any, tmp_path: Path) -> 
     expected = [np.linalg.norm(update(jax.tree.map(lambda array, i=i: array[i], part))) for i in range(3)]
     np.testing.assert_allclose([layer["norm"] for layer in data["layers"]], expected, rtol=1e-6)
     assert [layer["name"] for layer in data["layers"]] == ["layers/up[0]", "layers/up[1]", "layers/up[2]"]
+    some = lj.Adapter(lj.Layers(layers=[2, 4], variant=LORA), "bio", a=part.a[:2, :, :2], b=part.b[:2, :2])
+    checkpoint.save(tmp_path / "some", {"layers/up": some}, base={"layers": {"up": np.ones((5, D, F), np.float32)}})
+    layers = run("inspect", tmp_path / "some", "--json").data["layers"]
+    assert [layer["name"] for layer in layers] == ["layers/up[2]", "layers/up[4]"]
+    one = np.linalg.norm(2 * part.a[1, :, :2].astype(float) @ part.b[1, :2])
+    assert layers[1]["norm"] == pytest.approx(one)
 
 
 # diff
@@ -196,7 +202,7 @@ def test_diff_names_layers_that_one_has_and_other_shapes(run: Any, tmp_path: Pat
     dora = adapter_of(lj.DoRA(rank=2, alpha=4))
     data = run("diff", plain, exported(tmp_path / "dora", dora), "--json").data
     assert {layer["relative"] for layer in data["layers"]} == {None}
-    assert "other shapes" in run("diff", plain, tmp_path / "dora").out
+    assert "other methods" in run("diff", plain, tmp_path / "dora").out
 
 
 # verify
@@ -243,6 +249,7 @@ def test_verify_compares_a_checkpoint_with_its_base(run: Any, tmp_path: Path, mo
     ran = run("verify", "saved", "--base", "my_base:OTHER", "--json")
     assert ran.code == 1 and "'layers/0/up' has other values" in ran.data["problems"]["base"][0]
     one_line(run("verify", "saved", "--server", "vllm"), 2, "Convert it first")
+    one_line(run("verify", "saved", "--base", model(tmp_path / "torch")), 2, "torch is a torch model")
 
 
 def test_verify_says_what_a_server_refuses(run: Any, tmp_path: Path, plain: Path) -> None:
@@ -255,6 +262,7 @@ def test_verify_says_what_a_server_refuses(run: Any, tmp_path: Path, plain: Path
     dora = exported(tmp_path / "dora", adapter_of(lj.DoRA(rank=2, alpha=4)))
     assert problems(plain, "vllm") == problems(plain, "llama.cpp") == []
     assert problems(dora, "vllm")[0] == f"{path}: it has DoRA, which vLLM refuses"
+    assert "note: vllm can serve the merged model: lora-jax merge" in run("verify", dora, "--server", "vllm").out
     assert "mlx-lm reads other files than PEFT's" in problems(plain, "mlx-lm")[0]
     stabilized = exported(tmp_path / "stabilized", adapter_of(lj.RSLoRA(rank=4, alpha=4)))
     assert problems(stabilized, "llama.cpp")[0].startswith(f"{path}: llama.cpp reads the scale 1, and PEFT 2; lora-jax")

@@ -291,7 +291,7 @@ def test_an_invalid_rank_is_an_error(rank: Any, text: str) -> None:
 
 @pytest.mark.parametrize("call", [lambda params: lj.compress(params, 1), lj.analysis.singular_values])
 def test_parameters_in_place_of_the_adapter_are_an_error(call: Any) -> None:
-    with pytest.raises(lj.AdapterError, match=r"Expected an adapter: .*; got ArrayImpl at 'w'"):
+    with pytest.raises(lj.AdapterError, match=r"Expected an adapter: .*; got an array at 'w'"):
         call({"w": jnp.zeros((4, 3))})
 
 

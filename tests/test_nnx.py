@@ -96,6 +96,17 @@ def test_what_cannot_be_converted_is_an_error(module: Any, options: Any, error: 
         lj.nnx.functional(module or net(), **options)
 
 
+def test_a_call_without_the_rest_of_the_state_is_an_error() -> None:
+    apply, params, _ = lj.nnx.functional(net())
+    with pytest.raises(TypeError) as caught:
+        lj.kernels(apply, params, inputs())
+    assert str(caught.value) == (
+        "Expected the rest of the state of `Net`, the third result of `functional`, after the parameters and the "
+        "adapter; got an array.\n"
+        "  Call apply(params, rest, *args), or lora(apply)(params, adapter, rest, *args)."
+    )
+
+
 def test_an_adapter_is_trained_by_the_optimizer_of_nnx(key: jax.Array) -> None:
     apply, params, rest = lj.nnx.functional(net())
     adapted, adapter = lj.adapt(apply, params, SPEC, rest, inputs(), key=key)

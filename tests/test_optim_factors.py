@@ -358,7 +358,7 @@ def test_an_invalid_mask_is_an_error(name: str) -> None:
     assert str(caught.value).startswith(text)
 
 
-@pytest.mark.parametrize(("tree", "got"), [({"w": jnp.ones(2)}, "ArrayImpl at 'w'"), (jnp.ones(2), "ArrayImpl")])
+@pytest.mark.parametrize(("tree", "got"), [({"w": jnp.ones(2)}, "an array at 'w'"), (jnp.ones(2), "an array")])
 def test_a_value_that_is_not_an_adapter_is_an_error(tree: Any, got: str) -> None:
     text = (
         f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {got}.\n"

@@ -851,6 +851,22 @@ def test_mappings_and_rows_are_checked(tmp_path: Path) -> None:
         assert expected in refused_export(adapter, {"a/kernel": row}, params_of(TWO), tmp_path)
 
 
+@pytest.mark.parametrize("variant", [lj.LoRA(rank=2, alpha=4), lj.DoRA(rank=2, alpha=4)], ids=str)
+def test_layers_of_a_stack_are_the_modules_that_have_factors(variant: Any, tmp_path: Path) -> None:
+    params = {"layers": {"up": {"kernel": np.random.default_rng(0).standard_normal((4, D, F)).astype(np.float32)}}}
+    spec = {"**/kernel": lj.Layers(layers=[1, 3], variant=dataclasses.replace(variant, axes="bio"))}
+    adapter = jax.tree.map(lambda x: x + 0.5, lj.init(jax.random.key(0), params, spec))
+    mapping = peft.layer("layers/up", "layers.{i}.up")
+    peft.export(tmp_path, adapter, mapping, base=params)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["layers.1.up", "layers.3.up"]
+    merged = lj.merge(params, adapter)["layers"]["up"]["kernel"]
+    for path, part in peft.read(tmp_path).adapter.items():
+        layer = int(path[len("layers.")])
+        one = lj.merge({path: params["layers"]["up"]["kernel"][layer].T}, {path: part})[path]
+        np.testing.assert_allclose(one.T, merged[layer], rtol=1e-5)
+
+
 def refused_load(path: Path, mapping: Any = None, params: Any = None) -> str:
     with pytest.raises(lj.CheckpointError) as error:
         peft.load(path, mapping or peft.layer("fc", "fc"), params or params_of({"fc/kernel": (D, F), "fc/bias": (F,)}))
@@ -875,6 +891,14 @@ def test_all_that_does_not_fit_is_in_one_error(tmp_path: Path) -> None:
         "  'up' is in target_modules, and has no tensors\n"
         "  Pass the mapping and the parameters of the model that the adapter was trained for."
     )
+
+
+def test_the_weight_of_a_linear_module_may_be_a_target_parameter(tmp_path: Path) -> None:
+    # PEFT stores its factors as those of the module, and matches patterns with the parameter's name.
+    config = {"target_modules": ["up"], "target_parameters": ["fc.weight"], "r": 4, "rank_pattern": {"fc.weight": 2}}
+    write(tmp_path, CONFIG | config, FC)
+    loaded = peft.load(tmp_path, peft.layer("fc", "fc"), params_of({"fc/kernel": (D, F), "fc/bias": (F,)}))
+    assert loaded["fc/kernel"].variant.rank == 2
 
 
 @pytest.mark.parametrize(

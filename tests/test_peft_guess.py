@@ -190,6 +190,41 @@ def test_a_tied_head_is_part_of_the_row_of_the_table() -> None:
     assert confidence in ("sure", "unsure") and modules(row) in (["words"], ["decoder"])
 
 
+def test_a_table_that_the_model_uses_as_its_head_is_unsure_without_a_tensor_of_the_head() -> None:
+    # A file that `save_pretrained` writes has no tensor of a tied head.
+    params, torch = tree({"table": (V, D)}), {"model.embed_tokens.weight": (V, D)}
+    tied = lj.kernels(lambda p, ids: p["table"][ids] @ p["table"].T, params, np.zeros((2, 3), int))
+    row, confidence, reasons = row_of(peft.guess(params, torch, kernels=tied), "table")
+    assert (row, confidence) == (peft.embedding("model.embed_tokens"), "unsure")
+    assert "the model uses it as its head, too, and no tensor is that head: state `head=`, such as 'lm_head'" in reasons
+    lookup = lj.kernels(lambda p, ids: p["table"][ids], params, np.zeros((2, 3), int))
+    for rest in ({"kernels": lookup}, {}):
+        assert row_of(peft.guess(params, torch, **rest), "table")[1] == "likely"
+    row = row_of(peft.guess(params, torch | {"lm_head.weight": (V, D)}, kernels=tied), "table")[0]
+    assert row.head == "lm_head"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        peft.linear("up"),
+        peft.linear([Part("q", interleaved=4, factor=0.5), Part("k", size=8)], axes="bioo", outputs=(1, 0)),
+        peft.linear(Part("c_attn", of=(8, 24)), conv1d=True),
+        peft.embedding("words", head="lm_head"),
+        peft.conv("patch", axes="iiio"),
+        peft.vector("up"),
+        peft.vector("norm", parameter="weight"),
+        peft.vector("cls", parameter="cls", keep_shape=True),
+        peft.experts("mlp.experts", parameter="down_proj", swapped=True, experts_first=True),
+        peft.experts("mlp.gate", parameter="weight"),
+    ],
+    ids=lambda row: row.kind,
+)
+def test_a_row_prints_as_the_call_that_makes_it(row: Row) -> None:
+    assert eval(repr(row)) == row
+    assert "None" not in repr(row) and "False" not in repr(row)
+
+
 def test_conv_kernels_and_what_has_no_partner() -> None:
     shapes = {"patch/kernel": (3, 5, D, F), "patch/bias": (F,), "cls": (1, 1, D), "params/probe": (7,)}
     torch = {"patch.weight": (F, D, 3, 5), "patch.bias": (F,), "rotary.inv_freq": (4,), "other.weight": (5, 5)}

@@ -350,6 +350,7 @@ def refused(adapter: Any, path: Path, mapping: Any = MAPPING, **kwargs: Any) -> 
 def test_what_a_server_does_not_read_is_in_one_error(server: str, name: str, lines: Any, tmp_path: Path) -> None:
     text = refused(made(ALL), tmp_path, for_server=server)
     assert text.startswith(f"Expected an adapter that {name} and the mapping can express; got:\n")
+    assert text.endswith("or change the leaves, or serve the merged model, `peft.export_merged`; nothing was written.")
     assert not [line for line in lines if line not in text]
     assert ("'head/kernel'" in text) == (server != "vllm") and ("'query'" in text) == (server != "mlx-lm")
 

@@ -356,7 +356,11 @@ def test_a_sharded_kernel_is_quantized_where_it_is(name: str, spec: PartitionSpe
 
 BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "not finite": ({"w": jnp.full((64, 4), jnp.nan)}, {"w": NF4}, "NaN or infinity"),
-    "blocks do not divide": ({"w": jnp.ones((60, 4))}, {"w": NF4}, "multiple of block=64; there are 60"),
+    "blocks do not divide": (
+        {"w": jnp.ones((60, 4))},
+        {"w": NF4},
+        "multiple of block=64; there are 60.\n  Give these leaves another block",
+    ),
     "integers": ({"w": jnp.ones((64, 4), jnp.int32)}, {"w": NF4}, "not floating-point"),
     "a vector": ({"bias": jnp.ones(64)}, {"bias": NF4}, "it is a vector"),
     "unknown axes": ({"w": jnp.ones((64, 4, 4))}, {"w": INT8}, "is not known"),

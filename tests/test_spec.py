@@ -93,6 +93,33 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_paths() -> 
     )
 
 
+@pytest.mark.parametrize(
+    ("pattern", "similar", "count"),
+    [
+        ("query/kernel", "**/query/kernel", "1 path"),
+        ("query", "**/query/kernel", "1 path"),
+        ("**/norm", "**/norm/**", "2 paths"),
+        ("layer_0", "**/layer_0/**", "6 paths"),
+        ("encoder.layer_0.query", "**/encoder/layer_0/query/kernel", "1 path"),
+        ("head.kernel", "head/kernel", "1 path"),
+        ("{query,value}", "**/{query,value}/kernel", "2 paths"),
+    ],
+)
+def test_a_pattern_for_a_part_of_a_path_is_an_error_with_one_that_matches(
+    pattern: str, similar: str, count: str
+) -> None:
+    text = f"matches none of 7.\n  A pattern is for a whole path, with slashes: {similar!r} matches {count}.\n"
+    assert text in error({pattern: LORA})
+    arrays = jax.tree.map(lambda leaf: np.zeros(leaf.shape), PARAMS)
+    assert len(init({similar: lj.Full()}, arrays)) == int(count.split()[0])
+
+
+def test_a_regular_expression_as_a_string_is_an_error_that_says_so() -> None:
+    text = "A string is a glob; for a regular expression, compile it: re.compile('.*/(query|value)/kernel').\n"
+    assert text in error({".*/(query|value)/kernel": LORA})
+    assert "The nearest paths" in error({"*(query": LORA})  # neither
+
+
 @pytest.mark.parametrize("rule", [LORA, lj.Full(), None], ids=str)
 @pytest.mark.parametrize("pattern", ["**/qurey/kernel", re.compile("query/kernel")], ids=["glob", "expression"])
 def test_every_rule_must_match_a_leaf(rule: Any, pattern: Any) -> None:
@@ -109,6 +136,12 @@ def test_a_rule_without_remaining_leaves_is_an_error_with_the_earlier_rules() ->
         "matches.\n"
         "  The earlier rules: 'encoder/**/kernel', 'head/*'.\n"
         "  The first match decides: put the more specific rule first, or delete this one."
+    )
+
+
+def test_a_rule_without_its_only_leaf_is_an_error() -> None:
+    assert "'head/kernel' has none, because earlier rules match the only leaf that it matches.\n" in error(
+        {"**/kernel": LORA, "head/kernel": OTHER}
     )
 
 

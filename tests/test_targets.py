@@ -412,8 +412,7 @@ def test_a_target_without_kernels_is_an_error_with_advice() -> None:
         lj.init(jax.random.key(0), W, {targets.all_linear: LORA})
     assert str(caught.value) == (
         "Expected `kernels`, because targets.all_linear selects leaves by their use in the traced model; got none.\n"
-        "  Call init(key, params, spec, kernels=lora_jax.kernels(apply, params, *args)), or lora_jax.adapt, which "
-        "traces the model."
+        "  Pass kernels=lora_jax.kernels(apply, params, *args), or call lora_jax.adapt, which traces the model."
     )
 
 

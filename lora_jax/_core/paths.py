@@ -6,6 +6,7 @@ and without boxes.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import operator
@@ -18,7 +19,7 @@ import jax
 from flax.core import meta
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, PyTreeDef, SequenceKey
 
-from .._errors import AdapterError, LoRAError, SpecError, listed
+from .._errors import AdapterError, LoRAError, SpecError, counted, listed
 from .stored import StoredLeaf
 
 Pattern = str | re.Pattern[str]
@@ -154,15 +155,33 @@ def matching_paths(
     """Returns the paths that a pattern matches.
 
     Raises:
-      SpecError: or `error`, if no path matches; lists the nearest paths.
+      SpecError: or `error`, if no path matches; with a similar pattern that does, or the nearest paths.
     """
     found = [path for path in paths if matcher(pattern).fullmatch(path)]
     if not found:
+        similar = _similar_pattern(pattern, paths) if isinstance(pattern, str) else None
+        near = f"The nearest paths:\n{listed(nearest(pattern, list(paths)))}"
         raise error(
             f"Expected {expected}; {pattern_text(pattern)!r} matches none of {len(paths)}.\n"
-            f"  The nearest paths:\n{listed(nearest(pattern, list(paths)))}\n  {advice}".rstrip()
+            f"  {similar or near}\n  {advice}".rstrip()
         )
     return found
+
+
+def _similar_pattern(pattern: str, paths: Collection[str]) -> str | None:
+    """Returns a sentence with a pattern that matches, for one that lacks an end or has another syntax."""
+    for glob in dict.fromkeys((pattern, pattern.replace(".", "/"))):
+        rooted = glob if glob.startswith("**/") else f"**/{glob}"
+        for candidate in (glob, rooted, f"{rooted}/kernel", f"{rooted}/**"):
+            with contextlib.suppress(SpecError):
+                if count := sum(matches_any(path, [candidate]) for path in paths):
+                    return (
+                        f"A pattern is for a whole path, with slashes: {candidate!r} matches {counted(count, 'path')}."
+                    )
+    with contextlib.suppress(re.error):
+        if any(map(re.compile(pattern).fullmatch, paths)):
+            return f"A string is a glob; for a regular expression, compile it: re.compile({pattern!r})."
+    return None
 
 
 def differences(

@@ -115,7 +115,7 @@ def fit(
         try:
             variant.check(leaf.shape, axes)
         except SpecError as error:
-            problems.append(Problem(path, leaf, choice._replace(axes=axes), str(error)))
+            problems.append(Problem(path, leaf, choice._replace(axes=axes), str(error), kind.advice))
             continue
         fitted[path] = Choice(choice.pattern, variant.fitted(leaf.shape, axes), axes)
     refuse(problems, len(chosen), kind.verb)
@@ -170,8 +170,8 @@ def resolve(
         if not undecided:
             earlier = dict.fromkeys(key_text(decided[path].pattern) for path in found)
             raise SpecError(
-                f"Expected every rule to have an effect; {key_text(pattern)} has none, because earlier rules match all "
-                f"{len(found)} leaves that it matches.\n"
+                f"Expected every rule to have an effect; {key_text(pattern)} has none, because earlier rules match "
+                f"{f'all {len(found)} leaves' if len(found) > 1 else 'the only leaf'} that it matches.\n"
                 f"  The earlier rules: {', '.join(earlier)}.\n"
                 "  The first match decides: put the more specific rule first, or delete this one."
             )

@@ -16,10 +16,11 @@ class SpecValue(abc.ABC):
 
     axes: str | None = None
     needs_axes: ClassVar[bool]  # whether it depends on the roles of the kernel's axes
-    noun: ClassVar[str]  # for errors, as are the next three
+    noun: ClassVar[str]  # for errors, as are the next four
     example: ClassVar[str]
     verb: ClassVar[str]
     function: ClassVar[str]
+    advice: ClassVar[str]
 
     def __post_init__(self) -> None:
         """Checks the fields and converts them to plain Python; `check` does what needs the shape of the kernel."""

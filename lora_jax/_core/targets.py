@@ -59,8 +59,7 @@ def matching_leaves(key: Key, leaves: Collection[str], kernels: Mapping[str, Ker
     if kernels is None:
         raise SpecError(
             f"Expected `kernels`, because {key} selects leaves by their use in the traced model; got none.\n"
-            "  Call init(key, params, spec, kernels=lora_jax.kernels(apply, params, *args)), or lora_jax.adapt, which "
-            "traces the model."
+            "  Pass kernels=lora_jax.kernels(apply, params, *args), or call lora_jax.adapt, which traces the model."
         )
     found = [path for path in leaves if path in kernels and kernels[path].kind in key.kinds]
     if not found:

@@ -35,6 +35,7 @@ class Variant(SpecValue):
     example: ClassVar[str] = "LoRA(rank=8, alpha=16)"
     verb: ClassVar[str] = "adapt"
     function: ClassVar[str] = "init"
+    advice: ClassVar[str] = ""
 
     @property
     def title(self) -> str:

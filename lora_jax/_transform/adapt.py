@@ -66,7 +66,7 @@ def adapt(
     Raises:
       TypeError: if there are other keyword arguments.
       SpecError: if `init` or `lora` raises it.
-      TracingError: if Python code of the model needs the value of an array.
+      TracingError: if `apply` is not a function, or Python code of the model needs the value of an array.
     """
     refuse_keywords("adapt", unexpected)
     adapted = lora(apply, materialize=materialize, custom_derivatives=custom_derivatives, form=form)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import inspect
+import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -40,6 +41,24 @@ def python_without_values(apply: Callable[..., Any]) -> Iterator[None]:
             "`merge(params, adapter)`.\n"
             "  Python code may depend on shapes and on arguments that are not arrays, such as numbers and strings."
         ) from error
+
+
+def check_function(apply: Any) -> None:
+    """Raises `TracingError` unless `apply` is a function of parameters, which a module of Flax is not."""
+    nnx, linen = (sys.modules.get(f"flax.{name}") for name in ("nnx", "linen"))  # importing them is slow
+    kind = type(apply).__name__
+    if nnx is not None and isinstance(apply, nnx.Module):
+        got = f"the NNX module `{kind}`, which holds its parameters"
+        advice = (
+            "Split it: apply, params, rest = lora_jax.nnx.functional(module); `rest` is the model's first argument."
+        )
+    elif linen is not None and isinstance(apply, linen.Module):
+        got, advice = f"the Linen module `{kind}`", "Pass its method: `model.apply`."
+    elif not callable(apply):
+        got, advice = f"a value of type `{kind}`", "The arguments come in this order: first `apply`, then `params`."
+    else:
+        return
+    raise TracingError(f"Expected a function of parameters, `apply(params, *args)`; got {got}.\n  {advice}")
 
 
 def check_keywords(apply: Callable[..., Any], names: Sequence[str], function: str) -> None:

@@ -56,7 +56,7 @@ def kernels(
 
     Raises:
       TypeError: if there are other keyword arguments.
-      TracingError: if Python code of the model needs the value of an array.
+      TracingError: if `apply` is not a function, or Python code of the model needs the value of an array.
     """
     refuse_keywords("kernels", unexpected)
     program = trace(apply, params, args, kwargs or {})

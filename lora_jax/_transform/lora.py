@@ -14,7 +14,7 @@ from .._core.adapter import Adapters
 from .._core.attach import attach
 from .._core.paths import Pattern, flatten
 from .._errors import LoRAError, SpecError
-from .boundary import check_keywords
+from .boundary import check_function, check_keywords
 from .cache import ProgramCache
 from .contraction.costs import Form, FormName
 from .contraction.forms import custom_jvp_works
@@ -72,12 +72,13 @@ def lora(
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
-      TracingError: at the call, if Python code of `apply` needs the value of an array, as in `if x.sum() > 0:`, or if
-        a result that is not a pytree contains one.
+      TracingError: if `apply` is not a function, such as a module of Flax; at the call, if Python code of `apply` needs
+        the value of an array, as in `if x.sum() > 0:`, or if a result that is not a pytree contains one.
       UnsupportedError: at the call, if an adapted kernel reaches an operation without a low-rank rule and may not be
         materialized; names the primitive, the path and the line of the model.
       SpecError: if an argument has an invalid value; at the call, if a transformation does not support `"hybrid"`.
     """
+    check_function(apply)
     if not (isinstance(apply, types.FunctionType) and apply in _adapted):  # of a nested one the outer takes them
         check_keywords(apply, ("dropout_key", "token_weights"), "the function that `lora` returns")
     options = make_settings(materialize=materialize, custom_derivatives=custom_derivatives, form=form)

@@ -19,7 +19,7 @@ from .._core.paths import flatten, unflatten
 from .._core.placement import explicit_sharding
 from .._core.stored import StoredLeaf
 from .._core.uses import Use
-from .boundary import check_statics, python_without_values
+from .boundary import check_function, check_statics, python_without_values
 from .contraction.forms import traced_by_lora
 from .interpreter import Value, interpret, materialize_or_refuse
 from .refusal import Refusal, Refused, refusal_error
@@ -92,8 +92,10 @@ def trace(apply: Callable[..., Any], params: Any, args: Sequence[Any], kwargs: M
     """Traces a call once, without evaluating it. Arrays may be `ShapeDtypeStruct`s.
 
     Raises:
-      TracingError: if Python code needs the value of an array, or if a result that is not an array contains one.
+      TracingError: if `apply` is not a function; if Python code needs the value of an array; or if a result that is
+        not an array contains one.
     """
+    check_function(apply)
     leaves, params_def = flatten(params)
     others, others_def = jax.tree_util.tree_flatten((tuple(args), dict(kwargs)))
     returned: list[tuple[list[Any], PyTreeDef]] = []

@@ -8,14 +8,17 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from .._core.adapter import Adapter
 from .._core.base import Base, Recorded, apply_change, as_array, base_of
 from .._core.kernel import AdaptedKernel
 from .._core.numbers import integers
 from .._core.placement import explicit_sharding, like_kernel
 from .._core.stored import Change, StoredLeaf
+from .._core.values import on_host
 from .._core.variant import Variant, Wrapper
 from .._errors import SpecError
 
@@ -122,6 +125,18 @@ class Layers(Wrapper):
         """Returns these layers of a kernel."""
         part = kernel.take(jnp.array(self.layers)) if isinstance(kernel, Recorded) and _axis(axes) == 0 else None
         return apply_change(kernel, Change(_take, (self.layers, _axis(axes), 0))) if part is None else part
+
+
+def in_stack(part: Adapter, shape: Sequence[int]) -> Adapter:
+    """Returns the arrays of `Layers` as those of a stack of the shape, with zeros for the other layers."""
+    variant, layers = part.variant.variant, list(part.variant.layers)
+    layout, arrays = variant.layout(part.axes), {}
+    for name, own in variant.shapes(shape, part.axes).items():
+        at = layout[name].index(_axis(part.axes))
+        array = on_host(part.arrays[name])
+        arrays[name] = np.zeros(own, array.dtype)
+        arrays[name][(*[slice(None)] * at, layers)] = array
+    return Adapter(variant, part.axes, **arrays)
 
 
 def _axis(axes: str) -> int:

@@ -77,6 +77,7 @@ def _compared(one: Layer, other: Layer, tolerance: float) -> dict[str, Any]:
         "ranks": [getattr(layer.variant, "rank", None) for layer in (one, other)],
         "scales": [one.scale, other.scale],
         "shapes": [one.shape, other.shape],
+        "methods": [type(layer.variant).__name__ for layer in (one, other)],
     }
 
 
@@ -103,6 +104,7 @@ def _short(value: Any) -> str:
 def _table(differing: list[dict[str, Any]], per_layer: bool) -> RenderableType:
     shown = table("module", "#layers", "#difference", "#‖ΔW‖", "#‖ΔW'‖")
     for name, some in grouped(differing, "name" if per_layer else "kind").items():
-        relative = spans(layer["relative"] for layer in some) or "other shapes"
+        others = "other methods" if some[0]["methods"][0] != some[0]["methods"][1] else "other shapes"
+        relative = spans(layer["relative"] for layer in some) or others
         add_row(shown, name, str(len(some)), relative, *(spans(layer["norms"][at] for layer in some) for at in (0, 1)))
     return shown

@@ -19,6 +19,7 @@ from .._core.adapter import Adapter, Adapters
 from .._core.axes import axes_with
 from .._core.values import on_host
 from .._core.variant import LowRank, Variant
+from .._variants import Layers
 
 Values = np.ndarray[Any, Any]
 
@@ -123,9 +124,11 @@ def _layers(path: str, part: Adapter) -> Iterator[Layer]:
     arrays = {name: on_host(array) for name, array in part.arrays.items()}
     batch = len(axes_with(part.axes, "b"))
     sizes = next(iter(arrays.values())).shape[:batch] if batch else ()
+    some = part.variant if isinstance(part.variant, Layers) and batch else None
     for index in np.ndindex(sizes):
         own = {name: array[index] for name, array in arrays.items()}
-        yield Layer(path + "".join(f"[{at}]" for at in index), part.variant, own)
+        places = index if some is None else (some.layers[index[0]], *index[1:])
+        yield Layer(path + "".join(f"[{at}]" for at in places), some.variant if some else part.variant, own)
 
 
 def _dot(one: Layer, other: Layer) -> float:

@@ -29,6 +29,11 @@ def mapping(name: str | None) -> MappingOfRows:
 
 def params(name: str) -> Any:
     """Returns parameters: of the Orbax checkpoint in a directory, or those that `package.module:function` returns."""
+    if next(Path(name).glob("*.safetensors"), None):
+        raise UsageError(
+            "Expected parameters for a checkpoint: the directory of an Orbax checkpoint, or package.module:function; "
+            f"{name} is a torch model."
+        )
     if Path(name).exists() or ":" not in name:
         return {path: leaf.read() for path, leaf in orbax_leaves(Path(name)).items()}
     return _object(name)

@@ -78,6 +78,8 @@ def verified(directory: Path, base: str | None, server: str | None, component: s
         problems["base"] = _of_base(found, base)
     if server is not None:
         problems["server"] = _of_server(found, server, component)
+    if problems["server"] and server not in _OTHER_FILES:
+        data["notes"].append(f"{server} can serve the merged model: lora-jax merge")
     if zero := [name for name, layer in found.layers.items() if layer.norm() == 0]:
         data["notes"].append(f"{counted(len(zero), 'layer')} with an update of zero: {few(zero)}")
     ranks = [part.a.shape[-1] for part in found.adapter.values() if has_factors(part)]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, NewType
 
 from . import _patterns
 from ._patterns import Patterns
+from ._rows import Row
 from ._untrusted import shown
 
 Config = Mapping[str, Any]  # as it is in a file
@@ -64,6 +65,13 @@ def is_target(config: Prepared, module: str, parameter: bool = False) -> bool:
     if isinstance(targets, str):
         return targets == "all-linear" or _patterns.fullmatch(targets, module)
     return not frozenset(targets or ()).isdisjoint(_patterns.ends(module))
+
+
+def target_of(config: Prepared, module: str, row: Row) -> str:
+    """Returns the name that PEFT adapts a module by: that of a `Linear`'s weight, if it is in `target_parameters`."""
+    weight = f"{module}.{row.parameter}"
+    is_parameter = row.kind == "linear" and not row.conv1d and is_target(config, weight, parameter=True)
+    return weight if is_parameter else module
 
 
 def prepared(config: Config) -> Prepared:

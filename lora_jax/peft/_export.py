@@ -11,10 +11,12 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from .._core.adapter import Adapters
+from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.paths import flatten
+from .._core.variant import LowRank
 from .._errors import AdapterError, CheckpointError
+from .._variants import Layers, in_stack
 from ._files import write
 from ._modules import Exported
 from ._servers import server
@@ -36,7 +38,8 @@ def export(
 
     `LoRA`, `RSLoRA`, `DoRA` and `ALoRA` become factors, `VeRA` its vectors and matrices, `LoRABias` becomes
     `lora_bias`, `Full` becomes `modules_to_save`, and `Rows` becomes trainable tokens. Ranks and scales may differ
-    between leaves. Everything is written, or nothing is: an adapter that the format cannot express is an error.
+    between leaves; of `Layers`, only the modules of its layers have factors. Everything is written, or nothing is: an
+    adapter that the format cannot express is an error.
 
     If there are several processes, each must call it. The first one writes, and the others wait for it; arrays that are
     sharded over them are gathered.
@@ -78,12 +81,15 @@ def export(
     if not adapter:
         raise AdapterError("Expected an adapter to export, with at least one leaf; got an empty one.")
     exported = Exported()
-    for path, part in adapter.items():
+    for path, whole in adapter.items():
+        part, layers = _stacked(whole, leaves[path])
         if (found := find(path, rows)) is None:
             exported.unmatched.append(repr(path))
         elif isinstance(places := sites(path, tuple(leaves[path].shape), found, part.axes), str):
             exported.problems.append(f"{path!r}: {places}")
         else:
+            if layers is not None and not found.row.experts_first:  # else, those of zeros are written as well
+                places = [site for site in places if not site.index or site.index[0] in layers]
             if (problem := reader.refusal(part, places, component)) is not None:
                 exported.problems.append(f"{path!r}: {problem}")
             exported.add(path, part, places, leaves[path])
@@ -94,10 +100,17 @@ def export(
     config = exported.config()
     if reader.reads is not None and config["bias"] != "none":
         exported.problems.append(f"{reader.name} does not read Full of the bias of a layer that has factors")
-    exported.refuse(reader.name)
+    exported.refuse(reader.name, "" if reader.reads is None else ", or serve the merged model, `peft.export_merged`")
     config |= {"base_model_name_or_path": base_name, "task_type": task_type}
     files = reader.contents(exported.tensors(), config, exported.heads.values(), component)
     _in_first_process(lambda: write(Path(directory), files), directory)
+
+
+def _stacked(part: Adapter, leaf: Any) -> tuple[Adapter, tuple[int, ...] | None]:
+    """Returns factors of some layers as those of the whole stack, and the numbers of these layers; None for all."""
+    if isinstance(part.variant, Layers) and isinstance(part.variant.variant, LowRank):
+        return in_stack(part, leaf.shape), part.variant.layers
+    return part, None
 
 
 def _in_first_process(write: Callable[[], None], directory: str | os.PathLike[str]) -> None:

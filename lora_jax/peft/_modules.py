@@ -146,14 +146,14 @@ class Exported:
                         found[head + suffix("linear", ours)] = module.tensors[tied]
         return found
 
-    def refuse(self, reader: str) -> None:
+    def refuse(self, reader: str, advice: str) -> None:
         """Raises if anything cannot be written for a reader."""
         problems = list(dict.fromkeys(self.problems))  # a stack repeats those of its layers
         text = sections(("path", " that no row of the mapping matches", self.unmatched), ("problem", "", problems))
         if text:
             raise AdapterError(
                 f"Expected an adapter that {reader} and the mapping can express; got:\n{text}\n"
-                "  Add rows to the mapping, or change the leaves; nothing was written."
+                f"  Add rows to the mapping, or change the leaves{advice}; nothing was written."
             )
 
     def _vera(self, vera: Mapping[str, Module]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from .._core.variant import LowRank
 from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
 from . import _adalora as adalora
 from . import _vera as vera
-from ._config import Prepared, Scale, is_exact, is_target, rows_of, scale_of
+from ._config import Prepared, Scale, is_exact, is_target, rows_of, scale_of, target_of
 from ._joined import joined_factors, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
 from ._module import module_value
@@ -74,7 +74,7 @@ class Reader:
         diagonals: dict[Site, Values] = {}
         for site in places:
             if self.file.has(site, "a") or self.file.has(site, "b"):
-                scale = scale_of(self.config, site.module)
+                scale = scale_of(self.config, target_of(self.config, site.module, site.row))
                 if (factors := self._factors(site, scale.rank)) is not None:
                     a, b, diagonal = factors
                     if not scale.rank or self._is_of_others(site, b):
@@ -241,7 +241,8 @@ class Reader:
     def _check_target(self, site: Site) -> None:
         if site.row.is_parameter:  # those that are no targets are not found
             return
-        if is_exact(self.config) and not is_target(self.config, site.module):
+        name = target_of(self.config, site.module, site.row)
+        if is_exact(self.config) and name == site.module and not is_target(self.config, name):
             self.file.problems.append(
                 f"{site.module!r} has factors, and is not in target_modules: PEFT would not read them"
             )

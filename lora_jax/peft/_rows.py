@@ -11,12 +11,12 @@ from .._errors import SpecError
 _EXPERTS = ("gate_up_proj", "down_proj")  # as all models of `transformers` declare them
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Part:
     """A torch module, and what differs between its outputs and those of the leaf.
 
     >>> Part("model.layers.{i}.self_attn.q_proj", interleaved=64)
-    Part(module='model.layers.{i}.self_attn.q_proj', interleaved=64, factor=1.0, size=None, of=None)
+    peft.Part('model.layers.{i}.self_attn.q_proj', interleaved=64)
 
     Attributes:
       module: name of the torch module, with placeholders: `{name}` is a segment of the leaf's path, `{**}` is any
@@ -41,10 +41,15 @@ class Part:
         if not self.factor > 0:
             raise SpecError(f"Expected a positive `factor` for {self.module!r}; got {self.factor}.")
 
+    def __repr__(self) -> str:
+        return f"peft.Part({self.module!r}{_changed(self, 'module')})"
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+
+@dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
 class Row:
     """How one leaf is stored in torch modules. `linear`, `embedding`, `conv`, `vector` and `experts` make rows.
+
+    Printed, it is the call that makes it, so that a mapping can be copied into a program.
 
     Attributes:
       kind: `"linear"`, `"embedding"`, `"conv"`, `"vector"`, `"parameter"` or `"swapped parameter"`.
@@ -79,6 +84,15 @@ class Row:
             order = getattr(self, name)
             if order is not None and sorted(order) != list(range(len(order))):
                 raise SpecError(f"Expected an order of axes such as (1, 0, 2) for `{name}`; got {order}.")
+
+    def __repr__(self) -> str:
+        name = "experts" if self.is_parameter else self.kind
+        plain = self.parts == (Part(self.parts[0].module),)
+        of = repr(self.parts[0].module if plain else self.parts[0] if len(self.parts) == 1 else list(self.parts))
+        parameter = self.parameter != {"vector": "bias"}.get(self.kind, "weight") or self.is_parameter
+        stated = f", parameter={self.parameter!r}" if parameter else ""
+        swapped = ", swapped=True" if self.kind == "swapped parameter" else ""
+        return f"peft.{name}({of}{stated}{_changed(self, 'kind', 'parts', 'parameter')}{swapped})"
 
     @property
     def is_parameter(self) -> bool:
@@ -278,6 +292,13 @@ def norm(path: str, module: str) -> dict[str, Row]:
       The rows, a part of a mapping.
     """
     return {f"{path}/scale": vector(module, parameter="weight"), f"{path}/bias": vector(module)}
+
+
+def _changed(value: Part | Row, *besides: str) -> str:
+    """Formats the fields that differ from their defaults, as keyword arguments."""
+    fields = {field.name: field.default for field in dataclasses.fields(value) if field.name not in besides}
+    changed = {name: getattr(value, name) for name, default in fields.items() if getattr(value, name) != default}
+    return "".join(f", {name}={own!r}" for name, own in changed.items())
 
 
 def _parts(module: str | Part | Sequence[Part]) -> tuple[Part, ...]:

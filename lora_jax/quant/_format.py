@@ -27,6 +27,9 @@ class Format(SpecValue):
     example: ClassVar[str] = "NF4()"
     verb: ClassVar[str] = "quantize"
     function: ClassVar[str] = "quantize"
+    advice: ClassVar[str] = (
+        "Give these leaves another block, such as NF4(block=16), or Int8(), which has no blocks; or None."
+    )
 
     @abc.abstractmethod
     def quantize(self, w: Array, axes: str) -> StoredLeaf:

@@ -71,7 +71,7 @@ def guess(
     singles = [[one for group in rest for one in group.single()] for rest in (own, other)]
     own, other = proposal.add(*singles)
     left = shapes_of(other)
-    rows = tuple(_with_head(row, left, leaves, tensors) for row in proposal.rows)
+    rows = tuple(_with_head(row, left, leaves, tensors, traced) for row in proposal.rows)
     order = {path: at for at, path in enumerate(leaves)}
     rows = tuple(sorted(rows, key=lambda row: order[next(iter(row.paths.values()))]))
     heads = {f"{row.row.head}.weight" for row in rows if row.row.head}
@@ -117,7 +117,9 @@ def _module(group: Group) -> str:
 _HEADS = {"head", "decoder", "o", "lm", "logits"}
 
 
-def _with_head(guessed: GuessedRow, left: Mapping[str, Shape], leaves: Any, tensors: Any) -> GuessedRow:
+def _with_head(
+    guessed: GuessedRow, left: Mapping[str, Shape], leaves: Any, tensors: Any, traced: Mapping[str, Kernel]
+) -> GuessedRow:
     """Returns the row of a table with the head that is tied to it: a tensor of its shape that no leaf is."""
     path = next(iter(guessed.paths.values()))
     if guessed.row.kind != "embedding" or "position" in words(guessed.pattern):
@@ -133,4 +135,7 @@ def _with_head(guessed: GuessedRow, left: Mapping[str, Shape], leaves: Any, tens
             reason = f"tied: {name!r} has " + ("its values" if compared.equal else "its shape, and no leaf")
             head = dataclasses.replace(guessed.row, head=name)
             return dataclasses.replace(guessed, row=head, confidence=confidence, reasons=(*guessed.reasons, reason))
+    if path in traced and {"gather", "dot_general"} <= {use.primitive for use in traced[path].uses}:
+        reason = "the model uses it as its head, too, and no tensor is that head: state `head=`, such as 'lm_head'"
+        return dataclasses.replace(guessed, confidence="unsure", reasons=(*guessed.reasons, reason))
     return guessed
