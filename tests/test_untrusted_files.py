@@ -193,7 +193,7 @@ def check_converted(count: int, seed: int, tmp_path: Path) -> None:
 
 
 def test_damaged_models_are_refused_or_read_as_what_they_say(tmp_path: Path) -> None:
-    check_model(40, 0, tmp_path)
+    check_model(15, 0, tmp_path)
 
 
 def test_damaged_files_of_diffusers_are_refused_or_converted_as_what_they_say(tmp_path: Path) -> None:
