@@ -1076,7 +1076,7 @@ FLOAT = '{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}'
         (header('{"__metadata__": {"a": 1}}'), "its __metadata__ is not a mapping to strings"),
         (header(entry(name="k" * 2_000)), "is a name of 2000 characters; at most 1000 are read"),
         (header(entry(dtype="I32")), "'x' has dtype 'I32'; F64, F32, F16, BF16 are read"),
-        (header(entry(dtype=["F32"])), "'x' has dtype ['F32'];"),
+        (header(entry(dtype=["F32"])), "'x' has dtype ['F32'], which the format"),
         (header(entry(shape=[3])), "'x' has shape [3] in F32, which needs 12 bytes, and offsets [0, 8]"),
         (header(entry(shape=[2**40, 2**40])), "which needs 4835703278458516698824704 bytes"),
         *[(header(entry(shape=shape)), "expected at most 32 sizes of at least 0") for shape in WRONG_SHAPES],

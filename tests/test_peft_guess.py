@@ -260,6 +260,9 @@ def test_parameters_that_are_no_weights_are_paired_by_shape_and_name() -> None:
         "blocks/gamma_1": ("sure", "no other has its shape"),
     }
     assert guess.leaves == {"probe": (7,)} and set(guess.tensors) == {"v.mask_token", "rotary.inv_freq"}
+    params = tree({"probe": (7,)})
+    row, confidence, reasons = row_of(peft.guess(params, {"m.other": params["probe"]}), "probe")
+    assert row == peft.vector("m", parameter="other") and (confidence, reasons) == ("sure", "values are equal")
 
 
 def test_kernels_of_experts_are_not_taken_for_parameters() -> None:

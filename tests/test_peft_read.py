@@ -193,6 +193,10 @@ def test_shards_are_read_through_their_index(tmp_path: Path) -> None:
 
 def test_adalora_is_read_and_experts_are_refused(tmp_path: Path) -> None:
     config = {"peft_type": "ADALORA", "init_r": 4, "lora_alpha": 8, "target_modules": ["fc"]}
+    tables = {"e.lora_embedding_A": (4, D), "e.lora_embedding_B": (F, 4), "h.lora_A.weight": (4, F)}
+    write(tmp_path, config | {"rank_pattern": {"e.lora_E": "no mask"}}, tables | {"h.lora_B.weight": (D, 4)})
+    with pytest.raises(lj.CheckpointError, match=r"rank_pattern of 'e.lora_E' is 'no mask'"):
+        peft.read(tmp_path)
     tensors = write(tmp_path, config, {"fc.lora_A": (4, D), "fc.lora_B": (F, 4), "fc.lora_E": (4, 1)})
     found = peft.read(tmp_path)
     [(path, part)] = found.adapter.items()

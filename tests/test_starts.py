@@ -262,7 +262,8 @@ def kinds() -> tuple[Any, Any]:
     """Parameters with a kernel for each variant, and their adapter."""
     params = {name: normal(4, 4, seed=n) for n, name in enumerate(KINDS)} | {"Layers": normal(2, 4, 4, seed=20)}
     spec = KINDS | {"Layers": lj.Layers(layers=[1], variant=lj.LoRA(rank=2, alpha=2, axes="bio"))}
-    adapter = lj.init(jax.random.key(0), params, spec)
+    shapes = jax.eval_shape(lambda params: lj.init(jax.random.key(0), params, spec), params)
+    adapter = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     merged = many.mixture({"one": {"LoRA": adapter["LoRA"]}, "other": {"LoRA": adapter["LoRA"]}}, many.Constant())
     return params | {"many.mixture": params["LoRA"]}, adapter | {"many.mixture": merged["LoRA"]}
 
@@ -316,7 +317,7 @@ def test_variants_are_initialized_unchanged_or_refused_as_the_table_says() -> No
             assert new[kind].variant == part.variant
         for kind in adapter.keys() - taken:
             with pytest.raises((lj.AdapterError, lj.SpecError), match=f"{kind}|has a diagonal".replace("many.", "")):
-                run(start, params, {kind: adapter[kind], "LoRA": adapter["LoRA"]})
+                traced(start, params, {kind: adapter[kind], "LoRA": adapter["LoRA"]})
 
 
 def test_what_no_initialization_takes_is_an_error() -> None:
@@ -346,12 +347,6 @@ def test_as_plain_returns_other_variants_of_an_unchanged_base() -> None:
     moved, new = starts.pissa(params, {"Layers": adapter["Layers"]})
     plain = starts.as_plain(params, vera | new, moved, vera | new)
     assert plain["VeRA"] is adapter["VeRA"] and plain["Layers"].variant.variant.rank == 4
-    changed = moved | {"VeRA": params["VeRA"] + 1}
-    expect(
-        lj.AdapterError,
-        "'VeRA': `started_params` with",
-        lambda: starts.as_plain(params, vera | new, changed, vera | new),
-    )
 
 
 # Single initializations

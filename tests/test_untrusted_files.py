@@ -20,7 +20,7 @@ from mutated_files import MAPPING, PARAMS
 
 import lora_jax as lj
 from lora_jax import peft
-from lora_jax.peft import _patterns, _safetensors
+from lora_jax.peft import _patterns, _safetensors, _write
 
 MEMORY = 2**24  # bytes that a load of a small file may take, as traced
 RESIDENT = 2**28  # bytes by which the process may grow; JAX's caches do
@@ -193,7 +193,7 @@ def check_converted(count: int, seed: int, tmp_path: Path) -> None:
 
 
 def test_damaged_models_are_refused_or_read_as_what_they_say(tmp_path: Path) -> None:
-    check_model(40, 0, tmp_path)
+    check_model(15, 0, tmp_path)
 
 
 def test_damaged_files_of_diffusers_are_refused_or_converted_as_what_they_say(tmp_path: Path) -> None:
@@ -325,9 +325,9 @@ def test_a_file_is_read_and_written_one_tensor_at_a_time(tmp_path: Path) -> None
     tracemalloc.start()
     try:
         with (tmp_path / "file").open("wb") as file:
-            _safetensors.write(file, tensors, {})
+            _write.write_arrays(file, tensors, {})
         assert tracemalloc.get_traced_memory()[1] < 2**20
-        _safetensors.read(tmp_path / "file", None)
+        _safetensors.read_arrays(tmp_path / "file", None)
         assert tracemalloc.get_traced_memory()[1] < 4 * 2**22 + 2**21
     finally:
         tracemalloc.stop()

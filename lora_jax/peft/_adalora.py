@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 from ._layout import Values
 from ._names import expected_shape
 from ._rows import Row
 from ._sites import Site
 from ._tensors import Tensors
-from ._untrusted import shown
 
 
 def as_factors(arrays: Mapping[str, Values]) -> dict[str, Values]:
@@ -31,15 +29,3 @@ def arrange(file: Tensors, site: Site, rank: int) -> None:
 def is_kept(row: Row) -> bool:
     """Whether a leaf of this row has a diagonal of its own, so that it can be `AdaLoRA`."""
     return len(row.parts) == 1 and row.parts[0].of is None
-
-
-def problems(config: Mapping[str, Any]) -> list[str]:
-    """Returns what is wrong with the ranks."""
-    found = []
-    if type(rank := config.get("init_r", 12)) is not int or not 1 <= rank < 2**31:
-        found.append(f"init_r is {shown(rank)}")
-    masks = config.get("rank_pattern")
-    for name, mask in masks.items() if isinstance(masks, dict) else ():
-        if not isinstance(mask, list) or not all(type(kept) is bool for kept in mask):
-            found.append(f"rank_pattern of {shown(name)} is {shown(mask)}")
-    return found

@@ -174,13 +174,26 @@ def _numbers(config: Config) -> list[str]:
     """Returns values that are not numbers where numbers are expected, and expressions that are invalid."""
     found = []
     if config.get("peft_type") == "ADALORA":
-        config = {**config, "rank_pattern": None}  # masks, which `_adalora` checks
+        found += _masks(config)
+        config = {**config, "rank_pattern": None}
     ranks = [config.get("r", 8), *_values(config, "rank_pattern")]
     alphas = [config.get("lora_alpha", 8), *_values(config, "alpha_pattern")]
     found += [f"a rank is {shown(rank)}" for rank in ranks if type(rank) is not int or not 1 <= rank < 2**31]
     found += [f"an alpha is {shown(alpha)}" for alpha in alphas if not _is_number(alpha)]
     patterns = [*_keys(config, "rank_pattern"), *_keys(config, "alpha_pattern")]
     return found + [f"{shown(pattern)} {why}" for pattern, why in _patterns.problems(patterns)]
+
+
+def _masks(config: Config) -> list[str]:
+    """Returns what is wrong with the initial rank of AdaLoRA, and with the masks of its directions by module."""
+    found = []
+    if type(rank := config.get("init_r", 12)) is not int or not 1 <= rank < 2**31:
+        found.append(f"init_r is {shown(rank)}")
+    masks = config.get("rank_pattern")
+    for name, mask in masks.items() if isinstance(masks, dict) else ():
+        if not isinstance(mask, list) or not all(type(kept) is bool for kept in mask):
+            found.append(f"rank_pattern of {shown(name)} is {shown(mask)}")
+    return found
 
 
 def _values(config: Config, name: str) -> list[Any]:

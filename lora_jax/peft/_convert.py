@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from .._errors import AdapterError, CheckpointError, SpecError, counted, listed
-from . import _diffusers as diffusers
-from . import _kohya as kohya
 from ._config import problems_to_convert
+from ._diffusers import DIFFUSERS_FILE, check_component, component_of, from_diffusers, prefixed, to_diffusers
 from ._factors import Factors, from_peft, mixed, to_peft
 from ._files import TENSORS, Files, read_config, read_tensors, write
+from ._kohya import from_kohya, is_kohya, to_kohya
 from ._layout import Values
 from ._names import PREFIX
 from ._safetensors import Contents
@@ -65,7 +65,7 @@ def convert(
     source, target = Path(source), Path(target)
     if to not in FORMATS:
         raise SpecError(f"Expected one of {', '.join(map(repr, FORMATS))} for `to`; got {to!r}.")
-    diffusers.check_component(component)
+    check_component(component)
     if (to == "peft") == (target.suffix == ".safetensors") and to != "diffusers":
         what = "a directory" if to == "peft" else "a file whose name ends in .safetensors"
         raise SpecError(f"Expected {what} for `target`, for to={to!r}; got {str(target)!r}.")
@@ -82,10 +82,10 @@ def _read(source: Path) -> tuple[Path, Contents]:
     """Returns the file of tensors, and what it has."""
     if not source.exists():
         raise CheckpointError(f"Expected a directory or a file of tensors to convert; there is no {source}.")
-    names = [name for name in (TENSORS, diffusers.FILE) if source.is_dir() and (source / name).exists()]
+    names = [name for name in (TENSORS, DIFFUSERS_FILE) if source.is_dir() and (source / name).exists()]
     if source.is_dir() and len(names) != 1:
         raise CheckpointError(
-            f"Expected a directory with {TENSORS} or {diffusers.FILE}; got {' and '.join(names) or 'neither'} in "
+            f"Expected a directory with {TENSORS} or {DIFFUSERS_FILE}; got {' and '.join(names) or 'neither'} in "
             f"{source}.\n  Pass the file."
         )
     file = source / names[0] if names else source
@@ -94,11 +94,11 @@ def _read(source: Path) -> tuple[Path, Contents]:
 
 def _format(file: Path, tensors: Mapping[str, Values]) -> str:
     """Returns the format of a file, from the names of its tensors."""
-    if tensors and kohya.is_kohya(tensors):
+    if tensors and is_kohya(tensors):
         return "kohya"
     if tensors and all(name.startswith(PREFIX) for name in tensors):
         return "peft"
-    if any(diffusers.component_of(name) is not None for name in tensors):
+    if any(component_of(name) is not None for name in tensors):
         return "diffusers"
     names = listed([repr(name) for name in tensors])
     raise CheckpointError(
@@ -119,9 +119,9 @@ def _factors(
                 f"dots of names, and so does not tell them; got {modules!r} for {file}.\n"
                 "  Pass `[name for name, _ in unet.named_modules()]`, or the names in a file of the model."
             )
-        found = kohya.read(tensors, modules, component, problems)
+        found = from_kohya(tensors, modules, component, problems)
     elif own == "diffusers":
-        found = diffusers.read(tensors, metadata, file, problems)
+        found = from_diffusers(tensors, metadata, file, problems)
     else:
         config = read_config(file.parent)
         problems += problems_to_convert(config)
@@ -145,12 +145,12 @@ def _written(factors: dict[str, Factors], own: str, target: Path, to: str, compo
         directory, files = target, Files(*to_peft(factors))
     else:
         if own == "peft":
-            factors = diffusers.prefixed(factors, component)
-        directory, name = (target.parent, target.name) if target.suffix == ".safetensors" else (target, diffusers.FILE)
+            factors = prefixed(factors, component)
+        directory, name = (target.parent, target.name) if target.suffix == ".safetensors" else (target, DIFFUSERS_FILE)
         if to == "kohya":
-            files = Files(kohya.write(factors, problems), None, name)
+            files = Files(to_kohya(factors, problems), None, name)
         else:
-            tensors, metadata = diffusers.write(factors, problems)
+            tensors, metadata = to_diffusers(factors, problems)
             files = Files(tensors, None, name, metadata)
     if problems:
         raise AdapterError(

@@ -14,7 +14,7 @@ from ._layout import Values
 from ._names import SUFFIXES
 from ._untrusted import parse, shown
 
-FILE = "pytorch_lora_weights.safetensors"
+DIFFUSERS_FILE = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
 
 # The parts of pipelines that diffusers 0.42 loads adapters into.
@@ -55,7 +55,7 @@ def prefixed(factors: Mapping[str, Factors], component: str | None) -> dict[str,
     return {module if component is None else f"{component}.{module}": own for module, own in factors.items()}
 
 
-def read(
+def from_diffusers(
     tensors: Mapping[str, Values], metadata: Mapping[str, str], file: Path, problems: list[str]
 ) -> dict[str, Factors]:
     """Returns the factors by module, with the component in front; notes what is not read.
@@ -88,7 +88,7 @@ def read(
     return found
 
 
-def write(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str, Values], dict[str, str]]:
+def to_diffusers(factors: Mapping[str, Factors], problems: list[str]) -> tuple[dict[str, Values], dict[str, str]]:
     """Returns the tensors and the metadata of factors, whose modules have their component in front.
 
     All scales are 1, so that readers that do not know the metadata compute the same. What has no place is noted.

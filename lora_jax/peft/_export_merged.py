@@ -20,12 +20,13 @@ from .._errors import AdapterError, sections
 from .._merge.fold import fold
 from .._merge.merge import check_finite, check_fits, check_mergeable, check_tied
 from ._layout import Values, outputs_to_torch
-from ._module import in_module
+from ._module import outputs_in_module
 from ._names import expected_shape, to_torch
 from ._orbax import OrbaxLeaf, orbax_leaves
 from ._safetensors import NAMES
-from ._shards import Entry, bytes_of, entry, write_model
+from ._shards import write_model
 from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
+from ._write import Entry, bytes_of, entry
 
 
 def export_merged(
@@ -147,7 +148,7 @@ class _Model:
                 self._fill(site, NAMES[np.dtype(leaf.dtype)])
 
     def _fill(self, site: Site, dtype: str) -> None:
-        name, outputs = tensor_of(site), in_module(site)
+        name, outputs = tensor_of(site), outputs_in_module(site)
         filled = self._filled.setdefault(name, [])
         if any(outputs.start < other.stop and other.start < outputs.stop for other in filled):
             self._problems.append(f"{site.path!r}: another leaf is also stored as {name}")
@@ -195,7 +196,7 @@ def _contents(model: _Model, leaves: Mapping[str, Any], adapter: Adapters) -> It
             if site.part.of is not None:
                 empty = np.empty((*tensor.shape[:-1], outputs_of(site)), tensor.dtype)
                 whole, filled = joined.setdefault(tensor_of(site), (empty, []))
-                whole[..., in_module(site).start : in_module(site).stop] = tensor
+                whole[..., outputs_in_module(site).start : outputs_in_module(site).stop] = tensor
                 filled.append(tensor.shape[-1])
                 if sum(filled) < outputs_of(site):
                     continue

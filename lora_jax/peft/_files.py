@@ -12,10 +12,10 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from .._errors import CheckpointError
-from . import _safetensors
 from ._layout import Values
-from ._safetensors import Contents
+from ._safetensors import Contents, read_arrays
 from ._untrusted import read_json
+from ._write import check_dtypes, write_arrays
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -37,7 +37,7 @@ def write(directory: Path, files: Files) -> None:
       AdapterError: if a tensor has a dtype that is not read.
       CheckpointError: if the files cannot be written.
     """
-    _safetensors.check_dtypes(files.tensors)
+    check_dtypes(files.tensors)
     names = [files.name] if files.config is None else [files.name, CONFIG]
     # A name that nobody can guess: links of other names are neither followed nor replaced.
     new = {name: directory / f".{name}.{secrets.token_hex(8)}" for name in names}
@@ -45,7 +45,7 @@ def write(directory: Path, files: Files) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         try:
             with new[files.name].open("xb") as file:
-                _safetensors.write(file, files.tensors, files.metadata)
+                write_arrays(file, files.tensors, files.metadata)
             if files.config is not None:
                 with new[CONFIG].open("xb") as file:
                     file.write((json.dumps(files.config, indent=2, sort_keys=True) + "\n").encode())
@@ -83,7 +83,7 @@ def read_tensors(directory: Path, name: str = TENSORS, *, most: int | None = Non
       CheckpointError: if there is no safetensors file, or it is invalid, or a value is not finite.
     """
     with _readable(directory, name):
-        return _safetensors.read(directory / name, most)
+        return read_arrays(directory / name, most)
 
 
 @contextlib.contextmanager

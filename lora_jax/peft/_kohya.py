@@ -27,7 +27,7 @@ def is_kohya(names: Iterable[str]) -> bool:
     return all(name.startswith(tuple(_PREFIXES)) for name in names)
 
 
-def read(
+def from_kohya(
     tensors: Mapping[str, Values], modules: Iterable[str], component: str | None, problems: list[str]
 ) -> dict[str, Factors]:
     """Returns the factors by module, with the component in front; notes what is not read.
@@ -66,7 +66,7 @@ def read(
     return of_modules(arrays, scale, problems)
 
 
-def write(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Values]:
+def to_kohya(factors: Mapping[str, Factors], problems: list[str]) -> dict[str, Values]:
     """Returns the tensors of factors, whose modules have their component in front; notes what has no place."""
     tensors: dict[str, Values] = {}
     several = any(component_of(module) == "text_encoder_2" for module in factors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from .._core.adapter import Adapter
 from .._core.paths import flatten
 from .._errors import CheckpointError, SpecError, listed, sections
 from . import _adalora as adalora
-from ._config import Prepared, is_exact, is_target, prepared, problems
+from ._config import Config, Prepared, is_exact, is_target, prepared, problems
 from ._files import read_config, read_tensors
+from ._layout import Values
 from ._read import Reader
-from ._sites import MappingOfRows, Site, compiled, find, sites, without_own_heads
+from ._sites import MappingOfRows, Rows, Site, compiled, find, sites, without_own_heads
 from ._tensors import Tensors
 
 # No adapter has more bytes than this and 32 for each parameter, so that a file of any size does not fill the memory.
@@ -60,14 +62,32 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
     leaves = flatten(params)[0]
     rows = without_own_heads(compiled(mapping), leaves)
     directory = Path(directory)
-    stated = read_config(directory)
-    is_adaptive = stated.get("peft_type") == "ADALORA"
-    if found := problems(stated) + (adalora.problems(stated) if is_adaptive else []):
-        raise _unreadable(directory, found)
-    config = prepared(stated)
+    config = read_config(directory)
+    check_config(config, directory)
     most = _SMALL + 32 * sum(math.prod(getattr(leaf, "shape", ())) for leaf in leaves.values())
-    arrays = read_tensors(directory, most=most).tensors
-    file = Tensors(adalora.as_factors(arrays) if is_adaptive else arrays)
+    return adapter_of(config, read_tensors(directory, most=most).tensors, rows, leaves, directory)
+
+
+def check_config(config: Config, directory: Path) -> None:
+    """Raises `CheckpointError` if a configuration states what cannot be read."""
+    if found := problems(config):
+        raise _unreadable(directory, found)
+
+
+def adapter_of(
+    stated: Config, arrays: Mapping[str, Values], rows: Rows, leaves: Mapping[str, Any], directory: Path
+) -> dict[str, Adapter]:
+    """Returns the adapter of the contents of two files; raises as `load`.
+
+    Args:
+      stated: the configuration, without problems.
+      arrays: the tensors.
+      rows: the mapping.
+      leaves: the parameters, by path.
+      directory: of the files, for errors.
+    """
+    config = prepared(stated)
+    file = Tensors(adalora.as_factors(arrays) if config["peft_type"] == "ADALORA" else arrays)
     try:
         reader = Reader(config, file)
     except SpecError as error:  # from VeRA

@@ -15,14 +15,13 @@ from .._errors import AdapterError, MergeError, counted, listed
 from .._merge.fold import fold
 from .._merge.merge import check_fits, check_mergeable
 from .._variants import Full, Rows
-from ._files import read_config, read_tensors
-from ._load import load
 from ._rows import Row
 from ._safetensors import FLOATS, NAMES, Stored
-from ._shards import Entry, bytes_of, check_empty, entry, write_model
+from ._shards import check_empty, write_model
 from ._stored import stored_tensors
-from ._torch_adapter import Described, refuse
+from ._torch_adapter import read_with_base
 from ._untrusted import invalid
+from ._write import Entry, bytes_of, entry
 
 # The names of input embeddings, and the most frequent name of a head that is tied to one, in `transformers`.
 _TABLES, _HEAD = ("embed_tokens", "wte", "embed_in", "word_embeddings", "shared"), "lm_head"
@@ -95,12 +94,10 @@ def merge_files(
 
 def _merged(base: Path, adapter: Path, *, is_tied: bool, untie: str | None) -> _Model:
     """Returns what is to be written, or raises; keeps the adapter, and no tensors of the base."""
-    config = read_config(adapter)
-    found = Described(config, read_tensors(adapter).tensors, stored_tensors(base))
-    refuse(found, config, adapter)
-    assert found.base is not None
-    model = _Model(found.base)
-    for path, part in load(adapter, found.mapping, found.params).items():
+    found, tensors = read_with_base(adapter, stored_tensors(base))
+    assert tensors is not None
+    model = _Model(tensors)
+    for path, part in found.adapter.items():
         model.add(path.replace("/", "."), part, found.mapping[path], found.params[path])
     if is_tied:
         model.tie(untie=untie)

@@ -10,10 +10,10 @@ import numpy as np
 from ._factors import Factors, most_common
 from ._layout import Values
 
-FILE = "adapters.safetensors"
+MLX_FILE = "adapters.safetensors"
 
 
-def write(factors: Mapping[str, Factors], dropout: float) -> tuple[dict[str, Values], dict[str, Any]]:
+def to_mlx(factors: Mapping[str, Factors], dropout: float) -> tuple[dict[str, Values], dict[str, Any]]:
     """Returns the tensors and the configuration of factors of linear modules and embeddings.
 
     The rank is the largest, with zeros for the other modules; the scale is the most frequent, and the others are

@@ -26,11 +26,11 @@ class Module:
 
     def has(self, site: Site, name: str) -> bool:
         """Whether a leaf's outputs of a tensor are known."""
-        outputs = in_module(site)
+        outputs = outputs_in_module(site)
         return any(outputs.start < other.stop and other.start < outputs.stop for other in self.filled.get(name, ()))
 
 
-def in_module(site: Site) -> range:
+def outputs_in_module(site: Site) -> range:
     """Returns the outputs of the module that a leaf has."""
     first = 0 if site.part.of is None else site.part.of[0]
     return range(first, first + site.last - site.first)

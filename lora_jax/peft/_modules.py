@@ -17,7 +17,7 @@ from .._errors import AdapterError, sections
 from .._variants import ALoRA, DoRA, LoRABias, Rows, RSLoRA, VeRA
 from ._config import Scale, ranks_to_config
 from ._layout import Values
-from ._module import Module, in_module, module_outputs, module_value
+from ._module import Module, module_outputs, module_value, outputs_in_module
 from ._names import PREFIX, suffix, to_torch
 from ._parameters import stored_as
 from ._refusal import refusal
@@ -211,9 +211,9 @@ class Exported:
             tensors[name] = matrix
         else:
             total = np.zeros((*matrix.shape[:-1], site.part.of[1]), matrix.dtype)
-            tensors.setdefault(name, total)[..., in_module(site).start : in_module(site).stop] = matrix
+            tensors.setdefault(name, total)[..., outputs_in_module(site).start : outputs_in_module(site).stop] = matrix
         if name != "a":
-            module.filled.setdefault(name, []).append(in_module(site))
+            module.filled.setdefault(name, []).append(outputs_in_module(site))
 
     def _save_head(self, site: Site, table: Values) -> None:
         """Saves a head with the table that it is tied to."""

@@ -68,7 +68,7 @@ class Reader:
         return [path for path, (groups, same) in self._changes.items() if same and groups <= changed]
 
     def _low_rank(self, places: list[Site]) -> Adapter | None:
-        layout, row, known = places[0].layout, places[0].row, len(self.file.problems)
+        row, known = places[0].row, len(self.file.problems)
         pieces: dict[Site, tuple[Values, Values]] = {}
         scales: dict[Site, Scale] = {}
         diagonals: dict[Site, Values] = {}
@@ -86,7 +86,7 @@ class Reader:
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
-            return None if len(self.file.problems) == known else _empty(layout)
+            return None if len(self.file.problems) == known else _UNREADABLE
         return self._assembled(places, pieces, scales, diagonals)
 
     def _factors(self, site: Site, rank: int) -> tuple[Values, Values, Values | None] | None:
@@ -164,9 +164,9 @@ class Reader:
         shapes = [() if array is None else array.shape for array in (a, b)]
         if a is None or b is None or not vera.are_large_enough(shapes, rank, layout.d_in, max(sizes, default=0)):
             self.file.problems.append(f"{places[0].path!r}: vera_A and vera_B are missing or too small for its module")
-            return _empty(layout)
+            return _UNREADABLE
         if len(vectors) < len(found) or not found:
-            return _empty(layout)
+            return _UNREADABLE
         for site in found:
             self._check_target(site)
         probe = Adapter(VeRA(rank=rank, seed=0), layout.axes)
@@ -215,11 +215,11 @@ class Reader:
             line = f"{site.module!r} has trainable tokens, and trainable_token_indices does not state them"
             self.file.problems.append(line)
             self.file.taken.add(self.file.modules[site.module]["rows"])
-            return _empty(layout)
+            return _UNREADABLE
         variant = Rows(ids=tuple(ids))
         variant.check(layout.shape, layout.axes)
         if (rows := self.file.take(site, "rows", len(ids))) is None:
-            return _empty(layout)
+            return _UNREADABLE
         base = layout.to_matrix("kernel", self._base(leaf, site))[list(variant.ids)].astype(np.float32)
         return _adapter(variant, layout, {"rows": layout.from_matrix("b", rows - base)})
 
@@ -294,7 +294,4 @@ def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adap
     return Adapter(variant, axes, **{name: jnp.asarray(array) for name, array in arrays.items()})
 
 
-def _empty(layout: Layout) -> Adapter:
-    """Stands for a leaf with problems, which the caller raises."""
-    del layout
-    return Adapter(Full(), "")
+_UNREADABLE = Adapter(Full(), "")  # stands for a leaf with problems, which the caller raises

@@ -7,17 +7,16 @@ process.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import AdapterError, listed
+from .._errors import listed
 from ._layout import Values
 from ._untrusted import MAX_BYTES, invalid, opened, parse, shown
 
@@ -44,7 +43,7 @@ _BITS |= dict.fromkeys(("F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E5M2FNUZ", "F8_E4M3
 _FIELDS = {"dtype", "shape", "data_offsets"}
 _MAX_NAME = 1_000
 _MAX_AXES = 32  # of NumPy 1
-_METADATA = "__metadata__"
+METADATA = "__metadata__"
 _PIECE = 2**22  # bytes that are read at once
 
 
@@ -114,41 +113,6 @@ class Contents(NamedTuple):
     metadata: dict[str, str]
 
 
-def write(file: BinaryIO, tensors: Mapping[str, Values], metadata: Mapping[str, str]) -> None:
-    """Writes tensors, one at a time.
-
-    Raises:
-      UnicodeEncodeError: if a name has no UTF-8.
-    """
-    # As the library does, wide dtypes first: all values are aligned.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
-    file.write(header([(name, NAMES[x.dtype], x.shape, x.nbytes) for name, x in ordered], metadata))
-    for _, array in ordered:
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def header(tensors: Iterable[tuple[str, str, Sequence[int], int]], metadata: Mapping[str, str]) -> bytes:
-    """Returns what precedes the values: of each tensor, in their order, the name, dtype, shape and size in bytes."""
-    fields: dict[str, Any] = {_METADATA: {"format": "pt", **metadata}}  # transformers requires a format
-    first = 0
-    for name, dtype, shape, size in tensors:
-        fields[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [first, first + size]}
-        first += size
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def check_dtypes(tensors: Mapping[str, Values]) -> None:
-    """Raises `AdapterError` unless `read` reads the dtypes of all tensors."""
-    known = FLOATS.values()
-    if other := [f"{name!r} in {array.dtype}" for name, array in tensors.items() if array.dtype not in known]:
-        raise AdapterError(
-            f"Expected arrays in {', '.join(map(str, known))} to export; got tensors in other dtypes:\n"
-            f"{listed(other)}\n  Convert them first; nothing was written."
-        )
-
-
 def read_header(path: Path) -> Header:
     """Reads the header of a file.
 
@@ -160,7 +124,7 @@ def read_header(path: Path) -> Header:
         return _header(file, size, path)
 
 
-def read(path: Path, most: int | None) -> Contents:
+def read_arrays(path: Path, most: int | None) -> Contents:
     """Reads all tensors of an adapter.
 
     Args:
@@ -173,8 +137,9 @@ def read(path: Path, most: int | None) -> Contents:
     """
     with opened(path) as (file, size):
         stored, metadata = _header(file, size, path)
-        if other := [f"{name!r} has dtype {one.dtype}" for name, one in stored.items() if one.dtype not in FLOATS]:
-            raise invalid(path, f"only {', '.join(FLOATS)} are read:\n{listed(other)}")
+        if other := [name for name, one in stored.items() if one.dtype not in FLOATS]:
+            lines = [f"{name!r} has dtype {stored[name].dtype!r}; {', '.join(FLOATS)} are read" for name in other]
+            raise invalid(path, f"tensors have no values in floating point:\n{listed(lines)}")
         if most is not None and (found := sum(one.size for one in stored.values())) > most:
             have = f"{found:,} bytes of values"
             raise invalid(path, f"it has {have}, and an adapter of these parameters has at most {most:,}")
@@ -195,9 +160,9 @@ def _header(file: BufferedReader, size: int, path: Path) -> Header:
     if not content.startswith(b"{"):
         raise invalid(path, f"its header begins with {content[:8]!r} in place of a JSON object")
     fields = parse(content, path)
-    metadata = fields.pop(_METADATA, {})
+    metadata = fields.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise invalid(path, f"its {_METADATA} is not a mapping to strings")
+        raise invalid(path, f"its {METADATA} is not a mapping to strings")
     if not fields:
         raise invalid(path, "it has no tensors")
     return Header(_stored(fields, 8 + length, size, path), metadata)

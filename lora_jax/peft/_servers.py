@@ -9,13 +9,12 @@ from .._core.adapter import Adapter
 from .._core.variant import LowRank
 from .._errors import SpecError
 from .._variants import Full
-from . import _diffusers as diffusers
-from . import _mlx as mlx
 from ._config import Config
-from ._diffusers import check_component, prefixed
+from ._diffusers import DIFFUSERS_FILE, check_component, component_of, prefixed, to_diffusers
 from ._factors import Factors, from_peft, most_common, scales_to_config, to_peft
 from ._files import Files
 from ._layout import Values
+from ._mlx import MLX_FILE, to_mlx
 from ._sites import Site
 
 
@@ -45,7 +44,7 @@ class Server:
     def refusal(self, part: Adapter, places: list[Site], component: str | None) -> str | None:
         """Returns why a leaf cannot be served."""
         module = places[0].module
-        if self.components and component is None and diffusers.component_of(module) is None:
+        if self.components and component is None and component_of(module) is None:
             return f"its module {module!r} does not begin with a component, such as 'unet'; pass `component`"
         if self.reads is None:
             return None
@@ -109,13 +108,13 @@ def _for_llama(factors: Mapping[str, Factors], config: Config) -> Files:
 
 def _for_diffusers(factors: Mapping[str, Factors], config: Config) -> Files:
     del config  # diffusers reads the metadata
-    tensors, metadata = diffusers.write(factors, [])
-    return Files(tensors, None, diffusers.FILE, metadata)
+    tensors, metadata = to_diffusers(factors, [])
+    return Files(tensors, None, DIFFUSERS_FILE, metadata)
 
 
 def _for_mlx(factors: Mapping[str, Factors], config: Config) -> Files:
-    tensors, own = mlx.write(factors, config.get("lora_dropout", 0.0))
-    return Files(tensors, own, mlx.FILE)
+    tensors, own = to_mlx(factors, config.get("lora_dropout", 0.0))
+    return Files(tensors, own, MLX_FILE)
 
 
 _PLAIN = frozenset({"LoRA", "RSLoRA", "linear"})

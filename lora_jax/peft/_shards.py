@@ -1,50 +1,26 @@
 """Writes a model in safetensors files, tensor by tensor: shards and their index, as Hugging Face's libraries read them.
 
-The header of a shard is written first, from shapes and dtypes; then the tensors, as they come. Files have temporary
-names until all of them are complete.
+Files have temporary names until all of them are complete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
-import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from .._errors import CheckpointError, SpecError
-from ._safetensors import DTYPES, header
 from ._stored import INDEX, MODEL
+from ._write import Entry, write
 
 Progress = Callable[[int, int], None]
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Entry(NamedTuple):
-    """A tensor to write: its name, the name of its dtype in the format, its shape and its size in bytes."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    size: int
-
-
-def entry(name: str, dtype: str, shape: Sequence[int]) -> Entry:
-    """Returns the entry of a tensor whose dtype has values that can be read."""
-    return Entry(name, dtype, tuple(shape), math.prod(shape) * DTYPES[dtype].itemsize)
-
-
-def bytes_of(array: Any) -> memoryview:
-    """Returns the bytes of an array, in the order of its elements."""
-    return memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
 def as_bytes(size: int | str) -> int:
@@ -110,7 +86,7 @@ def write_model(
             done, pieces = 0, iter(contents)
             for name, shard in zip(names, shards, strict=True):
                 with new(name).open("wb") as file:
-                    for one in _written(file, shard, pieces):
+                    for one in write(file, shard, pieces, {}):
                         done += one.size
                         if progress is not None:
                             progress(done, total)
@@ -149,26 +125,6 @@ def check_empty(directory: Path, overwrite: bool) -> None:
             f"{f' and {len(found) - 1} more' if len(found) > 1 else ''}.\n"
             "  Choose another directory, or pass overwrite=True to replace the model in it."
         )
-
-
-def _written(file: BinaryIO, shard: Sequence[Entry], contents: Iterator[Iterable[Any]]) -> Iterator[Entry]:
-    """Writes a shard, and yields each tensor when it is complete."""
-    ordered = sorted(shard, key=lambda one: -_alignment(one))  # torch needs offsets that are multiples of the size
-    file.write(header(ordered, {}))
-    starts = itertools.accumulate((one.size for one in ordered), initial=file.tell())
-    offsets = {one.name: start for one, start in zip(ordered, starts, strict=False)}
-    for one in shard:
-        first = offsets[one.name]
-        file.seek(first)
-        for piece in next(contents):
-            file.write(piece)
-        assert file.tell() == first + one.size, one
-        yield one
-
-
-def _alignment(one: Entry) -> int:
-    """Returns the size of an element in bytes, from that of the tensor."""
-    return one.size // (math.prod(one.shape) or 1)
 
 
 @contextlib.contextmanager

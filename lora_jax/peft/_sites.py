@@ -16,6 +16,8 @@ from ._rows import Part, Row
 
 MappingOfRows = Mapping[str, Row]
 
+Rows = list[tuple[re.Pattern[str], Row]]  # the rows of a mapping, compiled
+
 _PLACEHOLDER = re.compile(r"\{(\*\*|[A-Za-z]\w*)\}")
 
 
@@ -64,7 +66,7 @@ class Found(NamedTuple):
     segments: dict[str, str]
 
 
-def compiled(mapping: Any) -> list[tuple[re.Pattern[str], Row]]:
+def compiled(mapping: Any) -> Rows:
     """Compiles the patterns of a mapping.
 
     Raises:
@@ -78,9 +80,7 @@ def compiled(mapping: Any) -> list[tuple[re.Pattern[str], Row]]:
     return [(_matcher(pattern), row) for pattern, row in mapping.items()]
 
 
-def without_own_heads(
-    rows: list[tuple[re.Pattern[str], Row]], leaves: Mapping[str, Any]
-) -> list[tuple[re.Pattern[str], Row]]:
+def without_own_heads(rows: Rows, leaves: Mapping[str, Any]) -> Rows:
     """Returns the rows without heads that are leaves of the tree, and so are not tied to a table."""
     heads = {row.head for _, row in rows} - {None}
     found = [one for path in leaves if heads and (one := find(path, rows)) is not None]
@@ -116,7 +116,7 @@ def _matcher(pattern: str) -> re.Pattern[str]:
     return re.compile(expression.removesuffix("/"))
 
 
-def find(path: str, rows: list[tuple[re.Pattern[str], Row]]) -> Found | None:
+def find(path: str, rows: Rows) -> Found | None:
     """Returns the first row that matches a path."""
     for pattern, row in rows:
         if match := pattern.fullmatch(path):

@@ -31,9 +31,7 @@ class Tensors:
         self._dtypes: dict[tuple[str, str], np.dtype[Any]] = {}
         for name in arrays:
             if ".modules_to_save." in name or ".original_module." in name:
-                self.taken.add(
-                    name
-                )  # PEFT adds them if it saves biases and modules; they repeat others, and it reads none
+                self.taken.add(name)  # PEFT saves them next to others that they repeat, and reads none
             elif (parsed := parse(name)) is not None:
                 module, ours = parsed
                 self.modules.setdefault(module, {})[ours] = name

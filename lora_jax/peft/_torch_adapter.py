@@ -14,12 +14,13 @@ import numpy as np
 from .._core.adapter import Adapter
 from .._errors import CheckpointError, counted, listed
 from . import _adalora as adalora
-from ._config import Config, Prepared, prepared, problems, scale_of
+from ._config import Config, Prepared, prepared, scale_of
 from ._files import read_config, read_tensors
 from ._layout import Values
-from ._load import load
+from ._load import adapter_of, check_config
 from ._rows import Part, Row, embedding, linear, vector
 from ._safetensors import FLOATS, Stored
+from ._sites import compiled, without_own_heads
 from ._stored import named_for, stored_tensors
 from ._tensors import Tensors
 
@@ -71,23 +72,29 @@ def read(directory: str | os.PathLike[str], *, base: str | os.PathLike[str] | No
         needed and missing, or lacks a module. One error lists all.
     """
     directory = Path(directory)
-    config, arrays = read_config(directory), read_tensors(directory).tensors
-    found = Described(config, arrays, None if base is None else stored_tensors(Path(base)))
-    refuse(found, config, directory)
-    return TorchAdapter(load(directory, found.mapping, found.params), found.mapping, found.params)
+    return read_with_base(directory, None if base is None else stored_tensors(Path(base)))[0]
 
 
-def refuse(found: Described, config: Config, directory: Path) -> None:
-    """Raises if the tensors do not determine the modules. `load` raises if the configuration cannot be read."""
-    if found.problems and not problems(config):
+def read_with_base(
+    directory: Path, base: Mapping[str, Stored] | None
+) -> tuple[TorchAdapter, Mapping[str, Stored] | None]:
+    """Reads an adapter as `read`; also returns the tensors of its base, under the names that its modules have."""
+    config = read_config(directory)
+    check_config(config, directory)
+    arrays = read_tensors(directory).tensors
+    modules = _Modules(config, arrays, base)
+    if modules.problems:
         raise CheckpointError(
             f"Expected tensors of torch modules in {directory}; got "
-            f"{counted(len(found.problems), 'problem')}:\n{listed(found.problems)}\n"
+            f"{counted(len(modules.problems), 'problem')}:\n{listed(modules.problems)}\n"
             "  Pass `base=`, the directory of the model, if it is needed; or load the adapter with a mapping."
         )
+    rows = without_own_heads(compiled(modules.mapping), modules.params)
+    adapter = adapter_of(config, arrays, rows, modules.params, directory)
+    return TorchAdapter(adapter, modules.mapping, modules.params), modules.base
 
 
-class Described:
+class _Modules:
     """The rows and shapes of the modules of a file.
 
     Attributes:
@@ -118,7 +125,7 @@ class Described:
                 self.problems.append(f"{module!r} is not the name of a torch module, or has a parameter without one")
             else:
                 self._module(module, tensors, by_module[module])
-        if not config.get("use_dora") and not problems(config):
+        if not config.get("use_dora"):
             self._tie(modules, prepared(config))
 
     def _module(self, module: str, tensors: Mapping[str, Values], names: Mapping[str, str]) -> None:

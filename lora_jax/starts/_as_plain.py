@@ -56,12 +56,12 @@ def as_plain(params: Any, adapter: Adapters, started_params: Any, started_adapte
     check(changed, started_adapter, tree="started_params")
     check(changed, adapter, tree="started_params")
     check(leaves, started_adapter)
-    initial = {path: Leaf(path, leaves[path], part) for path, part in started_adapter.items()}
+    initial = {path: Leaf(path, leaves[path], part) for path, part in started_adapter.items() if low_rank(part.variant)}
     _check_arrays(initial, changed)
-    _check(adapter, initial, changed)
+    _check(adapter, started_adapter, initial, changed)
     plain = dict(adapter)
     for path, leaf in initial.items():
-        if path in adapter and low_rank(leaf.part.variant) and not _equal(leaf.w, changed[path]):
+        if path in adapter and not _equal(leaf.w, changed[path]):
             plain[path] = _concatenate(adapter[path], leaf)
     return plain
 
@@ -86,16 +86,16 @@ def _check_arrays(initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
         )
 
 
-def _check(adapter: Adapters, initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
+def _check(adapter: Adapters, started: Adapters, initial: dict[str, Leaf], changed: dict[str, Any]) -> None:
     wrong = [
-        f"{path!r}: {adapter[path].variant} in `adapter`, {leaf.part.variant} in `started_adapter`"
-        for path, leaf in initial.items()
-        if path in adapter and adapter[path].variant != leaf.part.variant
+        f"{path!r}: {adapter[path].variant} in `adapter`, {part.variant} in `started_adapter`"
+        for path, part in started.items()
+        if path in adapter and adapter[path].variant != part.variant
     ]
     wrong += [
         f"{path!r}: not in `started_adapter`"
-        for path in adapter
-        if adapter[path].variant.needs_axes and path not in initial
+        for path, part in adapter.items()
+        if part.variant.needs_axes and path not in started
     ]
     wrong += [
         f"{path!r}: `started_params` with `started_adapter` is not `params`"
@@ -119,8 +119,6 @@ def _restores(leaf: Leaf, changed: Any) -> bool:
     """Returns whether a changed kernel plus its initial update is the original kernel, up to rounding."""
     if not (is_concrete(leaf.w) and is_concrete(changed)):
         return True
-    if low_rank(leaf.part.variant) is None:  # no initialization changes its base
-        return False
     with jax.ensure_compile_time_eval(), keep_float64(leaf.w):
         return bool(_is_near(*on_same_devices(leaf.w, changed, fold(changed, leaf.part))))
 

@@ -127,7 +127,7 @@ class Proposal:
     def _parameters(self, groups: Sequence[Group], tensors: Iterable[Group]) -> tuple[list[Candidate], list[Candidate]]:
         """Returns the candidates for parameters that are neither weights nor biases, such as a class token.
 
-        They have the shape of the tensor; the first also share a word of the last part of the name.
+        They have the shape of the tensor; the first also have its values, or share a word of the last part of the name.
         """
         leaves = [
             Leaf(one, self.axes.get(next(iter(one.members.values()))), self.own.last(one.name), None) for one in groups
@@ -142,7 +142,8 @@ class Proposal:
                 if batch is not None and leaf.group.shape[len(batch) :] == group.shape:
                     keep_shape = len(group.shape) != 1
                     row = Row(kind="vector", parts=(Part(module),), parameter=parameter, keep_shape=keep_shape)
-                    (alike if leaf.last & tensor.last else others).append(self._candidate((Fit(leaf, (tensor,), row),)))
+                    candidate = self._candidate((Fit(leaf, (tensor,), row),))
+                    (alike if candidate.equal or leaf.last & tensor.last else others).append(candidate)
         return alike, others
 
     def _candidate(self, together: tuple[Fit, ...], factor: float = _NOT_THE_SAME) -> Candidate:
