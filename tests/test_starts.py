@@ -863,9 +863,12 @@ def expect(error: type[Exception], text: str, call: Callable[[], Any]) -> None:
 
 
 def test_factors_of_some_layers_are_an_error() -> None:
-    params = {"stack": jnp.ones((3, 4, 4)), "w": jnp.ones((4, 4))}
-    some = lj.Layers(layers=[1], variant=lj.LoRA(rank=1, alpha=1, axes="bio"))
-    adapter = lj.init(jax.random.key(0), params, {"stack": some, "w": LORA})
+    params = {"stack": np.ones((3, 4, 4), np.float32), "w": np.ones((4, 4), np.float32)}
+    some, zeros = lj.Layers(layers=[1], variant=lj.LoRA(rank=1, alpha=1)), lambda *shape: np.zeros(shape, np.float32)
+    adapter = {
+        "stack": lj.Adapter(some, "bio", a=zeros(1, 4, 1), b=zeros(1, 1, 4)),
+        "w": lj.Adapter(LORA, "io", a=zeros(4, 2), b=zeros(2, 4)),
+    }
     for start in (starts.pissa, lambda *args: starts.gaussian(jax.random.key(1), *args)):
         with pytest.raises(lj.AdapterError) as caught:
             start(params, adapter)
