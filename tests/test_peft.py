@@ -864,6 +864,19 @@ def test_layers_of_a_stack_are_the_modules_that_have_factors(variant: Any, tmp_p
             np.testing.assert_array_equal(own, some.arrays[name][at], name)
 
 
+def test_dora_of_some_modules_of_a_leaf_has_the_norms_of_the_base_for_the_others(tmp_path: Path) -> None:
+    params, mapping = {"up": array(4, D, F, seed=9)}, {"up": peft.linear("layers.{i}.up")}
+    some = made(lj.Layers(layers=[1, 3], variant=lj.DoRA(rank=2, alpha=4)), (4, D, F), "bio")
+    peft.export(tmp_path, {"up": some}, mapping, base=params)
+    loaded = peft.load(tmp_path, mapping, params)["up"]
+    assert loaded.variant == lj.DoRA(rank=2, alpha=4)
+    np.testing.assert_array_equal(loaded.magnitude[np.array([1, 3])], some.magnitude)
+    base = np.linalg.norm(np.asarray(params["up"]), axis=1)
+    np.testing.assert_allclose(loaded.magnitude[np.array([0, 2])], base[[0, 2]], rtol=1e-6)
+    text = refused_load(tmp_path, mapping, {"up": jax.ShapeDtypeStruct((4, D, F), jnp.float32)})
+    assert "'up': its values in `params` are needed, for 'layers.0.up'; got a shape" in text
+
+
 def refused_load(path: Path, mapping: Any = None, params: Any = None) -> str:
     with pytest.raises(lj.CheckpointError) as error:
         peft.load(path, mapping or peft.layer("fc", "fc"), params or params_of({"fc/kernel": (D, F), "fc/bias": (F,)}))

@@ -18,13 +18,15 @@ from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA
 from . import _adalora as adalora
 from . import _vera as vera
 from ._config import Config, Scale, is_exact, is_target, rows_of, scale_of, target_of
-from ._joined import joined_factors, own_ranks
+from ._joined import joined_factors, norms, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
 from ._module import module_value
 from ._names import PREFIX, to_torch
 from ._refusal import refusal
 from ._sites import Site
 from ._tensors import Tensors
+
+_EMPTY = Adapter(Full(), "")  # stands for a leaf with problems, which the caller raises
 
 
 class Reader:
@@ -55,7 +57,7 @@ class Reader:
             self._compare_base(leaf, places)
             is_vera = self.config.get("peft_type") == "VERA"
             if not is_vera and (has("a") or has("b")):
-                return self._low_rank(places)
+                return self._low_rank(leaf, places)
             if is_vera and (has("lambda_b") or has("lambda_d")):
                 return self._from_vera(places)
             if has("rows"):
@@ -67,8 +69,8 @@ class Reader:
         changed = {group for groups, same in self._changes.values() if not same for group in groups}
         return [path for path, (groups, same) in self._changes.items() if same and groups <= changed]
 
-    def _low_rank(self, places: list[Site]) -> Adapter | None:
-        layout, row, known = places[0].layout, places[0].row, len(self.file.problems)
+    def _low_rank(self, leaf: Any, places: list[Site]) -> Adapter | None:
+        row, known = places[0].row, len(self.file.problems)
         pieces: dict[Site, tuple[Values, Values]] = {}
         scales: dict[Site, Scale] = {}
         diagonals: dict[Site, Values] = {}
@@ -86,8 +88,8 @@ class Reader:
                     if row.head is not None:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
-            return None if len(self.file.problems) == known else _empty(layout)
-        return self._assembled(places, pieces, scales, diagonals)
+            return None if len(self.file.problems) == known else _EMPTY
+        return self._assembled(leaf, places, pieces, scales, diagonals)
 
     def _factors(self, site: Site, rank: int) -> tuple[Values, Values, Values | None] | None:
         """Returns `a`, `b` and the diagonal of AdaLoRA; None, after noting a problem, if a tensor does not fit."""
@@ -102,6 +104,7 @@ class Reader:
 
     def _assembled(
         self,
+        leaf: Any,
         places: list[Site],
         pieces: Mapping[Site, tuple[Values, Values]],
         scales: Mapping[Site, Scale],
@@ -126,7 +129,9 @@ class Reader:
             b[(*index, ..., slice(one.shape[-1]), slice(None))] = other
         arrays = {"a": layout.from_matrix("a", a), "b": layout.from_matrix("b", b)}
         if isinstance(variant, DoRA):
-            arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", None))
+            bare = len(pieces) < len(places) and all(self.file.has(site, "magnitude") for site in pieces)
+            start = norms(layout, self._base(leaf, places[0])) if bare else None  # of modules without factors
+            arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", start))
         if isinstance(variant, AdaLoRA):
             arrays["e"] = np.zeros((*layout.batch, rank), next(iter(diagonals.values())).dtype)
             for site, diagonal in diagonals.items():
@@ -164,9 +169,9 @@ class Reader:
         shapes = [() if array is None else array.shape for array in (a, b)]
         if a is None or b is None or not vera.are_large_enough(shapes, rank, layout.d_in, max(sizes, default=0)):
             self.file.problems.append(f"{places[0].path!r}: vera_A and vera_B are missing or too small for its module")
-            return _empty(layout)
+            return _EMPTY
         if len(vectors) < len(found) or not found:
-            return _empty(layout)
+            return _EMPTY
         for site in found:
             self._check_target(site)
         probe = Adapter(VeRA(rank=rank, seed=0), layout.axes)
@@ -215,11 +220,11 @@ class Reader:
             line = f"{site.module!r} has trainable tokens, and trainable_token_indices does not state them"
             self.file.problems.append(line)
             self.file.taken.add(self.file.modules[site.module]["rows"])
-            return _empty(layout)
+            return _EMPTY
         variant = Rows(ids=tuple(ids))
         variant.check(layout.shape, layout.axes)
         if (rows := self.file.take(site, "rows", len(ids))) is None:
-            return _empty(layout)
+            return _EMPTY
         base = layout.to_matrix("kernel", self._base(leaf, site))[list(variant.ids)].astype(np.float32)
         return _adapter(variant, layout, {"rows": layout.from_matrix("b", rows - base)})
 
@@ -292,9 +297,3 @@ def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adap
         raise OverflowError("its values are too large: with their scales or matrices, they are not finite")
     axes = layout.axes if variant.needs_axes else ""
     return Adapter(variant, axes, **{name: jnp.asarray(array) for name, array in arrays.items()})
-
-
-def _empty(layout: Layout) -> Adapter:
-    """Stands for a leaf with problems, which the caller raises."""
-    del layout
-    return Adapter(Full(), "")
