@@ -59,7 +59,7 @@ class Reader:
             if not is_vera and (has("a") or has("b")):
                 return self._low_rank(leaf, places)
             if is_vera and (has("lambda_b") or has("lambda_d")):
-                return self._from_vera(places)
+                return self._from_vera(leaf, places)
             if has("rows"):
                 return self._rows(leaf, places)
         return next((self._saved(path, leaf, places, name) for name in plain if has(name)), None)
@@ -155,7 +155,7 @@ class Reader:
             return ALoRA(**fields, invocation=invocation), relative
         return (RSLoRA if stabilized else LoRA)(**fields), relative
 
-    def _from_vera(self, places: list[Site]) -> Adapter:
+    def _from_vera(self, leaf: Any, places: list[Site]) -> Adapter:
         """Returns `VeRA` if it generates the matrices of the file, and else the same function as `LoRA`."""
         layout, rank = places[0].layout, self.config.get("r", 256)
         a, b = self.file.arrays.get(vera.A), self.file.arrays.get(vera.B)
@@ -187,7 +187,7 @@ class Reader:
         for (site, (one, other)), size in zip(vectors.items(), sizes, strict=True):
             rows = outputs_from_torch(site.of_module(b[:size].T), dataclasses.replace(site.part, factor=1.0))
             pieces[site] = (a[:, : layout.d_in].T, one[:, None] * rows * other)
-        return self._assembled(places, pieces, dict.fromkeys(found, Scale(rank, rank)), {})
+        return self._assembled(leaf, places, pieces, dict.fromkeys(found, Scale(rank, rank)), {})
 
     def _lora_bias(self, path: str, places: list[Site]) -> Adapter:
         layout, stabilized = places[0].layout, bool(self.config.get("use_rslora"))
