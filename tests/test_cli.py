@@ -149,6 +149,11 @@ def test_inspect_prints_golden_json(run: Any, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.up_proj" in run("inspect", path, "--layers").out
 
 
+def test_what_is_not_an_adapter_is_an_error_with_advice(run: Any, tmp_path: Path) -> None:
+    assert "is not a directory.\n  Pass the directory that PEFT" in run("inspect", tmp_path / "nowhere").err
+    assert "has neither.\n  Files of kohya and diffusers can" in run("inspect", model(tmp_path / "model")).err
+
+
 def test_inspect_splits_the_stacks_of_a_checkpoint(run: Any, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     part = lj.Adapter(

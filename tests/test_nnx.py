@@ -97,11 +97,11 @@ def test_what_cannot_be_converted_is_an_error(module: Any, options: Any, error: 
 
 
 def test_a_call_without_the_rest_of_the_state_is_an_error() -> None:
-    apply, params, _ = lj.nnx.functional(net())
+    apply, params, _ = lj.nnx.functional(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(TypeError) as caught:
-        lj.kernels(apply, params, inputs())
+        lj.kernels(apply, params, jnp.ones(2))
     assert str(caught.value) == (
-        "Expected the rest of the state of `Net`, the third result of `functional`, after the parameters and the "
+        "Expected the rest of the state of `Linear`, the third result of `functional`, after the parameters and the "
         "adapter; got an array.\n"
         "  Call apply(params, rest, *args), or lora(apply)(params, adapter, rest, *args)."
     )

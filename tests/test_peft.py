@@ -853,18 +853,28 @@ def test_mappings_and_rows_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", [lj.LoRA(rank=2, alpha=4), lj.DoRA(rank=2, alpha=4)], ids=str)
 def test_layers_of_a_stack_are_the_modules_that_have_factors(variant: Any, tmp_path: Path) -> None:
-    params = {"layers": {"up": {"kernel": np.random.default_rng(0).standard_normal((4, D, F)).astype(np.float32)}}}
-    spec = {"**/kernel": lj.Layers(layers=[1, 3], variant=dataclasses.replace(variant, axes="bio"))}
-    adapter = jax.tree.map(lambda x: x + 0.5, lj.init(jax.random.key(0), params, spec))
-    mapping = peft.layer("layers/up", "layers.{i}.up")
-    peft.export(tmp_path, adapter, mapping, base=params)
+    some = made(lj.Layers(layers=[1, 3], variant=variant), (4, D, F), "bio")
+    peft.export(tmp_path, {"up": some}, {"up": peft.linear("layers.{i}.up")}, base={"up": np.zeros((4, D, F))})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["layers.1.up", "layers.3.up"]
-    merged = lj.merge(params, adapter)["layers"]["up"]["kernel"]
-    for path, part in peft.read(tmp_path).adapter.items():
-        layer = int(path[len("layers.")])
-        one = lj.merge({path: params["layers"]["up"]["kernel"][layer].T}, {path: part})[path]
-        np.testing.assert_allclose(one.T, merged[layer], rtol=1e-5)
+    found = peft.read(tmp_path).adapter
+    assert {part.variant for part in found.values()} == {variant}
+    for at, layer in enumerate((1, 3)):
+        for name, own in found[f"layers.{layer}.up/weight"].arrays.items():
+            np.testing.assert_array_equal(own, some.arrays[name][at], name)
+
+
+def test_dora_of_some_modules_of_a_leaf_has_the_norms_of_the_base_for_the_others(tmp_path: Path) -> None:
+    params, mapping = {"up": array(4, D, F, seed=9)}, {"up": peft.linear("layers.{i}.up")}
+    some = made(lj.Layers(layers=[1, 3], variant=lj.DoRA(rank=2, alpha=4)), (4, D, F), "bio")
+    peft.export(tmp_path, {"up": some}, mapping, base=params)
+    loaded = peft.load(tmp_path, mapping, params)["up"]
+    assert loaded.variant == lj.DoRA(rank=2, alpha=4)
+    np.testing.assert_array_equal(loaded.magnitude[np.array([1, 3])], some.magnitude)
+    base = np.linalg.norm(np.asarray(params["up"]), axis=1)
+    np.testing.assert_allclose(loaded.magnitude[np.array([0, 2])], base[[0, 2]], rtol=1e-6)
+    text = refused_load(tmp_path, mapping, {"up": jax.ShapeDtypeStruct((4, D, F), jnp.float32)})
+    assert "'up': its values in `params` are needed, for 'layers.0.up'; got a shape" in text
 
 
 def refused_load(path: Path, mapping: Any = None, params: Any = None) -> str:

@@ -173,11 +173,8 @@ def _similar_pattern(pattern: str, paths: Collection[str]) -> str | None:
     for glob in dict.fromkeys((pattern, pattern.replace(".", "/"))):
         rooted = glob if glob.startswith("**/") else f"**/{glob}"
         for candidate in (glob, rooted, f"{rooted}/kernel", f"{rooted}/**"):
-            with contextlib.suppress(SpecError):
-                if count := sum(matches_any(path, [candidate]) for path in paths):
-                    return (
-                        f"A pattern is for a whole path, with slashes: {candidate!r} matches {counted(count, 'path')}."
-                    )
+            if count := sum(map(bool, map(matcher(candidate).fullmatch, paths))):
+                return f"A pattern is for a whole path, with slashes: {candidate!r} matches {counted(count, 'path')}."
     with contextlib.suppress(re.error):
         if any(map(re.compile(pattern).fullmatch, paths)):
             return f"A string is a glob; for a regular expression, compile it: re.compile({pattern!r})."

@@ -129,13 +129,14 @@ class Layers(Wrapper):
 
 def in_stack(part: Adapter, shape: Sequence[int]) -> Adapter:
     """Returns the arrays of `Layers` as those of a stack of the shape, with zeros for the other layers."""
-    variant, layers = part.variant.variant, list(part.variant.layers)
-    layout, arrays = variant.layout(part.axes), {}
+    assert isinstance(part.variant, Layers)
+    variant, arrays = part.variant.variant, {}
+    layout = variant.layout(part.axes)
     for name, own in variant.shapes(shape, part.axes).items():
-        at = layout[name].index(_axis(part.axes))
         array = on_host(part.arrays[name])
         arrays[name] = np.zeros(own, array.dtype)
-        arrays[name][(*[slice(None)] * at, layers)] = array
+        at: Any = (*[slice(None)] * layout[name].index(_axis(part.axes)), list(part.variant.layers))
+        arrays[name][at] = array
     return Adapter(variant, part.axes, **arrays)
 
 

@@ -90,9 +90,11 @@ def open_adapter(directory: Path, base: Path | None = None) -> Source:
         return Source(directory, kind, found.adapter, config, found.mapping, found.params)
     if kind != "orbax":
         what = "has neither" if directory.is_dir() else "is not a directory"
+        others = "Files of kohya and diffusers can be converted: lora-jax convert."
+        wrote = "Pass the directory that PEFT, `peft.export` or `lora_jax.save` wrote to."
         raise CheckpointError(
             f"Expected an adapter: {CONFIG} and {TENSORS}, or a checkpoint of lora_jax; {directory} {what}.\n"
-            "  Files of kohya and diffusers can be converted: lora-jax convert."
+            f"  {others if directory.exists() else wrote}"
         )
     from .. import checkpoint  # here, because Orbax is slow to import
     from ..checkpoint._fingerprint import saved_weights

@@ -18,8 +18,8 @@ from ._guess.result import GuessedRow as GuessedRow
 from ._load import load as load
 from ._load_params import load_params as load_params
 from ._merge_files import merge_files as merge_files
-from ._rows import Part as Part
-from ._rows import Row as Row
+from ._row import Part as Part
+from ._row import Row as Row
 from ._rows import conv as conv
 from ._rows import embedding as embedding
 from ._rows import experts as experts

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from ._layout import Values
 from ._names import expected_shape
-from ._rows import Row
+from ._row import Row
 from ._sites import Site
 from ._tensors import Tensors
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NewType
 
 from . import _patterns
 from ._patterns import Patterns
-from ._rows import Row
+from ._row import Row
 from ._untrusted import shown
 
 Config = Mapping[str, Any]  # as it is in a file

@@ -16,6 +16,11 @@ def own_ranks(site: Site, a: Values, b: Values) -> tuple[Values, Values]:
     return (a, b) if site.part.of is None or not own.any() else (a[..., own], b[..., own, :])
 
 
+def norms(layout: Layout, kernel: Values) -> Values:
+    """Returns the norm of each output of a kernel: the magnitudes of DoRA that change nothing."""
+    return np.asarray(np.linalg.norm(layout.to_matrix("kernel", kernel).astype(np.float32), axis=-2))
+
+
 def joined_factors(
     layout: Layout, pieces: Mapping[Site, tuple[Values, Values]], relative: Mapping[Site, float]
 ) -> tuple[Values, Values]:

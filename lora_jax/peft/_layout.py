@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from .._core.axes import RANK, axes_of_a, axes_of_b, axes_with, width
-from ._rows import Part, Row
+from ._row import Part, Row
 
 Values = np.ndarray[Any, Any]
 

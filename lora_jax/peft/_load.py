@@ -31,9 +31,9 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
 
     Factors become `LoRA`, `RSLoRA`, `DoRA`, `ALoRA` or `AdaLoRA`; `lora_bias`, `LoRABias`; `modules_to_save` and plain
     biases, `Full`; trainable tokens, `Rows`. Layers of a stack, and modules that a kernel fuses, may have different
-    ranks and scales, or no factors: the leaf has the largest rank, and differences of scale are multiplied into `b`.
-    Fused modules with different `A` have the sum of their ranks. VeRA whose matrices `VeRA` does not generate, and
-    AdaLoRA of fused modules, become `LoRA`.
+    ranks and scales, or no factors: the leaf has the largest rank, and differences of scale are multiplied into `b`; of
+    DoRA, modules without factors have the magnitudes of the base. Fused modules with different `A` have the sum of
+    their ranks. VeRA whose matrices `VeRA` does not generate, and AdaLoRA of fused modules, become `LoRA`.
 
     >>> import tempfile, jax, jax.numpy as jnp, lora_jax as lj
     >>> params = {"embed": {"embedding": jnp.ones((7, 3))}}
@@ -47,8 +47,8 @@ def load(directory: str | os.PathLike[str], mapping: MappingOfRows, params: Any)
     Args:
       directory: has `adapter_model.safetensors` and `adapter_config.json`.
       mapping: as in `export`.
-      params: the parameters that the adapter is for. Values are read for trainable tokens, and to compare parameters
-        that PEFT stores in full.
+      params: the parameters that the adapter is for. Values are read for trainable tokens, for DoRA of some modules of
+        a leaf, and to compare parameters that PEFT stores in full.
 
     Returns:
       `{path: Adapter}`, in the dtypes of the file.

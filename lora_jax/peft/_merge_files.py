@@ -15,7 +15,7 @@ from .._errors import AdapterError, MergeError, counted, listed
 from .._merge.fold import fold
 from .._merge.merge import check_fits, check_mergeable
 from .._variants import Full, Rows
-from ._rows import Row
+from ._row import Row
 from ._safetensors import FLOATS, NAMES, Stored
 from ._shards import check_empty, write_model
 from ._stored import stored_tensors

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ._layout import Layout, Values
-from ._rows import Row
+from ._row import Row
 
 
 def stored_as(name: str, row: Row, is_adapted: Callable[[str], bool]) -> str:

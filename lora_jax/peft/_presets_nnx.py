@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ._rows import Part, Row, conv, embedding, layer, linear, norm, vector
+from ._row import Part, Row
+from ._rows import conv, embedding, layer, linear, norm, vector
 
 
 def tunix_llama3(*, head: str | None = "lm_head", model: str = "model") -> dict[str, Row]:

@@ -18,13 +18,15 @@ from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA
 from . import _adalora as adalora
 from . import _vera as vera
 from ._config import Prepared, Scale, is_exact, is_target, rows_of, scale_of, target_of
-from ._joined import joined_factors, own_ranks
+from ._joined import joined_factors, norms, own_ranks
 from ._layout import Layout, Values, outputs_from_torch
 from ._module import module_value
 from ._names import PREFIX, to_torch
 from ._refusal import refusal
 from ._sites import Site
 from ._tensors import Tensors
+
+_UNREADABLE = Adapter(Full(), "")  # stands for a leaf with problems, which the caller raises
 
 
 class Reader:
@@ -55,9 +57,9 @@ class Reader:
             self._compare_base(leaf, places)
             is_vera = self.config.get("peft_type") == "VERA"
             if not is_vera and (has("a") or has("b")):
-                return self._low_rank(places)
+                return self._low_rank(leaf, places)
             if is_vera and (has("lambda_b") or has("lambda_d")):
-                return self._from_vera(places)
+                return self._from_vera(leaf, places)
             if has("rows"):
                 return self._rows(leaf, places)
         return next((self._saved(path, leaf, places, name) for name in plain if has(name)), None)
@@ -67,7 +69,7 @@ class Reader:
         changed = {group for groups, same in self._changes.values() if not same for group in groups}
         return [path for path, (groups, same) in self._changes.items() if same and groups <= changed]
 
-    def _low_rank(self, places: list[Site]) -> Adapter | None:
+    def _low_rank(self, leaf: Any, places: list[Site]) -> Adapter | None:
         row, known = places[0].row, len(self.file.problems)
         pieces: dict[Site, tuple[Values, Values]] = {}
         scales: dict[Site, Scale] = {}
@@ -87,7 +89,7 @@ class Reader:
                         self._check_head(site, row.head, {"a": "b", "b": "a"})
         if not pieces:
             return None if len(self.file.problems) == known else _UNREADABLE
-        return self._assembled(places, pieces, scales, diagonals)
+        return self._assembled(leaf, places, pieces, scales, diagonals)
 
     def _factors(self, site: Site, rank: int) -> tuple[Values, Values, Values | None] | None:
         """Returns `a`, `b` and the diagonal of AdaLoRA; None, after noting a problem, if a tensor does not fit."""
@@ -102,6 +104,7 @@ class Reader:
 
     def _assembled(
         self,
+        leaf: Any,
         places: list[Site],
         pieces: Mapping[Site, tuple[Values, Values]],
         scales: Mapping[Site, Scale],
@@ -126,7 +129,9 @@ class Reader:
             b[(*index, ..., slice(one.shape[-1]), slice(None))] = other
         arrays = {"a": layout.from_matrix("a", a), "b": layout.from_matrix("b", b)}
         if isinstance(variant, DoRA):
-            arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", None))
+            bare = len(pieces) < len(places) and all(self.file.has(site, "magnitude") for site in pieces)
+            start = norms(layout, self._base(leaf, places[0])) if bare else None  # of modules without factors
+            arrays["magnitude"] = layout.from_matrix("vector", self.file.outputs(places, "magnitude", start))
         if isinstance(variant, AdaLoRA):
             arrays["e"] = np.zeros((*layout.batch, rank), next(iter(diagonals.values())).dtype)
             for site, diagonal in diagonals.items():
@@ -150,7 +155,7 @@ class Reader:
             return ALoRA(**fields, invocation=invocation), relative
         return (RSLoRA if stabilized else LoRA)(**fields), relative
 
-    def _from_vera(self, places: list[Site]) -> Adapter:
+    def _from_vera(self, leaf: Any, places: list[Site]) -> Adapter:
         """Returns `VeRA` if it generates the matrices of the file, and else the same function as `LoRA`."""
         layout, rank = places[0].layout, self.config.get("r", 256)
         a, b = self.file.arrays.get(vera.A), self.file.arrays.get(vera.B)
@@ -182,7 +187,7 @@ class Reader:
         for (site, (one, other)), size in zip(vectors.items(), sizes, strict=True):
             rows = outputs_from_torch(site.of_module(b[:size].T), dataclasses.replace(site.part, factor=1.0))
             pieces[site] = (a[:, : layout.d_in].T, one[:, None] * rows * other)
-        return self._assembled(places, pieces, dict.fromkeys(found, Scale(rank, rank)), {})
+        return self._assembled(leaf, places, pieces, dict.fromkeys(found, Scale(rank, rank)), {})
 
     def _lora_bias(self, path: str, places: list[Site]) -> Adapter:
         layout, stabilized = places[0].layout, bool(self.config.get("use_rslora"))
@@ -292,6 +297,3 @@ def _adapter(variant: Any, layout: Layout, arrays: Mapping[str, Values]) -> Adap
         raise OverflowError("its values are too large: with their scales or matrices, they are not finite")
     axes = layout.axes if variant.needs_axes else ""
     return Adapter(variant, axes, **{name: jnp.asarray(array) for name, array in arrays.items()})
-
-
-_UNREADABLE = Adapter(Full(), "")  # stands for a leaf with problems, which the caller raises

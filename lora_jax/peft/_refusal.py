@@ -5,7 +5,7 @@ from __future__ import annotations
 from .._core.adapter import Adapter
 from .._core.variant import LowRank
 from .._variants import AdaLoRA, ALoRA, DoRA, Full, LoRA, LoRABias, Rows, RSLoRA, VeRA
-from ._rows import Row
+from ._row import Row
 
 
 def refusal(part: Adapter, row: Row) -> str | None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from .._core.axes import axes_with
 from .._errors import SpecError
 from ._layout import Layout, bounds, default_axes
-from ._rows import Part, Row
+from ._row import Part, Row
 
 MappingOfRows = Mapping[str, Row]
 

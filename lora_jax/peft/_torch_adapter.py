@@ -18,7 +18,8 @@ from ._config import Config, Prepared, prepared, scale_of
 from ._files import read_config, read_tensors
 from ._layout import Values
 from ._load import adapter_of, check_config
-from ._rows import Part, Row, embedding, linear, vector
+from ._row import Part, Row
+from ._rows import embedding, linear, vector
 from ._safetensors import FLOATS, Stored
 from ._sites import compiled, without_own_heads
 from ._stored import named_for, stored_tensors

@@ -30,7 +30,8 @@ from ._presets_nnx import tunix_gemma2 as tunix_gemma2
 from ._presets_nnx import tunix_gemma3 as tunix_gemma3
 from ._presets_nnx import tunix_llama3 as tunix_llama3
 from ._presets_nnx import tunix_qwen3 as tunix_qwen3
-from ._rows import Row, conv, embedding, layer, linear, norm, vector
+from ._row import Row
+from ._rows import conv, embedding, layer, linear, norm, vector
 
 __all__ = ["bart", "bert", "clip", "gpt2", "roberta", "smollm2", "t5", "vit", "whisper"]
 __all__ += ["bonsai_gemma3", "bonsai_llama3", "bonsai_qwen3"]

@@ -178,6 +178,8 @@ SPECS = {
     "only full": {"norm_bias": lj.Full(), "conv": lj.Full()},
     "rows": {"embed": lj.Rows(ids=(7, 2)), "gate_up": LORA["gate_up"]},
     "full bias of an adapted layer": {"query": LORA["query"], "query_bias": lj.Full()},
+    "some layers": {name: lj.Layers(layers=[1], variant=LORA[name]) for name in ("gate_up", "down")},
+    "some layers, DoRA": {"down": lj.Layers(layers=[0], variant=lj.DoRA(rank=2, alpha=4, axes="bio"))},
 }
 
 
@@ -223,6 +225,11 @@ CONFIGS = {
     "all biases": {"target_modules": ["q", "head"], "bias": "all"},
     "biases of adapted layers": {"target_modules": ["q", "head"], "bias": "lora_only"},
     "all-linear": {"target_modules": "all-linear"},
+    "a weight as a parameter": {
+        "target_modules": ["q"],
+        "target_parameters": ["layers.0.down.weight"],
+        "rank_pattern": {"down.weight": 3},
+    },
     "exclude": {"target_modules": LINEAR, "exclude_modules": ["head"]},
     "orthogonal": {"target_modules": ["q"], "init_lora_weights": "orthogonal"},
     "gaussian": {"target_modules": ["q"], "init_lora_weights": "gaussian"},

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-from .._rows import Part, Row
+from .._row import Part, Row
 from .groups import Group, Index, Shape
 from .names import Words, in_order, is_table
 

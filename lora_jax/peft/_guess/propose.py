@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from .._rows import Part, Row
+from .._row import Part, Row
 from .candidates import Candidate, best_of, judged
 from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes, unordered_fits
 from .groups import Group, Shape, shape_of

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from ..._core.table import Table, Tabular
-from .._rows import Row
+from .._row import Row
 from .._sites import filled
 from .groups import Index, Shape
 

@@ -13,7 +13,7 @@ from ..._core.base import dense
 from ..._core.values import is_concrete, on_host
 from .._layout import Layout, Values, outputs_to_torch
 from .._names import to_torch
-from .._rows import Row
+from .._row import Row
 from .._sites import Site, compiled, find, sites
 
 _EQUAL = 1e-4  # of 1 - cosine: the rounding of bfloat16 is less
