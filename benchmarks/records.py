@@ -153,8 +153,13 @@ def read(path: Path) -> tuple[dict[str, Any], list[Table]]:
     return record, [Table(**table) for table in record["tables"]]
 
 
+def marks(name: str) -> tuple[str, str]:
+    """Returns what begins and ends the part of a page that a benchmark writes."""
+    return f"<!-- written by benchmarks/{name} -->", f"<!-- end of what benchmarks/{name} writes -->"
+
+
 def fill(page: Path, name: str, text: str) -> None:
     """Replaces what is between the marks of a benchmark in a page."""
-    begin, end = f"<!-- written by benchmarks/{name} -->", f"<!-- end of what benchmarks/{name} writes -->"
+    begin, end = marks(name)
     before, rest = page.read_text().split(begin)
     page.write_text(f"{before}{begin}\n\n{text}\n\n{end}{rest.split(end)[1]}")
