@@ -63,16 +63,17 @@ class Drawing:
         return "\n".join([*self.lines, "</svg>", ""])
 
 
-def bars(title: str, panels: dict[str, dict[str, dict[str, float]]]) -> Drawing:
+def bars(title: str, panels: dict[str, dict[str, dict[str, float]]], own: tuple[str, ...]) -> Drawing:
     """Returns ratios as bars: a panel for each figure, in it groups of labelled bars, and a line at 1.
 
     Args:
       title: for readers who cannot see it.
       panels: ratios by panel, group and bar; all panels have the same groups and bars.
+      own: the bars of this library, which are drawn in a color.
     """
     groups = next(iter(panels.values()))
     named, line, width = len(groups) > 1, 22, 720
-    labels = 20 + 8.6 * max(len(bar) for rows in groups.values() for bar in rows)
+    labels = 24 + 9.4 * max(len(bar) for rows in groups.values() for bar in rows)
     height = 58 + sum(line * (len(rows) + 1.8 * named) for rows in groups.values())
     picture = Drawing(width, round(height), title)
     space = (width - labels) / len(panels)
@@ -80,20 +81,20 @@ def bars(title: str, panels: dict[str, dict[str, dict[str, float]]]) -> Drawing:
         left, most = labels + number * space, max(1.0, *(value for rows in found.values() for value in rows.values()))
         scale = (space - 60) / most
         picture.text(left + (space - 60) / 2, 28, name, bold=True)
+        picture.line(round(left + scale, 1), 40, round(left + scale, 1), height - 12, color="#bbbbbb")
         y = 42.0
         for group, rows in found.items():
             y += 1.3 * line * named
             if named and number == 0:
                 picture.text(14, y - 6, group, at="start", color=GRAY)
             for bar, value in rows.items():
-                color = BLUE if "lora" in bar else GRAY
+                color = BLUE if bar in own else GRAY
                 if number == 0:
                     picture.text(labels - 10, y + 16, bar, at="end", bold=color == BLUE)
                 picture.box(left, y + 3, round(value * scale, 1), line - 6, color, solid=True)
                 picture.text(round(left + value * scale + 5, 1), y + 16, f"{value:.2f}", at="start")
                 y += line
             y += 0.5 * line * named
-        picture.line(round(left + scale, 1), 40, round(left + scale, 1), y + 4)
     return picture
 
 

@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from records import read
@@ -28,15 +29,17 @@ NAMES = {"python": "Python", "jax": "JAX", "flax": "Flax", "torch": "PyTorch", "
 INTRODUCTION = """\
 # Benchmarks
 
-This page is written by `make benchmarks`, or by `python benchmarks/page.py` from the figures that are stored in
-`docs/benchmarks/`. [benchmarks/README.md](../benchmarks/README.md) describes the programs.
+{machine}; {versions}; {date}.
+A section with other versions or another date names them.
 
-Where a column has "×", the first row has absolute figures and the others ratios to them; in some tables it is the first
-column. FLOPs, counted on the jaxpr with loop bodies times their iterations, and bytes, reported by the compiler, are
-deterministic. Columns in *italics* are times on {machine}. The programs that are compared run in turn in one process;
-a ratio is the median of the ratios of adjacent runs, ± half their interquartile range, and differences below a tenth
-are noise. All is measured on {date} with {versions}, unless a section names another date or
-version.
+- "×" marks ratios: to the first row, which has absolute figures; in some tables to the first column.
+- *FLOPs* are counted on the jaxpr, with loop bodies times their iterations, and bytes are those of the compiler. Both
+  are deterministic.
+- Columns in *italics* are times. What is compared runs in turn, on a machine that does nothing else. A ratio of times
+  is the median of the ratios of adjacent runs, ± half their interquartile range. Differences below a tenth are noise.
+
+`make benchmarks` measures and writes this page, and `make benchmarks ONLY=forms` measures one section again
+([programs](../benchmarks/README.md)).
 """
 ELSEWHERE = """\
 ## On other pages
@@ -92,7 +95,7 @@ def render() -> dict[Path, str]:
     parts = [INTRODUCTION.format(date=common["date"], machine=" and ".join(machines), versions=versions)]
     written: dict[Path, str] = {}
     for benchmark in BENCHMARKS:
-        parts.append(f"## {benchmark.title}\n\n{benchmark.measures}\n")
+        parts.append(f"## {benchmark.title}\n\n{textwrap.fill(benchmark.measures, 120)}\n")
         if benchmark.name not in stored:
             parts.append("Not measured.\n")
             continue

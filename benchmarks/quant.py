@@ -2,7 +2,6 @@
 
 Usage:
     make quant                                # all tables, with Qwix, in an environment of its own
-    python benchmarks/quant.py --only errors  # in an environment with bitsandbytes, also its errors
     python benchmarks/quant.py --steps 0      # deterministic figures only
     python benchmarks/on_tpu.py --quantized   # the same steps, compiled for a TPU
 
@@ -165,22 +164,8 @@ def errors() -> records.Table:
         rows[name] = {
             "bits per weight": f"{8 * leaf.nbytes / leaf.size:.3f}",
             "relative error": f"{error:.5f}",
-            "of bitsandbytes": _of_bitsandbytes(format_, w),
         }
     return records.Table("Errors", dict.fromkeys(rows[name], ""), rows)
-
-
-def _of_bitsandbytes(format_: quant.Format, w: Any) -> str:
-    """Returns the relative error of bitsandbytes for the same kernel in NF4, if it is installed."""
-    if not isinstance(format_, quant.NF4) or not importlib.util.find_spec("bitsandbytes"):
-        return ""
-    import bitsandbytes.functional as bnb
-    import numpy as np
-    import torch
-
-    kernel = torch.from_numpy(np.array(w.T))
-    packed, state = bnb.quantize_4bit(kernel, quant_type="nf4", compress_statistics=format_.double)
-    return f"{torch.linalg.norm(bnb.dequantize_4bit(packed, state) - kernel) / torch.linalg.norm(kernel):.5f}"
 
 
 def tables(device: Any, dtypes: list[Any], *, steps: int, only: str = "") -> Iterator[records.Table]:

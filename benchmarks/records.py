@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import statistics
 import sys
 from collections.abc import Iterable, Iterator
@@ -144,7 +145,8 @@ def command(argv: list[str]) -> str:
     """Returns the command without its paths, and without `--json`."""
     words: Iterator[str] = iter(argv[1:])
     kept = [word for word in words if word != "--json" or next(words) is None]
-    return " ".join(["python benchmarks/" + Path(argv[0]).name, *("PYTHON" if "/" in word else word for word in kept)])
+    script = f"benchmarks/{Path(argv[0]).name}"
+    return shlex.join(["python", script, *("PYTHON" if "/" in word else word for word in kept)])
 
 
 def read(path: Path) -> tuple[dict[str, Any], list[Table]]:

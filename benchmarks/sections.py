@@ -17,11 +17,13 @@ class Bars(NamedTuple):
       panels: the columns, each a panel with a group for each table and a bar for each row. If the references are in the
         first column, the tables, each a panel with a group for each row and a bar for each column.
       bars: the rows or columns that are shown; all if empty.
+      own: those of this library.
     """
 
     title: str
     panels: dict[str, str]
     bars: tuple[str, ...] = ()
+    own: tuple[str, ...] = ("lora()",)
 
     def draw(self, tables: list[Table]) -> drawing.Drawing:
         panels: dict[str, dict[str, dict[str, float]]] = {panel: {} for panel in self.panels}
@@ -33,7 +35,7 @@ class Bars(NamedTuple):
                     }
                 elif not table.across and name in table.columns:
                     panels[panel][table.title] = self.ratios(table, [(bar, name) for bar in table.rows])
-        return drawing.bars(self.title, panels)
+        return drawing.bars(self.title, panels, self.own)
 
     def ratios(self, table: Table, cells: list[tuple[str, str]]) -> dict[str, float]:
         names = [cell[table.across] for cell in cells]
@@ -180,12 +182,14 @@ BENCHMARKS = (
     Benchmark(
         "quant",
         "Quantized bases",
-        "Bits and errors of the formats; a training step of a decoder of 6 layers (d = 512, rank 8, 512 tokens) on "
-        "quantized bases, also with Qwix's QLoRA; and how its temporary bytes grow with the layers.",
+        "Bits and errors of the formats for normal values; a training step of a decoder of 6 layers (d = 512, rank 8, "
+        "512 tokens) on quantized bases, also with Qwix's QLoRA; and how its temporary bytes grow with the layers, 12 "
+        "of which have 72 kernels: *kernels at once* is how many dequantized ones exist at a time, at most.",
         "quant.py --dtypes float32",
         Bars(
             "Arguments, temporary bytes and time of a training step, relative to a dense base",
             {"arguments": "arguments", "temporary": "temporary", "time": "step"},
+            own=("NF4", "NF4, double", "Int8", "Float8"),
         ),
         needs="qwix",
         **LONG,

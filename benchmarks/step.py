@@ -30,7 +30,7 @@ class Plan(NamedTuple):
     steps: int
 
 
-PLANS = {"small": Plan(SMALL, 3, 5), "base": Plan(BASE, 1, 3)}
+PLANS = {"small": Plan(SMALL, 2, 7), "base": Plan(BASE, 1, 3)}
 # FLOPs are counted on the jaxpr, loop bodies times their number of iterations. The compiler counts a loop body once.
 COLUMNS = {
     "FLOPs": "×G",
