@@ -104,7 +104,7 @@ def lines(title: str, x: list[float], y: dict[str, list[float]], names: tuple[st
     left, bottom, width, height = 80, 300, 600, 250
     most, last = max(max(values) for values in y.values()), max(x)
     step = 10 ** math.floor(math.log10(most))
-    step = step / 2 if most / step < 2 else step
+    step *= 0.5 if most / step < 2 else 2 if most / step > 6 else 1
     for number in range(int(most / step) + 1):
         level = bottom - height * number * step / most
         picture.line(left, level, left + width, level, color="#dddddd")

@@ -1,7 +1,7 @@
 """Quantized bases: their error, and the cost of a training step, relative to LoRA on a dense base and to Qwix's QLoRA.
 
 Usage:
-    make quant                                # all tables, with Qwix, in an environment of its own
+    make quant                                # in float32, with Qwix, in an environment of its own
     python benchmarks/quant.py --steps 0      # deterministic figures only
     python benchmarks/on_tpu.py --quantized   # the same steps, compiled for a TPU
 
