@@ -104,7 +104,7 @@ def tables(only: str, steps: int) -> Iterator[records.Table]:
             found[name] = measure(make(), module, steps=steps)
             jax.clear_caches()
     for figure, unit in {"FLOPs": "×G", "temporary bytes": "×MB", "time of a step": "×ms"}.items():
-        yield across(figure, unit, found)
+        yield across(figure, unit, found)  # without columns if nothing was timed
 
 
 def across(figure: str, unit: str, found: dict[str, dict[str, dict[str, Any]]]) -> records.Table:

@@ -123,7 +123,7 @@ def tables(
     seconds: dict[str, dict[str, list[float]]] = {}
     sizes = TINY if short else SIZES
     for size in sizes:
-        name = f"{size.examples} × {size.tokens}, {size.adapters} loaded"
+        name = f"{size.examples} × {size.tokens} tokens, {records.plural(size.adapters)}"
         progress(f"lookups: {name}")
         rows = measure(size, rounds=rounds, device=device, dtype=dtype)
         added[name] = {
@@ -136,5 +136,5 @@ def tables(
     kernel = f"a kernel ({size.d_in}, {size.d_out}), rank {size.rank}, {jnp.dtype(dtype).name}"
     columns = {column: FIGURES[column.split(": ")[1]] for column in added[name]}
     yield records.Table(f"In addition to the product of the base: {kernel}", columns, added)
-    if seconds[name]:
+    if rounds:
         yield records.Table(f"Time: {kernel}", dict.fromkeys(seconds[name], "×ms"), seconds, across=True)

@@ -170,13 +170,12 @@ def errors() -> records.Table:
 
 def tables(device: Any, dtypes: list[Any], *, steps: int, only: str = "") -> Iterator[records.Table]:
     """Yields the tables of steps compiled for a device; they are run if `steps` is positive."""
-    columns = COLUMNS if steps else {name: unit for name, unit in COLUMNS.items() if unit.endswith(("G", "B"))}
     for dtype in dtypes:
         name = jnp.dtype(dtype).name
         for scanned, title in TITLES.items():
             if only in f"{name}, {title}":
                 rows = measure(decoder(SIZE, scanned=scanned, dtype=dtype), device, steps=steps)
-                yield records.Table(f"{name}, {title}", columns, rows)
+                yield records.Table(f"{name}, {title}", COLUMNS, rows)
                 jax.clear_caches()
         if only in f"{name}, growth":
             yield growth(device, dtype)

@@ -32,7 +32,7 @@ class Ratio(NamedTuple):
 
 def ratio(value: Value, reference: Value) -> Ratio | None:
     """Returns the ratio of figures. Times of interleaved runs are compared one by one: their noise is similar."""
-    if not isinstance(value, list) or not isinstance(reference, list):
+    if not isinstance(value, list) or not isinstance(reference, list) or not value:
         numbers = isinstance(value, float | int) and isinstance(reference, float | int)
         return Ratio(value / reference) if numbers else None  # type: ignore[operator]
     ratios = [one / other for one, other in zip(value, reference, strict=True)]
@@ -59,6 +59,12 @@ class Table:
     rows: dict[str, dict[str, Any]]
     across: bool = False
 
+    def measured(self) -> Table:
+        """Returns the table without columns of which nothing was measured, such as times with `--steps 0`."""
+        found = {column for row in self.rows.values() for column, value in row.items() if value not in (None, [], "")}
+        columns = {column: unit for column, unit in self.columns.items() if column in found}
+        return dataclasses.replace(self, columns=columns)
+
     def is_time(self, column: str) -> bool:
         """Returns whether a column has times, which depend on the machine; all other figures do not."""
         return self.columns[column].removeprefix("×") in ("s", "ms")
@@ -74,7 +80,7 @@ class Table:
         is_reference = column == next(iter(self.columns)) if self.across else row == next(iter(self.rows))
         if unit.startswith("×") and not is_reference and (found := self.relative(row, column)):
             return str(found)
-        return "" if value is None else value if isinstance(value, str) else absolute(value, unit)
+        return "" if value in (None, []) else value if isinstance(value, str) else absolute(value, unit)
 
     def markdown(self) -> str:
         """Returns the table without its title; times are in italics."""
@@ -125,9 +131,10 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 def publish(tables: Iterable[Table], path: Path | None, *packages: str, **versions: str) -> None:
     """Prints tables as they are measured; stores them with the machine and versions, those of `packages` too."""
     done = []
-    for table in tables:
-        print(f"\n{table}", flush=True)
-        done.append(dataclasses.asdict(table))
+    for table in (table.measured() for table in tables):
+        if table.columns:
+            print(f"\n{table}", flush=True)
+            done.append(dataclasses.asdict(table))
     if path:
         names = ("jax", "jaxlib", "flax", *packages)
         found = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

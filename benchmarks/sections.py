@@ -35,7 +35,7 @@ class Bars(NamedTuple):
                     }
                 elif not table.across and name in table.columns:
                     panels[panel][table.title] = self.ratios(table, [(bar, name) for bar in table.rows])
-        return drawing.bars(self.title, panels, self.own)
+        return drawing.bars(self.title, {panel: groups for panel, groups in panels.items() if groups}, self.own)
 
     def ratios(self, table: Table, cells: list[tuple[str, str]]) -> dict[str, float]:
         names = [cell[table.across] for cell in cells]

@@ -50,14 +50,15 @@ def measure(case: Case, *, rounds: int, steps: int) -> dict[str, dict[str, Any]]
     programs = {}
     for name, method in methods.items():
         rows[name] = {"FLOPs": testing.flops(method.step, *args[name], case.tokens), "trace + lower": [], "compile": []}
-    for _ in range(rounds):
+    for _ in range(rounds if steps else 1):
         for name, method in methods.items():
             progress(f"compile: {name}")
             jax.clear_caches()
-            took, lowered = timed(lambda m=method, a=args[name]: jitted(m).lower(*a, case.tokens))
-            rows[name]["trace + lower"].append(took)
-            took, programs[name] = timed(lowered.compile)
-            rows[name]["compile"].append(took)
+            lower, lowered = timed(lambda m=method, a=args[name]: jitted(m).lower(*a, case.tokens))
+            compiling, programs[name] = timed(lowered.compile)
+            if steps:
+                rows[name]["trace + lower"].append(lower)
+                rows[name]["compile"].append(compiling)
     losses, seconds = run(programs, args, case.tokens, steps=steps)
     check_losses(losses)
     for name, row in rows.items():
@@ -89,10 +90,12 @@ def main() -> None:
     parser = records.parser(__doc__)
     parser.add_argument("--size", choices=PLANS, default="small")
     parser.add_argument("--rounds", type=int, help="how many times each step is traced and compiled")
-    parser.add_argument("--steps", type=int, help="steps to time for each method")
+    parser.add_argument("--steps", type=int, help="steps to time; 0 for deterministic figures only")
     given = parser.parse_args()
     size, rounds, steps = PLANS[given.size]
-    records.publish(tables(size, rounds=given.rounds or rounds, steps=given.steps or steps), given.json)
+    records.publish(
+        tables(size, rounds=given.rounds or rounds, steps=steps if given.steps is None else given.steps), given.json
+    )
 
 
 if __name__ == "__main__":

@@ -76,3 +76,8 @@ def test_marked_parts_of_other_pages_are_replaced(tmp_path: Path) -> None:
     path.write_text(f"a\n{begin}\nold\n{end}\nb\n")
     records.fill(path, "x.py", "new")
     assert path.read_text() == f"a\n{begin}\n\nnew\n\n{end}\nb\n"
+
+
+def test_columns_of_which_nothing_was_measured_are_left_out() -> None:
+    table = records.Table("A step", {"FLOPs": "×G", "step": "×ms"}, {"by hand": {"FLOPs": 2_000_000_000, "step": []}})
+    assert [*table.measured().columns] == ["FLOPs"] and table.cell("by hand", "step") == ""
