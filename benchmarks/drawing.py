@@ -100,7 +100,7 @@ def bars(title: str, panels: dict[str, dict[str, dict[str, float]]], own: tuple[
 
 def lines(title: str, x: list[float], y: dict[str, list[float]], names: tuple[str, str]) -> Drawing:
     """Returns series of values against x, both from zero; `names` are those of the axes."""
-    picture = Drawing(720, 360 + 24 * ((len(y) + 1) // 2), title)
+    picture = Drawing(720, 370 + 24 * ((len(y) + 1) // 2), title)
     left, bottom, width, height = 80, 300, 600, 250
     most, last = max(max(values) for values in y.values()), max(x)
     step = 10 ** math.floor(math.log10(most))

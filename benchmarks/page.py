@@ -103,7 +103,7 @@ def render() -> dict[Path, str]:
         other = {name: value for name, value in facts[benchmark.name].items() if common.get(name) != value}
         parts.append(f"    {record['command']}\n")
         parts += [f"Measured with {named(other)}.\n"] * bool(other)
-        parts += [f"{record['note']}\n"] * ("note" in record)
+        parts += [f"{record['note']}\n"] if "note" in record else []
         if benchmark.chart:
             picture = FOLDER / f"{benchmark.name}.svg"
             written[picture] = str(benchmark.chart.draw(tables))

@@ -35,9 +35,8 @@ class Bars(NamedTuple):
                     }
                 elif not table.across and name in table.columns:
                     panels[panel][table.title] = self.ratios(table, [(bar, name) for bar in table.rows])
-        return drawing.bars(
-            self.title, {name: groups for name, groups in panels.items() if any(groups.values())}, self.own
-        )
+        measured = {panel: groups for panel, groups in panels.items() if any(groups.values())}
+        return drawing.bars(self.title, measured, self.own)
 
     def ratios(self, table: Table, cells: list[tuple[str, str]]) -> dict[str, float]:
         names = [cell[table.across] for cell in cells]
