@@ -109,7 +109,7 @@ BENCHMARKS = (
         "step, and full fine-tuning.",
         "step.py",
         Bars(
-            "Temporary bytes and time of a training step, relative to LoRA by hand",
+            "A training step, relative to LoRA by hand",
             {"FLOPs": "FLOPs", "temporary": "temporary", "time": "step"},
         ),
     ),
@@ -120,8 +120,8 @@ BENCHMARKS = (
         "`lora()` chooses a form for each contraction, and *fewest FLOPs* is the best of all choices.",
         "forms.py",
         Bars(
-            "FLOPs and time of a training step in several forms, relative to LoRA by hand",
-            {"FLOPs": "FLOPs", "time": "Time of a step"},
+            "Training steps, relative to LoRA by hand",
+            {"FLOPs": "FLOPs", "temporary": "Temporary bytes", "time": "Time of a step"},
             ("lora()", "W0 + s·A·B each step", "full fine-tuning"),
         ),
     ),
@@ -188,7 +188,7 @@ BENCHMARKS = (
         "of which have 72 kernels: *kernels at once* is how many dequantized ones exist at a time, at most.",
         "quant.py --dtypes float32",
         Bars(
-            "Arguments, temporary bytes and time of a training step, relative to a dense base",
+            "A training step on quantized bases, relative to a dense base",
             {"arguments": "arguments", "temporary": "temporary", "time": "step"},
             own=("NF4", "NF4, double", "Int8", "Float8"),
         ),
@@ -210,17 +210,10 @@ BENCHMARKS = (
         f"{COMPILED}: the steps of `forms.py`, and two in bfloat16.",
         "on_tpu.py",
         Bars(
-            "Bytes accessed and temporary bytes of a training step on a TPU, relative to LoRA by hand",
+            "Training steps on a TPU, relative to LoRA by hand",
             {"accessed": "Bytes accessed", "temporary": "Temporary bytes"},
             ("lora()", "W0 + s·A·B each step", "full fine-tuning"),
         ),
-        **TPU,
-    ),
-    Benchmark(
-        "tpu_variants",
-        "On a TPU: variants",
-        "Steps of 16 × 512 tokens with each variant, by the compiler for a TPU v5e; FLOPs are counted on the jaxpr.",
-        "variants.py --tpu --batch 16 --length 512",
         **TPU,
     ),
     Benchmark(
