@@ -90,7 +90,7 @@ def bars(title: str, panels: dict[str, dict[str, dict[str, float]]], own: tuple[
             for bar, value in rows.items():
                 color = BLUE if bar in own else GRAY
                 if number == 0:
-                    picture.text(labels - 10, y + 16, bar, at="end", bold=color == BLUE)
+                    picture.text(labels - 10, y + 16, bar.replace("`", ""), at="end", bold=color == BLUE)
                 picture.box(left, y + 3, round(value * scale, 1), line - 6, color, solid=True)
                 picture.text(round(left + value * scale + 5, 1), y + 16, f"{value:.2f}", at="start")
                 y += line

@@ -176,7 +176,11 @@ BENCHMARKS = (
         "A step of decoding of SmolLM2 (135 M parameters, rank 8 on all linear layers) for a batch of 8 rows that have "
         "different adapters, with several numbers of adapters loaded, and the same with PEFT on PyTorch.",
         "many.py serving --steps 5 --torch PYTHON",
-        Bars("Time of a step of decoding, relative to the base", {"time": "step"}),
+        Bars(
+            "A step of decoding, relative to the base",
+            {"time": "step"},
+            own=("mixed, 1 adapter", "mixed, 8 adapters", "mixed, 64 adapters"),
+        ),
         needs="torch",
         **LONG,
     ),
