@@ -19,7 +19,7 @@ SETTINGS = JAX_NUMPY_RANK_PROMOTION=raise JAX_NUMPY_DTYPE_PROMOTION=strict JAX_D
 # Processors that have no AVX-512: XLA leaves out what they lack, and compiles other programs. `SSE4_2` is older.
 PROCESSOR ?= AVX2
 
-.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures notebook bench quant peers examples-short clean
+.PHONY: demo qlora test test-oldest test-models test-oracle settings sweeps processor fuzz kills mutate lint types package docs pictures notebook benchmarks quant peers examples-short clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -113,9 +113,17 @@ pictures: $(VENV)/installed
 notebook: $(VENV)/installed
 	$(VENV)/bin/python docs/make_notebook.py
 
-bench: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/import_time.py
-	$(VENV)/bin/python benchmarks/step.py
+# Measures, and writes docs/benchmarks.md; about 15 minutes on 2 cores that do nothing else. ONLY="forms layers" measures
+# these. Some need an environment that other targets make; where it is missing, that is said and the stored figures stay.
+benchmarks: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/page.py $(or $(ONLY),--default)
+
+# With libtpu, JAX looks for a TPU whenever it is initialized.
+.venv-tpu/installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -e ".[test]" libtpu qwix
+	touch $@
 
 # One environment for each set of libraries that can live together. A line of its pins is one call of pip, in this order.
 PEERS = jax lorax torch
@@ -132,7 +140,7 @@ peers: $(PEERS:%=.venv-peers-%/installed)
 
 # Qwix, on the newest JAX: the CPU compiler of older ones removes the barriers that quantized bases need.
 quant: .venv-peers-quant/installed
-	PYTHONPATH=. .venv-peers-quant/bin/python benchmarks/quant.py
+	$(MAKE) benchmarks ONLY=quant
 
 examples-short: $(VENV)/installed $(ORACLE)/installed
 	$(MALLOC) $(VENV)/bin/python examples/finetune_trec.py --short --out $(shell mktemp -d)

@@ -2,27 +2,24 @@
 
 Usage:
     python benchmarks/forms.py
-    python benchmarks/forms.py --steps 0 --json forms.json
+    python benchmarks/forms.py --steps 0        # deterministic figures only
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import conv
 import jax
 import models
+import records
+from against.figures import progress
 from decoder import Method
 from sizes import SMALL
-from step import metadata
-from timing import copied_args, jitted, timed
+from timing import copied_args, jitted, run
 
 from lora_jax import testing
 from lora_jax._transform.contraction import costs
@@ -75,67 +72,54 @@ def methods(module: Any) -> dict[str, Make]:
     }
 
 
-def measure(case: Any, module: Any, *, steps: int) -> dict[str, dict[str, float]]:
+def measure(case: Any, module: Any, *, steps: int) -> dict[str, dict[str, Any]]:
     """Returns the figures of all methods; the steps are interleaved."""
     made = {name: make(case) for name, make in methods(module).items()}
-    figures: dict[str, dict[str, float]] = {}
+    rows: dict[str, dict[str, Any]] = {}
     programs: dict[str, Any] = {}
     for name, method in made.items():
         args = (*copied_args(method), case.tokens)
-        figures[name] = {"FLOPs": testing.flops(method.step, *args)}
         programs[name] = jitted(method).lower(*args).compile()
-        figures[name]["temporary"] = programs[name].memory_analysis().temp_size_in_bytes
+        rows[name] = {
+            "FLOPs": testing.flops(method.step, *args),
+            "temporary bytes": programs[name].memory_analysis().temp_size_in_bytes,
+        }
     with exhaustive():
         method = module.through_lora(case)
-        figures["fewest FLOPs"] = {"FLOPs": testing.flops(method.step, *method.initial_args(), case.tokens)}
-    args_of = {name: copied_args(method) for name, method in made.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in made}
-    for number in range(steps + 1 if steps else 0):
-        for name, program in programs.items():
-            took, (trained, state, _) = timed(lambda p=program, a=args_of[name]: p(*a, case.tokens))
-            args_of[name][1:] = trained, state
-            if number:
-                seconds[name].append(took)
-    for name, took in seconds.items():
-        if took:
-            figures[name]["step"] = statistics.median(took)
-    return figures
+        rows["fewest FLOPs"] = {"FLOPs": testing.flops(method.step, *method.initial_args(), case.tokens)}
+    if steps:
+        args_of = {name: copied_args(method) for name, method in made.items()}
+        _, seconds = run(programs, args_of, case.tokens, steps=steps)
+        for name, took in seconds.items():
+            rows[name]["time of a step"] = took
+    return rows
 
 
-def table(title: str, figures: dict[str, dict[str, float]]) -> str:
-    """Returns the table of one case: absolute figures of LoRA by hand, ratios for the others."""
-    reference = figures["LoRA by hand"]
-    units = {"FLOPs": (1e9, "G"), "temporary": (1e6, "MB"), "step": (1e-3, "ms")}
-    lines = [f"{title:44}" + "".join(f"{column:>14}" for column in reference)]
-    for name, row in figures.items():
-        cells = []
-        for column, value in reference.items():
-            size, unit = units[column]
-            found = row.get(column)
-            cells.append(
-                "" if found is None else f"{value / size:.1f} {unit}" if row is reference else f"× {found / value:.3f}"
-            )
-        lines.append(f"{name:44}" + "".join(f"{cell:>14}" for cell in cells))
-    return "\n".join(lines)
+def tables(only: str, steps: int) -> Iterator[records.Table]:
+    """Yields a table for each figure, with a row for each case."""
+    found = {}
+    for name, (make, module) in CASES.items():
+        if only in name:
+            progress(name)
+            found[name] = measure(make(), module, steps=steps)
+            jax.clear_caches()
+    for figure, unit in {"FLOPs": "×G", "temporary bytes": "×MB", "time of a step": "×ms"}.items():
+        yield across(figure, unit, found)  # without columns if nothing was timed
+
+
+def across(figure: str, unit: str, found: dict[str, dict[str, dict[str, Any]]]) -> records.Table:
+    """Returns one figure of all methods by case, relative to the first method."""
+    rows = {case: {name: row[figure] for name, row in rows.items() if figure in row} for case, rows in found.items()}
+    return records.Table(figure[0].upper() + figure[1:], dict.fromkeys(max(rows.values(), key=len), unit), rows, True)
 
 
 def main() -> None:
     """Measures, prints, and writes the requested file."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = records.parser(__doc__)
     parser.add_argument("--steps", type=int, default=7, help="steps to time for each method; 0 for none")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     given = parser.parse_args()
-    header = metadata("small", SMALL)
-    print(header["command"], "·", header["device"])
-    found = {}
-    for name, (make, module) in CASES.items():
-        if given.only in name:
-            found[name] = measure(make(), module, steps=given.steps)
-            print("\n" + table(name, found[name]), flush=True)
-            jax.clear_caches()
-    if given.json:
-        given.json.write_text(json.dumps(header | {"cases": found}, indent=2) + "\n")
+    records.publish(tables(given.only, given.steps), given.json)
 
 
 if __name__ == "__main__":

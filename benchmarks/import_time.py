@@ -6,15 +6,18 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
 from typing import NamedTuple
 
+import records
+from against.figures import progress
+
 BASE = "import jax, flax"
 IMPORT = "import lora_jax"
 LIMIT = 100  # milliseconds
+AFTER = f"{IMPORT}, after that"
 MARK = "import of lora_jax"
 
 
@@ -53,22 +56,26 @@ def imports() -> list[Import]:
     return sorted(best.values(), key=lambda row: -row.own)
 
 
+def measure(processes: int) -> records.Table:
+    """Returns the times of both imports alone, together, and of the second after the first, interleaved."""
+    milliseconds(BASE, IMPORT)  # writes the bytecode of modules that were never imported
+    seconds: dict[str, list[float]] = {name: [] for name in (BASE, f"{BASE}, lora_jax", AFTER)}
+    for number in range(processes):
+        progress(f"process {number + 1} of {processes}")
+        for took, statements in zip(seconds.values(), ([BASE], [f"{BASE}; {IMPORT}"], [BASE, IMPORT]), strict=True):
+            took.append(milliseconds(*statements)[-1] / 1e3)
+    return records.Table("Import", {"time": "×ms"}, {name: {"time": took} for name, took in seconds.items()})
+
+
 def main() -> int:
     """Measures and prints; returns 1 if the limit is exceeded."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = records.parser(__doc__)
     parser.add_argument("--processes", type=int, default=9, help="processes for each measurement")
     given = parser.parse_args()
-    milliseconds(BASE, IMPORT)  # writes the bytecode of modules that were never imported
-    after, together, without = [], [], []
-    for _ in range(given.processes):
-        after.append(milliseconds(BASE, IMPORT)[1])
-        together.append(milliseconds(f"{BASE}; {IMPORT}")[0])
-        without.append(milliseconds(BASE)[0])
-    cost = statistics.median(after)
-    print(f"{BASE:42} {statistics.median(without):7.1f} ms")
-    print(f"{BASE + ', lora_jax':42} {statistics.median(together):7.1f} ms")
-    print(f"{IMPORT + ', after the others':42} {cost:7.1f} ms   (limit: {LIMIT} ms)")
-    print(f"\nMedians of {given.processes} processes. The slowest modules, in ms (with their imports):")
+    table = measure(given.processes)
+    records.publish([table], given.json)
+    cost = 1e3 * statistics.median(table.rows[AFTER]["time"])
+    print(f"\n{AFTER}: {cost:.1f} ms (limit: {LIMIT} ms). The slowest modules, in ms (with their imports):")
     for row in imports()[:8]:
         print(f"  {row.module:40} {row.own:6.1f} ({row.total:.1f})")
     return int(cost > LIMIT)

@@ -1,22 +1,20 @@
 """Times to trace, lower and compile a training step by number of layers: `lora()` and LoRA by hand.
 
 Usage:
-    python benchmarks/layers.py --json layers.json --plot docs/layers.png
+    python benchmarks/layers.py --layers 4 8
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import statistics
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import models
+import records
+from against.figures import progress
 from sizes import SMALL
-from step import metadata
 from timing import copied_args, jitted, timed
 
 SIZE = dataclasses.replace(SMALL, width=64, hidden=256, vocabulary=512, length=64)
@@ -24,8 +22,8 @@ METHODS = {"LoRA by hand": models.by_hand, "lora()": models.through_lora}
 PARTS = ("trace", "lower", "compile")
 
 
-def measure(layers: int, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Returns median seconds of each part, with all caches cleared before; the methods are interleaved."""
+def measure(layers: int, *, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Returns the seconds of each part and of all, with all caches cleared before; the methods are interleaved."""
     one = models.case(dataclasses.replace(SIZE, layers=layers), scanned=False)
     methods = {name: make(one) for name, make in METHODS.items()}
     args = {name: (*copied_args(method), one.tokens) for name, method in methods.items()}
@@ -41,52 +39,28 @@ def measure(layers: int, *, rounds: int) -> dict[str, dict[str, float]]:
             ):
                 took, stage = timed(lambda run=run, stage=stage: run(stage))
                 seconds[name][part].append(took)
-    return {name: {part: statistics.median(times) for part, times in parts.items()} for name, parts in seconds.items()}
+    return {name: parts | {"all": [*map(sum, zip(*parts.values(), strict=True))]} for name, parts in seconds.items()}
 
 
-def plot(path: Path, found: dict[int, dict[str, dict[str, float]]]) -> None:
-    """Plots the seconds of each part against the number of layers."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(PARTS), figsize=(10, 3.2), layout="constrained")
-    for axis, part in zip(axes, PARTS, strict=True):
-        for name in METHODS:
-            axis.plot(list(found), [row[name][part] for row in found.values()], marker="o", label=name)
-        axis.set_title(part, fontsize=10)
-        axis.set_xlabel("layers")
-        axis.set_ylim(bottom=0)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("seconds")
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=130)
+def tables(numbers: list[int], rounds: int) -> Iterator[records.Table]:
+    """Yields a table of the whole, and one for each part, with a row for each number of layers."""
+    found = {}
+    for layers in numbers:
+        progress(f"{layers} layers")
+        found[f"{layers} layers"] = measure(layers, rounds=rounds)
+    for part in ("all", *PARTS):
+        rows = {layers: {name: row[part] for name, row in of_layers.items()} for layers, of_layers in found.items()}
+        title = "Trace + lower + compile" if part == "all" else part.capitalize()
+        yield records.Table(title, dict.fromkeys(METHODS, "×s"), rows, across=True)
 
 
 def main() -> None:
-    """Measures, prints, and writes the requested files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Measures, prints, and writes the requested file."""
+    parser = records.parser(__doc__)
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32, 64])
     parser.add_argument("--rounds", type=int, default=3, help="how many times each step is traced and compiled")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="write a plot here, as PNG")
     given = parser.parse_args()
-    header = metadata("layers", SIZE)
-    print(header["command"], "·", header["device"])
-    print(f"{'layers':>6}  {'method':14}" + "".join(f"{part:>10}" for part in (*PARTS, "all")) + f"{'all, ratio':>12}")
-    found = {}
-    for layers in given.layers:
-        found[layers] = measure(layers, rounds=given.rounds)
-        reference = sum(found[layers]["LoRA by hand"].values())
-        for name, row in found[layers].items():
-            total = sum(row.values())
-            cells = "".join(f"{value:>8.2f} s" for value in (*row.values(), total))
-            print(f"{layers:>6}  {name:14}{cells}{total / reference:>12.3f}", flush=True)
-    if given.json:
-        given.json.write_text(json.dumps(header | {"found": found}, indent=2) + "\n")
-    if given.plot:
-        plot(given.plot, found)
+    records.publish(tables(given.layers, given.rounds), given.json)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ Methods that are timed are interleaved. `--short` runs everything at a tiny size
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,8 +21,8 @@ import jax.numpy as jnp
 import many_lookups
 import numpy as np
 import optax
+import records
 from against.figures import progress
-from against.report import aligned
 from jax.sharding import SingleDeviceSharding
 from timing import timed
 
@@ -37,6 +35,16 @@ COUNTED = (1, 2, 4, 8, 16, 32, 64)  # adapters
 TIMED = 8  # adapters
 SEQUENCES = (4, 16)  # of each adapter
 TOKENS = 18  # of each sequence, as in most batches of the demo
+COUNTS = {
+    "FLOPs": "G",
+    "FLOPs of each": "×G",
+    "of the compiler": "×G",
+    "arguments": "MB",
+    "each adapter adds": "MB",
+    "temporary": "MB",
+    "temporary of each": "×MB",
+}
+ONE_BY_ONE = ("one by one", "in one program")
 TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1.0))
 TINY = minilm.Encoder(vocabulary=64, max_tokens=32, d_model=32, layers=1, heads=2, d_mlp=64)
 
@@ -127,38 +135,25 @@ def count(found: Case, adapters: int, sequences: int, tokens: int, device: Any =
 
 def counts_table(
     found: Case, numbers: tuple[int, ...], sequences: int = SEQUENCES[0], tokens: int = TOKENS, device: Any = None
-) -> str:
+) -> records.Table:
     """Returns what a step needs by the number of adapters."""
-    lines = [["adapters", "FLOPs", "of the compiler", "arguments", "each adapter adds", "temporary", "by adapter"]]
+    rows: dict[str, dict[str, Any]] = {}
     first: Counts | None = None
     for adapters in numbers:
         progress(f"compile: {adapters} adapters")
         counts = count(found, adapters, sequences, tokens, device)
         first = first or counts
-        ratios = [value / reference / adapters for value, reference in zip(counts, first, strict=True)]
-        added = (counts.arguments - first.arguments) / max(adapters - numbers[0], 1)
-        lines.append(
-            [
-                str(adapters),
-                f"{counts.flops / 1e9:.2f} G = {adapters} × {ratios[0]:.3f}",
-                f"{counts.compiled / 1e9:.2f} G = {adapters} × {ratios[1]:.3f}",
-                f"{counts.arguments / 1e6:.1f} MB",
-                f"{added / 1e6:.2f} MB" if adapters > numbers[0] else "–",
-                f"{counts.temporary / 1e6:.1f} MB",
-                f"{counts.temporary / adapters / 1e6:.1f} MB",
-            ]
-        )
+        rows[records.plural(adapters)] = {
+            "FLOPs": counts.flops,
+            "FLOPs of each": counts.flops / adapters,
+            "of the compiler": counts.compiled / adapters,
+            "arguments": counts.arguments,
+            "each adapter adds": (counts.arguments - first.arguments) / (adapters - 1) if adapters > 1 else None,
+            "temporary": counts.temporary,
+            "temporary of each": counts.temporary / adapters,
+        }
         jax.clear_caches()
-    return aligned(lines)
-
-
-def ratio_of(one: list[float], other: list[float]) -> str:
-    """Returns the median ratio, round by round, and half its interquartile range."""
-    ratios = [x / y for x, y in zip(one, other, strict=True)]
-    if len(ratios) < 4:
-        return f"{statistics.median(ratios):.2f}"
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.2f} ± {(high - low) / 2:.2f}"
+    return records.Table("A training step by the number of adapters", COUNTS, rows)
 
 
 def seconds_of_steps(
@@ -200,55 +195,52 @@ def seconds_of_steps(
     return took[0][1:], took[1][1:]
 
 
-def times_table(found: Case, adapters: int, all_sequences: tuple[int, ...], tokens: int, rounds: int) -> str:
+def times_table(found: Case, adapters: int, all_sequences: tuple[int, ...], tokens: int, rounds: int) -> records.Table:
     """Returns the time of a step of one adapter, in one program with others and alone."""
-    lines = [["sequences per adapter", f"{adapters} in one program", "one by one", "ratio"]]
+    rows = {}
     for sequences in all_sequences:
         together, alone = seconds_of_steps(found, adapters, sequences, tokens, rounds)
-        cells = [f"{1e3 * statistics.median(seconds) / adapters:.1f} ms" for seconds in (together, alone)]
-        lines.append([str(sequences), *cells, ratio_of(alone, together)])
+        of_each = [[took / adapters for took in seconds] for seconds in (alone, together)]
+        rows[f"{sequences} sequences"] = dict(zip(ONE_BY_ONE, of_each, strict=True))
         jax.clear_caches()
-    return aligned(lines)
+    title = f"A step of one of {adapters} adapters by its sequences of {tokens} tokens"
+    return records.Table(title, dict.fromkeys(ONE_BY_ONE, "×ms"), rows, across=True)
 
 
-def training(steps: int, *, short: bool, device: Any = None) -> None:
-    """Prints the tables of training."""
+def training(steps: int, *, short: bool = False, device: Any = None) -> Iterator[records.Table]:
+    """Yields the tables of training."""
     found, tokens = case(TINY if short else None), 4 if short else TOKENS
-    numbers = COUNTED[:2] if short else COUNTED
-    counts = counts_table(found, numbers, tokens=tokens, device=device)
-    print(f"\n### A training step by the number of adapters\n\n{counts}")
+    yield counts_table(found, COUNTED[:2] if short else COUNTED, tokens=tokens, device=device)
     if steps:
         adapters, rounds = (2, 2) if short else (TIMED, steps)
-        print(f"\n### Seconds of a step of one adapter\n\n{times_table(found, adapters, SEQUENCES, tokens, rounds)}")
+        yield times_table(found, adapters, SEQUENCES, tokens, rounds)
 
 
-def counted(device: Any) -> None:
-    """Prints the tables of the compiler for another device, which need not exist."""
+def counted(device: Any) -> Iterator[records.Table]:
+    """Yields the tables of the compiler for another device, which need not exist."""
     import many_serving
 
-    training(0, short=False, device=device)
-    many_lookups.report(0, short=False, device=device, dtype=jnp.bfloat16)
-    table = many_serving.counted(many_serving.FULL, many_serving.LOADED, device, jnp.bfloat16)
-    print(f"\n### Decoding {many_serving.FULL.rows} rows, bfloat16\n\n{table}")
+    yield from training(0, device=device)
+    yield from many_lookups.tables(0, device=device, dtype=jnp.bfloat16)
+    yield many_serving.counted(many_serving.FULL, many_serving.LOADED, device, jnp.bfloat16)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Measures, prints, and writes the requested file."""
+    parser = records.parser(__doc__)
     parser.add_argument("part", choices=("training", "lookups", "serving"))
     parser.add_argument("--steps", type=int, default=9, help="rounds to time; 0 for none")
     parser.add_argument("--torch", default="", help="an interpreter that has torch, transformers and PEFT")
     parser.add_argument("--short", action="store_true", help="a tiny size")
     given = parser.parse_args(arguments)
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    if given.part == "training":
-        training(given.steps, short=given.short)
-    elif given.part == "lookups":
-        many_lookups.report(given.steps, short=given.short)
-    else:
+    if given.part == "serving":
         import many_serving  # needs the packages of the language model
 
-        many_serving.report(given.steps, given.torch, short=given.short)
+        found = many_serving.tables(given.steps, given.torch, short=given.short)
+        records.publish(found, given.json, **many_serving.versions(given.torch))
+    else:
+        make = {"training": training, "lookups": many_lookups.tables}[given.part]
+        records.publish(make(given.steps, short=given.short), given.json)
 
 
 if __name__ == "__main__":

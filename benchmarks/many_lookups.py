@@ -8,15 +8,14 @@ all         products with the factors of all adapters as one matrix, of which th
 from __future__ import annotations
 
 import itertools
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import records
 from against.figures import progress
-from against.report import aligned
 from jax import Array, lax
 from jax.sharding import SingleDeviceSharding
 from timing import timed
@@ -66,6 +65,7 @@ def of_all(x: Array, w: Array, a: Array, b: Array, which: Array) -> Array:
     return x @ w + jnp.einsum("nter,erf->ntf", jnp.where(own, thin, 0), b)
 
 
+FIGURES = {"FLOPs of the compiler": "M", "accessed": "MB"}
 METHODS: dict[str, Callable[..., Array]] = {
     "base": base,
     "gathered": gathered,
@@ -99,9 +99,8 @@ def measure(size: Size, *, rounds: int, device: Any = None, dtype: Any = jnp.flo
         cost = programs[name].cost_analysis()
         rows[name] = {
             "FLOPs": testing.flops(method, *args),
-            "of the compiler": cost["flops"],
+            "FLOPs of the compiler": cost["flops"],
             "accessed": cost["bytes accessed"],
-            "temporary": programs[name].memory_analysis().temp_size_in_bytes,
         }
     if device is not None or not rounds:
         return rows
@@ -112,32 +111,30 @@ def measure(size: Size, *, rounds: int, device: Any = None, dtype: Any = jnp.flo
     for _, (name, program) in itertools.product(range(5 * rounds), programs.items()):
         seconds[name].append(timed(lambda p=program: p(*args))[0])
     for name, row in rows.items():
-        row["seconds"] = statistics.median(seconds[name])
+        row["seconds"] = seconds[name]
     return rows
 
 
-UNITS = {"FLOPs": (1e6, "M"), "of the compiler": (1e6, "M"), "accessed": (1e6, "MB"), "temporary": (1e6, "MB")}
-
-
-def table(sizes: list[Size], **options: Any) -> str:
-    """Returns a row for each size and method: what it needs in addition to the base, and its time."""
-    lines = [["examples × tokens", "adapters", "factors", *UNITS, "time, base = 1"]]
-    for size in sizes:
-        progress(f"lookups: {size}")
-        rows = measure(size, **options)
-        reference = rows.pop("base")
-        for name, row in rows.items():
-            cells = [f"{(row[key] - reference[key]) / scale:.2f} {unit}" for key, (scale, unit) in UNITS.items()]
-            time = f"{row['seconds'] / reference['seconds']:.2f}" if "seconds" in row else "–"
-            lines.append([f"{size.examples} × {size.tokens}", str(size.adapters), name, *cells, time])
-    return aligned(lines)
-
-
-def report(rounds: int, *, short: bool, device: Any = None, dtype: Any = jnp.float32) -> None:
-    """Prints the table."""
+def tables(
+    rounds: int, *, short: bool = False, device: Any = None, dtype: Any = jnp.float32
+) -> Iterator[records.Table]:
+    """Yields what each method needs in addition to the base's product; then, if it was run, their times."""
+    added: dict[str, dict[str, float]] = {}
+    seconds: dict[str, dict[str, list[float]]] = {}
     sizes = TINY if short else SIZES
-    size = sizes[0]
-    print(
-        f"\n### The low-rank products of a kernel ({size.d_in}, {size.d_out}), rank {size.rank}, "
-        f"{jnp.dtype(dtype).name}\n\n{table(sizes, rounds=rounds, device=device, dtype=dtype)}"
-    )
+    for size in sizes:
+        name = f"{size.examples} × {size.tokens} tokens, {records.plural(size.adapters)}"
+        progress(f"lookups: {name}")
+        rows = measure(size, rounds=rounds, device=device, dtype=dtype)
+        added[name] = {
+            f"{method}: {figure}": row[figure] - rows["base"][figure]
+            for method, row in rows.items()
+            for figure in FIGURES
+            if method != "base"
+        }
+        seconds[name] = {method: row["seconds"] for method, row in rows.items() if "seconds" in row}
+    kernel = f"a kernel ({size.d_in}, {size.d_out}), rank {size.rank}, {jnp.dtype(dtype).name}"
+    columns = {column: FIGURES[column.split(": ")[1]] for column in added[name]}
+    yield records.Table(f"In addition to the product of the base: {kernel}", columns, added)
+    if rounds:
+        yield records.Table(f"Time: {kernel}", dict.fromkeys(seconds[name], "×ms"), seconds, across=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import records
 from against.figures import progress
-from against.report import aligned
 from flax import nnx
 from jax import Array
 from jax.sharding import SingleDeviceSharding
+from records import plural
 from timing import timed
 
 import lora_jax as lj
@@ -34,6 +34,9 @@ VARIANT = lj.LoRA(rank=RANK, alpha=16)
 TARGETS = {"attention": ("query", "key", "value", "out"), "mlp": ("gate", "up", "down")}
 LOADED = (1, 8, 64)  # adapters
 PEFT = "PEFT, `adapter_names=`"
+TORCH = ("torch", "transformers", "peft")
+HELD = "parameters, adapters, cache"
+COLUMNS = {"step": "×ms", HELD: "MB", "temporary": "MB"}
 
 
 class Load(NamedTuple):
@@ -105,17 +108,17 @@ def methods(load: Load, loaded: tuple[int, ...] = LOADED, dtype: Any = jnp.float
     for number in loaded:
         which, stacked = numbers_of(load.rows, number), many.stack(adapters(number))
         yield (
-            f"mixed, {number} adapters",
+            f"mixed, {plural(number)}",
             Method(lambda held, *args: mixed(*held, *args), (model.params, stacked, which)),
         )
         selected = jax.jit(many.select)(stacked, which)
         yield (
-            f"mixed, {number} adapters, selected before",
+            f"mixed, {plural(number)}, selected before",
             Method(lambda held, *args: mixed(*held[:2], None, *args), (model.params, selected)),
         )
         graph, state = nnx.split(by_hand(decoder, stacked, which))
         yield (
-            f"by hand, {number} adapters",
+            f"by hand, {plural(number)}",
             Method(lambda held, *args, graph=graph: nnx.merge(graph, held, copy=True).decode(*args), state),
         )
 
@@ -215,17 +218,26 @@ def why_no_torch(interpreter: str) -> str:
     if not interpreter:
         return "not installed: pass --torch"
     try:
-        ran = subprocess.run([interpreter, "-c", "import torch, transformers, peft"], capture_output=True, text=True)
+        ran = subprocess.run([interpreter, "-c", f"import {', '.join(TORCH)}"], capture_output=True, text=True)
     except OSError as error:
         return f"not installed: {error}"
     return "" if ran.returncode == 0 else f"not installed: {ran.stderr.strip().splitlines()[-1]}"
+
+
+def versions(interpreter: str) -> dict[str, str]:
+    """Returns the versions of what PEFT needs; empty if the interpreter cannot run it."""
+    if why_no_torch(interpreter):
+        return {}
+    code = f"from importlib.metadata import version; print(*map(version, {TORCH}))"
+    ran = subprocess.run([interpreter, "-c", code], capture_output=True, text=True, check=True)
+    return dict(zip(TORCH, ran.stdout.split(), strict=True))
 
 
 def measure(load: Load, loaded: tuple[int, ...], rounds: int, interpreter: str = "") -> dict[str, dict[str, Any]]:
     """Returns the figures of all methods; their steps are interleaved."""
     sessions = {name: Session(name, method, load) for name, method in methods(load, loaded)}
     rows: dict[str, dict[str, Any]] = {
-        name: {"bytes": session.figures["arguments"], "temporary": session.figures["temporary"]}
+        name: {HELD: session.figures["arguments"], "temporary": session.figures["temporary"]}
         for name, session in sessions.items()
     }
     steps: dict[str, Callable[[], float]] = {name: session.step for name, session in sessions.items()}
@@ -233,10 +245,10 @@ def measure(load: Load, loaded: tuple[int, ...], rounds: int, interpreter: str =
     reason = why_no_torch(interpreter)
     torch = None if reason else Torch(interpreter, load, loaded)
     if torch is None:
-        rows[PEFT] = {"reason": reason}
+        rows[PEFT] = {"step": reason}
     else:
         for name, size in torch.methods.items():
-            rows[name] = {"bytes": size}
+            rows[name] = {HELD: size}
             starts.append(lambda n=name: torch.call("start", n))
             steps[name] = lambda n=name: torch.call("step", n)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -254,42 +266,22 @@ def measure(load: Load, loaded: tuple[int, ...], rounds: int, interpreter: str =
                     seconds[name].append(took)
     if torch is not None:
         torch.close()
-    return {name: row | ({"seconds": seconds[name]} if name in seconds else {}) for name, row in rows.items()}
+    return {name: row | ({"step": seconds[name]} if name in seconds else {}) for name, row in rows.items()}
 
 
-def table(load: Load, rows: dict[str, dict[str, Any]]) -> str:
-    """Returns tokens per second, latency and memory."""
-    lines = [["", "tokens/s", "step", "time, base = 1", "parameters, adapters, cache", "temporary"]]
-    for name, row in rows.items():
-        if "seconds" not in row:
-            lines.append([name, row["reason"], "", "", "", ""])
-            continue
-        middle = statistics.median(row["seconds"])
-        ratios = [x / y for x, y in zip(row["seconds"], rows["base"]["seconds"], strict=True)]
-        lines.append(
-            [
-                name,
-                f"{load.rows / middle:.0f}",
-                f"{1e3 * middle:.1f} ms",
-                f"{statistics.median(ratios):.2f}",
-                f"{row['bytes'] / 1e6:.0f} MB",
-                f"{row['temporary'] / 1e6:.1f} MB" if "temporary" in row else "–",
-            ]
-        )
-    return aligned(lines)
+def table(load: Load, rows: dict[str, dict[str, Any]]) -> records.Table:
+    """Returns time and memory, relative to the base."""
+    return records.Table(f"Decoding {load.rows} rows, float32", COLUMNS, rows)
 
 
-def counted(load: Load, loaded: tuple[int, ...], device: Any, dtype: Any) -> str:
+def counted(load: Load, loaded: tuple[int, ...], device: Any, dtype: Any) -> records.Table:
     """Returns the compiler's figures of a step for a device, which need not exist."""
-    lines = [["", "arguments", "temporary", "accessed"]]
-    for name, method in methods(load, loaded, dtype):
-        figures = Session(name, method, load, dtype, device).figures
-        lines.append([name, *(f"{figures[column] / 1e6:.1f} MB" for column in lines[0][1:])])
-    return aligned(lines)
+    rows = {name: Session(name, method, load, dtype, device).figures for name, method in methods(load, loaded, dtype)}
+    columns = dict.fromkeys(("arguments", "temporary", "accessed"), "MB")
+    return records.Table(f"Decoding {load.rows} rows, {jnp.dtype(dtype).name}", columns, rows)
 
 
-def report(rounds: int, interpreter: str, *, short: bool, rows: int = FULL.rows) -> None:
-    """Prints the table."""
-    load, loaded = (TINY, (1, 2)) if short else (FULL._replace(rows=rows), LOADED)
-    found = measure(load, loaded, min(rounds, 2) if short else rounds, interpreter)
-    print(f"\n### Decoding {load.rows} rows\n\n{table(load, found)}")
+def tables(rounds: int, interpreter: str, *, short: bool = False) -> Iterator[records.Table]:
+    """Yields the table."""
+    load, loaded = (TINY, (1, 2)) if short else (FULL, LOADED)
+    yield table(load, measure(load, loaded, min(rounds, 2) if short else rounds, interpreter))

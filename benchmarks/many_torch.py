@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 import transformers
+from records import plural
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -72,7 +73,7 @@ def methods(given: dict[str, Any]) -> dict[str, Method]:
         for at in range(1, number):
             model.add_adapter(str(at), config)
         names = [str(at * max(number // rows, 1) % number) for at in range(rows)]
-        found[f"PEFT, `adapter_names=`, {number} adapters"] = Method(model.eval(), names)
+        found[f"PEFT, `adapter_names=`, {plural(number)}"] = Method(model.eval(), names)
     return found
 
 

@@ -7,14 +7,20 @@ its own, in turn: PEFT loads the model and the adapter, calls `merge_and_unload`
 """
 
 import argparse
+import itertools
 import json
 import resource
-import statistics
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import records
+from against.figures import progress
 
 LLAMA = {
     "vocab_size": 32_000,
@@ -55,7 +61,9 @@ def merge_peft(root: Path, out: Path) -> None:
     peft.PeftModel.from_pretrained(model, root / "adapter").merge_and_unload().save_pretrained(out)
 
 
-WAYS = {"lora_jax": merge_lora_jax, "PEFT": merge_peft}
+WAYS = {"PEFT": merge_peft, "lora_jax": merge_lora_jax}
+COLUMNS = {"peak memory": "GB", "of which imports": "GB", "time": "×s", "imports": "×s"}
+EXACT = "rounded once"
 
 
 def measure(way: str, root: Path, out: Path) -> None:
@@ -65,16 +73,16 @@ def measure(way: str, root: Path, out: Path) -> None:
     imported, memory = time.perf_counter(), peak()
     WAYS[way](root, out)
     seconds = time.perf_counter() - imported
-    print(json.dumps({"seconds": seconds, "import": imported - start, "peak": peak(), "imports": memory}))
+    print(json.dumps(dict(zip(COLUMNS, (peak(), memory, seconds, imported - start), strict=True))))
 
 
 def peak() -> float:
-    """Returns the most memory that the process has held, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    """Returns the most memory that the process has held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def compare(root: Path) -> None:
-    """Prints how many elements of one kernel are the sum in float32, rounded once."""
+def share_of_exact(root: Path) -> None:
+    """Prints which share of the elements of one kernel is the sum in float32, rounded once, for each way."""
     from safetensors import safe_open
 
     def tensors(path: Path, name: str):
@@ -84,46 +92,46 @@ def compare(root: Path) -> None:
     name = "model.layers.0.mlp.up_proj"
     prefix, adapter = f"base_model.model.{name}", root / "adapter" / "adapter_model.safetensors"
     a, b = (tensors(adapter, f"{prefix}.lora_{factor}.weight") for factor in "AB")
-    exact = tensors(root / "base" / "model.safetensors", f"{name}.weight") + 2 * b @ a
-    for way in WAYS:
-        merged = tensors(root / way / "model.safetensors", f"{name}.weight")
-        share = float((merged == exact.bfloat16().float()).float().mean())
-        print(f"{way}: {share:.2%} of the elements of {name} are the sum in float32, rounded once")
+    exact = (tensors(root / "base" / "model.safetensors", f"{name}.weight") + 2 * b @ a).bfloat16().float()
+    merged = {way: tensors(root / way / "model.safetensors", f"{name}.weight") for way in WAYS}
+    print(json.dumps({way: float((kernel == exact).float().mean()) for way, kernel in merged.items()}))
+
+
+def tables(runs: int) -> Iterator[records.Table]:
+    """Yields the table of both ways, each run in processes of its own, in turn."""
+    with tempfile.TemporaryDirectory() as root:
+
+        def in_a_process(way: str) -> str:
+            progress(way)
+            command = [sys.executable, __file__, "--root", root, "--way", way]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+        in_a_process("write")
+        rows: dict[str, dict[str, Any]] = {way: {column: [] for column in COLUMNS} for way in WAYS}
+        for _, (way, row) in itertools.product(range(runs), rows.items()):
+            shutil.rmtree(Path(root, way), ignore_errors=True)
+            for column, value in json.loads(in_a_process(way).splitlines()[-1]).items():
+                row[column].append(value)
+        for way, share in json.loads(in_a_process("compare").splitlines()[-1]).items():
+            rows[way][EXACT] = f"{share:.2%}"
+        size = Path(root, "base", "model.safetensors").stat().st_size / 1e9
+        yield records.Table(f"A model of {size:.2f} GB in bfloat16", COLUMNS | {EXACT: ""}, rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = records.parser(__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--way", choices=["write", "compare", *WAYS], help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.way == "write":
-        return write(args.root)
-    if args.way == "compare":
-        return compare(args.root)
-    if args.way:
-        return measure(args.way, args.root, args.root / args.way)
-    with tempfile.TemporaryDirectory() as root:
-        program = [sys.executable, __file__, "--root", root, "--way"]
-        subprocess.run([*program, "write"], check=True, stderr=subprocess.DEVNULL)
-        results: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for _ in range(args.runs):
-            for way, some in results.items():
-                subprocess.run(["rm", "-rf", f"{root}/{way}"], check=True)
-                ran = subprocess.run([*program, way], check=True, capture_output=True, text=True)
-                some.append(json.loads(ran.stdout.splitlines()[-1]))
-        size = (Path(root) / "base" / "model.safetensors").stat().st_size / 1e9
-        print(f"A model of {size:.2f} GB in bfloat16, rank 16 in all linear layers; the median of {args.runs} runs.\n")
-        print("| | peak memory | of which imports | time | imports |")
-        print("|---|---|---|---|---|")
-        for way, some in results.items():
-            median = {key: statistics.median(one[key] for one in some) for key in some[0]}
-            print(
-                f"| {way} | {median['peak']:.2f} GB | {median['imports']:.2f} GB | {median['seconds']:.1f} s | "
-                f"{median['import']:.1f} s |"
-            )
-        print(flush=True)
-        subprocess.run([*program, "compare"], check=True)
+    given = parser.parse_args()
+    if given.way == "write":
+        write(given.root)
+    elif given.way == "compare":
+        share_of_exact(given.root)
+    elif given.way:
+        measure(given.way, given.root, given.root / given.way)
+    else:
+        records.publish(tables(given.runs), given.json, "torch", "transformers", "peft")
 
 
 if __name__ == "__main__":

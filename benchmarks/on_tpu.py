@@ -18,8 +18,8 @@ import os
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "JAX_PLATFORMS": "cpu"}
 
-import argparse
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import forms
@@ -27,6 +27,8 @@ import jax
 import jax.numpy as jnp
 import models
 import quant
+import records
+from against.figures import progress
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from sizes import SMALL
@@ -34,7 +36,7 @@ from timing import copied_args, jitted
 
 TOPOLOGY = "v5e:2x4"
 METHODS = ("LoRA by hand", "lora()", "lora(form='factored')", "W0 + s·A·B each step", "full fine-tuning")
-UNITS = {"FLOPs": (1e9, "G"), "temporary": (1e6, "MB"), "accessed": (1e6, "MB")}
+UNITS = {"FLOPs": "×G", "bytes accessed": "×MB", "temporary bytes": "×MB"}  # of the compiler
 
 
 def cases(batch: int, length: int) -> dict[str, Any]:
@@ -69,22 +71,26 @@ def measure(case: Any, sharding: Any) -> dict[str, dict[str, float]]:
         cost = program.cost_analysis()
         figures[name] = {
             "FLOPs": cost["flops"],  # counts a loop body once
-            "temporary": program.memory_analysis().temp_size_in_bytes,
-            "accessed": cost["bytes accessed"],
+            "temporary bytes": program.memory_analysis().temp_size_in_bytes,
+            "bytes accessed": cost["bytes accessed"],
         }
     return figures
 
 
-def row(figures: dict[str, float], reference: dict[str, float]) -> str:
-    """Returns absolute figures for the reference, and ratios for the others."""
-    if figures is reference:
-        return "".join(f"{figures[name] / size:>11.2f} {unit:2}" for name, (size, unit) in UNITS.items())
-    return "".join(f"{'× ' + format(figures[name] / reference[name], '.3f'):>14}" for name in UNITS)
+def tables(only: str, batch: int, length: int, device: Any) -> Iterator[records.Table]:
+    """Yields a table for each figure, with a row for each case."""
+    found = {}
+    for title, make in cases(batch, length).items():
+        if only in title:
+            progress(title)
+            found[title] = measure(make(), SingleDeviceSharding(device))
+    for figure, unit in UNITS.items():
+        yield forms.across(figure, unit, found)
 
 
 def main() -> None:
-    """Compiles and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Compiles, prints, and writes the requested file."""
+    parser = records.parser(__doc__)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
     parser.add_argument("--batch", type=int, default=SMALL.batch)
     parser.add_argument("--length", type=int, default=SMALL.length)
@@ -93,21 +99,14 @@ def main() -> None:
     given = parser.parse_args()
     device = topologies.get_topology_desc(TOPOLOGY, platform="tpu").devices[0]
     if given.quantized:
-        for found in quant.tables(device, [jnp.bfloat16], steps=0, only=given.only):
-            print(f"\n{found}", flush=True)
-        return
-    if given.many:
+        found = quant.tables(device, ["bfloat16"], steps=0, only=given.only)
+    elif given.many:
         import many  # needs the packages of the examples
 
-        many.counted(device)
-        return
-    sharding = SingleDeviceSharding(device)
-    for title, make in cases(given.batch, given.length).items():
-        if given.only in title:
-            figures = measure(make(), sharding)
-            print(f"\n{title:50}" + "".join(f"{name:>14}" for name in UNITS))
-            for name, found in figures.items():
-                print(f"{name:50}{row(found, figures['LoRA by hand'])}", flush=True)
+        found = many.counted(device)
+    else:
+        found = tables(given.only, given.batch, given.length, device)
+    records.publish(found, given.json, "libtpu")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import records
 from against import BY_HAND, ENVIRONMENTS
 from against.picture import plot
 from against.report import document, tables
@@ -25,7 +25,6 @@ from against.report import document, tables
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "peers.png"
-BEGIN, END = "<!-- written by benchmarks/peers.py -->", "<!-- end of what benchmarks/peers.py writes -->"
 DEFAULTS = {"tiny": (1, 3), "small": (3, 25), "base": (1, 7)}  # how many times each step is compiled and run
 OWN = "lora_jax"
 
@@ -48,20 +47,6 @@ def measure_environment(environment: str, options: list[str]) -> dict[str, Any]:
         print(f"{environment}: {python}", file=sys.stderr, flush=True)
         run = subprocess.run(command, cwd=ROOT / "benchmarks", env=os.environ | paths, check=False)
         return json.loads(out.read_text()) if run.returncode == 0 else {"missing": f"exit code {run.returncode}"}
-
-
-def processor() -> str:
-    """Returns the name of the processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-
-
-def write_docs(results: dict[str, Any]) -> None:
-    """Replaces the text between the two marks."""
-    before, rest = PAGE.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    PAGE.write_text(f"{before}{BEGIN}\n\n{document(results, PICTURE.name)}\n\n{END}{after}")
 
 
 def arguments() -> argparse.Namespace:
@@ -90,7 +75,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     wanted = [name for name, peers in ENVIRONMENTS.items() if not only or any(peer.name in only for peer in peers)]
     return {
         "command": shlex.join(["python", "benchmarks/peers.py", *sys.argv[1:]]),
-        "machine": processor(),
+        "machine": records.processor(),
         "size": given.size,
         "environments": {name: measure_environment(name, options) for name in wanted},
     }
@@ -107,7 +92,7 @@ def main() -> int:
         plot(results, given.plot)
     if given.write_docs:
         plot(results, PICTURE)
-        write_docs(results)
+        records.fill(PAGE, Path(__file__).name, document(results, PICTURE.name))
     cases = results["environments"].get("jax", {}).get("cases", {})
     return int(not cases or any(isinstance(rows[name], str) for rows in cases.values() for name in (OWN, BY_HAND)))
 

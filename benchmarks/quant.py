@@ -1,8 +1,7 @@
 """Quantized bases: their error, and the cost of a training step, relative to LoRA on a dense base and to Qwix's QLoRA.
 
 Usage:
-    make quant                                # all tables, with Qwix, in an environment of its own
-    python benchmarks/quant.py --only errors  # in an environment with bitsandbytes, also its errors
+    make quant                                # in float32, with Qwix, in an environment of its own
     python benchmarks/quant.py --steps 0      # deterministic figures only
     python benchmarks/on_tpu.py --quantized   # the same steps, compiled for a TPU
 
@@ -11,7 +10,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -19,22 +17,20 @@ import importlib.util
 import itertools
 import math
 import re
-import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import records
 from against import lora_jax
 from against.cases import Case, decoder
 from against.figures import progress
 from against.flops import flops
-from against.measure import run
-from against.report import aligned, ratio
 from decoder import Method
 from jax.sharding import SingleDeviceSharding
 from sizes import Size
-from timing import copied_args, jitted
+from timing import copied_args, jitted, run
 
 from lora_jax import quant
 
@@ -53,6 +49,7 @@ QWIX: dict[str, dict[str, Any]] = {
     "Qwix, int8": {"weight_qtype": "int8"},
 }
 GROWING = (DENSE, "NF4", "NF4, double", "Int8", "Qwix, nf4, tiles of 64")
+COLUMNS = {"FLOPs": "×G", "arguments": "MB", "temporary": "MB", "step": "×ms", "first loss": ""}
 TITLES = {False: "unrolled", True: "scan + remat"}
 
 
@@ -100,53 +97,30 @@ def measure(case: Case, device: Any, *, steps: int) -> dict[str, dict[str, Any]]
             "temporary": memory.temp_size_in_bytes,
         }
     if steps:
-        losses, seconds = run(programs, args, case, steps=steps)
+        losses, seconds = run(programs, args, case.inputs, steps=steps)
         for name, row in rows.items():
             row |= {"step": seconds[name], "first loss": losses[name]}
     return rows
 
 
-UNITS = {"FLOPs": (1e9, "G"), "arguments": (1e6, "MB"), "temporary": (1e6, "MB"), "step": (1e-3, "ms")}
-
-
-def step_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Returns bytes, and the ratios of FLOPs and time to LoRA on a dense base."""
-    lines = [["base", *next(iter(rows.values()))]]
-    for name, row in rows.items():
-        cells = []
-        for column, value in row.items():
-            if column not in UNITS:
-                cells.append(f"{value:.4f}")
-                continue
-            size, unit = UNITS[column]
-            found = ratio(column, row, rows[DENSE])
-            if row is rows[DENSE] or unit == "MB":
-                middle = statistics.median(value) if isinstance(value, list) else value
-                cells.append(f"{middle / size:.1f} {unit}")
-            else:
-                cells.append(f"× {found.value:.3f}" + (f" ± {found.spread:.3f}" if found.spread else ""))
-        lines.append([name, *cells])
-    return aligned(lines)
-
-
-def growth(device: Any, dtype: Any) -> str:
+def growth(device: Any, dtype: Any) -> records.Table:
     """Returns the temporary bytes of a step by layers, and the dequantized kernels at once in the deepest."""
     size = dataclasses.replace(SIZE, vocabulary=SIZE.vocabulary // 2, batch=2, length=48)
     elements = {size.width**2, size.width * size.hidden}  # no activation has as many
-    lines = [["layers", "base", *map(str, DEPTHS), "each layer adds", "kernels at once"]]
-    for scanned, title in TITLES.items():
-        for name, build in methods(GROWING).items():
-            found = []
-            for layers in DEPTHS:
-                progress(f"{title}, {layers} layers: {name}")
-                case = decoder(dataclasses.replace(size, layers=layers), scanned=scanned, dtype=dtype)
-                program = compile_for(build(case), case.inputs, device)
-                found.append(program.memory_analysis().temp_size_in_bytes)
-            added = (found[-1] - found[0]) / (DEPTHS[-1] - DEPTHS[0])
-            cells = [f"{value / 1e6:.1f} MB" for value in (*found, added)]
-            alive = "–" if name == DENSE else str(alive_at_once(program.as_text(), elements))
-            lines.append([title, name, *cells, alive])
-    return aligned(lines)
+    rows: dict[str, dict[str, Any]] = {}
+    for (scanned, title), (name, build) in itertools.product(TITLES.items(), methods(GROWING).items()):
+        row: dict[str, Any] = {}
+        for layers in DEPTHS:
+            progress(f"{title}, {layers} layers: {name}")
+            case = decoder(dataclasses.replace(size, layers=layers), scanned=scanned, dtype=dtype)
+            program = compile_for(build(case), case.inputs, device)
+            row[f"{layers} layers"] = program.memory_analysis().temp_size_in_bytes
+        first, *_, last = row.values()
+        row["each layer adds"] = (last - first) / (DEPTHS[-1] - DEPTHS[0])
+        row["kernels at once"] = None if name == DENSE else alive_at_once(program.as_text(), elements)
+        rows[f"{title}: {name}"] = row
+    columns = {column: "" if column == "kernels at once" else "MB" for column in row}
+    return records.Table(f"Temporary bytes by layers, {jnp.dtype(dtype).name}", columns, rows)
 
 
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\([^=]*?\)|\S+) ([\w-]+)\((.*)")
@@ -180,54 +154,43 @@ def alive_at_once(scheduled: str, elements: set[int]) -> int:
     return most
 
 
-def errors() -> str:
+def errors() -> records.Table:
     """Returns bits per weight and relative error for kernels of standard normal values."""
     w = jax.random.normal(jax.random.key(0), (1024, 1024))
-    lines = [["format", "bits per weight", "relative error", "bitsandbytes"]]
+    rows = {}
     for name, format_ in FORMATS.items():
         leaf = quant.quantize({"w": w}, {"w": format_})["w"]
-        error = jnp.linalg.norm(leaf.dequantize() - w) / jnp.linalg.norm(w)
-        lines.append([name, f"{8 * leaf.nbytes / leaf.size:.3f}", f"{error:.5f}", _of_bitsandbytes(format_, w)])
-    return aligned(lines)
+        error = float(jnp.linalg.norm(leaf.dequantize() - w) / jnp.linalg.norm(w))
+        rows[name] = {
+            "bits per weight": f"{8 * leaf.nbytes / leaf.size:.3f}",
+            "relative error": f"{error:.5f}",
+        }
+    return records.Table("Errors", dict.fromkeys(rows[name], ""), rows)
 
 
-def _of_bitsandbytes(format_: quant.Format, w: Any) -> str:
-    """Returns the relative error of bitsandbytes for the same kernel in NF4, if it is installed."""
-    if not isinstance(format_, quant.NF4) or not importlib.util.find_spec("bitsandbytes"):
-        return "–"
-    import bitsandbytes.functional as bnb
-    import numpy as np
-    import torch
-
-    kernel = torch.from_numpy(np.array(w.T))
-    packed, state = bnb.quantize_4bit(kernel, quant_type="nf4", compress_statistics=format_.double)
-    return f"{torch.linalg.norm(bnb.dequantize_4bit(packed, state) - kernel) / torch.linalg.norm(kernel):.5f}"
-
-
-def tables(device: Any, dtypes: list[Any], *, steps: int, only: str = "") -> Iterator[str]:
+def tables(device: Any, dtypes: list[Any], *, steps: int, only: str = "") -> Iterator[records.Table]:
     """Yields the tables of steps compiled for a device; they are run if `steps` is positive."""
     for dtype in dtypes:
         name = jnp.dtype(dtype).name
         for scanned, title in TITLES.items():
             if only in f"{name}, {title}":
-                case = decoder(SIZE, scanned=scanned, dtype=dtype)
-                yield f"### A step: {name}, {title}\n\n{step_table(measure(case, device, steps=steps))}"
+                rows = measure(decoder(SIZE, scanned=scanned, dtype=dtype), device, steps=steps)
+                yield records.Table(f"{name}, {title}", COLUMNS, rows)
                 jax.clear_caches()
         if only in f"{name}, growth":
-            yield f"### Temporary bytes by layers: {name}\n\n{growth(device, dtype)}"
+            yield growth(device, dtype)
 
 
 def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Measures, prints, and writes the requested file."""
+    parser = records.parser(__doc__)
     parser.add_argument("--steps", type=int, default=9, help="steps to time for each method; 0 for none")
     parser.add_argument("--only", default="", help="only tables whose name contains this")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     given = parser.parse_args()
-    print(f"jax {jax.__version__}; {', '.join(f'{n} {v}' for n, v in dataclasses.asdict(SIZE).items())}")
-    if given.only in "errors":
-        print(f"\n### Errors\n\n{errors()}")
-    for table in tables(jax.devices()[0], [jnp.float32, jnp.bfloat16], steps=given.steps, only=given.only):
-        print(f"\n{table}", flush=True)
+    found = tables(jax.devices()[0], given.dtypes, steps=given.steps, only=given.only)
+    qwix = ["qwix"] * bool(importlib.util.find_spec("qwix"))
+    records.publish(itertools.chain([errors()] * (given.only in "errors"), found), given.json, *qwix)
 
 
 if __name__ == "__main__":

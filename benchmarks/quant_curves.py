@@ -10,7 +10,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from against.report import aligned
+import records
 
 import finetune_trec
 import lora_jax as lj
@@ -64,7 +63,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         losses = ", ".join(f"{np.mean(one['loss'][-WINDOW:]):.4f}" for one in runs)
         accuracies = ", ".join(f"{one['accuracy']:.1%}" for one in runs)
         lines.append([name, f"{runs[0]['bytes'] / 1e6:.1f} MB", losses, accuracies])
-    return aligned(lines)
+    return records.aligned(lines)
 
 
 def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -98,11 +97,10 @@ def plot(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 def main() -> None:
     """Trains, prints and plots."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = records.parser(__doc__)
     parser.add_argument("--steps", type=int, default=153, help="steps of each run; an epoch has 153")
     parser.add_argument("--seeds", type=int, default=1, help="number of adapters for each base")
     parser.add_argument("--only", action="append", choices=BASES, help="only this base; repeatable")
-    parser.add_argument("--json", type=Path, help="write all losses here")
     parser.add_argument("--plot", type=Path, default=ROOT / "docs" / "quantization.png", help="the plot, as PNG")
     given = parser.parse_args()
     # Truncated to 18 tokens, 13 % of the questions, so that each base compiles two programs and not three.

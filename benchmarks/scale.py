@@ -25,6 +25,7 @@ import jax
 import llama
 import numpy as np
 import optax
+import records
 from jax.sharding import Mesh
 from llama import Llama
 from scale_report import SWEEPS, document, plot, tables
@@ -33,7 +34,6 @@ import lora_jax as lj
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE, PICTURE = ROOT / "docs" / "scale.md", ROOT / "docs" / "scale.png"
-BEGIN, END = "<!-- written by benchmarks/scale.py -->", "<!-- end of what benchmarks/scale.py writes -->"
 MODELS = {
     "8B": Llama(layers=32, width=4096, heads=32, hidden=14336),
     "70B": Llama(layers=80, width=8192, heads=64, hidden=28672),
@@ -134,12 +134,11 @@ def parse_sizes(text: str) -> list[int]:
 
 def main() -> None:
     """Measures, prints, and writes the requested files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = records.parser(__doc__)
     parser.add_argument("--only", choices=MODELS, action="append", help="only this model; repeatable")
     parser.add_argument("--devices", type=int, choices=MESHES, nargs="*", default=list(MESHES))
     parser.add_argument("--topology", help="a TPU topology such as v5p instead of simulated devices")
     parser.add_argument("--growth", action="store_true", help="also vary layers, rank and tokens")
-    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--read", type=Path, nargs="+", help="read the figures from these files instead of measuring")
     parser.add_argument("--write-docs", action="store_true", help="write docs/scale.md; implies --growth")
     given = parser.parse_args()
@@ -149,8 +148,7 @@ def main() -> None:
         given.json.write_text(json.dumps(results, indent=2) + "\n")
     if given.write_docs:
         plot(results, PICTURE)
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{document(results, PICTURE.name)}\n\n{END}{rest.split(END)[1]}")
+        records.fill(PAGE, Path(__file__).name, document(results, PICTURE.name))
 
 
 def run(given: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,6 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -23,14 +22,15 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import optax
+import records
 from jax.sharding import AxisType, Mesh
 from llama import Llama
-from scale_report import aligned, gigabytes
+from records import aligned
+from scale_report import gigabytes
 
 import lora_jax as lj
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "scale.md"
-BEGIN, END = "<!-- written by benchmarks/scale_qlora.py -->", "<!-- end of what benchmarks/scale_qlora.py writes -->"
 LLAMA_65B = Llama(layers=80, width=8192, heads=64, hidden=22016, kv_heads=64, vocabulary=32000)
 KERNELS = ["blocks/{query,key,value}", "blocks/out", "blocks/{gate,up,down}"]
 RANK, LENGTH = 64, 512
@@ -136,10 +136,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measures, prints, and writes the requested files."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = records.parser(__doc__)
     parser.add_argument("--topology", help="a TPU topology such as v5p:2x2x1 instead of the CPU")
     parser.add_argument("--only", type=int, nargs="*", help="only these rows, counted from 0")
-    parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--write-docs", type=Path, nargs="*", help="write docs/scale.md, with the rows of these files")
     given = parser.parse_args()
     jax.config.update("jax_platforms", "cpu")
@@ -155,8 +154,7 @@ def main() -> None:
         rows += json.loads(path.read_text())
     print("\n" + table(rows))
     if given.write_docs is not None:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}")
+        records.fill(PAGE, Path(__file__).name, table(rows))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from records import aligned
+
 Row = dict[str, Any]  # the figures of one plan, from JSON
 
 SWEEPS = {"layers": [10, 20, 40, 80], "rank": [4, 16, 64, 256], "sequences": [1, 2, 4, 8]}
@@ -88,13 +90,6 @@ def growth(what: str, rows: list[Row]) -> list[list[str]]:
         ("compile, s", lambda row: pair(row, lambda step: step["seconds"], lambda s: f"{s:.1f}")),
     ]
     return [[title, *map(show, rows)] for title, show in lines]
-
-
-def aligned(lines: list[list[str]]) -> str:
-    """Returns an aligned Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in lines]
-    return "\n".join([rows[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *rows[1:]])
 
 
 def tables(results: Row) -> str:

@@ -10,15 +10,15 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import models
+import records
+from against.figures import progress
 from jax import Array
 from sizes import SMALL
 from timing import timed
@@ -89,42 +89,44 @@ def last_layer(layers: int = 8) -> Trial:
     return Trial(losses, (None, one.params, one.tokens))
 
 
-def measure(trial: Trial, *, steps: int, gradient: bool) -> dict[str, tuple[int, int, float]]:
-    """Returns FLOPs, temporary bytes and seconds of each loss or its gradient; the runs are interleaved."""
-    functions = {name: jax.grad(loss) if gradient else loss for name, loss in trial.losses.items()}
-    compiled = {name: jax.jit(function).lower(*trial.args).compile() for name, function in functions.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(steps + 1):
-        for name, program in compiled.items():
-            seconds[name].append(timed(lambda p=program: p(*trial.args))[0])
-    return {
-        name: (
-            testing.flops(functions[name], *trial.args),
-            int(program.memory_analysis().temp_size_in_bytes),
-            statistics.median(seconds[name][1:]),
-        )
-        for name, program in compiled.items()
+COLUMNS = {"FLOPs": "×G", "temporary": "×MB", "time": "×ms"}
+
+
+def measure(trial: Trial, *, steps: int, gradient: bool) -> dict[str, dict[str, Any]]:
+    """Returns the figures of each loss or its gradient; the runs are interleaved."""
+    rows: dict[str, dict[str, Any]] = {}
+    programs = {}
+    for name, loss in trial.losses.items():
+        function = jax.grad(loss) if gradient else loss
+        programs[name] = jax.jit(function).lower(*trial.args).compile()
+        temporary = programs[name].memory_analysis().temp_size_in_bytes
+        rows[name] = {"FLOPs": testing.flops(function, *trial.args), "temporary": temporary, "time": []}
+    for number in range(steps + 1 if steps else 0):
+        for name, program in programs.items():
+            took = timed(lambda p=program: p(*trial.args))[0]
+            rows[name]["time"] += [took] * (number > 0)
+    return rows
+
+
+def tables(steps: int) -> Iterator[records.Table]:
+    """Yields a table for each trial."""
+    trials = {
+        "query, key, value, d = 256, rank 8, 512 tokens": (lambda: attention(256, 8, 512), True),
+        "query, key, value, d = 768, rank 8, 512 tokens": (lambda: attention(768, 8, 512), True),
+        "query, key, value, d = 768, rank 64, 512 tokens": (lambda: attention(768, 64, 512), True),
+        "decoder of 8 layers": (last_layer, False),
     }
+    for title, (make, gradient) in trials.items():
+        progress(title)
+        yield records.Table(title, COLUMNS, measure(make(), steps=steps, gradient=gradient))
 
 
 def main() -> None:
-    """Measures and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=15, help="how many times each program is timed")
+    """Measures, prints, and writes the requested file."""
+    parser = records.parser(__doc__)
+    parser.add_argument("--steps", type=int, default=15, help="how many times each program is timed; 0 for none")
     given = parser.parse_args()
-    trials = {
-        "query, key, value, d = 256, rank 8, 512 tokens": (attention(256, 8, 512), True),
-        "query, key, value, d = 768, rank 8, 512 tokens": (attention(768, 8, 512), True),
-        "query, key, value, d = 768, rank 64, 512 tokens": (attention(768, 64, 512), True),
-        "decoder of 8 layers": (last_layer(), False),
-    }
-    for title, (trial, gradient) in trials.items():
-        figures = measure(trial, steps=given.steps, gradient=gradient)
-        reference = next(iter(figures.values()))
-        print(f"\n{title:50}{'FLOPs':>12}{'temporary':>12}{'time':>10}")
-        for name, row in figures.items():
-            ratios = (f"× {value / other:.3f}" for value, other in zip(row, reference, strict=True))
-            print(f"{name:50}" + "".join(f"{ratio:>11} " for ratio in ratios))
+    records.publish(tables(given.steps), given.json)
 
 
 if __name__ == "__main__":

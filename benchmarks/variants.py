@@ -7,10 +7,10 @@ Usage:
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 if "--tpu" in sys.argv:
@@ -18,6 +18,8 @@ if "--tpu" in sys.argv:
 
 import jax
 import jax.numpy as jnp
+import records
+from against.figures import progress
 from decoder import Decoder, Method, cross_entropy, plain
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
@@ -41,9 +43,9 @@ VARIANTS = {
     "QA-LoRA": lj.QALoRA(rank=RANK, alpha=ALPHA, group=32),
 }
 CASES: dict[str, dict[str, Any]] = {
-    "d = 768, rank 8": {},
-    "d = 768, rank 8, scan + remat": {"scanned": True},
-    "d = 768, rank 8, bfloat16": {"dtype": jnp.bfloat16},
+    "unrolled": {},
+    "scan + remat": {"scanned": True},
+    "bfloat16": {"dtype": jnp.bfloat16},
 }
 
 
@@ -63,17 +65,29 @@ def method(size: Size, variant: Any, **options: Any) -> tuple[Method, jax.ShapeD
     return Method(loss, adapter, params), tokens
 
 
-def figures(method: Method, tokens: Any, sharding: Any) -> tuple[float, float]:
+def figures(title: str, method: Method, tokens: Any, sharding: Any) -> dict[str, float]:
     """Returns FLOPs, counted on the jaxpr, and temporary bytes, as reported by the compiler."""
     args = (*jax.eval_shape(method.initial_args), tokens)
     args = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
     program = jitted(method).lower(*args).compile()
-    return testing.flops(method.step, *args), program.memory_analysis().temp_size_in_bytes
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return {f"FLOPs, {title}": testing.flops(method.step, *args), f"temporary, {title}": temporary}
+
+
+def tables(size: Size, device: Any, only: str) -> Iterator[records.Table]:
+    """Yields the table of all variants."""
+    rows: dict[str, dict[str, float]] = {name: {} for name in VARIANTS}
+    for title, options in CASES.items():
+        for name, variant in VARIANTS.items() if only in title else ():
+            progress(f"{title}: {name}")
+            rows[name] |= figures(title, *method(size, variant, **options), SingleDeviceSharding(device))
+    columns = {column: "×G" if column.startswith("FLOPs") else "×MB" for column in rows["LoRA"]}
+    yield records.Table(f"{size.batch} × {size.length} tokens, d = {size.width}, rank {RANK}", columns, rows)
 
 
 def main() -> None:
-    """Compiles and prints."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    """Compiles, prints, and writes the requested file."""
+    parser = records.parser(__doc__)
     parser.add_argument("--batch", type=int, default=SMALL.batch)
     parser.add_argument("--length", type=int, default=SMALL.length)
     parser.add_argument("--only", default="", help="only cases whose name contains this")
@@ -84,19 +98,7 @@ def main() -> None:
         device = topologies.get_topology_desc(on_tpu.TOPOLOGY, platform="tpu").devices[0]
     size = dataclasses.replace(SMALL, width=768, heads=12, hidden=3072, rank=RANK, vocabulary=256)
     size = dataclasses.replace(size, batch=given.batch, length=given.length)
-    for title, options in CASES.items():
-        if given.only not in title:
-            continue
-        print(f"\n{title:34}{'FLOPs':>14}{'temporary':>14}")
-        reference: tuple[float, float] | None = None
-        for name, variant in VARIANTS.items():
-            row = figures(*method(size, variant, **options), SingleDeviceSharding(device))
-            if reference is None:
-                reference = row
-                print(f"{name:34}{row[0] / 1e9:>12.2f} G{row[1] / 1e6:>11.1f} MB", flush=True)
-            else:
-                ratios = (f"× {one / other:.3f}" for one, other in zip(row, reference, strict=True))
-                print(f"{name:34}" + "".join(f"{ratio:>14}" for ratio in ratios), flush=True)
+    records.publish(tables(size, device, given.only), given.json, *["libtpu"] * given.tpu)
 
 
 if __name__ == "__main__":

@@ -7,59 +7,13 @@ Usage:
 from __future__ import annotations
 
 import dataclasses
-import math
-from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from drawing import BLUE, GRAY, GREEN, ORANGE, PURPLE, Drawing
+
 FOLDER = Path(__file__).parent
-BLUE, ORANGE, GRAY, INK = "#3b6ea5", "#d1702f", "#8a8a8a", "#333333"
-GREEN, PURPLE = "#3f8f5f", "#8a5fb0"
-LIGHT = {BLUE: "#d8e4f0", ORANGE: "#f8e0d0", GRAY: "#ececec", GREEN: "#d9ecdf", PURPLE: "#e8dcf2"}
 OTHERS = [ORANGE, GREEN, PURPLE]  # of the adapters
-
-
-class Drawing:
-    """An SVG picture with a white background, so that it can be read on pages of any color."""
-
-    def __init__(self, width: int, height: int, title: str) -> None:
-        head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img"'
-        self.lines = [
-            f'{head} font-family="system-ui, sans-serif" font-size="17">',
-            f"<title>{escape(title)}</title>",
-            f'<rect width="{width}" height="{height}" rx="6" fill="white"/>',
-        ]
-
-    def box(self, x: float, y: float, width: float, height: float, color: str, *, solid: bool = False) -> None:
-        """Draws a rectangle with its corner at (x, y)."""
-        fill = color if solid else LIGHT[color]
-        self.lines.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" rx="3" fill="{fill}" stroke="{color}"/>'
-        )
-
-    def text(self, x: float, y: float, text: str, *, color: str = INK, at: str = "middle", bold: bool = False) -> None:
-        """Writes a line of text; `at` says which part of it is at x."""
-        weight = ' font-weight="600"' if bold else ""
-        self.lines.append(f'<text x="{x:g}" y="{y:g}" fill="{color}" text-anchor="{at}"{weight}>{escape(text)}</text>')
-
-    def arrow(self, *points: tuple[float, float], color: str = INK, dashed: bool = False) -> None:
-        """Draws a line through the points, with a head at the last."""
-        path = " ".join(f"{x:g},{y:g}" for x, y in points)
-        dash = ' stroke-dasharray="5 4"' if dashed else ""
-        self.lines.append(f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.5"{dash}/>')
-        (x0, y0), (x1, y1) = points[-2:]
-        angle = math.atan2(y1 - y0, x1 - x0)
-        sides = [(x1 - 9 * math.cos(angle + turn), y1 - 9 * math.sin(angle + turn)) for turn in (-0.4, 0.4)]
-        corners = " ".join(f"{x:.1f},{y:.1f}" for x, y in [(x1, y1), *sides])
-        self.lines.append(f'<polygon points="{corners}" fill="{color}"/>')
-
-    def circle(self, x: float, y: float, text: str) -> None:
-        """Draws a small circle with a sign in it."""
-        self.lines.append(f'<circle cx="{x:g}" cy="{y:g}" r="15" fill="white" stroke="{INK}" stroke-width="1.5"/>')
-        self.text(x, y + 6, text)
-
-    def __str__(self) -> str:
-        return "\n".join([*self.lines, "</svg>", ""])
 
 
 def frozen() -> Drawing:

@@ -19,24 +19,23 @@ pytestmark = pytest.mark.sweep
 def test_the_tables_of_training(capsys: pytest.CaptureFixture[str]) -> None:
     many.main(["training", "--short", "--steps", "2"])
     out = capsys.readouterr().out
-    for adapters in (1, 2):
-        assert re.search(rf"^\| {adapters} .*= {adapters} × (1\.000|0\.99\d) ", out, re.MULTILINE), out
-    assert len(re.findall(r"^\| (?:4|16) +\| \S+ ms +\| \S+ ms +\| \S+ +\|$", out, re.MULTILINE)) == 2, out
+    assert re.search(r"^\| 2 adapters \| \S+ G +\| × (1\.000|0\.99\d) ", out, re.MULTILINE), out
+    assert len(re.findall(r"^\| (?:4|16) sequences +\| \S+ ms +\| × .*\|$", out, re.MULTILINE)) == 2, out
 
 
 def test_the_three_ways_to_reach_factors_have_one_result(capsys: pytest.CaptureFixture[str]) -> None:
     many.main(["lookups", "--short", "--steps", "1"])  # compares the results
     out = capsys.readouterr().out
-    assert all(out.count(f"| {name} ") == len(lookups.TINY) for name in ("gathered", "sorted", "all")), out
+    assert all(f"| {name}: accessed |" in out and f"| *{name}* " in out for name in ("gathered", "sorted", "all")), out
 
 
 def test_flops_do_not_depend_on_the_number_of_loaded_adapters_except_where_all_are_multiplied() -> None:
     few, many_ = (lookups.measure(size, rounds=0) for size in lookups.TINY)
-    for column, tolerance in (("FLOPs", 0), ("of the compiler", 0.02)):  # which counts the arithmetic of indices
+    for column, tolerance in (("FLOPs", 0), ("FLOPs of the compiler", 0.02)):  # which counts the arithmetic of indices
         assert few["gathered"][column] == pytest.approx(many_["gathered"][column], rel=tolerance)
         assert few["all"][column] < many_["all"][column]
     assert few["sorted"]["FLOPs"] == many_["sorted"]["FLOPs"]
-    assert few["sorted"]["of the compiler"] < many_["sorted"]["of the compiler"]  # XLA multiplies with all groups
+    assert few["sorted"][column] < many_["sorted"][column]  # XLA multiplies with all groups
 
 
 def test_mixed_batches_decode_as_each_adapter_by_itself_and_as_by_hand() -> None:
@@ -49,9 +48,9 @@ def test_mixed_batches_decode_as_each_adapter_by_itself_and_as_by_hand() -> None
         .values
         for name, method in found.items()
     }
-    same = ["merged", "one adapter for all rows", "mixed, 1 adapters", "mixed, 1 adapters, selected before"]
+    same = ["merged", "one adapter for all rows", "mixed, 1 adapter", "mixed, 1 adapter, selected before"]
     for name in same:
-        np.testing.assert_allclose(results[name], results["by hand, 1 adapters"], atol=1e-4)
+        np.testing.assert_allclose(results[name], results["by hand, 1 adapter"], atol=1e-4)
     mixed = results["mixed, 2 adapters"]
     np.testing.assert_allclose(mixed, results["by hand, 2 adapters"], atol=1e-4)
     np.testing.assert_allclose(mixed, results["mixed, 2 adapters, selected before"], atol=1e-4)
@@ -61,7 +60,7 @@ def test_mixed_batches_decode_as_each_adapter_by_itself_and_as_by_hand() -> None
 def test_the_table_of_serving_says_what_is_not_installed(capsys: pytest.CaptureFixture[str]) -> None:
     many.main(["serving", "--short", "--steps", "1", "--torch", "/no/such/python"])
     out = capsys.readouterr().out
-    assert re.search(r"^\| base .*\| 1\.00 ", out, re.MULTILINE), out
+    assert re.search(r"^\| base +\| \S+ ms +\|", out, re.MULTILINE), out
     assert re.search(r"^\| PEFT.* not installed: ", out, re.MULTILINE), out
     assert serving.why_no_torch(sys.executable).startswith("not installed: ModuleNotFoundError")
 

@@ -6,6 +6,7 @@ import re
 
 import peers
 import pytest
+import records
 from against import BY_HAND, FULL, MERGED, capabilities, lora_jax, values
 from against.by_hand import METHODS, merged
 from against.cases import ONE_LAYER, decoder
@@ -56,7 +57,7 @@ def test_a_library_that_trains_another_function_is_reported():
 @pytest.mark.sweep
 def test_the_page_is_written_between_the_marks(results, tmp_path, monkeypatch, capsys):
     page, figures = tmp_path / "page.md", tmp_path / "figures.json"
-    page.write_text(f"before\n{peers.BEGIN}\nold\n{peers.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*records.marks("peers.py")))
     figures.write_text(json.dumps(results))
     monkeypatch.setattr(peers, "PAGE", page)
     monkeypatch.setattr(peers, "PICTURE", tmp_path / "peers.png")

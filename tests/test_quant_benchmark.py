@@ -2,12 +2,12 @@
 
 import dataclasses
 import importlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import records
 from against.cases import decoder
 from sizes import TINY
 
@@ -29,21 +29,21 @@ def test_the_table_of_a_step_shows_fewer_bytes_for_a_quantized_base(
     assert rows["NF4"]["arguments"] < rows["Int8"]["arguments"] < rows["dense"]["arguments"]
     assert rows["NF4"]["FLOPs"] > rows["dense"]["FLOPs"]
     np.testing.assert_allclose(rows["Int8"]["first loss"], rows["dense"]["first loss"], rtol=1e-2)
-    lines = benchmark.step_table(rows).splitlines()
-    assert len(lines) == 2 + len(rows) and "×" in next(line for line in lines if "NF4" in line)
+    assert records.Table("", benchmark.COLUMNS, rows).cell("NF4", "step").startswith("× ")
 
 
 def test_temporary_bytes_are_shown_by_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "SIZE", SIZE)
     monkeypatch.setattr(benchmark, "DEPTHS", (1, 2))
     monkeypatch.setattr(benchmark, "GROWING", ("dense", "NF4"))
-    lines = benchmark.growth(jax.devices()[0], jnp.float32).splitlines()
-    assert [line.split("|")[2].strip() for line in lines[2:]] == 2 * ["dense", "NF4"]
+    table = benchmark.growth(jax.devices()[0], jnp.float32)
+    assert [*table.rows] == [f"{title}: {name}" for title in ("unrolled", "scan + remat") for name in ("dense", "NF4")]
+    assert all(row["2 layers"] > 0 for row in table.rows.values())
 
 
 def test_errors_are_those_of_the_formats() -> None:
-    rows: list[Any] = [line.split("|")[1:4] for line in benchmark.errors().splitlines()[2:]]
-    found = {name.strip(): (float(bits), float(error)) for name, bits, error in rows}
+    rows = benchmark.errors().rows
+    found = {name: (float(row["bits per weight"]), float(row["relative error"])) for name, row in rows.items()}
     assert found["NF4, double"][0] < 4.13 < 4.5 == found["NF4"][0]
     assert found["Int8"][1] < found["Float8"][1] < found["NF4"][1] <= found["NF4, double"][1]
 

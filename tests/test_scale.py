@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import records
 import scale
 import scale_qlora
 import scale_report
@@ -34,7 +35,7 @@ def row(mesh):
 
 def test_a_row_is_written_into_the_page(row, tmp_path, monkeypatch, capsys):
     page, picture, figures = tmp_path / "scale.md", tmp_path / "scale.png", tmp_path / "figures.json"
-    page.write_text(f"before\n{scale.BEGIN}\nold\n{scale.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*records.marks("scale.py")))
     growth = {what: [row, {**row, what: 2 * row[what]}] for what in scale.SWEEPS}
     found = {"versions": {"jax": "1.2.3"}, "rows": [row], "growth": growth}
     figures.write_text(json.dumps(found))
@@ -96,7 +97,7 @@ def test_a_row_of_qlora_says_where_the_bytes_are(on_host, tmp_path, monkeypatch,
     assert 0 <= row["peak"] - held < 1000  # the tokens, the loss, and the addresses of the results
 
     page, rows = tmp_path / "scale.md", tmp_path / "rows.json"
-    page.write_text(f"before\n{scale_qlora.BEGIN}\nold\n{scale_qlora.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*records.marks("scale_qlora.py")))
     rows.write_text(json.dumps([row]))
     monkeypatch.setattr(scale_qlora, "PAGE", page)
     monkeypatch.setattr("sys.argv", ["scale_qlora.py", "--only", "--write-docs", str(rows)])

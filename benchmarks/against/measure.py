@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 from decoder import Method
-from timing import copied_args, jitted, timed
+from timing import copied_args, jitted, run, timed
 
 from . import BY_HAND, FULL
 from .cases import Case
@@ -42,7 +42,7 @@ def measure(case: Case, builds: Mapping[str, Build], *, rounds: int, steps: int)
         programs = {name: program for name, (_, program) in found.items()}
         for name, (seconds, _) in found.items():
             compile_seconds[name].append(seconds)
-    losses, seconds = run(programs, args, case, steps=steps)
+    losses, seconds = run(programs, args, case.inputs, steps=steps)
     figures = {
         name: Figures(
             steps=seconds[name],
@@ -62,24 +62,6 @@ def compile_step(method: Method, args: list[Any], case: Case) -> tuple[float, An
     """Returns the seconds to trace, lower and compile with cleared caches, and the program."""
     jax.clear_caches()
     return timed(lambda: jitted(method).lower(*args, case.inputs).compile())
-
-
-def run(programs: Mapping[str, Any], args: dict[str, list[Any]], case: Case, *, steps: int) -> tuple[dict, dict]:
-    """Runs the programs interleaved; returns the losses of the first step and the seconds of all others."""
-    losses: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
-    names = list(programs)
-    for number in range(steps + 1):
-        progress(f"step {number} of {steps}")
-        for name in names:
-            took, (trained, state, loss) = timed(lambda n=name: programs[n](*args[n], case.inputs))
-            args[name][1:] = trained, state
-            if number:
-                seconds[name].append(took)
-            else:
-                losses[name] = float(loss)
-        names = names[1:] + names[:1]  # the preceding program affects the processor's caches
-    return losses, seconds
 
 
 def disagreeing(losses: Mapping[str, float]) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from records import ratio
+
 from . import BY_HAND, ENVIRONMENTS
-from .report import OWN, cases, ratio
+from .report import OWN, cases
 
 PANELS = {"flops": "FLOPs", "temporary": "temporary bytes", "steps": "time of a step"}
 WIDEST = 2.5  # larger ratios are truncated; the label has the value
@@ -49,7 +51,7 @@ def panel(axis: Any, column: str, rows: dict[str, tuple[Any, Any]]) -> None:
     """Plots one figure of all methods."""
     libraries = {peer.name for peers in ENVIRONMENTS.values() for peer in peers}
     for place, (name, (row, reference)) in enumerate(rows.items()):
-        found = ratio(column, row, reference) if isinstance(row, dict) else None
+        found = ratio(row[column], reference[column]) if isinstance(row, dict) else None
         if found is None:
             axis.text(0, place, " fails" if isinstance(row, str) else " not measured", va="center", fontsize=7)
             continue

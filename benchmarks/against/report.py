@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import statistics
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import sizes
+from records import Ratio, Table, aligned, ratio
 
 from . import BY_HAND, ENVIRONMENTS
 
@@ -15,36 +15,11 @@ OWN = "lora_jax"
 YES, NO_SUCH = "yes", "–"
 
 
-class Ratio(NamedTuple):
-    """The ratio of a figure to LoRA by hand in the same environment, and half its interquartile range."""
-
-    value: float
-    spread: float = 0.0
-
-
 Row = dict[str, Any]  # the figures of one method, from JSON
-COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "steps": ("step", lambda s: f"{1e3 * s:.0f} ms"),
-    "flops": ("FLOPs", lambda n: f"{n / 1e9:.3f} G"),
-    "temporary": ("temporary", lambda n: f"{n / 1e6:.2f} MB"),
-    "optimizer": ("optimizer", lambda n: f"{n / 1e6:.2f} MB"),
-    "compile": ("trace + lower + compile", lambda s: f"{s:.1f} s"),
-}
+COLUMNS = {"step": "×ms", "FLOPs": "×G", "temporary": "×MB", "optimizer": "×MB", "trace + lower + compile": "×s"}
+HEADS = dict(zip(COLUMNS, ("steps", "flops", "temporary", "optimizer", "compile"), strict=True))
 # The relative difference from which a ratio counts as lower. The first three are deterministic.
-MARGIN = {"flops": 5e-4, "temporary": 5e-3, "optimizer": 5e-4, "steps": 0.05, "compile": 0.15}
-
-
-def ratio(column: str, row: Row, reference: Row) -> Ratio | None:
-    """Returns the ratio of one figure. Times are compared step by step, because adjacent steps have similar noise."""
-    if row[column] is None or reference[column] is None:
-        return None
-    if not isinstance(row[column], list):
-        return Ratio(row[column] / reference[column])
-    ratios = [one / other for one, other in zip(row[column], reference[column], strict=True)]
-    if len(ratios) < 4:
-        return Ratio(statistics.median(ratios), (max(ratios) - min(ratios)) / 2)
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    return Ratio(middle, (high - low) / 2)
+MARGIN = {"step": 0.05, "FLOPs": 5e-4, "temporary": 5e-3, "optimizer": 5e-4, "trace + lower + compile": 0.15}
 
 
 def cases(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Row | str]]]:
@@ -55,35 +30,14 @@ def cases(results: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Row | s
                 yield environment, title, rows
 
 
-def aligned(lines: list[list[str]]) -> str:
-    """Returns an aligned Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    rows = [f"| {' | '.join(line)} |" for line in padded]
-    return "\n".join([rows[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *rows[1:]])
-
-
-def cost_table(rows: dict[str, Row | str]) -> str:
-    """Returns the table of one case: absolute figures of LoRA by hand, ratios for the others."""
-    reference = rows[BY_HAND]
-    lines = [["", *(head for head, _ in COLUMNS.values())]]
-    for name, row in rows.items():
-        if isinstance(row, str):
-            lines.append([name, "fails", *[""] * (len(COLUMNS) - 1)])
-            continue
-        cells = []
-        for column, (_, show) in COLUMNS.items():
-            found = ratio(column, row, reference)
-            value = statistics.median(row[column]) if isinstance(row[column], list) else row[column]
-            if found is None:
-                cells.append("–")
-            elif row is reference:
-                cells.append(show(value))
-            else:
-                cells.append(f"× {found.value:.3f}" + (f" ± {found.spread:.3f}" if found.spread else ""))
-        lines.append([name, *cells])
+def cost_table(title: str, rows: dict[str, Row | str]) -> str:
+    """Returns the table of one case, and why libraries fail."""
+    shown = {
+        name: {"step": "fails"} if isinstance(row, str) else {head: row[key] for head, key in HEADS.items()}
+        for name, row in rows.items()
+    }
     reasons = [f"- {name}: {row}" for name, row in rows.items() if isinstance(row, str)]
-    return "\n".join([aligned(lines), *([""] if reasons else []), *reasons])
+    return "\n".join([str(Table(title, COLUMNS, shown)), *([""] if reasons else []), *reasons])
 
 
 def capability_table(results: dict[str, Any]) -> str:
@@ -115,16 +69,17 @@ def disadvantages(results: dict[str, Any]) -> list[str]:
         f"{head}, {title}: {peer.name} × {peer_ratio.value:.3f}, {OWN} × {own_ratio.value:.3f}"
         for environment, title, rows in cases(results)
         for peer in ENVIRONMENTS[environment]
-        for column, (head, _) in COLUMNS.items()
-        if (peer_ratio := figure(rows, peer.name, column)) and (own_ratio := figure(own.get(title, {}), OWN, column))
-        if own_ratio.value - own_ratio.spread > (peer_ratio.value + peer_ratio.spread) * (1 + MARGIN[column])
+        for head in COLUMNS
+        if (peer_ratio := figure(rows, peer.name, head)) and (own_ratio := figure(own.get(title, {}), OWN, head))
+        if own_ratio.value - own_ratio.spread > (peer_ratio.value + peer_ratio.spread) * (1 + MARGIN[head])
     ]
 
 
-def figure(rows: dict[str, Row | str], name: str, column: str) -> Ratio | None:
+def figure(rows: dict[str, Row | str], name: str, head: str) -> Ratio | None:
     """Returns the ratio of a method, None if it could not be measured."""
     row = rows.get(name)
-    return ratio(column, row, rows[BY_HAND]) if isinstance(row, dict) else None
+    key = HEADS[head]
+    return ratio(row[key], rows[BY_HAND][key]) if isinstance(row, dict) else None
 
 
 def losses(results: dict[str, Any]) -> str:
@@ -140,7 +95,7 @@ def tables(results: dict[str, Any]) -> str:
     """Returns all tables."""
     parts = []
     for environment, title, rows in cases(results):
-        parts.append(f"### {heading(results, environment, title)}\n\n{cost_table(rows)}")
+        parts.append(cost_table(heading(results, environment, title), rows))
     for environment, found in results["environments"].items():
         if "missing" in found:
             names = ", ".join(peer.name for peer in ENVIRONMENTS[environment])
