@@ -195,15 +195,16 @@ def epochs(images: int, seed: int) -> Iterator[NDArray[np.intp]]:
 class FineTuning:
     """Fine-tuning by one method; the seeds and the learning rates share its compiled programs."""
 
-    def __init__(self, name: str, model: Any, variables: Any, predict: Any, image: Array, scale: Scale) -> None:
+    def __init__(self, name: str, model: Any, variables: Any, predict: Any, images: Array, scale: Scale) -> None:
         self.name, self.predict, self.scale, spec = name, predict, scale, METHODS[name].spec
-        kernels, adapted = lj.kernels(model.apply, variables, image), lj.lora(model.apply)
+        kernels, adapted = lj.kernels(model.apply, variables, images), lj.lora(model.apply)
         schedule = optax.warmup_cosine_decay_schedule(0.0, 1.0, max(1, int(WARM_UP * scale.steps)), scale.steps)
         self.tx = optax.adam(schedule)  # its updates are multiplied by the learning rate
         self.init = jax.jit(lambda key, variables: lj.init(key, variables, spec, kernels=kernels))
         self.step, self.adapted, self.merge = make_step(adapted, self.tx), jax.jit(adapted), jax.jit(lj.merge)
         adapter = jax.eval_shape(self.init, jax.random.key(0), variables)
-        self.report = lj.explain(model.apply, variables, adapter, image)
+        explain = functools.partial(lj.explain, model.apply, variables, adapter, images)
+        self.report, self.factored = explain(), explain(form="factored")
 
     def __call__(self, variables: Any, train: Digits, test: Digits, *, seed: int, rate: float) -> Result:
         """Trains, merges, and evaluates the merged model on `test`."""
@@ -236,42 +237,45 @@ def run(out: Path, scale: Scale, seeds: Sequence[int] = (0,)) -> dict[str, list[
     model, weights = first_stages(scale.stages)
     digits, width = read(), model.stages[-1].channels
     variables = with_head(weights, width, 0)
-    image = jnp.zeros((1, scale.pixels, scale.pixels, 3))
-    flops = lj.explain(model.apply, variables, {}, image).base_flops or 0
-    parameters, head = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in _with_head(variables))
+    images = jnp.zeros((BATCH, scale.pixels, scale.pixels, 3))
+    flops = lj.explain(model.apply, variables, {}, images).base_flops or 0
     console.print(
-        f"EfficientNet-Lite0, {scale.stages} stages: {parameters:,} parameters, {flops / 1e6:.1f} MFLOPs for an image "
-        f"of {scale.pixels} × {scale.pixels} pixels; {CLASSES * scale.labeled} training and {CLASSES * scale.tested} "
-        f"test images"
+        f"EfficientNet-Lite0, {scale.stages} stages, {flops / BATCH / 1e6:.1f} MFLOPs for an image of {scale.pixels} × "
+        f"{scale.pixels} pixels; {CLASSES * scale.labeled} training and {CLASSES * scale.tested} test images"
     )
     embed, predict = jax.jit(functools.partial(model.apply, method="embed")), jax.jit(model.apply)
-    methods = {name: FineTuning(name, model, variables, predict, image, scale) for name in METHODS}
+    methods = {name: FineTuning(name, model, variables, predict, images, scale) for name in METHODS}
     results: dict[str, list[Result]] = {name: [] for name in (PROBE, *METHODS)}
     for seed in seeds:
         train, test, _ = split(digits, scale.labeled, scale.tested, seed)
-        pixels = [enlarge(part.images, scale.pixels) for part in (train, test)]
-        features = [in_batches(lambda x: embed(variables, x), images) for images in pixels]
+        features = [
+            in_batches(lambda x: embed(variables, x), enlarge(part.images, scale.pixels)) for part in (train, test)
+        ]
         results[PROBE].append(probe(features, train, test))
         of_seed = with_head(weights, width, seed)
         for name, fine_tune in methods.items():
             rate = METHODS[name].learning_rate
             results[name].append(fine_tune(of_seed, train, test, seed=seed, rate=rate))
 
+    head = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]["head"]))
     sizes = {PROBE: head, **{name: fine_tune.report.parameters for name, fine_tune in methods.items()}}
     title = f"EfficientNet-Lite0 on 10 digits, {CLASSES * scale.tested} test images, seeds {[*seeds]}"
     table = Table(title=title, title_justify="left")
-    for column in ("method", "accuracy", "right", "trainable", "FLOPs added", "step"):
+    for column in ("method", "accuracy", "trainable", "FLOPs added", "step"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for name, found in results.items():
-        added = f"{methods[name].report.flops / flops:.1%}" if name in methods else ""
+        added = f"{methods[name].report.flops / flops:.1%}" if "LoRA" in name else ""
         seconds = f"{np.median([result.step_seconds for result in found]):.2f} s" if name in methods else ""
-        right = ", ".join(f"{result.right}" for result in found)
-        table.add_row(name, _percent(accuracies(found)), right, f"{sizes[name]:,}", added, seconds)
+        table.add_row(name, _percent(accuracies(found)), f"{sizes[name]:,}", added, seconds)
     console.print(table)
     full = accuracies(results["full fine-tuning"])
     for name in methods:
         if "LoRA" in name:
-            console.print(f"{name}, minus full fine-tuning: {_percent(accuracies(results[name]) - full)}")
+            console.print(
+                f"{name}, minus full fine-tuning: {_percent(accuracies(results[name]) - full)}; "
+                f"{methods[name].factored.flops / flops:.1%} FLOPs added if no kernel is materialized",
+                soft_wrap=True,
+            )
     written = {name: [result._asdict() for result in found] for name, found in results.items()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps({"parameters": sizes, "results": written}, indent=2) + "\n")
@@ -287,12 +291,12 @@ def tune(scale: Scale, seed: int = 100) -> None:
     model, weights = first_stages(scale.stages)
     variables = with_head(weights, model.stages[-1].channels, seed)
     train, _, held_out = split(read(), scale.labeled, scale.tested, seed)
-    predict, image = jax.jit(model.apply), jnp.zeros((1, scale.pixels, scale.pixels, 3))
+    predict, images = jax.jit(model.apply), jnp.zeros((BATCH, scale.pixels, scale.pixels, 3))
     table = Table(title=f"Right of {len(held_out.labels)} held-out images, by learning rate", title_justify="left")
     for column in ("method", *map(str, RATES)):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for name in METHODS:
-        fine_tune = FineTuning(name, model, variables, predict, image, scale)
+        fine_tune = FineTuning(name, model, variables, predict, images, scale)
         found = [fine_tune(variables, train, held_out, seed=seed, rate=rate).right for rate in RATES]
         table.add_row(name, *map(str, found))
     console.print(table)
@@ -307,10 +311,6 @@ def _percent(values: NDArray[np.float64]) -> str:
     """Formats the mean, and the standard deviation if there are several."""
     spread = f" ± {100 * values.std(ddof=1):.1f}" if len(values) > 1 else ""
     return f"{100 * values.mean():.1f}{spread} %"
-
-
-def _with_head(variables: Mapping[str, Any]) -> tuple[Any, Any]:
-    return variables["params"], variables["params"]["head"]
 
 
 def check(results: Mapping[str, Sequence[Result]], scale: Scale, out: Path) -> None:
