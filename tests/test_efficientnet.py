@@ -65,16 +65,16 @@ def test_the_first_stages_have_the_published_weights_and_features(published):
 
 
 def test_the_specs_select_the_convolutions_of_each_kind():
-    model, weights = efficientnet.first_stages(5)
-    variables = jax.tree.map(jnp.zeros_like, efficientnet.with_head(weights, 112, 0))
+    model, weights = efficientnet.first_stages(efficientnet.FULL.stages)
+    variables = jax.tree.map(jnp.zeros_like, efficientnet.with_head(weights, 80, 0))
     kernels = lj.kernels(model.apply, variables, jnp.zeros((1, 32, 32, 3)))
     found = {name: lj.spec(kernels, dict(method.spec)) for name, method in efficientnet.METHODS.items()}
     low_rank = {name: [path for path, v in spec.items() if isinstance(v, lj.LoRA)] for name, spec in found.items()}
     pointwise, everything = low_rank["LoRA, pointwise"], low_rank["LoRA, all convolutions"]
     shapes = flatten_dict(jax.tree.map(jnp.shape, variables, is_leaf=lambda x: isinstance(x, jax.Array)), sep="/")
-    assert len(pointwise) == 21 and all(shapes[path][:2] == (1, 1) for path in pointwise)
+    assert len(pointwise) == 15 and all(shapes[path][:2] == (1, 1) for path in pointwise)
     others = set(everything) - set(pointwise)
-    assert len(others) == 12 and sum(shapes[path][2] == 1 for path in others) == 11  # the stem has three inputs
+    assert len(others) == 9 and sum(shapes[path][2] == 1 for path in others) == 8  # the stem has three inputs
     assert not low_rank["full fine-tuning"] and not any("batch_stats" in path for path in found["full fine-tuning"])
 
 
