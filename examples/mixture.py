@@ -45,7 +45,7 @@ class Scale(NamedTuple):
     max_tokens: int
 
 
-FULL = Scale(4_882, test_questions=500, expert_steps=150, gate_steps=200, max_tokens=18)
+FULL = Scale(4_882, test_questions=500, expert_steps=150, gate_steps=100, max_tokens=18)
 SHORT = Scale(192, test_questions=64, expert_steps=3, gate_steps=3, max_tokens=12)
 
 
