@@ -8,7 +8,7 @@ The model was trained on ImageNet's photographs; MNIST's digits, enlarged and wi
 them. There are 20 labeled images of each digit. Compared are logistic regression on the frozen features, LoRA of the
 pointwise convolutions, LoRA of all convolutions, and training of all parameters. The last three have a new head, which
 is trained in full, and the same batches and number of steps. BatchNorm uses the stored statistics. The images are
-small, so only the first four of the network's seven stages are used, which end at 3 × 3 pixels.
+small, so only the first four of the network's seven stages are used, which end at 2 × 2 pixels.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Scale(NamedTuple):
     expected: float  # least mean test accuracy of each method, above that of the linear probe
 
 
-FULL = Scale(stages=4, pixels=48, labeled=20, tested=100, steps=80, expected=0.02)
+FULL = Scale(stages=4, pixels=32, labeled=20, tested=100, steps=80, expected=0.02)
 SHORT = Scale(stages=2, pixels=32, labeled=2, tested=2, steps=2, expected=-1.0)
 
 
