@@ -88,13 +88,13 @@ class EfficientNetLite0(nn.Module):
       classes: width of the logits.
       stages: the blocks; fewer or narrower ones make a small model for tests.
       stem: channels before the first block.
-      features: channels after the last one.
+      features: channels after the last one; None leaves out the layer that makes them.
     """
 
     classes: int = 1000
     stages: tuple[Stage, ...] = STAGES
     stem: int = 32
-    features: int = FEATURES
+    features: int | None = FEATURES
 
     def setup(self) -> None:
         """Makes the layers; a block's name counts from 0 over all stages."""
@@ -103,7 +103,7 @@ class EfficientNetLite0(nn.Module):
             Block(stage.channels, stage.window, stage.stride if first else 1, stage.expand, name=f"block_{i}")
             for i, (stage, first) in enumerate((stage, n == 0) for stage in self.stages for n in range(stage.blocks))
         ]
-        self.top = ConvNorm(self.features, name="top")
+        self.top = None if self.features is None else ConvNorm(self.features, name="top")
         self.head = nn.Dense(self.classes, name="head")
 
     def embed(self, images: Array) -> Array:
@@ -111,7 +111,7 @@ class EfficientNetLite0(nn.Module):
         x = nn.relu6(self.stem_layer(images))
         for block in self.blocks:
             x = block(x)
-        return nn.relu6(self.top(x)).mean((1, 2))
+        return (x if self.top is None else nn.relu6(self.top(x))).mean((1, 2))
 
     def __call__(self, images: Array) -> Array:
         """Returns logits, `(batch, classes)`, of `images`, `(batch, height, width, 3)`, in about [-1, 1]."""

@@ -82,8 +82,10 @@ def report(out: Path, accuracy: float) -> None:
       RuntimeError: if they differ.
     """
     result = json.loads((out / "result.json").read_text())
-    count = len(np.load(out / "questions.npz")["labels"])
-    table = Table(title=f"The same adapter on {count} test questions of TREC", title_justify="left")
+    questions = np.load(out / "questions.npz")
+    count, largest = len(questions["labels"]), np.abs(questions["logits"]).max()
+    title = f"The same adapter on {count} test questions of TREC; logits up to {largest:.1f}"
+    table = Table(title=title, title_justify="left")
     for column in ("", "lora_jax", "PEFT", "PEFT, merged"):
         table.add_column(column, justify="right" if column else "left")
     kinds = [result[name] for name in ("adapted", "merged")]

@@ -1,6 +1,6 @@
 """Mixes two experts, each trained on half of TREC's labels, and compares the mixture with each of them and their mean.
 
-    python examples/mixture.py            # a few minutes on two cores
+    python examples/mixture.py            # three seeds; some minutes on two cores
     python examples/mixture.py --short    # every stage for a few steps, under a minute
 
 The base is all-MiniLM-L6-v2 with a head that logistic regression has fitted to its features, both frozen. One expert is
@@ -15,7 +15,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +33,6 @@ from finetune_trec import MODEL, accuracy, compile_quickly, console, evaluate, m
 SPEC = {"**/encoder/**/kernel": lj.LoRA(rank=8, alpha=16)}
 TASKS = {"people, places, numbers": ("HUM", "LOC", "NUM"), "things, descriptions": ("ENTY", "DESC", "ABBR")}
 BATCH = 32
-SEED = 0
 
 
 class Scale(NamedTuple):
@@ -46,7 +45,7 @@ class Scale(NamedTuple):
     max_tokens: int
 
 
-FULL = Scale(4_882, test_questions=500, expert_steps=150, gate_steps=200, max_tokens=18)
+FULL = Scale(4_882, test_questions=500, expert_steps=150, gate_steps=100, max_tokens=18)
 SHORT = Scale(192, test_questions=64, expert_steps=3, gate_steps=3, max_tokens=12)
 
 
@@ -63,34 +62,40 @@ def fit_head(params: Any, tokens: trec.Tokens) -> dict[str, Any]:
     return {"params": params["params"] | {"classifier": head}}
 
 
-def train(
-    name: str, params: Any, adapter: Any, tokens: trec.Tokens, steps: int, *, rate: float, only: Sequence[str] = ()
-) -> Any:
-    """Returns an adapter after `steps` steps of Adam, with cosine decay, on some of its arrays or on all."""
+def training(steps: int, *, rate: float, only: Sequence[str] = ()) -> Callable[..., Any]:
+    """Returns `train(name, params, adapter, tokens, seed)`, whose compiled step is the same for all seeds.
+
+    It returns the adapter after `steps` steps of Adam, with cosine decay, on some of its arrays or on all.
+    """
     schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 16), steps)
     tx = optax.masked(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule)), lj.optim.select(*only))
-    step, state = make_step(lj.lora(MODEL.apply), tx), tx.init(adapter)
-    with progress_bar(name, steps * BATCH) as bar:
-        for batch in itertools.islice(_epochs(tokens), steps):
-            adapter, state, loss = step(params, adapter, state, batch.ids, batch.mask, batch.labels)
-            bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
-            bar.update(BATCH)
-    return adapter
+    step = make_step(lj.lora(MODEL.apply), tx)
+
+    def train(name: str, params: Any, adapter: Any, tokens: trec.Tokens, seed: int) -> Any:
+        state = tx.init(adapter)
+        with progress_bar(f"{name}, seed {seed}", steps * BATCH) as bar:
+            for batch in itertools.islice(_epochs(tokens, seed), steps):
+                adapter, state, loss = step(params, adapter, state, batch.ids, batch.mask, batch.labels)
+                bar.set_postfix_str(f"loss {float(loss):.3f}", refresh=False)
+                bar.update(BATCH)
+        return adapter
+
+    return train
 
 
-def _epochs(tokens: trec.Tokens) -> Iterator[trec.Batch]:
-    rng = np.random.default_rng(SEED)
+def _epochs(tokens: trec.Tokens, seed: int) -> Iterator[trec.Batch]:
+    rng = np.random.default_rng(seed)
     while True:
         yield from trec.training_batches(tokens, BATCH, rng, trec.LENGTHS)
 
 
-def run(out: Path, scale: Scale) -> dict[str, list[float]]:
+def run(out: Path, scale: Scale, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
     """Trains the experts and the mixtures, prints the table and writes it to `out`.
 
     Returns:
-      By row of the table, the test accuracy on the questions of each task and on all of them.
+      By row of the table, for each seed the test accuracy on the questions of each task and on all of them.
     """
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     data = trec.read()
     kinds = np.array([name.split(":")[0] for name in data.names])
     train_tokens, test_tokens = (
@@ -101,55 +106,72 @@ def run(out: Path, scale: Scale) -> dict[str, list[float]]:
     params = fit_head(params, train_tokens)
     example = next(trec.ordered_batches(test_tokens, BATCH))
     kernels = lj.kernels(MODEL.apply, params, example.ids, example.mask)
-
-    experts = {}
-    for at, (task, names) in enumerate(TASKS.items()):
-        rows = np.flatnonzero(np.isin(kinds[train_tokens.labels], names))
-        chosen = trec.Tokens([train_tokens.ids[row] for row in rows], train_tokens.labels[rows])
-        adapter = lj.init(jax.random.key(SEED + at), params, SPEC, kernels=kernels)
-        experts[task] = train(task, params, adapter, chosen, scale.expert_steps, rate=1e-3)
-
-    gated = lj.many.mixture(experts, lj.many.Gate())  # a gate of zeros: at first the mean of the experts
-    rows = {
-        "base": {},
-        **{f"expert: {task}": adapter for task, adapter in experts.items()},
-        "mean of both": lj.many.mixture(experts, lj.many.Constant()),
-        "Arrow": lj.many.mixture(experts, lj.many.Arrow(top_k=1)),
-        "gates": train("gates", params, gated, train_tokens, scale.gate_steps, rate=3e-2, only=["gate"]),
-    }
-
-    results = {}
+    init = jax.jit(lambda key: lj.init(key, params, SPEC, kernels=kernels))
+    train_expert = training(scale.expert_steps, rate=1e-3)
+    train_gates = training(scale.gate_steps, rate=3e-2, only=["gate"])
+    apply = jax.jit(lj.lora(MODEL.apply))
     is_first = np.isin(kinds[test_tokens.labels], next(iter(TASKS.values())))
-    for name, adapter in rows.items():
-        apply = jax.jit(functools.partial(lj.lora(MODEL.apply), params, adapter))
-        logits = evaluate(apply, test_tokens)
-        parts = (is_first, ~is_first, np.ones_like(is_first))
-        results[name] = [accuracy(logits[part], test_tokens.labels[part]) for part in parts]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "mixture.json").write_text(json.dumps(results, indent=2) + "\n")
 
-    table = Table(title="Test accuracy of all-MiniLM-L6-v2 on TREC, 50 labels", title_justify="left")
+    def right(adapter: Any) -> list[float]:
+        logits = evaluate(functools.partial(apply, params, adapter), test_tokens)
+        parts = (is_first, ~is_first, np.ones_like(is_first))
+        return [accuracy(logits[part], test_tokens.labels[part]) for part in parts]
+
+    results: dict[str, list[list[float]]] = {"base": [right({})]}
+    for seed in seeds:
+        experts = {}
+        for at, (task, names) in enumerate(TASKS.items()):
+            rows = np.flatnonzero(np.isin(kinds[train_tokens.labels], names))
+            chosen = trec.Tokens([train_tokens.ids[row] for row in rows], train_tokens.labels[rows])
+            adapter = init(jax.random.key(len(TASKS) * seed + at))
+            experts[task] = train_expert(task, params, adapter, chosen, seed)
+        gated = lj.many.mixture(experts, lj.many.Gate())  # a gate of zeros: at first the mean of the experts
+        found = {
+            **{f"expert: {task}": adapter for task, adapter in experts.items()},
+            "mean of both": lj.many.mixture(experts, lj.many.Constant()),
+            "Arrow": lj.many.mixture(experts, lj.many.Arrow(top_k=1)),
+            "gates": train_gates("gates", params, gated, train_tokens, seed),
+        }
+        for name, adapter in found.items():
+            results.setdefault(name, []).append(right(adapter))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "mixture.json").write_text(json.dumps({"seeds": [*seeds], "accuracy": results}, indent=2) + "\n")
+
+    title = f"Test accuracy of all-MiniLM-L6-v2 on TREC, 50 labels, seeds {[*seeds]}"
+    table = Table(title=title, title_justify="left")
     for column in ("adapter", *TASKS, "all"):
         table.add_column(column, justify="left" if column == "adapter" else "right")
     for name, values in results.items():
-        table.add_row(name, *(f"{value:.1%}" for value in values))
+        table.add_row(name, *map(_percent, np.array(values).T))
     console.print(table)
-    mean, best = results["mean of both"][-1], results["gates"][-1]
-    if scale is FULL and best <= mean:
-        raise RuntimeError(f"Expected the gates to be better than the mean of the experts, {mean:.1%}; got {best:.1%}.")
-    console.print(f"{time.perf_counter() - start:.0f} s in total")
+    gates, *others = (np.array(results[name])[:, -1] for name in ("gates", "mean of both", "Arrow"))
+    for name, other in zip(("the mean of both", "Arrow"), others, strict=True):
+        gains = ", ".join(f"{100 * gain:+.1f}" for gain in gates - other)
+        console.print(f"Gates minus {name}: {_percent(gates - other)}; by seed {gains}")
+    if scale is FULL and gates.mean() <= others[0].mean():
+        raise RuntimeError(
+            f"Expected the gates to be better than the mean of the experts, {others[0].mean():.1%}; got "
+            f"{gates.mean():.1%} ({out / 'mixture.json'})."
+        )
+    console.print(f"{time.perf_counter() - start:.0f} s in total, {time.process_time() - cpu:.0f} s of CPU time")
     return results
+
+
+def _percent(values: Any) -> str:
+    """Formats the mean, and the standard deviation if there are several values."""
+    return f"{100 * values.mean():.1f}{f' ± {100 * values.std(ddof=1):.1f}' if len(values) > 1 else ''} %"
 
 
 def main() -> None:
     """Parses the command line and runs."""
     parser = argparse.ArgumentParser(description="Mixes two LoRA experts of TREC.")
     parser.add_argument("--out", type=Path, default=Path("mixture_output"), help="output folder (mixture_output)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="two experts and the gates for each")
     parser.add_argument("--short", action="store_true", help="every stage, for a few steps")
     arguments = parser.parse_args()
     if arguments.short:
         compile_quickly()
-    run(arguments.out, SHORT if arguments.short else FULL)
+    run(arguments.out, SHORT if arguments.short else FULL, arguments.seeds[:1] if arguments.short else arguments.seeds)
 
 
 if __name__ == "__main__":

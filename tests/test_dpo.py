@@ -1,6 +1,7 @@
 """The example of preference training: its pairs and its loss."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -95,3 +96,22 @@ def test_the_loss_is_that_of_a_merged_policy_and_a_copy_of_the_base():
     tx = optax.sgd(0.0)
     _, _, loss = dpo.make_step(model.logits, tx)(jax.tree.map(jnp.copy, adapter), tx.init(adapter), model.params, pairs)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
+def test_the_arguments_of_the_compiled_step_hold_one_base() -> None:
+    pairs, _, _ = make_pairs()
+    model = qlora.functions(smollm2.Llama(TINY, remat=True, rngs=nnx.Rngs(0)))
+    adapter = lj.init(jax.random.key(0), model.params, dpo.SPEC, kernels=qlora.find_kernels(model))
+    tx = optax.adam(1e-2)
+    arguments = adapter, tx.init(adapter), model.params, pairs
+    step = dpo.make_step(model.logits, tx).lower(*arguments).compile()
+    size = {
+        name: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for name, tree in zip("asbp", arguments, strict=True)
+    }
+    found = step.memory_analysis().argument_size_in_bytes
+    assert sum(size.values()) <= found < sum(size.values()) + size["b"] / 100
+
+
+def test_the_loss_the_reference_and_the_step_are_less_than_sixty_lines() -> None:
+    parts = (dpo.log_likelihood, dpo.margins, dpo.make_step)
+    assert sum(len(inspect.getsource(part).splitlines()) for part in parts) < 60

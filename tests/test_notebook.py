@@ -102,6 +102,44 @@ def test_the_tables_of_explain_and_plan_are_shown_in_a_terminal_and_by_rich() ->
     assert "<script" not in explained._repr_html_() and "color" not in explained._repr_html_()
 
 
+def test_stacks_trees_and_pools_are_shown_as_tables_of_their_adapters() -> None:
+    stacked = lj.many.stack({"one": {"layers": PART, "<b>": ADAPTER["<b>"]}, "two": {}}, rank=3)
+    small = lj.Adapter(lj.RSLoRA(rank=1, alpha=1), "bio", a=A[..., :1], b=np.zeros((3, 1, 4), np.float32))
+    part = {"layers": small}
+    stacked = lj.many.swap(stacked, "two", part)
+    lines = str(stacked).split("\n")
+    assert [re.split(" {2,}", line.rstrip()) for line in lines] == [
+        ["adapter", "leaves", "variants", "memory"],
+        ["───────", "──────", "─────────────────────────────", "──────"],
+        ["one", "2", "Full(), LoRA(rank=2, alpha=4)", "304 B"],
+        ["two", "1", "RSLoRA(rank=1, alpha=1)", "144 B"],
+        [""],
+        ["2 leaves, padded to the largest ranks: 896 B"],
+    ]
+    tree = lj.many.tree({"chat": ("base", part), "polite": ("chat", part), "code": ("base", part)})
+    names = [line.split("  ")[0].rstrip() for line in str(tree).split("\n")]
+    assert names == ["adapter", "─" * 10, "base", "├ chat", "│ └ polite", "└ code"]
+    with lj.many.Pool(lambda name: part, capacity=1) as pool:
+        pool.get("<fr>")
+        assert "<td>&lt;fr&gt;</td><td>in memory</td><td>1</td>" in plain(pool._repr_html_())
+        assert str(pool).endswith("1 of at most 1 in memory, the least recently used first; "
+                                  "hits 0, misses 1, evictions 0, failures 0")  # fmt: skip
+        for value in (stacked, tree, pool):
+            assert DisplayFormatter().format(value)[0]["text/html"] == value._repr_html_()
+            assert console_text(value) == str(value)
+
+
+def test_a_stack_without_values_is_shown_by_its_names() -> None:
+    stacked = lj.many.stack({"one": ADAPTER, "two": {}})
+    names = "adapter\n───────\none\ntwo\n\nWithout values, the ranks are not known."
+    assert str(jax.eval_shape(lambda: stacked)) == names
+    seen: list[str] = []
+    jax.eval_shape(lambda stacked: (seen.append(str(stacked)), 0)[1], stacked)
+    assert seen == [names]
+    stacked.members.settings["layers"].rank.delete()
+    assert str(stacked) == names
+
+
 def plain(html: str) -> str:
     return re.sub(r' style="[^"]*"', "", html)
 

@@ -16,7 +16,7 @@ from jax import Array
 
 from .axes import RANK
 from .memory import is_in_host_memory
-from .table import Table
+from .table import Table, size
 from .values import is_concrete
 
 _NAMES = {"b": "batch", "i": "in", "o": "out"}
@@ -99,6 +99,17 @@ def table(variant: Any, axes: str, arrays: Mapping[str, Any]) -> Table:
     return Table(["array", "shape", "dtype", "norm", ""], rows, {"norm"}, [f"{variant}, axes {axes!r}"])
 
 
+def cells(adapter: Mapping[str, Any]) -> dict[str, str]:
+    """Describes a whole adapter, also one of shapes, in a row of a table of adapters."""
+    variants = dict.fromkeys(str(part.variant) for part in adapter.values())
+    arrays = [array for array in jax.tree.leaves(dict(adapter)) if hasattr(array, "dtype")]
+    return {
+        "leaves": str(len(adapter)),
+        "variants": ", ".join(variants),
+        "memory": size(sum(array.size * array.dtype.itemsize for array in arrays)),
+    }
+
+
 def tree_node(
     owner: Any,
     summary: str,
@@ -128,15 +139,18 @@ def tree_node(
     )
 
 
+def is_readable(array: Any) -> bool:
+    """Whether an array has values that this process can read, without another one taking part."""
+    if not isinstance(array, Array):
+        return isinstance(array, np.ndarray)
+    return is_concrete(array) and not array.is_deleted() and array.is_fully_addressable
+
+
 def _squares(array: Any, along: int | None) -> np.ndarray[Any, Any] | None:
     """Sums the squares over all axes but one; None if that is slow, or if there are no values here."""
-    if not isinstance(array, Array | np.ndarray) or not is_concrete(array):
-        return None
-    if array.size > _LARGEST or not jnp.issubdtype(array.dtype, jnp.floating):
+    if not is_readable(array) or array.size > _LARGEST or not jnp.issubdtype(array.dtype, jnp.floating):
         return None
     if isinstance(array, Array):
-        if array.is_deleted() or not array.is_fully_addressable:  # or another process would have to take part
-            return None
         devices: Any = array.sharding.device_set
         is_in_host = is_in_host_memory(array)
         if is_in_host and len(devices) > 1:  # each device would copy its shard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any, Self
 
@@ -12,7 +13,9 @@ import numpy as np
 
 from .._core import display
 from .._core.adapter import Adapter
-from ._variant import ABSENT, Padded, join, split
+from .._core.table import Table, Tabular
+from .._core.values import on_host
+from ._variant import ABSENT, Padded, join, split, with_rank
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +86,7 @@ class Member(Mapping[str, Adapter]):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class Stack:
+class Stack(Tabular):
     """Several adapters of one base, as one pytree. `stack` makes it.
 
     Attributes:
@@ -101,13 +104,40 @@ class Stack:
         summary = f"{len(self.names)} adapters, {len(self.members)} leaves"
         return display.tree_node(self, summary, vars(self), path, subtree_renderer)
 
+    def _table(self) -> Table:
+        parts, settings = self.members.trainable, self.members.settings
+        if not all(map(display.is_readable, jax.tree.leaves(settings))):
+            return Table(
+                ["adapter"], [[name] for name in self.names], notes=["Without values, the ranks are not known."]
+            )
+        settings = {path: jax.tree.map(on_host, found) for path, found in settings.items()}
+        rows = []
+        for index, name in enumerate(self.names):
+            adapter = {
+                path: jax.eval_shape(functools.partial(part_of, settings=found, index=index), parts[path])
+                for path, found in settings.items()
+                if found.kind[index] != ABSENT
+            }
+            rows.append([name, *display.cells(adapter).values()])
+        note = f"{len(self.members)} leaves, padded to the largest ranks: {display.cells(parts)['memory']}"
+        return Table(["adapter", *display.cells({})], rows, {"leaves", "memory"}, [note])
+
     def replace(self, members: Member) -> Self:
         """Returns a stack with other members, such as after a training step."""
         return dataclasses.replace(self, members=members)
 
 
-def variant_of(part: Adapter, kind: int, rank: int, alpha: Any) -> Any:
-    """Returns the variant that a leaf had before it was stacked."""
+def part_of(part: Adapter, settings: Settings, index: int) -> Adapter:
+    """Returns one adapter's leaf of the leaf of a stack: without padding, with its own variant."""
     assert isinstance(part.variant, Padded)
-    value = float(np.ascontiguousarray(alpha, np.uint32).view(np.float64)[0])
-    return join(part.variant.variant, kind, rank, value)
+    alpha = float(np.ascontiguousarray(settings.alpha[index], np.uint32).view(np.float64)[0])
+    rank = int(settings.rank[index])
+    variant = join(part.variant.variant, int(settings.kind[index]), rank, alpha)
+    names = variant.layout(part.axes)
+    arrays = {}
+    for name, array in part.arrays.items():
+        if names and name not in names:  # the magnitude of DoRA, in a leaf of LoRA
+            continue
+        shape = with_rank(part.variant, part.axes, name, array.shape[1:], rank)
+        arrays[name] = array[index][tuple(slice(size) for size in shape)]
+    return Adapter(variant, part.axes, **arrays)

@@ -12,8 +12,10 @@ from typing import NamedTuple, Self
 
 import jax
 
+from .._core import display
 from .._core.adapter import Adapter, Adapters, check_adapter
 from .._core.numbers import integer
+from .._core.table import Table, Tabular
 from .._errors import AdapterError
 
 
@@ -45,7 +47,7 @@ class _Load:
     is_taken: bool = False
 
 
-class Pool:
+class Pool(Tabular):
     """Adapters in memory by recent use; the others are loaded when asked for. Safe under threads.
 
     `get` returns an adapter. If it is not in memory, the calling thread loads it; `prefetch` has a background thread
@@ -125,6 +127,15 @@ class Pool:
                 resident=tuple(self._resident),
                 loading=tuple(self._loads),
             )
+
+    def _table(self) -> Table:
+        with self._lock:
+            resident, loading, counts = dict(self._resident), [*self._loads], dict(self._counts)
+        rows = [[name, "in memory", *display.cells(adapter).values()] for name, adapter in resident.items()]
+        rows += [[name, "loading", "", "", ""] for name in loading]
+        found = ", ".join(f"{name} {counts.get(name, 0)}" for name in ("hits", "misses", "evictions", "failures"))
+        notes = [f"{len(resident)} of at most {self._capacity} in memory, the least recently used first; {found}"]
+        return Table(["adapter", "state", *display.cells({})], rows, {"leaves", "memory"}, notes)
 
     def close(self) -> None:
         """Removes all adapters, after the loads that run have ended. Loads that wait are dropped."""

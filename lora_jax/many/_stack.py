@@ -17,9 +17,9 @@ from .._core.numbers import integer
 from .._core.values import is_concrete, on_host
 from .._errors import AdapterError, listed
 from .._variants import DoRA
-from ._member import Member, Settings, Stack, variant_of
+from ._member import Member, Settings, Stack, part_of
 from ._select import BASE, index_of
-from ._variant import ABSENT, Padded, can_be_stacked, has_rank, rank_axis, split
+from ._variant import ABSENT, Padded, can_be_stacked, has_rank, split, with_rank
 
 
 def stack(adapters: Mapping[str, Adapters], *, rank: int = 1) -> Stack:
@@ -109,7 +109,7 @@ def unstack(stacked: Stack) -> dict[str, dict[str, Adapter]]:
     settings = {path: jax.tree.map(on_host, found) for path, found in members.settings.items()}
     return {
         name: {
-            path: _part(part, settings[path], index)
+            path: part_of(part, settings[path], index)
             for path, part in members.trainable.items()
             if settings[path].kind[index] != ABSENT
         }
@@ -182,7 +182,7 @@ def _template(parts: list[Adapter], rank: int) -> Adapter:
         largest = max(largest, min(rank, _largest_rank(arrays, axes)))
     variant = Padded.of([part.variant for part in parts], largest)
     arrays = {
-        name: jax.ShapeDtypeStruct(_with_rank(variant, axes, name, array.shape, largest), array.dtype)
+        name: jax.ShapeDtypeStruct(with_rank(variant, axes, name, array.shape, largest), array.dtype)
         for name, array in arrays.items()
     }
     return Adapter(variant, axes, **arrays)
@@ -192,12 +192,6 @@ def _largest_rank(arrays: Mapping[str, Any], axes: str) -> int:
     """Returns the largest rank that a kernel with these factors can have."""
     batch = len(axes_with(axes, "b"))
     return min(math.prod(arrays["a"].shape[batch:-1]), math.prod(arrays["b"].shape[batch + 1 :]))
-
-
-def _with_rank(variant: Padded, axes: str, name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
-    """Returns the shape of an array with another rank, if ranks may differ."""
-    at = rank_axis(variant, axes, name) if has_rank(variant.variant) else None
-    return shape if at is None or at >= len(shape) else (*shape[:at], rank, *shape[at + 1 :])
 
 
 def _misfit(template: Adapter, part: Adapter, other: str) -> str | None:
@@ -215,7 +209,7 @@ def _misfit(template: Adapter, part: Adapter, other: str) -> str | None:
         return f"{part.variant} has the arrays {sorted(part.arrays)}, and here needs {sorted(names)}"
     for name, array in part.arrays.items():
         expected = template.arrays[name]
-        shape = _with_rank(variant, part.axes, name, expected.shape, found.rank)
+        shape = with_rank(variant, part.axes, name, expected.shape, found.rank)
         if tuple(array.shape) != shape:
             return f"{name!r} has the shape {tuple(array.shape)}, and would fit with {shape}"
         if array.dtype != expected.dtype or jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
@@ -250,18 +244,3 @@ def _padded(array: Any, shape: Sequence[int]) -> Any:
     pad: Any = np.pad if isinstance(array, np.ndarray) else jnp.pad
     widths = [(0, most - size) for size, most in zip(array.shape, shape, strict=True)]
     return pad(array, widths) if any(after for _, after in widths) else array
-
-
-def _part(part: Adapter, settings: Settings, index: int) -> Adapter:
-    """Returns one adapter's leaf, without padding."""
-    assert isinstance(part.variant, Padded)
-    kind, rank = int(settings.kind[index]), int(settings.rank[index])
-    variant = variant_of(part, kind, rank, settings.alpha[index])
-    names = variant.layout(part.axes)
-    arrays = {}
-    for name, array in part.arrays.items():
-        if names and name not in names:  # the magnitude of DoRA, in a leaf of LoRA
-            continue
-        shape = _with_rank(part.variant, part.axes, name, array.shape[1:], rank)
-        arrays[name] = array[index][tuple(slice(size) for size in shape)]
-    return Adapter(variant, part.axes, **arrays)

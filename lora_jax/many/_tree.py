@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+from .._core import display
 from .._core.adapter import Adapter, Adapters, check_adapter
+from .._core.table import Table, Tabular
 from .._errors import AdapterError
 from ._combine.combine import combine
 from ._select import BASE, index_of
+
+_INDENT = 2 * "\N{NO-BREAK SPACE}"  # HTML drops other spaces
 
 
 class Walk(NamedTuple):
@@ -25,7 +29,7 @@ class Walk(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tree:
+class Tree(Tabular):
     """Adapters by name, each a change of its parent's weights. `tree` makes it. The root is the base, `BASE`.
 
     Attributes:
@@ -38,6 +42,20 @@ class Tree:
 
     def __repr__(self) -> str:
         return f"Tree({', '.join(f'{name!r} of {parent!r}' for name, parent in self.parents.items())})"
+
+    def _table(self) -> Table:
+        children: dict[str, list[str]] = {}
+        for name, parent in self.parents.items():
+            children.setdefault(parent, []).append(name)
+
+        def below(parent: str, prefix: str) -> Iterator[list[str]]:
+            for name in (names := children.get(parent, [])):
+                is_last = name == names[-1]
+                yield [prefix + ("└ " if is_last else "├ ") + name, *display.cells(self.adapters[name]).values()]
+                yield from below(name, prefix + (_INDENT if is_last else "│ "))
+
+        rows = [[BASE, "", "", ""], *below(BASE, "")]
+        return Table(["adapter", *display.cells({})], rows, {"leaves", "memory"})
 
     def path(self, name: str) -> tuple[str, ...]:
         """Returns the nodes from below the base to a node; none for the base.

@@ -180,3 +180,9 @@ def rank_axis(variant: Variant, axes: str, name: str) -> int | None:
     """Returns the rank axis of an array, or None."""
     layout = variant.layout(axes).get(name, ())
     return layout.index(RANK) if RANK in layout else None
+
+
+def with_rank(variant: Padded, axes: str, name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    """Returns the shape of an array with another rank, if ranks may differ."""
+    at = rank_axis(variant, axes, name) if has_rank(variant.variant) else None
+    return shape if at is None or at >= len(shape) else (*shape[:at], rank, *shape[at + 1 :])
