@@ -105,6 +105,15 @@ def test_constant_weights_are_the_merged_sum_of_updates() -> None:
     np.testing.assert_allclose(equal["w"].weights, 1 / 3, rtol=1e-6)
 
 
+def test_experts_with_an_alpha_of_zero_add_nothing() -> None:
+    # Was the sum of the products of their factors, with the scale 1.
+    spec, key = {"w": lj.LoRA(rank=2, alpha=0)}, jax.random.key(0)
+    experts = {name: trained(key, lj.init(key, PARAMS, spec)) for name in ("one", "other")}
+    weights = np.ones((3, 5, 2), np.float32)
+    got = lj.lora(linear)(PARAMS, many.mixture(experts, many.Given()), X, token_weights=weights)
+    assert_close(got, linear(PARAMS, X))
+
+
 def test_constant_weights_are_trained_and_replaced_without_compiling() -> None:
     mixed = many.mixture(EXPERTS, many.Constant())
     gradient = jax.grad(lambda ad: jnp.sum(lj.lora(linear)(PARAMS, ad, X)))(mixed)["w"]

@@ -103,7 +103,7 @@ class Mixture(Variant):
         if self.router.source == "constant":
             weights = arrays["weights"].astype(dtype)
             a = scale_ranks(a, weights[..., np.repeat(np.arange(count), self.ranks)] * scales, axes)
-        elif len(set(self.scales)) > 1:
+        elif set(self.scales) != {first}:
             a = scale_ranks(a, scales, axes)
         adapted = AdaptedKernel(kernel, a, b, scale=first, roles=tuple(axes), paths=(path,))
         if self.router.source == "constant":
