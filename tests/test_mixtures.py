@@ -432,6 +432,24 @@ def test_fused_kernels_keep_their_routers() -> None:
     assert_close(got, expected)
 
 
+@jax.numpy_dtype_promotion("strict")
+def test_weights_of_any_dtype_are_promoted_explicitly() -> None:
+    # Each was a TypePromotionError of JAX.
+    def fused(params: Any, x: jax.Array) -> jax.Array:
+        return x @ jnp.concatenate([params["w"], params["v"]], 1)
+
+    params, given = {**PARAMS, "v": PARAMS["w"]}, many.mixture(EXPERTS, many.Given())
+    half, flags = (jax.ShapeDtypeStruct((3, 5, 3), dtype) for dtype in (jnp.bfloat16, bool))
+    for other, weights in [(EXPERTS["code"], half), (given, {"w": half, "v": flags})]:
+        adapter = {"w": given["w"], "v": other["w"]}
+        run = functools.partial(lj.lora(fused), params, adapter, X)
+        assert jax.eval_shape(lambda weights, run=run: run(token_weights=weights), weights).shape == (3, 5, 12)
+    general = {"general": EXPERTS["chat"]}
+    arrow = many.mixture({name: EXPERTS[name] for name in ("code", "math")}, many.Arrow(top_k=1), general=general)
+    with jax.enable_x64(True):
+        assert jax.eval_shape(lambda x: lj.lora(linear)(PARAMS, arrow, x), X).dtype == jnp.float32
+
+
 def test_weights_for_paths() -> None:
     params = {"up": normal(4, 6), "down": normal(6, 4, seed=2)}
     apply = lambda p, x: jnp.tanh(x @ p["up"]).swapaxes(0, 1) @ p["down"]  # noqa: E731
