@@ -162,6 +162,12 @@ def test_inspect_splits_the_stacks_of_a_checkpoint(run: Any, tmp_path: Path) -> 
     expected = [np.linalg.norm(update(jax.tree.map(lambda array, i=i: array[i], part))) for i in range(3)]
     np.testing.assert_allclose([layer["norm"] for layer in data["layers"]], expected, rtol=1e-6)
     assert [layer["name"] for layer in data["layers"]] == ["layers/up[0]", "layers/up[1]", "layers/up[2]"]
+    # Of a stack with some adapted layers: these were counted from 0, and had no norm.
+    variant = lj.Layers(layers=[1, 3, 4], variant=part.variant)
+    some = {"layers/up": lj.Adapter(variant, "bio", **part.arrays)}
+    checkpoint.save(tmp_path / "some", some, base={"layers": {"up": np.ones((5, D, F), np.float32)}})
+    found = run("inspect", tmp_path / "some", "--json").data["layers"]
+    assert found == [layer | {"name": f"layers/up[{at}]"} for at, layer in zip((1, 3, 4), data["layers"], strict=True)]
 
 
 # diff

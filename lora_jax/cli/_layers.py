@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from .._core.adapter import Adapter, Adapters
 from .._core.axes import axes_with
 from .._core.values import on_host
 from .._core.variant import LowRank, Variant
+from .._variants import Layers
 
 Values = np.ndarray[Any, Any]
 
@@ -121,11 +122,15 @@ def difference(one: Layer, other: Layer) -> float | None:
 
 def _layers(path: str, part: Adapter) -> Iterator[Layer]:
     arrays = {name: on_host(array) for name, array in part.arrays.items()}
-    batch = len(axes_with(part.axes, "b"))
+    variant, batch = part.variant, len(axes_with(part.axes, "b"))
     sizes = next(iter(arrays.values())).shape[:batch] if batch else ()
+    numbers: list[Sequence[int]] = [range(size) for size in sizes]  # of each element of the stack
+    if isinstance(variant, Layers) and batch:
+        variant, numbers[0] = variant.variant, variant.layers
     for index in np.ndindex(sizes):
         own = {name: array[index] for name, array in arrays.items()}
-        yield Layer(path + "".join(f"[{at}]" for at in index), part.variant, own)
+        at = "".join(f"[{of_axis[place]}]" for of_axis, place in zip(numbers, index, strict=True))
+        yield Layer(path + at, variant, own)
 
 
 def _dot(one: Layer, other: Layer) -> float:
