@@ -71,6 +71,11 @@ class Mixture(Variant):
         return self.router.per_layer
 
     @property
+    def needs_all(self) -> str:  # type: ignore[override]
+        """The inputs, if the router reads the activation."""
+        return "i" if self.router.source == "activation" else ""
+
+    @property
     def adds(self) -> bool:  # type: ignore[override]
         """Whether the update is the same for all tokens."""
         return not self.routed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class VeRA(Ranked):
     seed: int
     start_d: float = 0.1
     dropout: float = 0.0
+    needs_all: ClassVar[str] = "io"  # to number the rows of the matrices
 
     def __post_init__(self) -> None:
         super().__post_init__()
