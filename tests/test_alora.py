@@ -57,6 +57,10 @@ def test_tokens_from_the_last_invocation_on_are_active() -> None:
     np.testing.assert_array_equal(jax.jit(lj.active_tokens)(adapter, IDS), ACTIVE)
     np.testing.assert_array_equal(lj.active_tokens(adapter, IDS[0]), ACTIVE[0])
     assert not lj.active_tokens(adapter, IDS[:, :1]).any()
+    # Was refused under these settings of JAX.
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for dtype in (np.uint8, np.int64):
+            np.testing.assert_array_equal(lj.active_tokens(adapter, np.asarray(IDS, dtype)), ACTIVE)
 
 
 @pytest.mark.parametrize("jit", [False, True])

@@ -491,3 +491,34 @@ def test_a_model_may_have_arguments_of_any_name() -> None:
     assert seen == [given] * count and count == 3
     lj.plan(apply, KERNEL, spec, optax.sgd(0.1), mesh, x, kwargs=given, full=False, loss=lambda y, *_, **__: y.sum())
     assert seen[3:] == [given] * (len(seen) - 3) and len(seen) > 3
+
+
+METHODS = {
+    "AdaLoRA": lj.AdaLoRA(rank=2, alpha=4),
+    "DeLoRA": lj.DeLoRA(rank=2),
+    "DoRA": lj.DoRA(rank=2, alpha=4),
+    "IA3": lj.IA3(),
+    "LoRA-XS": lj.LoRAXS(rank=2, alpha=4),
+    "MiSS": lj.MiSS(rank=2),
+    "QA-LoRA": lj.QALoRA(rank=2, alpha=4, group=2),
+    "Rows": lj.Rows(ids=[1]),
+    "VeRA": lj.VeRA(rank=2, seed=0),
+} | {
+    f"Layers of {name}": lj.Layers(layers=[1], variant=variant)
+    for name, variant in {"LoRA": LORA, "MiSS": lj.MiSS(rank=2)}.items()
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_shapes_of_an_adapter_suffice(name: str) -> None:
+    # Was an AttributeError: the arrays of the variant were computed, and not only their shapes.
+    def apply(params: Any, x: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, params["w"])[0]
+
+    params, x, spec = {"w": jnp.ones((2, 4, 4))}, jnp.ones((3, 4)), {"w": METHODS[name]}
+    kernels = lj.kernels(apply, params, x)
+    shapes = jax.eval_shape(lambda key, params: lj.init(key, params, spec, kernels=kernels), jax.random.key(0), params)
+    adapter = jax.tree.map(lambda array: jnp.zeros(array.shape, array.dtype), shapes)
+    got = factored(apply, jax.eval_shape(lambda: params), shapes, x)
+    assert got == factored(apply, params, adapter, x)
+    assert got.rows[0].used == "factored dot_general ×2"

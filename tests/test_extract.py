@@ -258,6 +258,14 @@ def test_unchanged_leaves_are_the_same_arrays() -> None:
     assert list(lost) == ["w"] and float(lost["w"]) == 0
 
 
+def test_an_adapter_without_factors_is_unchanged() -> None:
+    # Was the error of a pattern, which the caller had not passed.
+    adapter = {"w": lj.Adapter(lj.MiSS(rank=2), "io", b=jnp.ones((2, 3)))}
+    assert lj.compress(adapter, 1) == (adapter, {})
+    with pytest.raises(lj.SpecError, match="Expected an integer of at least 1 for `rank`"):
+        lj.compress(adapter, 0)
+
+
 def test_the_first_pattern_that_matches_decides_the_rank() -> None:
     part = random_case("io", lj.LoRA(rank=4, alpha=4))[1]["w"]
     adapter = {"x/query": part, "x/value": part, "y": part}

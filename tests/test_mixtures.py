@@ -105,6 +105,15 @@ def test_constant_weights_are_the_merged_sum_of_updates() -> None:
     np.testing.assert_allclose(equal["w"].weights, 1 / 3, rtol=1e-6)
 
 
+def test_experts_with_an_alpha_of_zero_add_nothing() -> None:
+    # Was the sum of the products of their factors, with the scale 1.
+    spec, key = {"w": lj.LoRA(rank=2, alpha=0)}, jax.random.key(0)
+    experts = {name: trained(key, lj.init(key, PARAMS, spec)) for name in ("one", "other")}
+    weights = np.ones((3, 5, 2), np.float32)
+    got = lj.lora(linear)(PARAMS, many.mixture(experts, many.Given()), X, token_weights=weights)
+    assert_close(got, linear(PARAMS, X))
+
+
 def test_constant_weights_are_trained_and_replaced_without_compiling() -> None:
     mixed = many.mixture(EXPERTS, many.Constant())
     gradient = jax.grad(lambda ad: jnp.sum(lj.lora(linear)(PARAMS, ad, X)))(mixed)["w"]
@@ -421,6 +430,24 @@ def test_fused_kernels_keep_their_routers() -> None:
     weights = normal(3, 5, 3, seed=4)
     got, expected = (lj.lora(one)(params, adapter, X, token_weights=weights) for one in (fused, apart))
     assert_close(got, expected)
+
+
+@jax.numpy_dtype_promotion("strict")
+def test_weights_of_any_dtype_are_promoted_explicitly() -> None:
+    # Each was a TypePromotionError of JAX.
+    def fused(params: Any, x: jax.Array) -> jax.Array:
+        return x @ jnp.concatenate([params["w"], params["v"]], 1)
+
+    params, given = {**PARAMS, "v": PARAMS["w"]}, many.mixture(EXPERTS, many.Given())
+    half, flags = (jax.ShapeDtypeStruct((3, 5, 3), dtype) for dtype in (jnp.bfloat16, bool))
+    for other, weights in [(EXPERTS["code"], half), (given, {"w": half, "v": flags})]:
+        adapter = {"w": given["w"], "v": other["w"]}
+        run = functools.partial(lj.lora(fused), params, adapter, X)
+        assert jax.eval_shape(lambda weights, run=run: run(token_weights=weights), weights).shape == (3, 5, 12)
+    general = {"general": EXPERTS["chat"]}
+    arrow = many.mixture({name: EXPERTS[name] for name in ("code", "math")}, many.Arrow(top_k=1), general=general)
+    with jax.enable_x64(True):
+        assert jax.eval_shape(lambda x: lj.lora(linear)(PARAMS, arrow, x), X).dtype == jnp.float32
 
 
 def test_weights_for_paths() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from law import Case, adapted, assert_case, assert_close, assert_law, normal, total
 
 import lora_jax as lj
+from lora_jax import many
 
 
 def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
@@ -319,6 +321,53 @@ def test_a_kernel_that_a_jit_donates_is_kept() -> None:
     for _ in range(2):
         lj.lora(case.apply)(params, adapter, *case.arrays).block_until_ready()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((params, adapter)))
+
+
+# A `shard_map` around `lora`
+
+NEED_ALL = {
+    "i": [
+        lj.DoRA(rank=2, alpha=3),
+        lj.DeLoRA(rank=2),
+        lj.VeRA(rank=3, seed=0),
+        lj.MiSS(rank=3),
+        lj.Rows(ids=[1]),
+        many.Gate(),
+    ],
+    "o": [lj.DeLoRA(rank=2), lj.VeRA(rank=3, seed=0)],
+    "": [lj.DoRA(rank=2, alpha=3), many.Gate()],
+}
+
+
+@pytest.mark.parametrize("role", NEED_ALL)
+def test_a_variant_that_needs_the_whole_kernel_refuses_a_shard(role: str) -> None:
+    # Each shard had norms, row numbers or router weights of its own, so that the result was wrong.
+    params, key = {"w": jnp.zeros((4, 8, 12))}, jax.random.key(0)
+
+    def make(params: Any, variant: Any) -> Any:
+        if not isinstance(variant, many.Gate):
+            return lj.init(key, params, {"w": dataclasses.replace(variant, axes="bio")})
+        return many.mixture({"one": make(params, lj.LoRA(rank=2, alpha=3))}, variant)
+
+    def refused(variant: Any, sharded: str) -> bool:
+        adapter = jax.eval_shape(functools.partial(make, variant=variant), params)
+        along, layout = "bio".index(sharded), adapter["w"].variant.layout("bio")
+        specs = {name: P(*("x" if axis == along else None for axis in axes)) for name, axes in layout.items()}
+        kernel = P(*("x" if axis == along else None for axis in range(3)))
+        in_specs = {"w": kernel}, {"w": lj.Adapter(adapter["w"].variant, "bio", **specs)}
+
+        def apply(params: Any) -> jax.Array:
+            return jnp.ones((params["w"].shape[0], 2, params["w"].shape[1])) @ params["w"]
+
+        run = jax.shard_map(lj.lora(apply), mesh=mesh(), in_specs=in_specs, out_specs=P("x"))
+        try:
+            jax.eval_shape(run, params, adapter)
+        except lj.UnsupportedError as error:
+            assert "1 shard inside a `shard_map`.\n  'w', over ['x']: " in str(error)
+            return True
+        return False
+
+    assert all(refused(variant, role or "b") == bool(role) for variant in NEED_ALL[role])
 
 
 # `vmap` with `spmd_axis_name`

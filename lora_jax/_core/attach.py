@@ -6,11 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .._errors import SHOWN, AdapterError, counted, listed
+from .._compat import varying
+from .._errors import SHOWN, AdapterError, UnsupportedError, counted, listed
 from .adapter import Adapter, Adapters, check_adapter
+from .axes import axes_with
 from .base import base_of
 from .dropout import Dropout
 from .kernel import AdaptedKernel
@@ -38,6 +41,7 @@ def attach(
     Raises:
       AdapterError: if a path is not among the leaves or a shape does not match, with the differences; if
         `token_weights` are missing, needless, of another dtype, or of another number of experts.
+      UnsupportedError: if a leaf is a shard inside a `shard_map`, and its variant needs all of it.
     """
     check(leaves, adapter)
     weights = {} if only_shapes else _weights_by_path(adapter, token_weights)
@@ -68,6 +72,9 @@ def check(leaves: Mapping[str, Any], adapter: Any, *, tree: str = "params") -> N
       leaves: the parameters, by path.
       adapter: the candidate.
       tree: the caller's name for the parameters, for errors.
+
+    Raises:
+      UnsupportedError: if a leaf is a shard inside a `shard_map`, and its variant needs all of it.
     """
     check_adapter(adapter, f"The arguments come in this order: first `{tree}`, then the adapter.")
     differences: list[str] = []
@@ -80,6 +87,40 @@ def check(leaves: Mapping[str, Any], adapter: Any, *, tree: str = "params") -> N
             f"{counted(len(differences), 'difference')}.\n{listed(differences)}\n"
             "  Pass the tree that the adapter was initialized from (`variables` is not `variables['params']`)."
         )
+    _check_shards(leaves, adapter)
+
+
+def _check_shards(leaves: Mapping[str, Any], adapter: Adapters) -> None:
+    """Raises `UnsupportedError` if a leaf is a shard, inside a `shard_map`, and its variant needs all of it."""
+    found = {path: axes for path, part in adapter.items() if (axes := _sharded_over(leaves[path], part))}
+    if found:
+        shards = [f"{path!r}, over {sorted(axes)}: {adapter[path].variant}" for path, axes in found.items()]
+        raise UnsupportedError(
+            "Expected kernels with all of their inputs and outputs, which some variants need; got "
+            f"{counted(len(shards), 'shard')} inside a `shard_map`.\n{listed(shards)}",
+            None,
+            "Call `lora` or `merge` outside of it: a model may contain a `shard_map`. Or use `jit` with shardings.",
+        )
+
+
+def _sharded_over(leaf: Any, part: Adapter) -> frozenset[str]:
+    """Returns the mesh axes over which a leaf is sharded along axes that its variant needs all of.
+
+    A factor is sharded as its kernel is. So the kernel is sharded along its inputs, and not along a batch axis, if an
+    array without inputs does not vary. Nothing varies outside of a `shard_map`, or without `check_vma`.
+    """
+    kernel, sharded, layout = _varying(leaf), frozenset[str](), part.variant.layout(part.axes)
+    for role in part.variant.needs_all if kernel else "":
+        along = set(axes_with(part.axes, role))
+        having = [_varying(array) for name, array in part.arrays.items() if along & {*layout[name]}]
+        lacking = [_varying(array) for name, array in part.arrays.items() if not along & {*layout[name]}]
+        sharded |= kernel.intersection(*having) - frozenset.intersection(*lacking)
+    return sharded
+
+
+def _varying(leaf: Any) -> frozenset[str]:
+    arrays = [array for array in jax.tree.leaves(leaf) if isinstance(array, jax.Array)]
+    return frozenset[str]().union(*(varying(jax.typeof(array)) for array in arrays))
 
 
 def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], tree: str, *, hint: bool) -> list[str]:

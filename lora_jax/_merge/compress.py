@@ -116,9 +116,10 @@ def _by_path(
     values: Value | Mapping[Pattern, Value], paths: list[str], checked: Callable[[Value], Value]
 ) -> dict[str, Value]:
     """Returns the value for each path that a pattern matches; the first match decides."""
-    rules = values if isinstance(values, Mapping) else {"**": values}
+    if not isinstance(values, Mapping):
+        return dict.fromkeys(paths, checked(values))
     chosen: dict[str, Value] = {}
-    for pattern, value in rules.items():
+    for pattern, value in values.items():
         found = matching_paths(pattern, paths, "every pattern to match a leaf with factors")
         chosen = dict.fromkeys(found, checked(value)) | chosen
     return chosen

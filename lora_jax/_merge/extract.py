@@ -119,7 +119,7 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, StoredLeaf) or isinstance(other, StoredLeaf):
         kind: Any = jax.tree.structure(one)
         return kind == jax.tree.structure(other) and all(map(_equal, jax.tree.leaves(one), jax.tree.leaves(other)))
-    if isinstance(one, Array) and isinstance(other, Array):
+    if isinstance(one, Array) and isinstance(other, Array) and one.dtype == other.dtype:
         return bool(jnp.array_equal(one, other))  # also works for PRNG keys
     arrays = isinstance(one, Array | np.ndarray) and isinstance(other, Array | np.ndarray)
     return equal(one, other) if arrays else np.array_equal(one, other)

@@ -87,7 +87,7 @@ def explain(
     program = trace(apply, params, args, kwargs or {})
     leaves = program.param_arrays
     with_axes = {path: part for path, part in adapter.items() if part.variant.needs_axes}
-    kernels = attach(leaves, with_axes, only_shapes=True)
+    kernels = jax.eval_shape(functools.partial(attach, only_shapes=True), leaves, with_axes)
     # `Full` leaves have no factors; plain kernels in their place record how they are used.
     full = {path: PlainKernel.from_leaf(path, base_of(leaves[path])) for path in adapter if path not in kernels}
     refusals: list[Refusal] = []

@@ -6,7 +6,7 @@ import dataclasses
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from .._core.adapter import Adapters
 from .._core.kernel import AdaptedKernel
@@ -89,8 +89,10 @@ def active_tokens(adapter: Adapters, ids: Array) -> Array:
     length, tokens = len(invocation), ids.shape[-1]
     if length > tokens:
         return jnp.zeros(ids.shape, bool)
-    starts = jnp.arange(tokens - length + 1)
-    windows = ids[..., starts[:, None] + jnp.arange(length)]
-    occurs = (windows == jnp.array(invocation)).all(-1)
-    last = jnp.max(jnp.where(occurs, starts, -1), axis=-1)
-    return (jnp.arange(tokens) >= last[..., None]) & occurs.any(-1)[..., None]
+    if ids.dtype.itemsize < 4:  # an id of the invocation may not fit its dtype
+        ids = ids.astype(jnp.int32)
+    starts = tokens - length + 1
+    occurs = jnp.stack([ids[..., at : at + starts] == token for at, token in enumerate(invocation)]).all(0)
+    last = starts - 1 - jnp.argmax(occurs[..., ::-1], axis=-1, keepdims=True)
+    positions = lax.broadcasted_iota(last.dtype, ids.shape, ids.ndim - 1)
+    return (positions >= last) & occurs.any(-1, keepdims=True)

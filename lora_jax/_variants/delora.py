@@ -42,6 +42,7 @@ class DeLoRA(Ranked):
     start_bound: float = 15.0
     dropout: float = 0.0
     adds: ClassVar[bool] = False  # the update depends on the base
+    needs_all: ClassVar[str] = "io"  # for the norms of the inputs and of the directions
 
     def __post_init__(self) -> None:
         super().__post_init__()

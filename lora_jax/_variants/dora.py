@@ -42,6 +42,7 @@ class DoRA(LowRank):
 
     rank_stabilized: bool = False
     adds: ClassVar[bool] = False
+    needs_all: ClassVar[str] = "i"  # for the norms of the outputs
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,7 +67,7 @@ class LoRAXS(Ranked):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """Returns the kernel with the factors A and R·B."""
         a, b = (lax.stop_gradient(arrays[name]) for name in self.constants)
-        dtype, batch = widest(b.dtype, arrays["r"].dtype), axes_with(axes, "b")
+        dtype, batch = widest(b.dtype, arrays["r"].dtype, jnp.float32), axes_with(axes, "b")
         r = Labeled(arrays["r"].astype(dtype), (*batch, RANK - 1, RANK))
         product = contract(r, Labeled(b.astype(dtype), axes_of_b(axes)), keep=batch, precision=lax.Precision.HIGHEST)
         return AdaptedKernel(kernel, a, product.array, scale=self.scale, roles=tuple(axes), paths=(path,))

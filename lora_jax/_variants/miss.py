@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class MiSS(Ranked):
     """
 
     dropout: float = 0.0
+    needs_all: ClassVar[str] = "i"  # to number the inputs
 
     def __post_init__(self) -> None:
         super().__post_init__()

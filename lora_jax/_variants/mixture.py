@@ -71,6 +71,11 @@ class Mixture(Variant):
         return self.router.per_layer
 
     @property
+    def needs_all(self) -> str:  # type: ignore[override]
+        """The inputs, if the router reads the activation."""
+        return "i" if self.router.source == "activation" else ""
+
+    @property
     def adds(self) -> bool:  # type: ignore[override]
         """Whether the update is the same for all tokens."""
         return not self.routed
@@ -103,7 +108,7 @@ class Mixture(Variant):
         if self.router.source == "constant":
             weights = arrays["weights"].astype(dtype)
             a = scale_ranks(a, weights[..., np.repeat(np.arange(count), self.ranks)] * scales, axes)
-        elif len(set(self.scales)) > 1:
+        elif set(self.scales) != {first}:
             a = scale_ranks(a, scales, axes)
         adapted = AdaptedKernel(kernel, a, b, scale=first, roles=tuple(axes), paths=(path,))
         if self.router.source == "constant":

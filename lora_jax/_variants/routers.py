@@ -246,7 +246,7 @@ def _in_top_k(logits: Array, top_k: int | None) -> Array:
     if top_k is None or top_k >= experts:
         return jnp.ones(logits.shape, bool)
     chosen = lax.top_k(logits, top_k)[1]
-    return (chosen[..., None] == lax.expand_dims(jnp.arange(experts), range(chosen.ndim))).any(-2)
+    return (chosen[..., None] == lax.expand_dims(jnp.arange(experts, dtype=chosen.dtype), range(chosen.ndim))).any(-2)
 
 
 def _top_k_softmax(logits: Array, top_k: int | None) -> Array:

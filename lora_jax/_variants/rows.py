@@ -38,6 +38,7 @@ class Rows(Variant):
     ids: tuple[int, ...]
     needs_axes: ClassVar[bool] = True
     adds: ClassVar[bool] = True
+    needs_all: ClassVar[str] = "i"  # to number the rows
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ class VeRA(Ranked):
     seed: int
     start_d: float = 0.1
     dropout: float = 0.0
+    needs_all: ClassVar[str] = "io"  # to number the rows of the matrices
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,7 +74,7 @@ class VeRA(Ranked):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel:
         """Returns the kernel with the frozen matrices as factors, and both vectors multiplied into the second."""
         lambda_b, lambda_d = arrays["lambda_b"], arrays["lambda_d"]
-        dtype = widest(lambda_b.dtype, lambda_d.dtype)
+        dtype = widest(lambda_b.dtype, lambda_d.dtype, jnp.float32)
         d_in, d_out = (width(axes, kernel.shape, role) for role in "io")
         shape_a, shape_b = (sizes(axes_of(axes), kernel.shape, self.rank) for axes_of in (axes_of_a, axes_of_b))
         batch = len(axes_with(axes, "b"))

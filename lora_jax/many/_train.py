@@ -43,7 +43,9 @@ def train_step(
     Args:
       loss_fn: `(params, adapter, *args) -> loss`, a scalar, of one adapter. With `lora(apply, form="factored")` it
         materializes no kernel for each adapter.
-      tx: the optimizer of one adapter. Its state is `jax.vmap(tx.init)(stacked.members.trainable)`.
+      tx: the optimizer of one adapter. Its state is `jax.vmap(tx.init)(stacked.members.trainable)`. It sees arrays with
+        padded ranks: where ranks differ, one that depends on the shape of an array, such as Adafactor or Muon, takes
+        other steps than for the adapter by itself.
       in_axes: the axis of the adapters in `*args`, as in `jax.vmap`: one for all arguments, or one for each. None is
         for what all adapters share.
 

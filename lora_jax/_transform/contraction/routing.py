@@ -145,7 +145,7 @@ def _concatenate(parts: Sequence[Labeled]) -> Labeled:
     if len(parts) == 1:
         return parts[0]
     labels = (*dict.fromkeys(label for part in parts for label in part.labels if label != RANK), RANK)
-    dtype = jnp.result_type(jnp.float32, *(part.array.dtype for part in parts if part.array.dtype != bool))
+    dtype = widest(jnp.float32, *(part.array.dtype for part in parts))
     arrays = [part.expand_to(labels).astype(dtype) for part in parts]
     shape = jnp.broadcast_shapes(*(array.shape[:-1] for array in arrays))
     return Labeled(lax.concatenate([jnp.broadcast_to(x, (*shape, x.shape[-1])) for x in arrays], len(shape)), labels)

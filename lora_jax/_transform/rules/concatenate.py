@@ -138,7 +138,7 @@ def _concatenate_experts(adapted: Sequence[AdaptedKernel], *, along_batch: bool)
     if len({weights.ndim for weights in given}) > 1 or any(part.given_per_layer for part in adapted):
         raise NoRule("a concatenation of kernels with `token_weights` for each layer, or with other token axes")
     tokens = np.broadcast_shapes(*(weights.shape[1:] for weights in given))
-    dtype = jnp.result_type(*(weights.dtype for weights in given))
+    dtype = widest(*(weights.dtype for weights in given))
     wide = [jnp.broadcast_to(weights, (len(weights), *tokens)).astype(dtype) for weights in given]
     return tuple(itertools.chain(*groups)), lax.concatenate(wide, 0)
 
