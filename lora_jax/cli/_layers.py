@@ -126,7 +126,8 @@ def _layers(path: str, part: Adapter) -> Iterator[Layer]:
     sizes = next(iter(arrays.values())).shape[:batch] if batch else ()
     numbers: list[Sequence[int]] = [range(size) for size in sizes]  # of each element of the stack
     if isinstance(variant, Layers) and batch:
-        variant, numbers[0] = variant.variant, variant.layers
+        numbers[0] = variant.layers
+        variant = variant.variant
     for index in np.ndindex(sizes):
         own = {name: array[index] for name, array in arrays.items()}
         at = "".join(f"[{of_axis[place]}]" for of_axis, place in zip(numbers, index, strict=True))
