@@ -522,3 +522,13 @@ def test_shapes_of_an_adapter_suffice(name: str) -> None:
     got = factored(apply, jax.eval_shape(lambda: params), shapes, x)
     assert got == factored(apply, params, adapter, x)
     assert got.rows[0].used == "factored dot_general ×2"
+
+
+def test_a_numpy_base_in_float64_counts_as_jax_converts_it() -> None:
+    # Was a warning of JAX 0.12, which is an error here.
+    def apply(params: Any, x: Any) -> Any:
+        return x @ params["kernel"]
+
+    params, x = {"kernel": np.ones((4, 3))}, jnp.ones((2, 4))
+    adapter = lj.init(jax.random.key(0), params, {"kernel": LORA})
+    assert factored(apply, params, adapter, x) == factored(apply, jax.tree.map(jnp.asarray, params), adapter, x)

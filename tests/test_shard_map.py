@@ -340,7 +340,7 @@ NEED_ALL = {
 
 
 @pytest.mark.parametrize("role", NEED_ALL)
-def test_a_variant_that_needs_the_whole_kernel_refuses_a_shard(role: str) -> None:
+def test_a_variant_that_needs_all_of_a_kernel_refuses_a_shard(role: str) -> None:
     # Each shard had norms, row numbers or router weights of its own, so that the result was wrong.
     params, key = {"w": jnp.zeros((4, 8, 12))}, jax.random.key(0)
 

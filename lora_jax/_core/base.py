@@ -210,5 +210,5 @@ def type_of(w: Base) -> Any:
 
 
 def abstract(w: Base) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of a base."""
-    return jax.ShapeDtypeStruct(w.shape, w.dtype)
+    """Returns the shape and dtype of a base: of a NumPy array in float64, the dtype to which JAX converts it."""
+    return jax.ShapeDtypeStruct(w.shape, jax.dtypes.canonicalize_dtype(w.dtype))

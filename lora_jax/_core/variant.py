@@ -27,7 +27,7 @@ class Variant(SpecValue):
 
     adds: ClassVar[bool]  # whether it adds a term that does not depend on the kernel, so that it can be subtracted
     constants: ClassVar[tuple[str, ...]] = ()  # the names of arrays that are not trained
-    needs_all: ClassVar[str] = ""  # roles of axes along which it needs the whole kernel, and not a shard of it
+    needs_all: ClassVar[str] = ""  # roles of axes along which it needs all of the kernel, and not a shard
     routed: ClassVar[bool] = False  # whether its update differs between tokens, and so cannot be merged
     needs_weights: ClassVar[bool] = False  # whether the caller passes `token_weights`
     experts_given: ClassVar[int | None] = None  # the size of their last axis; None if they have only token axes
