@@ -60,13 +60,13 @@ def test_the_first_stages_have_the_published_weights_and_features(published):
     _, state = whole.apply(published, images, capture_intermediates=lambda module, _: module.name == "block_4")
     np.testing.assert_array_equal(features, state["intermediates"]["block_4"]["__call__"][0].mean((1, 2)))
     assert features.shape == (2, 40) and "top" not in weights["params"]
-    logits = model.apply(efficientnet.with_head(weights, 40, 0), images)
+    logits = model.apply(efficientnet.with_head(weights, 40), images)
     assert logits.shape == (2, efficientnet.CLASSES)
 
 
 def test_the_specs_select_the_convolutions_of_each_kind():
     model, weights = efficientnet.first_stages(efficientnet.FULL.stages)
-    variables = jax.tree.map(jnp.zeros_like, efficientnet.with_head(weights, 80, 0))
+    variables = jax.tree.map(jnp.zeros_like, efficientnet.with_head(weights, 80))
     kernels = lj.kernels(model.apply, variables, jnp.zeros((1, 32, 32, 3)))
     found = {name: lj.spec(kernels, dict(spec)) for name, spec in efficientnet.SPECS.items()}
     low_rank = {name: [path for path, v in spec.items() if isinstance(v, lj.LoRA)] for name, spec in found.items()}
