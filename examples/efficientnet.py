@@ -340,7 +340,7 @@ def draw(results: Mapping[str, Sequence[Result]], parameters: Mapping[str, int],
     left.set_xscale("log")
     left.set_xlabel("trainable parameters")
     left.set_ylabel("test accuracy (%)")
-    left.legend(frameon=False, loc="lower right")
+    left.legend(frameon=False, loc="upper left")
     right.set_yscale("log")
     right.set_xlabel(f"step of {BATCH} images")
     right.set_ylabel("training loss, mean of 10 steps")
