@@ -85,7 +85,7 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_frozen_tree():
     def loss_of(adapter, params, key, images):
         return diffusion.velocity_loss(functools.partial(apply, params, adapter), key, images)
 
-    _, curve = diffusion.train("LoRA", loss_of, adapter, params, images, 24, held_out=images)
+    _, curve = diffusion.training("LoRA", loss_of, 24)(adapter, params, images, 0, held_out=images)
     assert [step for step, _ in curve] == list(range(0, 25, 2))
     assert curve[-1][1] < 0.9 * curve[0][1]
     jax.tree.map(np.testing.assert_array_equal, params, before)
@@ -94,7 +94,7 @@ def test_training_lowers_the_held_out_loss_and_leaves_the_frozen_tree():
 def test_a_run_writes_its_results_and_raises_if_they_are_worse_than_expected(tmp_path):
     scale = diffusion.SHORT._replace(base_steps=2, classifier_steps=2, steps=2, sampler_steps=1, expected=1.1)
     with pytest.raises(RuntimeError, match="Expected the classifier to recognize 110% of LoRA's samples"):
-        diffusion.run(tmp_path, scale)
+        diffusion.run(tmp_path, scale, seeds=(0, 1))
     results = json.loads((tmp_path / "results.json").read_text())
-    assert {"base", "LoRA", "full fine-tuning", "training images"} <= results.keys()
+    assert {len(results[name]) for name in ("base", "LoRA", "full fine-tuning", "training images")} == {2}
     assert (tmp_path / "diffusion.png").stat().st_size > 10_000
