@@ -74,7 +74,7 @@ class Scale(NamedTuple):
     expected: float  # least mean test accuracy of each method, above that of the linear probe
 
 
-FULL = Scale(stages=4, pixels=32, labeled=20, tested=100, steps=40, rates=(1e-3, 3e-3, 1e-2), expected=0.0)
+FULL = Scale(stages=4, pixels=32, labeled=20, tested=100, steps=80, rates=(1e-3, 3e-3, 1e-2), expected=0.0)
 SHORT = Scale(stages=2, pixels=32, labeled=2, tested=2, steps=2, rates=(1e-3,), expected=-1.0)
 
 
