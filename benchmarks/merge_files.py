@@ -3,7 +3,7 @@
     python benchmarks/merge_files.py            # about a minute and 4 GB of disk, on a CPU; needs torch and peft
 
 A Llama with random weights and an adapter of all linear layers are written first. Then each way runs in processes of
-its own, in turn: PEFT loads the model and the adapter, calls `merge_and_unload` and `save_pretrained`.
+its own, interleaved: PEFT loads the model and the adapter, calls `merge_and_unload` and `save_pretrained`.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def share_of_exact(root: Path) -> None:
 
 
 def tables(runs: int) -> Iterator[records.Table]:
-    """Yields the table of both ways, each run in processes of its own, in turn."""
+    """Yields the table of both ways, each run in processes of its own, interleaved."""
     with tempfile.TemporaryDirectory() as root:
 
         def in_a_process(way: str) -> str:

@@ -35,8 +35,9 @@ A section with other versions or another date names them.
 - "×" marks ratios: to the first row, which has absolute figures; in some tables to the first column.
 - *FLOPs* are counted on the jaxpr, with loop bodies times their iterations, and bytes are those of the compiler. Both
   are deterministic.
-- Columns in *italics* are times. What is compared runs in turn, on a machine that does nothing else. A ratio of times
-  is the median of the ratios of adjacent runs, ± half their interquartile range. Differences below a tenth are noise.
+- Columns in *italics* are times. Compared programs are interleaved, on a machine that does nothing else. A ratio of
+  times is the median of the ratios of adjacent runs, ± half their interquartile range. Differences below a tenth are
+  noise.
 
 `make benchmarks` measures and writes this page, and `make benchmarks ONLY=forms` measures one section again
 ([programs](../benchmarks/README.md)).

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx
 
-from ._core.adapter import Adapter, Adapters
+from ._core.adapter import Adapter, Adapters, kind_of
 
 __all__ = ["AdapterModule", "Functional", "functional"]
 
@@ -69,7 +69,7 @@ def functional(module: Any, *, wrt: Any = None, method: str | None = None) -> Fu
         if not isinstance(rest, Mapping):
             raise TypeError(
                 f"Expected the rest of the state of `{type(module).__name__}`, the third result of `functional`, after "
-                f"the parameters and the adapter; got {_type(rest)}.\n"
+                f"the parameters and the adapter; got {kind_of(rest)}.\n"
                 "  Call apply(params, rest, *args), or lora(apply)(params, adapter, rest, *args)."
             )
         merged = nnx.merge(graph, params, rest, copy=True)  # variables of this trace
@@ -77,10 +77,6 @@ def functional(module: Any, *, wrt: Any = None, method: str | None = None) -> Fu
         return outputs, nnx.split(merged, wrt, ...)[2]
 
     return Functional(apply, params, rest)
-
-
-def _type(x: Any) -> str:
-    return "an array" if isinstance(x, jax.Array) else type(x).__name__
 
 
 class AdapterModule(nnx.Module):  # type: ignore[misc]

@@ -87,17 +87,18 @@ Adapters = Mapping[str, Adapter]
 def check_adapter(adapter: Any, advice: str, error: type[LoRAError] = AdapterError) -> None:
     """Raises `error` unless `adapter` is a mapping from paths to `Adapter`. Gradients of an adapter pass."""
     if isinstance(adapter, Mapping):
-        wrong = [f"{_type(x)} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
+        wrong = [f"{kind_of(x)} at {path!r}" for path, x in adapter.items() if not isinstance(x, Adapter)]
     else:
-        wrong = [_type(adapter)]
+        wrong = [kind_of(adapter)]
     if wrong:
         raise error(
             f"Expected an adapter: a dict from paths to `Adapter`, as `init` returns; got {wrong[0]}.\n  {advice}"
         )
 
 
-def _type(x: Any) -> str:
-    return "an array" if isinstance(x, jax.Array) else type(x).__name__  # the class of an array is JAX's own
+def kind_of(x: Any) -> str:
+    """Returns what a value is, for an error: its class, or that it is an array, whose class is JAX's own."""
+    return "an array" if isinstance(x, jax.Array) else type(x).__name__
 
 
 def _summary(array: Any) -> str:

@@ -8,6 +8,7 @@ from .full import Full as Full
 from .ia3 import IA3 as IA3
 from .layers import Layers as Layers
 from .layers import in_stack as in_stack
+from .layers import without_layers as without_layers
 from .lora import LoRA as LoRA
 from .lora_bias import LoRABias as LoRABias
 from .lora_xs import LoRAXS as LoRAXS

@@ -127,6 +127,11 @@ class Layers(Wrapper):
         return apply_change(kernel, Change(_take, (self.layers, _axis(axes), 0))) if part is None else part
 
 
+def without_layers(variant: Variant) -> Variant:
+    """Returns the variant of the layers, of `Layers`; of others, the variant itself."""
+    return variant.variant if isinstance(variant, Layers) else variant
+
+
 def in_stack(part: Adapter, shape: Sequence[int]) -> Adapter:
     """Returns the arrays of `Layers` as those of a stack of the shape, with zeros for the other layers."""
     assert isinstance(part.variant, Layers)

@@ -19,7 +19,7 @@ from .._core.paths import flatten, nearest
 from .._core.routing import Router
 from .._core.variant import LowRank, Variant
 from .._errors import CheckpointError, counted, listed
-from .._variants import Layers
+from .._variants import without_layers
 from .._variants.mixture import Mixture
 from .._variants.routers import ROUTERS
 from .._version import __version__
@@ -148,7 +148,7 @@ def check_base(manifest: Manifest, base: Any, *, allow_base_mismatch: bool, wher
 
 
 def _check_part(path: str, part: Adapter) -> None:
-    if not all(_VARIANTS.get(type(x).__name__) is type(x) for x in (part.variant, _inner(part.variant))):
+    if not all(_VARIANTS.get(type(x).__name__) is type(x) for x in (part.variant, without_layers(part.variant))):
         raise CheckpointError(
             f"Expected one of the variants {', '.join(_VARIANTS)}, which are restored by name; got {part.variant!r} "
             f"at {path!r}.\n  Save an adapter of a stack as `many.unstack` returns it, and adapters of other "
@@ -175,11 +175,6 @@ def _fields(value: Any) -> list[tuple[str, Any]]:
 
 def _named(value: Router | Variant) -> dict[str, Any]:
     return {"name": type(value).__name__, **dict(_fields(value))}
-
-
-def _inner(variant: Variant) -> Variant:
-    """Returns the variant that a variant changes; the variant itself if it changes none."""
-    return variant.variant if isinstance(variant, Layers) else variant
 
 
 def _rebuild(path: str, part: Mapping[str, Any], where: object) -> Adapter:

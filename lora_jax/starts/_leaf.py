@@ -20,7 +20,7 @@ from .._core.stored import stored_among
 from .._core.variant import LowRank, Variant, Wrapper
 from .._errors import AdapterError, SpecError, listed
 from .._merge.fold import overflows, unfold
-from .._variants import Layers
+from .._variants import Layers, without_layers
 
 
 class Start(NamedTuple):
@@ -141,7 +141,7 @@ def unwrapped(variant: Variant) -> Variant:
 
 def low_rank(variant: Variant) -> LowRank | None:
     """Returns the variant, or the one of `Layers`, if an initialization can set its factors."""
-    inner = variant.variant if isinstance(variant, Layers) else variant
+    inner = without_layers(variant)
     return inner if isinstance(inner, LowRank) else None
 
 
