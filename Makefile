@@ -113,10 +113,10 @@ pictures: $(VENV)/installed
 notebook: $(VENV)/installed
 	$(VENV)/bin/python docs/make_notebook.py
 
-# Measures, and writes docs/benchmarks.md; about 15 minutes on 2 cores that do nothing else. ONLY="forms layers" measures
-# these. Some need an environment that other targets make; where it is missing, that is said and the stored figures stay.
+# Measures, and writes docs/benchmarks.md; 12 minutes on 2 cores that do nothing else. ONLY="forms layers" measures these.
+# Some need an environment that other targets make; where it is missing, that is said and the stored figures stay.
 benchmarks: $(VENV)/installed
-	$(VENV)/bin/python benchmarks/page.py $(or $(ONLY),--default)
+	$(MALLOC) $(VENV)/bin/python benchmarks/page.py $(or $(ONLY),--default)
 
 # With libtpu, JAX looks for a TPU whenever it is initialized.
 .venv-tpu/installed: pyproject.toml

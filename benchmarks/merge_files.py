@@ -9,6 +9,7 @@ its own, interleaved: PEFT loads the model and the adapter, calls `merge_and_unl
 import argparse
 import itertools
 import json
+import os
 import resource
 import shutil
 import subprocess
@@ -99,12 +100,14 @@ def share_of_exact(root: Path) -> None:
 
 def tables(runs: int) -> Iterator[records.Table]:
     """Yields the table of both ways, each run in processes of its own, interleaved."""
+    # The default settings of malloc, with which freed memory is returned.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
     with tempfile.TemporaryDirectory() as root:
 
         def in_a_process(way: str) -> str:
             progress(way)
             command = [sys.executable, __file__, "--root", root, "--way", way]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            return subprocess.run(command, check=True, env=environment, capture_output=True, text=True).stdout
 
         in_a_process("write")
         rows: dict[str, dict[str, Any]] = {way: {column: [] for column in COLUMNS} for way in WAYS}

@@ -106,7 +106,7 @@ def main() -> None:
         found = many.counted(device)
     else:
         found = tables(given.only, given.batch, given.length, device)
-    records.publish(found, given.json, "libtpu")
+    records.publish(found, given.json, "libtpu", *(quant.PACKAGES if given.quantized else []))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Writes docs/benchmarks.md from the figures that the benchmarks have stored, and measures them before if told to.
 
 Usage:
-    make benchmarks                             # measures and writes; about 15 minutes on 2 cores that do nothing else
+    make benchmarks                             # measures and writes; 12 minutes on 2 cores that do nothing else
     make benchmarks ONLY="forms layers"         # measures these and writes
     python benchmarks/page.py                   # writes only
 """
@@ -37,7 +37,7 @@ A section with other versions or another date names them.
   are deterministic.
 - Columns in *italics* are times. Compared programs are interleaved, on a machine that does nothing else. A ratio of
   times is the median of the ratios of adjacent runs, ± half their interquartile range. Differences below a tenth are
-  noise.
+  noise. glibc keeps the memory that XLA frees, as [recommended](performance.md#memory-on-the-cpu) for the CPU.
 
 `make benchmarks` measures and writes this page, and `make benchmarks ONLY=forms` measures one section again
 ([programs](../benchmarks/README.md)).
@@ -104,7 +104,6 @@ def render() -> dict[Path, str]:
         other = {name: value for name, value in facts[benchmark.name].items() if common.get(name) != value}
         parts.append(f"    {record['command']}\n")
         parts += [f"Measured with {named(other)}.\n"] * bool(other)
-        parts += [f"{record['note']}\n"] if "note" in record else []
         if benchmark.chart:
             picture = FOLDER / f"{benchmark.name}.svg"
             written[picture] = str(benchmark.chart.draw(tables))

@@ -37,6 +37,7 @@ from lora_jax import quant
 SIZE = Size(layers=6, width=512, heads=8, hidden=2048, vocabulary=2048, batch=4, length=128, rank=8)
 DEPTHS = (3, 6, 12)
 DENSE = "dense"
+PACKAGES = ["qwix"] * bool(importlib.util.find_spec("qwix"))  # those that are compared
 FORMATS: dict[str, quant.Format] = {
     "NF4": quant.NF4(double=False),
     "NF4, double": quant.NF4(),
@@ -65,7 +66,7 @@ def methods(names: tuple[str, ...] = ()) -> dict[str, Callable[[Case], Method]]:
     """Returns the methods: all, or those named. Those of Qwix are left out if it is not installed."""
     found = {DENSE: functools.partial(on_lora_jax, format_=None)}
     found |= {name: functools.partial(on_lora_jax, format_=format_) for name, format_ in FORMATS.items()}
-    if importlib.util.find_spec("qwix"):
+    if PACKAGES:
         from against import qwix_linen
 
         found |= {name: functools.partial(qwix_linen.build, **options) for name, options in QWIX.items()}
@@ -189,8 +190,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     given = parser.parse_args()
     found = tables(jax.devices()[0], given.dtypes, steps=given.steps, only=given.only)
-    qwix = ["qwix"] * bool(importlib.util.find_spec("qwix"))
-    records.publish(itertools.chain([errors()] * (given.only in "errors"), found), given.json, *qwix)
+    records.publish(itertools.chain([errors()] * (given.only in "errors"), found), given.json, *PACKAGES)
 
 
 if __name__ == "__main__":

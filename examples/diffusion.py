@@ -1,6 +1,6 @@
 """Teaches a diffusion model a new class with LoRA on its convolutions and its attention.
 
-    python examples/diffusion.py            # three seeds; some minutes on two cores
+    python examples/diffusion.py            # three seeds; four minutes on two cores
     python examples/diffusion.py --short    # every stage for a few steps, under a minute
 
 The base is a small UNet, trained here on the handwritten digits 0 to 8, conditioned on the label. Then 64 nines teach

@@ -1,6 +1,6 @@
 """Preference training (DPO) of SmolLM2-135M-Instruct: the reference policy is the same base, with the adapter off.
 
-    python examples/dpo.py            # some minutes on two cores
+    python examples/dpo.py            # five minutes on two cores
     python examples/dpo.py --short    # every stage, with two layers and a few steps
 
 Direct preference optimization (Rafailov et al. 2023, arXiv:2305.18290) raises the log-probability of a preferred answer
