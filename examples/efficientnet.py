@@ -1,6 +1,6 @@
 """EfficientNet-Lite0 on handwritten digits with few labels: LoRA of its convolutions, a linear probe, full fine-tuning.
 
-    python examples/efficientnet.py            # three seeds; some minutes on two cores
+    python examples/efficientnet.py            # three seeds; four minutes on two cores
     python examples/efficientnet.py --short    # every stage, with three blocks and a few small images
 
 The model was trained on ImageNet's photographs; MNIST's digits, enlarged and with three equal channels, are unlike
