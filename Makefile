@@ -76,7 +76,7 @@ mutate: $(VENV)/installed
 fuzz: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_fuzz.py -m slow -n 0 -p no:cacheprovider
 
-KILLS = $(addprefix tests/test_,checkpoint.py damage.py distributed.py resume.py)
+KILLS = $(addprefix tests/test_,checkpoint.py distributed.py resume.py)
 
 kills: $(VENV)/installed
 	$(VENV)/bin/python -m pytest $(KILLS) -m slow -n 0 -s -p no:cacheprovider

@@ -405,7 +405,7 @@ def test_bytes_sent_by_a_loop_of_unknown_length_are_unknown():
     assert "not known" in str(found)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_seventy_billion_parameters_are_planned_in_little_memory():
     mesh = mesh_of(1, 8)
     model = llama.Llama(layers=80, width=8192, heads=64, hidden=28672)
