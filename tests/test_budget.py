@@ -407,8 +407,9 @@ def test_bytes_sent_by_a_loop_of_unknown_length_are_unknown():
 
 @pytest.mark.sweep
 def test_seventy_billion_parameters_are_planned_in_little_memory():
+    before = len(jax.live_arrays())
     mesh = mesh_of(1, 8)
     model = llama.Llama(layers=80, width=8192, heads=64, hidden=28672)
     found = lj.plan(llama.loss, model.shapes(mesh), SPEC, TX, mesh, llama.tokens(mesh, 1, 2048), full=False)
     assert found.lora.parameters > 17e9
-    assert not jax.live_arrays()
+    assert len(jax.live_arrays()) <= before
