@@ -60,6 +60,13 @@ MUTATIONS = [
     Mutation("_transform/rules/shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),
     Mutation("_transform/rules/gather.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
     Mutation(
+        "_transform/rules/gather.py",
+        "where(inside, total, fill_value)",
+        "where(inside, y, fill_value) + low_rank",
+        "lookups",
+    ),
+    Mutation("_transform/rules/gather.py", "indices.astype(jnp.int32)", "indices", "quant"),
+    Mutation(
         "_transform/rules/concatenate.py",
         "(start, total - start - rank)",
         "(total - start - rank, start) if len(axes) > 2 else (0, total - rank)",

@@ -77,6 +77,16 @@ def test_the_scale_may_be_rank_stabilized() -> None:
     assert_law(lambda params, x: x @ params["w"], params, adapter, x)
 
 
+def test_filled_rows_have_no_gradient_even_where_the_model_makes_it_nan() -> None:
+    params, ids = {"w": normal(6, 5)}, jnp.array([[0, 9], [5, -8]])
+
+    def apply(params: Any, ids: jax.Array) -> jax.Array:
+        rows = jnp.take(params["w"], ids, axis=0, mode="fill")
+        return jnp.where(jnp.isin(ids, jnp.arange(6))[..., None], jnp.tanh(rows), 0)
+
+    assert_law(apply, params, dora(params, "io"), ids)
+
+
 def test_unmerge_needs_the_base() -> None:
     params = {"w": normal(4, 5)}
     adapter = dora(params, "io")

@@ -48,6 +48,12 @@ LOOKUPS = {
     "take, wrapped": Case(take("wrap"), (6, 5), [OUTSIDE], "io"),
     "take, filled": Case(take("fill", fill_value=7.0), (6, 5), [OUTSIDE], "io"),
     "take, filled with NaN": Case(lambda w, ids: jnp.nan_to_num(jnp.take(w, ids, axis=0)), (6, 5), [OUTSIDE], "io"),
+    "take, NaN masked after an operation": Case(
+        lambda w, ids: jnp.where(jnp.isin(ids, jnp.arange(6))[..., None], jnp.tanh(jnp.take(w, ids, axis=0)), 0),
+        (6, 5),
+        [[[0, 9], [5, -8]]],
+        "io",
+    ),
     "take of sorted and different ids": Case(
         take("clip", indices_are_sorted=True, unique_indices=True), (6, 5), [[0, 2, 5]], "io"
     ),
@@ -319,13 +325,19 @@ class Lookup:
         kept_sizes, index_sizes = iter([self.sizes[axis] for axis in kept]), iter(index_shape)
         self.x = [next(kept_sizes) if axis in offsets else next(index_sizes) for axis in range(ndim)]
         self.summed = sorted(draw(st.sets(st.sampled_from(range(ndim))))) if ndim else []
+        # A filled part of a sum, or of a kernel that is contracted, would make every gradient NaN.
+        contracted = self.summed or {"i", "o"} <= {self.roles[axis] for axis in kept}
+        self.masked = not contracted and draw(st.booleans())
 
     def __repr__(self) -> str:
         return f"LookUp({vars(self)})"
 
     def apply(self, params: Any, ids: jax.Array, x: jax.Array) -> jax.Array:
-        rows = lax.gather(params["w"], ids, self.numbers, self.sizes, mode=self.mode, fill_value=2.0)
-        return lax.dot_general(x, rows, ((range(len(self.summed)), self.summed), ((), ())))
+        fill = np.nan if self.masked else 2.0
+        rows = lax.gather(params["w"], ids, self.numbers, self.sizes, mode=self.mode, fill_value=fill)
+        y = lax.dot_general(x, rows, ((range(len(self.summed)), self.summed), ((), ())))
+        # Where something is filled, the gradient is NaN before the lookup.
+        return jnp.where(jnp.isnan(y), 0, jnp.tanh(y)) if self.masked else y
 
 
 @settings(max_examples=40)

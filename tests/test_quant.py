@@ -323,6 +323,16 @@ def test_a_lookup_beyond_the_end_is_filled() -> None:
     assert np.all(np.asarray(got[1:]) == 7)
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_more_bytes_may_be_looked_up_than_their_dtype_can_count(dtype: Any) -> None:
+    small = quant.quantize({"t": normal(200, 64)}, {"t": quant.NF4(axes="oi")})
+    adapter = lj.init(jax.random.key(0), small, {"t": lj.LoRA(rank=2, alpha=3)})
+    for mode in ("clip", "fill"):
+        apply = lambda p, ids, mode=mode: jnp.take(p["t"], ids, axis=0, mode=mode)  # noqa: E731
+        ids = jnp.tile(jnp.array([0, 3, 127], dtype), 200)
+        assert_few_ulp(lj.lora(apply)(small, adapter, ids), apply(quant.dequantize(small), ids))
+
+
 def test_a_second_call_compiles_nothing(caplog: pytest.LogCaptureFixture, key: Any) -> None:
     apply, params, tokens, kernels = decoder(scanned=True)
     small = quant.quantize(params, {"**/kernel": quant.NF4(block=16)}, kernels=kernels)

@@ -343,6 +343,13 @@ EXPLICIT = {
     "rows": Typed(
         lambda w, ids: w.at[ids].get(out_sharding=P("data")), (12, 8), "io", P("model"), [0, 1, 2, 3, 4, 5, 6, 11]
     ),
+    "rows, filled": Typed(
+        lambda w, ids: w.at[ids].get(mode="fill", fill_value=2.0, out_sharding=P("data")),
+        (12, 8),
+        "io",
+        P(None, "model"),
+        [0, 1, 12, 3, 4, 99, 6, 11],
+    ),
     "rows of columns": Typed(
         lambda w, ids: w.at[ids].get(out_sharding=P("data", "model")), (12, 8), "io", P(None, "model"), [0, 11] * 4
     ),

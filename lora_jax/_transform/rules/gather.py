@@ -7,8 +7,9 @@ and an output axis, as for experts or layers selected from a stack, it is a kern
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,49 +49,62 @@ def _gather(
     if not isinstance(operand, AdaptedKernel | PlainKernel):
         raise NoRule("the adapted kernel is the index")
     kernel = operand
-    lookup = _Lookup(kernel.w.shape, dimension_numbers, slice_sizes, mode)
+    hints = _Hints(unique_indices, indices_are_sorted)
+    lookup = _Lookup(kernel.w.shape, dimension_numbers, slice_sizes, mode, fill_value, hints)
     lookup.check()
     indices = site.to_array(indices, "the adapted kernel is the index")
-    hints = {"unique_indices": unique_indices, "indices_are_sorted": indices_are_sorted}
-
-    def look_up(fill_value: Any) -> Change:
-        return Change(_look_up, (dimension_numbers, slice_sizes, mode, fill_value, *hints.values()))
-
+    if jnp.iinfo(indices.dtype).bits < 32:  # the number of rows, or of indices, may not fit their dtype
+        indices = indices.astype(jnp.int32)
     result: Any = site.eqn.outvars[0].aval
     labels = lookup.labels(result.ndim)
     if not isinstance(kernel, AdaptedKernel):
-        return _look_up_leaf(site, kernel, lookup, look_up(fill_value), indices, labels)
-    a = lookup.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices, hints)
-    b = lookup.take(Labeled(kernel.b, axes_of_b(kernel.roles)), indices, hints)
-    gain = None if kernel.gain is None else lookup.take(gain_of(kernel), indices, hints)
-    p = None if kernel.p is None else lookup.take(Labeled(kernel.p, axes_of_a(kernel.roles)), indices, hints)
+        return _look_up_leaf(site, kernel, lookup, indices, labels)
     if kernel.given_per_layer:
         raise NoRule("a lookup of layers, of a kernel with `token_weights` for each layer")
     if {"i", "o"} <= {kernel.roles[axis] for axis in lookup.remaining}:
-        roles = [
-            "b" if label in a.labels and label in b.labels else "i" if label in a.labels else "o" for label in labels
-        ]
-        order_a, order_b = (
-            tuple(axis if axis == RANK else labels[axis] for axis in axes)
-            for axes in (axes_of_a(roles), axes_of_b(roles))
-        )
-        if gain is not None and mode == lax.GatherScatterMode.FILL_OR_DROP and fill_value not in (None, 0):
-            raise NoRule("a lookup of kernels with a gain whose `fill_value` is not 0")
-        moved = dataclasses.replace(
-            kernel,
-            w=apply_change(kernel.w, look_up(fill_value), indices),
-            a=a.in_order(order_a),
-            b=b.in_order(order_b),
-            p=None if p is None else p.in_order(order_a),
-            roles=tuple(roles),
-            replicated=(),  # the indices may differ between devices
-        )
-        order = order_a if kernel.gain_role == "i" else order_b
-        return moved if gain is None else dataclasses.replace(moved, gain=_insert_rank(gain, order))
+        return _select_kernels(kernel, lookup, indices, labels)
     check_unrouted(kernel)
-    y = lookup.apply(look_up(fill_value), kernel.w, indices)
+    return _look_up_rows(site, kernel, lookup, indices, labels)
+
+
+def _select_kernels(kernel: AdaptedKernel, lookup: _Lookup, indices: Array, labels: Labels) -> AdaptedKernel:
+    """Looks up in the base and in each factor."""
+    filled = lookup.mode == lax.GatherScatterMode.FILL_OR_DROP
+    if kernel.gain is not None and filled and lookup.fill_value not in (None, 0):
+        raise NoRule("a lookup of kernels with a gain whose `fill_value` is not 0")
+    a = lookup.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices)
+    b = lookup.take(Labeled(kernel.b, axes_of_b(kernel.roles)), indices)
+    p = None if kernel.p is None else lookup.take(Labeled(kernel.p, axes_of_a(kernel.roles)), indices)
+    gain = None if kernel.gain is None else lookup.take(gain_of(kernel), indices)
+    roles = ["b" if label in a.labels and label in b.labels else "i" if label in a.labels else "o" for label in labels]
+    order_a, order_b = (
+        tuple(axis if axis == RANK else labels[axis] for axis in axes) for axes in (axes_of_a(roles), axes_of_b(roles))
+    )
+    moved = dataclasses.replace(
+        kernel,
+        w=apply_change(kernel.w, lookup.change, indices),
+        a=a.in_order(order_a),
+        b=b.in_order(order_b),
+        p=None if p is None else p.in_order(order_a),
+        roles=tuple(roles),
+        replicated=(),  # the indices may differ between devices
+    )
+    order = order_a if kernel.gain_role == "i" else order_b
+    return moved if gain is None else dataclasses.replace(moved, gain=_insert_rank(gain, order))
+
+
+def _look_up_rows(site: Site, kernel: AdaptedKernel, lookup: _Lookup, indices: Array, labels: Labels) -> Array | Sum:
+    """Adds the rows of the low-rank term to those of the base.
+
+    What an index out of range selects is filled last, so that nothing before has a gradient there, not even where the
+    model's is NaN.
+    """
+    filled = lookup.mode == lax.GatherScatterMode.FILL_OR_DROP
+    rows = lookup.clipped() if filled else lookup
+    y = rows.apply(kernel.w, indices)
     dtype = computable(y.dtype)
-    a, b = _cast(a, dtype), _cast(b, dtype)
+    a = _cast(rows.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices), dtype)
+    b = _cast(rows.take(Labeled(kernel.b, axes_of_b(kernel.roles)), indices), dtype)
     thin = smallest((a, b), key=lambda factor: factor.array.size)
     other = b if thin is a else a
     left, like = set(labels[:1]) <= set(thin.labels), jax.typeof(y)  # on the left, so that no transpose is needed
@@ -101,13 +115,18 @@ def _gather(
         roles=lookup.roles,
         flops=y.size * (2 * kernel.a.shape[-1] + 1) + thin.array.size,
     )
-    if gain is None:
-        return Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank
-    if mode != lax.GatherScatterMode.FILL_OR_DROP:
-        return apply_gain(Sum(y, low_rank), gain.expand_to(labels))
-    # The fill value is not an output of the kernel and has no gain.
-    rows = lookup.apply(look_up(0), kernel.w, indices)
-    return apply_gain(Sum(rows, low_rank), gain.expand_to(labels)) + lax.stop_gradient(y - rows)
+    total: Array | Sum
+    if kernel.gain is not None:
+        total = apply_gain(Sum(y, low_rank), rows.take(gain_of(kernel), indices).expand_to(labels))
+    else:
+        total = Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank
+    if not filled:
+        return total
+    inside = lookup.inside(indices).expand_to(labels)
+    fill_value = jnp.asarray(jnp.nan if lookup.fill_value is None else lookup.fill_value, y.dtype)
+    if isinstance(total, Sum):
+        return Sum(jnp.where(inside, y, fill_value), jnp.where(inside, low_rank, 0))
+    return jnp.where(inside, total, fill_value)
 
 
 def _insert_rank(gain: Labeled, order: Labels) -> Array:
@@ -120,31 +139,26 @@ def _cast(factor: Labeled, dtype: Any) -> Labeled:
     return factor._replace(array=factor.array.astype(dtype))
 
 
-def _look_up_leaf(
-    site: Site, leaf: PlainKernel, lookup: _Lookup, change: Change, indices: Array, labels: Labels
-) -> Value:
+def _look_up_leaf(site: Site, leaf: PlainKernel, lookup: _Lookup, indices: Array, labels: Labels) -> Value:
     """Looks up in a leaf without factors; a result with two of its axes stays a kernel, as it may be contracted."""
     roles = lookup.roles if "o" in lookup.roles else ""
     if sum(bool(leaf.roles[axis]) for axis in lookup.remaining) < 2:
         site.log_use(leaf, "factored", roles=roles)
-        return lookup.apply(change, leaf.w, indices)
+        return lookup.apply(leaf.w, indices)
     kept = tuple(leaf.roles[label] if label < leaf.w.ndim else frozenset[Label]() for label in labels)
-    w = apply_change(leaf.w, change, indices)
+    w = apply_change(leaf.w, lookup.change, indices)
     return dataclasses.replace(leaf, w=w, roles=kept, lookup=site.make_uses(leaf, "factored", roles=roles))
 
 
+class _Hints(NamedTuple):
+    """What a model promises of the indices of a `gather`."""
+
+    unique_indices: bool = False
+    indices_are_sorted: bool = False
+
+
 def _look_up(w: Array, indices: Array, numbers: Any, sizes: Any, mode: Any, fill_value: Any, *hints: bool) -> Array:
-    unique_indices, indices_are_sorted = hints
-    return lax.gather(
-        w,
-        indices,
-        numbers,
-        sizes,
-        mode=mode,
-        fill_value=fill_value,
-        unique_indices=unique_indices,
-        indices_are_sorted=indices_are_sorted,
-    )
+    return lax.gather(w, indices, numbers, sizes, mode=mode, fill_value=fill_value, **_Hints(*hints)._asdict())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +173,17 @@ class _Lookup:
     numbers: Any
     slice_sizes: tuple[int, ...]
     mode: Any
+    fill_value: Any
+    hints: _Hints
+
+    @property
+    def change(self) -> Change:
+        """The lookup in an array of `shape`."""
+        return Change(_look_up, (self.numbers, self.slice_sizes, self.mode, self.fill_value, *self.hints))
+
+    def clipped(self) -> _Lookup:
+        """Returns the lookup that reads the nearest position inside the array for an index out of range."""
+        return dataclasses.replace(self, mode=lax.GatherScatterMode.CLIP, fill_value=None, hints=_Hints())
 
     @property
     def columns(self) -> tuple[int, ...]:
@@ -210,27 +235,36 @@ class _Lookup:
         index = iter(self._index_labels(ndim - len(numbers.offset_dims)))
         return tuple(next(kept) if axis in numbers.offset_dims else next(index) for axis in range(ndim))
 
-    def apply(self, look_up: Change, w: Base, indices: Array) -> Array:
+    def apply(self, w: Base, indices: Array) -> Array:
         """Looks up in the base; of a stored leaf that is looked up by rows, only these rows are dequantized."""
         if not isinstance(w, Recorded) or not self._selects_rows:
-            return apply_to_base(look_up, w, indices)
+            return apply_to_base(self.change, w, indices)
         size = self.shape[0]
         if self.mode in _CLAMPING_MODES:
             indices = jnp.clip(indices, 0, size - 1)
         flat = indices.reshape(-1)
         outside = (flat < 0) | (flat >= size)
         if (rows := w.take(jnp.where(outside, 0, flat))) is None:
-            return apply_to_base(look_up, w, indices)
+            return apply_to_base(self.change, w, indices)
         # Each index looks up its own row; one that was out of range still is.
         own = jnp.where(outside, flat.size, jnp.arange(flat.size, dtype=indices.dtype)).reshape(indices.shape)
-        return apply_to_base(look_up, rows, own)
+        return apply_to_base(self.change, rows, own)
 
     @property
     def _selects_rows(self) -> bool:
         numbers = self.numbers
         return numbers.start_index_map == (0,) and self.slice_sizes[0] == 1 and not numbers.operand_batching_dims
 
-    def take(self, factor: Labeled, indices: Array, hints: dict[str, bool]) -> Labeled:
+    def inside(self, indices: Array) -> Labeled:
+        """Returns for each index whether all that it selects is inside the array."""
+        numbers = self.numbers
+        inside = [
+            (index >= 0) & (index <= self.shape[axis] - self.slice_sizes[axis])
+            for axis, index in zip(numbers.start_index_map, jnp.moveaxis(indices, -1, 0), strict=True)
+        ]
+        return Labeled(functools.reduce(jnp.logical_and, inside), self._index_labels(indices.ndim - 1))
+
+    def take(self, factor: Labeled, indices: Array) -> Labeled:
         """Applies the lookup to a factor; returns it as it is if no column selects along its axes."""
         numbers, position = self.numbers, factor.labels.index
         columns = [column for column in self.columns if numbers.start_index_map[column] in factor.labels]
@@ -261,7 +295,7 @@ class _Lookup:
             ),
             mode=self.mode,
             fill_value=0,  # beyond the end, the result is the fill value of the base
-            **(hints if complete else {}),  # fewer columns need not be sorted or unique
+            **(self.hints if complete else _Hints())._asdict(),  # fewer columns need not be sorted or unique
         )
         return Labeled(array, (*index_labels, *kept))
 
