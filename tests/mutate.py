@@ -58,7 +58,7 @@ MUTATIONS = [
     # Rules: sign, axis, order, cast, missing term.
     Mutation("_transform/rules/scale.py", "scale=-moved.scale", "scale=moved.scale", "scalars"),
     Mutation("_transform/rules/shape.py", "return lax.rev(factor, [", "return (lambda x, _: x)(factor, [", "fuzz"),
-    Mutation("_transform/rules/gather.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
+    Mutation("_transform/lookup.py", "fill_value=0,  #", "fill_value=1,  #", "lookups"),
     Mutation(
         "_transform/rules/gather.py",
         "where(inside, total, fill_value)",

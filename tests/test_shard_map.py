@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from helpers import dense, sweep_except
 from jax import lax
@@ -420,6 +421,21 @@ def test_a_vmap_over_devices_around_the_model_matches_the_merged_model(axes: Any
 
     with jax.set_mesh(mesh()):
         assert_close(run(lj.lora(case.apply)), run(dense(case.apply)))
+
+
+def test_each_shard_of_the_activation_has_its_own_dropout() -> None:
+    params, x = {"w": normal(4, 5)}, jnp.ones((8, 4))
+    adapter = {"w": lj.Adapter(lj.LoRA(rank=2, alpha=3, dropout=0.5), "io", **adapted(params, {"w": "io"})["w"].arrays)}
+
+    def masks(x_spec: P, **options: Any) -> int:
+        split = mapped(lambda w, x: x @ w, P(), x_spec, out=x_spec, **options)
+        run = lj.lora(lambda params, x: split(params["w"], x))
+        got = run(params, adapter, x, dropout_key=jax.random.key(0)) - run(params, {}, x)
+        shards = got.reshape(4, 2, 5)
+        return len({shard.tobytes() for shard in np.asarray(shards)})
+
+    assert masks(P("x")) == 4
+    assert masks(P("x"), check_vma=False) == 1
 
 
 def test_a_gathered_kernel_keeps_its_gain() -> None:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from .._compat import varying
 from .contract import computable
 from .placement import explicit_sharding
 
@@ -20,7 +21,8 @@ class Dropout:
 
     Attributes:
       rate: the probability that an element is zero.
-      key: PRNG key, different for each path, use and loop iteration.
+      key: PRNG key, different for each path, use and loop iteration. Shards of an activation in a `shard_map` get
+        different masks, except with `check_vma=False`, where nothing shows that they are shards.
     """
 
     rate: float = dataclasses.field(metadata={"static": True})
@@ -33,6 +35,8 @@ class Dropout:
     def apply(self, x: Array) -> Array:
         """Zeroes elements of `x` and divides the others by `1 - rate`; in at least 16 bits."""
         x = x.astype(computable(x.dtype))
-        sharding = explicit_sharding(jax.typeof(x))
-        kept = jax.random.bernoulli(self.key, 1 - self.rate, x.shape, out_sharding=sharding)
+        sharding, key = explicit_sharding(jax.typeof(x)), self.key
+        for axis in sorted(varying(jax.typeof(x))):  # other elements on each device need another mask
+            key = jax.random.fold_in(key, lax.axis_index(axis))
+        kept = jax.random.bernoulli(key, 1 - self.rate, x.shape, out_sharding=sharding)
         return lax.select(kept, x / (1 - self.rate), jnp.zeros(x.shape, x.dtype, out_sharding=sharding))

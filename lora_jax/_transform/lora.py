@@ -65,10 +65,11 @@ def lora(
     Returns:
       `adapted(params, adapter, *args, dropout_key=None, token_weights=None, **kwargs)`, with the result of `apply`.
       `adapter` is what `init` returns. `dropout_key` is a PRNG key for variants with `dropout`, folded for each path,
-      use and loop iteration; without it, no dropout is applied. `token_weights` is for `ALoRA`, (tokens…), and for
-      mixtures with `many.Given`, (tokens…, experts): one array for all kernels, or `{pattern: array}`. The tokens are
-      the axes of the activation that the kernel does not have, in order, such as `(batch, tokens)`; an axis of size 1
-      is repeated. If sizes coincide and a part of the model has its axes in another order, pass it an array of its own.
+      use, loop iteration and, in a `shard_map` with `check_vma`, shard of the activation; without it, no dropout is
+      applied. `token_weights` is for `ALoRA`, (tokens…), and for mixtures with `many.Given`, (tokens…, experts): one
+      array for all kernels, or `{pattern: array}`. The tokens are the axes of the activation that the kernel does not
+      have, in order, such as `(batch, tokens)`; an axis of size 1 is repeated. If sizes coincide and a part of the
+      model has its axes in another order, pass it an array of its own.
 
     Raises:
       AdapterError: at the call, if the adapter does not fit `params`.
