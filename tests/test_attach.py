@@ -100,6 +100,32 @@ def test_another_depth_of_a_stack_is_reported_with_shapes(function: str) -> None
     )
 
 
+@pytest.mark.parametrize(
+    ("variant", "axes", "arrays", "text"),
+    [
+        (lj.Rows(ids=(1, 9)), "io", {"rows": jnp.ones((2, 8))}, "the table has 8 rows, with axes 'io'; got ids=(1, 9)"),
+        (
+            lj.Layers(layers=(1, 4), variant=LORA),
+            "bio",
+            {"a": jnp.ones((2, 8, 2)), "b": jnp.ones((2, 2, 8))},
+            "expected layers of a leaf of shape (3, 8, 8), axis 0; got Layers(variant=LoRA(rank=2, alpha=4), ",
+        ),
+        (
+            lj.Layers(layers=(0,), variant=lj.Rows(ids=(9,))),
+            "bio",
+            {"rows": jnp.ones((1, 1, 8))},
+            "the table has 8 rows, with axes 'bio'; got ids=(9,)",
+        ),
+    ],
+)
+def test_rows_and_layers_that_a_leaf_lacks_are_reported(
+    function: str, variant: Any, axes: str, arrays: Any, text: str
+) -> None:
+    """The shapes of the arrays do not show them: they would add nothing."""
+    params = {"leaf": jnp.ones((3, 8, 8) if "b" in axes else (8, 8))}
+    assert f"at 'leaf', {text}" in error(function, params, {"leaf": lj.Adapter(variant, axes, **arrays)})
+
+
 def test_the_adapter_of_a_deeper_model_has_unknown_paths(function: str) -> None:
     text = error(function, unrolled(4), init(unrolled(14)))
     assert "got 10 differences.\n  'layer_10/kernel' is not in `params`; the nearest are " in text

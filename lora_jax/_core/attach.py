@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .._compat import varying
-from .._errors import SHOWN, AdapterError, UnsupportedError, counted, listed
+from .._errors import SHOWN, AdapterError, SpecError, UnsupportedError, counted, listed
 from .adapter import Adapter, Adapters, check_adapter
 from .axes import axes_with
 from .base import base_of
@@ -88,6 +88,14 @@ def check(leaves: Mapping[str, Any], adapter: Any, *, tree: str = "params") -> N
             "  Pass the tree that the adapter was initialized from (`variables` is not `variables['params']`)."
         )
     _check_shards(leaves, adapter)
+    for path, part in adapter.items():
+        try:
+            part.variant.check_numbers(tuple(leaves[path].shape), part.axes)
+        except SpecError as error:
+            raise AdapterError(
+                f"Expected an adapter of `{tree}`, whose leaves have the rows and layers that it adapts; at {path!r}, "
+                f"{error}.\n  Pass the tree that the adapter was initialized from."
+            ) from error
 
 
 def _check_shards(leaves: Mapping[str, Any], adapter: Adapters) -> None:

@@ -59,6 +59,9 @@ class Variant(SpecValue):
     def apply(self, kernel: Array, arrays: dict[str, Array], axes: str, path: str) -> AdaptedKernel | Array:
         """Returns what the model receives in place of the kernel."""
 
+    def check_numbers(self, shape: Sequence[int], axes: str) -> None:
+        """Raises `SpecError` if it names rows or layers that a kernel of this shape lacks."""
+
     def merged_into(self, leaf: StoredLeaf, arrays: dict[str, Array], axes: str) -> StoredLeaf | None:
         """Returns a stored leaf merged with the arrays in its own form; None if that is not possible."""
         del leaf, arrays, axes  # in general, the sum of a quantized kernel and an update is not quantized
@@ -198,6 +201,10 @@ class Wrapper(Variant):
     """
 
     variant: Variant
+
+    def check_numbers(self, shape: Sequence[int], axes: str) -> None:
+        """As in the variant."""
+        self.variant.check_numbers(shape, axes)
 
     @property
     def dropout(self) -> float:

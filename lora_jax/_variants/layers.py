@@ -74,9 +74,14 @@ class Layers(Wrapper):
         """Raises if there is no axis of layers, if it has too few, or where the variant raises."""
         if self.needs_axes and "b" not in axes:
             raise SpecError(f"Layers needs a batch axis, the axis of the layers; the axes are {axes!r}")
+        self.check_numbers(shape, axes)
+        self.variant.check(self.shape_of_layers(shape, axes), axes)
+
+    def check_numbers(self, shape: Sequence[int], axes: str) -> None:
+        """Raises unless the leaf has these layers, and what the variant names."""
         if not shape or max(self.layers) >= shape[_axis(axes)]:
             raise SpecError(f"expected layers of a leaf of shape {tuple(shape)}, axis {_axis(axes)}; got {self}")
-        self.variant.check(self.shape_of_layers(shape, axes), axes)
+        self.variant.check_numbers(self.shape_of_layers(shape, axes), axes)
 
     def fitted(self, shape: Sequence[int], axes: str) -> Self:
         """Applies that of the variant."""

@@ -51,7 +51,11 @@ class Rows(Variant):
         inputs = axes_with(axes, "i")
         if len(inputs) != 1 or "o" not in axes:
             raise SpecError(f"Rows needs one input axis, the axis of the rows, and output axes; the axes are {axes!r}")
-        size = shape[inputs[0]]
+        self.check_numbers(shape, axes)
+
+    def check_numbers(self, shape: Sequence[int], axes: str) -> None:
+        """Raises unless the table has all rows."""
+        size = shape[axes.index("i")]
         if max(self.ids) >= size:
             raise SpecError(f"the table has {size} rows, with axes {axes!r}; got ids={self.ids}")
 
