@@ -196,6 +196,18 @@ def test_diff_compares_updates_and_not_factors(run: Any, tmp_path: Path, plain: 
     assert "4 layers differ, 0 are equal." in shown and "model.layers.*.mlp.up_proj" in shown
 
 
+def test_diff_compares_the_order_of_tokens_but_not_of_names(run: Any, tmp_path: Path) -> None:
+    for name, invocation in (("one", (1, 2)), ("other", (2, 1))):
+        exported(tmp_path / name, adapter_of(lj.ALoRA(rank=2, alpha=4, invocation=invocation)))
+    ran = run("diff", tmp_path / "one", tmp_path / "other", "--json")
+    assert ran.code == 1 and ran.data["configuration"] == {"alora_invocation_tokens": [[1, 2], [2, 1]]}
+    file = tmp_path / "other" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config |= {"alora_invocation_tokens": [1, 2], "target_modules": config["target_modules"][::-1]}
+    file.write_text(json.dumps(config))
+    assert run("diff", tmp_path / "one", tmp_path / "other").code == 0
+
+
 def test_diff_names_layers_that_one_has_and_other_shapes(run: Any, tmp_path: Path, plain: Path) -> None:
     adapter = adapter_of(full=True)
     del adapter["layers/0/up"]

@@ -62,8 +62,9 @@ def compared(one: Source, other: Source, tolerance: float) -> dict[str, Any]:
 
 
 def _meaning(value: Any) -> Any:
-    """Returns a value of a configuration, in which null is the same as false or empty, and a list has no order."""
-    return (sorted(map(str, value)) if isinstance(value, list) else value) or None
+    """Returns a value of a configuration, in which null is the same as false or empty, and names have no order."""
+    are_names = isinstance(value, list) and all(isinstance(name, str) for name in value)  # tokens have an order
+    return (sorted(value) if are_names else value) or None
 
 
 def _compared(one: Layer, other: Layer, tolerance: float) -> dict[str, Any]:
