@@ -219,6 +219,16 @@ def test_arrow_subtracts_the_mean_update_of_general_adapters() -> None:
     assert mixed["w"].variant.ranks == (2, 1, 2, 2, 1)
 
 
+def test_a_leaf_that_only_general_adapters_have_is_subtracted() -> None:
+    params = {"w": PARAMS["w"], "v": normal(6, 5, seed=3)}
+    apply = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731
+    general = expert(4, params)
+    mixed = many.mixture({name: {"w": ad["w"]} for name, ad in EXPERTS.items()}, many.Arrow(), general={"g": general})
+    v = lj.merge(params, many.combine({"g": ({"v": general["v"]}, -1.0)}, "concat"))["v"]
+    expected = lj.lora(apply)({"w": params["w"], "v": v}, {"w": mixed["w"]}, X)
+    assert_close(lj.lora(apply)(params, mixed, X), expected)
+
+
 def test_an_expert_without_a_leaf_adds_nothing_there() -> None:
     params = {"w": PARAMS["w"], "v": normal(6, 5, seed=3)}
     apply = lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"]  # noqa: E731

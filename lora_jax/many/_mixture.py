@@ -75,11 +75,11 @@ def mixture(
     _check_arguments(adapters, router, weights, general, key)
     for adapter in (*adapters.values(), *general.values()):
         check_adapter(adapter, "The arguments come in this order: mixture({name: adapter, …}, router).")
-    paths = list(dict.fromkeys(path for adapter in adapters.values() for path in adapter))
-    if not paths:
+    every = [*adapters.values(), *general.values()]
+    paths = list(dict.fromkeys(path for adapter in every for path in adapter))
+    if not any(adapters.values()):
         raise AdapterError(f"Expected at least one adapter with a leaf; got {dict(adapters)}.\n  Mix trained adapters.")
     _check_leaves({**adapters, **general}, router, paths)
-    every = [*adapters.values(), *general.values()]
     numbers = jnp.array([(weights or {}).get(name, 1 / len(adapters)) for name in adapters], jnp.float32)
     mixed = {}
     for path in paths:
