@@ -7,7 +7,9 @@ process.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from pathlib import Path
@@ -57,6 +59,7 @@ class Stored(NamedTuple):
       shape: of the tensor.
       start: the offset of its first byte in the file.
       size: in bytes.
+      time: when the file was last modified, in nanoseconds.
     """
 
     name: str
@@ -65,15 +68,15 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     start: int
     size: int
+    time: int
 
     def read(self) -> Values:
         """Reads the values; no other tensor of the file comes into memory.
 
         Raises:
-          CheckpointError: if the file is shorter than its header states.
+          CheckpointError: if the file is shorter than its header states, or is another one by now.
         """
-        with self.file.open("rb") as file:
-            file.seek(self.start)
+        with self._opened() as file:
             return self.read_from(file)
 
     def read_from(self, file: BufferedReader) -> Values:
@@ -90,13 +93,21 @@ class Stored(NamedTuple):
           CheckpointError: as `read`.
         """
         left = self.size
-        with self.file.open("rb") as file:
-            file.seek(self.start)
+        with self._opened() as file:
             while left:
                 if not (piece := file.read(min(left, _PIECE))):
                     raise invalid(self.file, f"a tensor lacks {left} of its {self.size} bytes")
                 yield piece
                 left -= len(piece)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[BufferedReader]:
+        """Opens the file at the first byte; another file of the name has other values there, or another header."""
+        with opened(self.file) as (file, _):
+            if os.fstat(file.fileno()).st_mtime_ns != self.time:
+                raise invalid(self.file, "it changed after its header was read")
+            file.seek(self.start)
+            yield file
 
 
 class Header(NamedTuple):
@@ -165,10 +176,10 @@ def _header(file: BufferedReader, size: int, path: Path) -> Header:
         raise invalid(path, f"its {METADATA} is not a mapping to strings")
     if not fields:
         raise invalid(path, "it has no tensors")
-    return Header(_stored(fields, 8 + length, size, path), metadata)
+    return Header(_stored(fields, 8 + length, size, path, os.fstat(file.fileno()).st_mtime_ns), metadata)
 
 
-def _stored(header: Mapping[str, Any], start: int, size: int, path: Path) -> dict[str, Stored]:
+def _stored(header: Mapping[str, Any], start: int, size: int, path: Path, time: int) -> dict[str, Stored]:
     """Returns the tensors in the order of their values, which must be bytes `start` to `size` without gaps."""
     found = [(name, _problem(name, fields)) for name, fields in header.items()]
     if problems := [f"{shown(name)} {problem}" for name, problem in found if problem is not None]:
@@ -179,7 +190,7 @@ def _stored(header: Mapping[str, Any], start: int, size: int, path: Path) -> dic
         first, last = fields["data_offsets"]
         if first != end:
             raise invalid(path, f"the values of {name!r} start at offset {first}; expected {end}")
-        tensors[name] = Stored(name, path, fields["dtype"], tuple(fields["shape"]), start + first, last - first)
+        tensors[name] = Stored(name, path, fields["dtype"], tuple(fields["shape"]), start + first, last - first, time)
         end = last
     if start + end != size:
         raise invalid(path, f"its tensors have {end} bytes, and the file has {size - start} after its header")

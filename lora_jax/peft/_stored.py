@@ -34,7 +34,7 @@ def named_for(modules: Collection[str], tensors: Mapping[str, Stored]) -> Mappin
     """Returns the tensors under the names that a torch model with these modules has for them.
 
     A file of a model without a head may lack the first segment, such as `transformer.`, or have it where the model
-    does not, because `transformers` adds or removes it when it loads the file.
+    does not, because `transformers` adds or removes it when it loads the file. If several fit, none is removed.
     """
     found = {name.rpartition(".")[0] for name in tensors}
     if found.issuperset(modules):
@@ -43,10 +43,10 @@ def named_for(modules: Collection[str], tensors: Mapping[str, Stored]) -> Mappin
     for first in own if len(own) == 1 else ():
         if found.issuperset(module.removeprefix(f"{first}.") for module in modules):
             return {f"{first}.{name}": tensor for name, tensor in tensors.items()}
-    for first in sorted({module.partition(".")[0] for module in found}):
-        if found.issuperset(f"{first}.{module}" for module in modules):
-            return {name.removeprefix(f"{first}."): tensor for name, tensor in tensors.items()}
-    return tensors
+    prefixes = {module.partition(".")[0] for module in found}
+    fitting = [first for first in prefixes if found.issuperset(f"{first}.{module}" for module in modules)]
+    renamed = {name.removeprefix(f"{first}."): tensor for first in fitting[:1] for name, tensor in tensors.items()}
+    return renamed if len(fitting) == 1 and len(renamed) == len(tensors) else tensors  # else, two have one name
 
 
 def _shards(index: Path) -> dict[str, str]:
