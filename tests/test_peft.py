@@ -20,6 +20,7 @@ import lora_jax as lj
 from lora_jax import peft
 from lora_jax._core.paths import flatten
 from lora_jax.peft._names import parse
+from lora_jax.peft._sites import compiled, find
 
 L, D, H, HD, F, V = 3, 8, 2, 4, 6, 10
 QUERY = peft.Part("layers.{i}.q", interleaved=HD, factor=0.5)
@@ -374,6 +375,35 @@ def test_scales_of_fused_leaves_are_multiplied_into_the_second_factor(tmp_path: 
         np.testing.assert_allclose(change(back[path]), change(part), rtol=1e-5, atol=1e-6)
 
 
+def test_a_scale_of_zero_of_a_fused_leaf_does_not_become_that_of_the_others(tmp_path: Path) -> None:
+    params = params_of(FUSED_SHAPES)
+    variants = {"query/kernel": lj.LoRA(rank=2, alpha=0), "key/kernel": lj.LoRA(rank=2, alpha=4)}
+    adapter = {path: made(variant, (D, 8), "io", seed=at) for at, (path, variant) in enumerate(variants.items())}
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    back = peft.load(tmp_path, FUSED, params)
+    np.testing.assert_allclose(change(back["key/kernel"]), change(adapter["key/kernel"]), rtol=1e-5, atol=1e-6)
+    assert "query/kernel" not in back or not change(back["query/kernel"]).any()
+
+
+def test_fused_leaves_of_other_dtypes_have_the_wider(tmp_path: Path) -> None:
+    params, large = params_of(FUSED_SHAPES), 100_000.3  # not a value of float16
+    adapter = {"key/kernel": made(LORA, (D, 8), "io", dtype=np.float16), "value/kernel": made(LORA, (D, 8), "io")}
+    adapter["value/kernel"].arrays["b"] = jnp.full((2, 8), large)
+    peft.export(tmp_path, adapter, FUSED, base=params)
+    back = peft.load(tmp_path, FUSED, params)
+    np.testing.assert_array_equal(back["value/kernel"].b, np.full((2, 8), np.float32(large)))
+    np.testing.assert_array_equal(back["key/kernel"].b, np.asarray(adapter["key/kernel"].b, np.float32))
+
+
+def test_scales_are_not_rounded_to_the_dtype_of_the_factors(tmp_path: Path) -> None:
+    alphas, row = (10, 3), peft.linear("layers.{i}.fc")  # in bfloat16, 0.3 is 0.30078
+    arrays = {"a": array(64, 4, dtype=jnp.bfloat16), "b": array(4, 64, dtype=jnp.bfloat16)}
+    adapter = {f"l/{i}": lj.Adapter(lj.LoRA(rank=4, alpha=alpha), "io", **arrays) for i, alpha in enumerate(alphas)}
+    peft.export(tmp_path, adapter, {"l/{i}": row}, base=params_of({path: (64, 64) for path in adapter}))
+    one, other = np.asarray(peft.load(tmp_path, {"l": row}, params_of({"l": (2, 64, 64)}))["l"].b, np.float64)
+    assert abs(np.vdot(one, other) / np.vdot(one, one) / 0.3 - 1) < 1e-3
+
+
 def test_a_fused_module_is_saved_with_the_base_of_the_other_leaves(tmp_path: Path) -> None:
     params, adapter = params_of(FUSED_SHAPES), {"key/bias": made(lj.Full(), (8,))}
     peft.export(tmp_path, adapter, FUSED, base=params)
@@ -410,6 +440,12 @@ def test_patterns_match_as_in_peft_and_the_first_decides(tmp_path: Path) -> None
     mapping = {"{i}/kernel": peft.linear("layers.{i}.fc")}
     adapter = peft.load(tmp_path, mapping, params_of({"0/kernel": (D, F), "1/kernel": (D, F)}))
     assert [part.variant.rank for part in adapter.values()] == [1, 3]
+
+
+@pytest.mark.parametrize("pattern", ["**", "a/**", "{**}", "a/{**}", "**/c", "{**}/b/c", "a/**/c", "{x}/**"])
+def test_any_number_of_segments_may_be_anywhere_in_a_pattern(pattern: str) -> None:
+    assert find("a/b/c", compiled({pattern: peft.linear("fc")})) is not None
+    assert find("x/y", compiled({pattern: peft.linear("fc")})) is None or pattern in ("**", "{**}", "{x}/**")
 
 
 def test_a_copy_of_the_base_is_compared(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import safetensors
 import safetensors.numpy
 from helpers import bits
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from test_peft import CONFIG, FUSED, FUSED_SHAPES, HD, LAYERS, LORA, D, F, H, L, V, array, made, params_of, write
+from test_peft import CONFIG, FUSED, FUSED_SHAPES, HD, LAYERS, LORA, QKV, D, F, H, L, V, array, made, params_of, write
 
 import lora_jax as lj
 from lora_jax import peft
@@ -157,6 +157,27 @@ def test_the_first_segment_of_names_may_be_missing_in_the_base(tmp_path: Path) -
     write(tmp_path, CONFIG, {"fc.lora_A.weight": (2, D), "fc.lora_B.weight": (F, 2)})
     peft.merge_files(save(tmp_path / "base", {"h.fc.weight": array(F, D)}), tmp_path, tmp_path / "out")
     assert list(tensors_of(tmp_path / "out")) == ["h.fc.weight"]
+
+
+@pytest.mark.parametrize("names", [["text.fc", "vision.fc"], ["text.fc", "text.norm", "norm"]])
+def test_a_first_segment_is_not_removed_if_names_would_be_ambiguous(names: list[str], tmp_path: Path) -> None:
+    write(tmp_path, CONFIG, {"fc.lora_A.weight": (2, D), "fc.lora_B.weight": (F, 2)})
+    base = save(tmp_path / "base", {f"{name}.weight": array(F, D) for name in names})
+    with pytest.raises(lj.AdapterError, match=r"'fc.weight' is not in the base"):
+        peft.merge_files(base, tmp_path, tmp_path / "out")
+
+
+def test_a_base_that_is_replaced_while_it_is_merged_is_an_error(tmp_path: Path) -> None:
+    base, adapter = small(tmp_path)
+    tensors = tensors_of(base)
+
+    def replace(done: int, total: int) -> None:
+        safetensors.numpy.save_file({name: -tensor for name, tensor in tensors.items()}, base / "new")
+        os.replace(base / "new", base / MODEL)
+
+    with pytest.raises(lj.CheckpointError, match="changed after its header was read"):
+        peft.merge_files(base, adapter, tmp_path / "out", progress=replace)
+    assert names(tmp_path / "out") == []
 
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -416,6 +437,11 @@ def test_leaves_that_cannot_be_written_are_in_one_error(tmp_path: Path) -> None:
     for params, mapping, expected in [
         ({"x": array(3), "y": array(3)}, {"*": peft.vector("d")}, "'y': another leaf is also stored as d.bias"),
         ({"key/bias": array(8)}, FUSED, "'qkv.bias': the leaves have 8 of its outputs"),
+        (
+            {f"{name}/bias": array(8, dtype=jnp.bfloat16 if name == "query" else np.float16) for name, _ in QKV},
+            FUSED,
+            "'query/bias' has BF16, and another leaf of 'qkv.bias' F16; cast one of them",
+        ),
     ]:
         with pytest.raises(lj.AdapterError, match=f"1 problem:\n  {expected}"):
             peft.export_merged(tmp_path / "out", params, mapping)

@@ -125,6 +125,7 @@ class _Model:
         self.entries: list[Entry] = []
         self._rows = rows
         self._filled: dict[str, list[range]] = {}  # the outputs of each tensor that leaves have
+        self._dtypes: dict[str, str] = {}
         self._unmatched: list[str] = []
         self._problems: list[str] = []
 
@@ -152,6 +153,8 @@ class _Model:
         filled = self._filled.setdefault(name, [])
         if any(outputs.start < other.stop and other.start < outputs.stop for other in filled):
             self._problems.append(f"{site.path!r}: another leaf is also stored as {name}")
+        if (other := self._dtypes.setdefault(name, dtype)) != dtype:
+            self._problems.append(f"{site.path!r} has {dtype}, and another leaf of {name!r} {other}; cast one of them")
         filled.append(outputs)
         total = outputs_of(site)
         if sum(map(len, filled)) == total:

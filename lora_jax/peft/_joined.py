@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ._layout import Layout, Values
+from ._layout import Layout, Values, scaled
 from ._sites import Site
 
 
@@ -25,16 +25,13 @@ def joined_factors(
     layout: Layout, pieces: Mapping[Site, tuple[Values, Values]], relative: Mapping[Site, float]
 ) -> tuple[Values, Values]:
     """Returns the factors of one layer: of one module, or of several that share `a`, or of all ranks."""
-    scaled = [
-        (site, a, b if relative[site] == 1 else b * np.asarray(relative[site], b.dtype))
-        for site, (a, b) in pieces.items()
-    ]
-    first = scaled[0][1]
-    shared = all(np.array_equal(a, first) for _, a, _ in scaled)
-    rank = first.shape[-1] if shared else sum(a.shape[-1] for _, a, _ in scaled)
-    joined = np.zeros((*first.shape[:-2], rank, layout.d_out), scaled[0][2].dtype)
+    every = [(site, a, scaled(b, relative[site])) for site, (a, b) in pieces.items()]
+    first = every[0][1]
+    shared = all(np.array_equal(a, first) for _, a, _ in every)
+    rank = first.shape[-1] if shared else sum(a.shape[-1] for _, a, _ in every)
+    joined = np.zeros((*first.shape[:-2], rank, layout.d_out), every[0][2].dtype)
     at = 0
-    for site, a, b in scaled:
+    for site, a, b in every:
         joined[..., at : at + a.shape[-1], site.outputs] = b
         at += 0 if shared else a.shape[-1]
-    return (first if shared else np.concatenate([a for _, a, _ in scaled], axis=-1)), joined
+    return (first if shared else np.concatenate([a for _, a, _ in every], axis=-1)), joined

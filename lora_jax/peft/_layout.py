@@ -133,7 +133,7 @@ def outputs_to_torch(array: Values, part: Part) -> Values:
     if part.interleaved is not None:
         pairs = array.reshape(*array.shape[:-1], -1, part.interleaved // 2, 2)
         array = pairs.swapaxes(-1, -2).reshape(array.shape)
-    return array if part.factor == 1 else (array / part.factor).astype(array.dtype)
+    return array if part.factor == 1 else (_wide(array) / part.factor).astype(array.dtype)
 
 
 def outputs_from_torch(array: Values, part: Part) -> Values:
@@ -141,7 +141,16 @@ def outputs_from_torch(array: Values, part: Part) -> Values:
     if part.interleaved is not None:
         pairs = array.reshape(*array.shape[:-1], -1, 2, part.interleaved // 2)
         array = pairs.swapaxes(-1, -2).reshape(array.shape)
-    return array if part.factor == 1 else (array * part.factor).astype(array.dtype)
+    return scaled(array, part.factor)
+
+
+def scaled(array: Values, factor: float) -> Values:
+    """Returns an array times a number, in its dtype. The number is not rounded to a narrow dtype."""
+    return array if factor == 1 else (_wide(array) * factor).astype(array.dtype)
+
+
+def _wide(array: Values) -> Values:
+    return array.astype(np.promote_types(array.dtype, np.float32))
 
 
 def _ordered(axes: tuple[int, ...], order: tuple[int, ...] | None) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from .._core.variant import LowRank
 from .._errors import AdapterError, sections
 from .._variants import ALoRA, DoRA, LoRABias, Rows, RSLoRA, VeRA
 from ._config import Scale, ranks_to_config
-from ._layout import Values
+from ._layout import Values, scaled
 from ._module import Module, module_outputs, module_value, outputs_in_module
 from ._names import PREFIX, suffix, to_torch
 from ._parameters import stored_as
@@ -179,13 +179,14 @@ class Exported:
             if module.variant is None:
                 shared = all(np.array_equal(a, other) for _, _, other, _ in module.factors)
                 ranks = [a.shape[-1]] if shared else [other.shape[-1] for _, _, other, _ in module.factors]
-                module.variant, at = variant.at_rank(sum(ranks)), 0
+                alike = [one for _, one, _, _ in module.factors if type(one) is type(variant)]
+                module.variant, at = max(alike, key=lambda one: abs(one.scale)).at_rank(sum(ranks)), 0
                 self._put(site, "a", a if shared else np.concatenate([one for _, _, one, _ in module.factors], axis=-1))
             elif type(variant) is not type(module.variant):
                 self.problems.append(f"{site.path!r}: {name!r} fuses {variant} with {module.variant}")
             relative = variant.scale / module.variant.scale if module.variant.scale else 1.0
             rows = np.zeros((*b.shape[:-2], sum(ranks), b.shape[-1]), b.dtype)
-            rows[..., at : at + b.shape[-2], :] = b if relative == 1 else b * np.asarray(relative, b.dtype)
+            rows[..., at : at + b.shape[-2], :] = scaled(b, relative)
             at += 0 if shared else b.shape[-2]
             self._put(site, "b", rows)
         for tensor, filled in module.filled.items():
@@ -210,8 +211,9 @@ class Exported:
         if site.part.of is None or name == "a":
             tensors[name] = matrix
         else:
-            total = np.zeros((*matrix.shape[:-1], site.part.of[1]), matrix.dtype)
-            tensors.setdefault(name, total)[..., outputs_in_module(site).start : outputs_in_module(site).stop] = matrix
+            whole = tensors.get(name, np.zeros((*matrix.shape[:-1], site.part.of[1]), matrix.dtype))
+            tensors[name] = whole.astype(np.promote_types(whole.dtype, matrix.dtype))  # leaves may have other dtypes
+            tensors[name][..., outputs_in_module(site).start : outputs_in_module(site).stop] = matrix
         if name != "a":
             module.filled.setdefault(name, []).append(outputs_in_module(site))
 

@@ -91,7 +91,10 @@ def without_own_heads(rows: Rows, leaves: Mapping[str, Any]) -> Rows:
 
 @functools.cache
 def _matcher(pattern: str) -> re.Pattern[str]:
-    """Returns the expression for the paths of a pattern; `params/`, the collection of Linen, may precede the path."""
+    """Returns the expression for the paths of a pattern, with a slash at their end.
+
+    `params/`, the collection of Linen, may precede the path.
+    """
     seen: set[str] = set()
 
     def group(name: str) -> str:
@@ -102,10 +105,9 @@ def _matcher(pattern: str) -> re.Pattern[str]:
 
     expression = r"(?:params/)?"
     for segment in pattern.split("/"):
-        last = segment is pattern.split("/")[-1]
-        if segment == "{**}" and not last:
+        if segment == "{**}":
             expression += r"(?:(?P<_rest>.+)/)?"
-        elif segment == "**" and not last:
+        elif segment == "**":
             expression += r"(?:.+/)?"
         else:
             pieces = _PLACEHOLDER.split(segment)  # text, name, text, …
@@ -113,13 +115,13 @@ def _matcher(pattern: str) -> re.Pattern[str]:
                 group(piece) if at % 2 else re.escape(piece).replace(r"\*", "[^/]*") for at, piece in enumerate(pieces)
             )
             expression += "/"
-    return re.compile(expression.removesuffix("/"))
+    return re.compile(expression)
 
 
 def find(path: str, rows: Rows) -> Found | None:
     """Returns the first row that matches a path."""
     for pattern, row in rows:
-        if match := pattern.fullmatch(path):
+        if match := pattern.fullmatch(f"{path}/"):
             return Found(row, {name: text or "" for name, text in match.groupdict().items()})
     return None
 

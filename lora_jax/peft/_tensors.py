@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ._layout import Values, outputs_from_torch
+from ._layout import Values, outputs_from_torch, scaled
 from ._names import expected_shape, from_torch, parse, suffix
 from ._parameters import stored_as
 from ._sites import Site
@@ -105,8 +105,8 @@ class Tensors:
                 continue
             if (tensor := self.take(site, name, 0)) is None:
                 continue
-            if relative is not None and relative[site] != 1:
-                tensor = tensor * np.asarray(relative[site], tensor.dtype)
+            if relative is not None:
+                tensor = scaled(tensor, relative[site])
             if result is None:
                 result = np.zeros((*layout.batch, layout.d_out), tensor.dtype)
             result = result.astype(tensor.dtype if complete else _wider(result.dtype, tensor.dtype))
