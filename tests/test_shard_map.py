@@ -371,6 +371,31 @@ def test_a_variant_that_needs_all_of_a_kernel_refuses_a_shard(role: str) -> None
     assert all(refused(variant, role or "b") == bool(role) for variant in NEED_ALL[role])
 
 
+@pytest.mark.parametrize(
+    ("variant", "axes"),
+    [(lj.LoRA(rank=1, alpha=1), "bio"), (lj.MiSS(rank=2), "bio"), (lj.Full(), "")],
+)
+def test_some_layers_of_a_stack_refuse_a_shard_of_its_layers(variant: Any, axes: str) -> None:
+    # The layers of each shard were numbered from 0, so that others were adapted.
+    layers = lj.Layers(layers=(0,), variant=variant)
+    shapes = layers.shapes((4, 6, 8), axes)
+    adapter = {"w": lj.Adapter(layers, axes, **{name: jnp.ones(shape) for name, shape in shapes.items()})}
+
+    def run(spec: P, of_arrays: P) -> Any:
+        merge = lambda w, adapter: lj.merge({"w": w}, adapter)["w"]  # noqa: E731
+        mapped = jax.shard_map(merge, mesh=mesh(), in_specs=(spec, of_arrays), out_specs=spec)
+        return jax.eval_shape(mapped, jnp.zeros((4, 6, 8)), adapter)
+
+    with pytest.raises(lj.UnsupportedError, match=r"1 shard inside a `shard_map`.\n  'w', over \['x'\]: Layers"):
+        run(P("x"), P())
+    assert run(P(), P()).shape == (4, 6, 8)
+    if axes:  # along the outputs
+        arrays = {name: P(*("x" if axis == 2 else None for axis in of)) for name, of in layers.layout(axes).items()}
+        run(P(None, None, "x"), {"w": lj.Adapter(layers, axes, **arrays)})
+    else:
+        run(P(None, None, "x"), P(None, None, "x"))
+
+
 # `vmap` with `spmd_axis_name`
 
 

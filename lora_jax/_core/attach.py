@@ -104,7 +104,7 @@ def _check_shards(leaves: Mapping[str, Any], adapter: Adapters) -> None:
     if found:
         shards = [f"{path!r}, over {sorted(axes)}: {adapter[path].variant}" for path, axes in found.items()]
         raise UnsupportedError(
-            "Expected kernels with all of their inputs and outputs, which some variants need; got "
+            "Expected kernels with all of their layers, inputs and outputs, which some variants need; got "
             f"{counted(len(shards), 'shard')} inside a `shard_map`.\n{listed(shards)}",
             None,
             "Call `lora` or `merge` outside of it: a model may contain a `shard_map`. Or use `jit` with shardings.",
@@ -115,10 +115,14 @@ def _sharded_over(leaf: Any, part: Adapter) -> frozenset[str]:
     """Returns the mesh axes over which a leaf is sharded along axes that its variant needs all of.
 
     A factor is sharded as its kernel is. So the kernel is sharded along its inputs, and not along a batch axis, if an
-    array without inputs does not vary. Nothing varies outside of a `shard_map`, or without `check_vma`.
+    array without inputs does not vary. It is sharded along its layers, whose number its arrays do not have, if none of
+    them varies. Nothing varies outside of a `shard_map`, or without `check_vma`.
     """
     kernel, sharded, layout = _varying(leaf), frozenset[str](), part.variant.layout(part.axes)
     for role in part.variant.needs_all if kernel else "":
+        if role == "b":
+            sharded |= kernel.difference(*map(_varying, part.arrays.values()))
+            continue
         along = set(axes_with(part.axes, role))
         having = [_varying(array) for name, array in part.arrays.items() if along & {*layout[name]}]
         lacking = [_varying(array) for name, array in part.arrays.items() if not along & {*layout[name]}]

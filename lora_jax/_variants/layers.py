@@ -61,6 +61,11 @@ class Layers(Wrapper):
         return f"{self.variant.title}, layers {','.join(ranges)}"
 
     @property
+    def needs_all(self) -> str:  # type: ignore[override]
+        """All layers, to number them, and as in the variant."""
+        return f"b{self.variant.needs_all}"
+
+    @property
     def rank(self) -> int | None:
         """The rank of the variant, if it has one."""
         return getattr(self.variant, "rank", None)
