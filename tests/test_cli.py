@@ -433,6 +433,10 @@ def test_convert_to_kohya_and_back_keeps_the_updates(run: Any, tmp_path: Path, p
         assert run("convert", file, tmp_path / target, "--to", "peft", "--modules", modules).code == 0
         assert {layer["relative"] for layer in run("diff", plain, tmp_path / target, "--json").data["layers"]} == {0.0}
     one_line(run("convert", plain, file, "--to", "kohya", "--component", "unet"), 2, "lora.safetensors is a file")
+    before = file.read_bytes()
+    ran = run("convert", file, file, "--to", "diffusers", "--modules", names, "--force")
+    one_line(ran, 2, "Expected another directory than that of the input, or another file")
+    assert file.read_bytes() == before
     assert run("convert", plain, tmp_path / "diffusers", "--to", "diffusers", "--component", "unet").code == 0
     assert [entry.name for entry in (tmp_path / "diffusers").iterdir()] == ["pytorch_lora_weights.safetensors"]
     assert run("convert", tmp_path / "diffusers", tmp_path / "three", "--to", "peft").code == 0

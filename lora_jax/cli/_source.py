@@ -122,8 +122,9 @@ def check_target(target: Path, sources: Collection[Path], *, force: bool) -> Non
     Raises:
       UsageError: if it is a source, or if it exists and is not an empty directory, and `force` is false.
     """
-    if target.resolve() in {(source.parent if source.is_file() else source).resolve() for source in sources}:
-        raise UsageError(f"Expected another directory than that of the input; got {target}.")
+    taken = [*sources, *(source.parent for source in sources if source.is_file())]
+    if target.resolve() in {path.resolve() for path in taken}:
+        raise UsageError(f"Expected another directory than that of the input, or another file; got {target}.")
     if target.is_file() and not (force and target.suffix == ".safetensors"):
         raise UsageError(f"Expected a new or an empty directory; {target} is a file.")
     if not force and target.is_dir() and (entries := len(list(target.iterdir()))):
