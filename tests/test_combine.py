@@ -326,6 +326,13 @@ def test_ties_of_other_leaves_elects_signs_of_changes() -> None:
 # Weights, dtypes, shardings
 
 
+@pytest.mark.parametrize("how", ["concat", "linear", many.Truncate(rank=3)])
+def test_a_scale_is_not_rounded_to_the_dtype_of_a_weight(how: Any) -> None:
+    adapter = {"w": drawn(lj.RSLoRA(rank=3, alpha=1), SHAPES["io"], "io", 0)}
+    combined = many.combine({"one": (adapter, jnp.bfloat16(0.5))}, how)  # 1/√3 is 0.07 % less in bfloat16
+    np.testing.assert_allclose(update(combined, "io"), 0.5 * update(adapter, "io"), rtol=1e-7, atol=1e-9)
+
+
 def test_weights_may_be_traced_and_differentiated() -> None:
     adapters = low_rank("io")
     traced = []

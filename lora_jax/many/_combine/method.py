@@ -80,14 +80,14 @@ def as_dtype(weight: Any, array: Array) -> Array:
 
 def concatenated(terms: Sequence[Term], axes: str) -> tuple[Array, Array]:
     """Returns factors whose product is Σ weight·scale·a·b, of the sum of the ranks."""
-    a = [as_dtype(term.weight * term.scale, term.a) * term.a for term in terms]
+    a = [as_dtype(term.weight, term.a) * term.scale * term.a for term in terms]
     b = [term.b for term in terms]
     return lax.concatenate(a, a[0].ndim - 1), lax.concatenate(b, axes_of_b(axes).index(RANK))
 
 
 def signed_roots(terms: Sequence[Term]) -> tuple[list[Array], list[Array]]:
     """Returns the weights of `a` and of `b`, sign(c)·√|c| and √|c| for c = weight·scale."""
-    products = [as_dtype(term.weight * term.scale, term.a) for term in terms]
+    products = [as_dtype(term.weight, term.a) * term.scale for term in terms]
     roots = [jnp.sqrt(jnp.abs(product)) for product in products]
     return [jnp.sign(product) * root for product, root in zip(products, roots, strict=True)], roots
 
