@@ -1032,6 +1032,24 @@ def test_a_tied_head_without_or_with_other_factors_is_refused(tmp_path: Path) ->
     assert expected in refused_load(tmp_path, mapping, params)
 
 
+def test_rows_of_tables_whose_names_end_alike_have_their_own_ids(tmp_path: Path) -> None:
+    rows = {"e": peft.embedding("embed"), "f": peft.embedding("x.embed")}
+    params = params_of({name: (V, D) for name in rows})
+    adapter = {name: made(lj.Rows(ids=(at,)), (V, D), "io", seed=at) for at, name in enumerate(rows)}
+    peft.export(tmp_path, adapter, rows, base=params)
+    back = peft.load(tmp_path, rows, params)
+    assert {name: part.variant.ids for name, part in back.items()} == {"e": (0,), "f": (1,)}
+
+
+@pytest.mark.parametrize("variant", [LORA, lj.Full()])
+def test_a_module_whose_name_ends_another_one_is_read_back(variant: Any, tmp_path: Path) -> None:
+    rows = {"e": peft.linear("fc"), "f": peft.linear("x.fc")}
+    params = params_of({name: (D, F) for name in rows})
+    adapter = {"e": made(variant, (D, F), "" if variant == lj.Full() else "io")}
+    peft.export(tmp_path, adapter, rows, base=params)
+    assert bits(peft.load(tmp_path, rows, params)) == bits(adapter)
+
+
 def test_trainable_tokens_need_their_ids(tmp_path: Path) -> None:
     mapping, params = {"embed": peft.embedding("embed")}, params_of({"embed": (V, D)})
     shapes = {"embed.token_adapter.trainable_tokens_delta": (2, D)}

@@ -95,10 +95,10 @@ def is_exact(config: Prepared) -> bool:
 
 
 def rows_of(config: Prepared, module: str) -> list[int] | None:
-    """Returns the ids of the trainable tokens of a module."""
+    """Returns the ids of the trainable tokens of a module, whose name may end in several: the longest is its own."""
     ids = config.get("trainable_token_indices")
     if isinstance(ids, Mapping):
-        return next((value for name, value in ids.items() if module.endswith(name)), None)
+        return ids.get(max((name for name in ids if module.endswith(name)), key=len, default=None))
     return ids
 
 

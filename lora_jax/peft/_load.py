@@ -111,7 +111,7 @@ def adapter_of(
             raise _unreadable(directory, [f"{path!r}: {error}"]) from error
         if part is not None:
             adapter[path] = part
-        file.problems += _missing(config, file.lacking(places))
+        file.problems += _missing(config, file, places)
     _refuse(file, unusable, directory)
     for path in reader.unchanged():
         del adapter[path]
@@ -126,10 +126,12 @@ def _unreadable(directory: Path, found: list[str]) -> CheckpointError:
     )
 
 
-def _missing(config: Prepared, lacking: list[Site]) -> list[str]:
-    """Returns which modules without tensors the configuration states."""
-    places = [site for site in lacking if site.row.kind != "vector"]
-    saved = tuple(config.get("modules_to_save") or ())
+def _missing(config: Prepared, file: Tensors, places: list[Site]) -> list[str]:
+    """Returns which modules without tensors the configuration states, other than by the whole name of another one."""
+    places = [site for site in file.lacking(places) if site.row.kind != "vector"]
+    saved = tuple(name for name in config.get("modules_to_save") or () if name not in file.modules)
+    if isinstance(targets := config["target_modules"], frozenset):
+        config = Prepared({**config, "target_modules": targets - file.modules.keys()})
     names = [site.module for site in places if not site.row.is_parameter]
     parameters = [site.module for site in places if site.row.is_parameter and is_target(config, site.module, True)]
     found = [f"{name!r} is in modules_to_save, and has no tensor" for name in names if saved and name.endswith(saved)]
