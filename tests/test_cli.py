@@ -405,6 +405,23 @@ def test_combine_warns_of_different_bases(run: Any, tmp_path: Path, plain: Path)
     assert run("inspect", tmp_path / "both", "--json").data["base"] is None
 
 
+def test_what_is_written_of_checkpoints_keeps_the_fingerprint_of_their_base(run: Any, tmp_path: Path) -> None:
+    base = lj.quant.quantize(PARAMS, {"layers/0/up": lj.quant.Int8()})
+    other = PARAMS | {"layers/1/up": PARAMS["layers/1/up"] + 1}
+    for name, params in (("one", base), ("two", base), ("three", other)):
+        checkpoint.save(tmp_path / name, adapter_of(), base=params)
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    assert run("compress", one, tmp_path / "small", "--rank", 1).code == 0
+    ran = run("combine", tmp_path / "both", f"one={one}", f"two={two}", "--how", "concat")
+    assert ran.code == 0 and not ran.err
+    for name in ("small", "both"):
+        assert lj.restore(tmp_path / name, base=base).keys() == adapter_of().keys()
+        with pytest.raises(lj.CheckpointError, match="'layers/1/up' has other values"):
+            lj.restore(tmp_path / name, base=lj.quant.quantize(other, {"layers/0/up": lj.quant.Int8()}))
+    ran = run("combine", tmp_path / "unlike", f"one={one}", f"three={three}", "--how", "concat")
+    assert ran.code == 0 and "the adapters were saved with different bases: 'layers/0/up' is another" in ran.err
+
+
 # convert
 
 

@@ -33,6 +33,14 @@ _SAMPLES = 64
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: its multiples are spread evenly, not along a row or column
 
 
+class SavedLeaf(jax.ShapeDtypeStruct):
+    """A leaf that is known from the fingerprint of another checkpoint only; its entry is `saved`."""
+
+    def __init__(self, saved: Mapping[str, Any]) -> None:
+        super().__init__(saved["shape"], saved["dtype"])
+        self.saved = saved
+
+
 def fingerprint(base: Any, adapted: Collection[str] = ()) -> dict[str, dict[str, Any]]:
     """Returns a description of every leaf by path, in JSON values, with the dtypes that JAX would use.
 
@@ -41,7 +49,9 @@ def fingerprint(base: Any, adapted: Collection[str] = ()) -> dict[str, dict[str,
       adapted: paths of leaves that count as weights whatever their dtype.
     """
     found: dict[str, dict[str, Any]] = {
-        path: {**describe_array(leaf), "dtype": _in_jax(_dtype(leaf)), **_storage(leaf)}
+        path: dict(leaf.saved)
+        if isinstance(leaf, SavedLeaf)
+        else {**describe_array(leaf), "dtype": _in_jax(_dtype(leaf)), **_storage(leaf)}
         for path, leaf in flatten(base)[0].items()
     }
     for path, values in _samples(weights_of(base, adapted)).items():

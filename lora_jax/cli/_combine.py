@@ -127,6 +127,9 @@ def _like(opened: Mapping[str, Source]) -> Source:
     if len(set(bases.values())) > 1:
         error(f"the adapters name different bases: {', '.join(f'{name}: {base}' for name, base in bases.items())}")
     for other in others:
+        one, two = ({path: getattr(leaf, "saved", None) for path, leaf in x.params.items()} for x in (first, other))
+        if unlike := [path for path in two if path in one and two[path] != one[path]]:
+            error(f"the adapters were saved with different bases: {unlike[0]!r} is another in {other.path}")
         mapping, params = {**other.mapping, **first.mapping}, {**other.params, **first.params}
         stated = {name: value for name, value in first.stated.items() if other.stated.get(name) == value}
         first = dataclasses.replace(first, mapping=mapping, params=params, stated=stated)

@@ -7,8 +7,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
 from .. import peft
 from .._core.adapter import Adapters
 from .._errors import CheckpointError
@@ -97,11 +95,11 @@ def open_adapter(directory: Path, base: Path | None = None) -> Source:
             f"  {others if directory.exists() else wrote}"
         )
     from .. import checkpoint  # here, because Orbax is slow to import
-    from ..checkpoint._fingerprint import saved_weights
+    from ..checkpoint._fingerprint import SavedLeaf, saved_weights
 
     adapter = checkpoint.restore(directory, base=None)
     weights = saved_weights(checkpoint.manifest(directory)["base"], adapter)
-    params = {path: jax.ShapeDtypeStruct(leaf["shape"], leaf["dtype"]) for path, leaf in weights.items()}
+    params = {path: SavedLeaf(leaf) for path, leaf in weights.items()}
     return Source(directory, kind, adapter, {path: repr(part.variant) for path, part in adapter.items()}, {}, params)
 
 
