@@ -419,6 +419,12 @@ def test_fused_leaves_that_lack_a_part_or_differ_are_refused(tmp_path: Path) -> 
     adapter = {"key/kernel": made(LORA, (D, 8), "io"), "query/kernel": made(lj.RSLoRA(rank=2, alpha=4), (D, 8), "io")}
     text = refused_export(adapter, FUSED, params, tmp_path)
     assert "'query/kernel': 'qkv' fuses RSLoRA(rank=2, alpha=4) with LoRA(rank=2" in text
+    for make in (
+        lambda at: lj.ALoRA(rank=2, alpha=4, invocation=(at,)),
+        lambda at: dataclasses.replace(LORA, dropout=at / 9),
+    ):
+        adapter = {f"{name}/kernel": made(make(at), (D, 8), "io") for at, name in enumerate(("key", "query"))}
+        assert "'query/kernel': 'qkv' fuses" in refused_export(adapter, FUSED, params, tmp_path)
     row = {"key/kernel": peft.linear(peft.Part("qkv", of=(20, 24)))}
     text = refused_export({"key/kernel": made(LORA, (D, 8), "io")}, row, params, tmp_path)
     assert "'key/kernel': 'qkv' has 8 outputs from 20, more than its 24" in text

@@ -179,10 +179,10 @@ class Exported:
             if module.variant is None:
                 shared = all(np.array_equal(a, other) for _, _, other, _ in module.factors)
                 ranks = [a.shape[-1]] if shared else [other.shape[-1] for _, _, other, _ in module.factors]
-                alike = [one for _, one, _, _ in module.factors if type(one) is type(variant)]
+                alike = [one for _, one, _, _ in module.factors if _setting(one) == _setting(variant)]
                 module.variant, at = max(alike, key=lambda one: abs(one.scale)).at_rank(sum(ranks)), 0
                 self._put(site, "a", a if shared else np.concatenate([one for _, _, one, _ in module.factors], axis=-1))
-            elif type(variant) is not type(module.variant):
+            elif _setting(variant) != _setting(module.variant):
                 self.problems.append(f"{site.path!r}: {name!r} fuses {variant} with {module.variant}")
             relative = variant.scale / module.variant.scale if module.variant.scale else 1.0
             rows = np.zeros((*b.shape[:-2], sum(ranks), b.shape[-1]), b.dtype)
@@ -278,6 +278,11 @@ def _targets(names: Iterable[str], parameters: list[str]) -> dict[str, Any]:
     if parameters:
         return {"target_modules": modules, "target_parameters": parameters}
     return {"target_modules": modules or "dummy-target-modules"}  # PEFT's name for none
+
+
+def _setting(variant: LowRank) -> tuple[Any, ...]:
+    """Returns what PEFT has one setting of for a module, besides the rank and the scale."""
+    return type(variant), variant.dropout, getattr(variant, "invocation", None)
 
 
 def _is_stabilized(variant: LowRank) -> bool:
