@@ -385,6 +385,18 @@ def test_a_scale_of_zero_of_a_fused_leaf_does_not_become_that_of_the_others(tmp_
     assert "query/kernel" not in back or not change(back["query/kernel"]).any()
 
 
+def test_biases_of_fused_leaves_have_the_scales_of_their_kernels(tmp_path: Path) -> None:
+    params, adapter = params_of(FUSED_SHAPES), {}
+    for at, (name, _) in enumerate(QKV):
+        adapter[f"{name}/kernel"] = made(lj.LoRA(rank=1, alpha=3 - at), (D, 8), "io", seed=at)
+        adapter[f"{name}/bias"] = made(lj.LoRABias(scale=3 - at), (8,), seed=at)
+    for order in (adapter, dict(reversed(adapter.items()))):
+        peft.export(tmp_path, order, FUSED, base=params)
+        got, expected = lj.merge(params, peft.load(tmp_path, FUSED, params)), lj.merge(params, adapter)
+        for path in adapter:
+            np.testing.assert_allclose(got[path], expected[path], rtol=1e-5, atol=1e-6)
+
+
 def test_fused_leaves_of_other_dtypes_have_the_wider(tmp_path: Path) -> None:
     params, large = params_of(FUSED_SHAPES), 100_000.3  # not a value of float16
     adapter = {"key/kernel": made(LORA, (D, 8), "io", dtype=np.float16), "value/kernel": made(LORA, (D, 8), "io")}

@@ -19,7 +19,7 @@ class Module:
     factors: list[tuple[Site, LowRank, Values, Values]] = dataclasses.field(default_factory=list)
     variant: LowRank | None = None
     vera: VeRA | None = None
-    bias_scale: float | None = None
+    biases: list[tuple[Site, float, Values]] = dataclasses.field(default_factory=list)  # with their scales
     rows: tuple[int, ...] | None = None
     tensors: dict[str, Values] = dataclasses.field(default_factory=dict)
     filled: dict[str, list[range]] = dataclasses.field(default_factory=dict)  # outputs of each tensor that are known

@@ -61,8 +61,7 @@ class Exported:
                 self._put(site, "lambda_b", module_outputs(site, "vector", arrays["lambda_b"]))
                 module.tensors["lambda_d"] = arrays["lambda_d"][site.index]
             elif isinstance(variant, LoRABias):
-                module.bias_scale = variant.scale
-                self._put(site, "bias", module_outputs(site, "vector", arrays["bias"]))
+                module.biases.append((site, variant.scale, module_outputs(site, "vector", arrays["bias"])))
             elif isinstance(variant, Rows):
                 module.rows = variant.ids
                 if (values := self._base(site, leaf)) is not None:
@@ -162,7 +161,7 @@ class Exported:
         assert variant is not None
         self._same("VeRA", {module.path: module.vera for module in vera.values()})
         for name, module in self.modules.items():
-            if module.variant is not None or module.bias_scale is not None or module.rows is not None:
+            if module.variant is not None or module.biases or module.rows is not None:
                 self.problems.append(
                     f"{name!r} has factors, LoRABias or Rows, and {first!r} has VeRA; PEFT has one or the other"
                 )
@@ -189,6 +188,9 @@ class Exported:
             rows[..., at : at + b.shape[-2], :] = scaled(b, relative)
             at += 0 if shared else b.shape[-2]
             self._put(site, "b", rows)
+        for site, scale, bias in module.biases:
+            own = module.variant.scale if module.variant is not None else scale
+            self._put(site, "bias", scaled(bias, scale / own if own else 1.0))
         for tensor, filled in module.filled.items():
             width = module.tensors[tensor].shape[-1]
             known = sum(map(len, filled))
@@ -233,13 +235,15 @@ class Exported:
 
     def _biases(self, low: Mapping[str, Module]) -> bool:
         """Whether the adapter has biases of `b`; completes them, because PEFT has them for all modules or none."""
-        biased = {name: module for name, module in self.modules.items() if module.bias_scale is not None}
+        biased = {name: module for name, module in self.modules.items() if module.biases}
         for name, module in biased.items():
             variant = low[name].variant if name in low else None
             if variant is None:
                 self.problems.append(f"{name!r} has LoRABias, and its kernel has no factors")
-            elif not math.isclose(module.bias_scale or 0.0, variant.scale, rel_tol=1e-6):
-                self.problems.append(f"{name!r} has LoRABias(scale={module.bias_scale}), and its kernel {variant}")
+            known = [one.scale for _, one, _, _ in module.factors]
+            for scale in [scale for _, scale, _ in module.biases if variant is not None]:
+                if not any(math.isclose(scale, one, rel_tol=1e-6) for one in known):
+                    self.problems.append(f"{name!r} has LoRABias(scale={scale}), and its kernel {variant}")
         for module in low.values() if biased else ():
             if isinstance(module.variant, DoRA) or module.layout.row.kind == "embedding":
                 what = "an embedding" if module.layout.row.kind == "embedding" else "DoRA"
@@ -254,7 +258,7 @@ class Exported:
         """Returns the parameters without a module; notes what PEFT does not have alongside them."""
         found = sorted(name for name, module in low.items() if module.layout.row.is_parameter)
         for module in low.values() if found else ():
-            variant, biased = module.variant, module.bias_scale is not None
+            variant, biased = module.variant, bool(module.biases)
             has = {"dropout": variant.dropout if variant else 0, "Conv1D": module.layout.row.conv1d, "LoRABias": biased}
             for what in filter(has.get, has):
                 self.problems.append(
