@@ -159,6 +159,13 @@ def test_the_first_segment_of_names_may_be_missing_in_the_base(tmp_path: Path) -
     assert list(tensors_of(tmp_path / "out")) == ["h.fc.weight"]
 
 
+def test_the_first_segment_may_also_be_missing_for_modules_that_are_saved_in_full(tmp_path: Path) -> None:
+    write(tmp_path, CONFIG | {"modules_to_save": ["norm"]}, {"model.norm.weight": (D,)})
+    peft.merge_files(save(tmp_path / "base", {"norm.weight": array(D, seed=1)}), tmp_path, tmp_path / "out")
+    (tensor,) = tensors_of(tmp_path / "out").items()
+    assert tensor[0] == "norm.weight" and not np.array_equal(tensor[1], array(D, seed=1))
+
+
 @pytest.mark.parametrize("names", [["text.fc", "vision.fc"], ["text.fc", "text.norm", "norm"]])
 def test_a_first_segment_is_not_removed_if_names_would_be_ambiguous(names: list[str], tmp_path: Path) -> None:
     write(tmp_path, CONFIG, {"fc.lora_A.weight": (2, D), "fc.lora_B.weight": (F, 2)})

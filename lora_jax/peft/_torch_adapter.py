@@ -120,7 +120,8 @@ class _Modules:
             for name in sorted(by_module, key=_by_numbers)  # a file has them in no order
         }
         changed = [module for module, some in modules.items() if any("." not in ours for ours in some)]
-        self.base = None if base is None else named_for(changed, base)
+        # Of those that are stored in full, some may be new, such as a classifier.
+        self.base = None if base is None else named_for(changed or list(modules), base)
         for module, tensors in modules.items():
             if set("*{}/") & set(module).union(*tensors):
                 self.problems.append(f"{module!r} is not the name of a torch module, or has a parameter without one")
