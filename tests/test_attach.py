@@ -126,6 +126,24 @@ def test_rows_and_layers_that_a_leaf_lacks_are_reported(
     assert f"at 'leaf', {text}" in error(function, params, {"leaf": lj.Adapter(variant, axes, **arrays)})
 
 
+@pytest.mark.parametrize("swapped", ["leaf", "a"])
+def test_another_byte_order_is_reported_also_after_a_program_was_compiled(function: str, swapped: str) -> None:
+    """The compiled program would read the bytes in the wrong order."""
+    arrays = {"leaf": np.ones((8, 8), np.float32), "a": np.ones((8, 2), np.float32), "b": np.ones((2, 8), np.float32)}
+
+    def of(arrays: dict[str, Any]) -> tuple[Any, Any]:
+        return {"leaf": arrays["leaf"]}, {"leaf": lj.Adapter(LORA, "io", a=arrays["a"], b=arrays["b"])}
+
+    FUNCTIONS["merge"](*of(arrays))
+    params, adapter = of(arrays | {swapped: arrays[swapped].astype(">f4")})
+    if function == "jit of lora":  # JAX's own
+        with pytest.raises(TypeError):
+            FUNCTIONS[function](params, adapter)
+    else:
+        text = f"'leaf' has another byte order, {swapped!r} in >f4; use astype('float32')"
+        assert text in error(function, params, adapter)
+
+
 def test_the_adapter_of_a_deeper_model_has_unknown_paths(function: str) -> None:
     text = error(function, unrolled(4), init(unrolled(14)))
     assert "got 10 differences.\n  'layer_10/kernel' is not in `params`; the nearest are " in text

@@ -218,6 +218,17 @@ def test_an_invalid_save_raises_before_any_file_changes(name: str, tmp_path: Pat
     assert not (tmp_path / "new").exists()
 
 
+def test_another_byte_order_is_an_error_before_it_is_saved(tmp_path: Path) -> None:
+    """The files would have the order of the machine, and the manifest the other one, with which nothing is restored."""
+    arrays = {"a": np.ones((4, 1), ">f4"), "b": np.ones((1, 3), np.float32)}
+    adapter = {"kernel": lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", **arrays)}
+    with pytest.raises(
+        lj.CheckpointError, match=r"got >f4 as 'a' at 'kernel'.\n  Convert it: array.astype\('float32'\)"
+    ):
+        lj.save(tmp_path / "saved", adapter, base={"kernel": np.ones((4, 3), np.float32)})
+    assert not (tmp_path / "saved").exists()
+
+
 def test_a_save_under_jit_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(lj.CheckpointError, match="Save outside `jit`"):
         jax.jit(lambda adapter: save(tmp_path, adapter, base=make_base()))(make_adapter())

@@ -142,6 +142,10 @@ def _differences(path: str, part: Adapter, leaves: Mapping[str, Any], tree: str,
     shape = tuple(leaves[path].shape)
     if not jnp.issubdtype(leaves[path].dtype, jnp.floating):
         return [f"{path!r} has dtype {leaves[path].dtype}; an adapter needs a floating-point leaf"]
+    # JAX refuses another byte order, except where it has a compiled program for that shape: it then reads other values.
+    for name, array in {path: leaves[path], **part.arrays}.items():
+        if isinstance(array, np.ndarray) and not array.dtype.isnative:
+            return [f"{path!r} has another byte order, {name!r} in {array.dtype}; use astype({array.dtype.name!r})"]
     if part.axes and len(part.axes) != len(shape):
         return [f"{path!r} has shape {shape}; the adapter was made for axes {part.axes!r}"]
     if getattr(part.variant, "clip_rank", False):  # the scale would be that of the rank before clipping

@@ -25,6 +25,11 @@ def check_values(array: Any, name: str) -> None:
             f"Expected arrays to save; got {type(array).__name__} as {name}.\n"
             "  Save outside `jit` and `eval_shape`, where arrays have values."
         )
+    if isinstance(array, np.ndarray) and not array.dtype.isnative:
+        raise CheckpointError(
+            f"Expected arrays in the byte order of this machine to save; got {array.dtype} as {name}.\n"
+            f"  Convert it: array.astype({array.dtype.name!r})."
+        )
     check_not_deleted(array, "arrays to save", name)
 
 
