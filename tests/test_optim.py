@@ -171,6 +171,14 @@ def test_updates_of_the_base_are_zero_in_the_dtypes_of_the_base() -> None:
         assert not np.asarray(leaf, np.float32).any()
 
 
+def test_a_base_in_a_dtype_without_zero_is_unchanged() -> None:
+    # The dtype of the scales of Qwix's mxfp4 and mxfp8.
+    tree = {"base": jnp.exp2(jnp.arange(-126, 128)).astype(jnp.float8_e8m0fnu), "adapter": {"a": jnp.ones(3)}}
+    tx = freeze_base(optax.sgd(0.1))
+    updates, _ = tx.update(tree, tx.init(tree), tree)
+    assert bits(optax.apply_updates(tree, updates)["base"]) == bits(tree["base"])
+
+
 def test_clipping_uses_the_norm_of_the_adapter() -> None:
     tree = {"base": {"kernel": jnp.full((8, 8), 1e6)}, "adapter": {"a": jnp.array([3.0, 4.0])}}
     tx = freeze_base(optax.chain(optax.clip_by_global_norm(1.0), optax.scale(-1.0)))

@@ -60,6 +60,8 @@ def freeze_base(tx: optax.GradientTransformation) -> optax.GradientTransformatio
 def _no_update(gradient: Any, leaf: Any) -> Any:
     if gradient.dtype == jax.dtypes.float0:  # of integers, such as the codes of a quantized kernel
         return np.zeros(leaf.shape, bool if leaf is gradient else leaf.dtype)
+    if gradient.dtype == jnp.float8_e8m0fnu:  # powers of two without zero, of which the least counts as zero in a sum
+        return jnp.full_like(gradient, jnp.finfo(gradient.dtype).tiny)
     # Adding -0.0 changes no bit of any value; adding 0.0 would turn -0.0 into 0.0.
     return jnp.full_like(gradient, -0.0)
 
