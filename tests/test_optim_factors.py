@@ -297,6 +297,14 @@ def test_a_missing_adapter_is_an_error(name: str) -> None:
     assert str(caught.value) == "Expected `params`, the adapter; got None.\n  Call tx.update(gradient, state, adapter)."
 
 
+def test_lora_fa_refuses_a_scale_of_zero() -> None:
+    # Was an update of NaN.
+    adapter = {"w": lj.Adapter(lj.LoRA(rank=1, alpha=0), "io", a=jnp.ones((4, 1)), b=jnp.zeros((1, 3)))}
+    tx = optim.lora_fa(optax.sgd(1.0))
+    with pytest.raises(lj.AdapterError, match=r"Expected a nonzero scale.* got LoRA\(rank=1, alpha=0\)"):
+        tx.update(adapter, tx.init(adapter), adapter)
+
+
 # Masks
 
 

@@ -73,12 +73,17 @@ def lora_fa(tx: optax.GradientTransformation, *, damping: float = 1e-8) -> optax
       the trained arrays.
 
     Raises:
-      AdapterError: from `update`, if `params` is missing, not an adapter, or in a stack (`many`).
+      AdapterError: from `update`, if `params` is missing, not an adapter, or in a stack (`many`); if a scale is 0.
     """
 
     def precondition(gradient: Adapter, part: Adapter) -> dict[str, Array]:
-        gram, _ = _grams(part)
-        return {"b": product(_inverse(gram, damping), factor_matrices(gradient)[1]) / scale_of(part) ** 2}
+        gram, scale = _grams(part)[0], scale_of(part)
+        if not scale:
+            raise AdapterError(
+                f"Expected a nonzero scale, by whose square the gradient of `b` is divided; got {part.variant}.\n"
+                "  Choose another `alpha`, or leave this kernel out of the spec."
+            )
+        return {"b": product(_inverse(gram, damping), factor_matrices(gradient)[1]) / scale**2}
 
     def labels(adapter: Any) -> Any:
         return label_arrays(adapter, lambda path, name: "frozen" if name == "a" else "trained")
