@@ -217,6 +217,17 @@ def test_a_numpy_float64_base_is_compared_at_the_precision_of_the_tuned_tree() -
     assert [*adapter] == ["tuned"]
 
 
+@pytest.mark.parametrize("x64", [True, False])
+def test_the_change_of_numpy_float64_is_not_rounded_before(x64: bool) -> None:
+    base = np.random.default_rng(0).normal(size=(8, 4))
+    change = 1e-8 * np.outer(np.arange(1.0, 9), np.arange(1.0, 5))
+    with jax.enable_x64(x64):
+        adapter, residual = lj.extract({"w": base}, {"w": base + change}, {"w": lj.LoRA(rank=1, alpha=2)})
+    factors = adapter["w"]
+    np.testing.assert_allclose(2 * np.asarray(factors.a) @ np.asarray(factors.b), change, rtol=1e-5)
+    assert residual["w"] < 1e-6
+
+
 @each_kernel
 def test_compress_truncates_the_product_at_the_same_scale(axes: str, variant: Any) -> None:
     zeros, adapter = random_case(axes, variant(rank=4, alpha=5, axes=axes))

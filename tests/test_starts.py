@@ -221,6 +221,17 @@ def test_an_initialization_keeps_dtypes_and_its_arguments() -> None:
     jax.tree.map(np.testing.assert_array_equal, before, (adapter, params))
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora", "mica"])
+def test_a_numpy_base_in_float64_stays_so(start: str) -> None:
+    # Was a warning of JAX.
+    w = np.random.default_rng(0).normal(size=(6, 5))
+    params = {"w": w}
+    moved, adapter = getattr(starts, start)(params, lj.init(jax.random.key(0), params, {"w": LORA}))
+    assert isinstance(moved["w"], np.ndarray) and moved["w"].dtype == np.float64
+    a, b = (np.asarray(array, np.float64) for array in (adapter["w"].a, adapter["w"].b))
+    np.testing.assert_allclose(moved["w"] + 1.5 * a @ b, w, rtol=1e-12, atol=1e-12)
+
+
 def test_an_initialization_under_jit_is_the_same() -> None:
     eager = starts.pissa(PARAMS, {"dense": adapter_of()["dense"]})
     assert_near(eager.params["dense"], started("pissa").params["dense"])

@@ -61,7 +61,8 @@ def scale_of(part: Adapter) -> float:
 
 def kernel_matrix(w: Any, axes: str) -> Array:
     """Returns a kernel as (batch…, in, out), in at least float32."""
-    wide = replicated(jnp.asarray(in_device_memory(w), widest(w.dtype, jnp.float32)))
+    array = jnp.asarray(in_device_memory(w))  # before the cast, for which JAX has no float64
+    wide = replicated(array.astype(widest(array.dtype, jnp.float32)))
     by_role = [axes_with(axes, role) for role in "bio"]
     batch, d_in, d_out = ([wide.shape[axis] for axis in axes_of_role] for axes_of_role in by_role)
     ordered = jnp.transpose(wide, [axis for axes_of_role in by_role for axis in axes_of_role])

@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from .._core.adapter import Adapter
-from .._core.attach import as_jax
+from .._core.contract import widest
 from .._core.linalg import SVD, as_factors, factors_from_svd, kernel_matrix, rank_for_energy, truncation_error
 from .._core.paths import differences, flatten
 from .._core.spec import Choice, Problem, Spec, fit, refuse
@@ -103,13 +103,21 @@ def _extracted(before: Any, after: Any, choice: Choice, energy: float | None, dt
     if isinstance(variant, Full):
         return Adapter(variant, axes, value=jnp.asarray(after, dtype)), jnp.zeros(())
     assert isinstance(variant, LowRank)
-    first, second = (kernel_matrix(as_jax(leaf), axes) for leaf in (before, after))
-    svd = SVD(*jnp.linalg.svd(second - first, full_matrices=False))
+    svd = SVD(*jnp.linalg.svd(_change(before, after, axes), full_matrices=False))
     if energy is not None:
         variant = dataclasses.replace(variant, rank=min(variant.rank, rank_for_energy(svd.s, energy)))
     factors = as_factors(*factors_from_svd(svd, variant.rank, variant.scale), axes, before.shape)
     arrays = {name: array.astype(dtype) for name, array in factors.items()}
     return Adapter(variant, axes, **arrays), truncation_error(svd.s, variant.rank)
+
+
+def _change(before: Any, after: Any, axes: str) -> Array:
+    """Returns the change of a kernel, (batch…, in, out)."""
+    if isinstance(before, np.ndarray) and isinstance(after, np.ndarray):  # in NumPy: JAX may round float64 before
+        wide = widest(before.dtype, after.dtype, jnp.float32)
+        return kernel_matrix(after.astype(wide) - before.astype(wide), axes)
+    first, second = (kernel_matrix(leaf, axes) for leaf in (before, after))
+    return second - first
 
 
 # Checks
