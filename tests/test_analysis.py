@@ -229,6 +229,20 @@ def test_a_layer_without_intruders_is_unchanged_bit_for_bit() -> None:
     assert bits(nothing) == bits(adapter) and not residual["w"].any()
 
 
+def test_intruders_of_a_rank_above_the_size_of_the_kernel_are_reduced() -> None:
+    # Such as that of `as_plain`.
+    rng = np.random.default_rng(0)
+    params = {"w": jnp.asarray(rng.normal(size=(4, 5)))}
+    part = lj.Adapter(lj.LoRA(rank=7, alpha=3), "io", a=rng.normal(size=(4, 7)), b=rng.normal(size=(7, 5)))
+    reduced, residual = analysis.reduce_intruders(params, {"w": part}, scale=0.5, top=2, threshold=0.99)
+    kernel, delta = layers_of(params, {"w": part})
+    intruder = np.asarray(analysis.intruders(params, {"w": part}, top=2, threshold=0.99)["w"].intruder)
+    u, s, vt = np.linalg.svd(kernel + delta, full_matrices=False)
+    expected = delta - 0.5 * (u[:, :2] * (s[:2] * intruder)) @ vt[:2]
+    assert intruder.any() and float(residual["w"]) < 1e-12
+    np.testing.assert_allclose(layers_of(params, reduced)[1], expected, **TOLERANCE)
+
+
 def test_leaves_whose_intruders_cannot_be_reduced_are_an_error_or_unchanged() -> None:
     params = {"w": jnp.ones((4, 3)), "bias": jnp.ones(3)}
     spec = {"w": lj.DoRA(rank=1, alpha=1, axes="io"), "bias": lj.Full()}

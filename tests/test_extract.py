@@ -248,6 +248,17 @@ def test_compress_to_the_actual_rank_keeps_the_function() -> None:
     assert float(lost["w"]) < 1e-12
 
 
+def test_a_rank_above_the_size_of_the_kernel_can_be_reduced() -> None:
+    # Adapters of `as_plain` and of concatenations have such ranks.
+    rng, zeros = np.random.default_rng(0), {"w": jnp.zeros((4, 6))}
+    part = lj.Adapter(lj.LoRA(rank=7, alpha=3), "io", a=rng.normal(size=(4, 7)), b=rng.normal(size=(7, 6)))
+    expected = lj.merge(zeros, {"w": part})["w"]
+    for rank in (6, 5, 4):
+        smaller, lost = lj.compress({"w": part}, rank)
+        assert smaller["w"].variant.rank == rank and float(lost["w"]) < 1e-12
+        np.testing.assert_allclose(lj.merge(zeros, smaller)["w"], expected, **TOLERANCE)
+
+
 def test_a_negative_scale_stays_negative() -> None:
     zeros, adapter = random_case("io", lj.LoRA(rank=3, alpha=-4))
     expected = truncated(np.asarray(lj.merge(zeros, adapter)["w"]), 2)[0]

@@ -114,10 +114,14 @@ def svd_of_product(a: Array, b: Array, scale: float = 1.0) -> SVD:
 def factors_from_svd(svd: SVD, rank: int, scale: float) -> tuple[Array, Array]:
     """Returns factors, (batch…, in, rank) and (batch…, rank, out), each with the square root of the singular values.
 
-    `scale·a·b` is the best approximation of this rank in the Frobenius norm (Eckart and Young, 1936).
+    `scale·a·b` is the best approximation of this rank in the Frobenius norm (Eckart and Young, 1936). Beyond the number
+    of singular values, the factors are zero.
     """
     root = jnp.sqrt(svd.s[..., :rank] / abs(scale))
-    return math.copysign(1, scale) * svd.u[..., :rank] * root[..., None, :], root[..., None] * svd.vt[..., :rank, :]
+    a = math.copysign(1, scale) * svd.u[..., :rank] * root[..., None, :]
+    b = root[..., None] * svd.vt[..., :rank, :]
+    batch, more = [(0, 0)] * (root.ndim - 1), (0, rank - root.shape[-1])
+    return jnp.pad(a, [*batch, (0, 0), more]), jnp.pad(b, [*batch, more, (0, 0)])
 
 
 def as_factors(a: Array, b: Array, axes: str, shape: Sequence[int]) -> dict[str, Array]:
