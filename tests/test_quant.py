@@ -135,6 +135,14 @@ def test_leaves_are_quantized_one_at_a_time_and_deleted() -> None:
     assert params["one"].is_deleted() and params["two"].is_deleted() and not params["norm"].is_deleted()
 
 
+def test_a_tied_array_is_deleted_once_no_leaf_holds_it() -> None:
+    tied = normal(64, 4)
+    small = quant.quantize({"embedding": tied, "head": tied}, {"head": NF4}, donate=True)
+    assert small["embedding"] is tied and not tied.is_deleted()
+    quant.quantize({"embedding": tied, "head": tied}, {"*": NF4}, donate=True)
+    assert tied.is_deleted()
+
+
 def test_numpy_leaves_and_a_second_call() -> None:
     params = {"one": np.asarray(normal(64, 4)), "two": np.asarray(normal(64, 8), np.float16)}
     once = quant.quantize(params, {"one": INT8})

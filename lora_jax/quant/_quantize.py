@@ -52,7 +52,7 @@ def quantize(
       kernels: from `lora_jax.kernels(apply, params, *args)`, for targets and for the roles of axes. Without it, a
         matrix is (in, out), and other kernels need `axes=` in their format. An embedding table that is looked up is
         quantized along its rows.
-      donate: whether each array of `params` is deleted once it is quantized.
+      donate: whether each array of `params` is deleted once all leaves that hold it are quantized.
 
     Returns:
       A tree like `params`.
@@ -64,7 +64,12 @@ def quantize(
     """
     leaves, treedef = flatten(params)
     for path, (_, format_, axes) in choose_formats(spec, leaves, kernels).items():
-        leaves[path] = quantize_leaf(leaves[path], format_, axes, donate=donate)
+        leaf = leaves[path]
+        leaves[path] = quantize_leaf(leaf, format_, axes)
+        if donate and isinstance(leaf, Array) and is_concrete(leaf):
+            jax.block_until_ready(leaves[path])
+            if not any(other is leaf for other in leaves.values()):  # another path holds a tied array
+                leaf.delete()
     return unflatten(treedef, leaves)
 
 
@@ -143,7 +148,7 @@ def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
         )
 
 
-def quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool = False) -> StoredLeaf:
+def quantize_leaf(leaf: Any, format_: Format, axes: str) -> StoredLeaf:
     """Quantizes one leaf."""
     jitted = functools.partial(_jitted, format_, axes)
     sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else explicit_sharding(jax.typeof(leaf))
@@ -153,10 +158,7 @@ def quantize_leaf(leaf: Any, format_: Format, axes: str, *, donate: bool = False
         shardings = shardings_like(abstract, sharding) if isinstance(sharding, NamedSharding) else None
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return abstract if shardings is None else jax.tree.map(_struct, abstract, shardings)
-    stored = jitted(shardings)(leaf)
-    if donate and isinstance(leaf, Array) and is_concrete(leaf):
-        jax.block_until_ready(stored)
-        leaf.delete()
+    stored: StoredLeaf = jitted(shardings)(leaf)
     return stored
 
 
