@@ -235,6 +235,25 @@ def test_an_unchanged_leaf_is_not_quantized_again() -> None:
     assert tree["up"] is BASE["up"] and not report
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_an_update_of_few_units_in_the_last_place_is_quantized_again(dtype: str) -> None:
+    base = quant.quantize({"w": normal(64, 16).astype(dtype)}, {"w": quant.Int8()})
+    part = lj.Adapter(lj.LoRA(rank=1, alpha=1), "io", a=jnp.full((64, 1), 0.05), b=jnp.ones((1, 16)))
+    tree, report = quant.requantize(base, lj.merge(quant.dequantize(base), {"w": part}))
+    before, after = (quant.dequantize(leaves)["w"].astype(jnp.float32) for leaves in (base, tree))
+    assert abs(float((after - before).mean()) - 0.05) < 0.002 and abs(report["w"].survived - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("name", ["NF4", "Int8"])
+def test_a_leaf_of_another_program_is_unchanged(name: str, dtype: str) -> None:
+    base = quant.quantize({"w": normal(256, 64, size=0.02).astype(dtype)}, {"w": getattr(quant, name)()})
+    with jax.disable_jit():
+        dense = quant.dequantize(base)
+    tree, report = quant.requantize(base, dense)
+    assert tree["w"] is base["w"] and not report
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [

@@ -133,7 +133,9 @@ def _is_unchanged(old: Any, merged: Array) -> Array:
     wide = widest(start.dtype, merged.dtype, jnp.float32)
     eps = max(float(jnp.finfo(dtype).eps) for dtype in (start.dtype, merged.dtype))
     start, merged = start.astype(wide), merged.astype(wide)
-    return abs(merged - start).max(initial=0) <= 4 * eps * abs(start).max(initial=0)
+    # Programs differ in the rounding of scales, relative to the largest, and of each element to its dtype.
+    slack = 4 * float(jnp.finfo(jnp.float32).eps) * abs(start).max(initial=0)
+    return jnp.all(abs(merged - start) <= slack + eps * abs(start))
 
 
 @jax.jit
