@@ -254,6 +254,25 @@ def test_a_leaf_of_another_program_is_unchanged(name: str, dtype: str) -> None:
     assert tree["w"] is base["w"] and not report
 
 
+def test_a_merged_leaf_that_is_not_finite_is_an_error() -> None:
+    with pytest.raises(lj.SpecError, match="Expected finite kernels; 1 of 2 contain NaN or infinity"):
+        quant.requantize(BASE, DENSE | {"up": DENSE["up"].at[0, 0].set(jnp.nan)})
+
+
+@pytest.mark.parametrize("name", ["NF4", "Int8"])
+def test_leaves_in_host_memory_stay_there(name: str) -> None:
+    params, spec = {"up": ORIGINAL["up"]}, {"up": getattr(quant, name)()}
+    base, expected = quant.quantize(lj.sharding.to_host(params), spec), quant.quantize(params, spec)
+    dense, plain = quant.dequantize(base), quant.dequantize(expected)
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves((base, dense))} == {"pinned_host"}
+    assert_close(jax.device_get(dense), jax.device_get(plain))
+    tree, report = quant.requantize(base, dense)
+    assert tree["up"] is base["up"] and not report
+    tree, report = quant.requantize(base, lj.merge(dense, PART))
+    assert report == quant.requantize(expected, lj.merge(plain, PART))[1]
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(tree)} == {"pinned_host"}
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [

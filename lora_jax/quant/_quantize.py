@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,8 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 
+from .._core.base import dense
+from .._core.memory import is_in_host_memory, to_device, to_host
 from .._core.paths import Pattern, flatten, matching_paths, unflatten
 from .._core.placement import explicit_sharding, with_auto_axes
 from .._core.spec import Choice, fit
@@ -82,7 +84,7 @@ def choose_formats(
       SpecError: where `quantize` raises it.
     """
     fitted = fit(spec, leaves, None if kernels is None else _rows_as_outputs(kernels), kind=Format)
-    _check_arrays(leaves, fitted)
+    check_arrays(leaves, fitted)
     return fitted
 
 
@@ -117,7 +119,8 @@ def dequantize(params: Any, patterns: Iterable[Pattern] = ("**",)) -> Any:
 
 @jax.jit
 def _dequantize(leaf: StoredLeaf) -> Array:
-    return leaf.dequantize()
+    array: Array = dense(leaf)
+    return to_host(array) if any(map(is_in_host_memory, jax.tree.leaves(leaf))) else array
 
 
 def _rows_as_outputs(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
@@ -131,7 +134,8 @@ def _rows_as_outputs(kernels: Mapping[str, Kernel]) -> dict[str, Kernel]:
     return {path: swapped(kernel) for path, kernel in kernels.items()}
 
 
-def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
+def check_arrays(leaves: Mapping[str, Any], fitted: Collection[str]) -> None:
+    """Raises `SpecError` if one of the paths is of a leaf that is stored already, or is not finite."""
     if stored := [repr(path) for path in fitted if isinstance(leaves[path], StoredLeaf)]:
         raise SpecError(
             f"Expected arrays; {len(stored)} of the {len(fitted)} leaves that the spec matches are already quantized.\n"
@@ -150,6 +154,9 @@ def _check_arrays(leaves: Mapping[str, Any], fitted: Mapping[str, Any]) -> None:
 
 def quantize_leaf(leaf: Any, format_: Format, axes: str) -> StoredLeaf:
     """Quantizes one leaf."""
+    if isinstance(leaf, Array) and is_in_host_memory(leaf):
+        moved: StoredLeaf = jax.tree.map(to_host, quantize_leaf(to_device(leaf), format_, axes))
+        return moved
     jitted = functools.partial(_jitted, format_, axes)
     sharding = getattr(leaf, "sharding", None) if is_concrete(leaf) else explicit_sharding(jax.typeof(leaf))
     shardings = None

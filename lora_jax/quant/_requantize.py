@@ -17,11 +17,11 @@ from .._core.stored import StoredLeaf
 from .._core.table import Report
 from .._core.targets import Rules
 from .._core.uses import Kernel
-from .._core.values import is_concrete
+from .._core.values import in_device_memory, is_concrete
 from .._errors import MergeError, SpecError, counted, listed
 from ._format import Format
 from ._leaf import QuantizedLeaf
-from ._quantize import choose_formats, quantize_leaf
+from ._quantize import check_arrays, choose_formats, quantize_leaf
 
 
 class Survival(NamedTuple):
@@ -81,23 +81,29 @@ def requantize(
     Raises:
       MergeError: if the trees differ in paths or shapes; if `base` has no quantized leaf and there is no `spec`; under
         `jit`, where values are not known.
-      SpecError: where `quantize` raises it; if no format made a leaf of `base`, and there is no `spec`.
+      SpecError: where `quantize` raises it, as for leaves that are not finite; if no format made a leaf of `base`, and
+        there is no `spec`.
     """
     before, (leaves, treedef) = flatten(base)[0], flatten(merged)
     _check(before, leaves)
-    found = _formats(before) if spec is None else _chosen(spec, leaves, kernels)
+    if spec is None:
+        found = _formats(before)
+        check_arrays(leaves, [path for path in found if not isinstance(leaves[path], StoredLeaf)])
+    else:
+        found = _chosen(spec, leaves, kernels)
     report: Report[Survival] = Report()
     for path, (format_, axes) in found.items():
         old, leaf = before[path], leaves[path]
         if isinstance(leaf, StoredLeaf):
             continue
-        unchanged = bool(_is_unchanged(old, jnp.asarray(leaf)))
+        array = jnp.asarray(in_device_memory(leaf))
+        unchanged = bool(_is_unchanged(old, array))
         if unchanged and isinstance(old, QuantizedLeaf) and _without_axes(old.format) == format_:
             leaves[path] = old
             continue
         new = leaves[path] = quantize_leaf(leaf, format_, axes)
         if not unchanged:
-            report[path] = Survival(*map(float, _measure(old, jnp.asarray(leaf), new)))
+            report[path] = Survival(*map(float, _measure(old, array, new)))
     return unflatten(treedef, leaves), report
 
 
@@ -142,7 +148,7 @@ def _is_unchanged(old: Any, merged: Array) -> Array:
 def _measure(old: Any, merged: Array, new: StoredLeaf) -> tuple[Array, Array]:
     wide = widest(merged.dtype, jnp.float32)
     start = dense(old).astype(wide)
-    update, left = merged.astype(wide) - start, new.dequantize().astype(wide) - start
+    update, left = merged.astype(wide) - start, dense(new).astype(wide) - start
     square = jnp.sum(update * update)
     return jnp.sum(left * update) / square, jnp.sqrt(jnp.sum((left - update) ** 2) / square)
 
