@@ -45,6 +45,16 @@ def test_merge_matches_the_formula_of_the_paper(axes: str) -> None:
     assert_close(lj.merge(params, {"w": part})["w"], magnitude * direction / length)
 
 
+@pytest.mark.parametrize("left", [1e-2, 1e-4, 0.0])
+def test_an_update_that_cancels_the_kernel_does_not_explode(left: float) -> None:
+    # Was a gain of 1e15 where the square of the norm was rounded to a negative number.
+    w = normal(64, 8)
+    u, s, vt = jnp.linalg.svd(w, full_matrices=False)
+    part = lj.Adapter(lj.DoRA(rank=8, alpha=8), "io", a=(left - 1) * u * s, b=vt, magnitude=jnp.ones(8))
+    lengths = jnp.linalg.norm(lj.merge({"w": w}, {"w": part})["w"], axis=0)
+    assert lengths.max() < 1.01 and (left < 1e-2 or lengths.min() > 0.99)
+
+
 def test_the_norm_is_constant_in_the_gradient() -> None:
     w, x = normal(4, 5), normal(3, 4, seed=1)
     part = dora({"w": w}, "io")["w"]

@@ -40,7 +40,9 @@ def norms(kernel: AdaptedKernel) -> Array:
     gram_b = contract(gram, b, keep={*outputs, _RANK_2}, precision=high)
     gram_b = gram_b._replace(labels=tuple(RANK if label == _RANK_2 else label for label in gram_b.labels))
     change = jnp.sum((2 * wa + gram_b.in_order(b.labels)) * b.array, b.labels.index(RANK))
-    return jnp.sqrt(jnp.maximum(w_squared + change, jnp.finfo(dtype).tiny))
+    limits = jnp.finfo(dtype)
+    # If the update cancels the kernel, the difference is a rounding error of this size, of either sign.
+    return jnp.sqrt(jnp.maximum(w_squared + change, 4 * limits.eps * w_squared + limits.tiny))
 
 
 def input_norms(w: Base, roles: Sequence[str]) -> Array:
