@@ -203,6 +203,22 @@ def test_each_gradient_is_divided_by_the_gram_matrix_of_the_other_factor(axes: s
     assert jax.tree.structure(updates) == jax.tree.structure(gradient)
 
 
+def test_a_direction_that_is_small_beside_another_is_not_dropped() -> None:
+    rng, singular = np.random.default_rng(0), np.array([30.0] + [0.1] * 63)
+    rows = np.linalg.qr(rng.normal(size=(128, 64)))[0].T
+    part = lj.Adapter(
+        lj.LoRA(rank=64, alpha=64),
+        "io",
+        a=jnp.asarray(rng.normal(size=(96, 64)), jnp.float32),
+        b=jnp.asarray(singular[:, None] * rows, jnp.float32),
+    )
+    direct = rng.normal(size=(96, 128)) @ rows.T
+    gradient = lj.Adapter(part.variant, "io", a=jnp.asarray(direct * singular, jnp.float32), b=part.b)
+    updates = first_step(optim.riemannian(damping=1e-2), {"w": gradient}, {"w": part})
+    expected = direct * singular / (singular**2 + 1e-2)
+    assert np.linalg.norm(updates["w"].a - expected) < 0.01 * np.linalg.norm(expected)
+
+
 def test_a_step_does_not_depend_on_the_factorization() -> None:
     params, adapter = random_case("io")
     part = adapter["w"]

@@ -119,7 +119,9 @@ def riemannian(*, damping: float = 1e-2) -> optax.GradientTransformation:
 
     def precondition(gradient: Adapter, part: Adapter) -> dict[str, Array]:
         (gram_a, gram_b), (g_a, g_b) = _grams(part), factor_matrices(gradient)
-        return {"a": product(g_a, _inverse(gram_b, damping)), "b": product(_inverse(gram_a, damping), g_b)}
+        # δ may be smaller than the rounding error that `pinv` assumes by default, and counts in spite of that.
+        of_a, of_b = (_inverse(gram, damping, float(jnp.finfo(gram.dtype).eps)) for gram in (gram_a, gram_b))
+        return {"a": product(g_a, of_b), "b": product(of_a, g_b)}
 
     return _preconditioned(precondition)
 
@@ -164,6 +166,6 @@ def _like(gradient: Array, matrix: Array) -> Array:
     return sharded_as(matrix.reshape(gradient.shape).astype(gradient.dtype), gradient)
 
 
-def _inverse(gram: Array, damping: float) -> Array:
+def _inverse(gram: Array, damping: float, rtol: float | None = None) -> Array:
     """Inverts a stack of symmetric matrices after adding `damping` to the diagonal; pseudo-inverse if singular."""
-    return jnp.linalg.pinv(gram + damping * identity_like(gram), hermitian=True)
+    return jnp.linalg.pinv(gram + damping * identity_like(gram), rtol, hermitian=True)
