@@ -678,3 +678,10 @@ def test_constants_under_jit_are_merged_by_value(kind: Any) -> None:
     adapter = jax.tree.map(lambda leaf: leaf + 1, adapter)
     merged = jax.jit(lambda x: lj.merge(params, adapter)["kernel"] * x)(1.0)
     np.testing.assert_allclose(merged, lj.merge(params, adapter)["kernel"], rtol=1e-6)
+
+
+def test_unmerging_approximately_needs_values() -> None:
+    params = {"kernel": jnp.ones((4, 3))}
+    adapter = lj.init(jax.random.key(0), params, {"kernel": lj.LoRA(rank=2, alpha=4)})
+    with pytest.raises(lj.MergeError, match="Call unmerge_approximately outside `jit`"):
+        jax.jit(lj.unmerge_approximately)(params, adapter)

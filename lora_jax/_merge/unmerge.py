@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
 from .._core.paths import flatten, unflatten
+from .._core.values import is_concrete
 from .._errors import MergeError
 from .fold import rounding_bound, unfold
 from .merge import check_arrays, check_fits, check_merge, check_mergeable
@@ -69,12 +72,14 @@ def unmerge_approximately(merged: Any, adapter: Adapters) -> tuple[Any, dict[str
     Raises:
       AdapterError: if the adapter does not fit `merged`.
       MergeError: if the variant replaces or scales a leaf, which only `unmerge` can undo; if an adapted leaf is
-        quantized.
+        quantized; under `jit`.
     """
     leaves, treedef = flatten(merged)
     check(leaves, adapter, tree="merged")
     check_mergeable(adapter)
     check_arrays(leaves, adapter, tree="merged", advice=_ADVICE)
+    if not all(map(is_concrete, jax.tree.leaves(([leaves[path] for path in adapter], adapter)))):
+        raise MergeError("Expected arrays with values; got traced arrays.\n  Call unmerge_approximately outside `jit`.")
     restored = {path: _without(path, leaves[path], part) for path, part in adapter.items()}
     check_fits(leaves, adapter, restored, unfolded=True)
     tree = unflatten(treedef, {path: restored.get(path, leaf) for path, leaf in leaves.items()})
