@@ -466,3 +466,12 @@ def test_a_plan_of_a_quantized_base() -> None:
     sizes, of_gathered = ({one.result for one in step.lora.collectives} for step in (found, gathered))
     assert (4 * WIDTH * WIDTH in sizes, 4 * WIDTH * WIDTH in of_gathered) == (True, False)
     assert gathered.lora.largest_gather == WIDTH * WIDTH // 2
+
+
+def test_a_leaf_without_a_sharding_is_an_error() -> None:
+    small = quant.quantize({"w": jnp.ones((64, 4)), "v": jnp.ones(4)}, {"w": quant.NF4()})
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(lj.SpecError, match=r"Expected a sharding for each leaf; there is none for 1 of 2.\n  'v'"):
+        quant.shardings(small, {"w": place})
+    with pytest.raises(lj.SpecError, match=r"Expected a sharding for each leaf; there is none for 1 of 1.\n  'w'"):
+        quant.gather(small, {"v": place}, "fsdp")

@@ -15,7 +15,7 @@ from .._core.paths import flatten, unflatten
 from .._core.placement import mesh_axes
 from .._core.stored import Change, StoredLeaf
 from .._errors import SpecError
-from ._leaf import QuantizedLeaf, shardings_like
+from ._leaf import QuantizedLeaf, shardings_by_path, shardings_like
 
 
 def gather(params: Any, dense: Any, over: str | Sequence[str]) -> Any:
@@ -49,11 +49,13 @@ def gather(params: Any, dense: Any, over: str | Sequence[str]) -> Any:
       The tree for `lora(apply)`, with the same arrays.
 
     Raises:
-      SpecError: if no quantized leaf is sharded along one of the axes, or if the axis is explicit.
+      SpecError: if no quantized leaf is sharded along one of the axes, or if the axis is explicit; if a leaf has no
+        sharding.
     """
     leaves, treedef = flatten(params)
-    by_path, axes = flatten(dense)[0], (over,) if isinstance(over, str) else tuple(over)
+    axes = (over,) if isinstance(over, str) else tuple(over)
     quantized = {path: leaf for path, leaf in leaves.items() if isinstance(leaf, QuantizedLeaf)}
+    by_path = shardings_by_path(dense, quantized)
     gathered = {path: _gathered(leaf, by_path[path], axes) for path, leaf in quantized.items()}
     changed = {path: leaf for path, leaf in gathered.items() if leaf is not quantized[path]}
     if not changed:

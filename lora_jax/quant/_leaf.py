@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import math
+from collections.abc import Collection
 from typing import Any, Self
 
 import jax
@@ -11,8 +12,10 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .._core import display
+from .._core.paths import flatten
 from .._core.placement import explicit_sharding, mesh_axes, with_auto_axes
 from .._core.stored import Change, StoredLeaf
+from .._errors import SpecError, listed
 from ._format import Format
 
 
@@ -125,6 +128,21 @@ class QuantizedLeaf(StoredLeaf):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({jax.numpy.dtype(self.dtype).name}{list(self.shape)})"
+
+
+def shardings_by_path(dense: Any, paths: Collection[str]) -> dict[str, Any]:
+    """Returns the leaves of a tree of shardings.
+
+    Raises:
+      SpecError: if there is none for one of the paths.
+    """
+    by_path = flatten(dense)[0]
+    if missing := [repr(path) for path in paths if path not in by_path]:
+        raise SpecError(
+            f"Expected a sharding for each leaf; there is none for {len(missing)} of {len(paths)}.\n{listed(missing)}\n"
+            "  Pass a tree with the same paths, such as jax.tree.map(lambda array: array.sharding, params)."
+        )
+    return by_path
 
 
 def shardings_like(leaf: QuantizedLeaf, sharding: Sharding) -> Any:

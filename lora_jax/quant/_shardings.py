@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .._core.paths import flatten, unflatten
-from ._leaf import QuantizedLeaf, shardings_like
+from ._leaf import QuantizedLeaf, shardings_by_path, shardings_like
 
 
 def shardings(params: Any, dense: Any) -> Any:
@@ -28,9 +28,12 @@ def shardings(params: Any, dense: Any) -> Any:
 
     Returns:
       A tree like `params`, with a sharding in place of each array, for `jax.device_put` and `jax.jit`.
+
+    Raises:
+      SpecError: if a leaf has no sharding.
     """
     leaves, treedef = flatten(params)
-    by_path = flatten(dense)[0]
+    by_path = shardings_by_path(dense, leaves)
     return unflatten(
         treedef,
         {
