@@ -172,7 +172,7 @@ def test_updates_of_the_base_are_zero_in_the_dtypes_of_the_base() -> None:
 
 
 def test_a_base_in_a_dtype_without_zero_is_unchanged() -> None:
-    # The dtype of the scales of Qwix's mxfp4 and mxfp8.
+    # The dtype of scales in microscaling formats, such as mxfp4.
     tree = {"base": jnp.exp2(jnp.arange(-126, 128)).astype(jnp.float8_e8m0fnu), "adapter": {"a": jnp.ones(3)}}
     tx = freeze_base(optax.sgd(0.1))
     updates, _ = tx.update(tree, tx.init(tree), tree)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import sweep_except
+from helpers import assert_close, sweep_except
 from law import normal
 
 import lora_jax as lj
@@ -278,3 +278,13 @@ def test_initializations_that_leave_the_base_work_on_quantized_kernels() -> None
     assert base is QUANTIZED and math.isclose(float(jnp.linalg.norm(new["w"].a[:, 0])), 1, rel_tol=1e-5)
     plain = starts.as_plain(QUANTIZED, new, base, new)
     assert plain["w"] is new["w"]
+
+
+@pytest.mark.parametrize("start", [starts.loftq, starts.qpissa])
+def test_a_base_in_host_memory_stays_there(start: Any) -> None:
+    params = {"w": normal(64, 8)}
+    adapter = lj.init(jax.random.key(0), params, {"w": lj.LoRA(rank=2, alpha=2)})
+    expected = start(params, adapter, {"w": quant.NF4()}, iterations=2)
+    got = start(lj.sharding.to_host(params), adapter, {"w": quant.NF4()}, iterations=2)
+    assert {array.sharding.memory_kind for array in jax.tree.leaves(got.params)} == {"pinned_host"}
+    assert_close(jax.device_get(got), jax.device_get(expected))

@@ -10,6 +10,7 @@ from jax import Array
 
 from .._core.adapter import Adapter, Adapters
 from .._core.attach import check
+from .._core.base import dense
 from .._core.numbers import integer
 from .._core.paths import flatten, unflatten
 from .._core.stored import StoredLeaf
@@ -83,7 +84,7 @@ def _residual(leaf: Leaf, part: Adapter | None) -> Any:
     return leaf.w if part is None else unfold(leaf.w, part)
 
 
-_dequantize: Callable[[StoredLeaf], Array] = jax.jit(lambda stored: stored.dequantize())
+_dequantize: Callable[[StoredLeaf], Array] = jax.jit(dense)
 
 
 def _check_selected(adapter: Adapters, selected: Adapters) -> None:
