@@ -967,6 +967,17 @@ def test_as_plain_keeps_adapters_of_an_unchanged_base() -> None:
     assert starts.as_plain(PARAMS, after, *began)["dense"] is after["dense"]
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_as_plain_refuses_the_trained_adapter_as_that_of_the_start(dtype: Any) -> None:
+    # With a base in bfloat16, was an adapter that changed nothing.
+    params = {"w": normal(64, 32).astype(dtype)}
+    started = starts.pissa(params, lj.init(jax.random.key(0), params, {"w": LORA}))
+    trained_adapter = jax.tree.map(lambda x: x + 0.02, started.adapter)
+    assert starts.as_plain(params, trained_adapter, *started)
+    with pytest.raises(lj.AdapterError, match="`started_params` with `started_adapter` is not `params`"):
+        starts.as_plain(params, trained_adapter, started.params, trained_adapter)
+
+
 def test_as_plain_refuses_the_initialization_of_another_base() -> None:
     part = {"dense": adapter_of()["dense"]}
     began = starts.pissa(PARAMS, part)

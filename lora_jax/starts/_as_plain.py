@@ -125,8 +125,9 @@ def _restores(leaf: Leaf, changed: Any) -> bool:
 
 @jax.jit
 def _is_near(base: Array, residual: Array, restored: Array) -> Array:
-    eps = max(float(jnp.finfo(dtype).eps) for dtype in (base.dtype, jnp.float32))
-    wide = widest(jnp.float32, base.dtype, residual.dtype)
+    limits, wide = jnp.finfo(base.dtype), widest(jnp.float32, base.dtype, residual.dtype)
     base, residual, restored = (array.astype(wide) for array in (base, residual, restored))
-    largest = jnp.maximum(abs(base).max(), abs(residual).max())
-    return abs(restored - base).max() <= 8 * eps * largest
+    # The sums are rounded relative to the largest element, and each element to the dtype of the base.
+    sizes = abs(base) + abs(residual)
+    slack = 8 * float(jnp.finfo(jnp.float32).eps) * sizes.max(initial=0)
+    return jnp.all(abs(restored - base) <= slack + float(limits.eps) * sizes + float(limits.smallest_subnormal))
