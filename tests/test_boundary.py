@@ -92,6 +92,25 @@ def test_kernels_and_explain_refuse_it_too(inspect_model: Callable[..., Any]) ->
         inspect_model(lambda p, x: Output(x @ p["w"]), PARAMS, *([ADAPTER] if inspect_model is lj.explain else []), X)
 
 
+CONSTANTS = {
+    "a weak number": lambda: jnp.asarray(3.0),
+    "a number": lambda: jnp.bfloat16(2),
+    "zero": lambda: jnp.zeros((), jnp.int32),
+    "a boolean": lambda: jnp.bool_(True),
+    "an array": lambda: jnp.arange(3),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_a_result_that_is_constant_is_an_array(name: str) -> None:
+    constant = CONSTANTS[name]()
+    got = lj.lora(lambda p, x: (x @ p["w"], CONSTANTS[name]()))(PARAMS, ADAPTER, X)[1]
+    assert isinstance(got, jax.Array)
+    assert jax.typeof(got) == jax.typeof(constant)
+    assert got.weak_type == constant.weak_type
+    np.testing.assert_array_equal(got, constant)
+
+
 STATIC = {
     "a number": 3,
     "text": "logits",

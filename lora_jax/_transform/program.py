@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import PyTreeDef
 
@@ -57,7 +58,8 @@ class Program:
         try:
             results = interpret(settings, self.jaxpr.jaxpr, self.jaxpr.consts, [*map(as_jax, (*leaves, *self.arrays))])
             returned = "return", "the function returns the kernel itself", "the result of `apply`"
-            return self.rebuild([materialize_or_refuse(settings, result, *returned) for result in results])
+            arrays = [materialize_or_refuse(settings, result, *returned) for result in results]
+            return self.rebuild(list(map(jnp.asarray, arrays)))  # outside `jit`, a constant is a literal of JAX
         except Refused:
             refusals: list[Refusal] = []
             collect_uses(self, kernels, dataclasses.replace(settings, refusals=refusals))
