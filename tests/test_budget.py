@@ -209,6 +209,18 @@ def test_an_argument_that_is_not_an_array_is_unchanged():
     assert linear_plan(apply=apply, kwargs={"mode": "train", "scale": 3}).lora.inputs == 4 * 2 * 64
 
 
+def test_keys_may_be_arguments_and_parameters():
+    params, x = {"w": shape(8, 8), "key": jax.random.key(0)}, shape(4, 8)
+
+    def apply(params, x, key):
+        noise = jax.random.normal(key, (8,)) + jax.random.normal(params["key"], (8,))
+        return x @ params["w"] + noise
+
+    found = lj.plan(apply, params, {"w": lj.LoRA(rank=2, alpha=4)}, TX, mesh_of(1, 1), x, jax.random.key(1))
+    assert found.lora.parameters == found.full.parameters == 8 * 8 * 4 + 8
+    assert found.lora.inputs == 4 * 8 * 4 + 8
+
+
 def test_only_floating_point_parameters_are_fine_tuned():
     mesh = mesh_of(2, names=("data",))
     params = {"kernel": shape(8, 4), "table": shape(8, dtype=jnp.int32), "name": "a string"}

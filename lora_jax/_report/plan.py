@@ -62,9 +62,8 @@ def plan(
     of `sharding.to_host`, and the state of `optim.offload` are in host memory. In full fine-tuning, all parameters are
     in device memory, and quantized leaves are arrays of their dtype.
 
-    The memory is as reported by the compiler for these devices. On simulated CPU devices it is an estimate for other
-    devices: their compilers schedule programs differently, and CPUs multiply and send 16-bit values as float32. The
-    step has no dropout.
+    The memory is as reported by the compiler. On simulated CPU devices it is an estimate for others, whose compilers
+    schedule programs differently, and CPUs multiply and send 16-bit values as float32. The step has no dropout.
 
     >>> import jax, jax.numpy as jnp, lora_jax as lj, optax
     >>> from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -169,7 +168,8 @@ def _abstract(name: str, tree: Any, mesh: Mesh) -> Any:
 
 
 def _struct(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, dtypes.canonicalize_dtype(leaf.dtype), sharding=sharding)
+    dtype = dtypes.canonicalize_dtype(leaf.dtype, allow_extended_dtype=True)  # that of PRNG keys is one
+    return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
 
 
 def _sharding_on(mesh: Mesh, sharding: Any, where: str) -> NamedSharding:
