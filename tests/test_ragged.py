@@ -230,3 +230,19 @@ def test_a_linen_mixture_of_experts_matches_merged_kernels() -> None:
     params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=2), shapes)
     axes = {"params/router/kernel": "io", "params/experts/kernel": "bio"}
     assert_law(Mixture().apply, params, adapted(params, axes), x)
+
+
+@pytest.mark.parametrize("axes", ["bio", "oio", "iio"])
+@pytest.mark.parametrize("sizes", [[2, 0, 2], [[2, 0, 2], [1, 1, 0]]], ids=["one", "per example"])
+def test_rows_of_no_group_may_be_anything(sizes: Any, axes: str) -> None:
+    sizes = jnp.array(sizes)
+    params, x = {"w": normal(3, 4, 5)}, normal(*sizes.shape[:-1], 6, 4, seed=1)
+    inside = (jnp.arange(6) < sizes.sum(-1, keepdims=True))[..., None]
+    adapter = adapted(params, {"w": axes})
+    numbers = lax.RaggedDotDimensionNumbers((([x.ndim - 1], [1]), ([], [])), [x.ndim - 2], [0])
+
+    def gradient(x: jax.Array) -> Any:
+        model = lj.lora(lambda params, x: lax.ragged_dot_general(x, params["w"], sizes, numbers))
+        return jax.grad(lambda adapter, x: jnp.sum(jnp.sin(model(params, adapter, x))), (0, 1))(adapter, x)
+
+    assert_close(gradient(jnp.where(inside, x, jnp.nan)), gradient(jnp.where(inside, x, 0)))

@@ -99,6 +99,8 @@ def _ragged_dot_general(
     y = base_product()
     a, b = labeled_factors(kernel)
     first, second = (b, a) if all(adapter_roles[axis] == "o" for axis in summed) else (a, b)
+    if group not in first.labels:
+        x = groups.without_other_rows(x, (*batch, *x_rest[: x_rest.index(groups.ragged)]))
     dtype = thin_dtype(x.array.dtype, kernel.w.dtype, y.dtype)
     thin = groups.contract(x, first, keep={*second.labels, *out}, dtype=dtype)
     scaled = thin._replace(array=thin.array * kernel.scale)
@@ -161,6 +163,15 @@ class _Groups:
             out_sharding=sharding_of_product(x, factor, (*batch, *rest), names),
         )
         return Labeled(array, (*batch, *rest))
+
+    def without_other_rows(self, x: Labeled, prefix: Labels) -> Labeled:
+        """Returns `x` with zeros in rows of no group, which may not be finite; `prefix` labels leading axes of `sizes`.
+
+        The operation ignores these rows. A factor that all experts share does not, in its gradient.
+        """
+        rows = Labeled(jnp.arange(x.array.shape[x.labels.index(self.ragged)]), (self.ragged,)).expand_to(x.labels)
+        ends = Labeled(jnp.sum(self.sizes, -1), prefix if self.sizes.ndim > 1 else ()).expand_to(x.labels)
+        return x._replace(array=jnp.where(rows < ends, x.array, jnp.zeros_like(x.array)))
 
     def select_by_row(self, x: Labeled, rows: int) -> Labeled:
         """Selects, for each row, the element of its expert."""
