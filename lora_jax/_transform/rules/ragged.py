@@ -170,7 +170,8 @@ class _Groups:
         The operation ignores these rows. A factor that all experts share does not, in its gradient.
         """
         rows = Labeled(jnp.arange(x.array.shape[x.labels.index(self.ragged)]), (self.ragged,)).expand_to(x.labels)
-        ends = Labeled(jnp.sum(self.sizes, -1), prefix if self.sizes.ndim > 1 else ()).expand_to(x.labels)
+        count = jnp.sum(self.sizes, -1, dtype=rows.dtype)
+        ends = Labeled(count, prefix if self.sizes.ndim > 1 else ()).expand_to(x.labels)
         return x._replace(array=jnp.where(rows < ends, x.array, jnp.zeros_like(x.array)))
 
     def select_by_row(self, x: Labeled, rows: int) -> Labeled:
