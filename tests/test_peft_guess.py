@@ -12,7 +12,7 @@ import safetensors.numpy
 import lora_jax as lj
 from lora_jax import peft
 from lora_jax._core.uses import Kernel
-from lora_jax.peft import Guess, Part, Row
+from lora_jax.peft import Guess, Part, Row, _sites
 from lora_jax.peft._guess import values
 
 L, D, H, HD, F, V = 2, 8, 2, 4, 12, 10
@@ -40,6 +40,15 @@ def modules(row: Row) -> list[str]:
     return [part.module for part in row.parts]
 
 
+def module_of(path: str, mapping: dict[str, Row]) -> str:
+    """Returns the module of a leaf of shape (D, F), as `export` resolves it."""
+    found = _sites.find(path, _sites.compiled(mapping))
+    assert found is not None
+    (site,) = _sites.sites(path, (D, F), found)
+    assert not isinstance(site, str)
+    return site.module
+
+
 def layers(**modules: tuple[int, ...]) -> Shapes:
     return {f"model.layers.{i}.{name}.weight": shape for i in range(L) for name, shape in modules.items()}
 
@@ -58,6 +67,47 @@ def test_a_stack_and_numbered_layers_are_paired_with_numbered_modules() -> None:
     assert stacked.mapping == {f"layers/{name}/kernel": row for name, row in rows.items()} | norm
     assert unrolled.mapping == {f"layer_{{i}}/{name}/kernel": row for name, row in rows.items()} | norm
     assert not stacked.leaves and not stacked.tensors and not stacked.unsure
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_a_numbered_pattern_does_not_take_a_leaf_beside_its_leaves(with_values: bool) -> None:
+    params = tree(dict.fromkeys(("fc0/kernel", "fc1/kernel", "fc_out/kernel"), (D, F)))
+    torch = {"fc.0.weight": "fc0/kernel", "fc.1.weight": "fc1/kernel", "fc_out.weight": "fc_out/kernel"}
+    tensors = {name: params[path].T if with_values else (F, D) for name, path in torch.items()}
+    mapping = peft.guess(params, tensors).mapping
+    assert {name: module_of(path, mapping) for name, path in torch.items()} == {
+        name: name.removesuffix(".weight") for name in torch
+    }
+
+
+@pytest.mark.parametrize("with_values", [True, False])
+def test_numbers_of_leaves_with_zeros_in_front_are_those_of_modules(with_values: bool) -> None:
+    params = tree({f"layer_{i:02d}/up/kernel": (D, F) for i in range(11)})
+    names = {f"model.layers.{i}.up.weight": f"layer_{i:02d}/up/kernel" for i in range(11)}
+    tensors = {name: params[path].T if with_values else (F, D) for name, path in names.items()}
+    guess = peft.guess(params, tensors)
+    assert [row.confidence for row in guess.rows] == ["sure"]
+    assert all(f"{module_of(path, guess.mapping)}.weight" == name for name, path in names.items())
+    if with_values:  # those of all layers are compared, also of the first
+        name = "model.layers.3.up.weight"
+        (row,) = peft.guess(params, tensors | {name: -tensors[name]}).rows
+        assert row.confidence == "unsure" and "cosine -1.00" in row.reasons[-1]
+
+
+def test_numbers_of_modules_with_zeros_in_front_stay() -> None:
+    params = tree({f"layer_{i:02d}/up/kernel": (D, F) for i in range(3)})
+    tensors = {f"layers.{i:02d}.up.weight": params[f"layer_{i:02d}/up/kernel"].T for i in range(3)}
+    mapping = peft.guess(params, tensors).mapping
+    assert [module_of(path, mapping) for path in params] == [name.removesuffix(".weight") for name in tensors]
+
+
+def test_of_two_tensors_with_almost_the_values_the_nearer_one_is_taken() -> None:
+    params = tree({"encoder/fc/kernel": (D, F)})
+    kernel = params["encoder/fc/kernel"]
+    almost = kernel + 0.005 * random(D, F, seed=9)
+    guess = peft.guess(params, {"encoder.fc.weight": almost.T, "momentum.fc.weight": kernel.T})
+    row, confidence, reasons = row_of(guess, "encoder/fc/kernel")
+    assert modules(row) == ["momentum.fc"] and confidence == "unsure" and "encoder.fc" in reasons
 
 
 def test_a_stack_of_experts_in_numbered_layers() -> None:

@@ -14,12 +14,24 @@ _ALIKE = 0.15  # the least similarity of names that say something
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """Fits that are taken together, and how similar the names are."""
+    """Fits that are taken together, and how similar the names are.
+
+    Attributes:
+      fits: the fits.
+      score: the similarity of the names, from 0 to 1.
+      same_name: whether they are the same.
+      cosine: of the values, if they are equal up to rounding; 0 otherwise.
+    """
 
     fits: tuple[Fit, ...]
     score: float
     same_name: bool
-    equal: bool = False
+    cosine: float = 0.0
+
+    @property
+    def equal(self) -> bool:
+        """Whether the values are equal up to rounding."""
+        return self.cosine > 0
 
     @property
     def leaves(self) -> frozenset[str]:
@@ -41,9 +53,9 @@ class Candidate:
         return bool(self.names & other.names)
 
     @property
-    def rank(self) -> tuple[bool, float, int]:
-        """A key that is larger for better candidates."""
-        return self.equal, self.score, -len(self.fits[0].open)
+    def rank(self) -> tuple[float, float, int]:
+        """A key that is larger for better candidates: nearer values, and of the same values nearer names."""
+        return round(self.cosine, 9), self.score, -len(self.fits[0].open)
 
 
 def best_of(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

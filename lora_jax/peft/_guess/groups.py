@@ -11,7 +11,8 @@ from typing import Any
 Index = tuple[int, ...]
 Shape = tuple[int, ...]
 
-_NUMBERED = re.compile(r"(.*?)(\d+)")
+# Torch's names are written with numbers, and so have none with zeros in front.
+_NUMBERED = {"/": re.compile(r"(.*?)(\d+)"), ".": re.compile(r"(.*?(?<!\d))(0|[1-9]\d*)")}
 _OF_LAYERS = ("layer", "layers", "block", "blocks", "h")
 _LETTERS = "ijkl"
 
@@ -43,7 +44,9 @@ def groups(shapes: Mapping[str, Shape], separator: str) -> list[Group]:
     [('h.{i}.up', 2), ('x', 1)]
     """
     found: dict[tuple[str, Shape], dict[Index, str]] = {}
-    for segments, template, index in _templates([tuple(name.split(separator)) for name in shapes]):
+    for segments, template, index in _templates(
+        [tuple(name.split(separator)) for name in shapes], _NUMBERED[separator]
+    ):
         name = separator.join(segments)
         letters = iter(_LETTERS)
         common = separator.join(part if at is None else f"{part}{{{next(letters)}}}" for part, at in template)
@@ -54,8 +57,10 @@ def groups(shapes: Mapping[str, Shape], separator: str) -> list[Group]:
 Template = tuple[tuple[str, "int | None"], ...]  # the text of each segment, and the number after it
 
 
-def _templates(names: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], Template, Index]]:
-    numbers = _numbers(names)
+def _templates(
+    names: Sequence[tuple[str, ...]], numbered: re.Pattern[str]
+) -> Iterator[tuple[tuple[str, ...], Template, Index]]:
+    numbers = _numbers(names, numbered)
     for segments in names:
         template: list[tuple[str, int | None]] = []
         for at, segment in enumerate(segments):
@@ -68,7 +73,7 @@ def _plain(segments: Iterable[str]) -> Template:
     return tuple((segment, None) for segment in segments)
 
 
-def _numbers(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[str, int]]:
+def _numbers(names: Sequence[tuple[str, ...]], numbered: re.Pattern[str]) -> dict[tuple[str, ...], tuple[str, int]]:
     """Returns the segments that end in a number of a layer, by their path: their text and the number."""
     below: dict[tuple[str, ...], set[tuple[str, ...]]] = collections.defaultdict(set)
     families: dict[tuple[tuple[str, ...], str], dict[int, tuple[str, ...]]] = collections.defaultdict(dict)
@@ -76,7 +81,7 @@ def _numbers(names: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], tuple[st
         for at, segment in enumerate(segments):
             path = segments[: at + 1]
             below[path].add(segments[at + 1 :])
-            if match := _NUMBERED.fullmatch(segment):
+            if match := numbered.fullmatch(segment):
                 families[segments[:at], match[1]][int(match[2])] = path
     found: dict[tuple[str, ...], tuple[str, int]] = {}
     for (_, text), paths in families.items():

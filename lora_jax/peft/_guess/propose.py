@@ -155,16 +155,16 @@ class Proposal:
         same = path.replace("/", ".") == name and len(first.tensors) == len(together) == 1
         score = 1.0 if same else factor * similarity(own, other)
         compared = [self._compared(fit) for fit in together]
-        return Candidate(tuple(fit for fit, _ in compared), score, same, all(equal for _, equal in compared))
+        return Candidate(tuple(fit for fit, _ in compared), score, same, min(cosine for _, cosine in compared))
 
-    def _compared(self, fit: Fit) -> tuple[Fit, bool]:
-        """Returns a fit with the row that fits the values of the first leaf, and whether they are equal."""
+    def _compared(self, fit: Fit) -> tuple[Fit, float]:
+        """Returns a fit with the row that fits the values of the first leaf, and their cosine; 0 if they differ."""
         paths = list(fit.leaf.group.members.values())
         for row in (fit.row, *fit.others):
             compared = self.both.compare(fit.leaf.group.name, row, paths, all_of_them=False)
-            if compared.equal:
-                return dataclasses.replace(fit, row=compared.row), True
-        return fit, False
+            if compared.cosine is not None and compared.equal:
+                return dataclasses.replace(fit, row=compared.row), compared.cosine
+        return fit, 0.0
 
     def _pair(self, candidates: list[Candidate], never: Sequence[Candidate] = ()) -> set[str]:
         """Takes the best candidates, adds their rows, and returns the names of what they take.

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..._core.table import Table, Tabular
 from .._row import Row
-from .._sites import filled
+from .._sites import compiled, filled, find
 from .groups import Index, Shape
 
 Confidence = Literal["sure", "likely", "unsure"]
@@ -53,14 +53,17 @@ class Guess(Tabular):
         """The mapping, for `export` and `load`, with the rows that are unsure."""
         found: dict[str, Row] = {}
         different = [row.pattern for row in self.rows if found.setdefault(row.pattern, row.row) != row.row]
-        result = {}
+        kept = {guessed.pattern: guessed.row for guessed in self.rows if guessed.pattern not in different}
+        rows, apart = compiled(kept), dict[str, Row]()
         for guessed in self.rows:
-            if guessed.pattern not in different:
-                result[guessed.pattern] = guessed.row
-                continue
-            for index, path in guessed.paths.items():  # leaves of one pattern that are unlike in torch
-                result[path] = _at(guessed.row, dict(zip("ijkl", map(str, index), strict=False)))
-        return result
+            for index, path in guessed.paths.items():
+                numbers = dict(zip("ijkl", map(str, index), strict=False))
+                match = find(path, rows)
+                # Leaves of one pattern that are unlike in torch, that a pattern before theirs matches, such as
+                # `fc{i}` of `fc_out`, or whose numbers are written in another way, such as `layer_00`.
+                if match is None or match.row != guessed.row or not numbers.items() <= match.segments.items():
+                    apart[path] = _at(guessed.row, numbers)
+        return apart | kept
 
     @property
     def unsure(self) -> tuple[GuessedRow, ...]:

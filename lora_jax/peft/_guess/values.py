@@ -97,7 +97,10 @@ class Both:
 
     def _sites(self, pattern: str, row: Row, path: str) -> list[Site]:
         found = find(path, compiled({pattern: row}))
-        places = "" if found is None else sites(path, tuple(self.leaves[path].shape), found)
+        if found is None:
+            return []
+        numbers = {name: str(int(text)) if text.isdecimal() else text for name, text in found.segments.items()}
+        places = sites(path, tuple(self.leaves[path].shape), found._replace(segments=numbers))  # torch's are not padded
         return [] if isinstance(places, str) else places
 
 
@@ -141,4 +144,5 @@ def _cosine(one: Values, other: Values) -> float | None:
     """Returns the cosine; None if the values are constant, and show nothing."""
     if one.size < 2 or np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
+    one, other = one.astype(np.float64), other.astype(np.float64)  # in which equal values have a cosine of 1
     return float(np.vdot(one, other) / (np.linalg.norm(one) * np.linalg.norm(other)))
