@@ -357,6 +357,14 @@ def test_a_merged_tensor_that_overflows_is_refused(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == []
 
 
+def test_values_are_not_read_into_leaves_of_integers(tmp_path: Path) -> None:
+    rows = peft.layer("up", "fc")
+    peft.export_merged(tmp_path, {"up": {"kernel": array(D, F)}}, rows)
+    like = {"up": {"kernel": jax.ShapeDtypeStruct((D, F), jnp.int8)}}
+    with pytest.raises(lj.CheckpointError, match="'up/kernel': it has dtype int8; expected one in floating point"):
+        peft.load_params(tmp_path, rows, like)
+
+
 def test_sizes_are_bytes_or_texts() -> None:
     assert [as_bytes(size) for size in (7, "7", "2KB", "1.5 GiB")] == [7, 7, 2000, 3 * 2**29]
     for size in ("big", 0, "-1GB", True):

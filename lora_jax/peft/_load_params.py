@@ -72,6 +72,8 @@ def load_params(
             problems.append(f"{path!r}: {some}")
         elif some[0].row.is_parameter and some[0].row.stored is None:
             problems.append(f"{path!r}: {NOT_STORED}")
+        elif not jnp.issubdtype(leaf.dtype, jnp.floating):
+            problems.append(f"{path!r}: it has dtype {leaf.dtype}; expected one in floating point, as the values are")
         else:
             places[path] = some
     modules = {tensor_of(site).rpartition(".")[0] for some in places.values() for site in some}
