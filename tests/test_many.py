@@ -342,6 +342,14 @@ def test_axes_that_do_not_fit_are_refused() -> None:
             run(which, of)
 
 
+def test_results_of_numpy_have_an_axis_of_examples() -> None:
+    params = {"w": normal(4, 3)}
+    stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})
+    mixed = many.per_example(lambda params, x: (x @ params["w"], np.ones((len(x), 2)), "text"))
+    _, ones, text = mixed(params, stacked, ["one", "base", "one"], normal(3, 4))
+    assert ones.shape == (3, 2) and text == "text"
+
+
 def test_a_result_without_an_axis_of_examples_is_refused() -> None:
     params = {"w": normal(4, 3), "v": normal(3)}
     stacked = many.stack({"one": random(lj.LoRA(rank=1, alpha=1), params, 0)})

@@ -107,10 +107,10 @@ def per_example(
             out = adapted(params, member, *args, dropout_key=key, **kwargs)
             found, structure = jax.tree.flatten(out)
             out_axis_of = _broadcast("out_axes", out_axes, out)
-            returned.append((structure, [None if isinstance(y, Array) else y for y in found], out_axis_of))
+            returned.append((structure, [None if is_array(y) else y for y in found], out_axis_of))
             by_axis: dict[int, list[Array]] = {axis: [] for axis in axes_of_out}
             for y, axis in zip(found, out_axis_of, strict=True):
-                if isinstance(y, Array):
+                if is_array(y):
                     by_axis[axis].append(_without_example(y, axis))
             return by_axis
 
