@@ -16,6 +16,7 @@ from lora_jax.peft import Guess, Part, Row, _sites
 from lora_jax.peft._guess import values
 
 L, D, H, HD, F, V = 2, 8, 2, 4, 12, 10
+LEAVES_OF_DENSE = {"kernel": (D, F), "bias": (F,)}
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -99,6 +100,21 @@ def test_numbers_of_modules_with_zeros_in_front_stay() -> None:
     tensors = {f"layers.{i:02d}.up.weight": params[f"layer_{i:02d}/up/kernel"].T for i in range(3)}
     mapping = peft.guess(params, tensors).mapping
     assert [module_of(path, mapping) for path in params] == [name.removesuffix(".weight") for name in tensors]
+
+
+@pytest.mark.parametrize("modules_of", ["net.0 net.2 net.4", "fc1 fc2 fc3", "net.1 net.2 net.3"])
+def test_numbers_that_are_not_those_of_the_modules_are_unsure(modules_of: str) -> None:
+    params = tree({f"Dense_{i}/{leaf}": shape for i in range(3) for leaf, shape in LEAVES_OF_DENSE.items()})
+    names = dict(enumerate(modules_of.split()))
+    tensors = {f"{name}.weight": params[f"Dense_{i}/kernel"].T for i, name in names.items()}
+    tensors |= {f"{name}.bias": params[f"Dense_{i}/bias"] for i, name in names.items()}
+    by_shape = peft.guess(params, {name: tensor.shape for name, tensor in tensors.items()})
+    assert len(by_shape.unsure) == 6
+    by_value = peft.guess(params, tensors)
+    assert not by_value.unsure
+    assert {path: module_of(path, by_value.mapping) for path in params if path.endswith("kernel")} == {
+        f"Dense_{i}/kernel": name for i, name in names.items()
+    }
 
 
 def test_of_two_tensors_with_almost_the_values_the_nearer_one_is_taken() -> None:

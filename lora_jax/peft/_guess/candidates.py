@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from .fits import Fit
@@ -97,6 +98,34 @@ def judged(best: Candidate, fit: Fit, rivals: Sequence[Candidate], *, unique: bo
         names = sorted((other.tensors - best.tensors) or (other.leaves - best.leaves))
         return "unsure", [f"its name is not much nearer than that of {' + '.join(names)!r}", *reasons]
     return "likely", ["of several with its shape, by name", *reasons]
+
+
+def doubt_of_numbers(best: Candidate, others: Iterable[Candidate]) -> str | None:
+    """Returns why the numbers in two names say nothing, such as in `Dense_1` and `fc1` beside `Dense_0` and `fc2`.
+
+    Args:
+      best: the candidate.
+      others: the candidates that share its leaf or its tensor.
+    """
+    if best.same_name or len(best.leaves) > 1 or len(best.tensors) > 1:
+        return None
+    every = [best, *others]
+    own = _numbers(best.leaves, (name for one in every for name in one.leaves))
+    other = _numbers(best.tensors, (name for one in every for name in one.tensors))
+    if not own or not other or own <= other or other <= own:
+        return None
+    return "the numbers in the names are not those of the modules"
+
+
+def _numbers(best: frozenset[str], names: Iterable[str]) -> set[tuple[int, ...]]:
+    """Returns the numbers by which names differ that are otherwise that of the best; none if there is no other."""
+    (text,) = (_NUMBER.sub("", name) for name in best)
+    alike = {tuple(map(int, _NUMBER.findall(name))) for name in names if _NUMBER.sub("", name) == text}
+    places = [at for at, column in enumerate(zip(*alike, strict=True)) if len(set(column)) > 1]
+    return {tuple(numbers[at] for at in places) for numbers in alike} if places else set()
+
+
+_NUMBER = re.compile(r"\d+")
 
 
 def _only_values_show(best: Candidate, fit: Fit) -> list[str]:

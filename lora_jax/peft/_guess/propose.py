@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from .._row import Part, Row
-from .candidates import Candidate, best_of, judged
+from .candidates import Candidate, best_of, doubt_of_numbers, judged
 from .fits import Conventions, Fit, Leaf, Tensor, fits, fused_fits, is_turned, part_fits, stack_axes, unordered_fits
 from .groups import Group, Shape, shape_of
 from .names import Names, is_table, owner, similarity, vector_parameter, words
@@ -176,7 +176,9 @@ class Proposal:
             others = [one for one in (*candidates, *never) if one is not best and best.shares(one)]
             # What only an unsure choice has taken is still a rival.
             rivals = [one for one in others if not (one.names - best.names) & (taken - unsure)]
+            doubt = doubt_of_numbers(best, others)
             for fit in best.fits:
+                fit = fit if doubt is None else dataclasses.replace(fit, doubtful=(*fit.doubtful, doubt))
                 if self._add(best, fit, rivals, unique=not others) == "unsure":
                     unsure |= best.names
             taken |= best.names
