@@ -117,6 +117,17 @@ def test_numbers_that_are_not_those_of_the_modules_are_unsure(modules_of: str) -
     }
 
 
+def test_a_head_with_almost_the_values_of_a_table_is_not_tied() -> None:
+    params = tree({"embed/embedding": (V, D)})
+    table = params["embed/embedding"]
+    tensors = {"model.embed.weight": table, "lm_head.weight": table + 0.004 * random(V, D, seed=9)}
+    guess = peft.guess(params, tensors)
+    assert row_of(guess, "embed/embedding")[0].head is None and list(guess.tensors) == ["lm_head.weight"]
+    params = {"embed/embedding": jnp.asarray(table, jnp.bfloat16)}
+    guess = peft.guess(params, tensors | {"lm_head.weight": table})
+    assert row_of(guess, "embed/embedding")[:2] == (peft.embedding("model.embed", head="lm_head"), "sure")
+
+
 def test_of_two_tensors_with_almost_the_values_the_nearer_one_is_taken() -> None:
     params = tree({"encoder/fc/kernel": (D, F)})
     kernel = params["encoder/fc/kernel"]

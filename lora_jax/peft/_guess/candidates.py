@@ -21,18 +21,18 @@ class Candidate:
       fits: the fits.
       score: the similarity of the names, from 0 to 1.
       same_name: whether they are the same.
-      cosine: of the values, if they are equal up to rounding; 0 otherwise.
+      nearness: of the values, if they are equal up to rounding; 0 otherwise.
     """
 
     fits: tuple[Fit, ...]
     score: float
     same_name: bool
-    cosine: float = 0.0
+    nearness: float = 0.0
 
     @property
     def equal(self) -> bool:
         """Whether the values are equal up to rounding."""
-        return self.cosine > 0
+        return self.nearness > 0
 
     @property
     def leaves(self) -> frozenset[str]:
@@ -56,7 +56,7 @@ class Candidate:
     @property
     def rank(self) -> tuple[float, float, int]:
         """A key that is larger for better candidates: nearer values, and of the same values nearer names."""
-        return round(self.cosine, 9), self.score, -len(self.fits[0].open)
+        return self.nearness, self.score, -len(self.fits[0].open)
 
 
 def best_of(candidates: Iterable[Candidate]) -> Iterator[Candidate]:

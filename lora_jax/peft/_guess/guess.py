@@ -126,13 +126,18 @@ def _with_head(
         return guessed
     shape = tuple(leaves[path].shape)
     names = [name.removesuffix(".weight") for name, own in left.items() if own == shape and name.endswith(".weight")]
+    both = Both(leaves, tensors)
+    own = both.compare(guessed.pattern, guessed.row, [path], all_of_them=True)
     for name in names:
         row = dataclasses.replace(guessed.row, parts=(dataclasses.replace(guessed.row.parts[0], module=name),))
-        compared = Both(leaves, tensors).compare(guessed.pattern, row, [path], all_of_them=True)
-        if compared.equal or (compared.cosine is None and set(words(name.rpartition(".")[2])) & _HEADS):
-            sure = compared.equal and guessed.confidence == "sure"
+        compared = both.compare(guessed.pattern, row, [path], all_of_them=True)
+        equal = (
+            compared.equal and compared.nearness >= own.nearness
+        )  # a head that is not tied may have almost its values
+        if equal or (compared.cosine is None and set(words(name.rpartition(".")[2])) & _HEADS):
+            sure = equal and guessed.confidence == "sure"
             confidence: Confidence = "sure" if sure else "unsure" if guessed.confidence == "unsure" else "likely"
-            reason = f"tied: {name!r} has " + ("its values" if compared.equal else "its shape, and no leaf")
+            reason = f"tied: {name!r} has " + ("its values" if equal else "its shape, and no leaf")
             head = dataclasses.replace(guessed.row, head=name)
             return dataclasses.replace(guessed, row=head, confidence=confidence, reasons=(*guessed.reasons, reason))
     if path in traced and {"gather", "dot_general"} <= {use.primitive for use in traced[path].uses}:

@@ -155,15 +155,15 @@ class Proposal:
         same = path.replace("/", ".") == name and len(first.tensors) == len(together) == 1
         score = 1.0 if same else factor * similarity(own, other)
         compared = [self._compared(fit) for fit in together]
-        return Candidate(tuple(fit for fit, _ in compared), score, same, min(cosine for _, cosine in compared))
+        return Candidate(tuple(fit for fit, _ in compared), score, same, min(nearness for _, nearness in compared))
 
     def _compared(self, fit: Fit) -> tuple[Fit, float]:
-        """Returns a fit with the row that fits the values of the first leaf, and their cosine; 0 if they differ."""
+        """Returns a fit with the row that fits the values of the first leaf, and how near they are; 0 if they differ."""
         paths = list(fit.leaf.group.members.values())
         for row in (fit.row, *fit.others):
             compared = self.both.compare(fit.leaf.group.name, row, paths, all_of_them=False)
-            if compared.cosine is not None and compared.equal:
-                return dataclasses.replace(fit, row=compared.row), compared.cosine
+            if compared.equal:
+                return dataclasses.replace(fit, row=compared.row), compared.nearness
         return fit, 0.0
 
     def _pair(self, candidates: list[Candidate], never: Sequence[Candidate] = ()) -> set[str]:

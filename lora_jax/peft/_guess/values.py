@@ -32,6 +32,11 @@ class Compared(NamedTuple):
         """Whether the values are equal."""
         return self.cosine is not None and 1 - self.cosine < _EQUAL
 
+    @property
+    def nearness(self) -> float:
+        """The cosine without its own rounding, to compare with that of other values; 0 if they are not equal."""
+        return round(self.cosine, 9) if self.cosine is not None and self.equal else 0.0
+
 
 class Both:
     """The values of both frameworks, by name."""
