@@ -158,7 +158,7 @@ class Proposal:
         return Candidate(tuple(fit for fit, _ in compared), score, same, min(nearness for _, nearness in compared))
 
     def _compared(self, fit: Fit) -> tuple[Fit, float]:
-        """Returns a fit with the row that fits the values of the first leaf, and how near they are; 0 if they differ."""
+        """Returns a fit with the row that fits the values of the first leaf, and how near they are; 0 if not."""
         paths = list(fit.leaf.group.members.values())
         for row in (fit.row, *fit.others):
             compared = self.both.compare(fit.leaf.group.name, row, paths, all_of_them=False)
