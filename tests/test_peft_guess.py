@@ -79,6 +79,9 @@ def test_a_numbered_pattern_does_not_take_a_leaf_beside_its_leaves(with_values: 
     assert {name: module_of(path, mapping) for name, path in torch.items()} == {
         name: name.removesuffix(".weight") for name in torch
     }
+    del tensors["fc_out.weight"]
+    mapping = peft.guess(params, tensors).mapping
+    assert module_of("fc1/kernel", mapping) == "fc.1" and _sites.find("fc_out/kernel", _sites.compiled(mapping)) is None
 
 
 @pytest.mark.parametrize("with_values", [True, False])

@@ -51,19 +51,24 @@ class Guess(Tabular):
     @property
     def mapping(self) -> dict[str, Row]:
         """The mapping, for `export` and `load`, with the rows that are unsure."""
-        found: dict[str, Row] = {}
-        different = [row.pattern for row in self.rows if found.setdefault(row.pattern, row.row) != row.row]
-        kept = {guessed.pattern: guessed.row for guessed in self.rows if guessed.pattern not in different}
-        rows, apart = compiled(kept), dict[str, Row]()
+        own: dict[str, dict[str, dict[str, str]]] = {}  # the leaves of each pattern, and their numbers
         for guessed in self.rows:
-            for index, path in guessed.paths.items():
-                numbers = dict(zip("ijkl", map(str, index), strict=False))
-                match = find(path, rows)
-                # Leaves of one pattern that are unlike in torch, that a pattern before theirs matches, such as
-                # `fc{i}` of `fc_out`, or whose numbers are written in another way, such as `layer_00`.
-                if match is None or match.row != guessed.row or not numbers.items() <= match.segments.items():
-                    apart[path] = _at(guessed.row, numbers)
-        return apart | kept
+            numbers = {path: dict(zip("ijkl", map(str, index), strict=False)) for index, path in guessed.paths.items()}
+            own[guessed.pattern] = own.get(guessed.pattern, {}) | numbers
+        leaves = [*self.leaves, *(path for guessed in self.rows for path in guessed.paths.values())]
+        result: dict[str, Row] = {}
+        for guessed in self.rows:
+            rows = compiled({guessed.pattern: guessed.row})
+            matched = {path: found.segments for path in leaves if (found := find(path, rows)) is not None}
+            same = all(one.row == guessed.row for one in self.rows if one.pattern == guessed.pattern)
+            if same and matched == own[guessed.pattern]:
+                result[guessed.pattern] = guessed.row
+                continue
+            # Leaves of one pattern that are unlike in torch, or whose numbers are written in another way, such as
+            # `layer_00`; or the pattern also matches other leaves, as `fc{i}` does `fc_out`.
+            for path in guessed.paths.values():
+                result[path] = _at(guessed.row, own[guessed.pattern][path])
+        return result
 
     @property
     def unsure(self) -> tuple[GuessedRow, ...]:
