@@ -131,6 +131,23 @@ def test_a_head_with_almost_the_values_of_a_table_is_not_tied() -> None:
     assert row_of(guess, "embed/embedding")[:2] == (peft.embedding("model.embed", head="lm_head"), "sure")
 
 
+@pytest.mark.parametrize("shape", [(D, 2, 3, HD), (D, 6, 3, HD), (D, 5, 3)])
+def test_a_fused_kernel_whose_first_outputs_are_not_the_modules_is_unsure(shape: tuple[int, ...]) -> None:
+    width = int(np.prod(shape[1:])) // 3
+    torch = {f"attn.{name}_proj.weight": (width, D) for name in "qkv"}
+    _, confidence, reasons = row_of(peft.guess(tree({"attn/qkv/kernel": shape}), torch), "attn/qkv/kernel")
+    assert confidence == "unsure" and "state `outputs`" in reasons
+    shape = (D, 3, *(size for size in shape[1:] if size != 3))
+    assert row_of(peft.guess(tree({"attn/qkv/kernel": shape}), torch), "attn/qkv/kernel")[1] == "likely"
+
+
+def test_a_layer_that_is_not_a_number_is_not_equal() -> None:
+    params = tree({f"layer_{i}/up/kernel": (D, F) for i in range(3)})
+    tensors = {f"layers.{i}.up.weight": params[f"layer_{i}/up/kernel"].T.copy() for i in range(3)}
+    params["layer_1/up/kernel"][0, 0] = np.nan
+    assert row_of(peft.guess(params, tensors), "layer_1/up/kernel")[1] == "unsure"
+
+
 def test_of_two_tensors_with_almost_the_values_the_nearer_one_is_taken() -> None:
     params = tree({"encoder/fc/kernel": (D, F)})
     kernel = params["encoder/fc/kernel"]

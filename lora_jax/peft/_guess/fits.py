@@ -209,8 +209,13 @@ def _fused(
     parts = tuple(
         Part(tensor.module, size=None if equal else d_out) for tensor, (d_out, _) in zip(ordered, shapes, strict=True)
     )
-    total = sum(d_out for d_out, _ in shapes)
-    yield from _with_roles(leaf, ordered, parts, batch, shapes[0][1], total, conv1d, usual, reasons, doubts)
+    widths = [d_out for d_out, _ in shapes]
+    for fit in _with_roles(leaf, ordered, parts, batch, shapes[0][1], sum(widths), conv1d, usual, reasons, doubts):
+        roles = fit.row.axes or "b" * len(batch) + "io"
+        first, *inner = (size for size, role in zip(leaf.group.shape, roles, strict=True) if role == "o")
+        cut = any(width % math.prod(inner) for width in widths) or (first != len(ordered) and len(ordered) in inner)
+        doubt = ("fused: its first axis of outputs is not that of the modules; state `outputs`",) if cut else ()
+        yield dataclasses.replace(fit, doubtful=(*fit.doubtful, *doubt))
 
 
 def part_fits(leaves: Sequence[Leaf], tensor: Tensor, usual: Conventions) -> Iterator[Fit]:

@@ -50,7 +50,7 @@ class Both:
         cosines = []
         for path in paths if all_of_them else paths[:1]:
             cosines += [cosine for _, _, cosine in self._pairs(pattern, row, path, first=not all_of_them)]
-        return Compared(row, min(cosines, default=None))
+        return Compared(row, float(np.min(cosines)) if cosines else None)  # NaN if one of them is
 
     def _with_parts(self, pattern: str, row: Row, path: str) -> Row:
         """Returns the row with the order of rotary positions and the factors that the values show."""
