@@ -131,9 +131,8 @@ def _with_head(
     for name in names:
         row = dataclasses.replace(guessed.row, parts=(dataclasses.replace(guessed.row.parts[0], module=name),))
         compared = both.compare(guessed.pattern, row, [path], all_of_them=True)
-        equal = (
-            compared.equal and compared.nearness >= own.nearness
-        )  # a head that is not tied may have almost its values
+        # A head that is not tied may have almost the values of the table.
+        equal = compared.equal and compared.nearness >= own.nearness
         if equal or (compared.cosine is None and set(words(name.rpartition(".")[2])) & _HEADS):
             sure = equal and guessed.confidence == "sure"
             confidence: Confidence = "sure" if sure else "unsure" if guessed.confidence == "unsure" else "likely"
