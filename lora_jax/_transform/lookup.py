@@ -52,6 +52,11 @@ class Lookup:
         """The lookup in an array of `shape`."""
         return Change(_look_up, (self.numbers, self.slice_sizes, self.mode, self.fill_value, *self.hints))
 
+    @property
+    def fills(self) -> bool:
+        """Whether an index out of range gives the fill value."""
+        return bool(self.mode == lax.GatherScatterMode.FILL_OR_DROP)
+
     def clipped(self) -> Lookup:
         """Returns the lookup that reads the nearest position inside the array for an index out of range."""
         return dataclasses.replace(self, mode=lax.GatherScatterMode.CLIP, fill_value=None, hints=Hints())

@@ -63,8 +63,7 @@ def _gather(
 
 def _select_kernels(kernel: AdaptedKernel, lookup: Lookup, indices: Array, labels: Labels) -> AdaptedKernel:
     """Looks up in the base and in each factor."""
-    filled = lookup.mode == lax.GatherScatterMode.FILL_OR_DROP
-    if kernel.gain is not None and filled and lookup.fill_value not in (None, 0):
+    if kernel.gain is not None and lookup.fills and lookup.fill_value not in (None, 0):
         raise NoRule("a lookup of kernels with a gain whose `fill_value` is not 0")
     a = lookup.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices)
     b = lookup.take(Labeled(kernel.b, axes_of_b(kernel.roles)), indices)
@@ -93,8 +92,7 @@ def _look_up_rows(site: Site, kernel: AdaptedKernel, lookup: Lookup, indices: Ar
     What an index out of range selects is filled last, so that nothing before has a gradient there, not even where the
     model's is NaN.
     """
-    filled = lookup.mode == lax.GatherScatterMode.FILL_OR_DROP
-    rows = lookup.clipped() if filled else lookup
+    rows = lookup.clipped() if lookup.fills else lookup
     y = rows.apply(kernel.w, indices)
     dtype = computable(y.dtype)
     a = _cast(rows.take(Labeled(kernel.a, axes_of_a(kernel.roles)), indices), dtype)
@@ -114,7 +112,7 @@ def _look_up_rows(site: Site, kernel: AdaptedKernel, lookup: Lookup, indices: Ar
         total = apply_gain(Sum(y, low_rank), rows.take(gain_of(kernel), indices).expand_to(labels))
     else:
         total = Sum(y, low_rank) if is_narrow(y.dtype) else y + low_rank
-    if not filled:
+    if not lookup.fills:
         return total
     inside = lookup.inside(indices).expand_to(labels)
     fill_value = jnp.asarray(jnp.nan if lookup.fill_value is None else lookup.fill_value, y.dtype)
